@@ -1,0 +1,110 @@
+"""What can go wrong in a bank. These errors know no gRPC; ``wire/errors.py`` maps them to status codes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BankError(Exception):
+    """Base of every error that a bank answers with.
+
+    ``index`` is the place of the request in its stream, where there was a stream.
+    """
+
+    field_names: ClassVar[tuple[str, ...]] = ()  # what a caller's program reads, besides the message
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.index: int | None = None
+
+    def fields(self) -> dict[str, str]:
+        """The attributes named in ``field_names``, as text."""
+        return {name: str(getattr(self, name)) for name in self.field_names}
+
+
+class InvalidArgumentError(BankError):
+    """A request breaks the contract, whatever the bank holds."""
+
+    field_names = ("field",)
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field  # path within the request, e.g. "document.text"
+
+
+class NotFoundError(BankError):
+    """Nothing has that name."""
+
+    field_names = ("kind", "name")
+
+    def __init__(self, message: str, *, kind: str, name: str) -> None:
+        super().__init__(message)
+        self.kind = kind  # "namespace", "document" or "gradient"
+        self.name = name
+
+
+class VersionConflictError(BankError):
+    """The document is not at the version that the writer expected."""
+
+    field_names = ("namespace", "id", "expected_version", "actual_version")
+
+    def __init__(
+        self, message: str, *, namespace: str, id: str, expected_version: int | str, actual_version: int | str
+    ) -> None:
+        super().__init__(message)
+        self.namespace = namespace
+        self.id = id
+        self.expected_version = int(expected_version)
+        self.actual_version = int(actual_version)  # 0: there is no such document
+
+
+class LearnerMismatchError(BankError):
+    """A gradient or a request belongs to another learner than the collection. Both are fingerprints."""
+
+    field_names = ("expected", "actual")
+
+    def __init__(self, message: str, *, expected: str, actual: str) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+
+
+class LimitExceededError(BankError):
+    """A well-formed request needs more than the bank gives."""
+
+    field_names = ("limit",)
+
+    def __init__(self, message: str, *, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit  # the limit's name, e.g. "max_message_bytes"
+
+
+class DataLossError(BankError):
+    """A stored gradient is missing or corrupt."""
+
+    field_names = ("digest",)
+
+    def __init__(self, message: str, *, digest: str) -> None:
+        super().__init__(message)
+        self.digest = digest
+
+
+class UnavailableError(BankError):
+    """The bank can't answer now: it is starting, draining, or its disk fails. Worth another try."""
+
+
+class DeadlineExceededError(BankError):
+    """The caller's deadline passed first."""
+
+
+class InternalError(BankError):
+    """A fault of the bank or its encoder, not of the request."""
+
+
+class CollectionMismatchError(Exception):
+    """The data directory holds a collection of another learner, layout, codec or embedder."""
+
+
+class BankInUseError(Exception):
+    """Another bank owns the data directory."""

@@ -1,0 +1,176 @@
+"""Domain error ↔ gRPC status with google.rpc details, by one table for both directions.
+
+Every status carries an ErrorInfo that names the row and the error's fields, from which a client gets the same
+error back, and before it the google.rpc message that generic clients know for that code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NoReturn, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2 as details  # type: ignore[import-untyped]
+from google.rpc import status_pb2
+
+from bank_service.errors import (
+    BankError,
+    DataLossError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    LearnerMismatchError,
+    LimitExceededError,
+    NotFoundError,
+    UnavailableError,
+    VersionConflictError,
+)
+
+__all__ = [
+    "BankError",
+    "DataLossError",
+    "DeadlineExceededError",
+    "InternalError",
+    "InvalidArgumentError",
+    "LearnerMismatchError",
+    "LimitExceededError",
+    "NotFoundError",
+    "UnavailableError",
+    "VersionConflictError",
+    "abort",
+    "from_rpc_error",
+    "to_status",
+]
+
+DOMAIN = "bank.regrad"
+DETAILS_KEY = "grpc-status-details-bin"
+# gRPC's default limit for all metadata is 8 KiB, and details repeat the message.
+MAX_MESSAGE_CHARS = 1000
+
+
+def _bad_request(error: InvalidArgumentError) -> Message:
+    violation = details.BadRequest.FieldViolation(field=error.field, description=error.message)
+    return cast(Message, details.BadRequest(field_violations=[violation]))
+
+
+def _resource_info(error: NotFoundError) -> Message:
+    return cast(
+        Message, details.ResourceInfo(resource_type=error.kind, resource_name=error.name, description=error.message)
+    )
+
+
+def _precondition_failure(error: LearnerMismatchError) -> Message:
+    violation = details.PreconditionFailure.Violation(
+        type="LEARNER", subject=error.actual, description=f"expected {error.expected}"
+    )
+    return cast(Message, details.PreconditionFailure(violations=[violation]))
+
+
+def _quota_failure(error: LimitExceededError) -> Message:
+    violation = details.QuotaFailure.Violation(subject=error.limit, description=error.message)
+    return cast(Message, details.QuotaFailure(violations=[violation]))
+
+
+def _retry_info(error: BankError) -> Message:
+    info = details.RetryInfo()
+    info.retry_delay.FromMilliseconds(200)
+    return cast(Message, info)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    error: Callable[..., BankError]
+    code: grpc.StatusCode
+    detail: Callable[..., Message] | None = None  # the code's own google.rpc message; ErrorInfo always follows
+
+
+_TABLE = MappingProxyType(
+    {
+        "INVALID_ARGUMENT": _Row(InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT, _bad_request),
+        "NOT_FOUND": _Row(NotFoundError, grpc.StatusCode.NOT_FOUND, _resource_info),
+        "VERSION_CONFLICT": _Row(VersionConflictError, grpc.StatusCode.ABORTED),
+        "LEARNER_MISMATCH": _Row(LearnerMismatchError, grpc.StatusCode.FAILED_PRECONDITION, _precondition_failure),
+        "LIMIT_EXCEEDED": _Row(LimitExceededError, grpc.StatusCode.RESOURCE_EXHAUSTED, _quota_failure),
+        "DATA_LOSS": _Row(DataLossError, grpc.StatusCode.DATA_LOSS),
+        "UNAVAILABLE": _Row(UnavailableError, grpc.StatusCode.UNAVAILABLE, _retry_info),
+        "DEADLINE_EXCEEDED": _Row(DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED),
+        "INTERNAL": _Row(InternalError, grpc.StatusCode.INTERNAL),
+    }
+)
+
+
+def status_code(error: BankError) -> grpc.StatusCode:
+    return _TABLE[_reason(error)].code
+
+
+def to_status(error: BankError) -> status_pb2.Status:
+    """The error as google.rpc.Status."""
+    reason = _reason(error)
+    row = _TABLE[reason]
+    info = details.ErrorInfo(reason=reason, domain=DOMAIN, metadata=error.fields())
+    if error.index is not None:
+        info.metadata["index"] = str(error.index)
+    status = status_pb2.Status(code=row.code.value[0], message=error.message[:MAX_MESSAGE_CHARS])
+    for detail in (row.detail(error),) if row.detail else ():
+        status.details.add().Pack(detail)
+    status.details.add().Pack(info)
+    return status
+
+
+async def abort(context: grpc.aio.ServicerContext, error: BankError) -> NoReturn:  # type: ignore[type-arg]
+    """Ends the call with the error's status."""
+    status = to_status(error)
+    metadata = ((DETAILS_KEY, status.SerializeToString()),)
+    await context.abort(status_code(error), status.message, metadata)
+    raise AssertionError("abort returned")
+
+
+def from_rpc_error(error: grpc.RpcError) -> BankError:
+    """What a failed call means: the bank's own error, else the nearest by status code."""
+    call = cast(grpc.aio.AioRpcError, error)  # the synchronous client's errors have the same three methods
+    status = _details(call.trailing_metadata() or ())
+    if status is not None:
+        for packed in status.details:
+            info = details.ErrorInfo()
+            if packed.Unpack(info) and info.domain == DOMAIN and info.reason in _TABLE:
+                return _rebuild(info, status.message)
+    message = f"the bank's call failed with {call.code().name}: {call.details()}"
+    if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceededError(message)
+    if call.code() is grpc.StatusCode.UNAVAILABLE:
+        return UnavailableError(message)
+    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return LimitExceededError(message, limit="max_message_bytes")  # gRPC's own check, before any of the bank's
+    return InternalError(message)
+
+
+def _reason(error: BankError) -> str:
+    for reason, row in _TABLE.items():
+        if type(error) is row.error:
+            return reason
+    return "INTERNAL"
+
+
+def _details(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+    for key, value in metadata:
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None  # a proxy's business; the code and message remain
+    return None
+
+
+def _rebuild(info: details.ErrorInfo, message: str) -> BankError:
+    fields = dict(info.metadata)
+    index = fields.pop("index", None)
+    try:
+        error = _TABLE[info.reason].error(message, **fields)
+    except TypeError:  # a newer bank's fields
+        error = InternalError(message)
+    if index is not None:
+        error.index = int(index)
+    return error

@@ -1,0 +1,1 @@
+"""Made by ``python -m bank_service.wire.generate``; never edited."""

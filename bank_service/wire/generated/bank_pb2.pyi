@@ -1,0 +1,276 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Document(_message.Message):
+    __slots__ = ("namespace", "id", "title", "text", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    id: str
+    title: str
+    text: str
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class IngestDocumentsRequest(_message.Message):
+    __slots__ = ("document", "expected_version")
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    document: Document
+    expected_version: int
+    def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ..., expected_version: _Optional[int] = ...) -> None: ...
+
+class IngestDocumentsResponse(_message.Message):
+    __slots__ = ("namespace", "id", "version", "gradient_digest", "outcome", "num_tokens", "truncated", "sequence")
+    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OUTCOME_UNSPECIFIED: _ClassVar[IngestDocumentsResponse.Outcome]
+        CREATED: _ClassVar[IngestDocumentsResponse.Outcome]
+        UPDATED: _ClassVar[IngestDocumentsResponse.Outcome]
+        UNCHANGED: _ClassVar[IngestDocumentsResponse.Outcome]
+    OUTCOME_UNSPECIFIED: IngestDocumentsResponse.Outcome
+    CREATED: IngestDocumentsResponse.Outcome
+    UPDATED: IngestDocumentsResponse.Outcome
+    UNCHANGED: IngestDocumentsResponse.Outcome
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    id: str
+    version: int
+    gradient_digest: str
+    outcome: IngestDocumentsResponse.Outcome
+    num_tokens: int
+    truncated: bool
+    sequence: int
+    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., outcome: _Optional[_Union[IngestDocumentsResponse.Outcome, str]] = ..., num_tokens: _Optional[int] = ..., truncated: _Optional[bool] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class IngestGradientsRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    class Header(_message.Message):
+        __slots__ = ("document", "record_bytes", "embedding", "expected_version")
+        DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+        RECORD_BYTES_FIELD_NUMBER: _ClassVar[int]
+        EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+        EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+        document: Document
+        record_bytes: int
+        embedding: _containers.RepeatedScalarFieldContainer[float]
+        expected_version: int
+        def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ..., record_bytes: _Optional[int] = ..., embedding: _Optional[_Iterable[float]] = ..., expected_version: _Optional[int] = ...) -> None: ...
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: IngestGradientsRequest.Header
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[IngestGradientsRequest.Header, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class DeleteDocumentRequest(_message.Message):
+    __slots__ = ("namespace", "id", "expected_version")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    id: str
+    expected_version: int
+    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., expected_version: _Optional[int] = ...) -> None: ...
+
+class DeleteDocumentResponse(_message.Message):
+    __slots__ = ("version", "sequence")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    sequence: int
+    def __init__(self, version: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class GetDocumentRequest(_message.Message):
+    __slots__ = ("namespace", "id")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    id: str
+    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
+
+class GetDocumentResponse(_message.Message):
+    __slots__ = ("document", "version", "gradient_digest", "updated_at", "num_tokens", "truncated")
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    document: Document
+    version: int
+    gradient_digest: str
+    updated_at: _timestamp_pb2.Timestamp
+    num_tokens: int
+    truncated: bool
+    def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., num_tokens: _Optional[int] = ..., truncated: _Optional[bool] = ...) -> None: ...
+
+class ListDocumentsRequest(_message.Message):
+    __slots__ = ("namespace", "page_size", "page_token")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    page_size: int
+    page_token: str
+    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListDocumentsResponse(_message.Message):
+    __slots__ = ("documents", "next_page_token")
+    class Entry(_message.Message):
+        __slots__ = ("id", "title", "version", "gradient_digest", "num_text_bytes")
+        ID_FIELD_NUMBER: _ClassVar[int]
+        TITLE_FIELD_NUMBER: _ClassVar[int]
+        VERSION_FIELD_NUMBER: _ClassVar[int]
+        GRADIENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+        NUM_TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        id: str
+        title: str
+        version: int
+        gradient_digest: str
+        num_text_bytes: int
+        def __init__(self, id: _Optional[str] = ..., title: _Optional[str] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., num_text_bytes: _Optional[int] = ...) -> None: ...
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    documents: _containers.RepeatedCompositeFieldContainer[ListDocumentsResponse.Entry]
+    next_page_token: str
+    def __init__(self, documents: _Optional[_Iterable[_Union[ListDocumentsResponse.Entry, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class QueryRequest(_message.Message):
+    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_TEXT_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    text: str
+    vector: _containers.RepeatedScalarFieldContainer[float]
+    document_ids: _containers.RepeatedScalarFieldContainer[str]
+    top_k: int
+    min_score: float
+    learner_fingerprint: str
+    include_gradients: bool
+    include_text: bool
+    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ...) -> None: ...
+
+class QueryResponse(_message.Message):
+    __slots__ = ("hits", "learner_fingerprint", "sequence")
+    class Hit(_message.Message):
+        __slots__ = ("id", "version", "score", "gradient_digest", "gradient_bytes", "gradient", "title", "text")
+        ID_FIELD_NUMBER: _ClassVar[int]
+        VERSION_FIELD_NUMBER: _ClassVar[int]
+        SCORE_FIELD_NUMBER: _ClassVar[int]
+        GRADIENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+        GRADIENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        GRADIENT_FIELD_NUMBER: _ClassVar[int]
+        TITLE_FIELD_NUMBER: _ClassVar[int]
+        TEXT_FIELD_NUMBER: _ClassVar[int]
+        id: str
+        version: int
+        score: float
+        gradient_digest: str
+        gradient_bytes: int
+        gradient: bytes
+        title: str
+        text: str
+        def __init__(self, id: _Optional[str] = ..., version: _Optional[int] = ..., score: _Optional[float] = ..., gradient_digest: _Optional[str] = ..., gradient_bytes: _Optional[int] = ..., gradient: _Optional[bytes] = ..., title: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    hits: _containers.RepeatedCompositeFieldContainer[QueryResponse.Hit]
+    learner_fingerprint: str
+    sequence: int
+    def __init__(self, hits: _Optional[_Iterable[_Union[QueryResponse.Hit, _Mapping]]] = ..., learner_fingerprint: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class FetchGradientsRequest(_message.Message):
+    __slots__ = ("digests",)
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FetchGradientsResponse(_message.Message):
+    __slots__ = ("digest", "record_bytes", "offset", "chunk")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RECORD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    record_bytes: int
+    offset: int
+    chunk: bytes
+    def __init__(self, digest: _Optional[str] = ..., record_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version")
+    class Namespace(_message.Message):
+        __slots__ = ("namespace", "num_documents")
+        NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+        NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+        namespace: str
+        num_documents: int
+        def __init__(self, namespace: _Optional[str] = ..., num_documents: _Optional[int] = ...) -> None: ...
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    INDEXED_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDER_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_MISSES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    namespaces: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Namespace]
+    num_documents: int
+    num_gradients: int
+    gradient_bytes: int
+    sequence: int
+    indexed_sequence: int
+    learner_fingerprint: str
+    layout_id: str
+    codec: str
+    embedder: str
+    embedding_dimension: int
+    cache_hits: int
+    cache_misses: int
+    cache_available: bool
+    version: str
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,26 @@
+"""The limits of the contract, in one place for the bank and its clients."""
+
+from __future__ import annotations
+
+MAX_MESSAGE_BYTES = 32 * 2**20  # one gRPC message, either way
+MAX_CHUNK_BYTES = 2**20  # one piece of a gradient record
+MAX_NAMESPACE_CHARS = 64
+MAX_ID_BYTES = 256
+MAX_TITLE_BYTES = 2**10
+MAX_TEXT_BYTES = 2**20
+MAX_METADATA_PAIRS = 32
+MAX_METADATA_BYTES = 4 * 2**10
+MAX_TOP_K = 64
+MAX_QUERY_IDS = 64
+MAX_FETCH_DIGESTS = 64
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+DEFAULT_NAMESPACE = "default"
+
+
+def channel_options() -> list[tuple[str, int]]:
+    """Options of a client's channel: gRPC's own default would refuse answers above 4 MiB."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ]

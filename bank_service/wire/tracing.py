@@ -1,0 +1,72 @@
+"""OpenTelemetry for both sides of the wire. Without OTEL_EXPORTER_OTLP_ENDPOINT nothing is recorded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from opentelemetry import context as otel_context
+from opentelemetry import propagate, trace
+
+TRACER = "regrad"
+ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+PROTOCOL_VARIABLE = "OTEL_EXPORTER_OTLP_PROTOCOL"  # "grpc" (default) or "http/protobuf"
+
+Attribute = str | bool | int | float
+
+
+def configure_tracing(service_name: str) -> Callable[[], None]:
+    """Exports this process's spans by OTLP where the endpoint is set; called once, by main.
+
+    Returns what flushes and stops the export. A tracer provider that the process already has (vLLM may set
+    one) is left in charge. ValueError for an unknown protocol, RuntimeError where the exporter is not installed.
+    """
+    if not os.environ.get(ENDPOINT_VARIABLE) or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return lambda: None
+    try:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        exporter = _exporter_class(os.environ.get(PROTOCOL_VARIABLE, "grpc"))()  # reads the standard variables
+    except ImportError as error:
+        raise RuntimeError(
+            f"the OTLP exporter must be installed where {ENDPOINT_VARIABLE} is set; "
+            "pip install opentelemetry-sdk opentelemetry-exporter-otlp"
+        ) from error
+    provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return provider.shutdown
+
+
+@contextmanager
+def span(name: str, parent: otel_context.Context | None = None, /, **attributes: Attribute) -> Iterator[trace.Span]:
+    """A span around the block, child of ``parent`` or of the current one; an exception marks it failed."""
+    with trace.get_tracer(TRACER).start_as_current_span(name, context=parent, attributes=attributes) as current:
+        yield current
+
+
+def inject(metadata: Iterable[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """``metadata`` of a call, with the current trace context in W3C form."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return [*metadata, *carrier.items()]
+
+
+def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> otel_context.Context:
+    """The caller's trace context from a call's metadata; empty where it sent none."""
+    return propagate.extract({key: value for key, value in metadata or () if isinstance(value, str)})
+
+
+def _exporter_class(protocol: str) -> type:
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        return GrpcExporter
+    if protocol == "http/protobuf":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+        return HttpExporter
+    raise ValueError(f"{PROTOCOL_VARIABLE} must be grpc or http/protobuf, got {protocol!r}")
