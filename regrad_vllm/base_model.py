@@ -1,0 +1,129 @@
+"""The base model W: load it, name it by its content. Nobody writes to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrad_vllm.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Keys of config.json that change what the model computes; the rest (library version, dtype on disk, paths)
+# may differ between two copies of one model.
+_CONFIG_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "sliding_window",
+)  # fmt: skip
+_HASH_CHUNK_BYTES = 1 << 24
+
+
+class BaseModelError(ValueError):
+    """A model folder is not usable; the message says what and why."""
+
+
+def base_digest(folder: str | Path) -> str:
+    """SHA-256 over a model folder's weights, architecture, vocabulary and chat template, 64 hex digits.
+
+    Weights count by tensor (name, dtype, shape, bytes), so neither sharding nor file order matters. Reads the
+    whole model: about 1 s per GB.
+    """
+    folder = Path(folder)
+    state = hashlib.sha256(b"regrad.base.v1\0")
+    config = _read_json(folder / "config.json")
+    plain = {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    plain["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+    state.update(json.dumps(plain, sort_keys=True).encode())
+    tokenizer = _read_json(folder / "tokenizer.json")
+    tokenizer_model = tokenizer.get("model", {})
+    parts = {"vocab": tokenizer_model.get("vocab"), "merges": tokenizer_model.get("merges")}
+    state.update(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
+    state.update(_chat_template(folder).encode())
+    for name, dtype, shape, path, begin, end in sorted(_tensors(folder)):
+        state.update(f"{name}|{dtype}|{shape}|".encode())
+        with path.open("rb") as file:
+            file.seek(begin)
+            left = end - begin
+            while left > 0:
+                chunk = file.read(min(left, _HASH_CHUNK_BYTES))
+                if not chunk:
+                    raise BaseModelError(f"{path} must hold {end} bytes, it ends early; copy the model again")
+                state.update(chunk)
+                left -= len(chunk)
+    return state.hexdigest()
+
+
+def load_base_model(
+    folder: str | Path, *, dtype: torch.dtype, device: str = "cpu", attention: str = "sdpa"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model in eval mode and its tokenizer.
+
+    attention: "sdpa" for first-order work; "eager" where a second derivative is needed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model.to(device).eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def build_layout(model: PreTrainedModel, *, rank: int, layers: Sequence[int], projections: Sequence[str]) -> Layout:
+    """Layout of ``projections`` (such as "gate_proj") in ``layers`` of ``model``, found by name."""
+    import torch
+
+    found: list[tuple[str, int, int]] = []
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for layer in layers:
+        for projection in projections:
+            names = [name for name in linears if f".layers.{layer}." in name and name.endswith(f".{projection}")]
+            if len(names) != 1:
+                known = sorted({name.rsplit(".", 1)[1] for name in linears if ".layers." in name})
+                raise BaseModelError(f"layer {layer} must have one linear module {projection!r}, found {names}; has {known}")
+            found.append((names[0], linears[names[0]].in_features, linears[names[0]].out_features))
+    return Layout.build(rank, found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise BaseModelError(f"{path} does not exist; a model folder in Hugging Face format is needed") from error
+    if not isinstance(document, dict):
+        raise BaseModelError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _chat_template(folder: Path) -> str:
+    separate = folder / "chat_template.jinja"
+    if separate.exists():
+        return separate.read_text("utf-8")
+    settings = folder / "tokenizer_config.json"
+    return str(_read_json(settings).get("chat_template") or "") if settings.exists() else ""
+
+
+def _tensors(folder: Path) -> list[tuple[str, str, str, Path, int, int]]:
+    """(name, dtype, shape, file, first byte, end) of every tensor in the folder's safetensors files."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise BaseModelError(f"{folder} must hold model*.safetensors; convert the model with save_pretrained first")
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > 100 << 20:
+                raise BaseModelError(f"{path} is not a safetensors file: header of {header_bytes} bytes")
+            header = json.loads(file.read(header_bytes))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            base = 8 + header_bytes
+            found.append((name, entry["dtype"], json.dumps(entry["shape"]), path, base + begin, base + end))
+    return found

@@ -1,0 +1,28 @@
+"""Per-document gradients, exact, for a whole batch in one backward pass.
+
+Each document gets its own copy (by broadcast) of φ* as the differentiation variable: the gradient of the sum of
+the documents' losses with respect to copy i is then the gradient of document i's loss alone.
+For the linear layers this is gB_i = s · δ_iᵀ (A x_i), gA_i = s · (δ_i B)ᵀ x_i, computed as batched matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+
+
+def document_gradients(model: AdaptedModel, phi: Tensor, batch: TokenBatch) -> Tensor:
+    """g_d = ∇φ L_LM(φ*; d) for every row d of ``batch``.
+
+    phi: float32 (num_values,). Returns float32 (rows, num_values), zero for a row with nothing to predict.
+    """
+    rows = len(batch.ids)
+    shared = [part.detach().requires_grad_() for part in model.split(phi.expand(rows, -1))]
+    hidden = model.lower(batch.ids)
+    if not (batch.targets != -100).any():
+        return torch.zeros(rows, model.layout.num_values)
+    loss = model.row_losses(model.upper(hidden, shared), batch.targets).sum()
+    gradients = torch.autograd.grad(loss, shared)
+    return torch.cat([gradient.reshape(rows, -1).float() for gradient in gradients], dim=1)

@@ -1,0 +1,43 @@
+"""Text → tokens, the same way in meta-training, in the bank's encoder and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from regrad_vllm.learner import Prompts
+
+
+class PromptBuilder:
+    """Fills a learner's templates and tokenises them with the base model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any, prompts: Prompts) -> None:
+        self.prompts = prompts
+        self._tokenizer = tokenizer
+
+    def document(self, title: str, text: str, max_tokens: int) -> tuple[list[int], bool]:
+        """Tokens of a document as the inner loss reads it, and whether it was cut at ``max_tokens``.
+
+        Raises ValueError for a document without any token.
+        """
+        rendered = self.prompts.render_document(title, text)
+        tokens = self._tokenizer(rendered, truncation=True, max_length=max_tokens + 1)["input_ids"]
+        if not tokens:
+            raise ValueError("document must have at least one token, got none; give it a text")
+        return tokens[:max_tokens], len(tokens) > max_tokens
+
+    def question(self, question: str, documents: Sequence[str] = ()) -> list[int]:
+        """Tokens of the chat prompt up to where the answer begins; with ``documents``, mode "icl"."""
+        content = (
+            self.prompts.render_icl(question, list(documents)) if documents else self.prompts.render_blind(question)
+        )
+        messages = [{"role": "user", "content": content}]
+        if self.prompts.system:
+            messages.insert(0, {"role": "system", "content": self.prompts.system})
+        tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(tokens)
+
+    def answer(self, answer: str) -> list[int]:
+        """Tokens of an answer and the end of the turn."""
+        tokens = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [*tokens, self._tokenizer.eos_token_id]

@@ -1,0 +1,98 @@
+"""One TOML file says everything about a meta-training run."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from regrad_vllm.learner import STEP_SIZE_KINDS, Prompts, StepSizeKind
+
+
+class ConfigError(ValueError):
+    """A training config is not usable; the message names the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """A meta-training run. Relative paths count from the config file's folder."""
+
+    base_model: str  # folder or hub id; "default" builds the default model
+    output: str  # learner folder to write at the end; the run's files lie in <output>.run
+    first_layer: int  # layers from here to the top are adapted
+    data_folder: str = ""  # holds train.documents.jsonl.gz and so on; empty: synthetic documents alone
+    sets: Mapping[str, float] = field(default_factory=lambda: {"synthetic": 1.0})  # set name → share of the steps
+    rank: int = 16
+    lora_alpha: float = 32.0
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    step_size_kind: StepSizeKind = "tie"
+    step_size_init: float = 0.5
+    prompts: Prompts = field(default_factory=Prompts)
+    max_document_tokens: int = 256
+    top_k: int = 3  # the learner's default when it serves
+    gamma: float = 1.0
+    top_k_weights: tuple[float, ...] = (0.5, 0.2, 0.3)  # in training: chance of k = 1, 2, …
+    icl_share: float = 0.1
+    num_steps: int = 1000
+    tokens_per_step: int = 800
+    max_tasks: int = 16
+    questions_per_task: int = 4
+    num_synthetic: int = 20000
+    learning_rate: float = 1e-3
+    # A tied scalar under Adam moves by at most the learning rate a step, and it has far to go.
+    step_size_learning_rate: float = 1e-2
+    warmup_share: float = 0.1
+    clip_norm: float = 0.5
+    weight_decay: float = 0.0
+    compute_dtype: str = "bfloat16"  # of the base model; φ*, step sizes and the optimiser are float32
+    seed: int = 0
+    validate_every: int = 100
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks",
+                     "questions_per_task", "validate_every", "checkpoint_every", "num_synthetic"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "step_size_learning_rate", "clip_norm", "lora_alpha", "step_size_init"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if self.step_size_kind not in STEP_SIZE_KINDS:
+            raise ConfigError(f"step_size_kind must be one of {STEP_SIZE_KINDS}, got {self.step_size_kind!r}")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
+        if not self.sets or any(weight <= 0 for weight in self.sets.values()):
+            raise ConfigError(f"sets must give each set a positive share, got {dict(self.sets)}")
+        if set(self.sets) != {"synthetic"} and not self.data_folder:
+            raise ConfigError(f"data_folder must be set for the sets {sorted(set(self.sets) - {'synthetic'})}")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
+        """Reads a TOML file; ``overrides`` go before it. ConfigError for an unknown key or a bad value."""
+        path = Path(path)
+        try:
+            raw: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"config {path} does not exist") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"config {path} is not TOML: {error}") from error
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(raw) - known)
+        if unknown:
+            raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        for key, kind in (("projections", tuple), ("top_k_weights", tuple)):
+            if key in raw:
+                raw[key] = kind(raw[key])
+        if "prompts" in raw:
+            raw["prompts"] = Prompts(**raw["prompts"])
+        for key in ("output", "data_folder"):
+            if raw.get(key):
+                raw[key] = str((path.parent / raw[key]).resolve())
+        raw.update(overrides or {})
+        try:
+            return cls(**raw)
+        except TypeError as error:
+            raise ConfigError(f"{path}: {error}") from error

@@ -1,0 +1,277 @@
+"""The learner: φ*, its step sizes, its layout, its prompts, and what it was made for.
+
+On disk it is a PEFT adapter folder that Hugging Face PEFT loads as it is (``adapter_config.json`` and
+``adapter_model.safetensors`` hold φ*), with ``regrad.json`` and ``step_sizes.safetensors`` beside it.
+numpy only: a server process reads a learner without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from regrad_vllm.layout import Layout
+from regrad_vllm.naming import digest_json, learner_fingerprint
+
+FORMAT = "regrad.learner.v1"
+StepSizeKind = Literal["tie", "same", "full", "fix"]
+STEP_SIZE_KINDS: tuple[StepSizeKind, ...] = ("tie", "same", "full", "fix")
+_PEFT_PREFIX = "base_model.model."
+
+
+class LearnerError(ValueError):
+    """A learner folder or its values are not usable; the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The templates that the learner was trained with. Braces name what is filled in."""
+
+    system: str = "Answer the question with a short phrase."
+    document: str = "{title}\n{text}"
+    document_untitled: str = "{text}"
+    blind: str = "{question}"
+    icl: str = "{documents}\n\n{question}"
+
+    def __post_init__(self) -> None:
+        for name, needed in (
+            ("document", ("{title}", "{text}")),
+            ("document_untitled", ("{text}",)),
+            ("blind", ("{question}",)),
+            ("icl", ("{documents}", "{question}")),
+        ):
+            for placeholder in needed:
+                if placeholder not in getattr(self, name):
+                    raise LearnerError(f"prompts.{name} must contain {placeholder}, got {getattr(self, name)!r}")
+
+    def render_document(self, title: str, text: str) -> str:
+        """The text whose language-model loss is the inner loss."""
+        if title:
+            return self.document.replace("{title}", title, 1).replace("{text}", text, 1)
+        return self.document_untitled.replace("{text}", text, 1)
+
+    def render_blind(self, question: str) -> str:
+        return self.blind.replace("{question}", question, 1)
+
+    def render_icl(self, question: str, documents: list[str]) -> str:
+        joined = "\n\n".join(documents)
+        head, tail = self.icl.split("{documents}", 1)
+        return (
+            head.replace("{question}", question, 1) + joined + tail.replace("{question}", question, 1)
+            if "{question}" in tail
+            else head.replace("{question}", question, 1) + joined + tail
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerConfig:
+    """What a learner is, beside its numbers."""
+
+    base_digest: str  # SHA-256 of the base model's weights, config and tokenizer, 64 hex digits
+    lora_alpha: float
+    step_size_kind: StepSizeKind
+    prompts: Prompts = field(default_factory=Prompts)
+    max_document_tokens: int = 512  # longer documents are cut here, in training and in the bank
+    top_k: int = 3
+    gamma: float = 1.0
+    training: Mapping[str, object] = field(default_factory=dict)  # provenance; not part of the fingerprint
+
+    def __post_init__(self) -> None:
+        if self.step_size_kind not in STEP_SIZE_KINDS:
+            raise LearnerError(f"step_size_kind must be one of {STEP_SIZE_KINDS}, got {self.step_size_kind!r}")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise LearnerError(f"lora_alpha must be a positive number, got {self.lora_alpha}")
+        if self.max_document_tokens < 2:
+            raise LearnerError(f"max_document_tokens must be at least 2, got {self.max_document_tokens}")
+        if self.top_k < 1:
+            raise LearnerError(f"top_k must be at least 1, got {self.top_k}")
+        if not math.isfinite(self.gamma):
+            raise LearnerError(f"gamma must be finite, got {self.gamma}")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """φ* and its step sizes in one layout.
+
+    phi: float32 (num_values,). step_sizes: float32, by kind: "tie" (num_tensors,), "same" and "fix" (1,),
+    "full" (num_values,). Neither is ever written in place.
+    """
+
+    config: LearnerConfig
+    layout: Layout
+    phi: NDArray[np.float32]
+    step_sizes: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if self.phi.shape != (self.layout.num_values,) or self.phi.dtype != np.float32:
+            raise LearnerError(
+                f"phi must be float32 ({self.layout.num_values},), got {self.phi.dtype} {self.phi.shape}"
+            )
+        expected = num_step_sizes(self.config.step_size_kind, self.layout)
+        if self.step_sizes.shape != (expected,) or self.step_sizes.dtype != np.float32:
+            raise LearnerError(
+                f"step_sizes of kind {self.config.step_size_kind!r} must be float32 ({expected},), "
+                f"got {self.step_sizes.dtype} {self.step_sizes.shape}"
+            )
+        for name, values in (("phi", self.phi), ("step_sizes", self.step_sizes)):
+            if not np.isfinite(values).all():
+                raise LearnerError(f"{name} must be finite; the learner's files are damaged or training diverged")
+            values.setflags(write=False)
+
+    @property
+    def scaling(self) -> float:
+        """s = lora_alpha / r."""
+        return self.config.lora_alpha / self.layout.rank
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits over base model, φ*, step sizes, layout, scaling and prompts."""
+        prompts = asdict(self.config.prompts)
+        return learner_fingerprint(
+            {
+                "base": self.config.base_digest,
+                "layout": self.layout.id,
+                "lora_alpha": float(self.config.lora_alpha),
+                "step_size_kind": self.config.step_size_kind,
+                "max_document_tokens": self.config.max_document_tokens,
+                "prompts": digest_json(prompts),
+                "phi": _digest_array(self.phi),
+                "step_sizes": _digest_array(self.step_sizes),
+            }
+        )
+
+    def expand_step_sizes(self) -> NDArray[np.float32]:
+        """One step size per value, float32 (num_values,)."""
+        kind = self.config.step_size_kind
+        if kind == "full":
+            return self.step_sizes
+        if kind in ("same", "fix"):
+            return np.full(self.layout.num_values, self.step_sizes[0], np.float32)
+        return np.repeat(self.step_sizes, [tensor.num_values for tensor in self.layout.tensors])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Learner:
+        """Reads a learner folder. LearnerError where a file is missing, damaged or disagrees with another."""
+        folder = Path(folder)
+        document = _read_json(folder / "regrad.json")
+        if document.get("format") != FORMAT:
+            raise LearnerError(f"{folder / 'regrad.json'}: format must be {FORMAT!r}, got {document.get('format')!r}")
+        try:
+            raw = dict(cast("Mapping[str, object]", document["config"]))
+            raw["prompts"] = Prompts(**cast("dict[str, str]", raw["prompts"]))
+            config = LearnerConfig(**raw)  # type: ignore[arg-type]  # an unknown key is a TypeError, caught below
+            layout_json = cast("Mapping[str, object]", document["layout"])
+            modules = cast("list[tuple[str, int, int]]", layout_json["modules"])
+            layout = Layout.build(cast(int, layout_json["rank"]), [(str(m), int(i), int(o)) for m, i, o in modules])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LearnerError(f"{folder / 'regrad.json'} is not a learner's description: {error}") from error
+        phi = _read_phi(folder / "adapter_model.safetensors", layout)
+        steps = _read_tensors(folder / "step_sizes.safetensors").get("step_sizes")
+        if steps is None:
+            raise LearnerError(f"{folder / 'step_sizes.safetensors'} must hold a tensor named 'step_sizes'")
+        learner = cls(config, layout, phi, steps.astype(np.float32, copy=False))
+        stated = document.get("fingerprint")
+        if stated != learner.fingerprint:
+            raise LearnerError(
+                f"{folder}: regrad.json states fingerprint {stated}, its files give {learner.fingerprint}; "
+                "a file was changed or belongs to another learner: restore the folder as a whole"
+            )
+        return learner
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the learner folder; existing files of the same names are replaced."""
+        folder = Path(folder)
+        save_adapter(folder, self, self.phi)
+        save_file({"step_sizes": self.step_sizes}, folder / "step_sizes.safetensors")
+        document = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "config": asdict(self.config),
+            "layout": {
+                "id": self.layout.id,
+                "rank": self.layout.rank,
+                "modules": [
+                    [a.module, a.shape[1], b.shape[0]]
+                    for a, b in zip(self.layout.tensors[::2], self.layout.tensors[1::2], strict=True)
+                ],
+            },
+        }
+        (folder / "regrad.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def save_adapter(folder: Path, learner: Learner, adapter: NDArray[np.float32], base_model: str = "") -> None:
+    """Writes ``adapter``, float32 (num_values,), as a plain PEFT LoRA folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{_PEFT_PREFIX}{tensor.module}.lora_{tensor.part}.weight": np.ascontiguousarray(view)
+        for tensor, view in learner.layout.views(adapter)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": learner.layout.rank,
+        "lora_alpha": learner.config.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(learner.layout.modules),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=1) + "\n", "utf-8")
+
+
+def num_step_sizes(kind: StepSizeKind, layout: Layout) -> int:
+    return {"tie": len(layout.tensors), "same": 1, "fix": 1, "full": layout.num_values}[kind]
+
+
+def _digest_array(values: NDArray[np.float32]) -> str:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
+
+
+def _read_json(path: Path) -> Mapping[str, object]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise LearnerError(f"{path} does not exist; a learner folder is made by `regrad train`") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LearnerError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise LearnerError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise LearnerError(f"{path} does not exist; a learner folder is made by `regrad train`") from error
+    except Exception as error:  # safetensors raises its own Rust error types
+        raise LearnerError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _read_phi(path: Path, layout: Layout) -> NDArray[np.float32]:
+    tensors = _read_tensors(path)
+    phi = np.empty(layout.num_values, np.float32)
+    for tensor, view in layout.views(phi):
+        name = f"{_PEFT_PREFIX}{tensor.module}.lora_{tensor.part}.weight"
+        if name not in tensors:
+            raise LearnerError(f"{path} must hold {name}; it has {len(tensors)} tensors, the layout {len(layout.tensors)}")
+        if tensors[name].shape != tensor.shape:
+            raise LearnerError(f"{path}: {name} must have shape {tensor.shape}, got {tensors[name].shape}")
+        view[...] = tensors.pop(name)
+    if tensors:
+        raise LearnerError(f"{path} holds tensors that the layout does not know: {sorted(tensors)[:3]}")
+    return phi

@@ -1,0 +1,45 @@
+"""Identity is content: every name, digest and fingerprint of the project is made here.
+
+vLLM keys its prefix cache and its adapter sets by an adapter's name, so equal names must mean equal bits
+and different bits must get different names. Hence digests, never counters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+
+ADAPTER_PREFIX = "regrad-"
+MODEL_SUFFIX = "-regrad"
+
+
+def digest_json(value: object) -> str:
+    """SHA-256 of ``value`` as canonical JSON, 64 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def learner_fingerprint(parts: Mapping[str, object]) -> str:
+    """Fingerprint of a learner: 64 hex digits over everything that a gradient's meaning depends on."""
+    return digest_json({"kind": "regrad.learner.v1", **parts})
+
+
+def adapter_name(fingerprint: str, digests: Sequence[str], weights: Sequence[float], gamma: float) -> str:
+    """Name of φ_q: a digest of the learner, the gradients in order, their weights and gamma.
+
+    The order counts, because sums in another order differ in their last bits. Weights and gamma enter as
+    IEEE-754 doubles, so that no two values share a spelling.
+    """
+    if len(digests) != len(weights):
+        raise ValueError(f"weights must be as many as digests ({len(digests)}), got {len(weights)}")
+    state = hashlib.sha256(b"regrad.adapter.v1\0" + fingerprint.encode() + struct.pack("<d", gamma))
+    for digest, weight in zip(digests, weights, strict=True):
+        state.update(digest.encode() + struct.pack("<d", weight))
+    return ADAPTER_PREFIX + state.hexdigest()[:40]
+
+
+def adapter_int_id(name: str) -> int:
+    """The integer by which vLLM's workers know an adapter: 1 .. 2**63 - 1, from the name's content."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % (2**63 - 1) + 1
