@@ -1,0 +1,100 @@
+"""Text → δ: the encoder that the bank is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from bank_service.encoder import EncodedDocument
+from bank_service.wire.codec import GradientSpec
+from regrad_vllm.base_model import base_digest, load_base_model
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.prompting import PromptBuilder
+from regrad_vllm.learner import Learner, LearnerError
+
+# Bounds the activations of one backward pass; more rows gain nothing once the cores are busy.
+_MAX_TOKENS_PER_PASS = 2048
+_MAX_ROWS_PER_PASS = 32
+
+
+class GradientEncoder:
+    """δ_d = a ⊙ ∇φ L_LM(φ*; d) for batches of documents. Implements ``bank_service.encoder.Encoder``."""
+
+    def __init__(self, model: AdaptedModel, builder: PromptBuilder, learner: Learner) -> None:
+        self.learner = learner
+        self.spec = learner_spec(learner)
+        self._model = model
+        self._builder = builder
+        self._phi = torch.tensor(learner.phi, device=model.device)
+        self._step_sizes = torch.tensor(learner.expand_step_sizes(), device=model.device)
+
+    @classmethod
+    def load(
+        cls,
+        model_folder: str | Path,
+        learner_folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+    ) -> GradientEncoder:
+        """Loads both and checks that they belong together; LearnerError names both digests where not.
+
+        dtype: of the base model; by default float32 on a CPU, bfloat16 on a GPU. device: by default the GPU
+        where there is one.
+        """
+        learner = Learner.load(learner_folder)
+        check_base(learner, model_folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        base, tokenizer = load_base_model(model_folder, dtype=dtype, device=device)
+        model = AdaptedModel(base, learner.layout, learner.scaling)
+        return cls(model, PromptBuilder(tokenizer, learner.config.prompts), learner)
+
+    def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+        """δ of each (title, text), in order; long documents are cut at the learner's max_document_tokens.
+
+        ValueError for a document without any token.
+        """
+        limit = self.learner.config.max_document_tokens
+        tokenised = [self._builder.document(title, text, limit) for title, text in documents]
+        encoded: list[EncodedDocument | None] = [None] * len(documents)
+        for indices in plan_passes([len(tokens) for tokens, _ in tokenised]):
+            batch = TokenBatch.pad([(tokenised[index][0], 1) for index in indices], self._model.device)
+            deltas = (document_gradients(self._model, self._phi, batch) * self._step_sizes).cpu().numpy()
+            for row, index in enumerate(indices):
+                tokens, truncated = tokenised[index]
+                # A copy of its own, so that one kept row doesn't keep the whole pass in memory.
+                encoded[index] = EncodedDocument(deltas[row].copy(), len(tokens), truncated)
+        return [entry for entry in encoded if entry is not None]
+
+
+def learner_spec(learner: Learner) -> GradientSpec:
+    """What every gradient of ``learner`` must be."""
+    return GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
+
+
+def check_base(learner: Learner, model_folder: str | Path) -> None:
+    """LearnerError unless the learner was made for the model in ``model_folder``. Reads the whole model."""
+    found = base_digest(model_folder)
+    if found != learner.config.base_digest:
+        raise LearnerError(
+            f"the learner was made for the base model {learner.config.base_digest}, {model_folder} is {found}; "
+            "use that base model, or train a learner for this one with `regrad train`"
+        )
+
+
+def plan_passes(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of documents for each backward pass: neighbours in length, so that little is padding."""
+    chosen: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        # Ascending, so the newest is the longest.
+        full = len(chosen) == _MAX_ROWS_PER_PASS or (len(chosen) + 1) * lengths[index] > _MAX_TOKENS_PER_PASS
+        if chosen and full:
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    if chosen:
+        yield chosen

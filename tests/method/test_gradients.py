@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from regrad_vllm.base_model import BaseModelError, build_layout
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.gradients import document_gradients
+from tests.method.reference import lm_loss, peft_model, relative_error
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+SCALING = 2.0
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_batched_gradients_equal_the_one_document_autograd_loop(any_model: Any) -> None:
+    layout = build_layout(any_model, rank=4, layers=(2, 3), projections=PROJECTIONS)
+    phi = torch.randn(layout.num_values, generator=torch.Generator().manual_seed(1)) * 0.3
+    documents = [random_tokens(length, length) for length in (33, 2, 7, 20, 57)]
+    documents.append(list(documents[2]))  # repeated
+    documents.append(documents[4][:40])  # as truncation leaves it
+    batch = TokenBatch.pad([(tokens, 1) for tokens in documents])
+    actual = document_gradients(AdaptedModel(any_model, layout, SCALING), phi, batch)
+
+    peft = peft_model(any_model, layout, SCALING)
+    for row, tokens in enumerate(documents):
+        leaf = phi.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(lm_loss(peft, layout, leaf, tokens), leaf)
+        assert expected.norm() > 1e-3
+        assert relative_error(actual[row], expected) <= 1e-5
+    assert torch.equal(actual[2], actual[5])
+    assert relative_error(actual[6], actual[4]) > 1e-2
+
+
+def test_layers_of_every_position_can_be_adapted(llama: Any) -> None:
+    layout = build_layout(llama, rank=2, layers=(0, 3), projections=("q_proj", "o_proj", "up_proj"))
+    phi = torch.randn(layout.num_values) * 0.3
+    tokens = random_tokens(12, 5)
+    actual = document_gradients(AdaptedModel(llama, layout, SCALING), phi, TokenBatch.pad([(tokens, 1)]))
+    leaf = phi.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(lm_loss(peft_model(llama, layout, SCALING), layout, leaf, tokens), leaf)
+    assert relative_error(actual[0], expected) <= 1e-5
+
+
+def test_a_one_token_document_has_a_zero_gradient_and_harms_no_other(llama: Any) -> None:
+    layout = build_layout(llama, rank=4, layers=(2, 3), projections=PROJECTIONS)
+    model, phi = AdaptedModel(llama, layout, SCALING), torch.randn(layout.num_values) * 0.3
+    long = random_tokens(15, 3)
+    together = document_gradients(model, phi, TokenBatch.pad([([9], 1), (long, 1)]))
+    alone = document_gradients(model, phi, TokenBatch.pad([(long, 1)]))
+    assert torch.count_nonzero(together[0]) == 0
+    assert relative_error(together[1], alone[0]) <= 1e-5
+    only = document_gradients(model, phi, TokenBatch.pad([([9], 1)]))
+    assert only.shape == (1, layout.num_values) and torch.count_nonzero(only) == 0
+
+
+def test_encoding_leaves_the_base_weights_alone(llama: Any) -> None:
+    layout = build_layout(llama, rank=4, layers=(2, 3), projections=PROJECTIONS)
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    model = AdaptedModel(llama, layout, SCALING)
+    document_gradients(model, torch.randn(layout.num_values), TokenBatch.pad([(random_tokens(9, 1), 1)]))
+    assert all(torch.equal(before[name], value) for name, value in llama.state_dict().items())
+    hooks = [module for module in llama.modules() if module._forward_hooks]
+    assert not hooks
+
+
+def test_an_unknown_projection_is_an_error_that_lists_the_known_ones(llama: Any) -> None:
+    with pytest.raises(BaseModelError, match=r"'gate'.*gate_proj"):
+        build_layout(llama, rank=4, layers=(2,), projections=("gate",))
