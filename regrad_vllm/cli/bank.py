@@ -1,0 +1,58 @@
+"""`regrad bank`: a bank with its encoder, its embedded Redis-compatible server and its index, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bank_service.config import BankConfig
+from regrad_vllm.cli.connection import DEFAULT_PORT
+from regrad_vllm.cli.console import note, say
+from regrad_vllm.cli.flags import add_flags, given
+
+if TYPE_CHECKING:
+    from bank_service.server import BankAddress
+
+READY = "bank ready at "
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    parser = commands.add_parser("bank", help="start a gradient bank", description=__doc__)
+    parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
+    parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
+    add_flags(parser, BankConfig)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import asyncio
+
+    settings: dict[str, Any] = {"data_dir": default_data_dir(), "port": DEFAULT_PORT}
+    config = BankConfig(**(settings | given(args, BankConfig)))
+
+    from bank_service.server import serve
+    from bank_service.wire.tracing import configure_tracing
+    from regrad_vllm.default_model import resolve_model, shipped_learner
+    from regrad_vllm.encode.encoder import GradientEncoder
+
+    stop_tracing = configure_tracing("regrad-bank")
+    model = resolve_model(args.model)
+    learner = args.learner or shipped_learner()
+    note(f"bank: model {model}, learner {learner}, data {config.data_dir}")
+    try:
+        encoder = GradientEncoder.load(model, learner)
+        asyncio.run(serve(config, encoder, ready=_announce))
+    finally:
+        stop_tracing()
+    return 0
+
+
+def default_data_dir() -> Path:
+    """Where a bank keeps its documents and gradients: the user's data folder (XDG_DATA_HOME)."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "regrad" / "bank"
+
+
+def _announce(address: BankAddress) -> None:
+    say(f"{READY}{address.host}:{address.port}")

@@ -1,0 +1,49 @@
+"""The command line's connection to a bank: plain blocking gRPC."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from regrad_vllm.cli.console import CommandError
+
+if TYPE_CHECKING:
+    from bank_service.wire.errors import BankError
+
+DEFAULT_PORT = 50061
+DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"
+
+
+def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -> None:
+    """--bank and --namespace, for every command that talks to a bank."""
+    parser.add_argument("--bank", default=DEFAULT_BANK, metavar="HOST:PORT", help="a running bank (%(default)s)")
+    if namespace:
+        parser.add_argument("--namespace", default="default", help="whose documents (%(default)s)")
+
+
+@contextmanager
+def connect(address: str) -> Iterator[Any]:
+    """A stub of the bank's service; a failed call inside is a CommandError that says what the bank said."""
+    import grpc
+
+    from bank_service.wire.errors import from_rpc_error
+    from bank_service.wire.generated.bank_pb2_grpc import BankServiceStub
+    from bank_service.wire.limits import channel_options
+
+    with grpc.insecure_channel(address, options=channel_options()) as channel:
+        try:
+            yield BankServiceStub(channel)
+        except grpc.RpcError as error:
+            raise CommandError(describe_failure(address, from_rpc_error(error))) from error
+
+
+def describe_failure(address: str, error: BankError) -> str:
+    """One line for a failed call."""
+    from bank_service.wire.errors import UnavailableError
+
+    if isinstance(error, UnavailableError):
+        advice = "start one with `regrad bank` or name it with --bank"
+        return f"the bank at {address} is not available ({error.message}); {advice}"
+    return error.message

@@ -1,0 +1,208 @@
+"""Files and folders → documents, with every line that can't be used reported by file and line.
+
+.txt and .md files are cut into passages; a .jsonl file holds one document a line. Ids come from the file's
+path below the folder that was named, so ingesting a changed file again updates its documents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bank_service.wire.limits import (
+    MAX_ID_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_METADATA_PAIRS,
+    MAX_TEXT_BYTES,
+    MAX_TITLE_BYTES,
+)
+from regrad_vllm.cli.passages import split_markdown, split_plain
+
+ENDINGS = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusDocument:
+    """One document of a corpus. ``place`` says where it was read: "notes.jsonl:3", "guide.md#2"."""
+
+    id: str
+    title: str
+    text: str
+    place: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BadInput:
+    """Something that can't be ingested."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusFile:
+    path: Path
+    id: str  # path below the folder that was named, with "/" between its parts
+
+
+def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], list[BadInput]]:
+    """(files to read in order, files in folders that have another ending, paths that can't be used)."""
+    files: list[CorpusFile] = []
+    left_out: list[Path] = []
+    bad: list[BadInput] = []
+    for path in paths:
+        if path.is_dir():
+            for found in _walk(path):
+                if found.suffix.lower() in ENDINGS:
+                    files.append(CorpusFile(found, found.relative_to(path).as_posix()))
+                else:
+                    left_out.append(found)
+        elif not path.exists():
+            bad.append(BadInput(str(path), "no such file or folder"))
+        elif path.suffix.lower() not in ENDINGS:
+            bad.append(BadInput(str(path), f"its ending must be one of {', '.join(ENDINGS)}; convert it to text first"))
+        else:
+            files.append(CorpusFile(path, path.name))
+    return files, left_out, bad
+
+
+def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInput]:
+    """Every document of the files in order, and in its place what can't be one. Reads one file at a time."""
+    seen: dict[str, str] = {}
+    for file in files:
+        for item in _read_file(file):
+            if isinstance(item, CorpusDocument):
+                earlier = seen.setdefault(item.id, item.place)
+                if earlier != item.place:
+                    yield BadInput(item.place, f"id {item.id!r} must be unique, {earlier} has it too; rename one")
+                    continue
+            yield item
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _read_file(file: CorpusFile) -> Iterator[CorpusDocument | BadInput]:
+    try:
+        data = file.path.read_bytes()
+    except OSError as error:
+        yield BadInput(str(file.path), f"can't be read: {error.strerror}")
+        return
+    if file.path.suffix.lower() == ".jsonl":
+        yield from _read_jsonl(file, data)
+    else:
+        yield from _read_text(file, data)
+
+
+def _read_text(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadInput]:
+    text = _decode(data)
+    if isinstance(text, _Reason):
+        yield BadInput(str(file.path), text)
+        return
+    passages = split_markdown(text) if file.path.suffix.lower() == ".md" else split_plain(text)
+    if not passages:
+        yield BadInput(str(file.path), "must hold some text, it is empty")
+    for number, passage in enumerate(passages, 1):
+        mark = f"#{number}" if len(passages) > 1 else ""
+        yield _checked(CorpusDocument(file.id + mark, passage.title, passage.text, f"{file.path}{mark}"))
+
+
+def _read_jsonl(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadInput]:
+    empty = True
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            empty = False
+            yield _read_line(file, number, line)
+    if empty:
+        yield BadInput(str(file.path), "must hold one JSON object a line, it is empty")
+
+
+def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | BadInput:
+    place = f"{file.path}:{number}"
+    text = _decode(line)
+    if isinstance(text, _Reason):
+        return BadInput(place, text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadInput(place, f"must be a JSON object, it is not JSON: {error}")
+    if not isinstance(record, dict):
+        return BadInput(place, f"must be a JSON object, got {type(record).__name__}")
+    if "text" not in record:
+        return BadInput(place, f"must have a field 'text'; it has {sorted(record)}")
+    defaults = {"id": f"{file.id}#{number}", "title": "", "text": ""}
+    fields = {name: record.pop(name, default) for name, default in defaults.items()}
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            return BadInput(place, f"{name} must be a string, got {type(value).__name__}")
+    metadata = _metadata(record)
+    if isinstance(metadata, _Reason):
+        return BadInput(place, metadata)
+    return _checked(CorpusDocument(fields["id"], fields["title"], fields["text"], place, metadata))
+
+
+class _Reason(str):
+    """Why something can't be used."""
+
+    __slots__ = ()
+
+
+def _decode(data: bytes) -> str | _Reason:
+    if b"\0" in data:
+        return _Reason(f"must be text, it holds a zero byte at offset {data.index(0)}; convert it to text first")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return _Reason(f"must be UTF-8, byte {error.start} is not; convert it first (iconv -t utf-8)")
+
+
+def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
+    """The fields beside id, title and text: kept as the document's metadata."""
+    nested = record.pop("metadata", {})
+    if not isinstance(nested, dict):
+        return _Reason(f"metadata must be an object, got {type(nested).__name__}")
+    metadata: dict[str, str] = {}
+    for key, value in (nested | record).items():
+        if isinstance(value, str):
+            metadata[key] = value
+        elif isinstance(value, bool | int | float) or value is None:
+            metadata[key] = json.dumps(value)
+        else:
+            return _Reason(f"field {key!r} must be a string or number, as metadata are, got {type(value).__name__}")
+    return metadata
+
+
+def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:
+    """The document, or what the bank would refuse in it: checked here, so that a corpus is refused as a whole."""
+    metadata = "".join(key + value for key, value in document.metadata.items())
+    sizes = (
+        ("id", document.id, MAX_ID_BYTES),
+        ("title", document.title, MAX_TITLE_BYTES),
+        ("text", document.text, MAX_TEXT_BYTES),
+        ("metadata", metadata, MAX_METADATA_BYTES),
+    )
+    for name, value, limit in sizes:
+        try:
+            num_bytes = len(value.encode())
+        except UnicodeEncodeError:
+            return BadInput(document.place, f"{name} must be valid Unicode, it holds half of a surrogate pair")
+        if num_bytes > limit:
+            return BadInput(document.place, f"{name} must be at most {limit:,} bytes, got {num_bytes:,}; split it")
+    if not document.id:
+        return BadInput(document.place, "id must not be empty; leave the field out for an id made from the file's name")
+    if not document.text.strip():
+        return BadInput(document.place, "text must not be empty")
+    if len(document.metadata) > MAX_METADATA_PAIRS:
+        got = len(document.metadata)
+        return BadInput(document.place, f"metadata must be at most {MAX_METADATA_PAIRS} fields, got {got}")
+    return document

@@ -1,0 +1,88 @@
+"""`regrad query`, `regrad delete`, `regrad stats`: what a bank holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from regrad_vllm.cli.connection import add_bank_flags, connect
+from regrad_vllm.cli.console import CommandError, count, say
+
+_SHOWN_CHARACTERS = 80
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    query = commands.add_parser("query", help="the documents nearest to a text")
+    query.add_argument("text")
+    query.add_argument("--top-k", type=int, default=3, help="documents at most (%(default)s)")
+    query.add_argument("--min-score", type=float, help="leave out documents below this cosine")
+    query.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_bank_flags(query)
+    query.set_defaults(run=run_query)
+
+    delete = commands.add_parser("delete", help="documents out of a bank")
+    delete.add_argument("ids", nargs="+", metavar="ID")
+    add_bank_flags(delete)
+    delete.set_defaults(run=run_delete)
+
+    stats = commands.add_parser("stats", help="what a bank holds, as JSON")
+    add_bank_flags(stats, namespace=False)
+    stats.set_defaults(run=run_stats)
+
+
+def run_query(args: argparse.Namespace) -> int:
+    from bank_service.wire.generated import bank_pb2
+
+    request = bank_pb2.QueryRequest(
+        namespace=args.namespace, text=args.text, top_k=args.top_k, min_score=args.min_score, include_text=True
+    )
+    with connect(args.bank) as stub:
+        answer = stub.Query(request)
+    for hit in answer.hits:
+        if args.json:
+            found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4)}
+            say(json.dumps(found | {"title": hit.title, "text": hit.text}, ensure_ascii=False))
+        else:
+            text = " ".join(f"{hit.title}: {hit.text}".split() if hit.title else hit.text.split())
+            cut = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+            say(f"{hit.score:6.3f}  {hit.id}  {cut}")
+    return 0
+
+
+def run_delete(args: argparse.Namespace) -> int:
+    """Deletes what is there; ids that are not are named at the end, with exit status 1."""
+    import grpc
+
+    from bank_service.wire.generated import bank_pb2
+
+    missing = []
+    with connect(args.bank) as stub:
+        for document_id in args.ids:
+            try:
+                answer = stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=args.namespace, id=document_id))
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+                missing.append(document_id)
+            else:
+                say(f"deleted {document_id} (version {answer.version})")
+    if missing:
+        raise CommandError(f"{count(len(missing), 'id')} not in namespace {args.namespace!r}: {', '.join(missing)}")
+    return 0
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    from google.protobuf.json_format import MessageToDict
+
+    from bank_service.wire.generated import bank_pb2
+
+    with connect(args.bank) as stub:
+        answer = stub.GetStats(bank_pb2.GetStatsRequest())
+    # protobuf writes 64-bit integers as strings; these fit JSON's numbers.
+    plain = MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    numbers = {field.name for field in answer.DESCRIPTOR.fields if isinstance(getattr(answer, field.name), int)}
+    plain |= {name: int(plain[name]) for name in numbers - {"cache_available"}}
+    plain["namespaces"] = {entry.namespace: entry.num_documents for entry in answer.namespaces}
+    say(json.dumps(plain, indent=1))
+    return 0

@@ -1,0 +1,53 @@
+"""Command-line flags made from a settings dataclass: the dataclass stays the one place that knows them."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_KINDS = {"Path": Path, "str": str, "int": int, "float": float}
+_FIELD = re.compile(r"^    (\w+): [^#\n]+#\s*(.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of a settings dataclass."""
+
+    name: str
+    kind: str  # annotation, without "| None"
+    default: Any  # MISSING where there is none
+    help: str  # the comment at the field
+
+
+def settings_of(config_class: type) -> tuple[Setting, ...]:
+    """The fields of a dataclass, described by the comments that stand beside them."""
+    comments = dict(_FIELD.findall(inspect.getsource(config_class)))
+    return tuple(
+        Setting(entry.name, str(entry.type).split(" | ")[0], entry.default, comments.get(entry.name, ""))
+        for entry in fields(config_class)
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type, *, skip: Collection[str] = ()) -> None:
+    """One flag per setting, --data-dir for data_dir. Without a default: what is not given is not in the result."""
+    for setting in settings_of(config_class):
+        if setting.name in skip:
+            continue
+        default = "" if setting.default in (None, MISSING) else f" ({setting.default})"
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            dest=setting.name,
+            type=_KINDS[setting.kind],
+            default=argparse.SUPPRESS,
+            help=(setting.help + default).replace("%", "%%"),
+        )
+
+
+def given(args: argparse.Namespace, config_class: type) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {entry.name: getattr(args, entry.name) for entry in fields(config_class) if hasattr(args, entry.name)}

@@ -1,0 +1,58 @@
+"""`regrad ingest`: files and folders → bank, all or nothing as far as can be known before it starts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from regrad_vllm.cli.connection import add_bank_flags
+from regrad_vllm.cli.console import UsageError, count, note, say
+from regrad_vllm.cli.corpus import ENDINGS, BadInput, find_files, read_corpus
+from regrad_vllm.cli.upload import upload
+
+_MAX_LISTED = 20
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    parser = commands.add_parser("ingest", help="documents into a bank", description=__doc__)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{', '.join(ENDINGS)} files, or folders")
+    add_bank_flags(parser)
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what can't be used, instead of stopping")
+    parser.add_argument("--in-flight", type=int, default=64, help="documents sent ahead of the answers (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.in_flight < 1:
+        raise UsageError(f"--in-flight must be at least 1, got {args.in_flight}")
+    files, left_out, bad = find_files(args.paths)
+    if left_out:
+        shown = ", ".join(str(path) for path in left_out[:3])
+        note(f"left out {count(len(left_out), 'file')} with other endings than {', '.join(ENDINGS)}: {shown} …")
+    num_documents = 0
+    for item in read_corpus(files):
+        if isinstance(item, BadInput):
+            bad.append(item)
+        else:
+            num_documents += 1
+    _report_bad(bad, skip=args.skip_bad)
+    if not num_documents:
+        raise UsageError("nothing to ingest: the paths named hold no document that can be used")
+    outcome = upload(args.bank, args.namespace, files, num_documents, in_flight=args.in_flight, skip_bad=args.skip_bad)
+    for item in outcome.refused:
+        note(str(item))
+    say(outcome.summary())
+    return 1 if outcome.refused or bad else 0
+
+
+def _report_bad(bad: list[BadInput], *, skip: bool) -> None:
+    """Names everything that can't be used; UsageError unless it is to be skipped."""
+    for item in bad[:_MAX_LISTED]:
+        note(str(item))
+    if len(bad) > _MAX_LISTED:
+        note(f"… and {len(bad) - _MAX_LISTED:,} more")
+    if bad and not skip:
+        raise UsageError(
+            f"{count(len(bad), 'input')} can't be used, nothing was ingested; mend them or pass --skip-bad"
+        )

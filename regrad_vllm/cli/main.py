@@ -1,0 +1,60 @@
+"""The parser of all commands, and the one place where an error becomes a line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from regrad_vllm.cli import bank, demo, documents, export, ingest, learning, model, serve
+from regrad_vllm.cli.console import CommandError, note
+
+_INTERRUPTED = 130
+# Commands that hand everything after their name to a parser of their own.
+_PASS_ON = ("serve", "eval")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 1 where it failed, 2 where it was used wrongly."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = next((index for index, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    own = name + 1 if name < len(arguments) and arguments[name] in _PASS_ON else len(arguments)
+    args = build_parser().parse_args(arguments[:own], argparse.Namespace(rest=arguments[own:]))
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        note("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to say it to
+        return 1
+    except CommandError as error:
+        status = error.exit_status
+        failure: Exception = error
+    # Every room reports what it can't use as a ValueError, and what it lacks as an OSError or RuntimeError.
+    except (ValueError, OSError, RuntimeError) as error:
+        status, failure = 1, error
+    if args.debug:
+        raise failure
+    note(f"regrad {args.command}: {' '.join(str(failure).split()) or type(failure).__name__}")
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="regrad", description="New knowledge per request: documents as gradients, served by vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"regrad {_version()}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (demo, bank, serve, ingest, documents, export, model, learning):
+        module.add(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("regrad-vllm")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,65 @@
+"""Questions to a running server, all at once, as any OpenAI client would ask them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_MAX_TOKENS = 24
+_TIMEOUT_SECONDS = 600.0
+
+
+class AskError(RuntimeError):
+    """The server didn't answer as it should; the message says what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. ``regrad`` is the body's object of that name; None asks the base model."""
+
+    model: str
+    question: str
+    regrad: dict[str, Any] | None = field(default=None, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    documents: tuple[tuple[str, float], ...]  # (id, score) of the gradients used, best first
+
+
+async def ask_all(base_url: str, system_prompt: str, asks: Sequence[Ask]) -> list[Answer]:
+    """Sends all requests at the same time; answers in their order, with a progress bar. AskError."""
+    import httpx
+    from tqdm import tqdm
+
+    limits = httpx.Limits(max_connections=None)
+    with tqdm(total=len(asks), unit="answer", desc="ask") as bar:
+        async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
+
+            async def one(ask: Ask) -> Answer:
+                answer = await _ask(client, system_prompt, ask)
+                bar.update()
+                return answer
+
+            return await asyncio.gather(*map(one, asks))
+
+
+async def _ask(client: Any, system_prompt: str, ask: Ask) -> Answer:
+    body: dict[str, Any] = {
+        "model": ask.model,
+        "messages": [{"role": "system", "content": system_prompt}, {"role": "user", "content": ask.question}],
+        "temperature": 0,
+        "max_tokens": _MAX_TOKENS,
+    }
+    if ask.regrad is not None:
+        body["regrad"] = ask.regrad
+    response = await client.post("/v1/chat/completions", json=body)
+    if response.status_code != 200:
+        raise AskError(f"the server answered {response.status_code} to {ask.question!r}: {response.text[:500]}")
+    result = response.json()
+    used = result.get("regrad") or {}
+    documents = tuple((document["id"], float(document["score"])) for document in used.get("documents", ()))
+    return Answer(result["choices"][0]["message"]["content"].strip(), documents)

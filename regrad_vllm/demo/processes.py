@@ -1,0 +1,107 @@
+"""The demo's child processes: started with a log each, waited for, and stopped whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+_TAIL_LINES = 15
+_GRACE_SECONDS = 20.0
+
+
+class ServiceFailure(RuntimeError):
+    """A child process ended or didn't get ready; the message names its log and shows the end of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One child process, the leader of a process group of its own."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def failure(self, what: str) -> ServiceFailure:
+        tail = self.log.read_text("utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+        return ServiceFailure("\n".join([f"the {self.name} {what}; the end of {self.log}:", *tail]))
+
+
+class Services:
+    """A context manager that stops, in reverse order, every process started in it and all of their children."""
+
+    def __init__(self, log_folder: Path) -> None:
+        self._log_folder = log_folder
+        self._services: list[Service] = []
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for service in reversed(self._services):
+            stop(service)
+
+    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Service:
+        """`regrad ARGUMENTS…` in this Python, its output in <name>.log."""
+        log = self._log_folder / f"{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "regrad_vllm.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
+            )
+        service = Service(name, process, log)
+        self._services.append(service)
+        return service
+
+
+def wait_until(
+    service: Service, ready: Callable[[], str | None], timeout_seconds: float, progress: Callable[[float], None]
+) -> str:
+    """Polls ``ready`` until it returns something. ServiceFailure where the process ends or the time is up first."""
+    started = time.monotonic()
+    while True:
+        found = ready()
+        if found is not None:
+            return found
+        elapsed = time.monotonic() - started
+        if service.process.poll() is not None:
+            raise service.failure(f"ended with status {service.process.returncode} before it was ready")
+        if elapsed > timeout_seconds:
+            raise service.failure(f"wasn't ready after {timeout_seconds:.0f} s")
+        progress(elapsed)
+        time.sleep(0.25)
+
+
+def stop(service: Service) -> None:
+    """Ends the process as its owner would, then whatever is left of its group."""
+    if service.process.poll() is None:
+        service.process.terminate()
+        try:
+            service.process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            service.process.kill()
+            service.process.wait()
+    try:
+        os.killpg(service.process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # nothing was left
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago, chosen by the kernel."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,49 @@
+"""The demo's documents and questions, and whether an answer is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+DOCUMENTS = DATA / "documents"
+NUM_INVENTED = 24
+NUM_REAL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question whose answer stands in one document."""
+
+    text: str
+    answers: tuple[str, ...]
+    document_id: str
+
+    def is_answered_by(self, answer: str) -> bool:
+        from regrad_vllm.evaluate.metrics import exact_match
+
+        return bool(exact_match(answer, list(self.answers)))
+
+
+def load_questions() -> tuple[Question, ...]:
+    """Questions about invented things, which no model can know, then some about real text."""
+    return _first("invented", NUM_INVENTED) + _first("squad", NUM_REAL)
+
+
+def share_right(questions: Sequence[Question], answers: Sequence[str]) -> float:
+    """Exact match: the share of the questions answered right, to three digits."""
+    right = sum(question.is_answered_by(answer) for question, answer in zip(questions, answers, strict=True))
+    return round(right / len(questions), 3)
+
+
+def _first(name: str, number: int) -> tuple[Question, ...]:
+    """The first question about each of the first ``number`` documents of a set."""
+    lines = (DATA / "questions" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    found: dict[str, Question] = {}
+    for record in map(json.loads, lines):
+        question = Question(record["question"], tuple(record["answers"]), record["document"])
+        found.setdefault(question.document_id, question)
+    return tuple(islice(found.values(), number))

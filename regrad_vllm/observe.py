@@ -1,0 +1,24 @@
+"""Logging of the project's own processes: one format, to standard error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LEVELS = ("debug", "info", "warning", "error")
+_OURS = ("regrad_vllm", "bank_service")
+
+
+def configure_logging(level: str = "info") -> None:
+    """Sends the records of this project's packages to standard error; those of libraries from warnings on.
+
+    Called once, by a process's main. ValueError for an unknown level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"log level must be one of {', '.join(LEVELS)}, got {level!r}")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())
