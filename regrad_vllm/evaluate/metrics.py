@@ -1,0 +1,58 @@
+"""Exact match, token F1 and bootstrap intervals, as for SQuAD (Rajpurkar et al., 2016)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 where the normalised prediction is one of the answers, else 0.0. Nothing answered is wrong."""
+    predicted = normalise(prediction)
+    return float(bool(predicted) and any(predicted == normalise(answer) for answer in answers))
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best F1 over the answers, of the tokens that prediction and answer share. Nothing answered is 0."""
+    return max((_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers), default=0.0)
+
+
+def _f1(predicted: list[str], expected: list[str]) -> float:
+    shared = sum((Counter(predicted) & Counter(expected)).values())
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its bootstrap 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0, num_samples: int = 2000) -> Interval:
+    """Percentile bootstrap over questions. ValueError for no values."""
+    if not values:
+        raise ValueError("values must not be empty; nothing was answered")
+    array = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    means = array[rng.integers(0, len(array), (num_samples, len(array)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(float(array.mean()), float(low), float(high))
