@@ -7,7 +7,7 @@ import sys
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LEVELS = ("debug", "info", "warning", "error")
-_OURS = ("regrad_vllm", "bank_service")
+_OURS = ("regrad", "regrad_vllm", "bank_service")
 
 
 def configure_logging(level: str = "info") -> None:

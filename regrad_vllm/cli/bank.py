@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bank_service.config import BankConfig
 from regrad_vllm.cli.connection import DEFAULT_PORT
-from regrad_vllm.cli.console import note, say
+from regrad_vllm.cli.console import CommandError, note, say
 from regrad_vllm.cli.flags import add_flags, given
 
 if TYPE_CHECKING:
@@ -32,11 +32,14 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {"data_dir": default_data_dir(), "port": DEFAULT_PORT}
     config = BankConfig(**(settings | given(args, BankConfig)))
 
+    from bank_service.errors import BankInUseError, CollectionMismatchError
     from bank_service.server import serve
     from bank_service.wire.tracing import configure_tracing
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.encoder import GradientEncoder
+    from regrad_vllm.observe import configure_logging
 
+    configure_logging()
     stop_tracing = configure_tracing("regrad-bank")
     model = resolve_model(args.model)
     learner = args.learner or shipped_learner()
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         encoder = GradientEncoder.load(model, learner)
         asyncio.run(serve(config, encoder, ready=_announce))
+    except (BankInUseError, CollectionMismatchError) as error:
+        raise CommandError(str(error)) from error
     finally:
         stop_tracing()
     return 0

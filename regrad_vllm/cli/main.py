@@ -13,6 +13,8 @@ from regrad_vllm.cli.console import CommandError, note
 _INTERRUPTED = 130
 # Commands that hand everything after their name to a parser of their own.
 _PASS_ON = ("serve", "eval")
+# Command → the extra that brings what it imports; the rest need what every installation has.
+_EXTRAS = {"bank": "bank,train", "serve": "cpu", "train": "train", "eval": "train", "demo": "cpu,bank"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,16 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to say it to
         return 1
-    except CommandError as error:
-        status = error.exit_status
-        failure: Exception = error
     # Every room reports what it can't use as a ValueError, and what it lacks as an OSError or RuntimeError.
-    except (ValueError, OSError, RuntimeError) as error:
-        status, failure = 1, error
-    if args.debug:
-        raise failure
-    note(f"regrad {args.command}: {' '.join(str(failure).split()) or type(failure).__name__}")
-    return status
+    except (CommandError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        note(f"regrad {args.command}: {_explain(args.command, error)}")
+        return error.exit_status if isinstance(error, CommandError) else 1
+
+
+def _explain(command: str, error: Exception) -> str:
+    """What to print of an error: one line, but for a CommandError that chose to have several."""
+    if isinstance(error, CommandError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get(command, "cpu")
+        return f"the package {error.name} must be installed; run pip install 'regrad-vllm[{extra}]', which has it"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:

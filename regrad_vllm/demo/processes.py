@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from regrad_vllm.cli.console import CommandError
+
 _TAIL_LINES = 15
 _GRACE_SECONDS = 20.0
+_POLL_SECONDS = 0.5
 
 
-class ServiceFailure(RuntimeError):
+class ServiceFailure(CommandError):
     """A child process ended or didn't get ready; the message names its log and shows the end of it."""
 
 
@@ -67,22 +70,26 @@ class Services:
         return service
 
 
-def wait_until(
-    service: Service, ready: Callable[[], str | None], timeout_seconds: float, progress: Callable[[float], None]
-) -> str:
-    """Polls ``ready`` until it returns something. ServiceFailure where the process ends or the time is up first."""
-    started = time.monotonic()
-    while True:
-        found = ready()
-        if found is not None:
-            return found
-        elapsed = time.monotonic() - started
-        if service.process.poll() is not None:
-            raise service.failure(f"ended with status {service.process.returncode} before it was ready")
-        if elapsed > timeout_seconds:
-            raise service.failure(f"wasn't ready after {timeout_seconds:.0f} s")
-        progress(elapsed)
-        time.sleep(0.25)
+def waiting(service: Service, ready: Callable[[], str | None], timeout_seconds: float) -> str:
+    """Polls ``ready`` until it returns something, with a clock on screen.
+
+    ServiceFailure where the process ends or the time is up first.
+    """
+    from tqdm import tqdm
+
+    begun = time.monotonic()
+    with tqdm(desc=f"{service.name}: starting", bar_format="{desc} {elapsed}") as clock:
+        while True:
+            found = ready()
+            if found is not None:
+                clock.set_description_str(f"{service.name}: ready after")
+                return found
+            if service.process.poll() is not None:
+                raise service.failure(f"ended with status {service.process.returncode} before it was ready")
+            if time.monotonic() - begun > timeout_seconds:
+                raise service.failure(f"wasn't ready after {timeout_seconds:.0f} s")
+            clock.refresh()
+            time.sleep(_POLL_SECONDS)
 
 
 def stop(service: Service) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from regrad_vllm.evaluate.metrics import exact_match
+
 DATA = Path(__file__).parent / "data"
 DOCUMENTS = DATA / "documents"
 NUM_INVENTED = 24
@@ -23,9 +25,7 @@ class Question:
     document_id: str
 
     def is_answered_by(self, answer: str) -> bool:
-        from regrad_vllm.evaluate.metrics import exact_match
-
-        return bool(exact_match(answer, list(self.answers)))
+        return bool(exact_match(answer, self.answers))
 
 
 def load_questions() -> tuple[Question, ...]:

@@ -1,0 +1,43 @@
+"""What to type after the demo, to do the same by hand."""
+
+from __future__ import annotations
+
+from regrad_vllm.cli.connection import DEFAULT_BANK
+from regrad_vllm.cli.console import say
+
+_COMMANDS = f"""
+Go on by hand, from this folder. Three terminals, or & behind the first two:
+
+  . .venv/bin/activate
+  regrad bank
+  regrad serve "$(regrad model)" --served-model-name smollm2 --port 8000
+
+  regrad ingest regrad_vllm/demo/data/documents
+  regrad query "Who commands the Quilegren?"
+
+  curl -s http://localhost:8000/v1/chat/completions -H 'content-type: application/json' -d \\
+    '{{"model": "smollm2-regrad", "messages": [{{"role": "user", "content": "Who commands the Quilegren?"}}]}}'
+
+  python - <<'END'
+  from openai import OpenAI
+  client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+  answer = client.chat.completions.create(
+      model="smollm2",
+      messages=[{{"role": "user", "content": "Who commands the Quilegren?"}}],
+      extra_body={{"regrad": {{"top_k": 1}}}},
+  )
+  print(answer.choices[0].message.content, answer.model_extra["regrad"]["documents"])
+  END
+
+  python - <<'END'
+  import grpc
+  from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+  bank = bank_pb2_grpc.BankServiceStub(grpc.insecure_channel("{DEFAULT_BANK}"))
+  for hit in bank.Query(bank_pb2.QueryRequest(text="Who commands the Quilegren?", top_k=3)).hits:
+      print(hit.id, hit.version, hit.score)
+  END
+"""
+
+
+def show() -> None:
+    say(_COMMANDS)

@@ -1,0 +1,172 @@
+"""The demo: documents in, a changed answer out, a document gone and its answer with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrad_vllm.cli.bank import READY
+from regrad_vllm.cli.connection import connect
+from regrad_vllm.cli.console import count, say
+from regrad_vllm.cli.corpus import CorpusDocument, find_files, read_corpus
+from regrad_vllm.cli.upload import upload
+from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
+from regrad_vllm.demo import by_hand
+from regrad_vllm.demo.asking import Answer, Ask, ask_all
+from regrad_vllm.demo.processes import Service, Services, free_port, waiting
+from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
+from regrad_vllm.demo.table import render
+
+BASE, REGRAD = "smollm2", "smollm2-regrad"
+_NAMESPACE = "demo"
+_BANK_SECONDS, _SERVER_SECONDS = 120.0, 300.0
+_COLUMNS = (36, 22, 22, 31)
+
+
+def run_demo(*, model: str | None, learner: Path | None) -> int:
+    """Runs it all. Returns 0 where everything came out as it must; raises what a service died of."""
+    begun = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="regrad-demo-"))
+    model_folder = resolve_model(model) if model else ensure_default_model()
+    stage = Stage(folder, model_folder, learner or shipped_learner(), load_questions())
+    try:
+        with Services(folder) as services:
+            figures = stage.play(services)
+    except BaseException:
+        say(f"the demo did not end well; its logs are in {folder}")
+        raise
+    shutil.rmtree(folder)
+    by_hand.show()
+    figures["seconds"] = round(time.monotonic() - begun, 1)
+    say(json.dumps(figures))
+    return 0 if figures["deleted_ok"] and figures["base_weights_unchanged"] else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One performance: where it writes, what it serves, what it asks."""
+
+    folder: Path
+    model: Path
+    learner: Path
+    questions: tuple[Question, ...]
+
+    def play(self, services: Services) -> dict[str, Any]:
+        """From documents to figures."""
+        bank = self._start_bank(services)
+        url, server = self._start_server(services, bank)
+        self._ingest(bank)
+        _wait_for_server(server, url)
+        weights = base_weights(url)
+        base, learner_alone, regrad = self._ask_everything(url)
+        self._show(base, learner_alone, regrad)
+        deleted_ok = self._delete_one(url, bank, regrad)
+        unchanged = base_weights(url) == weights
+        say(f"SHA-256 of the base model's weights before and after: {'equal' if unchanged else 'DIFFERENT'}")
+        return {
+            "questions": len(self.questions),
+            "base_em": share_right(self.questions, [answer.text for answer in base]),
+            "learner_em": share_right(self.questions, [answer.text for answer in learner_alone]),
+            "regrad_em": share_right(self.questions, [answer.text for answer in regrad]),
+            "deleted_ok": deleted_ok,
+            "base_weights_unchanged": unchanged,
+        }
+
+    def _start_bank(self, services: Services) -> str:
+        """Starts a bank on a port that the kernel chooses; its address."""
+        flags = ["--data-dir", str(self.folder / "bank"), "--port", "0"]
+        bank = services.start("bank", ["bank", "--model", str(self.model), "--learner", str(self.learner), *flags])
+
+        def address() -> str | None:
+            lines = bank.log.read_text("utf-8", errors="replace").splitlines()
+            return next((line.removeprefix(READY) for line in lines if line.startswith(READY)), None)
+
+        return waiting(bank, address, _BANK_SECONDS)
+
+    def _start_server(self, services: Services, bank: str) -> tuple[str, Service]:
+        """Starts vLLM with ReGrad; doesn't wait for it."""
+        port = str(free_port())
+        regrad = ["--bank", bank, "--namespace", _NAMESPACE, "--learner", str(self.learner)]
+        flags = ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", port, "--max-model-len", "1024"]
+        server = services.start("server", ["serve", str(self.model), *regrad, *flags])
+        return f"http://127.0.0.1:{port}", server
+
+    def _ingest(self, bank: str) -> None:
+        files, _, _ = find_files([DOCUMENTS])
+        num_documents = sum(isinstance(item, CorpusDocument) for item in read_corpus(files))
+        say(f"ingesting {count(num_documents, 'document')} from {DOCUMENTS} (the server starts meanwhile)")
+        say(upload(bank, _NAMESPACE, files, num_documents).summary())
+
+    def _ask_everything(self, url: str) -> tuple[list[Answer], list[Answer], list[Answer]]:
+        """Every question three ways, all at once: base model, φ* alone, ReGrad."""
+        texts = [question.text for question in self.questions]
+        asks = [
+            *(Ask(BASE, text) for text in texts),
+            *(Ask(REGRAD, text, {"gamma": 0.0}) for text in texts),
+            *(Ask(REGRAD, text, {}) for text in texts),
+        ]
+        say(f"asking {len(texts)} questions three ways, {len(asks)} requests at once")
+        answers = asyncio.run(ask_all(url, self._system_prompt(), asks))
+        n = len(texts)
+        return answers[:n], answers[n : 2 * n], answers[2 * n :]
+
+    def _system_prompt(self) -> str:
+        from regrad_vllm.learner import Learner
+
+        return Learner.load(self.learner).config.prompts.system
+
+    def _show(self, base: Sequence[Answer], learner_alone: Sequence[Answer], regrad: Sequence[Answer]) -> None:
+        rows = [("question → right answer", "base model", "ReGrad", "documents used, with scores")]
+        for question, plain, answer in zip(self.questions, base, regrad, strict=True):
+            used = "\n".join(f"{score:.2f} {name}" for name, score in answer.documents)
+            asked = f"{question.text} → {question.answers[0]}"
+            rows.append((asked, _marked(question, plain), _marked(question, answer), used))
+        say("\n" + "\n".join(render(_COLUMNS, rows)) + "\n")
+
+    def _delete_one(self, url: str, bank: str, regrad: Sequence[Answer]) -> bool:
+        """Deletes the document of a question that ReGrad answered right, asks again; True where the answer went."""
+        from bank_service.wire.generated import bank_pb2
+
+        right = [i for i, question in enumerate(self.questions) if question.is_answered_by(regrad[i].text)]
+        chosen = right[0] if right else 0
+        question, before = self.questions[chosen], regrad[chosen]
+        with connect(bank) as stub:
+            stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=_NAMESPACE, id=question.document_id))
+        (after,) = asyncio.run(ask_all(url, self._system_prompt(), [Ask(REGRAD, question.text, {})]))
+        say(f"deleted {question.document_id} and asked again: {question.text}")
+        say(f"  before: {before.text}\n  after:  {after.text}")
+        used_before = question.document_id in [name for name, _ in before.documents]
+        used_after = question.document_id in [name for name, _ in after.documents]
+        return used_before and not used_after and not question.is_answered_by(after.text)
+
+
+def _marked(question: Question, answer: Answer) -> str:
+    return f"{'✓' if question.is_answered_by(answer.text) else '✗'} {' '.join(answer.text.split())}"
+
+
+def _wait_for_server(server: Service, url: str) -> None:
+    import httpx
+
+    def healthy() -> str | None:
+        try:
+            return "ready" if httpx.get(f"{url}/health", timeout=5).status_code == 200 else None
+        except httpx.TransportError:
+            return None
+
+    waiting(server, healthy, _SERVER_SECONDS)
+
+
+def base_weights(url: str) -> Any:
+    """The digests that the workers compute of their base weights now."""
+    import httpx
+
+    response = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=120)
+    response.raise_for_status()
+    return response.json()["base_weights"]

@@ -1,0 +1,114 @@
+"""The command line's own behaviour: light help, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regrad_vllm.cli import main
+from regrad_vllm.cli.main import build_parser
+
+ROOT = Path(__file__).parents[2]
+NOWHERE = "127.0.0.1:1"  # nothing listens on port 1
+
+
+def _regrad(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "regrad_vllm.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_loads_neither_torch_nor_vllm_nor_grpc() -> None:
+    program = (
+        "import sys\nfrom regrad_vllm.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.stderr.write(str([name for name in ('torch', 'vllm', 'grpc', 'transformers') if name in sys.modules]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stderr == "[]"
+    for command in ("demo", "bank", "serve", "ingest", "query", "delete", "stats", "export", "model", "train", "eval"):
+        assert re.search(rf"^\s+{command}\s", result.stdout, re.MULTILINE), f"{command} is not in the help"
+
+
+@pytest.mark.parametrize("command", ["demo", "bank", "ingest", "query", "delete", "stats", "export", "model", "train"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        build_parser().parse_args([command, "--help"])
+    assert raised.value.code == 0
+    assert f"usage: regrad {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["frobnicate"], ["query"], ["query", "x", "--top-k", "many"], ["stats", "--no"]]
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert "usage: regrad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["query", "x"], ["stats"], ["delete", "x"], ["ingest", str(ROOT / "README.md")]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_bank_that_is_not_there_is_one_line_that_says_what_to_do(arguments: list[str]) -> None:
+    result = _regrad(*arguments, "--bank", NOWHERE)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"regrad {arguments[0]}: the bank at {NOWHERE} is not available")
+    assert "start one with `regrad bank`" in last
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = _regrad("--debug", "stats", "--bank", NOWHERE)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bank", "--codec", "gif"], "codec must be one of"),
+        (["bank", "--port", "70000"], "port must be in 0..65535, got 70000"),
+        (["bank", "--cache-timeout-ms", "0"], "cache_timeout_ms must be in 1..60000, got 0"),
+        (["bank", "--redis-url", "localhost"], "redis_url must start with redis://"),
+        (["bank", "--learner", "/nowhere"], "/nowhere/regrad.json does not exist"),
+        (["bank", "--model", "/nowhere"], "model must be 'default', a folder or a hub id"),
+        (["train", "/nowhere.toml"], "config /nowhere.toml does not exist"),
+        (["export", str(ROOT / "tests"), "--document", "x"], "must be absent or an empty folder"),
+        (["ingest", "/nowhere"], "1 input can't be used, nothing was ingested; mend them or pass --skip-bad"),
+        (["ingest", "--in-flight", "0", "README.md"], "--in-flight must be at least 1, got 0"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_one_line_that_names_it(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert main(arguments) in (1, 2)
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith(f"regrad {arguments[0]}: ")
+    assert message in last
+    assert captured.out == ""
+
+
+def test_bad_inputs_are_all_listed_before_anything_is_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.txt").write_text("A sentence.")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "lines.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    # The bank is not there: had anything been sent, the message would be about the bank.
+    assert main(["ingest", str(tmp_path), "--bank", NOWHERE]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"{tmp_path}/empty.txt: must hold some text") for line in lines)
+    assert any(line.startswith(f"{tmp_path}/lines.jsonl:2: must be a JSON object") for line in lines)
+    assert lines[-1].startswith("regrad ingest: 2 inputs can't be used, nothing was ingested")

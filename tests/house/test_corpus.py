@@ -1,0 +1,138 @@
+"""What `regrad ingest` reads out of files, and what it says about those it can't use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bank_service.wire.limits import MAX_ID_BYTES, MAX_METADATA_PAIRS, MAX_TEXT_BYTES
+from regrad_vllm.cli.corpus import BadInput, CorpusDocument, find_files, read_corpus
+
+
+def _read(*paths: Path) -> tuple[list[CorpusDocument], list[BadInput]]:
+    files, _, bad = find_files(paths)
+    documents = []
+    for item in read_corpus(files):
+        if isinstance(item, BadInput):
+            bad.append(item)
+        else:
+            documents.append(item)
+    return documents, bad
+
+
+def _write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_ids_are_paths_below_the_folder_with_a_number_where_a_file_has_several_passages(tmp_path: Path) -> None:
+    _write(tmp_path / "a.txt", "Short.")
+    _write(tmp_path / "sub" / "b.md", "# One\n\nFirst.\n\n# Two\n\nSecond.")
+    documents, bad = _read(tmp_path)
+    assert not bad
+    assert [(document.id, document.title) for document in documents] == [
+        ("a.txt", ""),
+        ("sub/b.md#1", "One"),
+        ("sub/b.md#2", "Two"),
+    ]
+
+
+def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path) -> None:
+    lines = [{"id": "x", "title": "T", "text": "A.", "year": 1999, "by": "me"}, {"text": "B."}]
+    path = _write(tmp_path / "d.jsonl", "\n\n".join(map(json.dumps, lines)) + "\n")
+    documents, bad = _read(path)
+    assert not bad
+    first, second = documents
+    assert (first.id, first.title, first.text) == ("x", "T", "A.")
+    assert dict(first.metadata) == {"year": "1999", "by": "me"}
+    assert second.id == "d.jsonl#3"
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
+    documents, _ = _read(_write(tmp_path / "a.txt", "\ufeffHello there."))
+    assert documents[0].text == "Hello there."
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "must be a JSON object, got list"),
+        ('{"body": "x"}', "must have a field 'text'; it has ['body']"),
+        ('{"text": 3}', "text must be a string, got int"),
+        ('{"text": "  "}', "text must not be empty"),
+        ('{"text": "x", "id": ""}', "id must not be empty"),
+        (json.dumps({"text": "x", "id": "i" * (MAX_ID_BYTES + 1)}), f"id must be at most {MAX_ID_BYTES} bytes"),
+        (json.dumps({"text": "x" * (MAX_TEXT_BYTES + 1)}), "text must be at most"),
+        ('{"text": "x", "tags": ["a"]}', "field 'tags' must be a string or number"),
+        ('{"text": "x", "metadata": 1}', "metadata must be an object"),
+        (json.dumps({"text": "x"} | {f"k{n}": "v" for n in range(MAX_METADATA_PAIRS + 1)}), "metadata must be at most"),
+        ('{"text": "\\ud800"}', "must be valid Unicode"),
+        ('{"text": "x", "k": "\\ud800"}', "must be valid Unicode"),
+        ("[" * 100_000, "must be a JSON object"),
+        (b'{"text": "\xff"}', "must be UTF-8, byte 10 is not"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, reason: str) -> None:
+    content = (
+        b'{"text": "good"}\n' + (line if isinstance(line, bytes) else line.encode()) + b'\n{"text": "also good"}\n'
+    )
+    path = _write(tmp_path / "d.jsonl", content)
+    documents, bad = _read(path)
+    assert [document.text for document in documents] == ["good", "also good"]
+    assert len(bad) == 1
+    assert bad[0].place == f"{path}:2"
+    assert reason in bad[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"", "must hold some text"),
+        ("a.md", b"# Only a heading\n", "must hold some text"),
+        ("a.txt", b"GIF89a\0\1", "holds a zero byte at offset 6"),
+        ("a.txt", b"caf\xe9", "must be UTF-8, byte 3 is not"),
+        ("a.jsonl", b"\n\n", "one JSON object a line"),
+        ("a.pdf", b"%PDF", "its ending must be one of .txt, .md, .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    path = _write(tmp_path / name, content)
+    documents, bad = _read(path)
+    assert not documents
+    assert [item.place for item in bad] == [str(path)]
+    assert reason in bad[0].reason
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    _, bad = _read(tmp_path / "nowhere")
+    assert bad == [BadInput(str(tmp_path / "nowhere"), "no such file or folder")]
+
+
+def test_an_id_that_occurs_twice_is_reported_with_both_places(tmp_path: Path) -> None:
+    path = _write(tmp_path / "d.jsonl", '{"id": "x", "text": "A."}\n{"id": "x", "text": "B."}\n')
+    documents, bad = _read(path)
+    assert [document.text for document in documents] == ["A."]
+    assert str(bad[0]) == f"{path}:2: id 'x' must be unique, {path}:1 has it too; rename one"
+
+
+def test_other_files_in_a_folder_are_left_out_and_reported_hidden_ones_ignored(tmp_path: Path) -> None:
+    _write(tmp_path / "a.txt", "Text.")
+    picture = _write(tmp_path / "b.png", b"\x89PNG")
+    _write(tmp_path / ".git" / "c.txt", "hidden")
+    files, left_out, bad = find_files([tmp_path])
+    assert [file.id for file in files] == ["a.txt"]
+    assert left_out == [picture]
+    assert not bad
+
+
+def test_a_text_file_beyond_one_documents_limit_is_cut_into_passages(tmp_path: Path) -> None:
+    sentence = "The harbour master of Orlen counts every boat twice before noon. "
+    path = _write(tmp_path / "long.txt", sentence * (2 * MAX_TEXT_BYTES // len(sentence)))
+    documents, bad = _read(path)
+    assert not bad
+    assert len(documents) > 100
+    assert documents[-1].id == f"long.txt#{len(documents)}"

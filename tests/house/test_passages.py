@@ -1,0 +1,84 @@
+"""Long texts are cut where a reader would cut them, and lose nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from regrad_vllm.cli.passages import TARGET_WORDS, split_markdown, split_plain
+
+
+def _prose(num_sentences: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    sentences = []
+    for number in range(num_sentences):
+        words = [f"w{rng.randrange(999)}" for _ in range(rng.randint(6, 25))]
+        sentences.append(" ".join(words).capitalize() + f" n{number}.")
+    return " ".join(sentences)
+
+
+@pytest.mark.parametrize("num_sentences", [1, 5, 9, 40, 200])
+def test_no_word_is_lost_or_moved(num_sentences: int) -> None:
+    text = _prose(num_sentences)
+    passages = split_plain(text)
+    assert " ".join(passage.text for passage in passages).split() == text.split()
+
+
+def test_passages_have_about_the_target_length_and_end_with_a_sentence() -> None:
+    passages = split_plain(_prose(200))
+    lengths = [len(passage.text.split()) for passage in passages]
+    assert len(passages) > 10
+    assert max(lengths) <= 1.5 * TARGET_WORDS
+    assert min(lengths) >= 0.5 * TARGET_WORDS
+    assert all(passage.text.endswith(".") for passage in passages)
+
+
+def test_paragraphs_stay_together_where_they_fit() -> None:
+    paragraphs = [_prose(5, seed) for seed in range(6)]
+    passages = split_plain("\n\n".join(paragraphs))
+    joined = [passage.text for passage in passages]
+    assert len(joined) > 1
+    for paragraph in paragraphs:
+        assert any(paragraph in text for text in joined)
+
+
+def test_a_text_without_any_full_stop_is_still_cut() -> None:
+    passages = split_plain(" ".join(f"word{number}" for number in range(1000)))
+    assert [len(passage.text.split()) for passage in passages[:-1]] == [TARGET_WORDS] * (len(passages) - 1)
+
+
+def test_a_script_without_spaces_is_cut_and_loses_nothing() -> None:
+    text = "".join(f"这是第{number}句话，讲的是一座不存在的桥。" for number in range(400))
+    passages = split_plain(text)
+    assert len(passages) > 3
+    assert "".join(passage.text for passage in passages).replace(" ", "").replace("\n", "") == text
+
+
+def test_markdown_headings_become_titles_with_the_headings_above_them() -> None:
+    text = "Before.\n\n# Guide\n\nOne.\n\n## Install\n\nTwo.\n\n```sh\n# not a heading\n```\n\n# Next\nThree."
+    assert [(passage.title, passage.text) for passage in split_markdown(text)] == [
+        ("", "Before."),
+        ("Guide", "One."),
+        ("Guide / Install", "Two.\n\n```sh\n# not a heading\n```"),
+        ("Next", "Three."),
+    ]
+
+
+def test_a_plain_text_takes_a_first_line_that_stands_alone_as_its_heading() -> None:
+    assert [passage.title for passage in split_plain("The bridge of Orlen\n\nIt is built of oak.")] == [
+        "The bridge of Orlen"
+    ]
+    assert [passage.title for passage in split_plain("It is built of oak.\n\nAnd of stone.")] == [""]
+    assert [passage.title for passage in split_plain("one line\nanother line")] == [""]
+
+
+def test_windows_line_ends_separate_paragraphs_too() -> None:
+    assert [passage.text for passage in split_plain("Heading\r\n\r\nBody one.\r\n\r\nBody two.")] == [
+        "Body one.\n\nBody two."
+    ]
+
+
+def test_an_empty_text_has_no_passage() -> None:
+    assert split_plain(" \n\n ") == []
+    assert split_markdown("# Only a heading\n") == []
