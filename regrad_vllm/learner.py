@@ -7,9 +7,11 @@ numpy only: a server process reads a learner without torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,21 +57,14 @@ class Prompts:
 
     def render_document(self, title: str, text: str) -> str:
         """The text whose language-model loss is the inner loss."""
-        if title:
-            return self.document.replace("{title}", title, 1).replace("{text}", text, 1)
-        return self.document_untitled.replace("{text}", text, 1)
+        return _fill(self.document if title else self.document_untitled, title=title, text=text)
 
     def render_blind(self, question: str) -> str:
-        return self.blind.replace("{question}", question, 1)
+        return _fill(self.blind, question=question)
 
-    def render_icl(self, question: str, documents: list[str]) -> str:
-        joined = "\n\n".join(documents)
-        head, tail = self.icl.split("{documents}", 1)
-        return (
-            head.replace("{question}", question, 1) + joined + tail.replace("{question}", question, 1)
-            if "{question}" in tail
-            else head.replace("{question}", question, 1) + joined + tail
-        )
+    def render_icl(self, question: str, documents: Sequence[str]) -> str:
+        """``documents``: rendered, best first."""
+        return _fill(self.icl, question=question, documents="\n\n".join(documents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +230,12 @@ def num_step_sizes(kind: StepSizeKind, layout: Layout) -> int:
     return {"tie": len(layout.tensors), "same": 1, "fix": 1, "full": layout.num_values}[kind]
 
 
-def _digest_array(values: NDArray[np.float32]) -> str:
-    import hashlib
+def _fill(template: str, **values: str) -> str:
+    """Fills every {name} in one pass, so that braces in a value stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
+
+def _digest_array(values: NDArray[np.float32]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
 
 

@@ -1,0 +1,118 @@
+"""Meta-training end to end on a tiny model with the default model's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regrad_vllm.default_model import ensure_default_model
+from regrad_vllm.encode.encoder import GradientEncoder, plan_passes
+from regrad_vllm.learn.config import ConfigError, TrainConfig
+from regrad_vllm.learn.train import train
+from regrad_vllm.learner import Learner, LearnerError
+from tests.method.conftest import tiny_model
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    default = ensure_default_model()
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("Llama", vocab_size=49152).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        (folder / name).write_bytes((default / name).read_bytes())
+    return folder
+
+
+def config(output: Path, num_steps: int) -> TrainConfig:
+    return TrainConfig(
+        base_model="", output=str(output), first_layer=2, rank=4, lora_alpha=8, num_steps=num_steps, tokens_per_step=200,
+        max_tasks=3, questions_per_task=2, num_synthetic=50, compute_dtype="float32", validate_every=4, checkpoint_every=2,
+        learning_rate=3e-3, seed=5,
+    )  # fmt: skip
+
+
+def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_does(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    whole = train(config(tmp_path / "whole", 6), model_folder=model_folder)
+    short = config(tmp_path / "parts", 6)
+    with pytest.MonkeyPatch.context() as patch:
+        # The machine goes away in step 5: after the checkpoint at 4, before the next.
+        import regrad_vllm.learn.train as module
+
+        real, calls = module.meta_loss, []
+
+        def breaks(*args: object) -> object:
+            calls.append(1)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+            return real(*args)  # type: ignore[arg-type]
+
+        patch.setattr(module, "meta_loss", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            train(short, model_folder=model_folder)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(short, model_folder=model_folder)
+    parts = train(short, model_folder=model_folder, resume=True)
+    one, two = Learner.load(whole), Learner.load(parts)
+    assert np.allclose(one.phi, two.phi, atol=1e-6) and np.allclose(one.step_sizes, two.step_sizes, atol=1e-6)
+    steps = [json.loads(line) for line in Path(f"{whole}.run/log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in steps if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert one.config.training["num_steps"] == 6
+
+
+def test_the_trained_learner_encodes_documents_and_says_what_it_cut(tmp_path: Path, model_folder: Path) -> None:
+    settings = replace(config(tmp_path / "learner", 1), max_document_tokens=16)
+    folder = train(settings, model_folder=model_folder)
+    encoder = GradientEncoder.load(model_folder, folder)
+    short, long = ("", "A short text."), ("Title", "many words " * 30)
+    results = encoder.encode([long, short, long])
+    assert [entry.truncated for entry in results] == [True, False, True]
+    assert [entry.num_tokens for entry in results][::2] == [16, 16] and results[1].num_tokens < 16
+    (alone,) = encoder.encode([short])
+    error = np.linalg.norm(alone.values - results[1].values) / np.linalg.norm(alone.values)
+    assert error <= 1e-5
+    assert np.array_equal(results[0].values, results[2].values)
+    assert encoder.spec.num_values == results[0].values.shape[0]
+
+
+def test_a_learner_is_refused_for_another_base_model(tmp_path: Path, model_folder: Path) -> None:
+    folder = train(config(tmp_path / "learner", 1), model_folder=model_folder)
+    other = tmp_path / "other"
+    tiny_model("Llama", vocab_size=49152, seed=1).save_pretrained(other)
+    for name in TOKENIZER_FILES:
+        (other / name).write_bytes((model_folder / name).read_bytes())
+    with pytest.raises(LearnerError, match="was made for the base model"):
+        GradientEncoder.load(other, folder)
+
+
+def test_passes_hold_every_document_once_and_stay_within_their_bounds() -> None:
+    lengths = [500, 3, 3000, 40, 41, 2, 512] + [7] * 70
+    passes = list(plan_passes(lengths))
+    assert sorted(index for chosen in passes for index in chosen) == list(range(len(lengths)))
+    assert all(len(chosen) == 1 or len(chosen) * max(lengths[i] for i in chosen) <= 2048 for chosen in passes)
+    assert max(map(len, passes)) <= 32
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rnak = 4", "unknown key 'rnak'"),
+        ("rank = 0", "rank must be at least 1"),
+        ("learning_rate = nan", "learning_rate"),
+        ('step_size_kind = "x"', "step_size_kind"),
+        ("sets = {squad = 1.0}", "data_folder"),
+    ],
+)
+def test_a_bad_config_is_an_error_that_names_the_key(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f'base_model = "default"\noutput = "o"\nfirst_layer = 1\n{line}\n')
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.load(path)
