@@ -1,0 +1,321 @@
+"""The arena: gradient records in shared memory, one file per record, named by its digest.
+
+The API process fills it, the engine's workers map its files read-only. A record that an in-flight request
+uses is pinned and never evicted; among the others the least recently used go first. One folder per server,
+locked by its owner as long as that lives, so that the next start sweeps what a killed server left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER_PREFIX = "regrad-arena-"
+_LOCK_NAME = "owner.lock"
+_SWEEP_LOCK_NAME = ".regrad-arena.sweep"
+
+
+class ArenaError(RuntimeError):
+    """The arena can't do what was asked; the message says why."""
+
+
+class ArenaFull(ArenaError):
+    """No room: everything that is in the arena is in use."""
+
+
+class ArenaCorrupt(ArenaError):
+    """Bytes don't have the digest that they were stored or asked for under."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaFigures:
+    """What the arena holds and did so far."""
+
+    max_bytes: int
+    used_bytes: int
+    num_records: int
+    num_pinned: int
+    num_leases: int
+    num_hits: int
+    num_misses: int
+    num_evictions: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    num_bytes: int
+    num_pins: int = 0
+    doomed: bool = False  # removed with its last pin and not handed out again
+
+
+def default_root() -> Path:
+    """Shared memory where the system has it, else the folder for temporary files."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def read_record(folder: str | Path, digest: str) -> bytes:
+    """One record of an arena, checked against its digest. ArenaCorrupt, or ArenaError where it isn't there.
+
+    This is the workers' side: it takes no lock, because a published file is never written again.
+    """
+    try:
+        record = (Path(folder) / _file_name(digest)).read_bytes()
+    except FileNotFoundError as error:
+        raise ArenaError(f"arena {folder} must hold gradient {digest}, it does not; was its folder removed?") from error
+    if hashlib.sha256(record).hexdigest() != digest:
+        raise ArenaCorrupt(f"gradient {digest} in arena {folder} must have that SHA-256; its file was damaged")
+    return record
+
+
+class Arena:
+    """All gradient records of one server. Thread-safe; every method is synchronous and short."""
+
+    def __init__(self, folder: Path, max_bytes: int, lock_file: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._lock_file = lock_file  # open as long as the arena: its flock says that the owner lives
+        self._mutex = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._used_bytes = 0
+        self._num_leases = 0
+        self._num_hits = 0
+        self._num_misses = 0
+        self._num_evictions = 0
+
+    @classmethod
+    def open(cls, root: str | Path | None, max_bytes: int) -> Arena:
+        """A new, empty arena under ``root``; folders of dead owners are removed first.
+
+        ArenaError where the folder can't be made.
+        """
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+        root = Path(root) if root is not None else default_root()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _sweep_lock(root):
+                sweep(root)
+                folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
+                lock_file = os.open(folder / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArenaError(f"arena folder under {root} can't be made: {error}; set REGRAD_ARENA_DIR") from error
+        return cls(folder, max_bytes, lock_file)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def lease(self) -> Lease:
+        """A new lease: what one request pins. Release it when the engine is done with the request."""
+        with self._mutex:
+            self._num_leases += 1
+        return Lease(self)
+
+    def figures(self) -> ArenaFigures:
+        with self._mutex:
+            return ArenaFigures(
+                max_bytes=self._max_bytes,
+                used_bytes=self._used_bytes,
+                num_records=len(self._entries),
+                num_pinned=sum(entry.num_pins > 0 for entry in self._entries.values()),
+                num_leases=self._num_leases,
+                num_hits=self._num_hits,
+                num_misses=self._num_misses,
+                num_evictions=self._num_evictions,
+            )
+
+    def close(self) -> None:
+        """Removes the folder and gives its lock up. Idempotent."""
+        with self._mutex:
+            if self._lock_file < 0:
+                return
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock_file)
+            self._lock_file = -1
+            self._entries.clear()
+            self._used_bytes = 0
+
+    # What leases do, under the mutex.
+
+    def _pin_present(self, digests: Iterable[str]) -> tuple[list[str], list[str]]:
+        """(pinned, missing) of the distinct ``digests``, each in the order given."""
+        pinned: list[str] = []
+        missing: list[str] = []
+        with self._mutex:
+            self._check_open()
+            for digest in dict.fromkeys(digests):
+                entry = self._entries.get(digest)
+                if entry is None or entry.doomed:
+                    self._num_misses += 1
+                    missing.append(digest)
+                    continue
+                self._num_hits += 1
+                entry.num_pins += 1
+                self._entries.move_to_end(digest)
+                pinned.append(digest)
+        return pinned, missing
+
+    def _put_pinned(self, digest: str, record: bytes) -> None:
+        """Publishes a record and pins it. ArenaCorrupt, ArenaFull."""
+        path = self._folder / _file_name(digest)
+        if hashlib.sha256(record).hexdigest() != digest:
+            raise ArenaCorrupt(f"a gradient's bytes must have the SHA-256 {digest} that it was fetched by; they do not")
+        with self._mutex:
+            self._check_open()
+            entry = self._entries.get(digest)
+            if entry is not None and not entry.doomed:  # another request was faster
+                entry.num_pins += 1
+                self._entries.move_to_end(digest)
+                return
+            if entry is None:
+                self._make_room(len(record))
+            self._publish(path, record)
+            if entry is None:
+                entry = self._entries[digest] = _Entry(len(record))
+                self._used_bytes += len(record)
+            entry.doomed = False
+            entry.num_pins += 1
+
+    def _unpin(self, digests: Iterable[str], doom: bool) -> None:
+        with self._mutex:
+            if self._lock_file < 0:
+                return
+            for digest in digests:
+                entry = self._entries[digest]
+                entry.num_pins -= 1
+                entry.doomed = entry.doomed or doom
+                if entry.doomed and not entry.num_pins:
+                    self._remove(digest)
+
+    def _forget_lease(self) -> None:
+        with self._mutex:
+            self._num_leases -= 1
+
+    def _check_open(self) -> None:
+        if self._lock_file < 0:
+            raise ArenaError("the arena must be open; it was closed")
+
+    def _make_room(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise ArenaFull(
+                f"a gradient must fit the arena of {self._max_bytes} bytes, got {num_bytes}; raise REGRAD_ARENA_BYTES"
+            )
+        unpinned = [digest for digest, entry in self._entries.items() if not entry.num_pins]
+        while self._used_bytes + num_bytes > self._max_bytes:
+            if not unpinned:
+                raise ArenaFull(
+                    f"the arena must have {num_bytes} bytes free, all of its {self._max_bytes} are used by running "
+                    "requests; retry later or raise REGRAD_ARENA_BYTES"
+                )
+            self._remove(unpinned.pop(0))
+            self._num_evictions += 1
+
+    def _publish(self, path: Path, record: bytes) -> None:
+        temporary = path.with_suffix(".new")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(record)
+            temporary.chmod(0o400)
+            temporary.rename(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ArenaFull(
+                    f"the file system of {self._folder} is full before the arena's {self._max_bytes} bytes are; "
+                    "lower REGRAD_ARENA_BYTES or set REGRAD_ARENA_DIR to a larger one"
+                ) from error
+            raise ArenaError(f"gradient can't be written to {self._folder}: {error}") from error
+
+    def _remove(self, digest: str) -> None:
+        entry = self._entries.pop(digest)
+        self._used_bytes -= entry.num_bytes
+        with suppress(FileNotFoundError):
+            (self._folder / _file_name(digest)).unlink()
+
+
+class Lease:
+    """The records that one request has pinned. Release once, or use as a context manager; not for many threads."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._pinned: list[str] = []
+        self._released = False
+
+    def take(self, digests: Sequence[str]) -> list[str]:
+        """Pins those of ``digests`` that are in the arena and returns the others, without repetition."""
+        pinned, missing = self._arena._pin_present(digests)
+        self._pinned.extend(pinned)
+        return missing
+
+    def put(self, digest: str, record: bytes) -> None:
+        """Publishes a record and pins it. ArenaCorrupt, ArenaFull."""
+        self._arena._put_pinned(digest, record)
+        self._pinned.append(digest)
+
+    def release(self, *, discard: bool = False) -> None:
+        """Unpins everything, once. With ``discard`` the records leave the arena: they turned out to be unusable."""
+        if self._released:
+            return
+        self._released = True
+        self._arena._unpin(self._pinned, discard)
+        self._pinned.clear()
+        self._arena._forget_lease()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def sweep(root: Path) -> list[Path]:
+    """Removes the arenas under ``root`` whose owners are dead, and returns their folders."""
+    removed: list[Path] = []
+    for folder in sorted(root.glob(FOLDER_PREFIX + "*")):
+        try:
+            lock_file = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # its owner died between making the folder and locking it
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+            continue
+        except OSError:  # another user's
+            continue
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+        except BlockingIOError:
+            pass  # its owner lives
+        finally:
+            os.close(lock_file)
+    return removed
+
+
+@contextmanager
+def _sweep_lock(root: Path) -> Iterator[None]:
+    """One process at a time makes or sweeps arenas, so that nobody sweeps a folder that is about to be locked."""
+    lock_file = os.open(root / _SWEEP_LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock_file)
+
+
+def _file_name(digest: str) -> str:
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise ValueError(f"a gradient's digest must be 64 hex digits, got {digest!r}")
+    return digest

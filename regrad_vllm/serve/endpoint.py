@@ -1,0 +1,146 @@
+"""The API server's side of the plugin: the ``vllm.endpoint_plugins`` entry point and the routes it adds.
+
+Start-up that can't work is refused here, with the flag to set; vLLM then ends with that message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from bank_service.wire.tracing import configure_tracing
+from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.base_model import base_digest
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve.engine import Engine, check_engine_settings
+from regrad_vllm.serve.errors import RequestError
+from regrad_vllm.serve.launch import PLUGIN_NAME
+from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
+from regrad_vllm.serve.plan import Planner
+from regrad_vllm.serve.retriever import Retriever
+from regrad_vllm.serve.settings import Settings, SettingsError
+from regrad_vllm.serve.status import status_of
+from regrad_vllm.serve.used import UsedMemory
+from regrad_vllm.serve.worker import gradient_spec
+
+if TYPE_CHECKING:
+    from starlette.datastructures import State
+
+
+class RegradEndpoint:
+    """What vLLM calls when it builds its API server. Does nothing where REGRAD_LEARNER is unset."""
+
+    name = PLUGIN_NAME
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds routes and middleware. SettingsError, SeamError."""
+        if Settings.from_environment(os.environ) is None:
+            return
+        vllm_seams.check_seams(vllm_seams.SERVER_SEAMS)
+        vllm_seams.install_served_call()
+        vllm_seams.install_bounded_lora_metrics()
+        app.include_router(_router())
+        app.add_middleware(RegradMiddleware)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Checks vLLM's settings against the learner and makes the runtime. SettingsError, LearnerError."""
+        settings = Settings.from_environment(os.environ)
+        if settings is None:
+            return
+        configure_tracing("regrad-server")
+        learner = Learner.load(settings.learner)
+        check_engine_settings(engine_client.vllm_config, learner)
+        if settings.check_base:
+            await asyncio.to_thread(check_base, engine_client.vllm_config.model_config.model, learner)
+        engine = Engine(engine_client)
+        dtype = await engine.check(learner)
+        arena = Arena.open(settings.arena_dir, settings.arena_bytes)
+        atexit.register(arena.close)
+        bank = BankClient(settings.bank, gradient_spec(learner), settings.bank_timeout_ms)
+        metrics = _metrics()
+        models = state.openai_serving_models
+        planner = Planner(settings, learner, tuple(path.name for path in models.base_model_paths))
+        state.regrad = Runtime(
+            planner=planner,
+            retriever=Retriever(learner, bank, arena, engine, metrics),
+            engine=engine,
+            metrics=metrics,
+            memory=UsedMemory(settings.kept_requests),
+            adapter_names=_names_of(models),
+            releases=set(),
+        )
+        state.regrad_status = status_of(state.regrad, arena, bank, dtype)
+        state.regrad_models = models
+
+
+def check_base(model: str, learner: Learner) -> None:
+    """Compares the served model's files with the learner's base. SettingsError, BaseModelError."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, local_files_only=True))
+    found = base_digest(folder)
+    if found != learner.config.base_digest:
+        raise SettingsError(
+            f"the learner must have been trained on the served model {model} (digest {found}), it was trained on "
+            f"{learner.config.base_digest}; serve that model, or set REGRAD_CHECK_BASE=off if you know better"
+        )
+
+
+def _router() -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> JSONResponse:
+        """vLLM's list, with a twin for each name of the base model that has ReGrad on."""
+        shown = (await request.app.state.regrad_models.show_available_models()).model_dump()
+        planner: Planner = request.app.state.regrad.planner
+        twins = [
+            {**card, "id": twin, "parent": base}
+            for base, twin in zip(planner.model_names, planner.regrad_names, strict=True)
+            for card in shown["data"]
+            if card["id"] == base
+        ]
+        return JSONResponse({**shown, "data": [*shown["data"], *twins]})
+
+    @router.get("/v1/regrad/status")
+    async def status(request: Request, base_weights: bool = False) -> JSONResponse:
+        """The learner, the bank, the arena, the workers; with base_weights the SHA-256 of W in each worker."""
+        return JSONResponse(await request.app.state.regrad_status(base_weights))
+
+    @router.get("/v1/regrad/requests/{request_id}")
+    async def used(request: Request, request_id: str) -> JSONResponse:
+        """What one of the last requests used."""
+        runtime: Runtime = request.app.state.regrad
+        found = runtime.memory.get(request_id)
+        if found is None:
+            kept = runtime.planner.settings.kept_requests
+            error = RequestError(404, f"request_id must be one of the last {kept} with regrad, got {request_id[:80]}")
+            return JSONResponse(error.as_json(), status_code=404)
+        return JSONResponse(found.as_json())
+
+    return router
+
+
+def _names_of(models: Any) -> Callable[[], frozenset[str]]:
+    return lambda: frozenset(models.lora_requests)
+
+
+@cache
+def _metrics() -> Metrics:
+    """Prometheus knows one registry per process, so there is one set of metrics per process."""
+    return Metrics.create()

@@ -1,0 +1,45 @@
+"""Errors of the endpoint: what a client gets for them, as OpenAI's error object."""
+
+from __future__ import annotations
+
+import json
+
+_TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    409: "ConflictError",
+    413: "RequestTooLargeError",
+    503: "ServiceUnavailableError",
+}
+_MAX_SHOWN_CHARS = 80
+
+
+class RequestError(Exception):
+    """A request that can't be served with ReGrad."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status  # HTTP
+        self.message = message
+        self.param = param  # the field at fault
+
+    @classmethod
+    def bad(cls, field: str, rule: str, got: object) -> RequestError:
+        """400: ``field`` must be ``rule``."""
+        return cls(400, f"{field} must be {rule}, got {_show(got)}", field)
+
+    def as_json(self) -> dict[str, object]:
+        """The answer's body."""
+        kind = _TYPES.get(self.status, "InternalServerError")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def body(self) -> bytes:
+        return json.dumps(self.as_json()).encode()
+
+
+def _show(value: object) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except (TypeError, ValueError):  # an integer with more digits than Python prints
+        text = type(value).__name__
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "…"

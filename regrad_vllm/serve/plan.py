@@ -1,0 +1,126 @@
+"""What ReGrad does for one request, decided from its body and the settings alone: no I/O."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from regrad_vllm.adapt.bank_client import Query
+from regrad_vllm.learner import Learner
+from regrad_vllm.naming import MODEL_SUFFIX
+from regrad_vllm.serve.errors import RequestError
+from regrad_vllm.serve.prompt import Body, PromptShape
+from regrad_vllm.serve.request import MAX_QUERY_BYTES, Mode, RegradOptions
+from regrad_vllm.serve.settings import Settings
+from regrad_vllm.serve.used import Used
+
+SWITCHED_OFF = "regrad.enabled is false"
+_MAX_REQUEST_ID_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A query with all defaults filled in."""
+
+    request_id: str
+    query: Query
+    gamma: float
+    mode: Mode
+    by_name: bool  # the request asked for ReGrad itself: then an outage is its error
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Makes plans for the requests of one server."""
+
+    settings: Settings
+    learner: Learner
+    model_names: tuple[str, ...]  # by which vLLM serves the base model
+
+    def plan(
+        self, body: Body, shape: PromptShape, header_id: str | None, adapter_names: frozenset[str]
+    ) -> Plan | Used | None:
+        """The plan; Used where a request by our model's name switched ReGrad off; None where it is not for us.
+
+        ``header_id``: the X-Request-Id header; ``adapter_names``: LoRA adapters that vLLM serves by name.
+        RequestError names the field at fault.
+        """
+        model = body.get("model")
+        named = isinstance(model, str) and model in self.regrad_names
+        asked = "regrad" in body
+        if not (named or asked or self.settings.default):
+            return None
+        options = RegradOptions.parse(body["regrad"]) if asked else RegradOptions()
+        if not named and model is not None and model not in self.model_names:
+            if asked and options.enabled and model in adapter_names:
+                raise RequestError.bad("model", f"one of {', '.join(self.model_names)} with regrad", model)
+            return None  # vLLM knows better: another adapter, or 404
+        request_id = _request_id(body, shape, header_id)
+        if not options.enabled:
+            if not named:
+                return None
+            namespace = options.namespace or self.settings.namespace
+            return Used(request_id, namespace, options.mode, 0.0, reason=SWITCHED_OFF)
+        if body.get("background"):
+            raise RequestError.bad("background", "false or absent with regrad", body["background"])
+        return self._filled(options, body, shape, request_id, by_name=named or asked)
+
+    @property
+    def regrad_names(self) -> tuple[str, ...]:
+        """The model names that have ReGrad on."""
+        return tuple(name + MODEL_SUFFIX for name in self.model_names)
+
+    def base_name(self, model: object) -> str:
+        """The base model's name that vLLM must see for a request to ``model``."""
+        if isinstance(model, str) and model in self.regrad_names:
+            return model.removesuffix(MODEL_SUFFIX)
+        return model if isinstance(model, str) else self.model_names[0]
+
+    def _filled(
+        self, options: RegradOptions, body: Body, shape: PromptShape, request_id: str, *, by_name: bool
+    ) -> Plan:
+        learner = self.learner.config
+        question = shape.question(body)
+        text = None if options.document_ids else options.query or question
+        if text is None and not options.document_ids:
+            raise RequestError(
+                400,
+                "regrad.query must be given where the request has no single user text to search for, got none",
+                "regrad.query",
+            )
+        if options.mode == "icl" and question is None:
+            raise RequestError.bad("regrad.mode", "blind where the request has no user text", options.mode)
+        gamma = next(value for value in (options.gamma, self.settings.gamma, learner.gamma) if value is not None)
+        return Plan(
+            request_id=request_id,
+            query=Query(
+                namespace=options.namespace or self.settings.namespace,
+                text=_searchable(text) if text else "",
+                document_ids=options.document_ids or (),
+                top_k=options.top_k or self.settings.top_k or learner.top_k,
+                min_score=None if options.document_ids else _first(options.min_score, self.settings.min_score),
+                with_text=options.mode == "icl",
+            ),
+            gamma=gamma,
+            mode=options.mode,
+            by_name=by_name,
+        )
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _searchable(text: str) -> str:
+    """A user's text as a query: valid UTF-8 and no longer than the bank takes; the embedder reads less anyway."""
+    return text.encode("utf-8", "replace")[:MAX_QUERY_BYTES].decode("utf-8", "ignore")
+
+
+def _request_id(body: Body, shape: PromptShape, header_id: str | None) -> str:
+    """The id that vLLM's answer will carry, behind its own prefix."""
+    given = body.get("request_id")
+    if shape.id_from_header and header_id:
+        given = header_id
+    if isinstance(given, str) and 0 < len(given) <= _MAX_REQUEST_ID_CHARS:
+        return given
+    return shape.id_prefix + uuid.uuid4().hex

@@ -1,0 +1,25 @@
+"""The two entry points by which vLLM finds the plugin. Light: what they need loads when vLLM calls them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regrad_vllm.serve.endpoint import RegradEndpoint
+
+
+def register() -> None:
+    """``vllm.general_plugins``: the worker's side, in every process of vLLM. Off where REGRAD_LEARNER is unset."""
+    import os
+
+    if os.environ.get("REGRAD_LEARNER"):
+        from regrad_vllm.serve import worker
+
+        worker.register()
+
+
+def endpoint_plugin() -> RegradEndpoint:
+    """``vllm.endpoint_plugins``: the API server's side. Off where REGRAD_LEARNER is unset."""
+    from regrad_vllm.serve.endpoint import RegradEndpoint
+
+    return RegradEndpoint()

@@ -1,0 +1,157 @@
+"""The prompt in a request's body: read the question out of it, put the learner's prompts into it.
+
+One class per endpoint, because each spells its prompt differently. Bodies are parsed JSON from a client: what
+isn't as the endpoint wants it is left for vLLM to reject. Nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+Body = Mapping[str, Any]
+Edit = Callable[[str], str]
+
+
+class PromptShape(Protocol):
+    """How one endpoint's body holds its prompt."""
+
+    @property
+    def id_from_header(self) -> bool:
+        """Whether vLLM takes a request's id from X-Request-Id before the body's request_id."""
+
+    @property
+    def id_prefix(self) -> str:
+        """What a new request_id in the body starts with."""
+
+    def question(self, body: Body) -> str | None:
+        """The last thing that the user said, as text; None where there is none."""
+
+    def with_question(self, body: Body, edit: Edit) -> Body | None:
+        """The body with that text edited; None where there is no text to edit."""
+
+    def with_system(self, body: Body, system: str) -> Body:
+        """The body with a system prompt, unless it brings one or the endpoint has none."""
+
+
+class ChatPrompt:
+    """/v1/chat/completions: ``messages``."""
+
+    id_from_header = True
+    id_prefix = ""
+
+    def question(self, body: Body) -> str | None:
+        found = _last_user_text(body.get("messages"))
+        return found[1] if found else None
+
+    def with_question(self, body: Body, edit: Edit) -> Body | None:
+        messages = _edited(body.get("messages"), edit)
+        return None if messages is None else {**body, "messages": messages}
+
+    def with_system(self, body: Body, system: str) -> Body:
+        messages = body.get("messages")
+        if not isinstance(messages, list) or _has_system(messages):
+            return body
+        return {**body, "messages": [{"role": "system", "content": system}, *messages]}
+
+
+class CompletionPrompt:
+    """/v1/completions: ``prompt``, text as it is; there is no system prompt."""
+
+    id_from_header = True
+    id_prefix = ""
+
+    def question(self, body: Body) -> str | None:
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1:
+            prompt = prompt[0]
+        return prompt if isinstance(prompt, str) and prompt.strip() else None
+
+    def with_question(self, body: Body, edit: Edit) -> Body | None:
+        question = self.question(body)
+        return None if question is None else {**body, "prompt": edit(question)}
+
+    def with_system(self, body: Body, system: str) -> Body:
+        return body
+
+
+class ResponsesPrompt:
+    """/v1/responses: ``input``, text or messages, and ``instructions``."""
+
+    id_from_header = False
+    id_prefix = "resp_"
+
+    def question(self, body: Body) -> str | None:
+        given = body.get("input")
+        if isinstance(given, str):
+            return given if given.strip() else None
+        found = _last_user_text(given)
+        return found[1] if found else None
+
+    def with_question(self, body: Body, edit: Edit) -> Body | None:
+        given = body.get("input")
+        if isinstance(given, str):
+            return {**body, "input": edit(given)} if given.strip() else None
+        items = _edited(given, edit)
+        return None if items is None else {**body, "input": items}
+
+    def with_system(self, body: Body, system: str) -> Body:
+        given = body.get("input")
+        follows = body.get("previous_response_id") is not None  # the system prompt stands in what came before
+        if body.get("instructions") or follows or (isinstance(given, list) and _has_system(given)):
+            return body
+        return {**body, "instructions": system}
+
+
+SHAPES: Mapping[str, PromptShape] = {
+    "/v1/chat/completions": ChatPrompt(),
+    "/v1/completions": CompletionPrompt(),
+    "/v1/responses": ResponsesPrompt(),
+}
+
+
+def _has_system(messages: list[Any]) -> bool:
+    return any(isinstance(message, dict) and message.get("role") in ("system", "developer") for message in messages)
+
+
+def _last_user_text(messages: object) -> tuple[int, str] | None:
+    """(place, text) of the last user message that has text."""
+    if not isinstance(messages, list):
+        return None
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index]
+        if isinstance(message, dict) and message.get("role") == "user":
+            text = _content_text(message.get("content"))
+            return (index, text) if text.strip() else None
+    return None
+
+
+def _content_text(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    return "\n".join(part["text"] for part in content if _is_text(part))
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("text", "input_text") and isinstance(part.get("text"), str)
+
+
+def _edited(messages: object, edit: Edit) -> list[Any] | None:
+    found = _last_user_text(messages)
+    if found is None or not isinstance(messages, list):
+        return None
+    index, text = found
+    message = messages[index]
+    content = message["content"]
+    if isinstance(content, str):
+        changed: object = edit(content)
+    else:  # the edited text takes the place of the first text part, other kinds of parts stay
+        first = next(place for place, part in enumerate(content) if _is_text(part))
+        changed = [
+            {**part, "text": edit(text)} if place == first else part
+            for place, part in enumerate(content)
+            if place == first or not _is_text(part)
+        ]
+    return [*messages[:index], {**message, "content": changed}, *messages[index + 1 :]]

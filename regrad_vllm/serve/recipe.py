@@ -1,0 +1,79 @@
+"""The recipe of an adapter: what a LoRARequest's path says, so that the worker can compose φ_q from it.
+
+The path is ``regrad:`` and canonical JSON. It names gradients by digest and the arena that holds them; the
+adapter's own name is the digest of everything that its bits depend on (``naming.adapter_name``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from regrad_vllm.naming import adapter_int_id, adapter_name
+
+PATH_PREFIX = "regrad:"
+_VERSION = 1
+
+
+class RecipeError(ValueError):
+    """A ``regrad:`` path is not a recipe that this version can compose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """φ_q = φ* − gamma Σ_k weights[k] δ[digests[k]], with the arena folder where the δ lie."""
+
+    arena: str
+    learner: str  # fingerprint, 64 hex digits
+    digests: tuple[str, ...]
+    weights: tuple[float, ...]
+    gamma: float
+
+    def __post_init__(self) -> None:
+        if len(self.digests) != len(self.weights):
+            raise RecipeError(f"weights must be as many as digests ({len(self.digests)}), got {len(self.weights)}")
+        if not all(math.isfinite(number) for number in (self.gamma, *self.weights)):
+            raise RecipeError(f"gamma and weights must be finite, got {self.gamma}, {self.weights}")
+
+    @property
+    def name(self) -> str:
+        """The adapter's name. The arena's folder is no part of it: where the bytes lie doesn't change them."""
+        return adapter_name(self.learner, self.digests, self.weights, self.gamma)
+
+    @property
+    def int_id(self) -> int:
+        return adapter_int_id(self.name)
+
+    @property
+    def path(self) -> str:
+        document = {
+            "v": _VERSION,
+            "arena": self.arena,
+            "learner": self.learner,
+            "digests": list(self.digests),
+            "weights": list(self.weights),
+            "gamma": self.gamma,
+        }
+        return PATH_PREFIX + json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def parse(cls, path: str) -> Recipe:
+        """The recipe in a LoRARequest's path. RecipeError where it isn't one."""
+        if not path.startswith(PATH_PREFIX):
+            raise RecipeError(f"path must start with {PATH_PREFIX!r}, got {path[:40]!r}")
+        try:
+            document: dict[str, Any] = json.loads(path[len(PATH_PREFIX) :])
+            version = document.pop("v")
+            if version != _VERSION:
+                raise RecipeError(f"recipe version must be {_VERSION}, got {version!r}; run one version of regrad")
+            return cls(
+                arena=str(document.pop("arena")),
+                learner=str(document.pop("learner")),
+                digests=tuple(str(digest) for digest in document.pop("digests")),
+                weights=tuple(float(weight) for weight in document.pop("weights")),
+                gamma=float(document.pop("gamma")),
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise RecipeError(f"path must hold a recipe as JSON, got {path[:80]!r}: {error}") from error

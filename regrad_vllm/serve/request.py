@@ -1,0 +1,124 @@
+"""What a request asks for: the ``regrad`` object of its body, parsed strictly.
+
+An option that the server wouldn't use is an error, never silently dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from regrad_vllm.serve.errors import RequestError
+from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K
+
+Mode = Literal["blind", "icl"]
+MODES: tuple[Mode, ...] = ("blind", "icl")
+MAX_DOCUMENT_IDS = 64
+MAX_ID_BYTES = 256
+MAX_QUERY_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class RegradOptions:
+    """The ``regrad`` object. None: the server's or the learner's default."""
+
+    enabled: bool = True
+    query: str | None = None
+    document_ids: tuple[str, ...] | None = None
+    namespace: str | None = None
+    top_k: int | None = None
+    gamma: float | None = None
+    min_score: float | None = None
+    mode: Mode = "blind"
+
+    @classmethod
+    def parse(cls, value: object) -> RegradOptions:
+        """Options from parsed JSON. RequestError (400) names the field ``regrad.<field>`` and its limit."""
+        if not isinstance(value, Mapping):
+            raise RequestError.bad("regrad", "an object", value)
+        unknown = sorted(set(value) - set(_PARSERS))
+        if unknown:
+            raise RequestError.bad(f"regrad.{unknown[0]}", f"one of {', '.join(_PARSERS)}", unknown[0])
+        fields: dict[str, Any] = {}
+        for name, raw in value.items():
+            fields[name] = _PARSERS[name](f"regrad.{name}", raw)
+        options = cls(**fields)
+        if options.document_ids is not None:
+            for name in ("query", "top_k", "min_score"):
+                if name in fields:
+                    raise RequestError.bad(
+                        f"regrad.{name}", "absent where regrad.document_ids names the documents", fields[name]
+                    )
+        return options
+
+
+def _boolean(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError.bad(field, "true or false", value)
+    return value
+
+
+def _text(max_bytes: int) -> Callable[[str, object], str]:
+    def parse(field: str, value: object) -> str:
+        if not isinstance(value, str) or not value.strip() or not 1 <= _num_utf8_bytes(value) <= max_bytes:
+            raise RequestError.bad(field, f"text of 1 to {max_bytes} bytes", value)
+        return value
+
+    return parse
+
+
+def _num_utf8_bytes(text: str) -> int:
+    """0 for text that has no UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0
+
+
+def _ids(field: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_DOCUMENT_IDS:
+        raise RequestError.bad(field, f"a list of 1 to {MAX_DOCUMENT_IDS} document ids", value)
+    parse = _text(MAX_ID_BYTES)
+    ids = tuple(parse(f"{field}[{index}]", item) for index, item in enumerate(value))
+    for index, item in enumerate(ids):
+        if item in ids[:index]:
+            raise RequestError.bad(f"{field}[{index}]", "named once: a document counts once", item)
+    return ids
+
+
+def _top_k(field: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOP_K:
+        raise RequestError.bad(field, f"a whole number in 1..{MAX_TOP_K}", value)
+    return value
+
+
+def _number(low: float, high: float) -> Callable[[str, object], float]:
+    def parse(field: str, value: object) -> float:
+        # Before float(): an integer of 400 digits has no float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise RequestError.bad(field, f"a finite number in {low:g}..{high:g}", value)
+        number = float(value)
+        return number if math.copysign(1.0, number) > 0 or number else 0.0  # -0.0 and 0.0 are one adapter
+
+    return parse
+
+
+def _mode(field: str, value: object) -> Mode:
+    for mode in MODES:
+        if value == mode:
+            return mode
+    raise RequestError.bad(field, f"one of {', '.join(MODES)}", value)
+
+
+_PARSERS: Mapping[str, Callable[[str, object], object]] = {
+    "enabled": _boolean,
+    "query": _text(MAX_QUERY_BYTES),
+    "document_ids": _ids,
+    "namespace": _text(64),
+    "top_k": _top_k,
+    "gamma": _number(-MAX_GAMMA, MAX_GAMMA),
+    "min_score": _number(-1, 1),
+    "mode": _mode,
+}

@@ -1,0 +1,160 @@
+"""From a plan to a prepared adapter: query the bank, fetch what the arena lacks, have the workers compose.
+
+Nothing is composed here: that is not for an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bank_service.wire.codec import GradientFormatError, WrongLearnerError
+from bank_service.wire.errors import (
+    BankError,
+    InvalidArgumentError,
+    LearnerMismatchError,
+    NotFoundError,
+)
+from bank_service.wire.tracing import span
+from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
+from regrad_vllm.adapt.bank_client import BankClient, Hit
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve.engine import AdapterError, Engine
+from regrad_vllm.serve.errors import RequestError
+from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.plan import Plan
+from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.used import Used, UsedDocument
+
+NO_HITS = "no document scored high enough; the base model answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a request may run with. Without a recipe it runs on the base model."""
+
+    used: Used
+    lease: Lease
+    recipe: Recipe | None
+    texts: tuple[tuple[str, str], ...]  # (title, text) of the documents, in mode icl
+
+
+class Retriever:
+    """Prepares adapters of one learner from one bank."""
+
+    def __init__(self, learner: Learner, bank: BankClient, arena: Arena, engine: Engine, metrics: Metrics) -> None:
+        self._learner = learner
+        self._bank = bank
+        self._arena = arena
+        self._engine = engine
+        self._metrics = metrics
+
+    async def prepare(self, plan: Plan) -> Prepared:
+        """Everything that the request needs, pinned; the caller releases the lease. RequestError, nothing pinned."""
+        lease = self._arena.lease()
+        discard = False
+        timings: dict[str, float] = {}
+        try:
+            hits = await self._find(plan, lease, timings)
+            if not hits:
+                return Prepared(self._used(plan, hits, None, timings), lease, None, ())
+            recipe = self._recipe(plan, hits)
+            discard = True  # what the workers refuse must not stay
+            await self._compose(recipe, timings)
+            texts = tuple((hit.title, hit.text) for hit in hits) if plan.query.with_text else ()
+            return Prepared(self._used(plan, hits, recipe, timings), lease, recipe, texts)
+        except AdapterError as error:
+            lease.release(discard=discard)
+            raise RequestError(503, f"the adapter can't be composed: {error}") from error
+        except (BankError, GradientFormatError, ArenaError) as error:
+            lease.release()
+            raise as_request_error(error, self._bank.address) from error
+        except BaseException:  # cancelled, or a fault of ours: the pins go in any case
+            lease.release()
+            raise
+
+    async def _find(self, plan: Plan, lease: Lease, timings: dict[str, float]) -> tuple[Hit, ...]:
+        """Hits with all their gradients pinned in the arena."""
+        for last_try in (False, True):
+            with self._clock("retrieve", timings), span("regrad.retrieve", namespace=plan.query.namespace):
+                hits = await self._bank.query(plan.query)
+            try:
+                await self._fetch(hits, lease, timings)
+                return hits
+            except NotFoundError:
+                # A document was updated or deleted between the query and the fetch: the next query knows.
+                if last_try:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _fetch(self, hits: tuple[Hit, ...], lease: Lease, timings: dict[str, float]) -> None:
+        missing = lease.take([hit.gradient_digest for hit in hits])
+        with self._clock("fetch", timings), span("regrad.fetch", num_missing=len(missing)):
+            if missing:
+                async for digest, record in self._bank.fetch(missing):
+                    await asyncio.to_thread(lease.put, digest, record)
+                    self._metrics.fetched_bytes.inc(len(record))
+        figures = self._arena.figures()
+        self._metrics.arena_bytes.set(figures.used_bytes)
+        self._metrics.arena_records.set(figures.num_records)
+        self._metrics.arena_leases.set(figures.num_leases)
+
+    async def _compose(self, recipe: Recipe, timings: dict[str, float]) -> None:
+        start = time.perf_counter()
+        compose_ms = await self._engine.prepare(recipe)
+        wait_ms = (time.perf_counter() - start) * 1000 - compose_ms
+        timings["compose"] = compose_ms
+        timings["engine_wait"] = max(0.0, wait_ms)
+        self._metrics.compose_ms.observe(compose_ms)
+        self._metrics.engine_wait_ms.observe(timings["engine_wait"])
+
+    def _recipe(self, plan: Plan, hits: tuple[Hit, ...]) -> Recipe:
+        return Recipe(
+            arena=str(self._arena.folder),
+            learner=self._learner.fingerprint,
+            digests=tuple(hit.gradient_digest for hit in hits),
+            weights=(1.0,) * len(hits),
+            gamma=plan.gamma,
+        )
+
+    def _used(self, plan: Plan, hits: tuple[Hit, ...], recipe: Recipe | None, timings: dict[str, float]) -> Used:
+        return Used(
+            request_id=plan.request_id,
+            namespace=plan.query.namespace,
+            mode=plan.mode,
+            gamma=plan.gamma,
+            documents=tuple(UsedDocument(hit.id, hit.version, hit.score, hit.gradient_digest) for hit in hits),
+            adapter=recipe.name if recipe else None,
+            reason=None if recipe else NO_HITS,
+            timings_ms=timings,
+        )
+
+    @contextmanager
+    def _clock(self, name: str, timings: dict[str, float]) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        ms = (time.perf_counter() - start) * 1000
+        timings[name] = timings.get(name, 0.0) + ms
+        (self._metrics.retrieve_ms if name == "retrieve" else self._metrics.fetch_ms).observe(ms)
+
+
+def as_request_error(error: Exception, bank: str) -> RequestError:
+    """What a client is told for a failure on the way to its adapter."""
+    if isinstance(error, NotFoundError) and error.kind in ("namespace", "document"):
+        param = {"namespace": "regrad.namespace", "document": "regrad.document_ids"}[error.kind]
+        return RequestError(404, error.message, param)
+    if isinstance(error, InvalidArgumentError):
+        field = "query" if error.field == "text" else error.field
+        return RequestError(400, error.message, f"regrad.{field}")
+    if isinstance(error, LearnerMismatchError | WrongLearnerError):
+        return RequestError(
+            409,
+            f"the bank at {bank} must hold gradients of this server's learner: expected {error.expected}, "
+            f"got {error.actual}; serve the learner that the bank was made with",
+        )
+    if isinstance(error, ArenaError):
+        return RequestError(503, str(error))
+    return RequestError(503, f"the gradient bank at {bank} can't answer: {error}")

@@ -1,0 +1,150 @@
+"""Every setting of the plugin, read from the environment (``REGRAD_*``) in one place.
+
+The environment, because the plugin runs in vLLM's processes, which it doesn't start: they all inherit it.
+``regrad serve`` has a flag for each and exports it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+PREFIX = "REGRAD_"
+OnError = Literal["fail_open", "fail_closed"]
+MAX_TOP_K = 64
+MAX_GAMMA = 16.0
+
+
+class SettingsError(ValueError):
+    """A setting is missing or wrong; the message names it and its rule."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of one server. The environment variable of a field is REGRAD_ and its name in capitals."""
+
+    learner: Path  # folder
+    bank: str = "127.0.0.1:50061"  # host:port
+    namespace: str = "default"
+    top_k: int | None = None  # None: the learner's
+    gamma: float | None = None  # None: the learner's
+    min_score: float | None = None  # None: all hits count
+    default: bool = False  # ReGrad for requests to the base model's name that don't mention it
+    on_error: OnError = "fail_open"  # for requests that have ReGrad by default only
+    system_prompt: bool = True  # add the learner's where a request brings none
+    arena_dir: Path | None = None  # None: shared memory
+    arena_bytes: int = 256 * 2**20
+    prepared_bytes: int = 256 * 2**20  # composed adapters that wait for their request's turn, per worker
+    bank_timeout_ms: int = 2000
+    check_base: bool = True  # compare the base model's files with the learner's base at the start
+    kept_requests: int = 1000  # that GET /v1/regrad/requests can tell about
+
+    def __post_init__(self) -> None:
+        host, _, port = self.bank.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise SettingsError(f"REGRAD_BANK must be host:port, got {self.bank!r}")
+        if not self.namespace:
+            raise SettingsError("REGRAD_NAMESPACE must not be empty; leave it out for 'default'")
+        for name, low, high in (
+            ("top_k", 1, MAX_TOP_K),
+            ("gamma", -MAX_GAMMA, MAX_GAMMA),
+            ("min_score", -1, 1),
+            ("arena_bytes", 1, 2**50),
+            ("prepared_bytes", 0, 2**50),
+            ("bank_timeout_ms", 1, 600_000),
+            ("kept_requests", 0, 10_000_000),
+        ):
+            value = getattr(self, name)
+            # Not "value < low": NaN must fail too.
+            if value is not None and not low <= value <= high:
+                raise SettingsError(f"{variable(name)} must be in {low}..{high}, got {value}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings | None:
+        """The settings, or None where REGRAD_LEARNER is unset: then the plugin is off.
+
+        SettingsError for a key that starts with REGRAD_ and is none of ours, and for a bad value.
+        """
+        if not environment.get(variable("learner")):
+            return None
+        known = {variable(name): name for name in _PARSERS}
+        values: dict[str, Any] = {}
+        for key, text in environment.items():
+            if not key.startswith(PREFIX):
+                continue
+            if key not in known:
+                raise SettingsError(f"{key} must be one of {', '.join(sorted(known))}; remove it or mend its name")
+            if text == "":  # as if unset: shells and compose files can't unset
+                continue
+            name = known[key]
+            try:
+                values[name] = _PARSERS[name](text)
+            except ValueError as error:
+                raise SettingsError(f"{key} must be {error}, got {text!r}") from error
+        return cls(**values)
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make these settings."""
+        texts: dict[str, str] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                texts[variable(item.name)] = ("on" if value else "off") if isinstance(value, bool) else str(value)
+        return texts
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def _switch(text: str) -> bool:
+    known = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
+    if text.lower() not in known:
+        raise ValueError("on or off")
+    return known[text.lower()]
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("a number") from None
+    if not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def _on_error(text: str) -> OnError:
+    if text == "fail_open" or text == "fail_closed":
+        return text
+    raise ValueError("fail_open or fail_closed")
+
+
+_PARSERS: Mapping[str, Callable[[str], object]] = {
+    "learner": Path,
+    "bank": str,
+    "namespace": str,
+    "top_k": _integer,
+    "gamma": _number,
+    "min_score": _number,
+    "default": _switch,
+    "on_error": _on_error,
+    "system_prompt": _switch,
+    "arena_dir": Path,
+    "arena_bytes": _integer,
+    "prepared_bytes": _integer,
+    "bank_timeout_ms": _integer,
+    "check_base": _switch,
+    "kept_requests": _integer,
+}

@@ -1,0 +1,102 @@
+"""What a request used: the ``regrad`` object of an answer, and a bounded memory of the last ones."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+_MAX_HEADER_CHARS = 4096
+_ID_PREFIXES = ("chatcmpl-", "cmpl-")
+
+
+@dataclass(frozen=True, slots=True)
+class UsedDocument:
+    """One document whose gradient is in the adapter."""
+
+    id: str
+    version: int
+    score: float
+    gradient_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What one answer was made with. Without an adapter it came from the base model, and ``reason`` says why."""
+
+    request_id: str
+    namespace: str
+    mode: str
+    gamma: float
+    documents: tuple[UsedDocument, ...] = ()
+    adapter: str | None = None
+    fallback: bool = False  # ReGrad was meant to be used and couldn't be
+    reason: str | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose
+
+    def as_json(self) -> dict[str, Any]:
+        """The ``regrad`` object of an answer."""
+        return {
+            "request_id": self.request_id,
+            "adapter": self.adapter,
+            "namespace": self.namespace,
+            "documents": [
+                {
+                    "id": document.id,
+                    "version": document.version,
+                    "score": round(document.score, 6),
+                    "gradient_digest": document.gradient_digest,
+                }
+                for document in self.documents
+            ],
+            "gamma": self.gamma,
+            "mode": self.mode,
+            "fallback": self.fallback,
+            "reason": self.reason,
+            "timings_ms": {name: round(ms, 3) for name, ms in self.timings_ms.items()},
+        }
+
+    def json_bytes(self) -> bytes:
+        return json.dumps(self.as_json(), separators=(",", ":")).encode()
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """x-regrad-adapter ("none" for the base model) and x-regrad-documents: ids, percent-encoded, by commas.
+
+        Ids beyond 4 KiB are left out and counted as "+N"; the body has them all.
+        """
+        ids = ""
+        for index, document in enumerate(self.documents):
+            shown = (", " if ids else "") + quote(document.id, safe="")
+            if len(ids) + len(shown) > _MAX_HEADER_CHARS:
+                ids += f", +{len(self.documents) - index}"
+                break
+            ids += shown
+        return [(b"x-regrad-adapter", (self.adapter or "none").encode()), (b"x-regrad-documents", ids.encode())]
+
+
+class UsedMemory:
+    """The last N requests by id; older ones are forgotten. Used in one event loop."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._by_id: OrderedDict[str, Used] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, used: Used) -> None:
+        self._by_id.pop(used.request_id, None)
+        self._by_id[used.request_id] = used
+        while len(self._by_id) > self._capacity:
+            self._by_id.popitem(last=False)
+
+    def get(self, request_id: str) -> Used | None:
+        """By the id in the ``regrad`` object, or by the answer's own id."""
+        for prefix in ("", *_ID_PREFIXES):
+            if request_id.startswith(prefix):
+                found = self._by_id.get(request_id[len(prefix) :])
+                if found is not None:
+                    return found
+        return None

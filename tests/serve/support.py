@@ -1,0 +1,193 @@
+"""Real parts for the serve tests: a random learner, an encoder that draws gradients, a bank, a vLLM server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from bank_service.config import BankConfig
+from bank_service.encoder import EncodedDocument
+from bank_service.server import BankServer
+from bank_service.wire.codec import FloatArray, GradientSpec
+from regrad_vllm.base_model import base_digest
+from regrad_vllm.layout import Layout
+from regrad_vllm.learner import Learner, LearnerConfig, Prompts
+
+RANK = 16
+LAYERS = range(15, 30)
+HIDDEN, INTERMEDIATE = 576, 1536
+
+
+def default_model() -> Path:
+    """The default model's folder, built once on this machine."""
+    from regrad_vllm.default_model import ensure_default_model
+
+    return ensure_default_model(os.environ.get("REGRAD_TEST_MODEL") or None)
+
+
+def random_learner(model: Path, seed: int, *, spread: float = 0.02) -> Learner:
+    """A learner for the default model whose φ* is noise, strong enough to change what the model says."""
+    modules = [
+        (f"model.layers.{layer}.mlp.{name}", inner, outer)
+        for layer in LAYERS
+        for name, inner, outer in (
+            ("gate_proj", HIDDEN, INTERMEDIATE),
+            ("up_proj", HIDDEN, INTERMEDIATE),
+            ("down_proj", INTERMEDIATE, HIDDEN),
+        )
+    ]
+    layout = Layout.build(RANK, modules)
+    config = LearnerConfig(
+        base_digest=base_digest(model),
+        lora_alpha=32.0,
+        step_size_kind="tie",
+        prompts=Prompts(system="Answer in a few words."),
+        top_k=2,
+    )
+    return Learner(config, layout, _noise(layout, seed, spread), np.full(len(layout.tensors), 0.1, np.float32))
+
+
+def _noise(layout: Layout, seed: int, spread: float) -> FloatArray:
+    """A (rank, in) with entries of about 1/√in, B (out, rank) with entries of about ``spread``."""
+    random = np.random.default_rng(seed)
+    flat = random.standard_normal(layout.num_values, dtype=np.float32)
+    for tensor, view in layout.views(flat):
+        view *= np.float32(1 / np.sqrt(tensor.shape[1]) if tensor.part == "A" else spread)
+    return flat
+
+
+class DrawingEncoder:
+    """The bank's Encoder with gradients that are drawn from a document's text instead of computed."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._layout = learner.layout
+        self.spec = GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
+
+    def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+        return [EncodedDocument(self._draw(title, text), len(text.split()), False) for title, text in documents]
+
+    def _draw(self, title: str, text: str) -> FloatArray:
+        seed = int.from_bytes(hashlib.sha256(f"{title}\n{text}".encode()).digest()[:8], "big")
+        return _noise(self._layout, seed, 0.02)
+
+
+class BankThread:
+    """A bank in a thread of this process, on a port that stays its own over restarts."""
+
+    def __init__(self, data_dir: Path, learner: Learner) -> None:
+        self._data_dir = data_dir
+        self._encoder = DrawingEncoder(learner)
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        ready = threading.Event()
+        failures: list[BaseException] = []
+
+        async def run() -> None:
+            self._stop = asyncio.Event()
+            self._loop = asyncio.get_running_loop()
+            config = BankConfig(data_dir=self._data_dir, port=self.port, codec="int8")
+            async with BankServer(config, self._encoder) as bank:
+                self.port = bank.address.port
+                ready.set()
+                await self._stop.wait()
+
+        def main() -> None:
+            try:
+                asyncio.run(run())
+            except BaseException as error:  # noqa: BLE001  # handed to the thread that waits
+                failures.append(error)
+                ready.set()
+
+        self._thread = threading.Thread(target=main, name="bank", daemon=True)
+        self._thread.start()
+        if not ready.wait(60) or failures:
+            raise RuntimeError(f"the bank did not start: {failures}")
+
+    def stop(self) -> None:
+        if self._loop is not None and self._stop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(60)
+            self._thread = None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class VllmServer:
+    """``regrad serve`` as a user starts it, in a process group of its own."""
+
+    def __init__(self, model: Path, flags: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "regrad_vllm.cli", "serve", str(model), "--port", str(self.port), *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **environment},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise RuntimeError(f"the server was not ready after {seconds} s:\n{self.tail()}")
+
+    def wait_until_ended(self, seconds: float) -> int:
+        return self.process.wait(seconds)
+
+    def tail(self, num_bytes: int = 6000) -> str:
+        return self._log.read_text("utf-8", errors="replace")[-num_bytes:]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def status(self, **query: object) -> dict[str, Any]:
+        answer = httpx.get(f"{self.url}/v1/regrad/status", params=query, timeout=120)
+        answer.raise_for_status()
+        return dict(json.loads(answer.text))
