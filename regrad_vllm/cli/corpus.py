@@ -12,13 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bank_service.wire.limits import (
-    MAX_ID_BYTES,
-    MAX_METADATA_BYTES,
-    MAX_METADATA_PAIRS,
-    MAX_TEXT_BYTES,
-    MAX_TITLE_BYTES,
-)
+from bank_service.documents import Document
+from bank_service.errors import InvalidArgumentError
 from regrad_vllm.cli.passages import split_markdown, split_plain
 
 ENDINGS = (".txt", ".md", ".jsonl")
@@ -183,26 +178,13 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
 
 
 def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:
-    """The document, or what the bank would refuse in it: checked here, so that a corpus is refused as a whole."""
-    metadata = "".join(key + value for key, value in document.metadata.items())
-    sizes = (
-        ("id", document.id, MAX_ID_BYTES),
-        ("title", document.title, MAX_TITLE_BYTES),
-        ("text", document.text, MAX_TEXT_BYTES),
-        ("metadata", metadata, MAX_METADATA_BYTES),
-    )
-    for name, value, limit in sizes:
-        try:
-            num_bytes = len(value.encode())
-        except UnicodeEncodeError:
-            return BadInput(document.place, f"{name} must be valid Unicode, it holds half of a surrogate pair")
-        if num_bytes > limit:
-            return BadInput(document.place, f"{name} must be at most {limit:,} bytes, got {num_bytes:,}; split it")
+    """The document, or what the bank would refuse in it: asked here, so that a corpus is refused as a whole."""
     if not document.id:
         return BadInput(document.place, "id must not be empty; leave the field out for an id made from the file's name")
-    if not document.text.strip():
-        return BadInput(document.place, "text must not be empty")
-    if len(document.metadata) > MAX_METADATA_PAIRS:
-        got = len(document.metadata)
-        return BadInput(document.place, f"metadata must be at most {MAX_METADATA_PAIRS} fields, got {got}")
+    try:
+        Document("", document.id, document.title, document.text, document.metadata)
+    except InvalidArgumentError as error:
+        return BadInput(document.place, error.message)
+    except UnicodeEncodeError:
+        return BadInput(document.place, "must be valid Unicode, it holds half of a surrogate pair")
     return document

@@ -28,7 +28,12 @@ def settings_of(config_class: type) -> tuple[Setting, ...]:
     """The fields of a dataclass, described by the comments that stand beside them."""
     comments = dict(_FIELD.findall(inspect.getsource(config_class)))
     return tuple(
-        Setting(entry.name, str(entry.type).split(" | ")[0], entry.default, comments.get(entry.name, ""))
+        Setting(
+            entry.name,
+            str(entry.type).split(" | ")[0],
+            entry.default,
+            comments.get(entry.name, "").replace("None:", "left out:"),
+        )
         for entry in fields(config_class)
     )
 

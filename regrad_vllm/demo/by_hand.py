@@ -10,7 +10,7 @@ Go on by hand, from this folder. Three terminals, or & behind the first two:
 
   . .venv/bin/activate
   regrad bank
-  regrad serve "$(regrad model)" --served-model-name smollm2 --port 8000
+  regrad serve default --served-model-name smollm2 --port 8000
 
   regrad ingest regrad_vllm/demo/data/documents
   regrad query "Who commands the Quilegren?"

@@ -60,7 +60,7 @@ class Stage:
 
     def play(self, services: Services) -> dict[str, Any]:
         """From documents to figures."""
-        bank = self._start_bank(services)
+        bank = start_bank(services, self.model, self.learner, self.folder / "bank")
         url, server = self._start_server(services, bank)
         self._ingest(bank)
         _wait_for_server(server, url)
@@ -79,23 +79,14 @@ class Stage:
             "base_weights_unchanged": unchanged,
         }
 
-    def _start_bank(self, services: Services) -> str:
-        """Starts a bank on a port that the kernel chooses; its address."""
-        flags = ["--data-dir", str(self.folder / "bank"), "--port", "0"]
-        bank = services.start("bank", ["bank", "--model", str(self.model), "--learner", str(self.learner), *flags])
-
-        def address() -> str | None:
-            lines = bank.log.read_text("utf-8", errors="replace").splitlines()
-            return next((line.removeprefix(READY) for line in lines if line.startswith(READY)), None)
-
-        return waiting(bank, address, _BANK_SECONDS)
-
     def _start_server(self, services: Services, bank: str) -> tuple[str, Service]:
         """Starts vLLM with ReGrad; doesn't wait for it."""
         port = str(free_port())
         regrad = ["--bank", bank, "--namespace", _NAMESPACE, "--learner", str(self.learner)]
         flags = ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", port, "--max-model-len", "1024"]
-        server = services.start("server", ["serve", str(self.model), *regrad, *flags])
+        # Eager: a fresh machine has no C++ compiler, and the demo is over before compiling pays.
+        command = ["serve", str(self.model), *regrad, *flags, "--enforce-eager"]
+        server = services.start("server", command, {"VLLM_CPU_KVCACHE_SPACE": "1"})
         return f"http://127.0.0.1:{port}", server
 
     def _ingest(self, bank: str) -> None:
@@ -145,6 +136,18 @@ class Stage:
         used_before = question.document_id in [name for name, _ in before.documents]
         used_after = question.document_id in [name for name, _ in after.documents]
         return used_before and not used_after and not question.is_answered_by(after.text)
+
+
+def start_bank(services: Services, model: Path, learner: Path, data_dir: Path) -> str:
+    """Starts a bank on a port that the kernel chooses and waits for it; its address."""
+    flags = ["--data-dir", str(data_dir), "--port", "0"]
+    bank = services.start("bank", ["bank", "--model", str(model), "--learner", str(learner), *flags])
+
+    def address() -> str | None:
+        lines = bank.log.read_text("utf-8", errors="replace").splitlines()
+        return next((line.removeprefix(READY) for line in lines if line.startswith(READY)), None)
+
+    return waiting(bank, address, _BANK_SECONDS)
 
 
 def _marked(question: Question, answer: Answer) -> str:

@@ -22,9 +22,9 @@ FORBIDDEN = {
     "regrad_vllm/cli": ("vllm",),
     "regrad_vllm/demo": ("vllm",),
 }
-# What bank_service offers to the other package: the wire, its config and errors; the server to the command line only.
+# What bank_service offers to the other package: the wire, its config and errors; the rest to the command line only.
 OPEN_TO_ALL = ("bank_service.wire", "bank_service.encoder", "bank_service.errors")
-OPEN_TO_COMMAND_LINE = ("bank_service.config", "bank_service.server")
+OPEN_TO_COMMAND_LINE = ("bank_service.config", "bank_service.documents", "bank_service.server")
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -1,0 +1,141 @@
+"""`regrad ingest`, `query`, `delete`, `stats` and `export` against a real bank that `regrad bank` started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from regrad_vllm.cli import main
+from regrad_vllm.learner import Learner
+
+
+def _ingest(bank: str, namespace: str, *paths: Path) -> int:
+    return main(["ingest", *map(str, paths), "--bank", bank, "--namespace", namespace])
+
+
+def _query(bank: str, namespace: str, text: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    capsys.readouterr()
+    assert main(["query", text, "--bank", bank, "--namespace", namespace, "--json", "--top-k", "10"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def _write_lines(path: Path, number: int) -> Path:
+    records = ({"id": f"d{n}", "text": f"The lighthouse number {n} was painted in {1900 + n}."} for n in range(number))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_folder_goes_in_and_is_found_and_goes_in_again_for_free(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_lines(tmp_path / "lights.jsonl", 30)
+    (tmp_path / "bridge.md").write_text("# The bridge of Orlen\n\nIt is built of oak.")
+    assert _ingest(bank, "folder", tmp_path) == 0
+    assert capsys.readouterr().out == "31 created, 0 updated, 0 unchanged\n"
+    best = _query(bank, "folder", "What is the bridge of Orlen built of?", capsys)[0]
+    assert (best["id"], best["title"], best["text"]) == ("bridge.md", "The bridge of Orlen", "It is built of oak.")
+    assert _ingest(bank, "folder", tmp_path) == 0
+    assert capsys.readouterr().out == "0 created, 0 updated, 31 unchanged\n"
+
+
+def test_a_changed_file_updates_and_a_shortened_one_loses_its_rest(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = tmp_path / "guide.md"
+    sections = [f"# Part {n}\n\nThe part number {n} is about lamps.\n\n" for n in range(1, 5)]
+    guide.write_text("".join(sections))
+    assert _ingest(bank, "changes", guide) == 0
+    guide.write_text("".join(sections[:2]).replace("lamps", "ropes", 1))
+    capsys.readouterr()
+    assert _ingest(bank, "changes", guide) == 0
+    assert capsys.readouterr().out == "0 created, 1 updated, 1 unchanged, 2 removed that their files no longer hold\n"
+    found = {hit["id"]: hit["text"] for hit in _query(bank, "changes", "lamps and ropes", capsys)}
+    assert found == {
+        "guide.md#1": "The part number 1 is about ropes.",
+        "guide.md#2": "The part number 2 is about lamps.",
+    }
+    guide.write_text("Only this is left.")
+    assert _ingest(bank, "changes", guide) == 0
+    assert [hit["id"] for hit in _query(bank, "changes", "lamps and ropes", capsys)] == ["guide.md"]
+
+
+def test_one_bad_line_keeps_everything_out_unless_it_is_to_be_skipped(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _write_lines(tmp_path / "lights.jsonl", 3)
+    path.write_text(path.read_text() + "{broken\n")
+    assert _ingest(bank, "partial", path) == 2
+    assert main(["query", "lighthouse", "--bank", bank, "--namespace", "partial"]) == 1
+    assert "namespace" in capsys.readouterr().err
+    assert main(["ingest", str(path), "--bank", bank, "--namespace", "partial", "--skip-bad"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "3 created, 0 updated, 0 unchanged\n"
+    assert f"{path}:4: must be a JSON object" in captured.err
+
+
+def test_what_the_bank_refuses_is_named_by_its_place(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _write_lines(tmp_path / "lights.jsonl", 3)
+    assert _ingest(bank, "no such name!", path) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"regrad ingest: {path}:1: document.namespace must match")
+    assert last.endswith("(0 documents before it are in)")
+
+
+def test_documents_longer_than_the_learner_reads_are_counted(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "The harbour of Orlen is deep and cold. " * 40}) + "\n")
+    assert _ingest(bank, "long", path) == 0
+    assert "1 longer than the learner reads" in capsys.readouterr().out
+
+
+def test_deleting_names_what_was_not_there_and_deletes_the_rest(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _ingest(bank, "deletes", _write_lines(tmp_path / "lights.jsonl", 3)) == 0
+    capsys.readouterr()
+    assert main(["delete", "d0", "nobody", "d2", "--bank", bank, "--namespace", "deletes"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "deleted d0 (version 1)\ndeleted d2 (version 1)\n"
+    assert captured.err == "regrad delete: 1 id not in namespace 'deletes': nobody\n"
+    assert [hit["id"] for hit in _query(bank, "deletes", "lighthouse", capsys)] == ["d1"]
+
+
+def test_stats_are_json_with_numbers(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _ingest(bank, "counted", _write_lines(tmp_path / "lights.jsonl", 2)) == 0
+    capsys.readouterr()
+    assert main(["stats", "--bank", bank]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert stats["namespaces"]["counted"] == 2
+    assert stats["num_documents"] == sum(stats["namespaces"].values())
+    assert stats["cache_available"] is True
+    assert len(stats["learner_fingerprint"]) == 64
+
+
+def test_an_exported_adapter_is_the_learner_minus_the_documents_gradients(
+    bank: str, tmp_path: Path, small_learner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _ingest(bank, "export", _write_lines(tmp_path / "lights.jsonl", 2)) == 0
+    common = ["--bank", bank, "--namespace", "export", "--learner", str(small_learner)]
+    assert main(["export", str(tmp_path / "none"), "--document", "d0", "--gamma", "0", *common]) == 0
+    assert main(["export", str(tmp_path / "one"), "--document", "d0", *common]) == 0
+    assert main(["export", str(tmp_path / "both"), "--document", "d0", "--document", "d1", *common]) == 0
+    learner = Learner.load(small_learner)
+    none, one, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("none", "one", "both"))
+    for tensor, phi in learner.layout.views(learner.phi):
+        key = f"base_model.model.{tensor.module}.lora_{tensor.part}.weight"
+        assert np.array_equal(none[key], phi)
+        assert not np.array_equal(one[key], phi)
+        assert not np.array_equal(both[key], one[key])
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == learner.layout.rank
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "more"), "--document", "nobody", *common]) == 1
+    assert "nobody" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
