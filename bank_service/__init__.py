@@ -1,0 +1,3 @@
+"""The gradient bank: documents in, gradients out."""
+
+__version__ = "0.1.0"

@@ -23,7 +23,7 @@ class BankConfig:
     cache_timeout_ms: int = 250  # a slower cache is a miss
     encode_batch_size: int = 8  # documents
     encode_wait_ms: float = 5.0  # for a batch to fill up
-    max_pending_documents: int = 32  # that one ingest stream has under way
+    max_pending_documents: int = 64  # being encoded and stored at once, all streams together
     embed_threads: int = 0  # 0: as many as CPUs, at most 4
     snapshot_every: int = 10_000  # changes between two snapshots of the vector index
     drain_seconds: float = 10.0  # for calls under way when the bank stops

@@ -13,7 +13,7 @@ from typing import NoReturn, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2 as details  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 
 from bank_service.errors import (
@@ -120,7 +120,7 @@ def to_status(error: BankError) -> status_pb2.Status:
     return status
 
 
-async def abort(context: grpc.aio.ServicerContext, error: BankError) -> NoReturn:  # type: ignore[type-arg]
+async def abort(context: grpc.aio.ServicerContext, error: BankError) -> NoReturn:
     """Ends the call with the error's status."""
     status = to_status(error)
     metadata = ((DETAILS_KEY, status.SerializeToString()),)

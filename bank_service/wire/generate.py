@@ -22,7 +22,7 @@ PACKAGE_DOCSTRING = '"""Made by ``python -m bank_service.wire.generate``; never 
 def compile_contract(proto_dir: Path) -> dict[str, str]:
     """File name → content of the generated package; RuntimeError where protoc rejects the contract."""
     try:
-        from grpc_tools import protoc  # type: ignore[import-untyped]
+        from grpc_tools import protoc
     except ImportError as error:
         raise RuntimeError(
             "grpcio-tools must be installed to compile the contract; pip install 'regrad[dev]'"

@@ -1,0 +1,63 @@
+"""Work that a call starts and does not wait for; and locks by key."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Hashable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Background:
+    """Tasks that outlive the call that started them, and are waited for when the bank stops."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts ``work``. A fault is logged, unless its caller awaits the task and sees it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    async def drain(self) -> None:
+        """Returns when all is done, also what was started meanwhile."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+            await asyncio.sleep(0)  # lets the callbacks run
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.debug("background work failed", exc_info=task.exception())
+
+
+@dataclass(slots=True)
+class _Entry:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    num_users: int = 0
+
+
+class KeyedLocks:
+    """One lock per key, first come first served; nothing is kept of keys that nobody uses."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, _Entry] = {}
+
+    @asynccontextmanager
+    async def hold(self, key: Hashable) -> AsyncIterator[None]:
+        entry = self._entries.setdefault(key, _Entry())
+        entry.num_users += 1
+        try:
+            async with entry.lock:
+                yield
+        finally:
+            entry.num_users -= 1
+            if not entry.num_users:
+                del self._entries[key]

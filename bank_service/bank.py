@@ -1,0 +1,270 @@
+"""The bank: documents in, gradients out; keeps catalog, blobs, index and cache consistent.
+
+Write order: blob (durable) → catalog commit → acknowledgement → index → cache. What follows the acknowledgement
+can be lost and is made again from what comes before it. A query waits for the index to reflect everything that
+was acknowledged before it began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from bank_service import __version__
+from bank_service.background import Background
+from bank_service.blob_store import BlobStore
+from bank_service.catalog import Catalog, CollectionIdentity, DeleteResult, document_not_found
+from bank_service.catalog_view import ListEntry, Totals
+from bank_service.config import BankConfig
+from bank_service.documents import (
+    Document,
+    PutResult,
+    Query,
+    QueryResult,
+    StoredDocument,
+    check_id,
+    check_namespace,
+    check_vector,
+)
+from bank_service.embedder import Embedder
+from bank_service.encode_queue import EncodeQueue
+from bank_service.encoder import Encoder
+from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError
+from bank_service.gradient_cache import GradientCache
+from bank_service.index_follower import IndexFollower
+from bank_service.metrics import BankMetrics
+from bank_service.record_reader import RecordReader
+from bank_service.searcher import Searcher
+from bank_service.stores import Pools, Stores
+from bank_service.threads import in_thread
+from bank_service.usearch_index import UsearchIndex
+from bank_service.wire import limits
+from bank_service.wire.codec import GradientSpec
+from bank_service.wire.tracing import span
+from bank_service.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+FETCH_GROUP = 4  # records of one fetch in memory at once
+NUM_IO_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BankStats:
+    """What a bank holds and how its cache fares."""
+
+    totals: Totals
+    identity: CollectionIdentity
+    sequence: int
+    indexed_sequence: int
+    cache_hits: int
+    cache_misses: int
+    cache_available: bool
+    version: str
+
+
+class Bank:
+    """One collection of documents and gradients. Made by ``open``, ended by ``close``."""
+
+    def __init__(
+        self, config: BankConfig, encoder: Encoder, embedder: Embedder, cache_url: str, metrics: BankMetrics
+    ) -> None:
+        """Opens what needs no event loop. CollectionMismatchError where the folder holds another collection."""
+        spec = encoder.spec
+        self.spec: GradientSpec = spec
+        self.identity = CollectionIdentity(
+            spec.fingerprint, spec.layout_id, config.codec, embedder.name, embedder.dimension
+        )
+        self._embedder = embedder
+        self._pools = Pools(
+            reads=ThreadPoolExecutor(NUM_IO_THREADS, "bank-read"),
+            writes=ThreadPoolExecutor(NUM_IO_THREADS, "bank-write"),
+            query_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-query"),
+            document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
+        )
+        reads = self._pools.reads
+        catalog = Catalog(config.data_dir / "catalog.sqlite", self.identity)
+        self._stores = Stores(
+            catalog, BlobStore(config.data_dir / "blobs"), GradientCache(cache_url, config.cache_timeout_ms, reads)
+        )
+        self._background = Background()
+        self._records = RecordReader(self._stores, self._background, reads, metrics)
+        index = UsearchIndex(embedder.dimension)
+        self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
+        self._searcher = Searcher(catalog, index, self._follower, reads)
+        self._encodes = EncodeQueue(encoder, config.codec, config.encode_batch_size, config.encode_wait_ms, metrics)
+        self._writer = Writer(
+            self._stores,
+            self._pools,
+            self._background,
+            self._encodes,
+            embedder,
+            spec,
+            config.codec,
+            config.max_pending_documents,
+            metrics,
+            self._acknowledge,
+        )
+
+    @classmethod
+    async def open(
+        cls, config: BankConfig, encoder: Encoder, embedder: Embedder, cache_url: str, metrics: BankMetrics
+    ) -> Bank:
+        """Opens or creates the bank of ``config.data_dir``, which nobody else may have open."""
+        bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics)
+        try:
+            await bank._follower.start()
+        except BaseException:
+            await bank.close()
+            raise
+        bank._searcher.acknowledge(bank._follower.sequence)
+        bank._background.run(bank._writer.sweep())
+        bank._publish(metrics)
+        return bank
+
+    async def close(self) -> None:
+        """Finishes what is under way and closes everything."""
+        await self._background.drain()
+        await self._follower.stop()
+        await asyncio.to_thread(self._encodes.close)
+        for pool in (self._pools.query_embeds, self._pools.document_embeds, self._pools.writes, self._pools.reads):
+            await asyncio.to_thread(pool.shutdown)
+        await asyncio.to_thread(self._stores.catalog.close)
+        await self._stores.cache.close()
+
+    # Documents in
+
+    async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
+        """Stores a document with the gradient that the bank's encoder computes; durable on return.
+
+        InvalidArgumentError for a document that has no tokens, VersionConflictError.
+        """
+        return await self._writer.put(document, expected_version)
+
+    async def put_gradient(
+        self, document: Document, record: bytes, embedding: Sequence[float] = (), expected_version: int | None = None
+    ) -> PutResult:
+        """Stores a document with a gradient record that was computed elsewhere; durable on return.
+
+        ``embedding``: empty, then the bank embeds the text. LearnerMismatchError, InvalidArgumentError for a
+        malformed record or embedding, VersionConflictError.
+        """
+        return await self._writer.put_gradient(document, record, embedding, expected_version)
+
+    async def delete(self, namespace: str, id: str, expected_version: int | None = None) -> DeleteResult:
+        """Deletes a document; durable on return. NotFoundError, VersionConflictError."""
+        return await self._writer.delete(namespace, id, expected_version)
+
+    # Documents and gradients out
+
+    async def get(self, namespace: str, id: str) -> StoredDocument:
+        """A document as it is stored. NotFoundError."""
+        namespace, id = check_namespace(namespace), check_id(id)
+
+        def read() -> StoredDocument:
+            with self._stores.catalog.view() as view:
+                stored = view.get(namespace, id)
+                if stored is None:
+                    view.check_namespace(namespace)
+                    raise document_not_found(namespace, id)
+                return stored
+
+        return await in_thread(self._pools.reads, read)
+
+    async def list(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
+        """Up to ``size`` documents after ``after_id``, in order of id. NotFoundError."""
+        namespace = check_namespace(namespace)
+
+        def read() -> list[ListEntry]:
+            with self._stores.catalog.view() as view:
+                view.check_namespace(namespace)
+                return view.page(namespace, after_id, size)
+
+        return await in_thread(self._pools.reads, read)
+
+    async def query(self, query: Query) -> QueryResult:
+        """Nearest or named documents. Sees every change acknowledged before the call.
+
+        InvalidArgumentError, NotFoundError, LearnerMismatchError; LimitExceededError where the texts asked for
+        don't fit one message; DataLossError where a gradient asked for is lost.
+        """
+        fingerprint = self.identity.learner_fingerprint
+        if query.learner_fingerprint and query.learner_fingerprint != fingerprint:
+            raise LearnerMismatchError(
+                f"learner_fingerprint must be the collection's {fingerprint}, got {query.learner_fingerprint[:80]}",
+                expected=fingerprint,
+                actual=query.learner_fingerprint[:80],
+            )
+        await self._searcher.check_namespace(query.namespace)
+        vector = None
+        if query.vector:
+            check_vector(query.vector, self.identity.embedding_dimension, "vector")
+            vector = np.asarray(query.vector, dtype=np.float32)
+        elif query.text:
+            with span("bank.embed"):
+                vector = await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
+        while True:
+            result = await self._searcher.search(query, vector)
+            if not query.include_gradients:
+                return result
+            try:
+                records = await self._records.read(self._searcher.fitting(result.hits))
+            except NotFoundError:
+                continue  # a hit was updated or deleted after the search: the next search knows
+            return QueryResult(result.hits, records, result.sequence)
+
+    async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
+        """Each digest with its verified record, in the order given. NotFoundError before the first; DataLossError."""
+        if not 1 <= len(digests) <= limits.MAX_FETCH_DIGESTS:
+            raise InvalidArgumentError(
+                f"digests must be 1..{limits.MAX_FETCH_DIGESTS}, got {len(digests)}", field="digests"
+            )
+        for index, digest in enumerate(digests):
+            if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+                raise InvalidArgumentError(
+                    f"digests[{index}] must be 64 lower-case hex digits, got {digest[:80]!r}",
+                    field=f"digests[{index}]",
+                )
+        await self._records.check(digests)
+        for start in range(0, len(digests), FETCH_GROUP):
+            group = digests[start : start + FETCH_GROUP]
+            records = await self._records.read(group)
+            for digest in group:
+                yield digest, records[digest]
+
+    async def stats(self) -> BankStats:
+        def read() -> tuple[Totals, int]:
+            with self._stores.catalog.view() as view:
+                return view.totals(), view.sequence()
+
+        totals, sequence = await in_thread(self._pools.reads, read)
+        counts = self._stores.cache.counts
+        available = await self._stores.cache.is_available()
+        return BankStats(
+            totals,
+            self.identity,
+            sequence,
+            self._follower.sequence,
+            counts.hits,
+            counts.misses,
+            available,
+            __version__,
+        )
+
+    def _publish(self, metrics: BankMetrics) -> None:
+        metrics.sequence.set_function(lambda: self._searcher.acknowledged)
+        metrics.indexed_sequence.set_function(lambda: self._follower.sequence)
+        counts = self._stores.cache.counts
+        metrics.cache.labels("hits").set_function(lambda: counts.hits)
+        metrics.cache.labels("misses").set_function(lambda: counts.misses)
+        metrics.cache.labels("corrupt").set_function(lambda: counts.corrupt)
+        metrics.cache.labels("errors").set_function(lambda: counts.errors)
+
+    def _acknowledge(self, sequence: int) -> None:
+        self._searcher.acknowledge(sequence)
+        self._follower.wake()

@@ -1,0 +1,129 @@
+"""Immutable gradient records as files named by their SHA-256.
+
+A record is durable when ``put`` returns. It belongs to the store as long as a catalog row names it or an
+ingest holds it; everything else is an orphan and is swept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Set
+from itertools import islice
+from pathlib import Path
+
+from bank_service.errors import DataLossError
+from bank_service.wire.codec import record_digest
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+SWEEP_BATCH = 256  # digests checked while holds have to wait
+
+References = Callable[[list[str]], Set[str]]  # which of these digests the catalog names
+
+
+class BlobStore:
+    """A folder of records: ``ab/cdef…`` for the digest ``abcdef…``. Safe to use from many threads, by one process."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens or creates. What an earlier process left half-written is removed."""
+        self._folder = folder
+        self._temporary = folder / "tmp"
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()
+        self._num_temporary = 0
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        for path in self._temporary.iterdir():
+            path.unlink()
+        for byte in range(256):
+            (folder / f"{byte:02x}").mkdir(exist_ok=True)
+        _fsync(folder)
+        _fsync(folder.parent)
+
+    @contextlib.contextmanager
+    def hold(self, digest: str) -> Iterator[None]:
+        """Keeps the record from being swept before the catalog names it."""
+        with self._lock:
+            self._held[digest] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[digest] -= 1
+                self._held += Counter()  # drops the zeros
+
+    def put(self, digest: str, record: bytes) -> None:
+        """Makes the record durable; free of writes where a sound copy is there. Call it inside ``hold``."""
+        path = self._path(digest)
+        if not self.is_sound(digest):
+            with self._lock:
+                self._num_temporary += 1
+                temporary = self._temporary / str(self._num_temporary)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(record)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        # Also for a copy that was there: whoever renamed it may not have come to this line yet.
+        _fsync(path.parent)
+
+    def get(self, digest: str) -> bytes:
+        """The record, checked against its digest. DataLossError where it is missing or corrupt."""
+        try:
+            record = self._path(digest).read_bytes()
+        except FileNotFoundError:
+            raise DataLossError(
+                f"gradient {digest} is missing from the blob store; ingest its document again", digest=digest
+            ) from None
+        if record_digest(record) != digest:
+            raise DataLossError(
+                f"gradient {digest} is corrupt in the blob store; ingest its document again", digest=digest
+            )
+        return record
+
+    def is_sound(self, digest: str) -> bool:
+        """The record is there and matches its digest."""
+        try:
+            return record_digest(self._path(digest).read_bytes()) == digest
+        except FileNotFoundError:
+            return False
+
+    def sweep(self, references: References, digests: Iterable[str] | None = None) -> int:
+        """Removes those of ``digests`` (all files where None) that are neither held nor referenced; how many."""
+        removed = 0
+        rest = iter(digests if digests is not None else self._digests())
+        while batch := list(islice(rest, SWEEP_BATCH)):
+            # An ingest holds before it writes and lets go after its commit. So under the lock, what is not held
+            # is either in the catalog or nobody's.
+            with self._lock:
+                idle = [digest for digest in batch if digest not in self._held]
+                for digest in set(idle) - references(idle):
+                    with contextlib.suppress(FileNotFoundError):
+                        self._path(digest).unlink()
+                        removed += 1
+        return removed
+
+    def _digests(self) -> Iterator[str]:
+        for byte in range(256):
+            with os.scandir(self._folder / f"{byte:02x}") as entries:
+                names = [entry.name for entry in entries]
+            yield from (f"{byte:02x}{name}" for name in names if _DIGEST.fullmatch(f"{byte:02x}{name}"))
+
+    def _path(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"digest must be 64 lower-case hex digits, got {digest[:80]!r}")
+        return self._folder / digest[:2] / digest[2:]
+
+
+def _fsync(folder: Path) -> None:
+    """Makes a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

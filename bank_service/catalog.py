@@ -1,0 +1,210 @@
+"""The catalog: documents, versions, namespaces, embeddings, digests, sequence numbers. The truth of a bank.
+
+SQLite in WAL mode with synchronous=FULL: what ``put`` and ``delete`` have returned survives a crash. A deleted
+document's row stays without its content, so that its key and version numbers are never used for other content
+and every follower learns of the deletion by its sequence number.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from bank_service.catalog_view import CatalogView, collection, documents, metadata, to_stored
+from bank_service.documents import Document, Gradient, Outcome, PutResult
+from bank_service.errors import CollectionMismatchError, NotFoundError, VersionConflictError
+from bank_service.group_commit import GroupCommit
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionIdentity:
+    """What all gradients and embeddings of a bank have in common."""
+
+    learner_fingerprint: str
+    layout_id: str
+    codec: str
+    embedder: str
+    embedding_dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """An acknowledged deletion."""
+
+    version: int  # that was deleted
+    sequence: int
+    digest: str  # of the gradient that the document had
+
+
+class Catalog:
+    """One collection in one SQLite file. Reads are snapshots; writes are grouped by one thread."""
+
+    def __init__(self, path: Path, identity: CollectionIdentity) -> None:
+        """Opens or creates. CollectionMismatchError where the file holds another collection."""
+        self._engine = _engine(path)
+        try:
+            self.collection_id = self._claim(path, identity)  # changes with the file, not with the collection's content
+        except BaseException:
+            self._engine.dispose()
+            raise
+        self._writer = GroupCommit(self._engine)
+
+    def close(self) -> None:
+        """Commits what is queued, then closes."""
+        self._writer.close()
+        self._engine.dispose()
+
+    @contextmanager
+    def view(self) -> Iterator[CatalogView]:
+        """Reads of one committed state, unmoved by later writes."""
+        with self._engine.begin() as connection:
+            yield CatalogView(connection)
+
+    def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
+        """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``."""
+        return self._writer.submit(lambda connection: _put(connection, document, gradient, expected_version))
+
+    def delete(self, namespace: str, id: str, expected_version: int | None) -> Future[DeleteResult]:
+        """Deletes a document. NotFoundError, VersionConflictError."""
+        return self._writer.submit(lambda connection: _delete(connection, namespace, id, expected_version))
+
+    def _claim(self, path: Path, identity: CollectionIdentity) -> str:
+        wanted = asdict(identity)
+        with self._engine.begin() as connection:
+            metadata.create_all(connection)
+            row = connection.execute(sa.select(collection)).mappings().one_or_none()
+            if row is None:
+                created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
+                connection.execute(sa.insert(collection).values(**created, **wanted))
+                return str(created["uuid"])
+        for name, value in {"schema_version": SCHEMA_VERSION, **wanted}.items():
+            if row[name] != value:
+                raise CollectionMismatchError(
+                    f"{name} of the collection in {path.parent} must be {row[name]}, got {value}; "
+                    "a collection keeps its learner, codec and embedder: use another data directory"
+                )
+        return str(row["uuid"])
+
+
+def _engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        f"sqlite:///{path}",
+        pool_size=8,
+        max_overflow=-1,  # bounded by the threads that read
+        connect_args={"check_same_thread": False, "timeout": 30.0},
+    )
+
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # else the driver commits on its own before some statements
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    def on_begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    sa.event.listen(engine, "connect", on_connect)
+    sa.event.listen(engine, "begin", on_begin)
+    return engine
+
+
+def _current(connection: sa.Connection, namespace: str, id: str) -> sa.RowMapping | None:
+    query = sa.select(documents).where(documents.c.namespace == namespace, documents.c.id == id)
+    return connection.execute(query).mappings().one_or_none()
+
+
+def _check_version(row: sa.RowMapping | None, namespace: str, id: str, expected: int | None) -> None:
+    actual = row["version"] if row is not None and not row["deleted"] else 0
+    if expected is not None and expected != actual:
+        raise version_conflict(namespace, id, expected, actual)
+
+
+def version_conflict(namespace: str, id: str, expected: int, actual: int) -> VersionConflictError:
+    state = f"version {actual}" if actual else "no such document"
+    return VersionConflictError(
+        f"document {id!r} in namespace {namespace!r} must be at version {expected} (0: absent), got {state}; "
+        "read it again and retry",
+        namespace=namespace,
+        id=id,
+        expected_version=expected,
+        actual_version=actual,
+    )
+
+
+def document_not_found(namespace: str, id: str) -> NotFoundError:
+    return NotFoundError(f"document {id!r} is not in namespace {namespace!r}", kind="document", name=id)
+
+
+def _next_sequence(connection: sa.Connection) -> int:
+    update = sa.update(collection).values(sequence=collection.c.sequence + 1).returning(collection.c.sequence)
+    return int(connection.execute(update).scalar_one())
+
+
+def _put(connection: sa.Connection, document: Document, gradient: Gradient, expected_version: int | None) -> PutResult:
+    row = _current(connection, document.namespace, document.id)
+    _check_version(row, document.namespace, document.id, expected_version)
+    alive = row is not None and not row["deleted"]
+    replaced = row["gradient_digest"] if row is not None and alive else None
+    content_digest = document.content_digest
+    if row is not None and replaced == gradient.digest and row["content_digest"] == content_digest:
+        return PutResult(to_stored(row), Outcome.UNCHANGED)
+    values = {
+        "version": 1 if row is None else row["version"] + 1,
+        "sequence": _next_sequence(connection),
+        "deleted": False,
+        "updated_us": time.time_ns() // 1000,
+        "title": document.title,
+        "text": document.text,
+        "num_text_bytes": len(document.text.encode()),
+        "metadata": json.dumps(dict(document.metadata), sort_keys=True),
+        "content_digest": content_digest,
+        "gradient_digest": gradient.digest,
+        "gradient_bytes": gradient.num_bytes,
+        "num_tokens": gradient.num_tokens,
+        "truncated": gradient.truncated,
+        "embedding": gradient.embedding,
+    }
+    if row is None:
+        statement: sa.Insert | sa.Update = sa.insert(documents).values(
+            namespace=document.namespace, id=document.id, **values
+        )
+    else:
+        statement = sa.update(documents).where(documents.c.key == row["key"]).values(**values)
+    written = connection.execute(statement.returning(*documents.c)).mappings().one()
+    outcome = Outcome.UPDATED if alive else Outcome.CREATED
+    return PutResult(to_stored(written), outcome, replaced if replaced != gradient.digest else None)
+
+
+def _delete(connection: sa.Connection, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
+    row = _current(connection, namespace, id)
+    if row is None or row["deleted"]:
+        raise document_not_found(namespace, id)
+    _check_version(row, namespace, id, expected_version)
+    sequence = _next_sequence(connection)
+    emptied = {
+        "sequence": sequence,
+        "deleted": True,
+        "updated_us": time.time_ns() // 1000,
+        "title": "",
+        "text": "",
+        "num_text_bytes": 0,
+        "metadata": "{}",
+        "content_digest": None,
+        "gradient_digest": None,
+        "gradient_bytes": 0,
+        "embedding": None,
+    }
+    connection.execute(sa.update(documents).where(documents.c.key == row["key"]).values(**emptied))
+    return DeleteResult(row["version"], sequence, row["gradient_digest"])

@@ -1,0 +1,206 @@
+"""Reads of the catalog, all on one snapshot; and the tables, which writes share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from bank_service.documents import Document, Gradient, Hit, StoredDocument
+from bank_service.errors import NotFoundError
+from bank_service.wire import limits
+
+MAX_VARIABLES = 500  # in one IN (…); SQLite's own limit was 999 for long
+
+metadata = sa.MetaData()
+
+collection = sa.Table(
+    "collection",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),  # always 1
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    sa.Column("uuid", sa.Text, nullable=False),  # of this file; derived data on disk names it
+    sa.Column("sequence", sa.BigInteger, nullable=False),  # of the last change
+    sa.Column("learner_fingerprint", sa.Text, nullable=False),
+    sa.Column("layout_id", sa.Text, nullable=False),
+    sa.Column("codec", sa.Text, nullable=False),
+    sa.Column("embedder", sa.Text, nullable=False),
+    sa.Column("embedding_dimension", sa.Integer, nullable=False),
+)
+
+documents = sa.Table(
+    "documents",
+    metadata,
+    sa.Column("key", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("namespace", sa.Text, nullable=False),
+    sa.Column("id", sa.Text, nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
+    sa.Column("deleted", sa.Boolean, nullable=False),
+    sa.Column("updated_us", sa.BigInteger, nullable=False),
+    sa.Column("content_digest", sa.Text),
+    sa.Column("gradient_digest", sa.Text, index=True),
+    sa.Column("gradient_bytes", sa.BigInteger, nullable=False),
+    sa.Column("num_tokens", sa.Integer, nullable=False),
+    sa.Column("truncated", sa.Boolean, nullable=False),
+    sa.Column("num_text_bytes", sa.Integer, nullable=False),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("metadata", sa.Text, nullable=False),  # JSON object
+    sa.Column("embedding", sa.LargeBinary),  # float32 (embedding_dimension,), L2 norm 1
+    sa.Column("text", sa.Text, nullable=False),  # last: SQLite reads a row from its start
+    sa.UniqueConstraint("namespace", "id"),
+    sa.Index("documents_by_sequence", "sequence", unique=True),
+    sqlite_autoincrement=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The latest change of one document."""
+
+    sequence: int
+    key: int
+    namespace: str
+    embedding: bytes | None  # None: deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a query needs to rank a document."""
+
+    key: int
+    id: str
+    sequence: int
+    embedding: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ListEntry:
+    """A document in a list."""
+
+    id: str
+    title: str
+    version: int
+    gradient_digest: str
+    num_text_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the catalog holds."""
+
+    num_documents: dict[str, int]  # by namespace, also those that lost their last document
+    num_gradients: int
+    gradient_bytes: int
+
+
+def to_stored(row: sa.RowMapping) -> StoredDocument:
+    document = Document(row["namespace"], row["id"], row["title"], row["text"], json.loads(row["metadata"]))
+    gradient = Gradient(
+        row["gradient_digest"], row["gradient_bytes"], row["num_tokens"], row["truncated"], row["embedding"]
+    )
+    return StoredDocument(row["key"], document, gradient, row["version"], row["sequence"], row["updated_us"])
+
+
+class CatalogView:
+    """One committed state of the catalog."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def sequence(self) -> int:
+        """Of the last change in this state."""
+        return int(self._connection.execute(sa.select(collection.c.sequence)).scalar_one())
+
+    def has_namespace(self, namespace: str) -> bool:
+        """It has or had a document; the default namespace always exists."""
+        query = sa.select(documents.c.key).where(documents.c.namespace == namespace).limit(1)
+        return namespace == limits.DEFAULT_NAMESPACE or self._connection.execute(query).first() is not None
+
+    def check_namespace(self, namespace: str) -> None:
+        """NotFoundError for one that never had a document."""
+        if not self.has_namespace(namespace):
+            raise NotFoundError(f"namespace {namespace!r} has no documents", kind="namespace", name=namespace)
+
+    def get(self, namespace: str, id: str) -> StoredDocument | None:
+        query = sa.select(documents).where(
+            documents.c.namespace == namespace, documents.c.id == id, sa.not_(documents.c.deleted)
+        )
+        row = self._connection.execute(query).mappings().one_or_none()
+        return None if row is None else to_stored(row)
+
+    def keys(self, namespace: str, ids: Sequence[str]) -> dict[str, int]:
+        """id → key of those that exist. At most MAX_VARIABLES ids."""
+        query = sa.select(documents.c.id, documents.c.key).where(
+            documents.c.namespace == namespace, documents.c.id.in_(ids), sa.not_(documents.c.deleted)
+        )
+        return {row.id: row.key for row in self._connection.execute(query)}
+
+    def page(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
+        """Up to ``size`` documents after ``after_id`` in order of id (of its UTF-8 bytes)."""
+        columns = documents.c
+        query = (
+            sa.select(columns.id, columns.title, columns.version, columns.gradient_digest, columns.num_text_bytes)
+            .where(columns.namespace == namespace, columns.id > after_id, sa.not_(columns.deleted))
+            .order_by(columns.id)
+            .limit(size)
+        )
+        return [ListEntry(*row) for row in self._connection.execute(query)]
+
+    def changes(self, after_sequence: int, limit: int) -> list[Change]:
+        """Up to ``limit`` changes in order of sequence; a document changed twice shows its last change only."""
+        columns = documents.c
+        query = (
+            sa.select(columns.sequence, columns.key, columns.namespace, columns.embedding)
+            .where(columns.sequence > after_sequence)
+            .order_by(columns.sequence)
+            .limit(limit)
+        )
+        return [Change(*row) for row in self._connection.execute(query)]
+
+    def candidates(self, keys: Sequence[int]) -> list[Candidate]:
+        """Those of ``keys`` that are not deleted, in any order. At most MAX_VARIABLES keys."""
+        columns = documents.c
+        query = sa.select(columns.key, columns.id, columns.sequence, columns.embedding).where(
+            columns.key.in_(keys), sa.not_(columns.deleted)
+        )
+        return [Candidate(*row) for row in self._connection.execute(query)]
+
+    def hits(self, scores: dict[int, float], include_text: bool) -> list[Hit]:
+        """A hit for each key in ``scores``, in its order; all must be in ``candidates``."""
+        columns = documents.c
+        wanted = [columns.key, columns.id, columns.version, columns.gradient_digest, columns.gradient_bytes]
+        if include_text:
+            wanted += [columns.title, columns.text]
+        query = sa.select(*wanted).where(columns.key.in_(list(scores)))
+        rows = {row[0]: row for row in self._connection.execute(query)}
+        found = [(rows[key], score) for key, score in scores.items()]
+        return [Hit(row[1], row[2], score, row[3], row[4], *row[5:]) for row, score in found]
+
+    def gradient_sizes(self, digests: Sequence[str]) -> dict[str, int]:
+        """digest → bytes of those that a document has. At most MAX_VARIABLES digests."""
+        columns = documents.c
+        query = (
+            sa.select(columns.gradient_digest, sa.func.max(columns.gradient_bytes))
+            .where(columns.gradient_digest.in_(digests))
+            .group_by(columns.gradient_digest)
+        )
+        return {digest: int(size) for digest, size in self._connection.execute(query)}
+
+    def totals(self) -> Totals:
+        columns = documents.c
+        alive = sa.func.sum(sa.case((columns.deleted, 0), else_=1))
+        spaces = sa.select(columns.namespace, alive).group_by(columns.namespace).order_by(columns.namespace)
+        counts = {name: int(count) for name, count in self._connection.execute(spaces)}
+        each = (
+            sa.select(sa.func.max(columns.gradient_bytes).label("size"))
+            .where(columns.gradient_digest.is_not(None))
+            .group_by(columns.gradient_digest)
+            .subquery()
+        )
+        row = self._connection.execute(
+            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
+        ).one()
+        return Totals({limits.DEFAULT_NAMESPACE: 0, **counts}, int(row[0]), int(row[1]))

@@ -1,0 +1,77 @@
+"""The folder of one bank: owned by one process at a time, with the address that it serves at."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from bank_service.errors import BankInUseError
+
+ADDRESS_FILE = "address.json"
+
+
+@dataclass(frozen=True, slots=True)
+class BankAddress:
+    """Where a running bank listens."""
+
+    host: str
+    port: int
+    metrics_port: int | None  # None: no metrics endpoint
+
+    @property
+    def target(self) -> str:
+        """For a gRPC channel."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class DataDir:
+    """Holds the folder's lock from ``claim`` to ``release``; the kernel lets go of it when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Creates the folder where needed. BankInUseError where another bank has it."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            lock.close()
+            raise BankInUseError(
+                f"{self.path} must belong to one bank, got one running already (pid {owner}); "
+                "stop it or use another data directory"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+        (self.path / ADDRESS_FILE).unlink(missing_ok=True)  # of a bank that was killed
+
+    def announce(self, address: BankAddress) -> None:
+        """Writes the address file: the bank is ready. It goes with ``release``."""
+        temporary = self.path / (ADDRESS_FILE + ".new")
+        temporary.write_text(json.dumps({**asdict(address), "pid": os.getpid()}) + "\n")
+        os.replace(temporary, self.path / ADDRESS_FILE)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            (self.path / ADDRESS_FILE).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def read_address(data_dir: Path) -> BankAddress | None:
+    """The address of the bank that runs on ``data_dir``; None where none has announced itself."""
+    try:
+        fields = json.loads((data_dir / ADDRESS_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return BankAddress(fields["host"], fields["port"], fields["metrics_port"])

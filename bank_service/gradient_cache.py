@@ -1,0 +1,116 @@
+"""Hot gradient records in Redis. A cache only: whatever happens to it, a fetch succeeds from the blobs.
+
+Every record read is checked against its digest. A server that fails or is slow is left alone for a moment, so
+that each call does not wait for it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from bank_service.threads import in_thread
+from bank_service.wire.codec import record_digest
+
+logger = logging.getLogger(__name__)
+
+COOL_DOWN_SECONDS = 1.0
+MAX_CONNECTIONS = 8
+KEY_PREFIX = "regrad:gradient:"
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """What the cache has done so far."""
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0  # records that didn't match their digest; also misses
+    errors: int = 0  # calls that failed or timed out; their records are also misses
+
+
+class GradientCache:
+    """Records by digest. No method raises for a fault of the server."""
+
+    def __init__(self, url: str, timeout_ms: int, pool: Executor) -> None:
+        timeout = timeout_ms / 1000
+        self._connections = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=timeout,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._redis = Redis(connection_pool=self._connections)
+        self._timeout = timeout
+        self._pool = pool
+        self._rest_until = 0.0
+        self.counts = CacheCounts()
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+        await self._connections.aclose()
+
+    async def is_available(self) -> bool:
+        """The server answers now."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._redis.ping()
+        except (RedisError, OSError, TimeoutError):
+            return False
+        return True
+
+    async def get(self, digests: Sequence[str]) -> dict[str, bytes]:
+        """Those of ``digests`` that are cached, each checked against its digest."""
+        if not digests:
+            return {}
+        values = await self._call("MGET", *[KEY_PREFIX + digest for digest in digests])
+        found: dict[str, bytes] = {}
+        if isinstance(values, list):
+            found = {digest: value for digest, value in zip(digests, values, strict=True) if isinstance(value, bytes)}
+        bad = await in_thread(self._pool, _mismatches, found)
+        if bad:
+            self.counts.corrupt += len(bad)
+            logger.warning("%d cached gradients did not match their digests; using the blobs", len(bad))
+            found = {digest: record for digest, record in found.items() if digest not in bad}
+            await self.remove(bad)
+        self.counts.hits += len(found)
+        self.counts.misses += len(digests) - len(found)
+        return found
+
+    async def put(self, records: Mapping[str, bytes]) -> None:
+        """Offers records; the server may drop any."""
+        if records:
+            pairs = [part for digest, record in records.items() for part in (KEY_PREFIX + digest, record)]
+            await self._call("MSET", *pairs)
+
+    async def remove(self, digests: Sequence[str]) -> None:
+        if digests:
+            await self._call("UNLINK", *[KEY_PREFIX + digest for digest in digests])
+
+    async def _call(self, command: str, *arguments: str | bytes) -> object:
+        """The server's answer, or None where it fails, is slow, or rests after a failure."""
+        if time.monotonic() < self._rest_until:
+            return None
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._redis.execute_command(command, *arguments)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError, TimeoutError) as error:
+            self.counts.errors += 1
+            self._rest_until = time.monotonic() + COOL_DOWN_SECONDS
+            logger.warning("the gradient cache failed (%s: %s); using the blobs", type(error).__name__, error)
+            return None
+
+
+def _mismatches(records: Mapping[str, bytes]) -> list[str]:
+    return [digest for digest, record in records.items() if record_digest(record) != digest]

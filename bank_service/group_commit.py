@@ -1,0 +1,87 @@
+"""One writer thread: operations that wait together share one transaction, hence one fsync."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from bank_service.errors import BankError, UnavailableError
+
+T = TypeVar("T")
+MAX_BATCH = 256  # operations in one transaction
+
+
+class GroupCommit:
+    """Runs write operations one after the other, each in a savepoint of a shared transaction.
+
+    An operation's future is resolved after the commit, never before; a failing operation leaves no trace and
+    does not touch its neighbours. Where the commit itself fails, all of its operations get UnavailableError.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # no operation may follow the end mark
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="bank-catalog-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, operation: Callable[[Connection], T]) -> Future[T]:
+        """The future's result is ``operation``'s, once it is durable. UnavailableError after ``close``."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # a commit under way can't be called back
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the catalog is closed; the bank is stopping")
+            self._queue.put((operation, future))
+        return future
+
+    def close(self) -> None:
+        """Commits what is queued and ends the thread."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            while len(batch) < MAX_BATCH and batch[-1] is not None and not self._queue.empty():
+                batch.append(self._queue.get())
+            self._commit([item for item in batch if item is not None])
+            if batch[-1] is None:
+                return
+
+    def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+        done: list[tuple[Future[Any], Any]] = []
+        try:
+            with self._engine.begin() as connection:
+                for operation, future in batch:
+                    try:
+                        with connection.begin_nested():
+                            result = operation(connection)
+                    except BankError as error:
+                        future.set_exception(error)
+                    else:
+                        done.append((future, result))
+        except SQLAlchemyError as error:
+            failure = UnavailableError(f"the catalog must be writable, got {error}; is the disk full?")
+            failure.__cause__ = error
+            self._fail(batch, failure)
+        except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
+            self._fail(batch, error)
+        else:
+            for future, result in done:
+                future.set_result(result)
+
+    def _fail(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]], error: Exception) -> None:
+        for _, future in batch:
+            if not future.done():
+                future.set_exception(error)

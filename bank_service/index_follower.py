@@ -1,0 +1,149 @@
+"""Keeps the vector index up with the catalog: one way in for start-up, live changes and repair.
+
+The follower reads the catalog's changes after the sequence number that the index reflects and applies them in
+order. Queries wait until it has come to what was acknowledged before them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
+
+from bank_service.catalog import Catalog
+from bank_service.catalog_view import Change
+from bank_service.errors import UnavailableError
+from bank_service.threads import in_thread
+from bank_service.usearch_index import UsearchIndex
+
+logger = logging.getLogger(__name__)
+
+CHANGES_PER_STEP = 512
+RETRY_SECONDS = 0.2
+WAIT_SECONDS = 10.0  # of a query for the index
+
+
+class IndexFollower:
+    """Applies the catalog's changes to the index, from one task."""
+
+    def __init__(
+        self, catalog: Catalog, index: UsearchIndex, snapshot: Path, pool: Executor, snapshot_every: int
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._snapshot = snapshot
+        self._pool = pool
+        self._snapshot_every = snapshot_every
+        self._moved = asyncio.Condition()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._saved_sequence = 0
+        self.sequence = 0  # that the index reflects
+
+    async def start(self) -> None:
+        """Loads the snapshot, catches up with the catalog, then follows it."""
+        self.sequence = await in_thread(self._pool, self._load)
+        self._saved_sequence = self.sequence
+        while await self._step():
+            pass
+        self._task = asyncio.create_task(self._follow(), name="bank-index-follower")
+
+    async def stop(self) -> None:
+        """Ends following and saves a snapshot."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+            await in_thread(self._pool, self._save)
+
+    def wake(self) -> None:
+        """The catalog has changed."""
+        self._wake.set()
+
+    async def reach(self, sequence: int) -> None:
+        """Returns once the index reflects ``sequence``. UnavailableError where that takes too long."""
+        if self.sequence >= sequence:
+            return
+        try:
+            async with asyncio.timeout(WAIT_SECONDS), self._moved:
+                await self._moved.wait_for(lambda: self.sequence >= sequence)
+        except TimeoutError:
+            raise UnavailableError(
+                f"the index must reflect change {sequence}, got {self.sequence} after {WAIT_SECONDS} s; try again"
+            ) from None
+
+    async def _follow(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while await self._step():
+                    pass
+            except (SQLAlchemyError, RuntimeError, MemoryError):
+                # The catalog or usearch; the changes are still in the catalog, so nothing is lost by waiting.
+                logger.exception("the index can't follow the catalog; trying again")
+                await asyncio.sleep(RETRY_SECONDS)
+                self._wake.set()
+
+    async def _step(self) -> bool:
+        """Applies the next changes; false where there are none."""
+        sequence = await in_thread(self._pool, self._advance, self.sequence)
+        if sequence == self.sequence:
+            return False
+        async with self._moved:
+            self.sequence = sequence
+            self._moved.notify_all()
+        if self.sequence - self._saved_sequence >= self._snapshot_every:
+            await in_thread(self._pool, self._save)
+        return True
+
+    def _advance(self, after_sequence: int) -> int:
+        with self._catalog.view() as view:
+            changes = view.changes(after_sequence, CHANGES_PER_STEP)
+        self._apply(changes, lambda change: change.embedding is None, self._remove)
+        self._apply(changes, lambda change: change.embedding is not None, self._put)
+        return changes[-1].sequence if changes else after_sequence
+
+    def _apply(
+        self, changes: list[Change], chosen: Callable[[Change], bool], act: Callable[[str, list[Change]], None]
+    ) -> None:
+        # A document shows at most once in ``changes``, so their order does not matter.
+        spaces: dict[str, list[Change]] = {}
+        for change in filter(chosen, changes):
+            spaces.setdefault(change.namespace, []).append(change)
+        for namespace, group in spaces.items():
+            act(namespace, group)
+
+    def _put(self, namespace: str, changes: list[Change]) -> None:
+        vectors = np.stack([np.frombuffer(change.embedding or b"", dtype="<f4") for change in changes])
+        self._index.put(namespace, [change.key for change in changes], vectors)
+
+    def _remove(self, namespace: str, changes: list[Change]) -> None:
+        self._index.remove(namespace, [change.key for change in changes])
+
+    def _load(self) -> int:
+        sequence = self._index.load(self._snapshot, self._catalog.collection_id)
+        with self._catalog.view() as view:
+            newest = view.sequence()
+        if sequence > newest:
+            logger.warning("the index snapshot is ahead of the catalog (a restored backup?); rebuilding it")
+            self._index.clear()
+            return 0
+        return sequence
+
+    def _save(self) -> None:
+        if self.sequence == self._saved_sequence:
+            return
+        try:
+            self._index.save(self._snapshot, self._catalog.collection_id, self.sequence)
+        except OSError:
+            logger.exception("the index snapshot could not be written; the next start rebuilds more from the catalog")
+        else:
+            self._saved_sequence = self.sequence

@@ -1,0 +1,116 @@
+"""One ingest stream: many documents under way at once, acknowledged in the order in which they came."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from bank_service.documents import PutResult
+from bank_service.errors import BankError, InvalidArgumentError
+from bank_service.wire import limits
+from bank_service.wire.codec import HEADER_BYTES
+from bank_service.wire.generated import bank_pb2 as pb
+
+Put = Coroutine[Any, Any, PutResult]
+
+
+async def acknowledge_in_order(puts: AsyncIterator[Put], window: int) -> AsyncIterator[PutResult]:
+    """Results of ``puts`` in order, up to ``window`` running at once.
+
+    The first error, of a put or of ``puts`` itself, is raised in its turn, after the results before it; it
+    carries its index. What was started after it is cancelled; it may or may not have been stored.
+    """
+    started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None] = asyncio.Queue(window)
+    tasks: set[asyncio.Task[PutResult]] = set()
+    reader = asyncio.create_task(_start_all(puts, started, tasks))
+    index = 0
+    try:
+        while (item := await started.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield await item
+            tasks.discard(item)
+            index += 1
+    except BankError as error:
+        error.index = index
+        raise
+    finally:
+        reader.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(reader, *tasks, return_exceptions=True)
+
+
+async def _start_all(
+    puts: AsyncIterator[Put],
+    started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None],
+    tasks: set[asyncio.Task[PutResult]],
+) -> None:
+    try:
+        async for put in puts:
+            task = asyncio.create_task(put)
+            tasks.add(task)
+            await started.put(task)
+    except Exception as error:  # noqa: BLE001 - raised by the consumer, in its turn
+        await started.put(error)
+    else:
+        await started.put(None)
+
+
+async def uploads(
+    requests: AsyncIterator[pb.IngestGradientsRequest], max_bytes: int
+) -> AsyncIterator[tuple[pb.IngestGradientsRequest.Header, bytes]]:
+    """Each header with its whole record. InvalidArgumentError where parts are missing, too large or out of order.
+
+    Memory grows with the bytes that have come, not with those that were announced.
+    """
+    header: pb.IngestGradientsRequest.Header | None = None
+    record = bytearray()
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if part == "header":
+            if header is not None:
+                yield header, _whole(header, record)
+            header, record = request.header, bytearray()
+            _check_size(header, max_bytes)
+        elif part == "chunk":
+            _append(header, record, request.chunk)
+        else:
+            raise InvalidArgumentError("each message must have a header or a chunk, got neither", field="part")
+    if header is not None:
+        yield header, _whole(header, record)
+
+
+def _check_size(header: pb.IngestGradientsRequest.Header, max_bytes: int) -> None:
+    if not HEADER_BYTES < header.record_bytes <= max_bytes:
+        raise InvalidArgumentError(
+            f"header.record_bytes must be in {HEADER_BYTES + 1}..{max_bytes} for this learner, "
+            f"got {header.record_bytes}",
+            field="header.record_bytes",
+        )
+
+
+def _append(header: pb.IngestGradientsRequest.Header | None, record: bytearray, chunk: bytes) -> None:
+    if header is None:
+        raise InvalidArgumentError("the first message must be a header, got a chunk", field="header")
+    if len(chunk) > limits.MAX_CHUNK_BYTES:
+        raise InvalidArgumentError(
+            f"chunk must be at most {limits.MAX_CHUNK_BYTES} bytes, got {len(chunk)}", field="chunk"
+        )
+    if len(record) + len(chunk) > header.record_bytes:
+        raise InvalidArgumentError(
+            f"chunks must add up to header.record_bytes = {header.record_bytes}, got {len(record) + len(chunk)} so far",
+            field="chunk",
+        )
+    record += chunk
+
+
+def _whole(header: pb.IngestGradientsRequest.Header, record: bytearray) -> bytes:
+    if len(record) != header.record_bytes:
+        raise InvalidArgumentError(
+            f"chunks must add up to header.record_bytes = {header.record_bytes}, got {len(record)}; "
+            "was the upload cut off?",
+            field="chunk",
+        )
+    return bytes(record)

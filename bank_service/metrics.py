@@ -1,0 +1,53 @@
+"""The bank's own Prometheus metrics, one registry per bank."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class BankMetrics:
+    """Counts and times of one bank."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._calls = Counter(
+            "regrad_bank_calls", "Calls answered, by method and status code", ["method", "code"], registry=self.registry
+        )
+        self._call_seconds = Histogram(
+            "regrad_bank_call_seconds", "Duration of calls, whole streams included", ["method"], registry=self.registry
+        )
+        self._encode_seconds = Histogram(
+            "regrad_bank_encode_seconds", "Duration of one batch in the encoder", registry=self.registry
+        )
+        self._encode_documents = Histogram(
+            "regrad_bank_encode_batch_documents",
+            "Documents in one batch of the encoder",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=self.registry,
+        )
+        self._swept = Counter("regrad_bank_swept_gradients", "Gradients removed as orphans", registry=self.registry)
+        self._data_loss = Counter("regrad_bank_data_loss", "Gradients found missing or corrupt", registry=self.registry)
+        self.sequence = Gauge("regrad_bank_sequence", "Last acknowledged change", registry=self.registry)
+        self.indexed_sequence = Gauge(
+            "regrad_bank_indexed_sequence", "Change that the vector index reflects", registry=self.registry
+        )
+        self.cache = Gauge(
+            "regrad_bank_cache_records",
+            "Records asked of the cache since the start",
+            ["outcome"],
+            registry=self.registry,
+        )
+
+    def called(self, method: str, code: str, seconds: float) -> None:
+        self._calls.labels(method, code).inc()
+        self._call_seconds.labels(method).observe(seconds)
+
+    def encoded(self, num_documents: int, seconds: float) -> None:
+        self._encode_seconds.observe(seconds)
+        self._encode_documents.observe(num_documents)
+
+    def swept(self, num_gradients: int) -> None:
+        self._swept.inc(num_gradients)
+
+    def lost(self) -> None:
+        self._data_loss.inc()

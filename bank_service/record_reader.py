@@ -1,0 +1,68 @@
+"""Gradient records for reading: from the cache where it has them, else from the blobs; always verified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+from bank_service.background import Background
+from bank_service.errors import DataLossError, NotFoundError
+from bank_service.metrics import BankMetrics
+from bank_service.stores import Stores
+from bank_service.threads import in_thread
+from bank_service.wire.tracing import span
+
+
+class RecordReader:
+    """Reads records by digest. The catalog says which exist: a deleted document's record is not found anywhere."""
+
+    def __init__(self, stores: Stores, background: Background, pool: Executor, metrics: BankMetrics) -> None:
+        self._catalog = stores.catalog
+        self._blobs = stores.blobs
+        self._cache = stores.cache
+        self._background = background
+        self._pool = pool
+        self._metrics = metrics
+
+    async def check(self, digests: Sequence[str]) -> None:
+        """NotFoundError for the first digest that no document has."""
+        known = await in_thread(self._pool, self._sizes, digests)
+        for digest in digests:
+            if digest not in known:
+                raise _not_found(digest)
+
+    async def read(self, digests: Sequence[str]) -> dict[str, bytes]:
+        """All of ``digests``, each once. NotFoundError; DataLossError names a record that is gone or corrupt."""
+        wanted = list(dict.fromkeys(digests))
+        await self.check(wanted)
+        with span("cache.get", num_gradients=len(wanted)) as current:
+            records = await self._cache.get(wanted)
+            current.set_attribute("num_hits", len(records))
+        missing = [digest for digest in wanted if digest not in records]
+        if missing:
+            with span("blobs.get", num_gradients=len(missing)):
+                read = await asyncio.gather(*(in_thread(self._pool, self._read_blob, digest) for digest in missing))
+            fresh = dict(zip(missing, read, strict=True))
+            self._background.run(self._cache.put(fresh))
+            records.update(fresh)
+        return records
+
+    def _read_blob(self, digest: str) -> bytes:
+        try:
+            return self._blobs.get(digest)
+        except DataLossError:
+            if digest not in self._sizes([digest]):  # its document went between the check and the read
+                raise _not_found(digest) from None
+            self._metrics.lost()
+            raise
+
+    def _sizes(self, digests: Sequence[str]) -> dict[str, int]:
+        with self._catalog.view() as view:
+            return view.gradient_sizes(digests)
+
+
+def _not_found(digest: str) -> NotFoundError:
+    return NotFoundError(
+        f"gradient {digest} belongs to no document now; query again for current digests", kind="gradient", name=digest
+    )

@@ -1,0 +1,169 @@
+"""A bank as a gRPC server: start, health, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from bank_service.bank import Bank
+from bank_service.config import BankConfig
+from bank_service.data_dir import BankAddress, DataDir
+from bank_service.embedded_redis import EmbeddedRedis
+from bank_service.embedder import Embedder, MiniLmEmbedder
+from bank_service.encoder import Encoder
+from bank_service.metrics import BankMetrics
+from bank_service.servicer import BankServicer
+from bank_service.wire import limits
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.tracing import configure_tracing
+
+__all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
+
+logger = logging.getLogger(__name__)
+
+SERVICE = bank_pb2.DESCRIPTOR.services_by_name["BankService"].full_name
+
+
+class BankServer:
+    """A running bank: ``async with BankServer(config, encoder) as server: server.address``.
+
+    Start it in the main thread of its process: the embedded Redis server ends with the thread that started it.
+    """
+
+    def __init__(self, config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> None:
+        """``embedder``: the installed MiniLM where None."""
+        self._config = config
+        self._encoder = encoder
+        self._embedder = embedder
+        self._metrics = BankMetrics()
+        self._health = health_aio.HealthServicer()
+        self._stack = AsyncExitStack()
+        self._address: BankAddress | None = None
+
+    @property
+    def address(self) -> BankAddress:
+        """Where it listens, once started."""
+        if self._address is None:
+            raise RuntimeError("the bank must be started before it has an address")
+        return self._address
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Returns when the bank answers.
+
+        BankInUseError, CollectionMismatchError; RuntimeError where a port or a needed package is missing.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Refuses new calls, lets those under way finish for ``drain_seconds``, then closes everything."""
+        await self._stack.aclose()
+        self._address = None
+
+    async def _start(self) -> None:
+        config = self._config
+        data_dir = DataDir(config.data_dir)
+        await asyncio.to_thread(data_dir.claim)
+        self._stack.callback(data_dir.release)
+        cache_url = config.redis_url
+        if cache_url is None:
+            redis = EmbeddedRedis(config.data_dir, config.cache_bytes)
+            self._stack.push_async_callback(redis.stop)
+            await redis.start()
+            cache_url = redis.url
+        embedder = self._embedder
+        if embedder is None:
+            embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
+        bank = await Bank.open(config, self._encoder, embedder, cache_url, self._metrics)
+        self._stack.push_async_callback(bank.close)
+        port = await self._listen(bank)
+        self._address = BankAddress(config.host, port, self._serve_metrics())
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        data_dir.announce(self._address)
+        logger.info("bank of learner %s at %s", self._encoder.spec.fingerprint, self._address.target)
+
+    async def _listen(self, bank: Bank) -> int:
+        options = [*limits.channel_options(), ("grpc.so_reuseport", 0)]  # two servers on one port: an error
+        server = grpc.aio.server(options=options)
+        bank_pb2_grpc.add_BankServiceServicer_to_server(BankServicer(bank, self._metrics), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        port = server.add_insecure_port(BankAddress(self._config.host, self._config.port, None).target)
+        await server.start()
+
+        async def drain() -> None:
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            await server.stop(self._config.drain_seconds)
+
+        self._stack.push_async_callback(drain)
+        return int(port)
+
+    def _serve_metrics(self) -> int | None:
+        if self._config.metrics_port is None:
+            return None
+        server, thread = prometheus_client.start_http_server(
+            self._config.metrics_port, self._config.host, self._metrics.registry
+        )
+        self._stack.callback(thread.join)
+        self._stack.callback(server.server_close)
+        self._stack.callback(server.shutdown)
+        return int(server.server_port)
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+async def serve(
+    config: BankConfig,
+    encoder: Encoder,
+    *,
+    ready: Callable[[BankAddress], None] | None = None,
+    embedder: Embedder | None = None,
+) -> None:
+    """Runs a bank until SIGTERM or SIGINT, then drains it. ``ready`` is called when it answers."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        async with BankServer(config, encoder, embedder) as server:
+            if ready is not None:
+                ready(server.address)
+            await stopping.wait()
+            logger.info("the bank is stopping")
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def run_bank(config: BankConfig, encoder: Encoder, *, ready: Callable[[BankAddress], None] | None = None) -> None:
+    """Blocking entry point of a bank process: traces where configured, serves until a signal."""
+    stop_tracing = configure_tracing("regrad-bank")
+    try:
+        asyncio.run(serve(config, encoder, ready=ready))
+    finally:
+        stop_tracing()

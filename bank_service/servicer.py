@@ -1,0 +1,243 @@
+"""Protobuf in, bank call, protobuf out. Every domain error becomes a status here, by ``wire/errors.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from bank_service.bank import Bank
+from bank_service.documents import Document, Outcome, PutResult, Query, QueryResult
+from bank_service.errors import BankError, InternalError, InvalidArgumentError
+from bank_service.ingest_stream import acknowledge_in_order, uploads
+from bank_service.metrics import BankMetrics
+from bank_service.wire import limits
+from bank_service.wire.codec import max_record_bytes
+from bank_service.wire.errors import abort, status_code
+from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.generated import bank_pb2_grpc
+from bank_service.wire.tracing import extract, span
+
+logger = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext"
+DOCUMENT_WINDOW = 32  # documents of one stream under way
+UPLOAD_WINDOW = 4  # with their records, which are larger
+
+_OUTCOMES = {
+    Outcome.CREATED: pb.IngestDocumentsResponse.CREATED,
+    Outcome.UPDATED: pb.IngestDocumentsResponse.UPDATED,
+    Outcome.UNCHANGED: pb.IngestDocumentsResponse.UNCHANGED,
+}
+
+
+class BankServicer(bank_pb2_grpc.BankServiceServicer):
+    """The bank's methods on the wire. Streams are written to by hand, so that each call stays in one task."""
+
+    def __init__(self, bank: Bank, metrics: BankMetrics) -> None:
+        self._bank = bank
+        self._metrics = metrics
+
+    async def IngestDocuments(
+        self, request_iterator: AsyncIterator[pb.IngestDocumentsRequest], context: Context
+    ) -> None:
+        async def puts() -> AsyncIterator[Any]:
+            async for request in request_iterator:
+                document = _document(request.document)
+                yield self._bank.put(document, _expected_version(request))
+
+        async with self._answering(context, "IngestDocuments"):
+            async for result in acknowledge_in_order(puts(), DOCUMENT_WINDOW):
+                await context.write(_ingested(result))
+
+    async def IngestGradients(
+        self, request_iterator: AsyncIterator[pb.IngestGradientsRequest], context: Context
+    ) -> None:
+        async def puts() -> AsyncIterator[Any]:
+            async for header, record in uploads(request_iterator, max_record_bytes(self._bank.spec)):
+                document = _document(header.document)
+                yield self._bank.put_gradient(document, record, tuple(header.embedding), _expected_version(header))
+
+        async with self._answering(context, "IngestGradients"):
+            async for result in acknowledge_in_order(puts(), UPLOAD_WINDOW):
+                await context.write(_ingested(result))
+
+    async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context) -> pb.DeleteDocumentResponse:
+        async with self._answering(context, "DeleteDocument"):
+            result = await self._bank.delete(request.namespace, request.id, _expected_version(request))
+            return pb.DeleteDocumentResponse(version=result.version, sequence=result.sequence)
+
+    async def GetDocument(self, request: pb.GetDocumentRequest, context: Context) -> pb.GetDocumentResponse:
+        async with self._answering(context, "GetDocument"):
+            stored = await self._bank.get(request.namespace, request.id)
+            document = stored.document
+            response = pb.GetDocumentResponse(
+                document=pb.Document(
+                    namespace=document.namespace,
+                    id=document.id,
+                    title=document.title,
+                    text=document.text,
+                    metadata=dict(document.metadata),
+                ),
+                version=stored.version,
+                gradient_digest=stored.gradient.digest,
+                num_tokens=stored.gradient.num_tokens,
+                truncated=stored.gradient.truncated,
+            )
+            response.updated_at.FromMicroseconds(stored.updated_us)
+            return response
+
+    async def ListDocuments(self, request: pb.ListDocumentsRequest, context: Context) -> pb.ListDocumentsResponse:
+        async with self._answering(context, "ListDocuments"):
+            if request.page_size > limits.MAX_PAGE_SIZE:
+                raise InvalidArgumentError(
+                    f"page_size must be at most {limits.MAX_PAGE_SIZE}, got {request.page_size}", field="page_size"
+                )
+            size = request.page_size or limits.DEFAULT_PAGE_SIZE
+            entries = await self._bank.list(request.namespace, _id_of_token(request.page_token), size + 1)
+            page = entries[:size]
+            return pb.ListDocumentsResponse(
+                documents=[
+                    pb.ListDocumentsResponse.Entry(
+                        id=entry.id,
+                        title=entry.title,
+                        version=entry.version,
+                        gradient_digest=entry.gradient_digest,
+                        num_text_bytes=entry.num_text_bytes,
+                    )
+                    for entry in page
+                ],
+                next_page_token=_token_of_id(page[-1].id) if len(entries) > size else "",
+            )
+
+    async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
+        async with self._answering(context, "Query"):
+            query = Query(
+                namespace=request.namespace,
+                text=request.text,
+                vector=tuple(request.vector),
+                document_ids=tuple(request.document_ids),
+                top_k=request.top_k,
+                min_score=request.min_score if request.HasField("min_score") else -1.0,
+                learner_fingerprint=request.learner_fingerprint,
+                include_gradients=request.include_gradients,
+                include_text=request.include_text,
+            )
+            return _found(await self._bank.query(query), self._bank.identity.learner_fingerprint)
+
+    async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
+        async with self._answering(context, "FetchGradients"):
+            async for digest, record in self._bank.fetch(list(request.digests)):
+                for offset in range(0, len(record), limits.MAX_CHUNK_BYTES):
+                    chunk = record[offset : offset + limits.MAX_CHUNK_BYTES]
+                    await context.write(
+                        pb.FetchGradientsResponse(digest=digest, record_bytes=len(record), offset=offset, chunk=chunk)
+                    )
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+        async with self._answering(context, "GetStats"):
+            stats = await self._bank.stats()
+            counts = stats.totals.num_documents
+            return pb.GetStatsResponse(
+                namespaces=[
+                    pb.GetStatsResponse.Namespace(namespace=name, num_documents=count) for name, count in counts.items()
+                ],
+                num_documents=sum(counts.values()),
+                num_gradients=stats.totals.num_gradients,
+                gradient_bytes=stats.totals.gradient_bytes,
+                sequence=stats.sequence,
+                indexed_sequence=stats.indexed_sequence,
+                learner_fingerprint=stats.identity.learner_fingerprint,
+                layout_id=stats.identity.layout_id,
+                codec=stats.identity.codec,
+                embedder=stats.identity.embedder,
+                embedding_dimension=stats.identity.embedding_dimension,
+                cache_hits=stats.cache_hits,
+                cache_misses=stats.cache_misses,
+                cache_available=stats.cache_available,
+                version=stats.version,
+            )
+
+    @asynccontextmanager
+    async def _answering(self, context: Context, method: str) -> AsyncIterator[None]:
+        """Around a call: its span, its metrics, and its errors as statuses."""
+        started = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            with span(f"bank.{method}", extract(context.invocation_metadata())):
+                yield
+        except BankError as error:
+            code = status_code(error)
+            if isinstance(error, InternalError):
+                logger.error("%s failed: %s", method, error, exc_info=error.__cause__)
+            await abort(context, error)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("%s failed", method)
+            await abort(context, InternalError(f"{method} failed inside the bank; its log has the reason"))
+        finally:
+            self._metrics.called(method, code.name, time.monotonic() - started)
+
+
+def _document(message: pb.Document) -> Document:
+    return Document(message.namespace, message.id, message.title, message.text, dict(message.metadata))
+
+
+def _expected_version(
+    message: pb.IngestDocumentsRequest | pb.IngestGradientsRequest.Header | pb.DeleteDocumentRequest,
+) -> int | None:
+    return message.expected_version if message.HasField("expected_version") else None
+
+
+def _ingested(result: PutResult) -> pb.IngestDocumentsResponse:
+    stored = result.stored
+    return pb.IngestDocumentsResponse(
+        namespace=stored.document.namespace,
+        id=stored.document.id,
+        version=stored.version,
+        gradient_digest=stored.gradient.digest,
+        outcome=_OUTCOMES[result.outcome],
+        num_tokens=stored.gradient.num_tokens,
+        truncated=stored.gradient.truncated,
+        sequence=stored.sequence,
+    )
+
+
+def _found(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
+    hits = [
+        pb.QueryResponse.Hit(
+            id=hit.id,
+            version=hit.version,
+            score=hit.score,
+            gradient_digest=hit.gradient_digest,
+            gradient_bytes=hit.gradient_bytes,
+            gradient=result.records.get(hit.gradient_digest, b""),
+            title=hit.title,
+            text=hit.text,
+        )
+        for hit in result.hits
+    ]
+    return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
+
+
+def _token_of_id(id: str) -> str:
+    return base64.urlsafe_b64encode(id.encode()).decode()
+
+
+def _id_of_token(token: str) -> str:
+    try:
+        return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(
+            f"page_token must be one that ListDocuments returned, got {token[:80]!r}", field="page_token"
+        ) from error

@@ -1,0 +1,29 @@
+"""What the parts of a bank share: its stores and its threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from bank_service.blob_store import BlobStore
+from bank_service.catalog import Catalog
+from bank_service.gradient_cache import GradientCache
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Where a collection lies."""
+
+    catalog: Catalog
+    blobs: BlobStore
+    cache: GradientCache
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Threads by kind of work, so that one kind does not hold up another."""
+
+    reads: Executor
+    writes: Executor
+    query_embeds: Executor
+    document_embeds: Executor

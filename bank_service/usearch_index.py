@@ -1,0 +1,158 @@
+"""A usearch (HNSW, float16) index per namespace, with a snapshot on disk.
+
+Approximate search can return less than it was asked for, or miss a near neighbour in a graph that is small or
+was thinned out by deletions. So small namespaces are searched exhaustively, and so is any search that came back
+short. The bank ranks what is found once more, by the catalog's float32 vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from usearch.index import Index
+
+from bank_service.vector_index import KeyArray, unit
+from bank_service.wire.codec import FloatArray
+
+logger = logging.getLogger(__name__)
+
+EXHAUSTIVE_SIZE = 5_000  # vectors; as fast as the graph up to there
+MANIFEST = "manifest.json"
+
+
+class UsearchIndex:
+    """Nearest vectors by cosine, per namespace."""
+
+    def __init__(self, dimension: int) -> None:
+        self._dimension = dimension
+        self._lock = threading.Lock()  # of the table below
+        self._spaces: dict[str, _Space] = {}
+
+    def put(self, namespace: str, keys: Sequence[int], vectors: FloatArray) -> None:
+        with self._lock:
+            space = self._spaces.setdefault(namespace, _Space(_new_index(self._dimension)))
+        space.put(np.asarray(keys, dtype=np.uint64), unit(vectors))
+
+    def remove(self, namespace: str, keys: Sequence[int]) -> None:
+        space = self._space(namespace)
+        if space is not None:
+            space.remove(np.asarray(keys, dtype=np.uint64))
+
+    def search(self, namespace: str, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
+        space = self._space(namespace)
+        if space is None:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        return space.search(unit(vector), count)
+
+    def size(self, namespace: str) -> int:
+        space = self._space(namespace)
+        return 0 if space is None else space.size()
+
+    def save(self, folder: Path, collection_id: str, sequence: int) -> None:
+        """Replaces the snapshot by one that reflects ``sequence``. No ``put`` or ``remove`` meanwhile."""
+        temporary = folder.with_name(folder.name + ".new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with self._lock:
+            spaces = dict(self._spaces)
+        files = {}
+        for number, (namespace, space) in enumerate(spaces.items()):
+            content = space.content()
+            (temporary / f"{number}.usearch").write_bytes(content)
+            files[namespace] = [f"{number}.usearch", hashlib.sha256(content).hexdigest()]
+        manifest = {"collection_id": collection_id, "sequence": sequence, "dimension": self._dimension, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest))
+        # No fsync: a snapshot that a crash has torn fails its checksums and is rebuilt.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def load(self, folder: Path, collection_id: str) -> int:
+        """The sequence that the snapshot reflects, now loaded; 0, and an empty index, where it is of no use."""
+        try:
+            sequence, spaces = _read_snapshot(folder, collection_id, self._dimension)
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            logger.warning("the index snapshot in %s is unusable (%s); rebuilding it from the catalog", folder, error)
+            return 0
+        self._spaces = spaces
+        return sequence
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._spaces = {}
+
+    def _space(self, namespace: str) -> _Space | None:
+        with self._lock:
+            return self._spaces.get(namespace)
+
+
+class _Space:
+    """One namespace. usearch tolerates concurrent searches, but not a search during a removal."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._lock = threading.Lock()
+
+    def put(self, keys: KeyArray | np.ndarray, vectors: FloatArray) -> None:
+        with self._lock:
+            self._remove(keys)
+            self._index.add(keys, vectors, threads=1)
+
+    def remove(self, keys: np.ndarray) -> None:
+        with self._lock:
+            self._remove(keys)
+
+    def search(self, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
+        with self._lock:
+            size = len(self._index)
+            wanted = min(count, size)
+            if not wanted:
+                return np.empty(0, np.int64), np.empty(0, np.float32)
+            found = self._index.search(vector, wanted, threads=1, exact=size <= EXHAUSTIVE_SIZE)
+            if len(found) < wanted:
+                found = self._index.search(vector, wanted, threads=1, exact=True)
+            return found.keys.astype(np.int64), (1.0 - found.distances).astype(np.float32)
+
+    def size(self) -> int:
+        with self._lock:
+            return len(self._index)
+
+    def content(self) -> bytes:
+        with self._lock:
+            content = self._index.save()
+        assert content is not None  # without a path, save returns it
+        return bytes(content)
+
+    def _remove(self, keys: np.ndarray) -> None:
+        present = keys[np.atleast_1d(self._index.contains(keys))]
+        if len(present):
+            self._index.remove(present)
+
+
+def _new_index(dimension: int) -> Index:
+    return Index(ndim=dimension, metric="cos", dtype="f16", connectivity=16, expansion_search=128)
+
+
+def _read_snapshot(folder: Path, collection_id: str, dimension: int) -> tuple[int, dict[str, _Space]]:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if (manifest["collection_id"], manifest["dimension"]) != (collection_id, dimension):
+        raise ValueError("it belongs to another collection")
+    spaces = {}
+    for namespace, (name, checksum) in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise ValueError(f"{name} does not match its checksum")
+        index = _new_index(dimension)
+        index.load(content)
+        spaces[namespace] = _Space(index)
+    return int(manifest["sequence"]), spaces

@@ -1,0 +1,205 @@
+"""Documents and gradients into the bank: each change is durable before it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from bank_service.background import Background, KeyedLocks
+from bank_service.catalog import DeleteResult, version_conflict
+from bank_service.documents import (
+    Document,
+    Gradient,
+    Outcome,
+    PutResult,
+    StoredDocument,
+    check_id,
+    check_namespace,
+    check_vector,
+)
+from bank_service.embedder import Embedder
+from bank_service.encode_queue import EncodeQueue
+from bank_service.errors import InvalidArgumentError, LearnerMismatchError
+from bank_service.metrics import BankMetrics
+from bank_service.stores import Pools, Stores
+from bank_service.threads import in_thread
+from bank_service.vector_index import unit
+from bank_service.wire.codec import GradientFormatError, GradientSpec, WrongLearnerError, record_digest, verify_record
+from bank_service.wire.tracing import span
+
+logger = logging.getLogger(__name__)
+
+
+class Writer:
+    """Puts and deletes documents. Changes of one document happen one after the other, in order of arrival."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        pools: Pools,
+        background: Background,
+        encodes: EncodeQueue,
+        embedder: Embedder,
+        spec: GradientSpec,
+        codec: str,
+        max_pending: int,
+        metrics: BankMetrics,
+        acknowledge: Callable[[int], None],
+    ) -> None:
+        """``acknowledge`` is told the sequence of each change before its caller is."""
+        self._catalog = stores.catalog
+        self._blobs = stores.blobs
+        self._cache = stores.cache
+        self._pools = pools
+        self._background = background
+        self._encodes = encodes
+        self._embedder = embedder
+        self._spec = spec
+        self._codec = codec
+        self._metrics = metrics
+        self._acknowledge = acknowledge
+        self._locks = KeyedLocks()
+        self._pending = asyncio.Semaphore(max_pending)
+
+    async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
+        """Stores a document with the gradient that the bank's encoder computes; durable on return.
+
+        The same content again costs nothing; a change of metadata alone keeps the gradient.
+        InvalidArgumentError for a document that has no tokens, VersionConflictError.
+        """
+        async with self._locks.hold((document.namespace, document.id)), self._pending:
+            current = await self._current(document, expected_version)
+            if current is not None and current.document.content_digest == document.content_digest:
+                return PutResult(current, Outcome.UNCHANGED)
+            if current is not None and current.document.text_digest == document.text_digest:
+                return await self._store(document, current.gradient, None, expected_version)
+            with span("bank.encode"):
+                encoded, embedding = await asyncio.gather(
+                    asyncio.wrap_future(self._encodes.submit(document.title, document.text)),
+                    in_thread(self._pools.document_embeds, self._embed_document, document),
+                )
+            gradient = await in_thread(
+                self._pools.reads, _gradient, encoded.record, embedding, encoded.num_tokens, encoded.truncated
+            )
+            return await self._store(document, gradient, encoded.record, expected_version)
+
+    async def put_gradient(
+        self, document: Document, record: bytes, embedding: Sequence[float] = (), expected_version: int | None = None
+    ) -> PutResult:
+        """Stores a document with a gradient record that was computed elsewhere; durable on return.
+
+        ``embedding``: empty, then the bank embeds the text. LearnerMismatchError, InvalidArgumentError for a
+        malformed record or embedding, VersionConflictError.
+        """
+        if embedding:
+            check_vector(embedding, self._embedder.dimension, "header.embedding")
+        await in_thread(self._pools.reads, self._check_record, record)
+        async with self._locks.hold((document.namespace, document.id)), self._pending:
+            current = await self._current(document, expected_version)
+            if embedding:
+                vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
+            else:
+                vector = await in_thread(self._pools.document_embeds, self._embed_document, document)
+            gradient = await in_thread(self._pools.reads, _gradient, record, vector, 0, False)
+            same = current is not None and current.gradient.digest == gradient.digest
+            if same and current is not None and current.document.content_digest == document.content_digest:
+                return PutResult(current, Outcome.UNCHANGED)
+            return await self._store(document, gradient, record, expected_version)
+
+    async def delete(self, namespace: str, id: str, expected_version: int | None = None) -> DeleteResult:
+        """Deletes a document; durable on return. NotFoundError, VersionConflictError."""
+        namespace, id = check_namespace(namespace), check_id(id)
+        async with self._locks.hold((namespace, id)):
+            task = self._background.run(in_thread(self._pools.writes, self._delete, namespace, id, expected_version))
+            result = await asyncio.shield(task)
+        self._acknowledge(result.sequence)
+        self._background.run(self._discard(result.digest))
+        return result
+
+    async def _current(self, document: Document, expected_version: int | None) -> StoredDocument | None:
+        """The document as it is stored, where its gradient is sound. VersionConflictError, before any work."""
+
+        def read() -> StoredDocument | None:
+            with self._catalog.view() as view:
+                stored = view.get(document.namespace, document.id)
+            version = 0 if stored is None else stored.version
+            if expected_version is not None and version != expected_version:
+                raise version_conflict(document.namespace, document.id, expected_version, version)
+            # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
+            return stored if stored is not None and self._blobs.is_sound(stored.gradient.digest) else None
+
+        return await in_thread(self._pools.reads, read)
+
+    async def _store(
+        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+    ) -> PutResult:
+        with span("bank.store"):
+            # A caller that goes away must not cut the hold on the blob short.
+            task = self._background.run(
+                in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
+            )
+            result = await asyncio.shield(task)
+        self._acknowledge(result.stored.sequence)
+        if record is not None:
+            self._background.run(self._cache.put({gradient.digest: record}))
+        if result.replaced_digest is not None:
+            self._background.run(self._discard(result.replaced_digest))
+        return result
+
+    def _write(
+        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+    ) -> PutResult:
+        with self._blobs.hold(gradient.digest):
+            if record is not None:
+                with span("blobs.put", record_bytes=len(record)):
+                    self._blobs.put(gradient.digest, record)
+            with span("catalog.put"):
+                return self._catalog.put(document, gradient, expected_version).result()
+
+    def _delete(self, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
+        with self._catalog.view() as view:
+            view.check_namespace(namespace)
+        with span("catalog.delete"):
+            return self._catalog.delete(namespace, id, expected_version).result()
+
+    async def _discard(self, digest: str) -> None:
+        """Removes a gradient that its document no longer has, unless another document has the same."""
+        removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references, [digest])
+        if removed:
+            await self._cache.remove([digest])
+
+    async def sweep(self) -> None:
+        """Removes gradients that no document names: what a crash between blob and catalog leaves."""
+        removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references)
+        if removed:
+            self._metrics.swept(removed)
+            logger.info("removed %d gradients that no document names (left by a crash)", removed)
+
+    def _references(self, digests: list[str]) -> set[str]:
+        with self._catalog.view() as view:
+            return set(view.gradient_sizes(digests))
+
+    def _embed_document(self, document: Document) -> bytes:
+        text = f"{document.title}\n{document.text}" if document.title else document.text
+        with span("bank.embed"):
+            return self._embedder.embed(text).astype("<f4").tobytes()
+
+    def _check_record(self, record: bytes) -> None:
+        try:
+            header = verify_record(record, self._spec)
+        except WrongLearnerError as error:
+            raise LearnerMismatchError(str(error), expected=error.expected, actual=error.actual) from error
+        except GradientFormatError as error:
+            raise InvalidArgumentError(f"the gradient record is malformed: {error}", field="chunk") from error
+        if header.codec != self._codec:
+            raise InvalidArgumentError(
+                f"the gradient record's codec must be the collection's {self._codec}, got {header.codec}",
+                field="chunk",
+            )
+
+
+def _gradient(record: bytes, embedding: bytes, num_tokens: int, truncated: bool) -> Gradient:
+    return Gradient(record_digest(record), len(record), num_tokens, truncated, embedding)

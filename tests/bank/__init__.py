@@ -1,0 +1,1 @@
+"""Tests of the bank, over a real gRPC server."""

@@ -1,0 +1,43 @@
+"""An encoder that needs no model: values drawn from a generator that the text seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from bank_service.encoder import EncodedDocument
+from bank_service.wire.codec import GradientSpec
+
+SHAPES = ((4, 8), (16, 4), (4, 7))  # 124 values: the last int8 block is not full
+MAX_WORDS = 100
+NO_TOKENS = "(nothing to learn)"
+BROKEN = "(the encoder breaks here)"
+
+
+def spec_of(learner: str = "a learner") -> GradientSpec:
+    fingerprint = hashlib.sha256(learner.encode()).hexdigest()
+    return GradientSpec(fingerprint, hashlib.sha256(b"a layout").hexdigest()[:16], SHAPES)
+
+
+class HashEncoder:
+    """Equal documents give equal gradients, different ones different."""
+
+    def __init__(self, learner: str = "a learner") -> None:
+        self.spec = spec_of(learner)
+        self.batches: list[list[str]] = []  # the texts of each call
+
+    def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+        self.batches.append([text for _, text in documents])
+        return [self._encode_one(title, text) for title, text in documents]
+
+    def _encode_one(self, title: str, text: str) -> EncodedDocument:
+        if NO_TOKENS in text:
+            raise ValueError(f"document {title!r} has no token")
+        if BROKEN in text:
+            raise RuntimeError("out of memory")
+        seed = int.from_bytes(hashlib.sha256(f"{title}\0{text}".encode()).digest()[:8], "big")
+        values = np.random.default_rng(seed).standard_normal(self.spec.num_values).astype(np.float32)
+        words = len(text.split())
+        return EncodedDocument(values, min(words, MAX_WORDS), words > MAX_WORDS)
