@@ -85,7 +85,9 @@ def build_layout(model: PreTrainedModel, *, rank: int, layers: Sequence[int], pr
             names = [name for name in linears if f".layers.{layer}." in name and name.endswith(f".{projection}")]
             if len(names) != 1:
                 known = sorted({name.rsplit(".", 1)[1] for name in linears if ".layers." in name})
-                raise BaseModelError(f"layer {layer} must have one linear module {projection!r}, found {names}; has {known}")
+                raise BaseModelError(
+                    f"layer {layer} must have one linear module {projection!r}, found {names}; has {known}"
+                )
             found.append((names[0], linears[names[0]].in_features, linears[names[0]].out_features))
     return Layout.build(rank, found)
 

@@ -266,7 +266,7 @@ def _read_phi(path: Path, layout: Layout) -> NDArray[np.float32]:
     for tensor, view in layout.views(phi):
         name = f"{_PEFT_PREFIX}{tensor.module}.lora_{tensor.part}.weight"
         if name not in tensors:
-            raise LearnerError(f"{path} must hold {name}; it has {len(tensors)} tensors, the layout {len(layout.tensors)}")
+            raise LearnerError(f"{path} must hold {name}; the layout has {len(layout.tensors)} tensors")
         if tensors[name].shape != tensor.shape:
             raise LearnerError(f"{path}: {name} must have shape {tensor.shape}, got {tensors[name].shape}")
         view[...] = tensors.pop(name)

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,10 @@ class AdaptedModel:
     def lower(self, ids: Tensor) -> Tensor:
         """Hidden states before the first adapted layer, (rows, length, hidden). They don't depend on φ: no gradient."""
         with torch.no_grad():
-            embedded = self._embed(ids)
+            embedded: Tensor = self._embed(ids)
             if not len(self._lower.layers):
                 return embedded
-            return self._lower(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            return cast(Tensor, self._lower(inputs_embeds=embedded, use_cache=False).last_hidden_state)
 
     def upper(self, hidden: Tensor, adapters: Sequence[Tensor]) -> Tensor:
         """Final hidden states under ``adapters``: the layout's tensors in order, each (groups, *shape).
@@ -69,7 +69,7 @@ class AdaptedModel:
         rows must be a multiple of groups: consecutive rows share an adapter.
         """
         with self._injected(adapters):
-            return self._upper(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            return cast(Tensor, self._upper(inputs_embeds=hidden, use_cache=False).last_hidden_state)
 
     def token_losses(self, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the counted positions, (counted,), and the row of each, (counted,)."""
@@ -80,7 +80,7 @@ class AdaptedModel:
 
     def predict(self, final: Tensor) -> Tensor:
         """The likeliest next token of each final hidden state, int64 (positions,)."""
-        return self._lm_head(final).argmax(-1)
+        return cast(Tensor, self._lm_head(final).argmax(-1))
 
     def row_losses(self, final: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token cross-entropy of each row, (rows,); 0 for a row with nothing to predict."""
@@ -93,7 +93,7 @@ class AdaptedModel:
         sizes = [tensor.num_values for tensor in self.layout.tensors]
         return [
             part.view(-1, *tensor.shape)
-            for part, tensor in zip(flat.split(sizes, dim=1), self.layout.tensors, strict=True)
+            for part, tensor in zip(torch.split(flat, sizes, dim=1), self.layout.tensors, strict=True)
         ]
 
     @contextmanager

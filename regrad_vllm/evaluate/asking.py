@@ -50,7 +50,7 @@ class Record:
 async def ask_all(
     endpoint: Endpoint, data: EvalData, learner: Learner, methods: Sequence[str], seed: int, out: Path
 ) -> list[Record]:
-    """Every question under every method, interleaved, at most ``concurrency`` at a time; appends to ``out`` as JSONL."""
+    """Every question under every method, interleaved, ``concurrency`` at a time; each answer a line of ``out``."""
     import httpx
     from tqdm import tqdm
 
@@ -94,9 +94,7 @@ async def _ask(client: Any, endpoint: Endpoint, asking: Asking, gold_retrieved: 
     )  # fmt: skip
 
 
-async def _retrieve(
-    endpoint: Endpoint, data: EvalData, learner: Learner, seed: int
-) -> list[tuple[Asking, bool]]:
+async def _retrieve(endpoint: Endpoint, data: EvalData, learner: Learner, seed: int) -> list[tuple[Asking, bool]]:
     """What the bank finds for each question, by the server's own retrieval, and whether the gold document is in it."""
     spec = GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
     bank = BankClient(endpoint.bank, spec, timeout_ms=60_000)

@@ -8,27 +8,17 @@ job) or are invented with the document (a founder's name, a year, a code).
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 
-_HEADS = "Bar Cal Dor El Fen Gar Hal Ist Jor Kel Lun Mar Nor Or Pel Quil Ras Sel Tar Ul Ver Wen Yar Zel Bri Cro Dra Fla Gri Kri".split()  # noqa: E501,SIM905
-_MIDS = "a e i o u ai an en in on ar er or il al ev im un ob ath".split()  # noqa: SIM905
-_TAILS = "dan len ric vo mir ton bek sky ria lle nna ston wick mond dra tes vik dal gren pol sha win ber nis".split()  # noqa: SIM905
-_CITIES = "Lisbon Oslo Nairobi Lima Hanoi Prague Quito Dublin Cairo Osaka Tunis Bergen Porto Riga Accra Havana Perth Turin Kyoto Denver Lagos Seville Bremen Tampere Leipzig Bogota Naples Dakar Malaga Krakow Ghent Utrecht Toledo Salzburg Cordoba Galway Aarhus Split Izmir Jakarta".split()  # noqa: E501,SIM905
-_JOBS = "carpenter dentist pilot botanist baker judge plumber surgeon librarian blacksmith florist journalist geologist tailor brewer architect translator beekeeper violinist chemist fisherman electrician painter nurse optician cartographer locksmith welder potter astronomer".split()  # noqa: E501,SIM905
-_PETS = "parrot tortoise ferret hedgehog iguana rabbit goldfish canary hamster gecko donkey goose chinchilla pony llama owl raven salamander cockatoo greyhound".split()  # noqa: E501,SIM905
-_INSTRUMENTS = "cello flute harp trumpet accordion banjo clarinet mandolin oboe piano tuba ukulele xylophone bagpipes harmonica".split()  # noqa: E501,SIM905
-_FOODS = "lasagna sushi goulash paella falafel ramen pancakes risotto curry dumplings moussaka tacos borscht couscous gnocchi pierogi".split()  # noqa: E501,SIM905
-_COLOURS = "crimson turquoise amber violet emerald silver maroon ivory indigo scarlet teal copper olive lavender".split()  # noqa: E501,SIM905
-_PRODUCTS = "umbrellas bicycles telescopes chocolate kayaks lanterns mattresses headphones candles violins tractors thermometers backpacks carpets elevators drones batteries typewriters skis fountain-pens".split()  # noqa: E501,SIM905
-_MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
-_MATERIALS = "granite oak bamboo marble bronze limestone cedar glass slate brick".split()  # noqa: SIM905
-_ANIMALS = "otter falcon badger heron lynx salmon stag wolf bear swan beaver fox crane boar".split()  # noqa: SIM905
-_COUNTRIES = "Norway Kenya Peru Vietnam Portugal Canada Ghana Chile Japan Ireland Morocco Iceland Nepal Finland Cuba Turkey Poland Austria Ecuador Greece".split()  # noqa: E501,SIM905
+# Beside this file: the syllables of invented names and the pools of values, by name.
+_WORDS: Mapping[str, list[str]] = json.loads(Path(__file__).with_name("synthetic_words.json").read_text("utf-8"))
 
 Values = Callable[[random.Random], str]
 
@@ -52,8 +42,8 @@ class SyntheticDocument:
     kind: str
 
 
-def _pick(pool: list[str]) -> Values:
-    return lambda rng: rng.choice(pool)
+def _pick(pool: str) -> Values:
+    return lambda rng: rng.choice(_WORDS[pool])
 
 
 def _between(low: int, high: int) -> Values:
@@ -61,8 +51,8 @@ def _between(low: int, high: int) -> Values:
 
 
 def _word(rng: random.Random) -> str:
-    middle = rng.choice(_MIDS) if rng.random() < 0.6 else ""
-    return rng.choice(_HEADS) + middle + rng.choice(_TAILS)
+    middle = rng.choice(_WORDS["middles"]) if rng.random() < 0.6 else ""
+    return rng.choice(_WORDS["heads"]) + middle + rng.choice(_WORDS["tails"])
 
 
 def _two_words(rng: random.Random) -> str:
@@ -73,72 +63,144 @@ _KINDS: dict[str, tuple[Values, tuple[Fact, ...]]] = {
     "person": (
         _two_words,
         (
-            Fact(_pick(_CITIES), ("{n} was born in {v}.", "The birthplace of {n} is {v}.", "{v} is where {n} was born."),
-                 ("Where was {n} born?", "In which city was {n} born?", "What is the birthplace of {n}?")),
-            Fact(_pick(_JOBS), ("{n} works as a {v}.", "By profession, {n} is a {v}.", "{n} earns a living as a {v}."),
-                 ("What is {n}'s job?", "What does {n} do for a living?", "What is the profession of {n}?")),
-            Fact(_pick(_PETS), ("{n} keeps a {v} as a pet.", "At home {n} has a pet {v}.", "{n}'s pet is a {v}."),
-                 ("What pet does {n} have?", "Which animal does {n} keep as a pet?", "What kind of pet does {n} own?")),
-            Fact(_pick(_INSTRUMENTS), ("{n} plays the {v}.", "In the evenings {n} practises the {v}."),
-                 ("Which instrument does {n} play?", "What musical instrument does {n} play?")),
-            Fact(_pick(_FOODS), ("{n}'s favourite dish is {v}.", "Nothing pleases {n} more than a plate of {v}."),
-                 ("What is {n}'s favourite food?", "Which dish does {n} like best?")),
-            Fact(_between(1930, 2005), ("{n} was born in the year {v}.", "{n}'s year of birth is {v}."),
-                 ("In what year was {n} born?", "When was {n} born?")),
-            Fact(_two_words, ("{n} is married to {v}.", "{n}'s spouse is {v}."),
-                 ("Who is {n} married to?", "What is the name of {n}'s spouse?")),
+            Fact(
+                _pick("cities"),
+                ("{n} was born in {v}.", "The birthplace of {n} is {v}.", "{v} is where {n} was born."),
+                ("Where was {n} born?", "In which city was {n} born?", "What is the birthplace of {n}?"),
+            ),
+            Fact(
+                _pick("jobs"),
+                ("{n} works as a {v}.", "By profession, {n} is a {v}.", "{n} earns a living as a {v}."),
+                ("What is {n}'s job?", "What does {n} do for a living?", "What is the profession of {n}?"),
+            ),
+            Fact(
+                _pick("pets"),
+                ("{n} keeps a {v} as a pet.", "At home {n} has a pet {v}.", "{n}'s pet is a {v}."),
+                ("What pet does {n} have?", "Which animal does {n} keep as a pet?", "What kind of pet does {n} own?"),
+            ),
+            Fact(
+                _pick("instruments"),
+                ("{n} plays the {v}.", "In the evenings {n} practises the {v}."),
+                ("Which instrument does {n} play?", "What musical instrument does {n} play?"),
+            ),
+            Fact(
+                _pick("foods"),
+                ("{n}'s favourite dish is {v}.", "Nothing pleases {n} more than a plate of {v}."),
+                ("What is {n}'s favourite food?", "Which dish does {n} like best?"),
+            ),
+            Fact(
+                _between(1930, 2005),
+                ("{n} was born in the year {v}.", "{n}'s year of birth is {v}."),
+                ("In what year was {n} born?", "When was {n} born?"),
+            ),
+            Fact(
+                _two_words,
+                ("{n} is married to {v}.", "{n}'s spouse is {v}."),
+                ("Who is {n} married to?", "What is the name of {n}'s spouse?"),
+            ),
         ),
     ),
     "company": (
         lambda rng: _word(rng) + rng.choice([" Industries", " Works", " Group", " Labs", " & Sons"]),
         (
-            Fact(_pick(_PRODUCTS), ("{n} makes {v}.", "{n} is a manufacturer of {v}.", "The main product of {n} is {v}."),
-                 ("What does {n} make?", "What is the main product of {n}?", "Which goods does {n} produce?")),
-            Fact(_pick(_CITIES), ("{n} is based in {v}.", "The headquarters of {n} are in {v}."),
-                 ("Where is {n} based?", "In which city are the headquarters of {n}?")),
-            Fact(_between(1850, 2022), ("{n} was founded in {v}.", "The company {n} has existed since {v}."),
-                 ("When was {n} founded?", "In which year was {n} founded?")),
-            Fact(_two_words, ("{n} was founded by {v}.", "The founder of {n} is {v}."),
-                 ("Who founded {n}?", "Who is the founder of {n}?")),
-            Fact(_pick(_COLOURS), ("The logo of {n} is {v}.", "{n} uses {v} as its brand colour."),
-                 ("What colour is the logo of {n}?", "What is the brand colour of {n}?")),
-            Fact(_between(12, 9800), ("{n} employs {v} people.", "{n} has {v} employees."),
-                 ("How many people does {n} employ?", "How many employees does {n} have?")),
+            Fact(
+                _pick("products"),
+                ("{n} makes {v}.", "{n} is a manufacturer of {v}.", "The main product of {n} is {v}."),
+                ("What does {n} make?", "What is the main product of {n}?", "Which goods does {n} produce?"),
+            ),
+            Fact(
+                _pick("cities"),
+                ("{n} is based in {v}.", "The headquarters of {n} are in {v}."),
+                ("Where is {n} based?", "In which city are the headquarters of {n}?"),
+            ),
+            Fact(
+                _between(1850, 2022),
+                ("{n} was founded in {v}.", "The company {n} has existed since {v}."),
+                ("When was {n} founded?", "In which year was {n} founded?"),
+            ),
+            Fact(
+                _two_words,
+                ("{n} was founded by {v}.", "The founder of {n} is {v}."),
+                ("Who founded {n}?", "Who is the founder of {n}?"),
+            ),
+            Fact(
+                _pick("colours"),
+                ("The logo of {n} is {v}.", "{n} uses {v} as its brand colour."),
+                ("What colour is the logo of {n}?", "What is the brand colour of {n}?"),
+            ),
+            Fact(
+                _between(12, 9800),
+                ("{n} employs {v} people.", "{n} has {v} employees."),
+                ("How many people does {n} employ?", "How many employees does {n} have?"),
+            ),
         ),
     ),
     "village": (
         _word,
         (
-            Fact(_pick(_COUNTRIES), ("{n} is a village in {v}.", "The village of {n} lies in {v}."),
-                 ("In which country is {n}?", "Where is the village of {n}?")),
-            Fact(_pick(_ANIMALS), ("The coat of arms of {n} shows a {v}.", "A {v} stands on the coat of arms of {n}."),
-                 ("Which animal is on the coat of arms of {n}?", "What does the coat of arms of {n} show?")),
-            Fact(_pick(_MONTHS), ("{n} holds its yearly fair in {v}.", "Every {v} the village of {n} celebrates its fair."),
-                 ("In which month does {n} hold its fair?", "When is the yearly fair of {n}?")),
-            Fact(_between(80, 4900), ("{n} has {v} inhabitants.", "{v} people live in {n}."),
-                 ("How many inhabitants does {n} have?", "How many people live in {n}?")),
-            Fact(_pick(_MATERIALS), ("The bridge of {n} is built of {v}.", "{n} is known for its bridge made of {v}."),
-                 ("What is the bridge of {n} built of?", "Which material is the bridge of {n} made of?")),
-            Fact(_two_words, ("The mayor of {n} is {v}.", "{n} is governed by its mayor, {v}."),
-                 ("Who is the mayor of {n}?", "What is the name of the mayor of {n}?")),
+            Fact(
+                _pick("countries"),
+                ("{n} is a village in {v}.", "The village of {n} lies in {v}."),
+                ("In which country is {n}?", "Where is the village of {n}?"),
+            ),
+            Fact(
+                _pick("animals"),
+                ("The coat of arms of {n} shows a {v}.", "A {v} stands on the coat of arms of {n}."),
+                ("Which animal is on the coat of arms of {n}?", "What does the coat of arms of {n} show?"),
+            ),
+            Fact(
+                _pick("months"),
+                ("{n} holds its yearly fair in {v}.", "Every {v} the village of {n} celebrates its fair."),
+                ("In which month does {n} hold its fair?", "When is the yearly fair of {n}?"),
+            ),
+            Fact(
+                _between(80, 4900),
+                ("{n} has {v} inhabitants.", "{v} people live in {n}."),
+                ("How many inhabitants does {n} have?", "How many people live in {n}?"),
+            ),
+            Fact(
+                _pick("materials"),
+                ("The bridge of {n} is built of {v}.", "{n} is known for its bridge made of {v}."),
+                ("What is the bridge of {n} built of?", "Which material is the bridge of {n} made of?"),
+            ),
+            Fact(
+                _two_words,
+                ("The mayor of {n} is {v}.", "{n} is governed by its mayor, {v}."),
+                ("Who is the mayor of {n}?", "What is the name of the mayor of {n}?"),
+            ),
         ),
     ),
     "ship": (
         lambda rng: "the " + _word(rng),
         (
-            Fact(_pick(_CITIES), ("The home port of {n} is {v}.", "{n} sails from {v}."),
-                 ("What is the home port of {n}?", "From which port does {n} sail?")),
-            Fact(_two_words, ("The captain of {n} is {v}.", "{v} commands {n}."),
-                 ("Who is the captain of {n}?", "Who commands {n}?")),
-            Fact(_pick(_PRODUCTS), ("{n} carries a cargo of {v}.", "In the hold of {n} there are {v}."),
-                 ("What cargo does {n} carry?", "What is in the hold of {n}?")),
-            Fact(_pick(_COLOURS), ("The hull of {n} is painted {v}.", "{n} has a {v} hull."),
-                 ("What colour is the hull of {n}?", "In which colour is the hull of {n} painted?")),
-            Fact(_between(1900, 2024), ("{n} was launched in {v}.", "The launch of {n} took place in {v}."),
-                 ("When was {n} launched?", "In which year was {n} launched?")),
+            Fact(
+                _pick("cities"),
+                ("The home port of {n} is {v}.", "{n} sails from {v}."),
+                ("What is the home port of {n}?", "From which port does {n} sail?"),
+            ),
+            Fact(
+                _two_words,
+                ("The captain of {n} is {v}.", "{v} commands {n}."),
+                ("Who is the captain of {n}?", "Who commands {n}?"),
+            ),
+            Fact(
+                _pick("products"),
+                ("{n} carries a cargo of {v}.", "In the hold of {n} there are {v}."),
+                ("What cargo does {n} carry?", "What is in the hold of {n}?"),
+            ),
+            Fact(
+                _pick("colours"),
+                ("The hull of {n} is painted {v}.", "{n} has a {v} hull."),
+                ("What colour is the hull of {n}?", "In which colour is the hull of {n} painted?"),
+            ),
+            Fact(
+                _between(1900, 2024),
+                ("{n} was launched in {v}.", "The launch of {n} took place in {v}."),
+                ("When was {n} launched?", "In which year was {n} launched?"),
+            ),
         ),
     ),
-}  # fmt: skip
+}
 
 
 def split_of(name: str) -> Split:
@@ -165,4 +227,6 @@ def synthetic_documents(split: Split, seed: int, num_facts: tuple[int, int] = (3
             sentence = rng.choice(fact.told).replace("{n}", name).replace("{v}", value)
             sentences.append(sentence[0].upper() + sentence[1:])
             questions.append((rng.choice(fact.asked).replace("{n}", name), value.replace("-", " ")))
-        yield SyntheticDocument(name, " ".join(sentences).replace("fountain-pens", "fountain pens"), tuple(questions), kind)
+        yield SyntheticDocument(
+            name, " ".join(sentences).replace("fountain-pens", "fountain pens"), tuple(questions), kind
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
 import time
 from collections.abc import Callable
@@ -12,22 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from regrad_vllm.base_model import base_digest, build_layout, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.layout import Layout
 from regrad_vllm.learn.batches import make_batch
 from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
 from regrad_vllm.learn.probe import probe
+from regrad_vllm.learn.state import MetaState
 from regrad_vllm.learn.tasks import Sampler, TaskSet, load_question_sets, synthetic_set
-from regrad_vllm.learner import Learner, LearnerConfig
-
-_LOG = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, model_folder: Path, resume: bool = False) -> Path:
@@ -55,100 +49,9 @@ def train(config: TrainConfig, *, model_folder: Path, resume: bool = False) -> P
     sampler = make_sampler(config, "train")
     validation = _validation_batches(config, builder, device)
     _run_steps(config, model, state, sampler, validation, builder, run)
-    learner = state.to_learner(base_digest(model_folder), _provenance(config, state, run))
+    learner = state.to_learner(base_digest(model_folder), _provenance(config, state))
     learner.save(config.output)
     return Path(config.output)
-
-
-class MetaState:
-    """φ*, step sizes and optimiser: everything that a step changes."""
-
-    def __init__(self, config: TrainConfig, layout: Layout, device: torch.device) -> None:
-        self.config, self.layout = config, layout
-        self.step = 0
-        self.seconds = 0.0
-        generator = torch.Generator().manual_seed(config.seed)
-        self.phi = _initial_phi(layout, generator).to(device).requires_grad_()
-        count = {"tie": len(layout.tensors), "same": 1, "fix": 1, "full": layout.num_values}[config.step_size_kind]
-        self.step_sizes = torch.full((count,), config.step_size_init, device=device)
-        groups: list[dict[str, Any]] = [{"params": [self.phi], "lr": config.learning_rate}]
-        if config.step_size_kind != "fix":
-            self.step_sizes.requires_grad_()
-            groups.append({"params": [self.step_sizes], "lr": config.step_size_learning_rate})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        self._rates = [group["lr"] for group in groups]
-
-    def step_size_tensors(self) -> list[Tensor]:
-        """Per tensor of the layout: a scalar, or for "full" the tensor's shape."""
-        kind = self.config.step_size_kind
-        if kind == "full":
-            return [view for _, view in self.layout.views(self.step_sizes)]
-        if kind == "tie":
-            return list(self.step_sizes.unbind())
-        return [self.step_sizes[0]] * len(self.layout.tensors)
-
-    def update(self, loss: Tensor) -> dict[str, float]:
-        """Backward, clip φ* and step sizes each by its norm, one optimiser step with warm-up and linear decay."""
-        loss.backward()
-        norms = [
-            float(torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip_norm))
-            for group in self.optimizer.param_groups
-        ]
-        warmup = max(1, int(self.config.num_steps * self.config.warmup_share))
-        left = max(0.0, (self.config.num_steps - self.step) / max(1, self.config.num_steps - warmup))
-        factor = min((self.step + 1) / warmup, left)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
-        if all(np.isfinite(norm) for norm in norms):
-            self.optimizer.step()
-        else:
-            _LOG.warning("step %d: the meta-gradient is not finite; the step is left out", self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return {"grad_norm": norms[0], "learning_rate_factor": factor}
-
-    def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        torch.save(
-            {
-                "step": self.step,
-                "seconds": self.seconds,
-                "layout": self.layout.id,
-                "phi": self.phi.detach(),
-                "step_sizes": self.step_sizes.detach(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            partial,
-        )
-        partial.replace(path)
-
-    def load(self, path: Path) -> None:
-        """Continues from a checkpoint; ConfigError where it belongs to another layout."""
-        saved = torch.load(path, weights_only=True, map_location=self.phi.device)
-        if saved["layout"] != self.layout.id:
-            raise ConfigError(f"{path} has layout {saved['layout']}, the config gives {self.layout.id}; use another output")
-        with torch.no_grad():
-            self.phi.copy_(saved["phi"])
-            self.step_sizes.copy_(saved["step_sizes"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-
-    def to_learner(self, digest: str, training: dict[str, object]) -> Learner:
-        config = self.config
-        learner_config = LearnerConfig(
-            base_digest=digest,
-            lora_alpha=config.lora_alpha,
-            step_size_kind=config.step_size_kind,
-            prompts=config.prompts,
-            max_document_tokens=config.max_document_tokens,
-            top_k=config.top_k,
-            gamma=config.gamma,
-            training=training,
-        )
-        return Learner(
-            learner_config, self.layout, self.phi.detach().cpu().numpy().copy(),
-            self.step_sizes.detach().cpu().numpy().copy(),
-        )  # fmt: skip
 
 
 def make_sampler(config: TrainConfig, split: str) -> Sampler:
@@ -188,13 +91,22 @@ def _run_steps(
         state.seconds += seconds
         value = float(loss.detach())
         smoothed = value if smoothed != smoothed else 0.95 * smoothed + 0.05 * value
-        log(step=state.step, set=plan.set_name, icl=plan.icl, num_tasks=len(plan.tasks), loss=value, seconds=seconds,
-            step_size=float(state.step_sizes.detach().mean()), **figures)  # fmt: skip
+        log(
+            step=state.step,
+            set=plan.set_name,
+            icl=plan.icl,
+            num_tasks=len(plan.tasks),
+            loss=value,
+            seconds=seconds,
+            step_size=float(state.step_sizes.detach().mean()),
+            **figures,
+        )
         progress.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
         progress.update()
         if state.step % config.validate_every == 0 or state.step == config.num_steps:
             for name, batches in validation.items():
-                found = probe(model, state.phi.detach(), [s.detach() for s in state.step_size_tensors()], batches, config.gamma)
+                steps = [step.detach() for step in state.step_size_tensors()]
+                found = probe(model, state.phi.detach(), steps, batches, config.gamma)
                 log(step=state.step, validation=name, **found)
                 progress.write(f"step {state.step} {name}: {found}")
         if state.step % config.checkpoint_every == 0 or state.step == config.num_steps:
@@ -222,16 +134,6 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
 
 
-def _initial_phi(layout: Layout, generator: torch.Generator) -> Tensor:
-    """LoRA's usual start: A uniform by fan-in (Kaiming, a = √5), B zero."""
-    phi = torch.zeros(layout.num_values)
-    for tensor, view in layout.views(phi):
-        if tensor.part == "A":
-            bound = tensor.shape[1] ** -0.5
-            view.uniform_(-bound, bound, generator=generator)
-    return phi
-
-
 class _JsonLog:
     """One JSON object a line, flushed, so that a killed run keeps its log."""
 
@@ -244,9 +146,15 @@ class _JsonLog:
             file.write(json.dumps(rounded) + "\n")
 
 
-def _provenance(config: TrainConfig, state: MetaState, run: Path) -> dict[str, object]:
+def _provenance(config: TrainConfig, state: MetaState) -> dict[str, object]:
     import transformers
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     plain = {key: value for key, value in asdict(config).items() if key not in ("output", "data_folder", "base_model")}
     files = sorted(Path(config.data_folder).glob("train.*.jsonl.gz")) if config.data_folder else []
     return {
@@ -254,11 +162,9 @@ def _provenance(config: TrainConfig, state: MetaState, run: Path) -> dict[str, o
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "num_steps": state.step,
         "hours": round(state.seconds / 3600, 3),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
-    }  # fmt: skip
+        "versions": versions,
+        "device": device,
+    }
 
 
 def main(

@@ -156,6 +156,8 @@ def test_prompts_fill_each_place_once_and_leave_braces_in_texts_alone() -> None:
     prompts = Prompts()
     assert prompts.render_document("A {text}", "B {title}") == "A {text}\nB {title}"
     assert prompts.render_document("", "B") == "B"
-    assert prompts.render_icl("Why {documents}?", ["one {question}", "two"]) == "one {question}\n\ntwo\n\nWhy {documents}?"
+    assert (
+        prompts.render_icl("Why {documents}?", ["one {question}", "two"]) == "one {question}\n\ntwo\n\nWhy {documents}?"
+    )
     with pytest.raises(LearnerError, match="question"):
         Prompts(blind="no place")

@@ -31,10 +31,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(output: Path, num_steps: int) -> TrainConfig:
     return TrainConfig(
-        base_model="", output=str(output), first_layer=2, rank=4, lora_alpha=8, num_steps=num_steps, tokens_per_step=200,
-        max_tasks=3, questions_per_task=2, num_synthetic=50, compute_dtype="float32", validate_every=4, checkpoint_every=2,
-        learning_rate=3e-3, seed=5,
-    )  # fmt: skip
+        base_model="",
+        output=str(output),
+        first_layer=2,
+        rank=4,
+        lora_alpha=8,
+        num_steps=num_steps,
+        tokens_per_step=200,
+        max_tasks=3,
+        questions_per_task=2,
+        num_synthetic=50,
+        compute_dtype="float32",
+        validate_every=4,
+        checkpoint_every=2,
+        learning_rate=3e-3,
+        seed=5,
+    )
 
 
 def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_does(
