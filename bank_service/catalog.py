@@ -158,7 +158,8 @@ def _put(connection: sa.Connection, document: Document, gradient: Gradient, expe
     alive = row is not None and not row["deleted"]
     replaced = row["gradient_digest"] if row is not None and alive else None
     content_digest = document.content_digest
-    if row is not None and replaced == gradient.digest and row["content_digest"] == content_digest:
+    same_gradient = replaced == gradient.digest and row is not None and row["embedding"] == gradient.embedding
+    if row is not None and same_gradient and row["content_digest"] == content_digest:
         return PutResult(to_stored(row), Outcome.UNCHANGED)
     values = {
         "version": 1 if row is None else row["version"] + 1,

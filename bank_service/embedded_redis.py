@@ -6,7 +6,6 @@ It holds cached gradients only, in memory, and ends with the bank however the ba
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
@@ -23,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
+WATCH_SECONDS = 1.0  # between two looks at whether it still runs
+LOG_FILE = "redis.log"
 MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 
 # Runs before valkey-server takes over the process: asks the kernel to end it with its parent (Linux), and ends
@@ -45,6 +46,7 @@ class EmbeddedRedis:
         self._folder = _socket_folder(data_dir)
         self._max_bytes = max_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -62,21 +64,19 @@ class EmbeddedRedis:
 
     async def start(self) -> None:
         """Returns when the server answers. RuntimeError where it doesn't come up or isn't installed."""
-        self._socket.unlink(missing_ok=True)
-        with (self._folder / "redis.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), str(_binary()), *self._options()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the bank, which still reads its cache while it drains
-            )
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(self.stop)
-            await self._wait_ready()
-            stack.pop_all()
+        try:
+            await self._launch()
+        except BaseException:
+            await self.stop()
+            raise
+        self._watcher = asyncio.create_task(self._watch(), name="bank-redis-watcher")
 
     async def stop(self) -> None:
+        """Ends the server, if it runs."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
         process, self._process = self._process, None
         if process is None:
             return
@@ -87,6 +87,29 @@ class EmbeddedRedis:
             process.kill()
             await asyncio.to_thread(process.wait)
         self._socket.unlink(missing_ok=True)
+
+    async def _launch(self) -> None:
+        self._socket.unlink(missing_ok=True)
+        with (self._folder / LOG_FILE).open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), str(_binary()), *self._options()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the bank, which still reads its cache while it drains
+            )
+        await self._wait_ready()
+
+    async def _watch(self) -> None:
+        """Starts the server anew where something else ended it."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._process is not None and self._process.poll() is not None:
+                logger.warning("the embedded Redis server ended with status %d; restarting", self._process.returncode)
+                try:
+                    await self._launch()
+                except (RuntimeError, OSError):
+                    logger.exception("the embedded Redis server does not start; gradients come from the blobs")
 
     def _options(self) -> list[str]:
         options = {
@@ -114,7 +137,7 @@ class EmbeddedRedis:
                     return
                 except (RedisError, OSError) as error:
                     if self._process.poll() is not None or time.monotonic() > deadline:
-                        log = (self._folder / "redis.log").read_text(errors="replace")[-2000:]
+                        log = (self._folder / LOG_FILE).read_text(errors="replace")[-2000:]
                         raise RuntimeError(
                             f"the embedded Redis server must start within {START_SECONDS} s, got exit status "
                             f"{self._process.poll()}; its log: {log}"

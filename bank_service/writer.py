@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from bank_service.documents import (
 )
 from bank_service.embedder import Embedder
 from bank_service.encode_queue import EncodeQueue
-from bank_service.errors import InvalidArgumentError, LearnerMismatchError
+from bank_service.errors import InvalidArgumentError, LearnerMismatchError, UnavailableError
 from bank_service.metrics import BankMetrics
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
@@ -31,6 +32,22 @@ from bank_service.wire.codec import GradientFormatError, GradientSpec, WrongLear
 from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A document that is to be written, against what is stored under its id."""
+
+    stored: StoredDocument | None  # None: nothing, or nothing with a sound gradient
+    has_text: bool  # title and text are the same
+    has_content: bool  # the metadata, too
+
+    def has_gradient(self, gradient: Gradient) -> bool:
+        stored = self.stored
+        return stored is not None and (stored.gradient.digest, stored.gradient.embedding) == (
+            gradient.digest,
+            gradient.embedding,
+        )
 
 
 class Writer:
@@ -72,10 +89,10 @@ class Writer:
         """
         async with self._locks.hold((document.namespace, document.id)), self._pending:
             current = await self._current(document, expected_version)
-            if current is not None and current.document.content_digest == document.content_digest:
-                return PutResult(current, Outcome.UNCHANGED)
-            if current is not None and current.document.text_digest == document.text_digest:
-                return await self._store(document, current.gradient, None, expected_version)
+            if current.has_content:
+                return self._unchanged(current.stored)
+            if current.has_text and current.stored is not None:
+                return await self._store(document, current.stored.gradient, None, expected_version)
             with span("bank.encode"):
                 encoded, embedding = await asyncio.gather(
                     asyncio.wrap_future(self._encodes.submit(document.title, document.text)),
@@ -104,49 +121,72 @@ class Writer:
             else:
                 vector = await in_thread(self._pools.document_embeds, self._embed_document, document)
             gradient = await in_thread(self._pools.reads, _gradient, record, vector, 0, False)
-            same = current is not None and current.gradient.digest == gradient.digest
-            if same and current is not None and current.document.content_digest == document.content_digest:
-                return PutResult(current, Outcome.UNCHANGED)
+            if current.has_content and current.has_gradient(gradient):
+                return self._unchanged(current.stored)
             return await self._store(document, gradient, record, expected_version)
 
     async def delete(self, namespace: str, id: str, expected_version: int | None = None) -> DeleteResult:
         """Deletes a document; durable on return. NotFoundError, VersionConflictError."""
         namespace, id = check_namespace(namespace), check_id(id)
         async with self._locks.hold((namespace, id)):
-            task = self._background.run(in_thread(self._pools.writes, self._delete, namespace, id, expected_version))
-            result = await asyncio.shield(task)
-        self._acknowledge(result.sequence)
-        self._background.run(self._discard(result.digest))
-        return result
+            task = self._background.run(self._commit_deletion(namespace, id, expected_version))
+            return await asyncio.shield(task)
 
-    async def _current(self, document: Document, expected_version: int | None) -> StoredDocument | None:
-        """The document as it is stored, where its gradient is sound. VersionConflictError, before any work."""
+    async def sweep(self) -> None:
+        """Removes gradients that no document names: what a crash between blob and catalog leaves."""
+        removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references)
+        if removed:
+            self._metrics.swept(removed)
+            logger.info("removed %d gradients that no document names (left by a crash)", removed)
 
-        def read() -> StoredDocument | None:
+    async def _current(self, document: Document, expected_version: int | None) -> _Standing:
+        """What the catalog has of the document now. VersionConflictError, before any work."""
+
+        def read() -> _Standing:
             with self._catalog.view() as view:
                 stored = view.get(document.namespace, document.id)
             version = 0 if stored is None else stored.version
             if expected_version is not None and version != expected_version:
                 raise version_conflict(document.namespace, document.id, expected_version, version)
             # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
-            return stored if stored is not None and self._blobs.is_sound(stored.gradient.digest) else None
+            if stored is None or not self._blobs.is_sound(stored.gradient.digest):
+                return _Standing(None, has_text=False, has_content=False)
+            return _Standing(
+                stored,
+                has_text=stored.document.text_digest == document.text_digest,
+                has_content=stored.document.content_digest == document.content_digest,
+            )
 
         return await in_thread(self._pools.reads, read)
+
+    def _unchanged(self, stored: StoredDocument | None) -> PutResult:
+        assert stored is not None
+        self._acknowledge(stored.sequence)
+        return PutResult(stored, Outcome.UNCHANGED)
 
     async def _store(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
+        # A caller that goes away stops nothing from here on: what is committed must reach the index.
         with span("bank.store"):
-            # A caller that goes away must not cut the hold on the blob short.
-            task = self._background.run(
-                in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
-            )
-            result = await asyncio.shield(task)
+            task = self._background.run(self._commit(document, gradient, record, expected_version))
+            return await asyncio.shield(task)
+
+    async def _commit(
+        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+    ) -> PutResult:
+        result = await in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
         self._acknowledge(result.stored.sequence)
         if record is not None:
             self._background.run(self._cache.put({gradient.digest: record}))
         if result.replaced_digest is not None:
             self._background.run(self._discard(result.replaced_digest))
+        return result
+
+    async def _commit_deletion(self, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
+        result = await in_thread(self._pools.writes, self._delete, namespace, id, expected_version)
+        self._acknowledge(result.sequence)
+        self._background.run(self._discard(result.digest))
         return result
 
     def _write(
@@ -155,7 +195,10 @@ class Writer:
         with self._blobs.hold(gradient.digest):
             if record is not None:
                 with span("blobs.put", record_bytes=len(record)):
-                    self._blobs.put(gradient.digest, record)
+                    try:
+                        self._blobs.put(gradient.digest, record)
+                    except OSError as error:
+                        raise UnavailableError(f"the blob store must be writable, got {error}") from error
             with span("catalog.put"):
                 return self._catalog.put(document, gradient, expected_version).result()
 
@@ -170,13 +213,6 @@ class Writer:
         removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references, [digest])
         if removed:
             await self._cache.remove([digest])
-
-    async def sweep(self) -> None:
-        """Removes gradients that no document names: what a crash between blob and catalog leaves."""
-        removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references)
-        if removed:
-            self._metrics.swept(removed)
-            logger.info("removed %d gradients that no document names (left by a crash)", removed)
 
     def _references(self, digests: list[str]) -> set[str]:
         with self._catalog.view() as view:

@@ -28,6 +28,7 @@ VERSION = 1
 HEADER_BYTES = 128
 MAX_VALUES = 2**30  # far above any learner: rank 16 on all of an 8B model is 2**25
 INT8_BLOCK = 64
+MAX_INT8_SCALE = 2.0**121  # 127 times as much is still finite in float32
 
 _HEADER = struct.Struct("<4sHH16s32s8sQQ")  # followed by the checksum and zeros
 _CHECKSUM_BYTES = 32
@@ -180,9 +181,9 @@ class Int8Codec:
         _check_length(self.name, payload, self.max_payload_bytes(spec))
         scales, codes = self._parts(payload, spec)
         for part in _slices(len(scales)):
-            # Not "scale > limit": NaN must fail too. 127 · limit is the largest finite float32.
-            if not bool(((scales[part] >= 0) & (scales[part] <= np.finfo(np.float32).max / 127)).all()):
-                raise GradientFormatError("int8 scales must be finite, at least 0 and at most 2.68e36, got others")
+            # Not "scale > limit": NaN must fail too.
+            if not bool(((scales[part] >= 0) & (scales[part] <= MAX_INT8_SCALE)).all()):
+                raise GradientFormatError("int8 scales must be in 0..2**121 (values below 3.37e38), got others")
         for part in _slices(spec.num_values):
             if bool((codes[part] == -128).any()):
                 raise GradientFormatError("int8 codes must be in -127..127, got -128")

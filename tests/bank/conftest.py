@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from bank_service.config import BankConfig
+from bank_service.embedder import MiniLmEmbedder
+from bank_service.server import BankServer
+from tests.bank.client import Client
+from tests.bank.hash_encoder import HashEncoder
+
+
+@pytest.fixture(scope="session")
+def embedder() -> MiniLmEmbedder:
+    return MiniLmEmbedder.installed()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+@pytest_asyncio.fixture
+async def server(data_dir: Path, embedder: MiniLmEmbedder) -> AsyncIterator[BankServer]:
+    async with BankServer(BankConfig(data_dir=data_dir), HashEncoder(), embedder) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def client(server: BankServer) -> AsyncIterator[Client]:
+    """Of a bank of this test alone."""
+    async with Client(server.address.target) as connected:
+        yield connected
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_client(tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder) -> AsyncIterator[Client]:
+    """Of one bank for a whole module, whose tests must not mind each other's documents."""
+    config = BankConfig(data_dir=tmp_path_factory.mktemp("shared"))
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as connected:
+        yield connected
+
+
+@pytest.fixture
+def redis_server() -> Iterator[str]:
+    """URL of a redis-server as Debian packages it."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed: apt-get install redis-server")
+    with tempfile.TemporaryDirectory(prefix="rg-") as folder:  # short: a socket's path has at most 107 bytes
+        socket = Path(folder, "s.sock")
+        options = ["--port", "0", "--unixsocket", str(socket), "--dir", folder, "--save", "", "--maxmemory", "64mb"]
+        process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 10
+            while not socket.exists():
+                assert process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
+                time.sleep(0.01)
+            yield f"unix://{socket}"
+        finally:
+            process.kill()
+            process.wait()

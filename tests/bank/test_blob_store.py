@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from bank_service.blob_store import BlobStore
+from bank_service.errors import DataLossError
+from bank_service.wire.codec import record_digest
+
+
+def put(blobs: BlobStore, record: bytes) -> str:
+    digest = record_digest(record)
+    with blobs.hold(digest):
+        blobs.put(digest, record)
+    return digest
+
+
+def path_of(folder: Path, digest: str) -> Path:
+    return folder / digest[:2] / digest[2:]
+
+
+def test_a_record_comes_back_also_from_a_store_opened_anew(tmp_path: Path) -> None:
+    digest = put(BlobStore(tmp_path), b"one")
+    assert BlobStore(tmp_path).get(digest) == b"one"
+
+
+def test_putting_a_record_again_writes_nothing(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    digest = put(blobs, b"one")
+    before = path_of(tmp_path, digest).stat()
+    put(blobs, b"one")
+    after = path_of(tmp_path, digest).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_a_missing_record_is_a_loss_that_names_its_digest(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    with pytest.raises(DataLossError) as caught:
+        blobs.get("0" * 64)
+    assert caught.value.digest == "0" * 64 and "missing" in caught.value.message
+
+
+@pytest.mark.parametrize("damaged", [b"", b"oNe", b"one more"])
+def test_a_corrupt_record_is_a_loss_and_putting_it_again_heals_it(tmp_path: Path, damaged: bytes) -> None:
+    blobs = BlobStore(tmp_path)
+    digest = put(blobs, b"one")
+    path_of(tmp_path, digest).write_bytes(damaged)
+    with pytest.raises(DataLossError, match="corrupt"):
+        blobs.get(digest)
+    put(blobs, b"one")
+    assert blobs.get(digest) == b"one"
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    put(BlobStore(tmp_path), b"one")
+    (tmp_path / "tmp" / "17").write_bytes(b"half a rec")
+    BlobStore(tmp_path)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_sweep_removes_what_is_neither_referenced_nor_held(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    kept, orphan, held = (put(blobs, name) for name in (b"kept", b"orphan", b"held"))
+    (tmp_path / "ab" / "not a digest").write_text("someone's notes")
+    with blobs.hold(held), blobs.hold(held):
+        assert blobs.sweep(lambda digests: {kept} & set(digests)) == 1
+    assert blobs.is_sound(kept) and blobs.is_sound(held) and not blobs.is_sound(orphan)
+    assert blobs.sweep(lambda digests: {kept} & set(digests)) == 1
+    assert not blobs.is_sound(held)
+    assert (tmp_path / "ab" / "not a digest").exists()
+
+
+def test_a_sweep_of_named_digests_leaves_the_others_alone(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    one, two = put(blobs, b"one"), put(blobs, b"two")
+    assert blobs.sweep(lambda digests: set(), [one]) == 1
+    assert blobs.is_sound(two) and not blobs.is_sound(one)
+
+
+def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    records = [f"record {number}".encode() for number in range(12)]
+    committed: set[str] = set()
+    stop = threading.Event()
+
+    def sweep() -> int:
+        removed = 0
+        while not stop.is_set():
+            removed += blobs.sweep(lambda digests: committed & set(digests))
+        return removed
+
+    def ingest(seed: int) -> None:
+        generator = random.Random(seed)
+        for _ in range(150):
+            record = generator.choice(records)
+            digest = record_digest(record)
+            with blobs.hold(digest):
+                blobs.put(digest, record)
+                committed.add(digest)
+            assert blobs.get(digest) == record
+            if generator.random() < 0.5:
+                with blobs.hold(digest):  # a deletion's commit; others may hold it, too
+                    pass
+
+    with ThreadPoolExecutor(8) as pool:
+        sweeps = [pool.submit(sweep) for _ in range(2)]
+        ingests = [pool.submit(ingest, seed) for seed in range(4)]
+        # Orphans come up all the time, so that the sweeps have something to take.
+        orphans = [put(blobs, f"orphan {number}".encode()) for number in range(200)]
+        for future in ingests:
+            future.result()
+        stop.set()
+        assert sum(future.result() for future in sweeps) > 0
+    blobs.sweep(lambda digests: committed & set(digests))
+    assert all(blobs.is_sound(digest) for digest in committed)
+    assert not any(blobs.is_sound(digest) for digest in orphans)
+
+
+def test_a_name_that_is_no_digest_reaches_no_file(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    for name in ("../../etc/passwd", "A" * 64, "a" * 63, ""):
+        with pytest.raises(ValueError, match="64 lower-case hex digits"):
+            blobs.get(name)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bank_service import usearch_index
+from bank_service.usearch_index import MANIFEST, UsearchIndex
+from bank_service.vector_index import ExactIndex, VectorIndex
+from bank_service.wire.codec import FloatArray
+
+DIMENSION = 16
+Make = Callable[[], VectorIndex]
+MAKERS: dict[str, Make] = {"exact": ExactIndex, "usearch": lambda: UsearchIndex(DIMENSION)}
+
+
+def vectors(count: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).standard_normal((count, DIMENSION)).astype(np.float32)
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def index(request: pytest.FixtureRequest) -> VectorIndex:
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(params=["exhaustive", "graph"])
+def usearch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> UsearchIndex:
+    if request.param == "graph":
+        monkeypatch.setattr(usearch_index, "EXHAUSTIVE_SIZE", 0)
+    return UsearchIndex(DIMENSION)
+
+
+def test_the_nearest_come_best_first_with_their_cosines(index: VectorIndex) -> None:
+    stored = np.zeros((3, DIMENSION), np.float32)
+    stored[0, 0], stored[1, 1], stored[2] = 5, 2, [3, 4] + [0] * (DIMENSION - 2)
+    index.put("n", [10, 11, 12], stored)
+    keys, scores = index.search("n", stored[0] * 100, 3)
+    assert keys.tolist() == [10, 12, 11]
+    np.testing.assert_allclose(scores, [1, 0.6, 0], atol=2e-3)
+
+
+def test_a_namespace_never_sees_anothers_keys(index: VectorIndex) -> None:
+    index.put("few", [1, 2], vectors(2))
+    index.put("many", list(range(100, 200)), vectors(100, seed=1))
+    assert sorted(index.search("few", vectors(1)[0], 50)[0].tolist()) == [1, 2]
+    assert min(index.search("many", vectors(1)[0], 100)[0].tolist()) == 100
+    assert len(index.search("none", vectors(1)[0], 5)[0]) == 0
+    assert (index.size("few"), index.size("many"), index.size("none")) == (2, 100, 0)
+
+
+def test_a_key_put_again_has_its_new_vector_only(index: VectorIndex) -> None:
+    stored = vectors(2)
+    index.put("n", [1], stored[:1])
+    index.put("n", [1], stored[1:])
+    assert index.size("n") == 1
+    keys, scores = index.search("n", stored[1], 5)
+    assert keys.tolist() == [1] and scores[0] > 0.99
+    assert index.search("n", stored[0], 5)[1][0] < 0.9
+
+
+def test_a_removed_key_is_gone_and_an_unknown_one_is_no_error(index: VectorIndex) -> None:
+    stored = vectors(10)
+    index.put("n", list(range(10)), stored)
+    index.remove("n", [3, 777])
+    index.remove("unknown", [1])
+    assert 3 not in index.search("n", stored[3], 10)[0]
+    assert index.size("n") == 9
+    index.put("n", [3], stored[3:4])
+    assert index.search("n", stored[3], 1)[0].tolist() == [3]
+
+
+def test_a_namespace_emptied_answers_with_nothing(index: VectorIndex) -> None:
+    index.put("n", [1, 2], vectors(2))
+    index.remove("n", [1, 2])
+    assert len(index.search("n", vectors(1)[0], 5)[0]) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["put", "remove"]), st.sets(st.integers(0, 40), min_size=1)), max_size=30))
+def test_usearch_holds_what_the_oracle_holds_whatever_is_done_to_it(steps: list[tuple[str, set[int]]]) -> None:
+    ours, oracle = UsearchIndex(DIMENSION), ExactIndex()
+    for number, (action, keys) in enumerate(steps):
+        for index in (ours, oracle):
+            if action == "put":
+                index.put("n", sorted(keys), vectors(len(keys), seed=number))
+            else:
+                index.remove("n", sorted(keys))
+    target = vectors(1, seed=999)[0]
+    expected, expected_scores = oracle.search("n", target, 64)
+    found, scores = ours.search("n", target, 64)
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    np.testing.assert_allclose(np.sort(scores), np.sort(expected_scores), atol=2e-3)
+
+
+def test_a_search_is_full_after_most_keys_were_removed(usearch: UsearchIndex) -> None:
+    usearch.put("n", list(range(1500)), vectors(1500))
+    usearch.remove("n", list(range(1400)))
+    for seed in range(20):
+        keys, _ = usearch.search("n", vectors(1, seed=1000 + seed)[0], 64)
+        assert len(set(keys.tolist())) == 64 and keys.min() >= 1400
+
+
+def test_the_graph_finds_nearly_all_true_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usearch_index, "EXHAUSTIVE_SIZE", 0)
+    ours, oracle = UsearchIndex(DIMENSION), ExactIndex()
+    for index in (ours, oracle):
+        index.put("n", list(range(2000)), vectors(2000))
+    found = 0
+    for seed in range(50):
+        target = vectors(1, seed=5000 + seed)[0]
+        found += len(set(ours.search("n", target, 10)[0]) & set(oracle.search("n", target, 10)[0]))
+    assert found >= 0.95 * 500
+
+
+def test_a_snapshot_brings_back_every_namespace(tmp_path: Path) -> None:
+    saved = UsearchIndex(DIMENSION)
+    saved.put("a/../b", [1, 2, 3], vectors(3))
+    saved.put("c", [4], vectors(1, seed=1))
+    saved.remove("a/../b", [2])
+    for sequence in (5, 9):  # the second takes the first one's place
+        saved.save(tmp_path / "index", "collection", sequence)
+    loaded = UsearchIndex(DIMENSION)
+    assert loaded.load(tmp_path / "index", "collection") == 9
+    assert loaded.search("a/../b", vectors(3)[2], 9)[0].tolist() == saved.search("a/../b", vectors(3)[2], 9)[0].tolist()
+    assert (loaded.size("a/../b"), loaded.size("c")) == (2, 1)
+    loaded.put("c", [5], vectors(1, seed=2))
+    assert loaded.size("c") == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "missing", "collection", "dimension"])
+def test_a_snapshot_that_is_damaged_or_anothers_is_not_used(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "index"
+    saved = UsearchIndex(DIMENSION)
+    saved.put("n", [1, 2, 3], vectors(3))
+    saved.save(folder, "collection", 5)
+    (file,) = folder.glob("*.usearch")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(content[:-10])
+    elif damage == "manifest":
+        (folder / MANIFEST).write_text("{")
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "dimension":
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"dimension": 3}))
+    loaded = UsearchIndex(DIMENSION)
+    assert loaded.load(folder, "another collection" if damage == "collection" else "collection") == 0
+    assert loaded.size("n") == 0

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2 as details
+
+from bank_service.errors import (
+    BankError,
+    DataLossError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    LearnerMismatchError,
+    LimitExceededError,
+    NotFoundError,
+    UnavailableError,
+    VersionConflictError,
+)
+from bank_service.wire import generate
+from bank_service.wire.errors import DETAILS_KEY, from_rpc_error, to_status
+
+ERRORS = [
+    (InvalidArgumentError("top_k must be in 1..64, got 0", field="top_k"), "INVALID_ARGUMENT"),
+    (NotFoundError("document 'x' is not there", kind="document", name="x"), "NOT_FOUND"),
+    (VersionConflictError("moved", namespace="n", id="i", expected_version=3, actual_version=4), "ABORTED"),
+    (LearnerMismatchError("another learner", expected="a" * 64, actual="b" * 64), "FAILED_PRECONDITION"),
+    (LimitExceededError("too much", limit="max_message_bytes"), "RESOURCE_EXHAUSTED"),
+    (DataLossError("gone", digest="c" * 64), "DATA_LOSS"),
+    (UnavailableError("stopping"), "UNAVAILABLE"),
+    (DeadlineExceededError("too late"), "DEADLINE_EXCEEDED"),
+    (InternalError("a bug"), "INTERNAL"),
+]
+DETAILS = {
+    "INVALID_ARGUMENT": details.BadRequest,
+    "NOT_FOUND": details.ResourceInfo,
+    "FAILED_PRECONDITION": details.PreconditionFailure,
+    "RESOURCE_EXHAUSTED": details.QuotaFailure,
+    "UNAVAILABLE": details.RetryInfo,
+    "ABORTED": details.ErrorInfo,
+    "DATA_LOSS": details.ErrorInfo,
+}
+
+
+def failed_call(code: grpc.StatusCode, message: str, metadata: bytes | None) -> grpc.aio.AioRpcError:
+    trailing = grpc.aio.Metadata(*(() if metadata is None else ((DETAILS_KEY, metadata),)))
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, message)
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS)
+def test_a_client_gets_the_error_that_the_bank_raised(error: BankError, code: str) -> None:
+    error.index = 7
+    status = to_status(error)
+    back = from_rpc_error(failed_call(grpc.StatusCode[code], status.message, status.SerializeToString()))
+    assert type(back) is type(error)
+    assert (back.message, back.fields(), back.index) == (error.message, error.fields(), 7)
+    assert status.code == grpc.StatusCode[code].value[0]
+
+
+@pytest.mark.parametrize(("error", "code"), [pair for pair in ERRORS if pair[1] in DETAILS])
+def test_a_generic_client_finds_the_details_of_its_code(error: BankError, code: str) -> None:
+    packed = to_status(error).details[0]
+    detail = DETAILS[code]()
+    assert packed.Unpack(detail)
+    for value in list(error.fields().values())[:1]:
+        assert value in str(detail)
+
+
+def test_every_error_of_the_bank_has_its_row() -> None:
+    assert {type(error) for error, _ in ERRORS} == set(BankError.__subclasses__())
+
+
+@pytest.mark.parametrize("metadata", [None, b"\xff\xff not a status"])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, UnavailableError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, LimitExceededError),
+        (grpc.StatusCode.UNIMPLEMENTED, InternalError),
+    ],
+)
+def test_a_failure_of_the_network_is_the_nearest_error(
+    code: grpc.StatusCode, kind: type[BankError], metadata: bytes | None
+) -> None:
+    error = from_rpc_error(failed_call(code, "the wire broke", metadata))
+    assert type(error) is kind and "the wire broke" in error.message
+
+
+def test_a_long_message_fits_the_metadata_limit() -> None:
+    status = to_status(InvalidArgumentError("x" * 100_000, field="text"))
+    assert len(status.message) <= 1000
+
+
+def test_the_generated_code_is_what_the_contract_gives() -> None:
+    pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed")
+    root = Path(generate.__file__).parents[2]
+    assert generate.stale_files(generate.compile_contract(root / "proto"), root / "bank_service/wire/generated") == []
