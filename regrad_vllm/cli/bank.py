@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bank_service.config import BankConfig
 from regrad_vllm.cli.connection import DEFAULT_PORT
 from regrad_vllm.cli.console import CommandError, note, say
 from regrad_vllm.cli.flags import add_flags, given
-
-if TYPE_CHECKING:
-    from bank_service.server import BankAddress
 
 READY = "bank ready at "
 
@@ -27,37 +24,27 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run(args: argparse.Namespace) -> int:
-    import asyncio
-
     settings: dict[str, Any] = {"data_dir": default_data_dir(), "port": DEFAULT_PORT}
     config = BankConfig(**(settings | given(args, BankConfig)))
 
     from bank_service.errors import BankInUseError, CollectionMismatchError
-    from bank_service.server import serve
-    from bank_service.wire.tracing import configure_tracing
+    from bank_service.server import run_bank
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.encoder import GradientEncoder
     from regrad_vllm.observe import configure_logging
 
     configure_logging()
-    stop_tracing = configure_tracing("regrad-bank")
     model = resolve_model(args.model)
     learner = args.learner or shipped_learner()
     note(f"bank: model {model}, learner {learner}, data {config.data_dir}")
+    encoder = GradientEncoder.load(model, learner)
     try:
-        encoder = GradientEncoder.load(model, learner)
-        asyncio.run(serve(config, encoder, ready=_announce))
+        run_bank(config, encoder, ready=lambda address: say(READY + address.target))
     except (BankInUseError, CollectionMismatchError) as error:
         raise CommandError(str(error)) from error
-    finally:
-        stop_tracing()
     return 0
 
 
 def default_data_dir() -> Path:
     """Where a bank keeps its documents and gradients: the user's data folder (XDG_DATA_HOME)."""
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "regrad" / "bank"
-
-
-def _announce(address: BankAddress) -> None:
-    say(f"{READY}{address.host}:{address.port}")

@@ -78,11 +78,10 @@ def waiting(service: Service, ready: Callable[[], str | None], timeout_seconds: 
     from tqdm import tqdm
 
     begun = time.monotonic()
-    with tqdm(desc=f"{service.name}: starting", bar_format="{desc} {elapsed}") as clock:
+    with tqdm(desc=f"waiting for the {service.name}", bar_format="{desc} {elapsed}") as clock:
         while True:
             found = ready()
             if found is not None:
-                clock.set_description_str(f"{service.name}: ready after")
                 return found
             if service.process.poll() is not None:
                 raise service.failure(f"ended with status {service.process.returncode} before it was ready")

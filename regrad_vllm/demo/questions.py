@@ -23,6 +23,7 @@ class Question:
     text: str
     answers: tuple[str, ...]
     document_id: str
+    invented: bool  # nobody knows the answer without the document
 
     def is_answered_by(self, answer: str) -> bool:
         return bool(exact_match(answer, self.answers))
@@ -44,6 +45,6 @@ def _first(name: str, number: int) -> tuple[Question, ...]:
     lines = (DATA / "questions" / f"{name}.jsonl").read_text("utf-8").splitlines()
     found: dict[str, Question] = {}
     for record in map(json.loads, lines):
-        question = Question(record["question"], tuple(record["answers"]), record["document"])
+        question = Question(record["question"], tuple(record["answers"]), record["document"], name == "invented")
         found.setdefault(question.document_id, question)
     return tuple(islice(found.values(), number))

@@ -22,7 +22,7 @@ from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.asking import Answer, Ask, ask_all
 from regrad_vllm.demo.processes import Service, Services, free_port, waiting
 from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
-from regrad_vllm.demo.table import render
+from regrad_vllm.demo.table import render, shorten
 
 BASE, REGRAD = "smollm2", "smollm2-regrad"
 _NAMESPACE = "demo"
@@ -83,6 +83,7 @@ class Stage:
         """Starts vLLM with ReGrad; doesn't wait for it."""
         port = str(free_port())
         regrad = ["--bank", bank, "--namespace", _NAMESPACE, "--learner", str(self.learner)]
+        regrad += ["--regrad-bank-timeout-ms", "60000"]  # all questions at once, on a machine that may be small
         flags = ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", port, "--max-model-len", "1024"]
         # Eager: a fresh machine has no C++ compiler, and the demo is over before compiling pays.
         command = ["serve", str(self.model), *regrad, *flags, "--enforce-eager"]
@@ -116,10 +117,18 @@ class Stage:
     def _show(self, base: Sequence[Answer], learner_alone: Sequence[Answer], regrad: Sequence[Answer]) -> None:
         rows = [("question → right answer", "base model", "ReGrad", "documents used, with scores")]
         for question, plain, answer in zip(self.questions, base, regrad, strict=True):
-            used = "\n".join(f"{score:.2f} {name}" for name, score in answer.documents)
+            used = "\n".join(shorten(f"{score:.2f} {name}", _COLUMNS[-1]) for name, score in answer.documents)
             asked = f"{question.text} → {question.answers[0]}"
             rows.append((asked, _marked(question, plain), _marked(question, answer), used))
         say("\n" + "\n".join(render(_COLUMNS, rows)) + "\n")
+        for kind, title in ((True, "about invented things, which no model knows"), (False, "about real text")):
+            places = [place for place, question in enumerate(self.questions) if question.invented is kind]
+            right = [
+                sum(self.questions[place].is_answered_by(answers[place].text) for place in places)
+                for answers in (base, learner_alone, regrad)
+            ]
+            asked = f"right of {count(len(places), 'question')} {title}"
+            say(f"{asked}: base model {right[0]}, learner without documents {right[1]}, ReGrad {right[2]}")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[Answer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, asks again; True where the answer went."""

@@ -20,11 +20,15 @@ def render(widths: Sequence[int], rows: Sequence[Sequence[str]], max_lines: int 
             yield rule
 
 
+def shorten(text: str, width: int) -> str:
+    """The text, with its end cut off where it is longer than ``width``."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def _wrap(cell: str, width: int, max_lines: int) -> list[str]:
     lines: list[str] = []
     for part in cell.split("\n"):
         lines += textwrap.wrap(part, width, break_long_words=True) or [""]
     if len(lines) > max_lines:
-        lines = lines[:max_lines]
-        lines[-1] = lines[-1][: width - 1] + "…"
+        lines = [*lines[: max_lines - 1], shorten(" ".join(lines[max_lines - 1 :]), width)]
     return lines

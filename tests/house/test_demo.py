@@ -1,0 +1,133 @@
+"""The demo's parts; that it plays as a whole is seen by ``test_readme``, which runs the same bank and server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from regrad_vllm.cli.corpus import BadInput, find_files, read_corpus
+from regrad_vllm.demo.people import DATA, invented, render
+from regrad_vllm.demo.processes import ServiceFailure, Services, waiting
+from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
+from regrad_vllm.demo.table import WIDTH
+from regrad_vllm.demo.table import render as render_table
+
+
+def test_the_committed_documents_are_what_their_generator_gives() -> None:
+    documents, questions = invented()
+    assert (DATA / "documents" / "invented.jsonl").read_text("utf-8") == render(documents)
+    assert (DATA / "questions" / "invented.jsonl").read_text("utf-8") == render(questions)
+
+
+def test_every_document_of_the_demo_can_be_ingested() -> None:
+    files, left_out, bad = find_files([DOCUMENTS])
+    items = list(read_corpus(files))
+    assert not left_out and not bad
+    assert not [item for item in items if isinstance(item, BadInput)]
+    assert len(items) == 180
+
+
+def test_the_demo_asks_at_least_twenty_questions_and_each_answer_stands_in_its_document() -> None:
+    files, _, _ = find_files([DOCUMENTS])
+    texts = {item.id: item.text for item in read_corpus(files) if not isinstance(item, BadInput)}
+    questions = load_questions()
+    assert len(questions) >= 20
+    assert len({question.document_id for question in questions}) == len(questions)
+    for question in questions:
+        assert any(answer.lower() in texts[question.document_id].lower() for answer in question.answers), question
+
+
+def test_only_the_whole_answer_counts_as_right() -> None:
+    questions = [Question("Who?", ("Elric Norerria",), "d", True)] * 4
+    assert share_right(questions, ["Elric Norerria", "elric norerria.", "Elric", ""]) == 0.5
+
+
+def test_the_table_fits_its_width_whatever_the_cells_hold() -> None:
+    rows = [("head",) * 4, ("word " * 60, "x" * 200, "one\ntwo\nthree\nfour\nfive", "")]
+    lines = list(render_table((36, 22, 22, 31), rows))
+    assert max(map(len, lines)) <= WIDTH
+    assert len(lines) == 2 + 3
+    assert lines[-1].count("…") == 2
+    assert lines[-1].endswith("| three four five        |")
+
+
+def test_a_service_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with Services(tmp_path) as services:
+        service = services.start("bank", ["bank", "--codec", "gif"])
+        with pytest.raises(
+            ServiceFailure, match=r"(?s)the bank ended with status 1 .*bank\.log:\n.*codec must be one of"
+        ):
+            waiting(service, lambda: None, 60)
+
+
+def test_nothing_is_left_running_when_the_block_is_left_by_an_error(small_learner: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), Services(tmp_path) as services:
+        flags = ["--learner", str(small_learner), "--port", "0", "--data-dir", str(tmp_path / "data")]
+        service = services.start("bank", ["bank", *flags])
+        log = tmp_path / "bank.log"
+        waiting(service, lambda: "ready" if "bank ready" in log.read_text() else None, 120)
+        started = _descendants(os.getpid())
+        assert len(started) >= 2, "the bank and its embedded Redis"
+        raise RuntimeError("in the middle")
+    assert not _alive(started)
+
+
+def test_interrupting_the_demo_stops_what_it_started(small_learner: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "regrad_vllm.cli", "demo", "--learner", str(small_learner)]
+    demo = subprocess.Popen(
+        command,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("regrad-demo-*/server.log")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(2)
+    started = _descendants(demo.pid)
+    assert len(started) >= 3, "the bank, its embedded Redis and the server"
+    demo.send_signal(signal.SIGINT)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert "its logs are in" in output
+    assert not _alive(started)
+
+
+def _descendants(ancestor: int) -> set[int]:
+    """Every process below ``ancestor`` now, whatever its process group."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (stat := _stat(int(entry.name))):
+            parents[int(entry.name)] = int(stat[1])
+    found: set[int] = set()
+    border = {ancestor}
+    while border:
+        border = {pid for pid, parent in parents.items() if parent in border}
+        found |= border
+    return found
+
+
+def _alive(pids: set[int]) -> list[int]:
+    """Those that still run; a moment is given to those that end with their parent."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        left = [pid for pid in pids if (stat := _stat(pid)) and stat[0] != "Z"]
+        if not left:
+            return []
+        time.sleep(0.1)
+    return left
+
+
+def _stat(pid: int) -> list[str] | None:
+    """[state, parent, …] of a process; None where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
