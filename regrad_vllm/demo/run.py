@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.bank import READY
 from regrad_vllm.cli.connection import connect
 from regrad_vllm.cli.console import count, say
 from regrad_vllm.cli.corpus import CorpusDocument, find_files, read_corpus
@@ -20,13 +19,13 @@ from regrad_vllm.cli.upload import upload
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.asking import Answer, Ask, ask_all
-from regrad_vllm.demo.processes import Service, Services, free_port, waiting
 from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
 from regrad_vllm.demo.table import render, shorten
+from regrad_vllm.local.pair import start_bank, start_server, wait_for_server
+from regrad_vllm.local.processes import Services
 
 BASE, REGRAD = "smollm2", "smollm2-regrad"
 _NAMESPACE = "demo"
-_BANK_SECONDS, _SERVER_SECONDS = 120.0, 300.0
 _COLUMNS = (36, 22, 22, 31)
 
 
@@ -61,9 +60,10 @@ class Stage:
     def play(self, services: Services) -> dict[str, Any]:
         """From documents to figures."""
         bank = start_bank(services, self.model, self.learner, self.folder / "bank")
-        url, server = self._start_server(services, bank)
+        flags = ["--max-model-len", "1024"]
+        server, url = start_server(services, self.model, self.learner, bank, BASE, _NAMESPACE, flags)
         self._ingest(bank)
-        _wait_for_server(server, url)
+        wait_for_server(server, url)
         weights = base_weights(url)
         base, learner_alone, regrad = self._ask_everything(url)
         self._show(base, learner_alone, regrad)
@@ -78,17 +78,6 @@ class Stage:
             "deleted_ok": deleted_ok,
             "base_weights_unchanged": unchanged,
         }
-
-    def _start_server(self, services: Services, bank: str) -> tuple[str, Service]:
-        """Starts vLLM with ReGrad; doesn't wait for it."""
-        port = str(free_port())
-        regrad = ["--bank", bank, "--namespace", _NAMESPACE, "--learner", str(self.learner)]
-        regrad += ["--regrad-bank-timeout-ms", "60000"]  # all questions at once, on a machine that may be small
-        flags = ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", port, "--max-model-len", "1024"]
-        # Eager: a fresh machine has no C++ compiler, and the demo is over before compiling pays.
-        command = ["serve", str(self.model), *regrad, *flags, "--enforce-eager"]
-        server = services.start("server", command, {"VLLM_CPU_KVCACHE_SPACE": "1"})
-        return f"http://127.0.0.1:{port}", server
 
     def _ingest(self, bank: str) -> None:
         files, _, _ = find_files([DOCUMENTS])
@@ -147,32 +136,8 @@ class Stage:
         return used_before and not used_after and not question.is_answered_by(after.text)
 
 
-def start_bank(services: Services, model: Path, learner: Path, data_dir: Path) -> str:
-    """Starts a bank on a port that the kernel chooses and waits for it; its address."""
-    flags = ["--data-dir", str(data_dir), "--port", "0"]
-    bank = services.start("bank", ["bank", "--model", str(model), "--learner", str(learner), *flags])
-
-    def address() -> str | None:
-        lines = bank.log.read_text("utf-8", errors="replace").splitlines()
-        return next((line.removeprefix(READY) for line in lines if line.startswith(READY)), None)
-
-    return waiting(bank, address, _BANK_SECONDS)
-
-
 def _marked(question: Question, answer: Answer) -> str:
     return f"{'✓' if question.is_answered_by(answer.text) else '✗'} {' '.join(answer.text.split())}"
-
-
-def _wait_for_server(server: Service, url: str) -> None:
-    import httpx
-
-    def healthy() -> str | None:
-        try:
-            return "ready" if httpx.get(f"{url}/health", timeout=5).status_code == 200 else None
-        except httpx.TransportError:
-            return None
-
-    waiting(server, healthy, _SERVER_SECONDS)
 
 
 def base_weights(url: str) -> Any:

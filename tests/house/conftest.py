@@ -11,10 +11,10 @@ import pytest
 
 from regrad_vllm.base_model import base_digest
 from regrad_vllm.default_model import ensure_default_model
-from regrad_vllm.demo.processes import Services
-from regrad_vllm.demo.run import start_bank
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig
+from regrad_vllm.local.pair import start_bank
+from regrad_vllm.local.processes import Services
 
 RANK = 4
 

@@ -13,10 +13,10 @@ import pytest
 
 from regrad_vllm.cli.corpus import BadInput, find_files, read_corpus
 from regrad_vllm.demo.people import DATA, invented, render
-from regrad_vllm.demo.processes import ServiceFailure, Services, waiting
 from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
 from regrad_vllm.demo.table import WIDTH
 from regrad_vllm.demo.table import render as render_table
+from regrad_vllm.local.processes import ServiceFailure, Services, waiting
 
 
 def test_the_committed_documents_are_what_their_generator_gives() -> None:

@@ -21,6 +21,7 @@ FORBIDDEN = {
     "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli"),
     "regrad_vllm/cli": ("vllm",),
     "regrad_vllm/demo": ("vllm",),
+    "regrad_vllm/local": ("vllm",),
 }
 # What bank_service offers to the other package: the wire, its config and errors; the rest to the command line only.
 OPEN_TO_ALL = ("bank_service.wire", "bank_service.encoder", "bank_service.errors")

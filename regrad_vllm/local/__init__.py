@@ -1,0 +1,1 @@
+"""A bank and a server as child processes on this machine, for the demo, the evaluation and the tests."""

@@ -1,0 +1,83 @@
+"""Starts a bank, and vLLM with ReGrad in front of it, on ports that the kernel chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from regrad_vllm.cli.bank import READY
+from regrad_vllm.local.processes import Service, Services, free_port, waiting
+
+_BANK_SECONDS, _SERVER_SECONDS = 180.0, 600.0
+_HEALTH_SECONDS = 5.0
+# A small machine's memory for the KV cache, GiB; vLLM's own default takes much of what there is.
+SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPair:
+    """A running bank and server."""
+
+    bank: str  # host:port
+    url: str  # http://host:port of the server
+
+
+@contextmanager
+def local_pair(
+    model: Path, learner: Path, folder: Path, *, model_name: str, namespace: str, server_flags: Sequence[str] = ()
+) -> Iterator[LocalPair]:
+    """Both, ready, for as long as the context lasts. Data and logs go into ``folder``. ServiceFailure."""
+    with Services(folder) as services:
+        bank = start_bank(services, model, learner, folder / "bank")
+        server, url = start_server(services, model, learner, bank, model_name, namespace, server_flags)
+        wait_for_server(server, url)
+        yield LocalPair(bank, url)
+
+
+def start_bank(services: Services, model: Path, learner: Path, data_dir: Path) -> str:
+    """Starts a bank and waits for it; its host:port. ServiceFailure."""
+    flags = ["--data-dir", str(data_dir), "--port", "0"]
+    return wait_for_bank(services.start("bank", ["bank", "--model", str(model), "--learner", str(learner), *flags]))
+
+
+def wait_for_bank(bank: Service) -> str:
+    """The host:port that a `regrad bank` announces when it is ready. ServiceFailure."""
+
+    def address() -> str | None:
+        lines = bank.log.read_text("utf-8", errors="replace").splitlines()
+        return next((line.removeprefix(READY) for line in lines if line.startswith(READY)), None)
+
+    return waiting(bank, address, _BANK_SECONDS)
+
+
+def start_server(
+    services: Services,
+    model: Path,
+    learner: Path,
+    bank: str,
+    model_name: str,
+    namespace: str,
+    flags: Sequence[str] = (),
+) -> tuple[Service, str]:
+    """Starts vLLM with ReGrad and doesn't wait for it; the process and its URL."""
+    port = str(free_port())
+    regrad = ["--bank", bank, "--namespace", namespace, "--learner", str(learner)]
+    # Eager: a fresh machine has no C++ compiler, and short runs are over before compiling pays.
+    common = ["--served-model-name", model_name, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
+    server = services.start("server", ["serve", str(model), *regrad, *common, *flags], SERVER_ENVIRONMENT)
+    return server, f"http://127.0.0.1:{port}"
+
+
+def wait_for_server(server: Service, url: str) -> None:
+    """Returns when the server answers. ServiceFailure."""
+    import httpx
+
+    def healthy() -> str | None:
+        try:
+            return "ready" if httpx.get(f"{url}/health", timeout=_HEALTH_SECONDS).status_code == 200 else None
+        except httpx.TransportError:
+            return None
+
+    waiting(server, healthy, _SERVER_SECONDS)

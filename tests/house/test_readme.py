@@ -1,0 +1,137 @@
+"""The README is true: its examples run as they stand there, its links lead somewhere, its tables are the code's.
+
+The examples share one bank and one server, started by the README's own commands on ports of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from regrad_vllm.demo import by_hand
+from regrad_vllm.demo.run import base_weights
+from regrad_vllm.local.pair import SERVER_ENVIRONMENT, wait_for_bank, wait_for_server
+from regrad_vllm.local.processes import Services, free_port
+from tests.house.readme import README, examples, num_code_blocks
+from tests.house.settings_table import with_tables
+
+ROOT = README.parent
+BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
+RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval"}
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """A running bank and server."""
+
+    bank: str  # host:port
+    server: str  # host:port
+
+    def run(self, name: str, folder: Path) -> str:
+        """Runs an example with the README's addresses replaced by ours; its output."""
+        example = examples()[name]
+        code = example.code.replace(BANK, self.bank).replace(SERVER, self.server)
+        if example.language == "sh":
+            # The command line's default bank is the README's; every command that talks to one takes --bank.
+            code = re.sub(r"^(regrad (?:ingest|query|export) .*)$", rf"\1 --bank {self.bank}", code, flags=re.MULTILINE)
+            command = ["bash", "-euc", code.replace("regrad_vllm/", f"{ROOT}/regrad_vllm/")]
+        else:
+            command = [sys.executable, "-c", code]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        result = subprocess.run(
+            command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("house")
+    with Services(folder) as services:
+        flags = ["--port", "0", "--data-dir", str(folder / "data")]
+        bank = wait_for_bank(services.start("bank", _command("bank") + flags))
+        port = free_port()
+        assert _command("server")[-2:] == ["--port", "8000"]
+        flags = ["--port", str(port), "--bank", bank, "--enforce-eager", "--max-model-len", "1024"]
+        server = services.start("server", _command("server")[:-2] + flags, SERVER_ENVIRONMENT)
+        wait_for_server(server, f"http://127.0.0.1:{port}")
+        yield House(bank, f"127.0.0.1:{port}")
+
+
+def _command(name: str) -> list[str]:
+    """The words after `regrad` in a one-command example."""
+    words = shlex.split(examples()[name].code)
+    assert words[0] == "regrad"
+    return words[1:]
+
+
+def test_every_example_of_the_readme_is_run_by_a_test() -> None:
+    assert set(examples()) == RUN
+    assert num_code_blocks() == len(RUN) + 1, "one more: activating the environment"
+
+
+@pytest.mark.timeout(900)
+def test_the_examples_of_the_server_ingest_ask_and_name_the_document_they_used(house: House, tmp_path: Path) -> None:
+    weights = base_weights(f"http://{house.server}")
+    ingested = house.run("ingest", tmp_path)
+    assert "180 created" in ingested
+    assert "ship-the-quilegren" in ingested.splitlines()[1], "the query's best hit"
+    answer = json.loads(house.run("curl", tmp_path))
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["regrad"]["documents"][0]["id"] == "ship-the-quilegren"
+    assert len(answer["regrad"]["documents"]) == 3
+    printed = house.run("openai", tmp_path).splitlines()
+    assert len(printed) == 2
+    assert re.fullmatch(r"ship-the-quilegren 1 0\.\d+", printed[1])
+    assert base_weights(f"http://{house.server}") == weights
+
+
+@pytest.mark.timeout(300)
+def test_the_example_of_the_bank_stores_finds_and_deletes(house: House, tmp_path: Path) -> None:
+    lines = house.run("grpc", tmp_path).splitlines()
+    assert re.fullmatch(r"harbour 1 [0-9a-f]{64}", lines[0])
+    assert lines[1].startswith("harbour 0.")
+
+
+@pytest.mark.timeout(300)
+def test_the_example_of_the_export_writes_an_adapter_that_peft_loads(house: House, tmp_path: Path) -> None:
+    from peft import PeftConfig
+
+    house.run("export", tmp_path)
+    config = PeftConfig.from_pretrained(str(tmp_path / "adapter-of-the-quilegren"))
+    assert config.peft_type == "LORA"
+
+
+def test_the_example_of_measuring_explains_itself(tmp_path: Path) -> None:
+    assert "usage:" in House("", "").run("eval", tmp_path)
+
+
+def test_the_settings_tables_are_those_of_the_code() -> None:
+    readme = README.read_text("utf-8")
+    assert with_tables(readme) == readme, "run python -m tests.house.settings_table"
+
+
+def test_every_link_of_the_readme_leads_to_a_file() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text("utf-8"))
+    assert len(targets) > 10
+    missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
+    assert not missing
+
+
+def test_what_the_demo_prints_to_go_on_by_hand_are_the_readmes_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand.show()
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in ("bank", "server", "ingest", "openai", "grpc"):
+        for line in examples()[name].code.splitlines():
+            if line.startswith(("regrad", "bank =", "client =")):
+                assert " ".join(line.split()) in shown
