@@ -16,6 +16,7 @@ from bank_service.wire.limits import channel_options
 
 class Client:
     def __init__(self, target: str) -> None:
+        self.target = target
         self.channel = grpc.aio.insecure_channel(target, options=channel_options())
         self.stub = bank_pb2_grpc.BankServiceStub(self.channel)
 

@@ -1,0 +1,17 @@
+"""A bank as a process of its own, for tests that kill it: ``python -m tests.bank.bank_process DATA_DIR``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from bank_service.config import BankConfig
+from bank_service.server import run_bank
+from tests.bank.hash_encoder import HashEncoder
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    # Small numbers, so that a short test meets snapshots and full batches.
+    config = BankConfig(data_dir=Path(sys.argv[1]), snapshot_every=40, drain_seconds=5)
+    run_bank(config, HashEncoder(), ready=lambda address: sys.stdout.write(f"ready {address.target}\n"))
