@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bank_service.config import BankConfig
+from bank_service.wire.codec import CODECS
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"port": -1}, r"port must be in 0\.\.65535, got -1"),
+        ({"port": 65536}, "port must be"),
+        ({"metrics_port": 65536}, "metrics_port must be"),
+        ({"host": ""}, "host must not be empty"),
+        ({"codec": "zip"}, "codec must be one of bf16, int8, got 'zip'"),
+        ({"redis_url": "localhost:6379"}, "redis_url must start with redis://"),
+        ({"cache_bytes": 0}, "cache_bytes must be in 1048576"),
+        ({"encode_wait_ms": float("nan")}, "encode_wait_ms must be in 0..1000, got nan"),
+        ({"encode_batch_size": 0}, "encode_batch_size must be"),
+        ({"drain_seconds": -1}, "drain_seconds must be"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BankConfig(data_dir=tmp_path, **fields)
+
+
+def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="redis_uri"):
+        BankConfig(data_dir=tmp_path, redis_uri="redis://x")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_a_relative_folder_becomes_absolute(codec: str) -> None:
+    config = BankConfig(data_dir=Path("some/folder"), codec=codec)
+    assert config.data_dir == Path.cwd() / "some/folder" and config.embed_threads >= 1
