@@ -75,7 +75,7 @@ class RegradEndpoint:
         planner = Planner(settings, learner, tuple(path.name for path in models.base_model_paths))
         state.regrad = Runtime(
             planner=planner,
-            retriever=Retriever(learner, bank, arena, engine, metrics),
+            retriever=Retriever(learner, bank, arena, engine, metrics, settings.bank_concurrency),
             engine=engine,
             metrics=metrics,
             memory=UsedMemory(settings.kept_requests),

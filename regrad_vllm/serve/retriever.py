@@ -45,8 +45,12 @@ class Prepared:
 class Retriever:
     """Prepares adapters of one learner from one bank."""
 
-    def __init__(self, learner: Learner, bank: BankClient, arena: Arena, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self, learner: Learner, bank: BankClient, arena: Arena, engine: Engine, metrics: Metrics, max_bank_calls: int
+    ) -> None:
         self._learner = learner
+        # A burst of requests must not share the bank's deadline by all asking at once.
+        self._bank_calls = asyncio.Semaphore(max_bank_calls)
         self._bank = bank
         self._arena = arena
         self._engine = engine
@@ -58,7 +62,8 @@ class Retriever:
         discard = False
         timings: dict[str, float] = {}
         try:
-            hits = await self._find(plan, lease, timings)
+            async with self._bank_calls:
+                hits = await self._find(plan, lease, timings)
             if not hits:
                 return Prepared(self._used(plan, hits, None, timings), lease, None, ())
             recipe = self._recipe(plan, hits)

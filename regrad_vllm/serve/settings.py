@@ -38,7 +38,8 @@ class Settings:
     arena_dir: Path | None = None  # None: shared memory
     arena_bytes: int = 256 * 2**20
     prepared_bytes: int = 256 * 2**20  # composed adapters that wait for their request's turn, per worker
-    bank_timeout_ms: int = 2000
+    bank_timeout_ms: int = 5000  # for each call to the bank
+    bank_concurrency: int = 8  # requests that ask the bank at a time; the others wait for their turn
     check_base: bool = True  # compare the base model's files with the learner's base at the start
     kept_requests: int = 1000  # that GET /v1/regrad/requests can tell about
 
@@ -55,6 +56,7 @@ class Settings:
             ("arena_bytes", 1, 2**50),
             ("prepared_bytes", 0, 2**50),
             ("bank_timeout_ms", 1, 600_000),
+            ("bank_concurrency", 1, 10_000),
             ("kept_requests", 0, 10_000_000),
         ):
             value = getattr(self, name)
@@ -145,6 +147,7 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "arena_bytes": _integer,
     "prepared_bytes": _integer,
     "bank_timeout_ms": _integer,
+    "bank_concurrency": _integer,
     "check_base": _switch,
     "kept_requests": _integer,
 }

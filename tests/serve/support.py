@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -12,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 
@@ -23,10 +23,16 @@ from bank_service.config import BankConfig
 from bank_service.encoder import EncodedDocument
 from bank_service.server import BankServer
 from bank_service.wire.codec import FloatArray, GradientSpec
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.limits import channel_options
 from regrad_vllm.base_model import base_digest
+from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, Prompts
 
+API_KEY = "tests-only"
+BASE = "base"  # the name under which the tests' server serves the default model
+MAX_NUM_SEQS = 12
 RANK = 16
 LAYERS = range(15, 30)
 HIDDEN, INTERMEDIATE = 576, 1536
@@ -34,9 +40,7 @@ HIDDEN, INTERMEDIATE = 576, 1536
 
 def default_model() -> Path:
     """The default model's folder, built once on this machine."""
-    from regrad_vllm.default_model import ensure_default_model
-
-    return ensure_default_model(os.environ.get("REGRAD_TEST_MODEL") or None)
+    return ensure_default_model()
 
 
 def random_learner(model: Path, seed: int, *, spread: float = 0.02) -> Learner:
@@ -88,13 +92,12 @@ class DrawingEncoder:
 class BankThread:
     """A bank in a thread of this process, on a port that stays its own over restarts."""
 
-    def __init__(self, data_dir: Path, learner: Learner) -> None:
+    def __init__(self, data_dir: Path, learner: Learner, port: int = 0) -> None:
         self._data_dir = data_dir
         self._encoder = DrawingEncoder(learner)
-        self._stop: asyncio.Event | None = None
+        self._stop: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.port = 0
+        self.port = port
 
     @property
     def address(self) -> str:
@@ -105,13 +108,13 @@ class BankThread:
         failures: list[BaseException] = []
 
         async def run() -> None:
-            self._stop = asyncio.Event()
-            self._loop = asyncio.get_running_loop()
-            config = BankConfig(data_dir=self._data_dir, port=self.port, codec="int8")
-            async with BankServer(config, self._encoder) as bank:
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            self._stop = lambda: loop.call_soon_threadsafe(stop.set) and None
+            async with BankServer(BankConfig(data_dir=self._data_dir, port=self.port), self._encoder) as bank:
                 self.port = bank.address.port
                 ready.set()
-                await self._stop.wait()
+                await stop.wait()
 
         def main() -> None:
             try:
@@ -126,10 +129,25 @@ class BankThread:
             raise RuntimeError(f"the bank did not start: {failures}")
 
     def stop(self) -> None:
-        if self._loop is not None and self._stop is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread is not None:
+            self._stop()
             self._thread.join(60)
             self._thread = None
+
+    def ingest(self, documents: Sequence[tuple[str, str]], namespace: str = "default") -> list[str]:
+        """Stores (id, text) pairs; their gradients' digests."""
+        messages = [
+            bank_pb2.IngestDocumentsRequest(document=bank_pb2.Document(namespace=namespace, id=id, text=text))
+            for id, text in documents
+        ]
+        with grpc.insecure_channel(self.address, options=channel_options()) as channel:
+            stub = bank_pb2_grpc.BankServiceStub(channel)
+            return [answer.gradient_digest for answer in stub.IngestDocuments(iter(messages), timeout=120)]
+
+    def delete(self, id: str, namespace: str = "default") -> None:
+        with grpc.insecure_channel(self.address) as channel:
+            stub = bank_pb2_grpc.BankServiceStub(channel)
+            stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=namespace, id=id), timeout=30)
 
 
 def free_port() -> int:
@@ -152,6 +170,7 @@ class VllmServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **environment},
+                cwd=log.parent,
                 start_new_session=True,
             )
 
@@ -187,7 +206,23 @@ class VllmServer:
             pass
         self.process.wait()
 
-    def status(self, **query: object) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/v1/regrad/status", params=query, timeout=120)
-        answer.raise_for_status()
-        return dict(json.loads(answer.text))
+    def client(self, timeout: float = 120.0) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=timeout)
+
+    def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body, headers=headers)
+
+    def complete(self, prompt: str, regrad: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        """A greedy text completion of exactly max_tokens tokens, with their ids."""
+        body = {"model": BASE, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True,
+                "return_token_ids": True, **fields}  # fmt: skip
+        answer = self.post("/v1/completions", body if regrad is None else {**body, "regrad": regrad})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def status(self, *, base_weights: bool = False) -> dict[str, Any]:
+        with self.client() as client:
+            answer = client.get("/v1/regrad/status", params={"base_weights": base_weights})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())

@@ -1,0 +1,69 @@
+"""One learner, one bank and one engine for all tests of this folder: an engine takes most of a minute to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regrad_vllm.learner import Learner
+from tests.serve.support import API_KEY, BASE, MAX_NUM_SEQS, BankThread, VllmServer, default_model, random_learner
+
+NUM_DOCUMENTS = 150
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return default_model()
+
+
+@pytest.fixture(scope="session")
+def learner(model: Path) -> Learner:
+    return random_learner(model, seed=1)
+
+
+@pytest.fixture(scope="session")
+def learner_folder(learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learner")
+    learner.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bank(learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BankThread]:
+    """A bank with documents doc-0 … doc-149."""
+    thread = BankThread(tmp_path_factory.mktemp("bank"), learner)
+    thread.start()
+    try:
+        thread.ingest([(f"doc-{n}", f"Fact number {n}: the answer to riddle {n} is {n * 37 % 1000}.") for n in
+                       range(NUM_DOCUMENTS)])  # fmt: skip
+        yield thread
+    finally:
+        thread.stop()
+
+
+@pytest.fixture(scope="session")
+def server(
+    model: Path, learner_folder: Path, bank: BankThread, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
+    """``regrad serve`` on that bank, in float32, with fewer slots than the tests have adapters."""
+    folder = tmp_path_factory.mktemp("server")
+    flags = [
+        "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
+        "--regrad-arena-dir", str(folder), "--regrad-arena-bytes", str(220 * 2**20),
+        "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),
+    ]  # fmt: skip
+    running = VllmServer(model, flags, {}, folder / "server.log")
+    try:
+        running.wait_until_ready(240)
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def weights_before(server: VllmServer) -> list[str]:
+    """SHA-256 of the base weights in the workers, before any request that a test makes afterwards."""
+    return list(server.status(base_weights=True)["base_weights"])

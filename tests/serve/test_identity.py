@@ -1,0 +1,156 @@
+"""Greedy tokens of the server against Hugging Face running W with φ_q merged in: the same, many at a time.
+
+The oracle is the slow obvious version: gradients as the encoder drew them through the codec, the formula in
+float64, one model merged anew for each request, no cache shared with anything.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bank_service.wire.codec import decode_gradient, encode_gradient
+from regrad_vllm.learner import Learner
+from tests.serve.support import MAX_NUM_SEQS, BankThread, DrawingEncoder, VllmServer
+
+NUM_ADAPTED = 64
+NUM_BASE = 24
+NUM_TOKENS = 10
+TIE = 1e-3  # two logits this close are a tie that rounding may break either way
+PROMPTS = (
+    "The three largest cities of the country are",
+    "To bake bread, first",
+    "Fact: the moon",
+    "Question: who wrote the letter? Answer:",
+    "def add(a, b):\n    return",
+    "Once upon a time there was a",
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: with documents, or None for the base model."""
+
+    prompt: str
+    ids: tuple[str, ...] | None
+    gamma: float
+
+
+class Oracle:
+    """W, or W with one φ_q merged in, decoding greedily in float32."""
+
+    def __init__(self, folder: Path, learner: Learner) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._learner = learner
+        self._encoder = DrawingEncoder(learner)
+        self._base = {name: self._weight(name).clone() for name in learner.layout.modules}
+
+    def tokens(self, ask: Ask, text_of: dict[str, str]) -> tuple[list[int], list[float]]:
+        """(tokens, lead of each over the second best)."""
+        self._merge([text_of[id] for id in ask.ids or ()], ask.gamma, adapted=ask.ids is not None)
+        tokens = self._tokenizer(ask.prompt, return_tensors="pt").input_ids
+        past, chosen, leads = None, [], []
+        with torch.no_grad():
+            for _ in range(NUM_TOKENS):
+                output = self._model(tokens, past_key_values=past, use_cache=True)
+                best = output.logits[0, -1].topk(2)
+                chosen.append(int(best.indices[0]))
+                leads.append(float(best.values[0] - best.values[1]))
+                past, tokens = output.past_key_values, best.indices[:1].view(1, 1)
+        return chosen, leads
+
+    def _merge(self, texts: Sequence[str], gamma: float, *, adapted: bool) -> None:
+        adapter = self._learner.phi.astype(np.float64)
+        for text in texts:
+            drawn = self._encoder.encode([("", text)])[0].values
+            adapter -= gamma * decode_gradient(encode_gradient(drawn, self._encoder.spec, "int8"), self._encoder.spec)
+        parts = dict(((t.module, t.part), torch.from_numpy(view)) for t, view in self._learner.layout.views(adapter))
+        for name, base in self._base.items():
+            change = self._learner.scaling * parts[name, "B"] @ parts[name, "A"]
+            self._weight(name).copy_((base.double() + change).float() if adapted else base)
+
+    def _weight(self, name: str) -> Any:
+        return self._model.get_submodule(name).weight.data
+
+
+def requests() -> list[Ask]:
+    """64 with 64 different document sets, and base rows, shuffled so that every batch has both."""
+    shuffle = random.Random(3)
+    adapted = [
+        Ask(PROMPTS[n % len(PROMPTS)], tuple(f"doc-{(n * 2 + k) % 150}" for k in range(1 + n % 3)), (1.0, 0.5, 1.5)[n % 3])
+        for n in range(NUM_ADAPTED)
+    ]
+    asks = adapted + [Ask(PROMPTS[n % len(PROMPTS)], None, 1.0) for n in range(NUM_BASE)]
+    shuffle.shuffle(asks)
+    return asks
+
+
+@pytest.fixture(scope="module")
+def text_of() -> dict[str, str]:
+    return {f"doc-{n}": f"Fact number {n}: the answer to riddle {n} is {n * 37 % 1000}." for n in range(150)}
+
+
+@pytest.mark.timeout(600)
+def test_concurrent_requests_give_the_tokens_of_hugging_face_one_at_a_time(
+    server: VllmServer, bank: BankThread, model: Path, learner: Learner, text_of: dict[str, str]
+) -> None:
+    """Also the guard against slot −1: more adapters than slots have been through, and all base rows are the base's."""
+    asks = requests()
+    assert len({(ask.ids, ask.gamma) for ask in asks if ask.ids}) == NUM_ADAPTED > 4 * MAX_NUM_SEQS
+
+    def ask_server(ask: Ask) -> list[int]:
+        regrad = None if ask.ids is None else {"document_ids": list(ask.ids), "gamma": ask.gamma}
+        answer = server.complete(ask.prompt, regrad, max_tokens=NUM_TOKENS)
+        return list(answer["choices"][0]["token_ids"])
+
+    with ThreadPoolExecutor(len(asks)) as pool:  # all at once
+        served = list(pool.map(ask_server, asks))
+
+    oracle = Oracle(model, learner)
+    ties = 0
+    base_tokens: dict[str, list[int]] = {}
+    for ask, tokens in zip(asks, served, strict=True):
+        expected, leads = oracle.tokens(ask, text_of)
+        if ask.ids is None:
+            base_tokens[ask.prompt] = expected
+        if tokens != expected:
+            first = next(n for n in range(NUM_TOKENS) if tokens[n] != expected[n])
+            assert leads[first] < TIE, f"{ask}: token {first} of {tokens} must be as in {expected}; lead {leads[first]}"
+            ties += 1
+    assert ties <= 1
+    changed = [tokens != base_tokens[ask.prompt] for ask, tokens in zip(asks, served, strict=True) if ask.ids]
+    assert sum(changed) > NUM_ADAPTED * 3 // 4, "adapters that change nothing would prove nothing"
+
+
+def test_base_rows_stay_the_base_models_while_every_slot_holds_an_adapter(server: VllmServer) -> None:
+    alone = {prompt: server.complete(prompt, max_tokens=24)["choices"][0]["token_ids"] for prompt in PROMPTS[:4]}
+    adapters = [
+        {"document_ids": [f"doc-{n}", f"doc-{n + 50}"], "gamma": 1.25} for n in range(MAX_NUM_SEQS - len(alone))
+    ]
+    for regrad in adapters:  # fill the slots with other adapters first, so that none is free
+        server.complete("x", {**regrad, "gamma": 0.75}, max_tokens=1)
+    with ThreadPoolExecutor(MAX_NUM_SEQS) as pool:
+        others = [pool.submit(server.complete, PROMPTS[0], regrad, max_tokens=24) for regrad in adapters]
+        rows = {prompt: pool.submit(server.complete, prompt, max_tokens=24) for prompt in alone}
+        beside = {prompt: row.result()["choices"][0]["token_ids"] for prompt, row in rows.items()}
+        assert all(other.result()["choices"][0]["token_ids"] != alone[PROMPTS[0]] for other in others)
+    assert beside == alone
+    assert server.status()["workers"][0]["spare_slot_is_zero"]
+
+
+def test_the_base_weights_in_the_worker_are_what_they_were(weights_before: list[str], server: VllmServer) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: server.complete("x", {"document_ids": [f"doc-{n}"]}, max_tokens=2), range(16)))
+    after = server.status(base_weights=True)["base_weights"]
+    assert after == weights_before
+    assert all(len(digest) == 64 for digest in after)

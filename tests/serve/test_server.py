@@ -1,0 +1,213 @@
+"""The endpoint as its users see it: a real engine, a real bank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from regrad_vllm.learner import Learner
+from regrad_vllm.naming import adapter_name
+from tests.serve.support import BASE, MAX_NUM_SEQS, BankThread, VllmServer
+
+TWIN = BASE + "-regrad"
+QUESTION = "What is the answer to riddle 7?"
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 6, "ignore_eos": True},
+    "/v1/completions": {"prompt": QUESTION, "max_tokens": 6, "ignore_eos": True},
+    "/v1/responses": {"input": QUESTION, "max_output_tokens": 6},
+}
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    if "output" in answer:
+        return str(answer["output"][0]["content"][0]["text"])
+    choice = answer["choices"][0]
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
+def events_of(lines: Iterator[str]) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: ") and line != "data: [DONE]"]
+
+
+def test_models_list_has_the_base_model_untouched_and_its_twin(server: VllmServer) -> None:
+    with server.client() as client:
+        cards = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+    assert set(cards) == {BASE, TWIN}
+    assert cards[BASE]["parent"] is None
+    assert cards[TWIN]["parent"] == BASE
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_answer_says_what_it_was_made_with(
+    server: VllmServer, bank: BankThread, learner: Learner, path: str
+) -> None:
+    body = {**BODIES[path], "model": BASE, "temperature": 0}
+    plain = server.post(path, body)
+    answer = server.post(path, {**body, "regrad": {"document_ids": ["doc-7", "doc-9"], "gamma": 2.0}})
+    assert plain.status_code == answer.status_code == 200, answer.text
+    assert "regrad" not in plain.json() and "x-regrad-adapter" not in plain.headers
+    used = answer.json()["regrad"]
+    digests = [document["gradient_digest"] for document in used["documents"]]
+    assert [document["id"] for document in used["documents"]] == ["doc-7", "doc-9"]
+    assert used["adapter"] == adapter_name(learner.fingerprint, digests, [1.0, 1.0], 2.0)
+    assert (used["gamma"], used["mode"], used["fallback"], used["reason"]) == (2.0, "blind", False, None)
+    assert {"retrieve", "fetch", "compose"} <= set(used["timings_ms"])
+    assert answer.headers["x-regrad-adapter"] == used["adapter"]
+    assert answer.headers["x-regrad-documents"] == "doc-7, doc-9"
+    assert answer.json()["model"] == BASE
+    assert text_of(answer.json()) != text_of(plain.json())
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_the_twins_name_turns_regrad_on_with_the_defaults(server: VllmServer, learner: Learner, path: str) -> None:
+    answer = server.post(path, {**BODIES[path], "model": TWIN})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["regrad"]["documents"]) == learner.config.top_k
+    assert answer.json()["model"] == TWIN
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_the_first_event_of_a_stream_says_what_it_is_made_with(server: VllmServer, path: str) -> None:
+    body = {**BODIES[path], "model": TWIN, "stream": True}
+    with server.client() as client, client.stream("POST", path, json=body) as answer:
+        events = events_of(answer.iter_lines())
+    assert answer.headers["x-regrad-adapter"] == events[0]["regrad"]["adapter"]
+    assert len(events) > 2
+    assert not any("regrad" in event for event in events[1:])
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_gives_the_same_text_as_one_answer(server: VllmServer, path: str) -> None:
+    body = {**BODIES[path], "model": BASE, "temperature": 0, "regrad": {"document_ids": ["doc-3"], "gamma": 1.5}}
+    whole = text_of(server.post(path, body).json())
+    with server.client() as client, client.stream("POST", path, json={**body, "stream": True}) as answer:
+        events = events_of(answer.iter_lines())
+    if path == "/v1/responses":
+        pieces = [event["delta"] for event in events if event.get("type") == "response.output_text.delta"]
+    elif path == "/v1/completions":
+        pieces = [event["choices"][0]["text"] for event in events]
+    else:
+        pieces = [event["choices"][0]["delta"].get("content") or "" for event in events]
+    assert "".join(pieces) == whole
+
+
+def test_several_choices_share_one_adapter(server: VllmServer) -> None:
+    body = {**BODIES["/v1/chat/completions"], "model": TWIN, "n": 2, "temperature": 1.0, "seed": 5}
+    answer = server.post("/v1/chat/completions", body).json()
+    assert len(answer["choices"]) == 2
+    assert answer["regrad"]["adapter"]
+
+
+def test_retrieval_finds_the_document_that_the_question_is_about(server: VllmServer) -> None:
+    answer = server.complete(
+        "Something else", {"query": "Fact number 42: the answer to riddle 42 is 554.", "top_k": 1}
+    )
+    assert [document["id"] for document in answer["regrad"]["documents"]] == ["doc-42"]
+    assert answer["regrad"]["documents"][0]["score"] > 0.9
+
+
+def test_regrad_can_be_switched_off_by_the_request(server: VllmServer) -> None:
+    plain = server.complete(QUESTION)
+    off = server.complete(QUESTION, {"enabled": False}, model=TWIN)
+    assert off["choices"][0]["token_ids"] == plain["choices"][0]["token_ids"]
+    assert off["regrad"]["adapter"] is None and "enabled" in off["regrad"]["reason"]
+
+
+def test_without_a_document_that_scores_high_enough_the_base_model_answers(server: VllmServer) -> None:
+    plain = server.complete(QUESTION)
+    none = server.complete(QUESTION, {"min_score": 1.0})
+    assert none["choices"][0]["token_ids"] == plain["choices"][0]["token_ids"]
+    assert none["regrad"]["documents"] == [] and none["regrad"]["adapter"] is None
+    assert "no document" in none["regrad"]["reason"] and not none["regrad"]["fallback"]
+
+
+def test_gamma_zero_is_the_learner_alone_whatever_the_documents(server: VllmServer) -> None:
+    first = server.complete(QUESTION, {"document_ids": ["doc-1"], "gamma": 0})
+    second = server.complete(QUESTION, {"document_ids": ["doc-2"], "gamma": 0})
+    assert first["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
+    assert first["regrad"]["adapter"] != second["regrad"]["adapter"]
+
+
+def test_icl_mode_puts_the_documents_into_the_prompt_as_well(server: VllmServer, model: Path) -> None:
+    ids = ["doc-11", "doc-12"]
+    blind = server.complete(QUESTION, {"document_ids": ids})
+    icl = server.complete(QUESTION, {"document_ids": ids, "mode": "icl"})
+    assert icl["regrad"]["adapter"] == blind["regrad"]["adapter"]
+    text = AutoTokenizer.from_pretrained(model).decode(icl["choices"][0]["prompt_token_ids"])
+    assert text.startswith("Fact number 11") and "Fact number 12" in text and QUESTION in text
+
+
+def test_the_learners_system_prompt_is_added_where_the_request_brings_none(
+    server: VllmServer, learner: Learner
+) -> None:
+    def prompt(messages: list[dict[str, str]], regrad: bool) -> list[int]:
+        body = {"model": TWIN if regrad else BASE, "messages": messages, "max_tokens": 1, "return_token_ids": True}
+        return list(server.post("/v1/chat/completions", body).json()["prompt_token_ids"])
+
+    user = {"role": "user", "content": QUESTION}
+    ours = {"role": "system", "content": learner.config.prompts.system}
+    theirs = {"role": "system", "content": "You are a pirate."}
+    assert prompt([user], regrad=True) == prompt([ours, user], regrad=False)
+    assert prompt([theirs, user], regrad=True) == prompt([theirs, user], regrad=False)
+    assert prompt([user], regrad=False) != prompt([ours, user], regrad=False)
+
+
+def test_what_a_request_used_can_be_asked_for_later(server: VllmServer) -> None:
+    with server.client() as client:
+        answer = client.post("/v1/completions", json={**BODIES["/v1/completions"], "model": TWIN},
+                             headers={"x-request-id": "mine-1"}).json()  # fmt: skip
+        assert client.get("/v1/regrad/requests/mine-1").json() == answer["regrad"]
+        assert client.get(f"/v1/regrad/requests/{answer['id']}").json() == answer["regrad"]
+        missing = client.get("/v1/regrad/requests/never-seen")
+    assert missing.status_code == 404 and "request_id" in missing.json()["error"]["message"]
+
+
+def test_a_deleted_document_is_gone_with_the_next_request(server: VllmServer, bank: BankThread) -> None:
+    text = "The lighthouse keeper of Ystrad is called Ottoline."
+    bank.ingest([("passing", text)])
+    found = server.complete("x", {"query": text, "top_k": 1})
+    assert found["regrad"]["documents"][0]["id"] == "passing"
+    bank.delete("passing")
+    after = server.complete("x", {"query": text, "top_k": 3})
+    assert "passing" not in [document["id"] for document in after["regrad"]["documents"]]
+
+
+def test_an_updated_document_gives_another_adapter(server: VllmServer, bank: BankThread) -> None:
+    bank.ingest([("changing", "The shop opens at nine.")])
+    before = server.complete(QUESTION, {"document_ids": ["changing"]})["regrad"]
+    bank.ingest([("changing", "The shop opens at ten.")])
+    after = server.complete(QUESTION, {"document_ids": ["changing"]})["regrad"]
+    assert after["documents"][0]["version"] == before["documents"][0]["version"] + 1
+    assert after["adapter"] != before["adapter"]
+
+
+def test_a_request_without_a_key_never_reaches_the_bank(server: VllmServer) -> None:
+    before = server.status()["arena"]
+    body = {"model": TWIN, "prompt": "x", "regrad": {"document_ids": ["doc-149"]}}
+    answer = server.post("/v1/completions", body, authorization="Bearer wrong")
+    assert answer.status_code == 401
+    assert server.status()["arena"] == before
+
+
+def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
+    for number in range(75):  # with 150 documents; the arena holds 136
+        server.complete("a", {"document_ids": [f"doc-{2 * number}", f"doc-{2 * number + 1}"]}, max_tokens=1)
+    status = server.status()
+    arena, worker = status["arena"], status["workers"][0]
+    assert arena["used_bytes"] <= arena["max_bytes"] and arena["num_evictions"] > 0
+    assert arena["num_pinned"] == arena["num_leases"] == 0
+    assert worker["num_registered"] <= MAX_NUM_SEQS and worker["num_active"] <= MAX_NUM_SEQS
+    assert worker["num_prepared"] == 0 and worker["num_recomposed"] == 0
+    assert worker["spare_slot_is_zero"]
+    assert status["num_kept_requests"] == 40 and status["num_releases_waiting"] == 0
+    with server.client() as client:
+        metrics = client.get("/metrics").text
+    assert 'regrad_requests_total{outcome="adapter"}' in metrics
+    assert "regrad_compose_ms_bucket" in metrics
+    series = [line for line in metrics.splitlines() if line.startswith("vllm:lora_requests_info{")]
+    assert 0 < len(series) <= 4, series
