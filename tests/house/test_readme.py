@@ -112,8 +112,11 @@ def test_the_example_of_the_export_writes_an_adapter_that_peft_loads(house: Hous
     assert config.peft_type == "LORA"
 
 
-def test_the_example_of_measuring_explains_itself(tmp_path: Path) -> None:
-    assert "usage:" in House("", "").run("eval", tmp_path)
+@pytest.mark.timeout(300)
+def test_the_example_of_the_evaluation_ends_with_a_report(house: House, tmp_path: Path) -> None:
+    report = json.loads(house.run("eval", tmp_path).splitlines()[-1])
+    assert set(report["sets"]["fresh"]) >= {"base", "learner", "regrad", "regrad_wrong", "rag"}
+    assert len((tmp_path / "eval-first-look" / "answers.jsonl").read_text().splitlines()) == 4 * 5
 
 
 def test_the_settings_tables_are_those_of_the_code() -> None:
