@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from bank_service.errors import BankError
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -20,7 +22,7 @@ class Background:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Starts ``work``. A fault is logged, unless its caller awaits the task and sees it."""
+        """Starts ``work``. What goes wrong is logged, but for the bank's own errors, which its caller answers with."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -34,8 +36,9 @@ class Background:
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.debug("background work failed", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, BankError):
+            logger.error("background work failed", exc_info=error)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,7 +83,6 @@ def test_a_sweep_of_named_digests_leaves_the_others_alone(tmp_path: Path) -> Non
 
 def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_path: Path) -> None:
     blobs = BlobStore(tmp_path)
-    records = [f"record {number}".encode() for number in range(12)]
     committed: set[str] = set()
     stop = threading.Event()
 
@@ -93,30 +92,30 @@ def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_p
             removed += blobs.sweep(lambda digests: committed & set(digests))
         return removed
 
-    def ingest(seed: int) -> None:
-        generator = random.Random(seed)
-        for _ in range(150):
-            record = generator.choice(records)
+    def ingest(name: str) -> None:
+        for number in range(60):
+            # Every second record is the same for all threads: some find it there, some held, some swept.
+            record = f"record {name if number % 2 else 'shared'} {number}".encode()
             digest = record_digest(record)
             with blobs.hold(digest):
                 blobs.put(digest, record)
+                time.sleep(0.002)  # the moment between blob and commit, made long enough for a sweep
                 committed.add(digest)
             assert blobs.get(digest) == record
-            if generator.random() < 0.5:
-                with blobs.hold(digest):  # a deletion's commit; others may hold it, too
-                    pass
 
     with ThreadPoolExecutor(8) as pool:
         sweeps = [pool.submit(sweep) for _ in range(2)]
-        ingests = [pool.submit(ingest, seed) for seed in range(4)]
-        # Orphans come up all the time, so that the sweeps have something to take.
-        orphans = [put(blobs, f"orphan {number}".encode()) for number in range(200)]
-        for future in ingests:
-            future.result()
-        stop.set()
+        ingests = [pool.submit(ingest, name) for name in "abcd"]
+        try:
+            # Orphans come up all the time, so that the sweeps have something to take.
+            orphans = [put(blobs, f"orphan {number}".encode()) for number in range(100)]
+            for future in ingests:
+                future.result()
+        finally:
+            stop.set()
         assert sum(future.result() for future in sweeps) > 0
     blobs.sweep(lambda digests: committed & set(digests))
-    assert all(blobs.is_sound(digest) for digest in committed)
+    assert len(committed) == 30 + 4 * 30 and all(blobs.is_sound(digest) for digest in committed)
     assert not any(blobs.is_sound(digest) for digest in orphans)
 
 
