@@ -12,7 +12,7 @@ Go on by hand, from this folder. Three terminals, or & behind the first two:
   regrad bank
   regrad serve default --served-model-name smollm2 --port 8000
 
-  regrad ingest regrad_vllm/demo/data/documents
+  regrad ingest regrad_vllm/demo/data/documents/invented.jsonl
   regrad query "Who commands the Quilegren?"
 
   curl -s http://localhost:8000/v1/chat/completions -H 'content-type: application/json' -d \\

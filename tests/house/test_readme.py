@@ -84,7 +84,7 @@ def test_every_example_of_the_readme_is_run_by_a_test() -> None:
 def test_the_examples_of_the_server_ingest_ask_and_name_the_document_they_used(house: House, tmp_path: Path) -> None:
     weights = base_weights(f"http://{house.server}")
     ingested = house.run("ingest", tmp_path)
-    assert "180 created" in ingested
+    assert "60 created" in ingested
     assert "ship-the-quilegren" in ingested.splitlines()[1], "the query's best hit"
     answer = json.loads(house.run("curl", tmp_path))
     assert answer["choices"][0]["message"]["content"].strip()
