@@ -26,6 +26,7 @@ class AnswerTagger:
         self._kind = b""
         self._held = bytearray()
         self._passing = False
+        self.succeeded = False  # the answer began and is no error
 
     async def __call__(self, message: Message) -> None:
         if self._passing or message["type"] not in ("http.response.start", "http.response.body"):
@@ -36,9 +37,10 @@ class AnswerTagger:
             await self._continue(message)
 
     async def _begin(self, message: Message) -> None:
+        self.succeeded = message["status"] < 400
         headers = [(name.lower(), value) for name, value in message.get("headers", ())]
         self._kind = next((value for name, value in headers if name == b"content-type"), b"").split(b";")[0].strip()
-        if message["status"] >= 400 or self._kind not in (b"application/json", b"text/event-stream"):
+        if not self.succeeded or self._kind not in (b"application/json", b"text/event-stream"):
             self._passing = True
             await self._send(message)
             return

@@ -39,9 +39,9 @@ class Engine:
         """Whether an unfinished request has this adapter."""
         return vllm_seams.engine_uses(self._client, lora_name)
 
-    async def barrier(self) -> None:
-        """Returns when the workers have done all that they were asked before."""
-        await self._client.collective_rpc("regrad_barrier")
+    async def forget(self, recipe: Recipe) -> None:
+        """Drops a prepared adapter; returns when the workers have done all that they were asked before."""
+        await self._client.collective_rpc("regrad_forget", args=(recipe.int_id,))
 
     async def check(self, learner: Learner) -> str:
         """Compares the workers with the learner and returns their LoRA dtype. SettingsError."""

@@ -79,7 +79,6 @@ class RegradMiddleware:
     ) -> None:
         """Runs vLLM's handler, with the adapter where there is one, and sees that its pins go."""
         runtime: Runtime = scope["app"].state.regrad
-        replay: _Replay | None = None
         clean = False
         try:
             used = prepared if isinstance(prepared, Used) else prepared.used
@@ -88,9 +87,10 @@ class RegradMiddleware:
             call, changed = _for_vllm(prepared, used, document, shape, runtime.planner)
             body = json.dumps(changed).encode()
             replay = _Replay(body, receive)
+            tagger = AnswerTagger(send, used)
             with vllm_seams.served_call(call):
-                await self._app(_with_length(scope, len(body)), replay, AnswerTagger(send, used))
-            clean = not replay.disconnected
+                await self._app(_with_length(scope, len(body)), replay, tagger)
+            clean = tagger.succeeded and not replay.disconnected
         finally:
             if isinstance(prepared, Prepared):
                 _release(prepared, clean, runtime)
@@ -160,7 +160,8 @@ def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:
     """Gives the pins back, not before the engine has stopped using the adapter.
 
     A request that ended well is over in the engine too. One whose client hung up, or that failed, may still run
-    there until its abort arrives, and its adapter may have to be composed again in that time.
+    there until its abort arrives, and its adapter may have to be composed again in that time; or it may never have
+    got there, and its adapter waits in vain.
     """
     recipe = prepared.recipe
     if recipe is None or (clean and not runtime.engine.uses(recipe.name)):
@@ -171,7 +172,7 @@ def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:
         try:
             while runtime.engine.uses(recipe.name):
                 await asyncio.sleep(_POLL_SECONDS)
-            await runtime.engine.barrier()
+            await runtime.engine.forget(recipe)
         finally:
             prepared.lease.release()
 

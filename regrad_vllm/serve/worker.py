@@ -73,7 +73,7 @@ def gradient_spec(learner: Learner) -> GradientSpec:
 @dataclass(slots=True)
 class _Figures:
     num_composed: int = 0
-    num_recomposed: int = 0  # inside the engine's step, because the prepared one had been pushed out
+    num_recomposed: int = 0  # inside the engine's step, because there was no room to keep the prepared one
     compose_ms: float = 0.0
     num_activated: int = 0
     activate_ms: float = 0.0
@@ -86,7 +86,7 @@ class Composer:
         self._learner = learner
         self._spec = gradient_spec(learner)
         self._max_prepared_bytes = max_prepared_bytes
-        self._prepared: OrderedDict[int, LoRAModel] = OrderedDict()  # by lora_int_id, oldest first
+        self._prepared: dict[int, LoRAModel] = {}  # by lora_int_id
         self._prepared_bytes = 0
         self._adapter_bytes = 0  # of one prepared adapter; all have the same layout
         self._traces: OrderedDict[int, str] = OrderedDict()  # traceparent by lora_int_id, until activated
@@ -107,7 +107,6 @@ class Composer:
             while len(self._traces) > _MAX_KNOWN_TRACES:
                 self._traces.popitem(last=False)
         if recipe.int_id in self._prepared:
-            self._prepared.move_to_end(recipe.int_id)
             return 0.0
         start = time.perf_counter()
         with span("regrad.compose", extract([("traceparent", traceparent)]), num_documents=len(recipe.digests)):
@@ -126,6 +125,12 @@ class Composer:
             raise RecipeError(f"an adapter's name must be its recipe's digest {recipe.name}, got {request.lora_name}")
         self._figures.num_recomposed += 1
         return self._compose(recipe, vllm_seams.lora_dtype(manager))
+
+    def forget(self, lora_int_id: int) -> None:
+        """Drops an adapter whose request will never run."""
+        self._traces.pop(lora_int_id, None)
+        if self._prepared.pop(lora_int_id, None) is not None:
+            self._prepared_bytes -= self._adapter_bytes
 
     def observe_activation(self, lora_int_id: int, activate: Callable[[], bool]) -> bool:
         """Measures and traces the copy into a slot."""
@@ -171,11 +176,12 @@ class Composer:
         return vllm_seams.make_lora_model(recipe.int_id, self._learner.layout.rank, modules)
 
     def _keep(self, lora_int_id: int, model: LoRAModel) -> None:
-        self._prepared[lora_int_id] = model
-        self._prepared_bytes += self._adapter_bytes
-        while self._prepared_bytes > self._max_prepared_bytes:
-            self._prepared.popitem(last=False)
-            self._prepared_bytes -= self._adapter_bytes
+        """Keeps the adapter where there is room. If not, this one is composed again when its turn comes: the
+        scheduler takes requests in order, so those that are kept already are needed before it.
+        """
+        if self._prepared_bytes + self._adapter_bytes <= self._max_prepared_bytes:
+            self._prepared[lora_int_id] = model
+            self._prepared_bytes += self._adapter_bytes
 
 
 class RegradWorkerExtension:
@@ -194,8 +200,9 @@ class RegradWorkerExtension:
         except (RecipeError, ArenaError, GradientFormatError) as error:
             return {"compose_ms": 0.0, "error": str(error)}
 
-    def regrad_barrier(self) -> bool:
-        """Answers when the worker has finished everything that it was asked before."""
+    def regrad_forget(self, lora_int_id: int) -> bool:
+        """Drops a prepared adapter. The answer also says that the worker did all that it was asked before."""
+        process_composer().forget(lora_int_id)
         return True
 
     def regrad_check(self) -> dict[str, Any]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what vLLM and torch warn about while they are imported is theirs
+    import vllm.v1.engine.async_llm  # noqa: F401
 
 from regrad_vllm.learner import Learner
 from tests.serve.support import API_KEY, BASE, MAX_NUM_SEQS, BankThread, VllmServer, default_model, random_learner
@@ -51,6 +56,7 @@ def server(
     folder = tmp_path_factory.mktemp("server")
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
+        "--regrad-bank-timeout-ms", "30000",
         "--regrad-arena-dir", str(folder), "--regrad-arena-bytes", str(220 * 2**20),
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),

@@ -163,6 +163,14 @@ class VllmServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
+        # One for all threads: making a client costs more than a request.
+        self.client = httpx.Client(
+            base_url=self.url,
+            headers={"authorization": f"Bearer {API_KEY}"},
+            timeout=300,
+            limits=httpx.Limits(max_connections=None),
+            verify=False,
+        )
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "regrad_vllm.cli", "serve", str(model), "--port", str(self.port), *flags],
@@ -180,7 +188,7 @@ class VllmServer:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
             try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                if self.client.get("/health", timeout=2).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -194,6 +202,7 @@ class VllmServer:
         return self._log.read_text("utf-8", errors="replace")[-num_bytes:]
 
     def stop(self) -> None:
+        self.client.close()
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -206,12 +215,8 @@ class VllmServer:
             pass
         self.process.wait()
 
-    def client(self, timeout: float = 120.0) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=timeout)
-
     def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
-        with self.client() as client:
-            return client.post(path, json=body, headers=headers)
+        return self.client.post(path, json=body, headers=headers)
 
     def complete(self, prompt: str, regrad: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
         """A greedy text completion of exactly max_tokens tokens, with their ids."""
@@ -222,7 +227,6 @@ class VllmServer:
         return dict(answer.json())
 
     def status(self, *, base_weights: bool = False) -> dict[str, Any]:
-        with self.client() as client:
-            answer = client.get("/v1/regrad/status", params={"base_weights": base_weights})
+        answer = self.client.get("/v1/regrad/status", params={"base_weights": base_weights})
         assert answer.status_code == 200, answer.text
         return dict(answer.json())

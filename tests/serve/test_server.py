@@ -35,8 +35,7 @@ def events_of(lines: Iterator[str]) -> list[dict[str, Any]]:
 
 
 def test_models_list_has_the_base_model_untouched_and_its_twin(server: VllmServer) -> None:
-    with server.client() as client:
-        cards = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+    cards = {card["id"]: card for card in server.client.get("/v1/models").json()["data"]}
     assert set(cards) == {BASE, TWIN}
     assert cards[BASE]["parent"] is None
     assert cards[TWIN]["parent"] == BASE
@@ -74,7 +73,7 @@ def test_the_twins_name_turns_regrad_on_with_the_defaults(server: VllmServer, le
 @pytest.mark.parametrize("path", BODIES)
 def test_the_first_event_of_a_stream_says_what_it_is_made_with(server: VllmServer, path: str) -> None:
     body = {**BODIES[path], "model": TWIN, "stream": True}
-    with server.client() as client, client.stream("POST", path, json=body) as answer:
+    with server.client.stream("POST", path, json=body) as answer:
         events = events_of(answer.iter_lines())
     assert answer.headers["x-regrad-adapter"] == events[0]["regrad"]["adapter"]
     assert len(events) > 2
@@ -85,7 +84,7 @@ def test_the_first_event_of_a_stream_says_what_it_is_made_with(server: VllmServe
 def test_a_stream_gives_the_same_text_as_one_answer(server: VllmServer, path: str) -> None:
     body = {**BODIES[path], "model": BASE, "temperature": 0, "regrad": {"document_ids": ["doc-3"], "gamma": 1.5}}
     whole = text_of(server.post(path, body).json())
-    with server.client() as client, client.stream("POST", path, json={**body, "stream": True}) as answer:
+    with server.client.stream("POST", path, json={**body, "stream": True}) as answer:
         events = events_of(answer.iter_lines())
     if path == "/v1/responses":
         pieces = [event["delta"] for event in events if event.get("type") == "response.output_text.delta"]
@@ -158,12 +157,11 @@ def test_the_learners_system_prompt_is_added_where_the_request_brings_none(
 
 
 def test_what_a_request_used_can_be_asked_for_later(server: VllmServer) -> None:
-    with server.client() as client:
-        answer = client.post("/v1/completions", json={**BODIES["/v1/completions"], "model": TWIN},
-                             headers={"x-request-id": "mine-1"}).json()  # fmt: skip
-        assert client.get("/v1/regrad/requests/mine-1").json() == answer["regrad"]
-        assert client.get(f"/v1/regrad/requests/{answer['id']}").json() == answer["regrad"]
-        missing = client.get("/v1/regrad/requests/never-seen")
+    body = {**BODIES["/v1/completions"], "model": TWIN}
+    answer = server.post("/v1/completions", body, **{"x-request-id": "mine-1"}).json()
+    assert server.client.get("/v1/regrad/requests/mine-1").json() == answer["regrad"]
+    assert server.client.get(f"/v1/regrad/requests/{answer['id']}").json() == answer["regrad"]
+    missing = server.client.get("/v1/regrad/requests/never-seen")
     assert missing.status_code == 404 and "request_id" in missing.json()["error"]["message"]
 
 
@@ -195,6 +193,7 @@ def test_a_request_without_a_key_never_reaches_the_bank(server: VllmServer) -> N
 
 
 def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
+    before = server.status()["workers"][0]
     for number in range(75):  # with 150 documents; the arena holds 136
         server.complete("a", {"document_ids": [f"doc-{2 * number}", f"doc-{2 * number + 1}"]}, max_tokens=1)
     status = server.status()
@@ -202,11 +201,11 @@ def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
     assert arena["used_bytes"] <= arena["max_bytes"] and arena["num_evictions"] > 0
     assert arena["num_pinned"] == arena["num_leases"] == 0
     assert worker["num_registered"] <= MAX_NUM_SEQS and worker["num_active"] <= MAX_NUM_SEQS
-    assert worker["num_prepared"] == 0 and worker["num_recomposed"] == 0
+    assert worker["num_composed"] - before["num_composed"] == 75
+    assert worker["num_prepared"] == 0 and worker["num_recomposed"] == before["num_recomposed"]
     assert worker["spare_slot_is_zero"]
     assert status["num_kept_requests"] == 40 and status["num_releases_waiting"] == 0
-    with server.client() as client:
-        metrics = client.get("/metrics").text
+    metrics = server.client.get("/metrics").text
     assert 'regrad_requests_total{outcome="adapter"}' in metrics
     assert "regrad_compose_ms_bucket" in metrics
     series = [line for line in metrics.splitlines() if line.startswith("vllm:lora_requests_info{")]

@@ -1,0 +1,108 @@
+"""The policy for requests that have ReGrad only by default: a real bank client, arena and middleware, no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry
+
+from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve.engine import Engine
+from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
+from regrad_vllm.serve.plan import Planner
+from regrad_vllm.serve.retriever import Retriever
+from regrad_vllm.serve.settings import Settings
+from regrad_vllm.serve.used import UsedMemory
+from regrad_vllm.serve.worker import gradient_spec
+from tests.serve.support import free_port
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    made = Arena.open(tmp_path / "arena", 2**20)
+    yield made
+    made.close()
+
+
+async def ask(settings: Settings, learner: Learner, arena: Arena, body: dict[str, Any]) -> httpx.Response:
+    """One request through the middleware to a handler that says what body it got. No bank listens."""
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> dict[str, Any]:
+        return {"got": await request.json()}
+
+    app.add_middleware(RegradMiddleware)
+    bank = BankClient(settings.bank, gradient_spec(learner), 500)
+    engine = Engine(None)  # never asked: without gradients there is nothing to compose
+    metrics = Metrics.create(CollectorRegistry())
+    app.state.regrad = Runtime(
+        planner=Planner(settings, learner, ("base",)),
+        retriever=Retriever(learner, bank, arena, engine, metrics, 2),
+        engine=engine,
+        metrics=metrics,
+        memory=UsedMemory(10),
+        adapter_names=frozenset,
+        releases=set(),
+    )
+    transport = httpx.ASGITransport(app)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/completions", json=body)
+    finally:
+        await bank.close()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(learner=tmp_path, bank=f"127.0.0.1:{free_port()}", default=True)
+
+
+def test_fail_open_answers_from_the_base_model_and_says_so(settings: Settings, learner: Learner, arena: Arena) -> None:
+    answer = asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}))
+    used = answer.json()["regrad"]
+    assert answer.status_code == 200
+    assert used["fallback"] is True and settings.bank in used["reason"] and used["adapter"] is None
+    assert answer.headers["x-regrad-adapter"] == "none"
+    assert answer.json()["got"]["prompt"] == "x"
+    assert arena.figures().num_leases == 0
+
+
+def test_fail_closed_refuses_where_regrad_is_the_default(settings: Settings, learner: Learner, arena: Arena) -> None:
+    closed = replace(settings, on_error="fail_closed")
+    answer = asyncio.run(ask(closed, learner, arena, {"model": "base", "prompt": "x"}))
+    assert answer.status_code == 503
+    assert arena.figures().num_leases == 0
+
+
+@pytest.mark.parametrize("body", [{"model": "base-regrad"}, {"model": "base", "regrad": {}}, {"regrad": {}}])
+def test_who_asks_by_name_is_refused_even_with_fail_open(
+    settings: Settings, learner: Learner, arena: Arena, body: dict[str, Any]
+) -> None:
+    answer = asyncio.run(ask(settings, learner, arena, {**body, "prompt": "x"}))
+    assert answer.status_code == 503 and json.loads(answer.text)["error"]["type"] == "ServiceUnavailableError"
+
+
+def test_a_request_can_switch_the_default_off(settings: Settings, learner: Learner, arena: Arena) -> None:
+    body = {"model": "base", "prompt": "x", "regrad": {"enabled": False}}
+    answer = asyncio.run(ask(settings, learner, arena, body))
+    assert answer.status_code == 200 and "regrad" not in {key for key in answer.json() if key != "got"}
+
+
+def test_without_the_default_a_plain_request_passes_byte_for_byte(
+    settings: Settings, learner: Learner, arena: Arena
+) -> None:
+    body = {"model": "base", "prompt": "x", "extra": [1, {"a": None}]}
+    answer = asyncio.run(ask(replace(settings, default=False), learner, arena, body))
+    assert answer.json() == {"got": body}

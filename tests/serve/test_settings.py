@@ -1,0 +1,50 @@
+"""Settings from the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from regrad_vllm.serve.settings import Settings, SettingsError
+
+LEARNER = {"REGRAD_LEARNER": "/some/folder"}
+
+
+def test_without_a_learner_the_plugin_is_off() -> None:
+    assert Settings.from_environment({}) is None
+    assert Settings.from_environment({"REGRAD_LEARNER": "", "REGRAD_TYPO": "1"}) is None
+
+
+def test_all_that_is_given_is_used() -> None:
+    settings = Settings.from_environment(
+        {**LEARNER, "REGRAD_BANK": "bank:1", "REGRAD_TOP_K": "5", "REGRAD_GAMMA": "0.5", "REGRAD_DEFAULT": "on",
+         "REGRAD_ON_ERROR": "fail_closed", "REGRAD_SYSTEM_PROMPT": "off", "REGRAD_MIN_SCORE": "", "PATH": "x"}
+    )  # fmt: skip
+    assert settings == Settings(
+        learner=Path("/some/folder"), bank="bank:1", top_k=5, gamma=0.5, default=True, on_error="fail_closed",
+        system_prompt=False,
+    )  # fmt: skip
+
+
+def test_settings_survive_the_way_through_the_environment() -> None:
+    settings = Settings(learner=Path("/l"), bank="h:2", min_score=-0.25, default=True, arena_dir=Path("/a"))
+    assert Settings.from_environment(settings.environment()) == settings
+
+
+def test_an_unknown_key_is_told_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match="REGRAD_TOPK must be one of .*REGRAD_TOP_K"):
+        Settings.from_environment({**LEARNER, "REGRAD_TOPK": "3"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("BANK", "nowhere"), ("BANK", "host:0"), ("BANK", "host:99999"), ("TOP_K", "0"), ("TOP_K", "65"),
+        ("TOP_K", "many"), ("GAMMA", "nan"), ("GAMMA", "17"), ("MIN_SCORE", "2"), ("DEFAULT", "maybe"),
+        ("ON_ERROR", "fail"), ("ARENA_BYTES", "0"), ("BANK_TIMEOUT_MS", "-1"), ("BANK_CONCURRENCY", "0"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_names_its_key(key: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"REGRAD_{key} must be"):
+        Settings.from_environment({**LEARNER, f"REGRAD_{key}": value})

@@ -1,0 +1,91 @@
+"""The seams: that the installed vLLM is as it was read, and that a changed one is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, Gauge
+from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
+from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
+
+from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.vllm_seams import (
+    SERVER_SEAMS,
+    WORKER_SEAMS,
+    SeamError,
+    check_seams,
+    install_bounded_lora_metrics,
+    make_lora_model,
+    make_served_call,
+)
+
+
+def test_the_installed_vllm_has_every_seam() -> None:
+    check_seams(WORKER_SEAMS)
+    check_seams(SERVER_SEAMS)
+
+
+@pytest.mark.parametrize("seam", [seam for seam in WORKER_SEAMS + SERVER_SEAMS if seam.parameters])
+def test_a_seam_with_other_parameters_is_an_error_that_names_it(seam: object) -> None:
+    changed = replace(seam, parameters=("self", "something_new"))  # type: ignore[type-var]
+    with pytest.raises(SeamError, match=f"{changed.path} must take .*something_new.*0.32.0"):  # type: ignore[attr-defined]
+        check_seams((*WORKER_SEAMS, changed))  # type: ignore[arg-type]
+
+
+def test_a_seam_that_is_gone_is_an_error_that_says_what_it_was_for() -> None:
+    gone = replace(WORKER_SEAMS[0], path="WorkerLoRAManager.load_adapter_v2")
+    missing = replace(WORKER_SEAMS[1], module="vllm.lora.nowhere")
+    with pytest.raises(SeamError, match="load_adapter_v2 must exist.*turns a regrad.*vllm.lora.nowhere"):
+        check_seams((gone, missing))
+
+
+def test_vllms_cpu_kernels_give_a_row_without_adapter_the_last_slot() -> None:
+    """Why the spare slot is needed. When this fails, vLLM is mended and the spare slot can go."""
+    slots = torch.zeros(3, 1, 4, 8)
+    slots[-1] = 1.0
+    x, rows = torch.ones(2, 8), torch.tensor([0, -1])
+    shrunk = torch.zeros(2, 4)
+    bgmv_shrink(x, slots, shrunk, rows)
+    out = torch.zeros(2, 8)
+    bgmv_expand(shrunk, slots.transpose(2, 3), out, rows)
+    assert out[0].abs().sum() == 0
+    assert out[1].abs().sum() > 0
+
+
+def test_adapters_count_under_one_name_in_vllms_metric() -> None:
+    install_bounded_lora_metrics()
+    install_bounded_lora_metrics()  # idempotent
+    states = LoRARequestStates(log_stats=True)
+    gauge = Gauge("info", "x", ["running", "waiting"], registry=CollectorRegistry())
+    for number in range(50):
+        states.request_waiting(f"w{number}", f"regrad-{number:040x}")
+        states.request_running(f"r{number}", f"regrad-{number + 1000:040x}")
+        states.request_running("other", "somebody-elses")
+        stats = SchedulerStats()
+        states.update_scheduler_stats(stats)
+        assert set(stats.running_lora_adapters) == {"regrad", "somebody-elses"}
+        assert stats.waiting_lora_adapters["regrad"] == stats.running_lora_adapters["regrad"] == number + 1
+        gauge.labels(",".join(stats.running_lora_adapters), ",".join(stats.waiting_lora_adapters)).set(1)
+    assert len(list(gauge.collect())[0].samples) == 1
+
+
+def test_vllm_folds_no_scaling_into_what_we_give_it() -> None:
+    lora_a, lora_b = torch.randn(4, 8), torch.randn(6, 4)
+    model = make_lora_model(7, 4, {"model.layers.0.mlp.down_proj": (lora_a, lora_b)})
+    weights = model.get_lora("model.layers.0.mlp.down_proj")
+    assert weights is not None
+    before = lora_b.clone()
+    weights.optimize()
+    assert torch.equal(weights.lora_b, before)
+
+
+def test_a_recipes_request_is_named_by_its_content_wherever_the_bytes_lie() -> None:
+    recipe = Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0)
+    first = make_served_call(recipe, "m").lora_request
+    moved = make_served_call(replace(recipe, arena="/dev/shm/b"), "m").lora_request
+    other = make_served_call(replace(recipe, gamma=0.5), "m").lora_request
+    assert (first.lora_name, first.lora_int_id) == (moved.lora_name, moved.lora_int_id)
+    assert first.lora_name != other.lora_name and first.lora_int_id != other.lora_int_id
+    assert Recipe.parse(first.lora_path) == recipe
