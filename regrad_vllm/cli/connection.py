@@ -45,5 +45,6 @@ def describe_failure(address: str, error: BankError) -> str:
 
     if isinstance(error, UnavailableError):
         advice = "start one with `regrad bank` or name it with --bank"
-        return f"the bank at {address} is not available ({error.message}); {advice}"
+        reason = "no connection" if "failed to connect" in error.message else error.message
+        return f"the bank at {address} is not available ({reason}); {advice}"
     return error.message

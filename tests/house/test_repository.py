@@ -83,6 +83,16 @@ def test_every_pip_command_in_a_message_names_this_project_and_an_extra_that_exi
         assert name == project["name"] and extra in extras, f"{path.relative_to(ROOT)}: {name}[{extra}]"
 
 
+def test_every_file_that_the_packages_need_is_in_the_installation() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package in ("regrad_vllm", "bank_service"):
+        folder = ROOT / package
+        patterns = tool["package-data"].get(package, [])
+        shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+        others = {path for path in _tracked() if folder in path.parents and path.suffix not in (".py", ".pyi")}
+        assert not others - shipped
+
+
 def test_nothing_prints() -> None:
     for path in _tracked():
         if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("regrad_vllm", "bank_service"):
