@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 MACHINE_PATHS = re.compile(
     "|".join(("/" + "work/", "/" + "root/", "/" + r"tmp/[a-z]", "/" + r"home/[a-z]", "/opt/" + "(wheels|pypi)"))
 )
-HOSTS = re.compile(r"https?://([A-Za-z0-9.-]+)")
+HOSTS = re.compile(r"https?://([A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)")
 # Hosts that may be named. PyTorch's wheel index is the only registry among them.
 KNOWN_HOSTS = {
     "download.pytorch.org", "github.com", "creativecommons.org", "arxiv.org", "localhost", "127.0.0.1",
