@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval bench-encode bench-soak model redis
+.PHONY: help env demo test lint proto train eval bench-encode bench-identity bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,3 +46,6 @@ bench-encode: .venv/.made model  ## documents/s of the batched encoder over one 
 
 bench-soak: .venv/.made model  ## memory, files, adapters and base weights over 2,000 requests
 	@$(PY) -m benchmarks.soak $(ARGS)
+
+bench-identity: .venv/.made model  ## greedy tokens of the server against Hugging Face PEFT, one at a time
+	@$(PY) -m benchmarks.identity $(ARGS)

@@ -47,9 +47,7 @@ def main() -> None:
     random.Random(0).shuffle(sets)
     if counts[-1] + args.warm_up > len(sets):
         raise SystemExit(f"--counts must be at most {len(sets) - args.warm_up}, got {counts[-1]}")
-    with local_pair(
-        ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE
-    ) as pair:
+    with local_pair(ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE) as pair:
         ids = _ingest(pair.bank, folder)
         asyncio.run(_ask(pair.url, ids, sets[: args.warm_up]))
         readings = [{"requests": 0, **_reading(pair.url)}]

