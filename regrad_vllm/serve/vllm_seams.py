@@ -235,7 +235,7 @@ def spare_slot_is_zero(worker: Any) -> bool:
         for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):
             if stacked.shape[0] != manager.lora_slots + 1 or bool(stacked[-1].any()):
                 return False
-    return len(manager.lora_index_to_id) == manager.lora_slots
+    return bool(len(manager.lora_index_to_id) == manager.lora_slots)
 
 
 def count_adapters(worker: Any) -> tuple[int, int]:

@@ -242,5 +242,5 @@ class RegradWorkerExtension:
         state = hashlib.sha256(b"regrad.base-weights.v1\0")
         for name, tensor in vllm_seams.base_weights(self):
             state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            state.update(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            state.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()

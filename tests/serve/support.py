@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def default_model() -> Path:
     return ensure_default_model()
 
 
-def random_learner(model: Path, seed: int, *, spread: float = 0.02) -> Learner:
+def random_learner(model: Path, seed: int, *, spread: float = 0.03) -> Learner:
     """A learner for the default model whose φ* is noise, strong enough to change what the model says."""
     modules = [
         (f"model.layers.{layer}.mlp.{name}", inner, outer)
@@ -86,7 +87,7 @@ class DrawingEncoder:
 
     def _draw(self, title: str, text: str) -> FloatArray:
         seed = int.from_bytes(hashlib.sha256(f"{title}\n{text}".encode()).digest()[:8], "big")
-        return _noise(self._layout, seed, 0.02)
+        return _noise(self._layout, seed, 0.03)
 
 
 class BankThread:
@@ -205,14 +206,10 @@ class VllmServer:
         self.client.close()
         if self.process.poll() is None:
             self.process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:

@@ -204,3 +204,23 @@ def test_a_closed_arena_refuses(tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match="closed"):
         arena.lease().take([record(1)[0]])
     lease.release()
+
+
+def test_a_file_system_smaller_than_the_arena_is_a_smaller_arena(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        small = Arena.open(tmp_path, 2**30)
+        for number in range(10):
+            with small.lease() as lease:
+                lease.put(*record(number, 30_000))
+        figures = small.figures()
+        assert 0 < figures.num_records < 10 and figures.num_evictions == 10 - figures.num_records
+        held = small.lease()
+        with pytest.raises(ArenaFull, match="file system .* is full"):
+            for number in range(10):
+                held.put(*record(number, 30_000))
+        held.release()
+        small.close()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -105,8 +105,8 @@ def test_a_huge_body_is_refused_before_it_is_read_to_the_end(server: VllmServer)
 
 
 def test_a_request_that_vllm_refuses_leaves_nothing_behind(server: VllmServer) -> None:
-    body = {"model": TWIN, "prompt": "word " * 3000, "max_tokens": 1, "regrad": {"document_ids": ["doc-5"], "gamma": 0.31}}
-    error_of(post_raw(server, body), 400)
+    body = {"model": TWIN, "prompt": "word " * 3000, "max_tokens": 1}
+    error_of(post_raw(server, {**body, "regrad": {"document_ids": ["doc-5"], "gamma": 0.31}}), 400)
     assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
     assert eventually(lambda: server.status()["workers"][0]["num_prepared"] == 0)
 

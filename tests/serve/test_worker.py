@@ -11,7 +11,13 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from bank_service.wire.codec import GradientFormatError, WrongLearnerError, decode_gradient, encode_gradient, record_digest
+from bank_service.wire.codec import (
+    GradientFormatError,
+    WrongLearnerError,
+    decode_gradient,
+    encode_gradient,
+    record_digest,
+)
 from regrad_vllm.adapt.arena import Arena, ArenaCorrupt, ArenaError
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.recipe import Recipe, RecipeError

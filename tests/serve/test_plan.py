@@ -1,0 +1,101 @@
+"""What a request is planned to do: the table of model name, ``regrad`` object and server default."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve.errors import RequestError
+from regrad_vllm.serve.plan import Plan, Planner
+from regrad_vllm.serve.prompt import SHAPES
+from regrad_vllm.serve.settings import Settings
+from regrad_vllm.serve.used import Used
+
+SHAPE = SHAPES["/v1/completions"]
+
+
+@pytest.fixture
+def planner(learner: Learner) -> Planner:
+    return Planner(Settings(learner=Path("/l")), learner, ("base", "alias"))
+
+
+def plan_of(planner: Planner, **body: Any) -> Plan | Used | None:
+    return planner.plan({"prompt": "p", **body}, SHAPE, None, frozenset({"tuned"}))
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize(
+    ("body", "planned", "planned_by_default", "by_name"),
+    [
+        ({"model": "base"}, False, True, False),
+        ({}, False, True, False),
+        ({"model": "alias-regrad"}, True, True, True),
+        ({"model": "base", "regrad": {}}, True, True, True),
+        ({"regrad": {"enabled": True}}, True, True, True),
+        ({"model": "base", "regrad": {"enabled": False}}, False, False, None),
+        ({"model": "tuned"}, False, False, None),
+        ({"model": "nobody", "regrad": {}}, False, False, None),
+        ({"model": 3, "regrad": {}}, False, False, None),
+    ],
+)
+def test_who_gets_a_plan(
+    planner: Planner, default: bool, body: dict[str, Any], planned: bool, planned_by_default: bool, by_name: bool | None
+) -> None:
+    planner = replace(planner, settings=replace(planner.settings, default=default))
+    plan = plan_of(planner, **body)
+    assert isinstance(plan, Plan) == (planned_by_default if default else planned)
+    if isinstance(plan, Plan):
+        assert plan.by_name is by_name
+
+
+def test_the_requests_values_come_before_the_servers_before_the_learners(planner: Planner, learner: Learner) -> None:
+    plan = plan_of(planner, model="base-regrad")
+    assert isinstance(plan, Plan)
+    assert (plan.query.top_k, plan.gamma, plan.query.min_score) == (learner.config.top_k, learner.config.gamma, None)
+    planner = replace(planner, settings=replace(planner.settings, top_k=5, gamma=0.0, min_score=0.0, namespace="s"))
+    plan = plan_of(planner, model="base-regrad")
+    assert isinstance(plan, Plan)
+    assert (plan.query.top_k, plan.gamma, plan.query.min_score, plan.query.namespace) == (5, 0.0, 0.0, "s")
+    plan = plan_of(planner, regrad={"top_k": 7, "gamma": 2, "min_score": -1, "namespace": "r", "query": "q"})
+    assert isinstance(plan, Plan)
+    assert (plan.query.top_k, plan.gamma, plan.query.min_score) == (7, 2.0, -1.0)
+    assert (plan.query.namespace, plan.query.text) == ("r", "q")
+    plan = plan_of(planner, regrad={"document_ids": ["a"]})
+    assert isinstance(plan, Plan)
+    assert (plan.query.document_ids, plan.query.text, plan.query.min_score) == (("a",), "", None)
+
+
+def test_switched_off_by_our_models_name_the_base_model_answers(planner: Planner) -> None:
+    off = plan_of(planner, model="base-regrad", regrad={"enabled": False})
+    assert isinstance(off, Used) and off.adapter is None and not off.fallback
+    assert planner.base_name("alias-regrad") == "alias" and planner.base_name(None) == "base"
+
+
+def test_another_adapter_and_regrad_exclude_each_other(planner: Planner) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan_of(planner, model="tuned", regrad={})
+    assert caught.value.param == "model"
+
+
+def test_a_question_that_is_too_long_or_no_utf8_is_still_searched_for(planner: Planner) -> None:
+    plan = plan_of(planner, model="base-regrad", prompt="ä" * 50_000 + "\ud800")
+    assert isinstance(plan, Plan)
+    assert 65_000 < len(plan.query.text.encode()) <= 65_536
+
+
+def test_the_requests_id_is_the_one_that_the_answer_will_carry(planner: Planner) -> None:
+    def id_of(path: str, header: str | None, **body: Any) -> str:
+        question = {"prompt": "p", "input": "p"}
+        plan = planner.plan({"model": "base-regrad", **question, **body}, SHAPES[path], header, frozenset())
+        assert isinstance(plan, Plan)
+        return plan.request_id
+
+    assert id_of("/v1/completions", "head", request_id="body") == "head"
+    assert id_of("/v1/responses", "head", request_id="body") == "body"
+    assert id_of("/v1/responses", "head").startswith("resp_")
+    assert id_of("/v1/completions", None) != id_of("/v1/completions", None)
+    assert len(id_of("/v1/completions", "x" * 1000)) < 100
