@@ -19,13 +19,12 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("bank", help="start a gradient bank", description=__doc__)
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
-    add_flags(parser, BankConfig)
+    add_flags(parser, BankConfig, defaults())
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    settings: dict[str, Any] = {"data_dir": default_data_dir(), "port": DEFAULT_PORT}
-    config = BankConfig(**(settings | given(args, BankConfig)))
+    config = BankConfig(**(defaults() | given(args, BankConfig)))
 
     from bank_service.errors import BankInUseError, CollectionMismatchError
     from bank_service.server import run_bank
@@ -45,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def default_data_dir() -> Path:
-    """Where a bank keeps its documents and gradients: the user's data folder (XDG_DATA_HOME)."""
-    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "regrad" / "bank"
+def defaults() -> dict[str, Any]:
+    """What the command line sets where nothing is given: the user's data folder (XDG_DATA_HOME), a known port."""
+    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    return {"data_dir": data / "regrad" / "bank", "port": DEFAULT_PORT}

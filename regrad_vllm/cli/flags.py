@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _KINDS = {"Path": Path, "str": str, "int": int, "float": float}
 _FIELD = re.compile(r"^    (\w+): [^#\n]+#\s*(.+)$", re.MULTILINE)
 
@@ -24,25 +26,23 @@ class Setting:
     help: str  # the comment at the field
 
 
-def settings_of(config_class: type) -> tuple[Setting, ...]:
-    """The fields of a dataclass, described by the comments that stand beside them."""
+def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> tuple[Setting, ...]:
+    """The fields of a dataclass, described by the comments beside them. ``defaults`` go before the dataclass's own."""
     comments = dict(_FIELD.findall(inspect.getsource(config_class)))
     return tuple(
         Setting(
             entry.name,
             str(entry.type).split(" | ")[0],
-            entry.default,
+            defaults.get(entry.name, entry.default),
             comments.get(entry.name, "").replace("None:", "left out:"),
         )
         for entry in fields(config_class)
     )
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type, *, skip: Collection[str] = ()) -> None:
-    """One flag per setting, --data-dir for data_dir. Without a default: what is not given is not in the result."""
-    for setting in settings_of(config_class):
-        if setting.name in skip:
-            continue
+def add_flags(parser: argparse.ArgumentParser, config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> None:
+    """One flag per setting, --data-dir for data_dir. What is not given is not in the result; see ``given``."""
+    for setting in settings_of(config_class, defaults):
         default = "" if setting.default in (None, MISSING) else f" ({setting.default})"
         parser.add_argument(
             "--" + setting.name.replace("_", "-"),

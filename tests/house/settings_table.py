@@ -9,11 +9,14 @@ from importlib import import_module
 from pathlib import Path
 
 from bank_service.config import BankConfig
+from regrad_vllm.cli.bank import defaults
 from regrad_vllm.cli.flags import Setting, add_flags, settings_of
 from regrad_vllm.serve.launch import _parser as _serve_parser
 from regrad_vllm.serve.settings import variable
 
 README = Path(__file__).parents[2] / "README.md"
+# As the command line has them, with the data folder as it is where XDG_DATA_HOME is unset.
+_BANK_DEFAULTS = defaults() | {"data_dir": "~/.local/share/regrad/bank"}
 _BLOCK = re.compile(r"(<!-- settings: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,7 +27,7 @@ def with_tables(readme: str) -> str:
 
 def render_table(class_path: str) -> str:
     module, _, name = class_path.rpartition(".")
-    settings = settings_of(getattr(import_module(module), name))
+    settings = settings_of(getattr(import_module(module), name), _BANK_DEFAULTS if name == "BankConfig" else {})
     lines = ["| flag | default | |", "|---|---|---|"]
     if name == "Settings":
         lines = ["| flag | environment | default | |", "|---|---|---|---|"]
