@@ -12,6 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
 from regrad_vllm.adapt.arena import Arena
@@ -35,7 +39,9 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
     made.close()
 
 
-async def ask(settings: Settings, learner: Learner, arena: Arena, body: dict[str, Any]) -> httpx.Response:
+async def ask(
+    settings: Settings, learner: Learner, arena: Arena, body: dict[str, Any], **headers: str
+) -> httpx.Response:
     """One request through the middleware to a handler that says what body it got. No bank listens."""
     app = FastAPI()
 
@@ -59,7 +65,7 @@ async def ask(settings: Settings, learner: Learner, arena: Arena, body: dict[str
     transport = httpx.ASGITransport(app)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/v1/completions", json=body)
+            return await client.post("/v1/completions", json=body, headers=headers)
     finally:
         await bank.close()
 
@@ -106,3 +112,19 @@ def test_without_the_default_a_plain_request_passes_byte_for_byte(
     body = {"model": "base", "prompt": "x", "extra": [1, {"a": None}]}
     answer = asyncio.run(ask(replace(settings, default=False), learner, arena, body))
     assert answer.json() == {"got": body}
+
+
+def test_spans_belong_to_the_requests_own_trace(
+    settings: Settings, learner: Learner, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}, traceparent=parent))
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert {"regrad.prepare", "regrad.retrieve"} <= set(spans)
+    assert all(f"{span.context.trace_id:032x}" == parent.split("-")[1] for span in spans.values())
+    assert spans["regrad.retrieve"].parent.span_id == spans["regrad.prepare"].context.span_id
+    assert not spans["regrad.retrieve"].status.is_ok, "there was no bank to retrieve from"
