@@ -6,6 +6,7 @@ An option that the server wouldn't use is an error, never silently dropped.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,6 +78,12 @@ def _num_utf8_bytes(text: str) -> int:
         return 0
 
 
+def _namespace(field: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[a-zA-Z0-9._-]{1,64}", value):
+        raise RequestError.bad(field, "1 to 64 of a-z A-Z 0-9 . _ -", value)
+    return value
+
+
 def _ids(field: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_DOCUMENT_IDS:
         raise RequestError.bad(field, f"a list of 1 to {MAX_DOCUMENT_IDS} document ids", value)
@@ -116,7 +123,7 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "enabled": _boolean,
     "query": _text(MAX_QUERY_BYTES),
     "document_ids": _ids,
-    "namespace": _text(64),
+    "namespace": _namespace,
     "top_k": _top_k,
     "gamma": _number(-MAX_GAMMA, MAX_GAMMA),
     "min_score": _number(-1, 1),

@@ -153,7 +153,7 @@ def as_request_error(error: Exception, bank: str) -> RequestError:
         return RequestError(404, error.message, param)
     if isinstance(error, InvalidArgumentError):
         field = "query" if error.field == "text" else error.field
-        return RequestError(400, error.message, f"regrad.{field}")
+        return RequestError(400, f"regrad.{field} is refused by the bank: {error.message}", f"regrad.{field}")
     if isinstance(error, LearnerMismatchError | WrongLearnerError):
         return RequestError(
             409,

@@ -11,6 +11,7 @@ from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.middleware import Runtime
+from regrad_vllm.serve.process import process_figures
 
 Status = Callable[[bool], Awaitable[dict[str, Any]]]
 
@@ -33,6 +34,7 @@ def status_of(runtime: Runtime, arena: Arena, bank: BankClient, dtype: str) -> S
             "models": list(runtime.planner.regrad_names),
             "bank": await _bank_state(bank),
             "arena": {"folder": str(arena.folder), **asdict(arena.figures())},
+            "server": process_figures("server"),
             "workers": await runtime.engine.figures(),
             "num_kept_requests": len(runtime.memory),
             "num_releases_waiting": len(runtime.releases),

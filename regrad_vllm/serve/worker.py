@@ -25,6 +25,7 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.launch import PLUGIN_NAME
+from regrad_vllm.serve.process import process_figures
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import Settings, SettingsError
 
@@ -229,6 +230,7 @@ class RegradWorkerExtension:
         """Counters of this worker and the sizes of everything that must not grow."""
         registered, active = vllm_seams.count_adapters(self)
         return {
+            **process_figures("worker"),
             **process_composer().figures(),
             "num_registered": registered,
             "num_active": active,

@@ -96,7 +96,7 @@ class BankThread:
     def __init__(self, data_dir: Path, learner: Learner, port: int = 0) -> None:
         self._data_dir = data_dir
         self._encoder = DrawingEncoder(learner)
-        self._stop: Callable[[], None] = lambda: None
+        self._stop: Callable[[], object] = lambda: None
         self._thread: threading.Thread | None = None
         self.port = port
 
@@ -111,7 +111,7 @@ class BankThread:
         async def run() -> None:
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
-            self._stop = lambda: loop.call_soon_threadsafe(stop.set) and None
+            self._stop = lambda: loop.call_soon_threadsafe(stop.set)
             async with BankServer(BankConfig(data_dir=self._data_dir, port=self.port), self._encoder) as bank:
                 self.port = bank.address.port
                 ready.set()

@@ -49,7 +49,8 @@ class Oracle:
     """W, or W with one φ_q merged in, in float32, one request at a time."""
 
     def __init__(self, folder: Path, learner: Learner) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model.eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._learner = learner
         self._encoder = DrawingEncoder(learner)

@@ -123,7 +123,7 @@ def test_spans_belong_to_the_requests_own_trace(
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}, traceparent=parent))
-    spans = {span.name: span for span in exporter.get_finished_spans()}
+    spans: dict[str, Any] = {span.name: span for span in exporter.get_finished_spans()}
     assert {"regrad.prepare", "regrad.retrieve"} <= set(spans)
     assert all(f"{span.context.trace_id:032x}" == parent.split("-")[1] for span in spans.values())
     assert spans["regrad.retrieve"].parent.span_id == spans["regrad.prepare"].context.span_id

@@ -42,7 +42,7 @@ def test_what_is_not_an_object_is_refused(value: object) -> None:
     [
         ("enabled", 1), ("enabled", "true"), ("enabled", None),
         ("query", ""), ("query", "  "), ("query", 3), ("query", "x" * 70_000), ("query", "\ud800"),
-        ("namespace", ""), ("namespace", "n" * 65), ("namespace", None),
+        ("namespace", ""), ("namespace", "n" * 65), ("namespace", None), ("namespace", "a/b"), ("namespace", "a\n"),
         ("top_k", 0), ("top_k", -1), ("top_k", 65), ("top_k", 10**9), ("top_k", True), ("top_k", 1.5), ("top_k", "3"),
         ("gamma", math.nan), ("gamma", math.inf), ("gamma", -math.inf), ("gamma", 1e9), ("gamma", 16.01),
         ("gamma", True), ("gamma", "1"), ("gamma", 10**400),

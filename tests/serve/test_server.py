@@ -137,7 +137,7 @@ def test_icl_mode_puts_the_documents_into_the_prompt_as_well(server: VllmServer,
     blind = server.complete(QUESTION, {"document_ids": ids})
     icl = server.complete(QUESTION, {"document_ids": ids, "mode": "icl"})
     assert icl["regrad"]["adapter"] == blind["regrad"]["adapter"]
-    text = AutoTokenizer.from_pretrained(model).decode(icl["choices"][0]["prompt_token_ids"])
+    text = str(AutoTokenizer.from_pretrained(model).decode(icl["choices"][0]["prompt_token_ids"]))
     assert text.startswith("Fact number 11") and "Fact number 12" in text and QUESTION in text
 
 
@@ -193,7 +193,8 @@ def test_a_request_without_a_key_never_reaches_the_bank(server: VllmServer) -> N
 
 
 def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
-    before = server.status()["workers"][0]
+    first = server.status()
+    before = first["workers"][0]
     for number in range(75):  # with 150 documents; the arena holds 136
         server.complete("a", {"document_ids": [f"doc-{2 * number}", f"doc-{2 * number + 1}"]}, max_tokens=1)
     status = server.status()
@@ -205,6 +206,8 @@ def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
     assert worker["num_prepared"] == 0 and worker["num_recomposed"] == before["num_recomposed"]
     assert worker["spare_slot_is_zero"]
     assert status["num_kept_requests"] == 40 and status["num_releases_waiting"] == 0
+    assert status["server"]["num_open_files"] <= first["server"]["num_open_files"] + 2
+    assert worker["num_open_files"] == before["num_open_files"]
     metrics = server.client.get("/metrics").text
     assert 'regrad_requests_total{outcome="adapter"}' in metrics
     assert "regrad_compose_ms_bucket" in metrics
