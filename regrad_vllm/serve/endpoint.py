@@ -22,7 +22,7 @@ from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.base_model import base_digest
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve import vllm_seams, vllm_server_seams
 from regrad_vllm.serve.engine import Engine, check_engine_settings
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.launch import PLUGIN_NAME
@@ -49,9 +49,9 @@ class RegradEndpoint:
         """Adds routes and middleware. SettingsError, SeamError."""
         if Settings.from_environment(os.environ) is None:
             return
-        vllm_seams.check_seams(vllm_seams.SERVER_SEAMS)
-        vllm_seams.install_served_call()
-        vllm_seams.install_bounded_lora_metrics()
+        vllm_seams.check_seams(vllm_server_seams.SERVER_SEAMS)
+        vllm_server_seams.install_served_call()
+        vllm_server_seams.install_bounded_lora_metrics()
         app.include_router(_router())
         app.add_middleware(RegradMiddleware)
 

@@ -7,7 +7,7 @@ from typing import Any
 from opentelemetry import propagate
 
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.launch import EXTENSION_CLASS
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.settings import SettingsError
@@ -37,7 +37,7 @@ class Engine:
 
     def uses(self, lora_name: str) -> bool:
         """Whether an unfinished request has this adapter."""
-        return vllm_seams.engine_uses(self._client, lora_name)
+        return vllm_server_seams.engine_uses(self._client, lora_name)
 
     async def forget(self, recipe: Recipe) -> None:
         """Drops a prepared adapter; returns when the workers have done all that they were asked before."""

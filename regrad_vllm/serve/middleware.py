@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bank_service.wire.tracing import extract, span
-from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.answer import AnswerTagger, Message, Send
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.errors import RequestError
@@ -88,7 +88,7 @@ class RegradMiddleware:
             body = json.dumps(changed).encode()
             replay = _Replay(body, receive)
             tagger = AnswerTagger(send, used)
-            with vllm_seams.served_call(call):
+            with vllm_server_seams.served_call(call):
                 await self._app(_with_length(scope, len(body)), replay, tagger)
             clean = tagger.succeeded and not replay.disconnected
         finally:
@@ -135,7 +135,7 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> Prepared | Use
 
 def _for_vllm(
     prepared: Prepared | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
-) -> tuple[vllm_seams.ServedCall | None, Body]:
+) -> tuple[vllm_server_seams.ServedCall | None, Body]:
     """What vLLM's handler is called with: (adapter, body)."""
     body = {name: value for name, value in document.items() if name != "regrad"}
     model = body.get("model")
@@ -153,7 +153,7 @@ def _for_vllm(
     if planner.settings.system_prompt and prompts.system:
         changed = shape.with_system(changed, prompts.system)
     answered_by = model if isinstance(model, str) else planner.model_names[0]
-    return vllm_seams.make_served_call(prepared.recipe, answered_by), changed
+    return vllm_server_seams.make_served_call(prepared.recipe, answered_by), changed
 
 
 def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:

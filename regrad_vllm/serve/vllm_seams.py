@@ -1,5 +1,6 @@
-"""All that is not public vLLM API, each seam with the versions it was read against.
+"""All that is not public vLLM API in the workers, each seam with the versions it was read against.
 
+What is not public in the API server lies in ``vllm_server_seams``; nothing else reaches behind vLLM's API.
 ``check_seams`` compares every seam with the vLLM that is installed and says what changed; nothing is patched
 before it has passed. Patches are idempotent, and with no ReGrad request they leave vLLM as it was, with two
 exceptions that only ever help: the spare LoRA slot on CPUs, and bounded labels in one metric.
@@ -18,21 +19,18 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from regrad_vllm.naming import ADAPTER_PREFIX
-from regrad_vllm.serve.recipe import PATH_PREFIX, Recipe
+from regrad_vllm.serve.recipe import PATH_PREFIX
 
 if TYPE_CHECKING:
     import torch
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
 
-_MARK = "__regrad_patch__"
+PATCH_MARK = "__regrad_patch__"
 
 
 class SeamError(RuntimeError):
@@ -73,37 +71,6 @@ WORKER_SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.add_lora", ("self", "lora_request"), "0.32.0",
          "shows that the model runner keeps its lora_manager"),
 )  # fmt: skip
-SERVER_SEAMS: tuple[Seam, ...] = (
-    Seam(
-        "vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters",
-        ("self", "request", "supports_default_mm_loras"), "0.32.0",
-        "maps an API request to its LoRARequest",
-    ),
-    Seam(
-        "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request"), "0.32.0",
-        "names the model in an answer",
-    ),
-    Seam(
-        "vllm.v1.metrics.stats", "LoRARequestStates.update_scheduler_stats", ("self", "scheduler_stats"), "0.32.0",
-        "labels vllm:lora_requests_info with adapter names, one time series for each combination",
-    ),
-    Seam(
-        "vllm.v1.engine.output_processor", "RequestState.__init__",
-        None, "0.32.0", "knows by lora_name which adapters unfinished requests use",
-    ),
-    Seam("vllm.v1.engine.output_processor", "OutputProcessor", None, "0.32.0", "holds request_states"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class ServedCall:
-    """What the serving layer must use for the API request that is being handled."""
-
-    lora_request: LoRARequest
-    model_name: str  # for the answer's "model"
-
-
-_SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
 
 
 def check_seams(seams: tuple[Seam, ...]) -> None:
@@ -138,15 +105,12 @@ def vllm_version() -> str:
     return str(vllm.__version__)
 
 
-# Worker side.
-
-
 def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
     """``load(worker_lora_manager, lora_request)`` serves the requests whose path starts with ``regrad:``."""
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     original = WorkerLoRAManager._load_adapter
-    if hasattr(original, _MARK):
+    if hasattr(original, PATCH_MARK):
         return
 
     @wraps(original)
@@ -155,7 +119,7 @@ def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
             return load(self, lora_request)
         return original(self, lora_request)
 
-    _replace(WorkerLoRAManager, "_load_adapter", load_adapter)
+    replace_by(WorkerLoRAManager, "_load_adapter", load_adapter)
 
 
 def install_spare_slot() -> None:
@@ -164,14 +128,14 @@ def install_spare_slot() -> None:
     from vllm.platforms import current_platform
 
     original = getattr(model_manager, "from_layer")  # noqa: B009  # imported there, not exported
-    if not current_platform.is_cpu() or hasattr(original, _MARK):
+    if not current_platform.is_cpu() or hasattr(original, PATCH_MARK):
         return
 
     @wraps(original)
     def from_layer(layer: Any, max_loras: int, *args: Any, **kwargs: Any) -> Any:
         return original(layer, max_loras + 1, *args, **kwargs)
 
-    _replace(model_manager, "from_layer", from_layer)
+    replace_by(model_manager, "from_layer", from_layer)
 
 
 def install_activation_observer(observe: Callable[[int, Callable[[], bool]], bool]) -> None:
@@ -179,7 +143,7 @@ def install_activation_observer(observe: Callable[[int, Callable[[], bool]], boo
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
     original = LRUCacheLoRAModelManager.activate_adapter
-    if hasattr(original, _MARK):
+    if hasattr(original, PATCH_MARK):
         return
 
     @wraps(original)
@@ -188,7 +152,7 @@ def install_activation_observer(observe: Callable[[int, Callable[[], bool]], boo
             return original(self, lora_id)
         return observe(lora_id, lambda: original(self, lora_id))
 
-    _replace(LRUCacheLoRAModelManager, "activate_adapter", activate_adapter)
+    replace_by(LRUCacheLoRAModelManager, "activate_adapter", activate_adapter)
 
 
 def make_lora_model(
@@ -272,91 +236,7 @@ def _model_manager(worker: Any) -> Any:
     return runner.lora_manager._adapter_manager
 
 
-# API server side.
-
-
-def install_served_call() -> None:
-    """The serving layer uses the LoRARequest of ``served_call`` for the API request handled inside it.
-
-    A context variable reaches exactly the handler's task and its children, and no other request.
-    """
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-
-    original = BaseServing._maybe_get_adapters
-    original_name = OpenAIServingModels.model_name
-    if hasattr(original, _MARK):
-        return
-
-    @wraps(original)
-    def maybe_get_adapters(
-        self: BaseServing, request: Any, supports_default_mm_loras: bool = False
-    ) -> LoRARequest | None:
-        call = _SERVED_CALL.get()
-        if call is not None:
-            return call.lora_request
-        return original(self, request, supports_default_mm_loras)
-
-    @wraps(original_name)
-    def model_name(self: OpenAIServingModels, lora_request: LoRARequest | None = None) -> str:
-        call = _SERVED_CALL.get()
-        if call is not None and lora_request is not None and lora_request.lora_name == call.lora_request.lora_name:
-            return call.model_name
-        return original_name(self, lora_request)
-
-    _replace(BaseServing, "_maybe_get_adapters", maybe_get_adapters)
-    _replace(OpenAIServingModels, "model_name", model_name)
-
-
-def make_served_call(recipe: Recipe, model_name: str) -> ServedCall:
-    """The LoRARequest of a recipe: named by its content, its path is the recipe itself."""
-    from vllm.lora.request import LoRARequest
-
-    request = LoRARequest(lora_name=recipe.name, lora_int_id=recipe.int_id, lora_path=recipe.path)
-    return ServedCall(request, model_name)
-
-
-@contextmanager
-def served_call(call: ServedCall | None) -> Iterator[None]:
-    """While inside, the serving layer uses ``call`` (None: vLLM's own choice)."""
-    token = _SERVED_CALL.set(call)
-    try:
-        yield
-    finally:
-        _SERVED_CALL.reset(token)
-
-
-def engine_uses(engine_client: Any, lora_name: str) -> bool:
-    """Whether the server still waits for outputs of a request with this adapter (``AsyncLLM``'s own list)."""
-    states = engine_client.output_processor.request_states
-    return any(state.lora_name == lora_name for state in states.values())
-
-
-def install_bounded_lora_metrics() -> None:
-    """All ReGrad adapters count under one name in vllm:lora_requests_info.
-
-    vLLM labels that gauge with the names of the running adapters and keeps every label set it has seen; with a
-    name for each request that would grow without end.
-    """
-    from vllm.v1.metrics.stats import LoRARequestStates
-
-    original = LoRARequestStates.update_scheduler_stats
-    if hasattr(original, _MARK):
-        return
-
-    @wraps(original)
-    def update_scheduler_stats(self: LoRARequestStates, scheduler_stats: Any) -> None:
-        original(self, scheduler_stats)
-        if scheduler_stats is None:
-            return
-        for counts in (scheduler_stats.waiting_lora_adapters, scheduler_stats.running_lora_adapters):
-            ours = [name for name in counts if name.startswith(ADAPTER_PREFIX)]
-            if ours:
-                counts[ADAPTER_PREFIX.rstrip("-")] = sum(counts.pop(name) for name in ours)
-
-    _replace(LoRARequestStates, "update_scheduler_stats", update_scheduler_stats)
-
-
-def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    setattr(function, _MARK, True)
+def replace_by(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Puts ``function`` in the place of ``owner.name`` and marks it, so that a second installation sees it."""
+    setattr(function, PATCH_MARK, True)
     setattr(owner, name, function)

@@ -11,15 +11,8 @@ from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.vllm_seams import (
-    SERVER_SEAMS,
-    WORKER_SEAMS,
-    SeamError,
-    check_seams,
-    install_bounded_lora_metrics,
-    make_lora_model,
-    make_served_call,
-)
+from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams, make_lora_model
+from regrad_vllm.serve.vllm_server_seams import SERVER_SEAMS, install_bounded_lora_metrics, make_served_call
 
 
 def test_the_installed_vllm_has_every_seam() -> None:

@@ -1,0 +1,131 @@
+"""All that is not public vLLM API in the API server; ``vllm_seams`` has the workers' side and the check of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from regrad_vllm.naming import ADAPTER_PREFIX
+from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.vllm_seams import PATCH_MARK, Seam, replace_by
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+SERVER_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters",
+        ("self", "request", "supports_default_mm_loras"), "0.32.0",
+        "maps an API request to its LoRARequest",
+    ),
+    Seam(
+        "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request"), "0.32.0",
+        "names the model in an answer",
+    ),
+    Seam(
+        "vllm.v1.metrics.stats", "LoRARequestStates.update_scheduler_stats", ("self", "scheduler_stats"), "0.32.0",
+        "labels vllm:lora_requests_info with adapter names, one time series for each combination",
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor", "RequestState.__init__",
+        None, "0.32.0", "knows by lora_name which adapters unfinished requests use",
+    ),
+    Seam("vllm.v1.engine.output_processor", "OutputProcessor", None, "0.32.0", "holds request_states"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCall:
+    """What the serving layer must use for the API request that is being handled."""
+
+    lora_request: LoRARequest
+    model_name: str  # for the answer's "model"
+
+
+_SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
+
+
+def install_served_call() -> None:
+    """The serving layer uses the LoRARequest of ``served_call`` for the API request handled inside it.
+
+    A context variable reaches exactly the handler's task and its children, and no other request.
+    """
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    original = BaseServing._maybe_get_adapters
+    original_name = OpenAIServingModels.model_name
+    if hasattr(original, PATCH_MARK):
+        return
+
+    @wraps(original)
+    def maybe_get_adapters(
+        self: BaseServing, request: Any, supports_default_mm_loras: bool = False
+    ) -> LoRARequest | None:
+        call = _SERVED_CALL.get()
+        if call is not None:
+            return call.lora_request
+        return original(self, request, supports_default_mm_loras)
+
+    @wraps(original_name)
+    def model_name(self: OpenAIServingModels, lora_request: LoRARequest | None = None) -> str:
+        call = _SERVED_CALL.get()
+        if call is not None and lora_request is not None and lora_request.lora_name == call.lora_request.lora_name:
+            return call.model_name
+        return original_name(self, lora_request)
+
+    replace_by(BaseServing, "_maybe_get_adapters", maybe_get_adapters)
+    replace_by(OpenAIServingModels, "model_name", model_name)
+
+
+def make_served_call(recipe: Recipe, model_name: str) -> ServedCall:
+    """The LoRARequest of a recipe: named by its content, its path is the recipe itself."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest(lora_name=recipe.name, lora_int_id=recipe.int_id, lora_path=recipe.path)
+    return ServedCall(request, model_name)
+
+
+@contextmanager
+def served_call(call: ServedCall | None) -> Iterator[None]:
+    """While inside, the serving layer uses ``call`` (None: vLLM's own choice)."""
+    token = _SERVED_CALL.set(call)
+    try:
+        yield
+    finally:
+        _SERVED_CALL.reset(token)
+
+
+def engine_uses(engine_client: Any, lora_name: str) -> bool:
+    """Whether the server still waits for outputs of a request with this adapter (``AsyncLLM``'s own list)."""
+    states = engine_client.output_processor.request_states
+    return any(state.lora_name == lora_name for state in states.values())
+
+
+def install_bounded_lora_metrics() -> None:
+    """All ReGrad adapters count under one name in vllm:lora_requests_info.
+
+    vLLM labels that gauge with the names of the running adapters and keeps every label set it has seen; with a
+    name for each request that would grow without end.
+    """
+    from vllm.v1.metrics.stats import LoRARequestStates
+
+    original = LoRARequestStates.update_scheduler_stats
+    if hasattr(original, PATCH_MARK):
+        return
+
+    @wraps(original)
+    def update_scheduler_stats(self: LoRARequestStates, scheduler_stats: Any) -> None:
+        original(self, scheduler_stats)
+        if scheduler_stats is None:
+            return
+        for counts in (scheduler_stats.waiting_lora_adapters, scheduler_stats.running_lora_adapters):
+            ours = [name for name in counts if name.startswith(ADAPTER_PREFIX)]
+            if ours:
+                counts[ADAPTER_PREFIX.rstrip("-")] = sum(counts.pop(name) for name in ours)
+
+    replace_by(LoRARequestStates, "update_scheduler_stats", update_scheduler_stats)
