@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     import vllm.v1.engine.async_llm  # noqa: F401
 
 from regrad_vllm.learner import Learner
+from tests.serve.collector import Collector
 from tests.serve.support import API_KEY, BASE, MAX_NUM_SEQS, BankThread, VllmServer, default_model, random_learner
 
 NUM_DOCUMENTS = 150
@@ -49,8 +50,22 @@ def bank(learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Where the server's processes send their spans."""
+    running = Collector()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
 def server(
-    model: Path, learner_folder: Path, bank: BankThread, tmp_path_factory: pytest.TempPathFactory
+    model: Path,
+    learner_folder: Path,
+    bank: BankThread,
+    collector: Collector,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[VllmServer]:
     """``regrad serve`` on that bank, in float32, with fewer slots than the tests have adapters."""
     folder = tmp_path_factory.mktemp("server")
@@ -61,7 +76,8 @@ def server(
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),
     ]  # fmt: skip
-    running = VllmServer(model, flags, {}, folder / "server.log")
+    traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    running = VllmServer(model, flags, traces, folder / "server.log")
     try:
         running.wait_until_ready(240)
         yield running
