@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
 from regrad_vllm.cli.console import CommandError
 
@@ -38,13 +40,19 @@ class Service:
 
 
 class Services:
-    """A context manager that stops, in reverse order, every process started in it and all of their children."""
+    """A context manager that stops, in reverse order, every process started in it and all of their children.
+
+    In a main thread it also turns SIGTERM into SystemExit, so that a terminated owner cleans up too.
+    """
 
     def __init__(self, log_folder: Path) -> None:
         self._log_folder = log_folder
         self._services: list[Service] = []
+        self._earlier_handler: Any = None
 
     def __enter__(self) -> Services:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier_handler = signal.signal(signal.SIGTERM, _leave)
         return self
 
     def __exit__(
@@ -52,6 +60,8 @@ class Services:
     ) -> None:
         for service in reversed(self._services):
             stop(service)
+        if self._earlier_handler is not None:
+            signal.signal(signal.SIGTERM, self._earlier_handler)
 
     def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Service:
         """`regrad ARGUMENTS…` in this Python, its output in <name>.log."""
@@ -104,6 +114,10 @@ def stop(service: Service) -> None:
         os.killpg(service.process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return  # nothing was left
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def free_port() -> int:
