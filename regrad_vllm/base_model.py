@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _CONFIG_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "sliding_window",
+    "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "partial_rotary_factor",
 )  # fmt: skip
 _HASH_CHUNK_BYTES = 1 << 24
 
@@ -38,13 +38,8 @@ def base_digest(folder: str | Path) -> str:
     state = hashlib.sha256(b"regrad.base.v1\0")
     config = _read_json(folder / "config.json")
     plain = {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None}
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    plain["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
-    state.update(json.dumps(plain, sort_keys=True).encode())
-    tokenizer = _read_json(folder / "tokenizer.json")
-    tokenizer_model = tokenizer.get("model", {})
-    parts = {"vocab": tokenizer_model.get("vocab"), "merges": tokenizer_model.get("merges")}
-    state.update(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
+    state.update(json.dumps({**plain, **_positions(config)}, sort_keys=True).encode())
+    state.update(json.dumps(_tokenizer_parts(folder), sort_keys=True, ensure_ascii=False).encode())
     state.update(_chat_template(folder).encode())
     for name, dtype, shape, path, begin, end in sorted(_tensors(folder)):
         state.update(f"{name}|{dtype}|{shape}|".encode())
@@ -100,6 +95,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BaseModelError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document
+
+
+def _positions(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary embedding and attention pattern, spelt alike for the ways in which library versions save them."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(config.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0)
+    rope.pop("rope_theta", None)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    layer_types = config.get("layer_types") or []
+    return {
+        "rope": {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in rope.items() if v is not None}},
+        "layer_types": layer_types if set(layer_types) - {"full_attention"} else [],
+    }
+
+
+def _tokenizer_parts(folder: Path) -> dict[str, Any]:
+    """What turns text into tokens; absent and null settings count alike."""
+    tokenizer = _read_json(folder / "tokenizer.json")
+    model = tokenizer.get("model", {})
+    added = [(entry["id"], entry["content"], entry["special"]) for entry in tokenizer.get("added_tokens") or ()]
+    steps = {name: _without_nulls(tokenizer.get(name)) for name in ("normalizer", "pre_tokenizer", "post_processor")}
+    return {"vocab": model.get("vocab"), "merges": model.get("merges"), "added_tokens": sorted(added), **steps}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _chat_template(folder: Path) -> str:

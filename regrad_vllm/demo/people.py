@@ -1,6 +1,6 @@
 """Writes the demo's invented documents and their questions: ``python -m regrad_vllm.demo.people``.
 
-The learner's own generator makes them, from its test split: no name in them occurs in any training document.
+The learner's own generator makes them, from its test split: no document about any of these names is ever trained on.
 """
 
 from __future__ import annotations

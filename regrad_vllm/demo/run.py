@@ -45,7 +45,8 @@ def run_demo(*, model: str | None, learner: Path | None) -> int:
     by_hand.show()
     figures["seconds"] = round(time.monotonic() - begun, 1)
     say(json.dumps(figures))
-    return 0 if figures["deleted_ok"] and figures["base_weights_unchanged"] else 1
+    better = figures["regrad_em"] > max(figures["base_em"], figures["learner_em"])
+    return 0 if better and figures["deleted_ok"] and figures["base_weights_unchanged"] else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +125,10 @@ class Stage:
         from bank_service.wire.generated import bank_pb2
 
         right = [i for i, question in enumerate(self.questions) if question.is_answered_by(regrad[i].text)]
-        chosen = right[0] if right else 0
-        question, before = self.questions[chosen], regrad[chosen]
+        if not right:
+            say("ReGrad answered no question right, so there is no answer to take away")
+            return False
+        question, before = self.questions[right[0]], regrad[right[0]]
         with connect(bank) as stub:
             stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=_NAMESPACE, id=question.document_id))
         (after,) = asyncio.run(ask_all(url, self._system_prompt(), [Ask(REGRAD, question.text, {})]))

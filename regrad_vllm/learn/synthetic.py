@@ -1,8 +1,8 @@
 """Documents of invented facts, from a seed: nobody can know them, so an answer proves that a document was learnt.
 
-Three disjoint splits by name: an invented name belongs to exactly one split by its hash, whatever the seed, so
-test people and places never occur in training. Attribute values come from pools that the splits share (a city, a
-job) or are invented with the document (a founder's name, a year, a code).
+Three splits, disjoint by subject: the name of a document's subject belongs to exactly one split by its hash, whatever
+the seed, so no training document is about a test person or place. The splits share their sentence templates, the
+syllables of names and the pools of values (a city, a job); a word of a test name may occur inside another name.
 """
 
 from __future__ import annotations

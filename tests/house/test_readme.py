@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.run import base_weights
+from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT, wait_for_bank, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
 from tests.house.readme import README, examples, num_code_blocks
@@ -89,7 +91,7 @@ def test_the_examples_of_the_server_ingest_ask_and_name_the_document_they_used(h
     answer = json.loads(house.run("curl", tmp_path))
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["regrad"]["documents"][0]["id"] == "ship-the-quilegren"
-    assert len(answer["regrad"]["documents"]) == 3
+    assert len(answer["regrad"]["documents"]) == Learner.load(shipped_learner()).config.top_k
     printed = house.run("openai", tmp_path).splitlines()
     assert len(printed) == 2
     assert re.fullmatch(r"ship-the-quilegren 1 0\.\d+", printed[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,23 @@ def test_the_base_digest_sees_weights_and_not_sharding(tmp_path: Path, model_fol
     for folder in (sharded, changed):
         (folder / "tokenizer.json").write_text((model_folder / "tokenizer.json").read_text())
     assert base_digest(sharded) == base_digest(model_folder) != base_digest(changed)
+
+
+def test_the_base_digest_sees_rotary_scaling_and_the_tokenizers_steps(tmp_path: Path, model_folder: Path) -> None:
+    def variant(name: str, **files: dict[str, Any]) -> str:
+        folder = tmp_path / name
+        shutil.copytree(model_folder, folder)
+        for file, change in files.items():
+            path = folder / f"{file}.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        return base_digest(folder)
+
+    plain = base_digest(model_folder)
+    scaled = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    assert variant("scaled", config={"rope_parameters": scaled}) != plain
+    assert variant("windowed", config={"layer_types": ["sliding_attention"] * 4}) != plain
+    assert variant("split", tokenizer={"pre_tokenizer": {"type": "Whitespace"}}) != plain
+    assert variant("added", tokenizer={"added_tokens": [{"id": 1, "content": "<x>", "special": True}]}) != plain
+    # The same model as another library version spells it.
+    assert variant("older", config={"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}) == plain
+    assert variant("nulls", tokenizer={"normalizer": None, "added_tokens": []}) == plain
