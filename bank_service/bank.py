@@ -89,9 +89,8 @@ class Bank:
         )
         reads = self._pools.reads
         catalog = Catalog(config.data_dir / "catalog.sqlite", self.identity)
-        self._stores = Stores(
-            catalog, BlobStore(config.data_dir / "blobs"), GradientCache(cache_url, config.cache_timeout_ms, reads)
-        )
+        cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
+        self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
         self._records = RecordReader(self._stores, self._background, reads, metrics)
         index = UsearchIndex(embedder.dimension)
@@ -124,6 +123,8 @@ class Bank:
             raise
         bank._searcher.acknowledge(bank._follower.sequence)
         bank._background.run(bank._writer.sweep())
+        if config.redis_url is not None:
+            bank._background.run(bank._stores.cache.warn_where_unlimited())
         bank._publish(metrics)
         return bank
 

@@ -21,6 +21,7 @@ class BankConfig:
     codec: str = "int8"  # of gradients that the bank's own encoder computes
     cache_bytes: int = 256 * 2**20  # the embedded server's budget; a server by URL has its own
     cache_timeout_ms: int = 250  # a slower cache is a miss
+    cache_ttl_seconds: int = 86_400  # a cached gradient goes so long after it was written
     encode_batch_size: int = 8  # documents
     encode_wait_ms: float = 5.0  # for a batch to fill up
     max_pending_documents: int = 64  # being encoded and stored at once, all streams together
@@ -43,6 +44,7 @@ class BankConfig:
             ("metrics_port", 0, 65535),
             ("cache_bytes", 2**20, 2**50),
             ("cache_timeout_ms", 1, 60_000),
+            ("cache_ttl_seconds", 1, 2**31),
             ("encode_batch_size", 1, 1024),
             ("encode_wait_ms", 0, 1000),
             ("max_pending_documents", 1, 1024),

@@ -1,5 +1,8 @@
 """Hot gradient records in Redis. A cache only: whatever happens to it, a fetch succeeds from the blobs.
 
+Every record expires: a server without a limit of its own does not grow for ever, and a record that a late write
+brings back after its document was deleted goes too.
+
 Every record read is checked against its digest. A server that fails or is slow is left alone for a moment, so
 that each call does not wait for it anew.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -41,7 +44,8 @@ class CacheCounts:
 class GradientCache:
     """Records by digest. No method raises for a fault of the server."""
 
-    def __init__(self, url: str, timeout_ms: int, pool: Executor) -> None:
+    def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:
+        """``ttl_seconds``: after its last write a record goes."""
         timeout = timeout_ms / 1000
         self._connections = BlockingConnectionPool.from_url(
             url,
@@ -53,6 +57,7 @@ class GradientCache:
         )
         self._redis = Redis(connection_pool=self._connections)
         self._timeout = timeout
+        self._ttl_seconds = ttl_seconds
         self._pool = pool
         self._rest_until = 0.0
         self.counts = CacheCounts()
@@ -91,20 +96,36 @@ class GradientCache:
     async def put(self, records: Mapping[str, bytes]) -> None:
         """Offers records; the server may drop any."""
         if records:
-            pairs = [part for digest, record in records.items() for part in (KEY_PREFIX + digest, record)]
-            await self._call("MSET", *pairs)
+            pipeline = self._redis.pipeline(transaction=False)
+            for digest, record in records.items():
+                pipeline.set(KEY_PREFIX + digest, record, ex=self._ttl_seconds)
+            await self._guarded(pipeline.execute)
 
     async def remove(self, digests: Sequence[str]) -> None:
         if digests:
             await self._call("UNLINK", *[KEY_PREFIX + digest for digest in digests])
 
-    async def _call(self, command: str, *arguments: str | bytes) -> object:
-        """The server's answer, or None where it fails, is slow, or rests after a failure."""
+    async def warn_where_unlimited(self) -> None:
+        """Logs a warning where the server has no memory limit: then only the expiry keeps it from growing."""
+        memory = await self._call("INFO", "memory")
+        if isinstance(memory, dict) and memory.get("maxmemory") == 0:
+            logger.warning(
+                "the Redis server should have a memory limit, got maxmemory 0: it grows by every gradient written in "
+                "%d s; set maxmemory, and maxmemory-policy allkeys-lru",
+                self._ttl_seconds,
+            )
+
+    async def _call(self, command: str, *arguments: str) -> object:
+        """The server's answer, or None; see ``_guarded``."""
+        return await self._guarded(lambda: self._redis.execute_command(command, *arguments))  # type: ignore[no-untyped-call]
+
+    async def _guarded(self, ask: Callable[[], Awaitable[object]]) -> object:
+        """What ``ask`` gets from the server, or None where that fails, is slow, or rests after a failure."""
         if time.monotonic() < self._rest_until:
             return None
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._redis.execute_command(command, *arguments)  # type: ignore[no-untyped-call]
+                return await ask()
         except (RedisError, OSError, TimeoutError) as error:
             self.counts.errors += 1
             self._rest_until = time.monotonic() + COOL_DOWN_SECONDS

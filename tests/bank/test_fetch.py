@@ -191,6 +191,25 @@ async def test_a_real_redis_server_by_url_serves_as_the_cache(
         await redis.aclose()
 
 
+@pytest.mark.asyncio
+async def test_every_cached_record_expires_and_a_redis_server_without_a_limit_is_warned_of(
+    data_dir: Path, embedder: MiniLmEmbedder, redis_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis = Redis.from_url(redis_server)
+    config = BankConfig(data_dir=data_dir, redis_url=redis_server, cache_ttl_seconds=50, cache_timeout_ms=5000)
+    async with running(config, embedder) as client:
+        await ingested(client)
+    # Closed, the bank has written what it had to.
+    assert "maxmemory" not in caplog.text, "64 MiB is a limit"
+    times = [await redis.ttl(key) async for key in redis.scan_iter(KEY_PREFIX + "*")]
+    assert len(times) == 10 and all(0 < seconds <= 50 for seconds in times)
+    await redis.config_set("maxmemory", 0)
+    async with running(config, embedder):
+        pass
+    assert "got maxmemory 0: it grows by every gradient written in 50 s" in caplog.text
+    await redis.aclose()
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """Accepts connections and never answers."""
