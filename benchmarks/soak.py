@@ -5,8 +5,8 @@
 Starts a bank and a server, ingests invented documents, then sends requests that each name another set of three
 documents: as many different adapters as requests. At every count it reads, once the server is idle: resident
 memory of the server's and the bank's processes, bytes in the arena, open files, adapters known to the workers,
-and the SHA-256 of the base weights in the workers. A quarter of the requests is for the base model, beside.
-Load is on loopback, bounded by the counts.
+and the SHA-256 of the base weights in the workers. For every three of these requests one for the base model runs beside.
+Load is on loopback, bounded by the counts. Ends with status 1 where the base weights changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.local.pair import local_pair
 
 _NAMESPACE, _MODEL = "soak", "base"
-_NUM_DOCUMENTS = 60
+_NUM_DOCUMENTS = 200  # 1.6 MB each: more than the arena holds, so that it has to evict
 _CONCURRENCY = 16
 
 
@@ -43,10 +43,10 @@ def main() -> None:
     args = parser.parse_args()
     counts = sorted(args.counts)
     folder = Path(tempfile.mkdtemp(prefix="regrad-soak-"))
-    sets = list(combinations(range(_NUM_DOCUMENTS), 3))
-    random.Random(0).shuffle(sets)
-    if counts[-1] + args.warm_up > len(sets):
-        raise SystemExit(f"--counts must be at most {len(sets) - args.warm_up}, got {counts[-1]}")
+    possible = list(combinations(range(_NUM_DOCUMENTS), 3))
+    if counts[-1] + args.warm_up > len(possible):
+        raise SystemExit(f"--counts must be at most {len(possible) - args.warm_up}, got {counts[-1]}")
+    sets = random.Random(0).sample(possible, counts[-1] + args.warm_up)
     with local_pair(ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE) as pair:
         ids = _ingest(pair.bank, folder)
         asyncio.run(_ask(pair.url, ids, sets[: args.warm_up]))
@@ -69,6 +69,8 @@ def main() -> None:
         "known_adapters": [entry["known_adapters"] for entry in readings],
     }
     sys.stdout.write(json.dumps(figures) + "\n")
+    if not figures["base_weights_unchanged"]:
+        raise SystemExit(1)
 
 
 def _ingest(bank: str, folder: Path) -> list[str]:
@@ -85,20 +87,21 @@ async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:
     gate = asyncio.Semaphore(_CONCURRENCY)
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
-        async def one(number: int, chosen: tuple[int, ...]) -> None:
+        async def one(number: int, chosen: tuple[int, ...] | None) -> None:
             body: dict[str, Any] = {
                 "model": _MODEL,
                 "messages": [{"role": "user", "content": f"Question {number}: who is it?"}],
                 "max_tokens": 2,
                 "temperature": 0,
             }
-            if number % 4:
+            if chosen is not None:
                 body["regrad"] = {"document_ids": [ids[index] for index in chosen]}
             async with gate:
                 response = await client.post("/v1/chat/completions", json=body)
             response.raise_for_status()
 
-        await asyncio.gather(*(one(number, chosen) for number, chosen in enumerate(sets)))
+        beside = [one(number, None) for number in range(0, len(sets), 3)]
+        await asyncio.gather(*(one(number, chosen) for number, chosen in enumerate(sets)), *beside)
 
 
 def _reading(url: str) -> dict[str, Any]:
