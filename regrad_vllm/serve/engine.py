@@ -35,13 +35,18 @@ class Engine:
                 raise AdapterError(answer["error"])
         return max(float(answer["compose_ms"]) for answer in answers)
 
-    def uses(self, lora_name: str) -> bool:
-        """Whether an unfinished request has this adapter."""
-        return vllm_server_seams.engine_uses(self._client, lora_name)
+    def unfinished(self, request_id: str, recipe: Recipe) -> frozenset[str]:
+        """What still runs of one API request, for ``still_runs``."""
+        return vllm_server_seams.unfinished(self._client, request_id, recipe.name)
+
+    def still_runs(self, engine_ids: frozenset[str]) -> bool:
+        """Whether one of these is unfinished."""
+        return vllm_server_seams.still_runs(self._client, engine_ids)
 
     async def forget(self, recipe: Recipe) -> None:
-        """Drops a prepared adapter; returns when the workers have done all that they were asked before."""
-        await self._client.collective_rpc("regrad_forget", args=(recipe.int_id,))
+        """Drops a prepared adapter that no request uses; returns when the workers have done all asked before."""
+        used = vllm_server_seams.engine_uses(self._client, recipe.name)
+        await self._client.collective_rpc("regrad_forget", args=(None if used else recipe.int_id,))
 
     async def check(self, learner: Learner) -> str:
         """Compares the workers with the learner and returns their LoRA dtype. SettingsError."""

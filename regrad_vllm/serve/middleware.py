@@ -157,20 +157,22 @@ def _for_vllm(
 
 
 def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:
-    """Gives the pins back, not before the engine has stopped using the adapter.
+    """Gives the pins back, not before the engine has stopped using the adapter for this request.
 
     A request that ended well is over in the engine too. One whose client hung up, or that failed, may still run
     there until its abort arrives, and its adapter may have to be composed again in that time; or it may never have
-    got there, and its adapter waits in vain.
+    got there, and its adapter waits in vain. What it has in the engine now is all that it will ever have there, so
+    the wait is no longer than that lives; others with the same adapter have pins of their own.
     """
     recipe = prepared.recipe
-    if recipe is None or (clean and not runtime.engine.uses(recipe.name)):
+    if recipe is None or clean:
         prepared.lease.release()
         return
+    running = runtime.engine.unfinished(prepared.used.request_id, recipe)
 
     async def release_later() -> None:
         try:
-            while runtime.engine.uses(recipe.name):
+            while runtime.engine.still_runs(running):
                 await asyncio.sleep(_POLL_SECONDS)
             await runtime.engine.forget(recipe)
         finally:

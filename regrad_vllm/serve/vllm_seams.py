@@ -155,9 +155,7 @@ def install_activation_observer(observe: Callable[[int, Callable[[], bool]], boo
     replace_by(LRUCacheLoRAModelManager, "activate_adapter", activate_adapter)
 
 
-def make_lora_model(
-    lora_int_id: int, rank: int, modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-) -> LoRAModel:
+def make_lora_model(lora_int_id: int, rank: int, modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> LoRAModel:
     """An adapter for vLLM: module → (A (rank, in), B (out, rank)) with the scaling already folded into B.
 
     scaling=1 makes vLLM's own in-place fold a no-op, so that it can happen neither twice nor on shared tensors.

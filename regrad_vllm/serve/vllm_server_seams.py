@@ -32,10 +32,12 @@ SERVER_SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "vllm.v1.engine.output_processor", "RequestState.__init__",
-        None, "0.32.0", "knows by lora_name which adapters unfinished requests use",
+        None, "0.32.0", "knows by lora_name and external_req_id which adapters unfinished requests use",
     ),
     Seam("vllm.v1.engine.output_processor", "OutputProcessor", None, "0.32.0", "holds request_states"),
 )  # fmt: skip
+
+_ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,31 @@ def engine_uses(engine_client: Any, lora_name: str) -> bool:
     """Whether the server still waits for outputs of a request with this adapter (``AsyncLLM``'s own list)."""
     states = engine_client.output_processor.request_states
     return any(state.lora_name == lora_name for state in states.values())
+
+
+def unfinished(engine_client: Any, request_id: str, lora_name: str) -> frozenset[str]:
+    """The engine's own ids of what still runs of one API request with this adapter.
+
+    One API request is several of the engine's where it has several prompts or asks for several answers: vLLM's
+    external id is the API's behind a prefix of the endpoint, with a number after it where there are several.
+    """
+    states = engine_client.output_processor.request_states
+
+    def belongs(external_id: str) -> bool:
+        bare = next((external_id[len(p) :] for p in _ID_PREFIXES if external_id.startswith(p)), external_id)
+        return any(
+            known == request_id or known.startswith((request_id + "-", request_id + "_"))
+            for known in (external_id, bare)
+        )
+
+    return frozenset(
+        id for id, state in states.items() if state.lora_name == lora_name and belongs(state.external_req_id)
+    )
+
+
+def still_runs(engine_client: Any, engine_ids: frozenset[str]) -> bool:
+    """Whether the server still waits for one of ``engine_ids``. They are never given to a second request."""
+    return not engine_ids.isdisjoint(engine_client.output_processor.request_states)
 
 
 def install_bounded_lora_metrics() -> None:

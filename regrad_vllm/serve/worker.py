@@ -201,18 +201,17 @@ class RegradWorkerExtension:
         except (RecipeError, ArenaError, GradientFormatError) as error:
             return {"compose_ms": 0.0, "error": str(error)}
 
-    def regrad_forget(self, lora_int_id: int) -> bool:
-        """Drops a prepared adapter. The answer also says that the worker did all that it was asked before."""
-        process_composer().forget(lora_int_id)
+    def regrad_forget(self, lora_int_id: int | None) -> bool:
+        """Drops a prepared adapter, None: none. The answer says that the worker did all that it was asked before."""
+        if lora_int_id is not None:
+            process_composer().forget(lora_int_id)
         return True
 
     def regrad_check(self) -> dict[str, Any]:
         """What the server needs to know at its start: {"error", "learner", "dtype", "spare_slot"}."""
         composer = process_composer()
         missing = [
-            module
-            for module in composer.learner.layout.modules
-            if module not in vllm_seams.adaptable_modules(self)
+            module for module in composer.learner.layout.modules if module not in vllm_seams.adaptable_modules(self)
         ]
         error = (
             f"the engine must have LoRA on all modules of the learner, it lacks {len(missing)}, such as {missing[0]}; "

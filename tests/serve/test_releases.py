@@ -1,0 +1,155 @@
+"""When a request's pins go: many overlapping requests with one adapter, a real bank and arena, vLLM's lists stood in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+
+from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve import vllm_server_seams
+from regrad_vllm.serve.engine import Engine
+from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
+from regrad_vllm.serve.plan import Planner
+from regrad_vllm.serve.retriever import Retriever
+from regrad_vllm.serve.settings import Settings
+from regrad_vllm.serve.used import UsedMemory
+from regrad_vllm.serve.worker import gradient_spec
+from tests.serve.support import BankThread
+
+CONCURRENCY = 4
+BODY = {"model": "base", "prompt": "x", "regrad": {"document_ids": ["doc-1"]}}
+
+
+class EngineLists:
+    """An engine client that has vLLM's list of unfinished requests, and workers that always agree."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, SimpleNamespace] = {}
+        self.output_processor = SimpleNamespace(request_states=self.states)
+        self.forgotten: list[object] = []
+        self._numbers = count()
+
+    async def collective_rpc(self, name: str, args: tuple[Any, ...]) -> list[dict[str, Any] | bool]:
+        if name == "regrad_forget":
+            self.forgotten.append(args[0])
+            return [True]
+        return [{"compose_ms": 1.0, "error": ""}]
+
+    def begin(self, request_id: str, lora_name: str) -> str:
+        engine_id = f"cmpl-{request_id}-0-{next(self._numbers):08x}"
+        self.states[engine_id] = SimpleNamespace(lora_name=lora_name, external_req_id=f"cmpl-{request_id}-0")
+        return engine_id
+
+
+Handler = Callable[[dict[str, Any], str], Awaitable[JSONResponse]]
+
+
+@asynccontextmanager
+async def serving(
+    bank: BankThread, learner: Learner, folder: Path, engine: EngineLists, handler: Handler
+) -> AsyncIterator[tuple[httpx.AsyncClient, Runtime, Arena]]:
+    """The middleware before ``handler(body, lora_name)``."""
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> JSONResponse:
+        call = vllm_server_seams._SERVED_CALL.get()
+        assert call is not None and call.lora_request is not None
+        return await handler(await request.json(), call.lora_request.lora_name)
+
+    app.add_middleware(RegradMiddleware)
+    settings = Settings(learner=folder, bank=bank.address)
+    arena = Arena.open(folder, 2**26)
+    client = BankClient(settings.bank, gradient_spec(learner), 30_000)
+    metrics = Metrics.create(CollectorRegistry())
+    runtime = app.state.regrad = Runtime(
+        planner=Planner(settings, learner, ("base",)),
+        retriever=Retriever(learner, client, arena, Engine(engine), metrics, CONCURRENCY),
+        engine=Engine(engine),
+        metrics=metrics,
+        memory=UsedMemory(10),
+        adapter_names=frozenset,
+        releases=set(),
+    )
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            yield http, runtime, arena
+    finally:
+        await client.close()
+        arena.close()
+
+
+def test_overlapping_requests_with_one_adapter_hold_no_more_than_they_are(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        engine = EngineLists()
+        most = {"leases": 0, "waiting": 0}
+
+        async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+            engine_id = engine.begin(body["request_id"], lora_name)
+            await asyncio.sleep(0.02)
+            del engine.states[engine_id]
+            return JSONResponse({})
+
+        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena):
+
+            async def client(delay: float) -> None:
+                await asyncio.sleep(delay)
+                for _ in range(10):
+                    answer = await http.post("/v1/completions", json=BODY)
+                    assert answer.status_code == 200, answer.text
+                    most["leases"] = max(most["leases"], arena.figures().num_leases)
+                    most["waiting"] = max(most["waiting"], len(runtime.releases))
+
+            # The adapter is in use all the time, as under steady traffic on one passage set.
+            engine.begin("another", (await name_of(http, runtime)))
+            await asyncio.gather(*(client(0.007 * number) for number in range(CONCURRENCY)))
+            assert most["leases"] <= CONCURRENCY and most["waiting"] == 0, most
+            assert arena.figures().num_leases == len(runtime.releases) == 0
+
+    asyncio.run(run())
+
+
+async def name_of(http: httpx.AsyncClient, runtime: Runtime) -> str:
+    return str((await http.post("/v1/completions", json=BODY)).json()["regrad"]["adapter"])
+
+
+def test_a_failed_request_waits_for_its_own_and_for_no_others(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        engine = EngineLists()
+        own: list[str] = []
+
+        async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+            own.append(engine.begin(body["request_id"], lora_name))
+            engine.begin("another", lora_name)  # never ends
+            engine.begin(body["request_id"] + "0", lora_name)  # nor does this one, whose id starts alike
+            return JSONResponse({"error": "x"}, status_code=500)
+
+        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena):
+            answer = await http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})
+            assert answer.status_code == 500
+            await asyncio.sleep(0.15)
+            assert arena.figures().num_leases == len(runtime.releases) == 1, "its own still runs"
+            engine.begin("mine", engine.states[own[0]].lora_name)  # the next request by the same id
+            del engine.states[own[0]]
+            await asyncio.wait_for(asyncio.gather(*runtime.releases), 5)
+            assert arena.figures().num_leases == arena.figures().num_pinned == len(runtime.releases) == 0
+            assert engine.forgotten == [None], "the adapter of those that still run must stay"
+
+    asyncio.run(run())
