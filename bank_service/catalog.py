@@ -158,7 +158,11 @@ def _put(connection: sa.Connection, document: Document, gradient: Gradient, expe
     alive = row is not None and not row["deleted"]
     replaced = row["gradient_digest"] if row is not None and alive else None
     content_digest = document.content_digest
-    same_gradient = replaced == gradient.digest and row is not None and row["embedding"] == gradient.embedding
+    same_gradient = row is not None and (replaced, row["embedding"], row["num_tokens"]) == (
+        gradient.digest,
+        gradient.embedding,
+        gradient.num_tokens,  # differs where the one was uploaded and the other encoded here
+    )
     if row is not None and same_gradient and row["content_digest"] == content_digest:
         return PutResult(to_stored(row), Outcome.UNCHANGED)
     values = {

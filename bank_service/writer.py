@@ -33,12 +33,15 @@ from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
 
+UPLOADED = 0  # tokens of a gradient that was computed elsewhere: unknown; an encoder's own has at least one
+
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
     """A document that is to be written, against what is stored under its id."""
 
     stored: StoredDocument | None  # None: nothing, or nothing with a sound gradient
+    is_encoded: bool  # the gradient is the bank's own, not one that was uploaded
     has_text: bool  # title and text are the same
     has_content: bool  # the metadata, too
 
@@ -84,14 +87,15 @@ class Writer:
     async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
         """Stores a document with the gradient that the bank's encoder computes; durable on return.
 
-        The same content again costs nothing; a change of metadata alone keeps the gradient.
+        The same content again costs nothing; a change of metadata alone keeps the gradient. One that was uploaded
+        is replaced: nobody but its uploader knows whether it belongs to the text.
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
         async with self._locks.hold((document.namespace, document.id)), self._pending:
             current = await self._current(document, expected_version)
-            if current.has_content:
+            if current.has_content and current.is_encoded:
                 return self._unchanged(current.stored)
-            if current.has_text and current.stored is not None:
+            if current.has_text and current.is_encoded and current.stored is not None:
                 return await self._store(document, current.stored.gradient, None, expected_version)
             with span("bank.encode"):
                 encoded, embedding = await asyncio.gather(
@@ -120,7 +124,7 @@ class Writer:
                 vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
             else:
                 vector = await in_thread(self._pools.document_embeds, self._embed_document, document)
-            gradient = await in_thread(self._pools.reads, _gradient, record, vector, 0, False)
+            gradient = await in_thread(self._pools.reads, _gradient, record, vector, UPLOADED, False)
             if current.has_content and current.has_gradient(gradient):
                 return self._unchanged(current.stored)
             return await self._store(document, gradient, record, expected_version)
@@ -150,9 +154,10 @@ class Writer:
                 raise version_conflict(document.namespace, document.id, expected_version, version)
             # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
             if stored is None or not self._blobs.is_sound(stored.gradient.digest):
-                return _Standing(None, has_text=False, has_content=False)
+                return _Standing(None, is_encoded=False, has_text=False, has_content=False)
             return _Standing(
                 stored,
+                is_encoded=stored.gradient.num_tokens != UPLOADED,
                 has_text=stored.document.text_digest == document.text_digest,
                 has_content=stored.document.content_digest == document.content_digest,
             )

@@ -219,6 +219,17 @@ async def test_an_uploaded_gradient_is_stored_as_it_is(client: Client) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("metadata", [{}, {"by": "me"}])
+async def test_a_text_put_after_its_upload_gets_a_gradient_of_its_own(client: Client, metadata: dict[str, str]) -> None:
+    right = await client.put("elsewhere", "text of one")
+    (wrong,) = await client.upload(*upload_of(pb.Document(id="one", text="text of one"), record_for("another")))
+    healed = await client.put("one", "text of one", metadata=metadata)
+    assert (healed.outcome, healed.version) == (UPDATED, wrong.version + 1)
+    assert healed.gradient_digest == right.gradient_digest != wrong.gradient_digest
+    assert (await client.put("one", "text of one", metadata=metadata)).outcome == UNCHANGED
+
+
+@pytest.mark.asyncio
 async def test_an_uploaded_embedding_places_the_document(client: Client, embedder: MiniLmEmbedder) -> None:
     vector = embedder.embed("volcanoes of Iceland") * 7
     document = pb.Document(id="a", text="something else entirely")
