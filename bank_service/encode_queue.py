@@ -109,6 +109,8 @@ class EncodeQueue:
             record = encode_gradient(document.values, self._encoder.spec, self._codec)
         except GradientFormatError as error:
             job.future.set_exception(InternalError(f"the encoder's gradient is unusable: {error}"))
+        except Exception as error:  # noqa: BLE001 - else the thread ends, and every ingest waits for ever
+            job.future.set_exception(_translated(error))
         else:
             job.future.set_result(EncodedRecord(record, document.num_tokens, document.truncated))
 

@@ -85,6 +85,23 @@ def test_an_encoder_that_returns_nonsense_is_an_internal_error(values: np.ndarra
     queue.close()
 
 
+def test_an_encoder_that_returns_no_gradients_at_all_does_not_end_the_queue() -> None:
+    class Absent(HashEncoder):
+        def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+            encoded = super().encode(documents)
+            return [None if text == BROKEN else made for (_, text), made in zip(documents, encoded, strict=True)]  # type: ignore[misc]
+
+        def _encode_one(self, title: str, text: str) -> EncodedDocument:
+            return super()._encode_one(title, text.replace(BROKEN, "x"))
+
+    queue = EncodeQueue(Absent(), "int8", batch_size=4, wait_ms=1, metrics=BankMetrics())
+    bad, good = queue.submit("", BROKEN), queue.submit("", "fine")
+    with pytest.raises(InternalError, match="the encoder failed: AttributeError"):
+        bad.result(10)
+    assert good.result(10).num_tokens == 1
+    queue.close()
+
+
 def test_an_encoder_that_returns_too_few_is_an_internal_error() -> None:
     class Forgetful(HashEncoder):
         def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
