@@ -14,7 +14,6 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
-from sqlalchemy.exc import SQLAlchemyError
 
 from bank_service.catalog import Catalog
 from bank_service.catalog_view import Change
@@ -26,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 CHANGES_PER_STEP = 512
 RETRY_SECONDS = 0.2
+MAX_RETRY_SECONDS = 5.0
 WAIT_SECONDS = 10.0  # of a query for the index
+MAX_FAILURES = 4  # in a row; after that, queries do not wait for the next attempt
 
 
 class IndexFollower:
@@ -44,6 +45,8 @@ class IndexFollower:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._saved_sequence = 0
+        self._failures = 0  # of the last attempts, in a row
+        self._failure = ""  # what the last one was
         self.sequence = 0  # that the index reflects
 
     async def start(self) -> None:
@@ -68,16 +71,24 @@ class IndexFollower:
         self._wake.set()
 
     async def reach(self, sequence: int) -> None:
-        """Returns once the index reflects ``sequence``. UnavailableError where that takes too long."""
+        """Returns once the index reflects ``sequence``.
+
+        UnavailableError where that takes too long, at once where attempt after attempt fails.
+        """
         if self.sequence >= sequence:
             return
         try:
             async with asyncio.timeout(WAIT_SECONDS), self._moved:
-                await self._moved.wait_for(lambda: self.sequence >= sequence)
+                await self._moved.wait_for(lambda: self.sequence >= sequence or self._failures >= MAX_FAILURES)
         except TimeoutError:
             raise UnavailableError(
                 f"the index must reflect change {sequence}, got {self.sequence} after {WAIT_SECONDS} s; try again"
             ) from None
+        if self.sequence < sequence:
+            raise UnavailableError(
+                f"the index must reflect change {sequence}, got {self.sequence}: it failed {self._failures} times in "
+                f"a row, last with {self._failure}; the bank's log has the traceback"
+            )
 
     async def _follow(self) -> None:
         while True:
@@ -86,11 +97,21 @@ class IndexFollower:
             try:
                 while await self._step():
                     pass
-            except (SQLAlchemyError, RuntimeError, MemoryError):
-                # The catalog or usearch; the changes are still in the catalog, so nothing is lost by waiting.
-                logger.exception("the index can't follow the catalog; trying again")
-                await asyncio.sleep(RETRY_SECONDS)
+            except Exception as error:
+                # Whatever it is, the changes are still in the catalog: nothing is lost by waiting, all by ending.
+                delay = min(RETRY_SECONDS * 2**self._failures, MAX_RETRY_SECONDS)
+                logger.exception("the index can't follow the catalog; trying again in %.1f s", delay)
+                await self._failed(error)
+                await asyncio.sleep(delay)
                 self._wake.set()
+            else:
+                self._failures = 0
+
+    async def _failed(self, error: Exception) -> None:
+        async with self._moved:
+            self._failures += 1
+            self._failure = f"{type(error).__name__}: {error}"
+            self._moved.notify_all()
 
     async def _step(self) -> bool:
         """Applies the next changes; false where there are none."""
