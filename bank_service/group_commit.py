@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from bank_service.errors import BankError, UnavailableError
+from bank_service.errors import BankError, InternalError, UnavailableError
 
 T = TypeVar("T")
 MAX_BATCH = 256  # operations in one transaction
@@ -21,7 +21,7 @@ class GroupCommit:
     """Runs write operations one after the other, each in a savepoint of a shared transaction.
 
     An operation's future is resolved after the commit, never before; a failing operation leaves no trace and
-    does not touch its neighbours. Where the commit itself fails, all of its operations get UnavailableError.
+    does not touch its neighbours. Where the commit itself fails, each of its operations gets an UnavailableError.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -72,16 +72,24 @@ class GroupCommit:
                     else:
                         done.append((future, result))
         except SQLAlchemyError as error:
-            failure = UnavailableError(f"the catalog must be writable, got {error}; is the disk full?")
-            failure.__cause__ = error
-            self._fail(batch, failure)
+            self._fail(batch, UnavailableError, f"the catalog must be writable, got {error}; is the disk full?", error)
         except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
-            self._fail(batch, error)
+            message = f"an operation of the catalog failed: {type(error).__name__}: {error}"
+            self._fail(batch, InternalError, message, error)
         else:
             for future, result in done:
                 future.set_result(result)
 
-    def _fail(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]], error: Exception) -> None:
+    def _fail(
+        self,
+        batch: list[tuple[Callable[[Connection], Any], Future[Any]]],
+        kind: type[BankError],
+        message: str,
+        cause: Exception,
+    ) -> None:
         for _, future in batch:
             if not future.done():
-                future.set_exception(error)
+                # One each: a stream marks its error with the place that its own request had.
+                failure = kind(message)
+                failure.__cause__ = cause
+                future.set_exception(failure)

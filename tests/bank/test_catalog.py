@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,13 @@ import sqlalchemy as sa
 
 from bank_service.catalog import Catalog, CollectionIdentity
 from bank_service.documents import Document, Gradient, Outcome
-from bank_service.errors import CollectionMismatchError, NotFoundError, UnavailableError, VersionConflictError
+from bank_service.errors import (
+    CollectionMismatchError,
+    InternalError,
+    NotFoundError,
+    UnavailableError,
+    VersionConflictError,
+)
 
 IDENTITY = CollectionIdentity("a" * 64, "b" * 16, "int8", "an embedder", 4)
 
@@ -99,7 +106,7 @@ def test_a_bug_in_a_write_reaches_its_caller_and_the_writer_lives_on(catalog: Ca
     def broken(connection: sa.Connection) -> None:
         raise KeyError("a bug")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(InternalError, match="KeyError: 'a bug'"):
         catalog._writer.submit(broken).result()
     assert catalog.put(document(), gradient(), None).result().outcome is Outcome.CREATED
 
@@ -116,6 +123,25 @@ def test_a_database_that_cannot_be_written_is_unavailable_not_acknowledged(tmp_p
     with catalog.view() as view:
         assert view.sequence() == 0
     catalog.close()
+
+
+def test_writes_that_fail_together_have_an_error_each(catalog: Catalog) -> None:
+    started, gate = threading.Event(), threading.Event()
+
+    def wait(connection: sa.Connection) -> None:
+        started.set()
+        assert gate.wait(10)
+
+    def refuse(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("PRAGMA query_only=ON")
+
+    catalog._writer.submit(wait)
+    assert started.wait(10)
+    futures = [catalog._writer.submit(refuse), *(catalog.put(document(id), gradient(), None) for id in "ab")]
+    gate.set()
+    errors = [future.exception(10) for future in futures]
+    assert all(isinstance(error, UnavailableError) for error in errors)
+    assert len({id(error) for error in errors}) == 3
 
 
 def test_changes_show_each_document_once_in_order(catalog: Catalog) -> None:
