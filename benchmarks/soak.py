@@ -5,8 +5,8 @@
 Starts a bank and a server, ingests invented documents, then sends requests that each name another set of three
 documents: as many different adapters as requests. At every count it reads, once the server is idle: resident
 memory of the server's and the bank's processes, bytes in the arena, open files, adapters known to the workers,
-and the SHA-256 of the base weights in the workers. For every three of these requests one for the base model runs beside.
-Load is on loopback, bounded by the counts. Ends with status 1 where the base weights changed.
+and the SHA-256 of the base weights in the workers. For every three of these requests one for the base model runs
+beside. Load is on loopback, bounded by the counts. Ends with status 1 where the base weights changed.
 """
 
 from __future__ import annotations

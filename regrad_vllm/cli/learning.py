@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import say
+from regrad_vllm.cli.console import UsageError, say
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -17,6 +18,15 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     )
     train.add_argument("--output", default="", metavar="FOLDER", help="where the learner goes, for the config's output")
     train.set_defaults(run=run_train)
+
+    published = commands.add_parser("import", help="a checkpoint of the paper's published code as a learner")
+    published.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with meta_state_dict.pth")
+    published.add_argument("out", type=Path, metavar="OUT", help="learner folder to write")
+    published.add_argument("--model", required=True, help="the base model that it was trained on, a folder")
+    published.add_argument(
+        "--prompts", type=Path, metavar="TOML", help="system, document, blind, icl … as it was trained (ours)"
+    )
+    published.set_defaults(run=run_import)
 
     evaluate = commands.add_parser("eval", help="exact match and F1 of ReGrad, base model and RAG", add_help=False)
     evaluate.set_defaults(run=run_eval)
@@ -30,6 +40,25 @@ def run_train(args: argparse.Namespace) -> int:
     configure_logging()
     folder = main(args.config, resume=args.resume, model_folder=resolve_model, data=args.data, output=args.output)
     say(str(folder))
+    return 0
+
+
+def run_import(args: argparse.Namespace) -> int:
+    import tomllib
+
+    from regrad_vllm.default_model import resolve_model
+    from regrad_vllm.learn.published import load_published
+    from regrad_vllm.learner import LearnerError, Prompts
+
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
+    try:
+        prompts = Prompts(**tomllib.loads(args.prompts.read_text("utf-8"))) if args.prompts else None
+    except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise LearnerError(f"{args.prompts} must be TOML with the keys of Prompts: {error}") from error
+    learner = load_published(args.checkpoint, resolve_model(args.model), prompts)
+    learner.save(args.out)
+    say(f"{args.out}: learner {learner.fingerprint}, rank {learner.layout.rank}, {len(learner.layout.modules)} modules")
     return 0
 
 

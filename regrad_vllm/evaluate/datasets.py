@@ -77,19 +77,6 @@ def question_sets(
     return EvalData(made, tuple(questions))
 
 
-def jsonl_questions(documents: Path, questions: Path, set_name: str) -> EvalData:
-    """A user's own data: documents {id, title, text} and questions {question, answers, document}, a line each."""
-    made = tuple(EvalDocument(entry["id"], entry.get("title", ""), entry["text"]) for entry in _lines(documents))
-    asked = tuple(
-        EvalQuestion(set_name, entry["question"], tuple(entry["answers"]), entry["document"])
-        for entry in _lines(questions)
-    )
-    missing = {entry.document_id for entry in asked} - {entry.id for entry in made}
-    if missing:
-        raise ValueError(f"{questions}: document {sorted(missing)[0]!r} is not in {documents}")
-    return EvalData(made, asked)
-
-
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     data = path.read_bytes()
     for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines():

@@ -47,6 +47,7 @@ def _rag(asking: Asking) -> dict[str, Any]:
 
 
 def _wrong(asking: Asking) -> dict[str, Any]:
+    """One document, whatever top_k is: the control for k = 1."""
     return _base(asking) | {"regrad": {"document_ids": [asking.wrong_document_id]}}
 
 

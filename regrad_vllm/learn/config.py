@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from regrad_vllm.learner import STEP_SIZE_KINDS, Prompts, StepSizeKind
+from regrad_vllm.naming import digest_json
 
 
 class ConfigError(ValueError):
@@ -68,6 +69,14 @@ class TrainConfig:
             raise ConfigError(f"sets must give each set a positive share, got {dict(self.sets)}")
         if set(self.sets) != {"synthetic"} and not self.data_folder:
             raise ConfigError(f"data_folder must be set for the sets {sorted(set(self.sets) - {'synthetic'})}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides what a run computes, 64 hex digits: not where its files lie."""
+        plain = {
+            key: value for key, value in asdict(self).items() if key not in ("base_model", "output", "data_folder")
+        }
+        return digest_json(plain)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:

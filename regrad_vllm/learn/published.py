@@ -39,7 +39,14 @@ def load_published(folder: str | Path, model_folder: str | Path, prompts: Prompt
     except (FileNotFoundError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise LearnerError(f"{folder / 'meta_state_dict.pth'} can't be read as plain weights: {error}") from error
     kind: StepSizeKind = settings.get("alpha_mode", "tie")
-    rank = int(peft.get("r", 8))
+    for name in ("r", "lora_alpha"):
+        if not isinstance(peft.get(name), int | float):
+            raise LearnerError(f"{folder / 'peft_config.json'}: {name} must be a number, got {peft.get(name)!r}")
+    if peft.get("use_rslora") or peft.get("use_dora"):
+        raise LearnerError(
+            f"{folder / 'peft_config.json'}: use_rslora and use_dora must be off; only plain LoRA composes"
+        )
+    rank = int(peft["r"])
     layout = Layout.build(rank, _modules(state, rank))
     phi = np.empty(layout.num_values, np.float32)
     for tensor, view in layout.views(phi):
@@ -49,7 +56,7 @@ def load_published(folder: str | Path, model_folder: str | Path, prompts: Prompt
         raise LearnerError(f"{folder}: meta_state_dict.pth holds parameters that are no learner's: {sorted(state)[:3]}")
     config = LearnerConfig(
         base_digest=base_digest(model_folder),
-        lora_alpha=float(peft.get("lora_alpha", 16)),
+        lora_alpha=float(peft["lora_alpha"]),
         step_size_kind=kind,
         prompts=prompts or Prompts(),
         max_document_tokens=2048,

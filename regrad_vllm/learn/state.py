@@ -70,7 +70,7 @@ class MetaState:
             {
                 "step": self.step,
                 "seconds": self.seconds,
-                "layout": self.layout.id,
+                "config": self.config.digest,
                 "phi": self.phi.detach(),
                 "step_sizes": self.step_sizes.detach(),
                 "optimizer": self.optimizer.state_dict(),
@@ -80,11 +80,12 @@ class MetaState:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Continues from a checkpoint; ConfigError where it belongs to another layout."""
+        """Continues from a checkpoint; ConfigError where another config made it."""
         saved = torch.load(path, weights_only=True, map_location=self.phi.device)
-        if saved["layout"] != self.layout.id:
+        if saved.get("config") != self.config.digest:
             raise ConfigError(
-                f"{path} has layout {saved['layout']}, the config gives {self.layout.id}; use another output"
+                f"{path} must be of this config ({self.config.digest[:16]}), it is of another "
+                f"({str(saved.get('config'))[:16]}); restore the config that began the run, or use another output"
             )
         with torch.no_grad():
             self.phi.copy_(saved["phi"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
 from regrad_vllm.learn.probe import probe
 from regrad_vllm.learn.state import MetaState
 from regrad_vllm.learn.tasks import Sampler, TaskSet, load_question_sets, synthetic_set
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, model_folder: Path, resume: bool = False) -> Path:
@@ -78,7 +81,7 @@ def _run_steps(
 ) -> None:  # fmt: skip
     from tqdm import tqdm
 
-    log = _JsonLog(run / "log.jsonl")
+    log = _JsonLog(run / "log.jsonl", state.step)
     progress = tqdm(total=config.num_steps, initial=state.step, desc="meta-training", unit="step")
     smoothed = float("nan")
     while state.step < config.num_steps:
@@ -120,10 +123,12 @@ def _validation_batches(
     """Two fixed batches from each set that has a validation part."""
     batches: dict[str, list[MetaBatch]] = {}
     for name in config.sets:
-        if name not in ("synthetic", "squad", "qamr", "newpages_bio"):
-            continue
         single = TrainConfig(**{**_plain(config), "sets": {name: 1.0}, "icl_share": 0.0, "num_synthetic": 400})
-        sampler = make_sampler(single, "validation")
+        try:
+            sampler = make_sampler(single, "validation")
+        except ValueError:  # the data has no validation part for this set
+            _LOG.info("set %s has no validation tasks", name)
+            continue
         batches[name] = [
             make_batch(sampler.plan(step), builder, config.max_document_tokens, device) for step in range(2)
         ]
@@ -137,8 +142,11 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 class _JsonLog:
     """One JSON object a line, flushed, so that a killed run keeps its log."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, step: int) -> None:
+        """Goes on after ``step``: what an interrupted run logged beyond its checkpoint is done, and logged, again."""
         self._path = path
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
 
     def __call__(self, **entry: object) -> None:
         rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in entry.items()}

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from regrad_vllm.base_model import base_digest, build_layout
+from regrad_vllm.cli import main
 from regrad_vllm.learn.published import load_published
-from regrad_vllm.learner import LearnerError
+from regrad_vllm.learner import Learner, LearnerError
 from tests.method.conftest import tiny_model
 from tests.method.reference import peft_model
 
@@ -63,7 +64,22 @@ def test_a_published_checkpoint_becomes_a_learner(kind: str, tmp_path: Path, mod
         if expected is None:
             expected = state["alpha_" + name.replace(".", "-")].numpy()
         assert np.all(steps == expected)
-    learner.save(tmp_path / "learner")
+    out = tmp_path / "learner"
+    assert main(["import", str(tmp_path), str(out), "--model", str(model_folder)]) == 0
+    assert Learner.load(out).fingerprint == learner.fingerprint
+
+
+def test_settings_that_would_change_the_scaling_are_refused(tmp_path: Path, model_folder: Path) -> None:
+    write_checkpoint(tmp_path, "tie")
+    path = tmp_path / "peft_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "use_rslora": True}))
+    with pytest.raises(LearnerError, match="use_rslora"):
+        load_published(tmp_path, model_folder)
+    del settings["lora_alpha"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(LearnerError, match="lora_alpha must be a number"):
+        load_published(tmp_path, model_folder)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path, model_folder: Path) -> None:

@@ -71,7 +71,13 @@ def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_d
             train(short, model_folder=model_folder)
     with pytest.raises(ConfigError, match="--resume"):
         train(short, model_folder=model_folder)
+    with pytest.raises(ConfigError, match="must be of this config"):
+        train(replace(short, num_steps=7), model_folder=model_folder, resume=True)
     parts = train(short, model_folder=model_folder, resume=True)
+    logged = [
+        json.loads(line)["step"] for line in Path(f"{parts}.run/log.jsonl").read_text().splitlines() if "loss" in line
+    ]
+    assert logged == [1, 2, 3, 4, 5, 6]
     one, two = Learner.load(whole), Learner.load(parts)
     assert np.allclose(one.phi, two.phi, atol=1e-6) and np.allclose(one.step_sizes, two.step_sizes, atol=1e-6)
     steps = [json.loads(line) for line in Path(f"{whole}.run/log.jsonl").read_text().splitlines()]
