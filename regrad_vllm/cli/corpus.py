@@ -1,7 +1,8 @@
 """Files and folders → documents, with every line that can't be used reported by file and line.
 
 .txt and .md files are cut into passages; a .jsonl file holds one document a line. Ids come from the file's
-path below the folder that was named, so ingesting a changed file again updates its documents.
+path: as it was named or, in a folder that was named, below that folder. So ingesting a changed file again updates
+its documents, and files of the same name do not get into each other's way.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class BadInput:
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
     path: Path
-    id: str  # path below the folder that was named, with "/" between its parts
+    id: str  # path below the folder that was named, or as the file itself was named; "/" between its parts
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], list[BadInput]]:
@@ -64,7 +65,7 @@ def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], lis
         elif path.suffix.lower() not in ENDINGS:
             bad.append(BadInput(str(path), f"its ending must be one of {', '.join(ENDINGS)}; convert it to text first"))
         else:
-            files.append(CorpusFile(path, path.name))
+            files.append(CorpusFile(path, _named_id(path)))
     return files, left_out, bad
 
 
@@ -79,6 +80,17 @@ def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInp
                     yield BadInput(item.place, f"id {item.id!r} must be unique, {earlier} has it too; rename one")
                     continue
             yield item
+
+
+def _named_id(path: Path) -> str:
+    """The path as it was named, below the current folder where it lies there, without leading "/" and "../"."""
+    plain = Path(os.path.normpath(path))
+    if plain.is_absolute() and plain.is_relative_to(Path.cwd()):
+        plain = plain.relative_to(Path.cwd())
+    parts = list(plain.relative_to(plain.anchor).parts)
+    while parts[0] == "..":
+        del parts[0]
+    return "/".join(parts)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

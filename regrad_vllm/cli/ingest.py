@@ -1,4 +1,8 @@
-"""`regrad ingest`: files and folders → bank, all or nothing as far as can be known before it starts."""
+"""`regrad ingest`: files and folders → bank, all or nothing as far as can be known before it starts.
+
+A document's id is its file's path: as named or, in a folder that is named, below that folder; "#2" is the file's second
+passage, or line of a .jsonl file that gives no "id".
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def test_ids_are_paths_below_the_folder_with_a_number_where_a_file_has_several_p
     ]
 
 
-def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path) -> None:
+def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     lines = [{"id": "x", "title": "T", "text": "A.", "year": 1999, "by": "me"}, {"text": "B."}]
     path = _write(tmp_path / "d.jsonl", "\n\n".join(map(json.dumps, lines)) + "\n")
     documents, bad = _read(path)
@@ -49,6 +50,22 @@ def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path) -> Non
     assert (first.id, first.title, first.text) == ("x", "T", "A.")
     assert dict(first.metadata) == {"year": "1999", "by": "me"}
     assert second.id == "d.jsonl#3"
+
+
+def test_files_that_are_named_have_ids_of_the_paths_they_are_named_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/guide.md", "b/guide.md", "here/guide.md"):
+        _write(tmp_path / name, f"The guide {name}.")
+    monkeypatch.chdir(tmp_path / "here")
+    paths = [Path("guide.md"), Path("../a/./guide.md"), Path("../a/../b/guide.md")]
+    documents, bad = _read(*paths)
+    assert not bad
+    assert [document.id for document in documents] == ["guide.md", "a/guide.md", "b/guide.md"]
+    (below,), _ = _read(tmp_path / "here" / "guide.md")
+    assert below.id == "guide.md", "the same file has the same id, named absolutely or not"
+    (outside,), _ = _read(tmp_path / "a" / "guide.md")
+    assert outside.id == f"{tmp_path}/a/guide.md".lstrip("/")
 
 
 def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
@@ -136,7 +153,10 @@ def test_other_files_in_a_folder_are_left_out_and_reported_hidden_ones_ignored(t
     assert not bad
 
 
-def test_a_text_file_beyond_one_documents_limit_is_cut_into_passages(tmp_path: Path) -> None:
+def test_a_text_file_beyond_one_documents_limit_is_cut_into_passages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     sentence = "The harbour master of Orlen counts every boat twice before noon. "
     path = _write(tmp_path / "long.txt", sentence * (2 * MAX_TEXT_BYTES // len(sentence)))
     documents, bad = _read(path)

@@ -43,8 +43,9 @@ def test_a_folder_goes_in_and_is_found_and_goes_in_again_for_free(
 
 
 def test_a_changed_file_updates_and_a_shortened_one_loses_its_rest(
-    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     guide = tmp_path / "guide.md"
     sections = [f"# Part {n}\n\nThe part number {n} is about lamps.\n\n" for n in range(1, 5)]
     guide.write_text("".join(sections))
