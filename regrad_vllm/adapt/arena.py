@@ -22,7 +22,6 @@ from pathlib import Path
 
 FOLDER_PREFIX = "regrad-arena-"
 _LOCK_NAME = "owner.lock"
-_SWEEP_LOCK_NAME = ".regrad-arena.sweep"
 
 
 class ArenaError(RuntimeError):
@@ -64,16 +63,17 @@ def default_root() -> Path:
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def read_record(folder: str | Path, digest: str) -> bytes:
+def read_record(folder: str | Path, digest: str, *, verify: bool = True) -> bytes:
     """One record of an arena, checked against its digest. ArenaCorrupt, or ArenaError where it isn't there.
 
-    This is the workers' side: it takes no lock, because a published file is never written again.
+    This is the workers' side: it takes no lock, because a published file is never written again. Without
+    ``verify`` the caller sees to it that the bytes are whole.
     """
     try:
         record = (Path(folder) / _file_name(digest)).read_bytes()
     except FileNotFoundError as error:
         raise ArenaError(f"arena {folder} must hold gradient {digest}, it does not; was its folder removed?") from error
-    if hashlib.sha256(record).hexdigest() != digest:
+    if verify and hashlib.sha256(record).hexdigest() != digest:
         raise ArenaCorrupt(f"gradient {digest} in arena {folder} must have that SHA-256; its file was damaged")
     return record
 
@@ -149,12 +149,12 @@ class Arena:
 
     # What leases do, under the mutex.
 
-    def _pin_present(self, digests: Iterable[str]) -> tuple[list[str], list[str]]:
-        """(pinned, missing) of the distinct ``digests``, each in the order given."""
-        pinned: list[str] = []
+    def _pin_present(self, lease: Lease, digests: Iterable[str]) -> list[str]:
+        """Pins those of the distinct ``digests`` that are there; the others, in the order given."""
         missing: list[str] = []
         with self._mutex:
             self._check_open()
+            lease._check_held()
             for digest in dict.fromkeys(digests):
                 entry = self._entries.get(digest)
                 if entry is None or entry.doomed:
@@ -164,19 +164,21 @@ class Arena:
                 self._num_hits += 1
                 entry.num_pins += 1
                 self._entries.move_to_end(digest)
-                pinned.append(digest)
-        return pinned, missing
+                lease._pinned.append(digest)
+        return missing
 
-    def _put_pinned(self, digest: str, record: bytes) -> None:
+    def _put_pinned(self, lease: Lease, digest: str, record: bytes) -> None:
         """Publishes a record and pins it. ArenaCorrupt, ArenaFull."""
         path = self._folder / _file_name(digest)
         if hashlib.sha256(record).hexdigest() != digest:
             raise ArenaCorrupt(f"a gradient's bytes must have the SHA-256 {digest} that it was fetched by; they do not")
         with self._mutex:
             self._check_open()
+            lease._check_held()
             entry = self._entries.get(digest)
             if entry is not None and not entry.doomed:  # another request was faster
                 entry.num_pins += 1
+                lease._pinned.append(digest)
                 self._entries.move_to_end(digest)
                 return
             if entry is None:
@@ -187,9 +189,15 @@ class Arena:
                 self._used_bytes += len(record)
             entry.doomed = False
             entry.num_pins += 1
+            lease._pinned.append(digest)
 
-    def _unpin(self, digests: Iterable[str], doom: bool) -> None:
+    def _release(self, lease: Lease, doom: bool) -> None:
         with self._mutex:
+            if lease._released:
+                return
+            lease._released = True
+            self._num_leases -= 1
+            digests, lease._pinned = lease._pinned, []
             if self._lock_file < 0:
                 return
             for digest in digests:
@@ -198,10 +206,6 @@ class Arena:
                 entry.doomed = entry.doomed or doom
                 if entry.doomed and not entry.num_pins:
                     self._remove(digest)
-
-    def _forget_lease(self) -> None:
-        with self._mutex:
-            self._num_leases -= 1
 
     def _check_open(self) -> None:
         if self._lock_file < 0:
@@ -263,32 +267,32 @@ class Arena:
 
 
 class Lease:
-    """The records that one request has pinned. Release once, or use as a context manager; not for many threads."""
+    """The records that one request has pinned. Release once, or use as a context manager.
+
+    A thread may still be inside ``put`` while its request is cancelled and the lease released: what it pins goes
+    into the lease's books under the arena's mutex, and a released lease pins nothing.
+    """
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._pinned: list[str] = []
+        self._pinned: list[str] = []  # with _released, under the arena's mutex
         self._released = False
 
     def take(self, digests: Sequence[str]) -> list[str]:
         """Pins those of ``digests`` that are in the arena and returns the others, without repetition."""
-        pinned, missing = self._arena._pin_present(digests)
-        self._pinned.extend(pinned)
-        return missing
+        return self._arena._pin_present(self, digests)
 
     def put(self, digest: str, record: bytes) -> None:
         """Publishes a record and pins it. ArenaCorrupt, ArenaFull."""
-        self._arena._put_pinned(digest, record)
-        self._pinned.append(digest)
+        self._arena._put_pinned(self, digest, record)
 
     def release(self, *, discard: bool = False) -> None:
         """Unpins everything, once. With ``discard`` the records leave the arena: they turned out to be unusable."""
+        self._arena._release(self, discard)
+
+    def _check_held(self) -> None:
         if self._released:
-            return
-        self._released = True
-        self._arena._unpin(self._pinned, discard)
-        self._pinned.clear()
-        self._arena._forget_lease()
+            raise ArenaError("a lease must pin before it is released; it was released")
 
     def __enter__(self) -> Lease:
         return self
@@ -298,16 +302,18 @@ class Lease:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Removes the arenas under ``root`` whose owners are dead, and returns their folders."""
+    """Removes this user's arenas under ``root`` whose owners are dead, and returns their folders."""
     removed: list[Path] = []
     for folder in sorted(root.glob(FOLDER_PREFIX + "*")):
+        if folder.lstat().st_uid != os.getuid():  # its owner has another sweep lock; root could open it
+            continue
         try:
-            lock_file = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+            lock_file = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:  # its owner died between making the folder and locking it
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
             continue
-        except OSError:  # another user's
+        except OSError:
             continue
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -322,8 +328,12 @@ def sweep(root: Path) -> list[Path]:
 
 @contextmanager
 def _sweep_lock(root: Path) -> Iterator[None]:
-    """One process at a time makes or sweeps arenas, so that nobody sweeps a folder that is about to be locked."""
-    lock_file = os.open(root / _SWEEP_LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    """One process of a user at a time makes or sweeps arenas: nobody sweeps a folder that is about to be locked.
+
+    A lock for each user, because all share /dev/shm; never through a link that another one put in its place.
+    """
+    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    lock_file = os.open(root / f".regrad-arena.{os.getuid()}.sweep", flags, 0o600)
     try:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield

@@ -196,6 +196,43 @@ def test_the_next_start_sweeps_what_a_killed_server_left(tmp_path: Path) -> None
     assert list(tmp_path.glob(FOLDER_PREFIX + "*")) == []
 
 
+def test_a_put_that_comes_after_its_request_was_cancelled_pins_nothing(arena: Arena) -> None:
+    lease, other = arena.lease(), arena.lease()
+    other.put(*record(2))
+    lease.release()
+    for number in (1, 2):
+        with pytest.raises(ArenaError, match="released"):
+            lease.put(*record(number))
+    with pytest.raises(ArenaError, match="released"):
+        lease.take([record(2)[0]])
+    other.release()
+    assert arena.figures().num_pinned == arena.figures().num_leases == 0
+    fill(arena, range(10, 30))
+    assert not holds(arena, 1) and not holds(arena, 2)
+
+
+def test_each_user_has_a_sweep_lock_of_his_own_and_follows_no_link(tmp_path: Path) -> None:
+    lock = tmp_path / f".regrad-arena.{os.getuid()}.sweep"
+    Arena.open(tmp_path, 1000).close()
+    assert lock.is_file()
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArenaError, match="can't be made"):
+        Arena.open(tmp_path, 1000)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_another_users_folder_is_not_swept(tmp_path: Path) -> None:
+    foreign = tmp_path / (FOLDER_PREFIX + "foreign")
+    foreign.mkdir()
+    try:
+        os.chown(foreign, os.getuid() + 1, -1)
+    except PermissionError:
+        pytest.skip("giving a folder away takes root")
+    Arena.open(tmp_path, 1000).close()
+    assert foreign.is_dir(), "its owner may be about to lock it"
+
+
 def test_a_closed_arena_refuses(tmp_path: Path) -> None:
     arena = Arena.open(tmp_path, 1000)
     lease = arena.lease()
