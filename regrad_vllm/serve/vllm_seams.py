@@ -190,8 +190,12 @@ def adaptable_modules(worker: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def spare_slot_is_zero(worker: Any) -> bool:
-    """Whether slot −1 of every wrapped module is one that the manager can't hand out, and zero."""
+def spare_slot_is_zero(worker: Any) -> bool | None:
+    """Whether slot −1 of every wrapped module is one that the manager can't hand out, and zero; None: not needed."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
     manager = _model_manager(worker)
     for module in manager.modules.values():
         for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):

