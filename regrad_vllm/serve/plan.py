@@ -80,6 +80,7 @@ class Planner:
         self, options: RegradOptions, body: Body, shape: PromptShape, request_id: str, *, by_name: bool
     ) -> Plan:
         learner = self.learner.config
+        self._check_number(options)
         question = shape.question(body)
         text = None if options.document_ids else options.query or question
         if text is None and not options.document_ids:
@@ -97,7 +98,7 @@ class Planner:
                 namespace=options.namespace or self.settings.namespace,
                 text=_searchable(text) if text else "",
                 document_ids=options.document_ids or (),
-                top_k=options.top_k or self.settings.top_k or learner.top_k,
+                top_k=options.top_k or self.settings.top_k or min(learner.top_k, self.settings.max_documents),
                 min_score=None if options.document_ids else _first(options.min_score, self.settings.min_score),
                 with_text=options.mode == "icl",
             ),
@@ -105,6 +106,20 @@ class Planner:
             mode=options.mode,
             by_name=by_name,
         )
+
+    def _check_number(self, options: RegradOptions) -> None:
+        """No more documents than this server composes for one request: each costs time, bandwidth and arena."""
+        limit = self.settings.max_documents
+        if options.top_k is not None and options.top_k > limit:
+            raise RequestError.bad(
+                "regrad.top_k", f"at most {limit} (this server's REGRAD_MAX_DOCUMENTS)", options.top_k
+            )
+        if options.document_ids is not None and len(options.document_ids) > limit:
+            raise RequestError.bad(
+                "regrad.document_ids",
+                f"at most {limit} ids (this server's REGRAD_MAX_DOCUMENTS)",
+                len(options.document_ids),
+            )
 
 
 def _first(*values: float | None) -> float | None:

@@ -29,7 +29,8 @@ class Settings:
     learner: Path  # folder
     bank: str = "127.0.0.1:50061"  # host:port
     namespace: str = "default"
-    top_k: int | None = None  # None: the learner's
+    top_k: int | None = None  # None: the learner's, at most max_documents
+    max_documents: int = 16  # of one request: the most for regrad.top_k and regrad.document_ids
     gamma: float | None = None  # None: the learner's
     min_score: float | None = None  # None: all hits count
     default: bool = False  # ReGrad for requests to the base model's name that don't mention it
@@ -51,6 +52,7 @@ class Settings:
             raise SettingsError("REGRAD_NAMESPACE must not be empty; leave it out for 'default'")
         for name, low, high in (
             ("top_k", 1, MAX_TOP_K),
+            ("max_documents", 1, MAX_TOP_K),
             ("gamma", -MAX_GAMMA, MAX_GAMMA),
             ("min_score", -1, 1),
             ("arena_bytes", 1, 2**50),
@@ -63,6 +65,11 @@ class Settings:
             # Not "value < low": NaN must fail too.
             if value is not None and not low <= value <= high:
                 raise SettingsError(f"{variable(name)} must be in {low}..{high}, got {value}")
+        if self.top_k is not None and self.top_k > self.max_documents:
+            raise SettingsError(
+                f"REGRAD_TOP_K must be at most REGRAD_MAX_DOCUMENTS ({self.max_documents}), got {self.top_k}; "
+                "raise that or lower this"
+            )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings | None:
@@ -140,6 +147,7 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "bank": str,
     "namespace": str,
     "top_k": _integer,
+    "max_documents": _integer,
     "gamma": _number,
     "min_score": _number,
     "default": _switch,

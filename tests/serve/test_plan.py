@@ -69,6 +69,19 @@ def test_the_requests_values_come_before_the_servers_before_the_learners(planner
     assert (plan.query.document_ids, plan.query.text, plan.query.min_score) == (("a",), "", None)
 
 
+def test_a_request_gets_no_more_documents_than_the_server_allows(planner: Planner) -> None:
+    ids = [f"d{number}" for number in range(17)]
+    for regrad, field in (({"top_k": 17}, "regrad.top_k"), ({"document_ids": ids}, "regrad.document_ids")):
+        with pytest.raises(RequestError, match=f"{field} must be at most 16") as caught:
+            plan_of(planner, model="base-regrad", regrad=regrad)
+        assert (caught.value.status, caught.value.param) == (400, field)
+    plan = plan_of(planner, regrad={"document_ids": ids[:16]})
+    assert isinstance(plan, Plan) and len(plan.query.document_ids) == 16
+    one = replace(planner, settings=replace(planner.settings, max_documents=1))
+    plan = plan_of(one, model="base-regrad")
+    assert isinstance(plan, Plan) and plan.query.top_k == 1, "the learner's own top_k gives way"
+
+
 def test_switched_off_by_our_models_name_the_base_model_answers(planner: Planner) -> None:
     off = plan_of(planner, model="base-regrad", regrad={"enabled": False})
     assert isinstance(off, Used) and off.adapter is None and not off.fallback

@@ -32,6 +32,11 @@ def test_settings_survive_the_way_through_the_environment() -> None:
     assert Settings.from_environment(settings.environment()) == settings
 
 
+def test_top_k_must_not_be_more_than_a_request_may_have() -> None:
+    with pytest.raises(SettingsError, match="REGRAD_TOP_K must be at most REGRAD_MAX_DOCUMENTS"):
+        Settings.from_environment({**LEARNER, "REGRAD_TOP_K": "5", "REGRAD_MAX_DOCUMENTS": "4"})
+
+
 def test_an_unknown_key_is_told_the_known_ones() -> None:
     with pytest.raises(SettingsError, match="REGRAD_TOPK must be one of .*REGRAD_TOP_K"):
         Settings.from_environment({**LEARNER, "REGRAD_TOPK": "3"})
@@ -42,7 +47,8 @@ def test_an_unknown_key_is_told_the_known_ones() -> None:
     [
         ("BANK", "nowhere"), ("BANK", "host:0"), ("BANK", "host:99999"), ("TOP_K", "0"), ("TOP_K", "65"),
         ("TOP_K", "many"), ("GAMMA", "nan"), ("GAMMA", "17"), ("MIN_SCORE", "2"), ("DEFAULT", "maybe"),
-        ("ON_ERROR", "fail"), ("ARENA_BYTES", "0"), ("BANK_TIMEOUT_MS", "-1"), ("BANK_CONCURRENCY", "0"),
+        ("MAX_DOCUMENTS", "65"), ("ON_ERROR", "fail"), ("ARENA_BYTES", "0"),
+        ("BANK_TIMEOUT_MS", "-1"), ("BANK_CONCURRENCY", "0"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key: str, value: str) -> None:
