@@ -9,6 +9,7 @@ _TYPES = {
     404: "NotFoundError",
     409: "ConflictError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     503: "ServiceUnavailableError",
 }
 _MAX_SHOWN_CHARS = 80

@@ -30,6 +30,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 64 * 2**20
 _POLL_SECONDS = 0.05
+# Of vLLM's, with a prompt and without ReGrad: what asks for it there must not be answered as if it hadn't.
+_ROUTES_WITHOUT = frozenset({"/invocations", "/v1/messages", "/v1/chat/completions/batch"})
 _LOGGER = logging.getLogger("regrad")
 
 
@@ -53,18 +55,24 @@ class RegradMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        shape = SHAPES.get(_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if shape is None or not _is_plain_json(scope):
+        path = _path(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        shape = SHAPES.get(path) if path is not None else None
+        if (shape is None and path not in _ROUTES_WITHOUT) or (shape is not None and not _is_json(scope)):
             await self._app(scope, receive, send)
             return
         runtime: Runtime = scope["app"].state.regrad
         try:
+            _check_encoding(scope)
             body = await _read_body(receive)
             if body is None:  # the client went away
                 return
             document = _parse(body)
-            plan = _plan(document, shape, scope, runtime) if document is not None else None
-            if document is None or plan is None:
+            if shape is None and document is not None and "regrad" in document:
+                raise RequestError(
+                    400, f"regrad must be absent on {path}, got it; {', '.join(SHAPES)} support it", "regrad"
+                )
+            plan = _plan(document, shape, scope, runtime) if document is not None and shape is not None else None
+            if document is None or shape is None or plan is None:
                 await self._app(scope, _Replay(body, receive), send)
                 return
             prepared = plan if isinstance(plan, Used) else await _prepare(plan, scope, runtime)
@@ -141,8 +149,9 @@ def _for_vllm(
     model = body.get("model")
     body["model"] = planner.base_name(model)
     body["request_id"] = used.request_id
+    answered_by = model if isinstance(model, str) else planner.model_names[0]
     if not isinstance(prepared, Prepared) or prepared.recipe is None:
-        return None, body
+        return vllm_server_seams.ServedCall(None, answered_by), body
     prompts = planner.learner.config.prompts
     changed: Body | None = body
     if used.mode == "icl":
@@ -152,7 +161,6 @@ def _for_vllm(
         raise AssertionError("mode icl was planned for a body without a question")
     if planner.settings.system_prompt and prompts.system:
         changed = shape.with_system(changed, prompts.system)
-    answered_by = model if isinstance(model, str) else planner.model_names[0]
     return vllm_server_seams.make_served_call(prepared.recipe, answered_by), changed
 
 
@@ -193,11 +201,20 @@ def _path(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
-def _is_plain_json(scope: Scope) -> bool:
-    """Whether the body is JSON that we can read. All else is vLLM's to refuse."""
+def _is_json(scope: Scope) -> bool:
+    """Whether the body says that it is JSON. All else is vLLM's to refuse."""
     headers = {name.lower(): value for name, value in scope["headers"]}
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    return bool(kind == b"application/json" and headers.get(b"content-encoding", b"identity") == b"identity")
+    return bool(headers.get(b"content-type", b"").split(b";")[0].strip().lower() == b"application/json")
+
+
+def _check_encoding(scope: Scope) -> None:
+    """RequestError for a packed body: a ``regrad`` object in it could not be seen."""
+    for name, value in scope["headers"]:
+        encoding = value.decode("latin-1").strip()
+        if name.lower() == b"content-encoding" and encoding.lower() not in ("", "identity"):
+            raise RequestError(
+                415, f"Content-Encoding must be identity or absent, got {encoding[:80]!r}; send the JSON as it is"
+            )
 
 
 async def _read_body(receive: Receive) -> bytes | None:

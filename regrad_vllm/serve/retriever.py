@@ -16,6 +16,7 @@ from bank_service.wire.errors import (
     BankError,
     InvalidArgumentError,
     LearnerMismatchError,
+    LimitExceededError,
     NotFoundError,
 )
 from bank_service.wire.tracing import span
@@ -154,6 +155,13 @@ def as_request_error(error: Exception, bank: str) -> RequestError:
     if isinstance(error, InvalidArgumentError):
         field = "query" if error.field == "text" else error.field
         return RequestError(400, f"regrad.{field} is refused by the bank: {error.message}", f"regrad.{field}")
+    if isinstance(error, LimitExceededError):
+        return RequestError(
+            400,
+            f"the documents' texts must fit one message of the bank: {error.message}; ask with a smaller "
+            "regrad.top_k, fewer regrad.document_ids or regrad.mode blind",
+            "regrad.mode",
+        )
     if isinstance(error, LearnerMismatchError | WrongLearnerError):
         return RequestError(
             409,

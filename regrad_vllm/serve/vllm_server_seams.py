@@ -44,7 +44,7 @@ _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 class ServedCall:
     """What the serving layer must use for the API request that is being handled."""
 
-    lora_request: LoRARequest
+    lora_request: LoRARequest | None  # None: vLLM's own choice
     model_name: str  # for the answer's "model"
 
 
@@ -69,19 +69,23 @@ def install_served_call() -> None:
         self: BaseServing, request: Any, supports_default_mm_loras: bool = False
     ) -> LoRARequest | None:
         call = _SERVED_CALL.get()
-        if call is not None:
+        if call is not None and call.lora_request is not None:
             return call.lora_request
         return original(self, request, supports_default_mm_loras)
 
     @wraps(original_name)
     def model_name(self: OpenAIServingModels, lora_request: LoRARequest | None = None) -> str:
         call = _SERVED_CALL.get()
-        if call is not None and lora_request is not None and lora_request.lora_name == call.lora_request.lora_name:
+        if call is not None and _name_of(lora_request) == _name_of(call.lora_request):
             return call.model_name
         return original_name(self, lora_request)
 
     replace_by(BaseServing, "_maybe_get_adapters", maybe_get_adapters)
     replace_by(OpenAIServingModels, "model_name", model_name)
+
+
+def _name_of(lora_request: LoRARequest | None) -> str | None:
+    return None if lora_request is None else lora_request.lora_name
 
 
 def make_served_call(recipe: Recipe, model_name: str) -> ServedCall:

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
+from bank_service.wire.errors import LimitExceededError
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
@@ -25,7 +26,7 @@ from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
-from regrad_vllm.serve.retriever import Retriever
+from regrad_vllm.serve.retriever import Retriever, as_request_error
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
 from regrad_vllm.serve.worker import gradient_spec
@@ -40,12 +41,17 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
 
 
 async def ask(
-    settings: Settings, learner: Learner, arena: Arena, body: dict[str, Any], **headers: str
+    settings: Settings,
+    learner: Learner,
+    arena: Arena,
+    body: dict[str, Any],
+    path: str = "/v1/completions",
+    **headers: str,
 ) -> httpx.Response:
     """One request through the middleware to a handler that says what body it got. No bank listens."""
     app = FastAPI()
 
-    @app.post("/v1/completions")
+    @app.post(path)
     async def completions(request: Request) -> dict[str, Any]:
         return {"got": await request.json()}
 
@@ -65,7 +71,7 @@ async def ask(
     transport = httpx.ASGITransport(app)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/v1/completions", json=body, headers=headers)
+            return await client.post(path, json=body, headers=headers)
     finally:
         await bank.close()
 
@@ -112,6 +118,40 @@ def test_without_the_default_a_plain_request_passes_byte_for_byte(
     body = {"model": "base", "prompt": "x", "extra": [1, {"a": None}]}
     answer = asyncio.run(ask(replace(settings, default=False), learner, arena, body))
     assert answer.json() == {"got": body}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "identity, br"])
+def test_a_packed_body_is_refused_because_regrad_could_hide_in_it(
+    settings: Settings, learner: Learner, arena: Arena, encoding: str
+) -> None:
+    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, **{"content-encoding": encoding}))
+    assert answer.status_code == 415 and "Content-Encoding must be identity" in answer.json()["error"]["message"]
+
+
+def test_the_spelling_of_identity_does_not_matter(settings: Settings, learner: Learner, arena: Arena) -> None:
+    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, **{"content-encoding": "Identity"}))
+    assert answer.status_code == 200 and answer.json()["regrad"]["fallback"]
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/messages", "/v1/chat/completions/batch"])
+def test_a_route_without_regrad_refuses_to_be_asked_for_it(
+    settings: Settings, learner: Learner, arena: Arena, path: str
+) -> None:
+    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x", "regrad": {}}, path))
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "regrad"
+    assert path in error["message"] and "/v1/responses" in error["message"]
+    assert asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, path)).json() == {"got": {"prompt": "x"}}
+
+
+def test_a_body_of_any_other_route_is_not_read(settings: Settings, learner: Learner, arena: Arena) -> None:
+    body = {"input": "x", "regrad": {}}
+    assert asyncio.run(ask(settings, learner, arena, body, "/v1/embeddings")).json() == {"got": body}
+
+
+def test_texts_too_large_for_a_message_are_the_requests_own_fault() -> None:
+    error = as_request_error(LimitExceededError("too much", limit="max_message_bytes"), "bank:1")
+    assert (error.status, error.param) == (400, "regrad.mode") and "regrad.top_k" in error.message
 
 
 def test_spans_belong_to_the_requests_own_trace(

@@ -1,4 +1,4 @@
-"""When a request's pins go: many overlapping requests with one adapter, a real bank and arena, vLLM's lists stood in."""
+"""When a request's pins go: overlapping requests with one adapter; bank and arena are real, vLLM's lists stood in."""
 
 from __future__ import annotations
 
