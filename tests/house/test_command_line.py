@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from regrad_vllm.cli import main
-from regrad_vllm.cli.main import build_parser
+from regrad_vllm.cli.main import _explain, build_parser
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "127.0.0.1:1"  # nothing listens on port 1
@@ -112,3 +113,13 @@ def test_bad_inputs_are_all_listed_before_anything_is_sent(tmp_path: Path, capsy
     assert any(line.startswith(f"{tmp_path}/empty.txt: must hold some text") for line in lines)
     assert any(line.startswith(f"{tmp_path}/lines.jsonl:2: must be a JSON object") for line in lines)
     assert lines[-1].startswith("regrad ingest: 2 inputs can't be used, nothing was ingested")
+
+
+@pytest.mark.parametrize("command", ["demo", "eval"])
+def test_a_missing_httpx_is_answered_with_an_extra_that_brings_it(command: str) -> None:
+    message = _explain(command, ModuleNotFoundError("No module named 'httpx'", name="httpx"))
+    advised = re.search(r"pip install 'regrad-vllm\[([\w,]+)\]'", message)
+    assert advised and "the package httpx must be installed" in message
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = [requirement for extra in advised[1].split(",") for requirement in extras[extra]]
+    assert any(requirement.startswith("httpx>=") for requirement in brought)
