@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,14 @@ class BankConfig:
     embed_threads: int = 0  # 0: as many as CPUs, at most 4
     snapshot_every: int = 10_000  # changes between two snapshots of the vector index
     drain_seconds: float = 10.0  # for calls under way when the bank stops
+
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine reaches ``host``. False for a name other than localhost: it may be any address."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir).absolute())

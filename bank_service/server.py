@@ -85,6 +85,12 @@ class BankServer:
 
     async def _start(self) -> None:
         config = self._config
+        if not config.is_loopback:
+            logger.warning(
+                "the bank should listen on loopback, got host %s: it has no authentication or TLS, so whoever reaches "
+                "its port reads and changes everything; let only a private network reach it",
+                config.host,
+            )
         data_dir = DataDir(config.data_dir)
         await asyncio.to_thread(data_dir.claim)
         self._stack.callback(data_dir.release)

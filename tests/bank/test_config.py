@@ -29,6 +29,23 @@ def test_a_setting_out_of_its_range_is_refused(tmp_path: Path, fields: dict[str,
         BankConfig(data_dir=tmp_path, **fields)
 
 
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.3.2.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.7", False),
+        ("bank.internal", False),
+    ],
+)
+def test_loopback_is_told_from_networks(tmp_path: Path, host: str, loopback: bool) -> None:
+    assert BankConfig(data_dir=tmp_path, host=host).is_loopback is loopback
+
+
 def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="redis_uri"):
         BankConfig(data_dir=tmp_path, redis_uri="redis://x")  # type: ignore[call-arg]

@@ -38,6 +38,16 @@ async def test_a_ready_bank_says_so_by_health_and_by_its_address_file(server: Ba
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_a_bank_that_other_machines_reach_warns_that_it_asks_nobody_who_they_are(
+    data_dir: Path, embedder: MiniLmEmbedder, caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    async with BankServer(BankConfig(data_dir=data_dir, host=host), HashEncoder(), embedder):
+        pass
+    assert ("no authentication or TLS" in caplog.text) == (host == "0.0.0.0")
+
+
+@pytest.mark.asyncio
 async def test_reflection_names_the_service(server: BankServer) -> None:
     async with grpc.aio.insecure_channel(server.address.target) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
