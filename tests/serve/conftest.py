@@ -67,7 +67,7 @@ def server(
     collector: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[VllmServer]:
-    """``regrad serve`` on that bank, in float32, with fewer slots than the tests have adapters."""
+    """What ``regrad serve --print-command`` prints, on that bank, with fewer slots than the tests have adapters."""
     folder = tmp_path_factory.mktemp("server")
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
@@ -77,7 +77,7 @@ def server(
         "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),
     ]  # fmt: skip
     traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    running = VllmServer(model, flags, traces, folder / "server.log")
+    running = VllmServer(model, flags, traces, folder / "server.log", plain=True)
     try:
         running.wait_until_ready(240)
         yield running

@@ -19,8 +19,10 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+from redis import Redis
 
 from bank_service.config import BankConfig
+from bank_service.embedded_redis import EmbeddedRedis
 from bank_service.encoder import EncodedDocument
 from bank_service.server import BankServer
 from bank_service.wire.codec import FloatArray, GradientSpec
@@ -34,6 +36,7 @@ from regrad_vllm.learner import Learner, LearnerConfig, Prompts
 API_KEY = "tests-only"
 BASE = "base"  # the name under which the tests' server serves the default model
 MAX_NUM_SEQS = 12
+HUGE = "A text whose gradient is so large that gamma 16 takes it out of float32."
 RANK = 16
 LAYERS = range(15, 30)
 HIDDEN, INTERMEDIATE = 576, 1536
@@ -86,6 +89,8 @@ class DrawingEncoder:
         return [EncodedDocument(self._draw(title, text), len(text.split()), False) for title, text in documents]
 
     def _draw(self, title: str, text: str) -> FloatArray:
+        if text == HUGE:
+            return np.full(self._layout.num_values, 3e37, np.float32)
         seed = int.from_bytes(hashlib.sha256(f"{title}\n{text}".encode()).digest()[:8], "big")
         return _noise(self._layout, seed, 0.03)
 
@@ -145,6 +150,15 @@ class BankThread:
             stub = bank_pb2_grpc.BankServiceStub(channel)
             return [answer.gradient_digest for answer in stub.IngestDocuments(iter(messages), timeout=120)]
 
+    def redis(self) -> Redis:
+        """A client of the server that caches for this bank."""
+        return Redis.from_url(EmbeddedRedis(self._data_dir, 1).url)
+
+    def lose(self, digest: str) -> None:
+        """Takes a gradient's record away from the store, as a broken disk would."""
+        (found,) = [path for path in self._data_dir.glob(f"**/{digest[:2]}/{digest[2:]}") if path.is_file()]
+        found.unlink()
+
     def delete(self, id: str, namespace: str = "default") -> None:
         with grpc.insecure_channel(self.address) as channel:
             stub = bank_pb2_grpc.BankServiceStub(channel)
@@ -158,9 +172,11 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """``regrad serve`` as a user starts it, in a process group of its own."""
+    """``regrad serve`` as a user starts it, in a process group of its own; or, ``plain``, the line that it prints."""
 
-    def __init__(self, model: Path, flags: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, model: Path, flags: Sequence[str], environment: dict[str, str], log: Path, *, plain: bool = False
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
@@ -172,13 +188,20 @@ class VllmServer:
             limits=httpx.Limits(max_connections=None),
             verify=False,
         )
+        command = [sys.executable, "-m", "regrad_vllm.cli", "serve", str(model), "--port", str(self.port), *flags]
+        variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **environment}
+        if plain:
+            printed = subprocess.run([*command, "--print-command"], env=variables, capture_output=True, check=True)
+            lines = printed.stdout.decode().splitlines()
+            assert len(lines) == 1, lines
+            command = ["sh", "-c", "exec env " + lines[0]]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "regrad_vllm.cli", "serve", str(model), "--port", str(self.port), *flags],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **environment},
+                env=variables,
                 cwd=log.parent,
                 start_new_session=True,
             )

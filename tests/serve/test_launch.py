@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +57,24 @@ def test_a_rank_between_vllms_is_rounded_up(model: Path, learner: Learner) -> No
     layout = type(learner.layout).build(12, [("model.layers.0.mlp.down_proj", 4, 4)])
     small = SimpleNamespace(layout=layout)
     assert value(serve_args(str(model), small, []), "--max-lora-rank") == "16"  # type: ignore[arg-type]
+
+
+def test_the_printed_command_is_one_line_that_a_shell_reads_back(
+    model: Path, learner_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    namespace = "it's & more"
+    flags = ["--learner", str(learner_folder), "--namespace", namespace, "--chat-template", "a b"]
+    assert main([str(model), *flags, "--print-command"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and printed.endswith("\n")
+    words = shlex.split(printed)
+    start = words.index(sys.executable)
+    given = dict(word.split("=", 1) for word in words[:start])
+    assert given["REGRAD_NAMESPACE"] == namespace and given["REGRAD_LEARNER"] == str(learner_folder)
+    assert "regrad" in given["VLLM_PLUGINS"].split(",")
+    assert words[start + 1 : start + 5] == ["-m", "regrad_vllm.serve.vllm_main", "serve", str(model)]
+    assert value(words, "--chat-template") == "a b" and "--print-command" not in words
 
 
 def test_our_plugin_is_named_beside_those_that_would_load_anyway() -> None:
