@@ -112,9 +112,14 @@ def text_of() -> dict[str, str]:
     return {f"doc-{n}": f"Fact number {n}: the answer to riddle {n} is {n * 37 % 1000}." for n in range(150)}
 
 
+@pytest.fixture(scope="module")
+def oracle(model: Path, learner: Learner) -> Oracle:
+    return Oracle(model, learner)
+
+
 @pytest.mark.timeout(600)
 def test_concurrent_requests_give_the_tokens_of_hugging_face_one_at_a_time(
-    server: VllmServer, bank: BankThread, model: Path, learner: Learner, text_of: dict[str, str], one_thread: None
+    server: VllmServer, bank: BankThread, oracle: Oracle, text_of: dict[str, str], one_thread: None
 ) -> None:
     """Also the guard against slot −1: more adapters than slots have been through, and all base rows are the base's."""
     asks = requests()
@@ -128,7 +133,6 @@ def test_concurrent_requests_give_the_tokens_of_hugging_face_one_at_a_time(
     with ThreadPoolExecutor(len(asks)) as pool:  # all at once
         served = list(pool.map(ask_server, asks))
 
-    oracle = Oracle(model, learner)
     ties = 0
     for ask, tokens in zip(asks, served, strict=True):
         wrong = oracle.check(ask, [text_of[id] for id in ask.ids or ()], tokens)
@@ -156,6 +160,35 @@ def test_base_rows_stay_the_base_models_while_every_slot_holds_an_adapter(server
         assert all(other.result()["choices"][0]["token_ids"] != alone[PROMPTS[0]] for other in others)
     assert beside == alone
     assert server.status()["workers"][0]["spare_slot_is_zero"]
+
+
+def prefix_hits(server: VllmServer) -> float:
+    lines = server.client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+
+@pytest.mark.timeout(600)
+def test_a_cached_prefix_is_used_again_by_the_same_adapter_only(
+    server: VllmServer, bank: BankThread, oracle: Oracle, text_of: dict[str, str], one_thread: None
+) -> None:
+    words = " ".join(PROMPTS).split()
+    # Without a pattern that any adapter would go on with.
+    prompt = " ".join(random.Random(5).choices(words, k=320)) + ". " + PROMPTS[1]
+    first, second, base = Ask(prompt, ("doc-61",), 1.5), Ask(prompt, ("doc-62",), 1.5), Ask(prompt, None, 1.0)
+    before = prefix_hits(server)
+    seen: dict[Ask, list[int]] = {}
+    for ask in (first, second, base, first, base, second):
+        regrad = None if ask.ids is None else {"document_ids": list(ask.ids), "gamma": ask.gamma}
+        answer = server.complete(prompt, regrad, max_tokens=NUM_TOKENS)
+        assert answer["usage"]["prompt_tokens"] >= 300, "shorter than the cache's blocks: nothing would be shared"
+        tokens = list(answer["choices"][0]["token_ids"])
+        wrong = oracle.check(ask, [text_of[id] for id in ask.ids or ()], tokens)
+        assert wrong is None or wrong[1] < TIE, (
+            f"{ask.ids}: token {wrong[0]} is not the best, which leads by {wrong[1]}"
+        )
+        assert seen.setdefault(ask, tokens) == tokens
+    assert len({tuple(tokens) for tokens in seen.values()}) == 3, "adapters that change nothing would prove nothing"
+    assert prefix_hits(server) - before >= 3 * 256, "the three repeated requests must have found their prefix"
 
 
 def test_the_base_weights_in_the_worker_are_what_they_were(weights_before: list[str], server: VllmServer) -> None:

@@ -103,9 +103,7 @@ def test_several_choices_share_one_adapter(server: VllmServer) -> None:
 
 
 def test_retrieval_finds_the_document_that_the_question_is_about(server: VllmServer) -> None:
-    answer = server.complete(
-        "Something else", {"query": "Fact number 42: the answer to riddle 42 is 554.", "top_k": 1}
-    )
+    answer = server.complete("Something else", {"query": "Fact number 42: the answer to riddle 42 is 554.", "top_k": 1})
     assert [document["id"] for document in answer["regrad"]["documents"]] == ["doc-42"]
     assert answer["regrad"]["documents"][0]["score"] > 0.9
 
@@ -123,6 +121,16 @@ def test_without_a_document_that_scores_high_enough_the_base_model_answers(serve
     assert none["choices"][0]["token_ids"] == plain["choices"][0]["token_ids"]
     assert none["regrad"]["documents"] == [] and none["regrad"]["adapter"] is None
     assert "no document" in none["regrad"]["reason"] and not none["regrad"]["fallback"]
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("regrad", [{"min_score": 1.0}, {"enabled": False}])
+def test_an_answer_of_the_base_model_has_the_name_that_was_asked_for(
+    server: VllmServer, path: str, regrad: dict[str, Any]
+) -> None:
+    answer = server.post(path, {**BODIES[path], "model": TWIN, "regrad": regrad}).json()
+    assert answer["regrad"]["adapter"] is None
+    assert answer["model"] == TWIN
 
 
 def test_gamma_zero_is_the_learner_alone_whatever_the_documents(server: VllmServer) -> None:

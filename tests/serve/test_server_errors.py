@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import RedisError
 
-from tests.serve.support import BASE, BankThread, VllmServer, random_learner
+from tests.serve.support import BASE, HUGE, BankThread, VllmServer, random_learner
 
 TWIN = BASE + "-regrad"
 NAN, INF = "@NaN@", "@Infinity@"  # spelled into the JSON text: no library writes them for us
@@ -142,6 +145,58 @@ def test_a_damaged_gradient_is_one_requests_error_and_fetched_anew(server: VllmS
     body = {"model": BASE, "prompt": "x", "max_tokens": 1, "regrad": {"document_ids": ["doc-77"], "gamma": 0.77}}
     assert "composed" in error_of(post_raw(server, body), 503)["message"]
     assert post_raw(server, body).status_code == 200
+
+
+def test_a_gradient_that_leaves_the_engines_numbers_is_one_requests_error(server: VllmServer, bank: BankThread) -> None:
+    bank.ingest([("huge", HUGE)])
+    try:
+        body = {"model": BASE, "prompt": "x", "max_tokens": 1, "regrad": {"document_ids": ["huge"], "gamma": 16}}
+        with ThreadPoolExecutor(2) as pool:
+            beside = pool.submit(server.complete, "The moon", {"document_ids": ["doc-20"]}, max_tokens=16)
+            error = error_of(post_raw(server, body), 503)
+            assert beside.result()["regrad"]["adapter"]
+        assert "finite" in error["message"] and "smaller regrad.gamma" in error["message"]
+    finally:
+        bank.delete("huge")
+
+
+def test_an_emptied_or_killed_redis_of_the_bank_costs_no_answer(server: VllmServer, bank: BankThread) -> None:
+    texts = [(f"cache-{n}", f"What the cache of number {n} forgets.") for n in range(2)]
+    bank.ingest(texts)
+    redis = bank.redis()
+    try:
+        redis.flushall()
+        assert server.complete("x", {"document_ids": ["cache-0"]})["regrad"]["adapter"]
+        os.kill(int(redis.info("server")["process_id"]), signal.SIGKILL)
+        assert server.complete("x", {"document_ids": ["cache-1"]})["regrad"]["adapter"]
+    finally:
+        redis.close()
+        for id, _ in texts:
+            bank.delete(id)
+
+
+def test_a_gradient_that_the_bank_lost_is_a_503_that_names_it(server: VllmServer, bank: BankThread) -> None:
+    (digest,) = bank.ingest([("lost", "What the disk lost.")])
+    bank.lose(digest)
+
+    def emptied() -> bool:  # the server may be starting anew after another test
+        try:
+            with bank.redis() as redis:
+                return bool(redis.flushall())
+        except RedisError:
+            return False
+
+    assert eventually(emptied)
+    try:
+        body = {"model": BASE, "prompt": "x", "max_tokens": 1, "regrad": {"document_ids": ["lost"]}}
+        with ThreadPoolExecutor(2) as pool:
+            beside = pool.submit(server.complete, "The moon", {"document_ids": ["doc-21"]}, max_tokens=16)
+            error = error_of(post_raw(server, body), 503)
+            assert beside.result()["regrad"]["adapter"]
+        assert digest in error["message"]
+    finally:
+        bank.delete("lost")
+    assert server.status()["arena"]["num_leases"] == 0
 
 
 def test_without_the_bank_only_those_who_asked_for_regrad_are_refused(server: VllmServer, bank: BankThread) -> None:
