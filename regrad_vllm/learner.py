@@ -211,6 +211,7 @@ def save_adapter(folder: Path, learner: Learner, adapter: NDArray[np.float32], b
         for tensor, view in learner.layout.views(adapter)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)  # the library makes it private, its config beside it not
     peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

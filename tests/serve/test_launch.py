@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config.lora import LoRAConfig
 
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import launch
 from regrad_vllm.serve.engine import check_engine_settings
-from regrad_vllm.serve.launch import EXTENSION_CLASS, main, merged_modules, plugins, serve_args
+from regrad_vllm.serve.launch import EXTENSION_CLASS, main, memory_environment, merged_modules, plugins, serve_args
 from regrad_vllm.serve.settings import SettingsError
 from tests.serve.support import VllmServer
 
@@ -75,6 +77,26 @@ def test_the_printed_command_is_one_line_that_a_shell_reads_back(
     assert "regrad" in given["VLLM_PLUGINS"].split(",")
     assert words[start + 1 : start + 5] == ["-m", "regrad_vllm.serve.vllm_main", "serve", str(model)]
     assert value(words, "--chat-template") == "a b" and "--print-command" not in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"),
+    [
+        (["--gpu-memory-utilization", "0.3"], {}),
+        (["--kv_cache_memory_bytes=1000000000"], {}),
+        ([], {"VLLM_CPU_KVCACHE_SPACE": "3"}),
+    ],
+)
+def test_on_a_cpu_the_kv_cache_leaves_room_for_the_bank_unless_the_user_says_how_much(
+    flags: list[str], environment: dict[str, str]
+) -> None:
+    assert memory_environment(flags, environment) == {}
+    chosen = memory_environment(["--port", "8000"], {})
+    if torch.cuda.is_available():
+        assert chosen == {}
+    else:
+        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        assert 1 <= int(chosen["VLLM_CPU_KVCACHE_SPACE"]) <= max(1, gib / 10)
 
 
 def test_our_plugin_is_named_beside_those_that_would_load_anyway() -> None:
