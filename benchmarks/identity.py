@@ -31,7 +31,6 @@ from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.encode.encoder import learner_spec
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.local.pair import LocalPair, local_pair
@@ -131,7 +130,7 @@ async def _serve(url: str, asks: list[Ask]) -> list[list[int]]:
 
 
 async def _compose(address: str, learner: Learner, asks: list[Ask]) -> list[np.ndarray[Any, Any] | None]:
-    spec = learner_spec(learner)
+    spec = learner.spec
     bank = BankClient(address, spec, timeout_ms=60_000)
     adapters: list[np.ndarray[Any, Any] | None] = []
     for ask in asks:

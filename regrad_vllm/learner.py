@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from bank_service.wire.codec import GradientSpec
 from regrad_vllm.layout import Layout
 from regrad_vllm.naming import digest_json, learner_fingerprint
 
@@ -126,6 +127,11 @@ class Learner:
     def scaling(self) -> float:
         """s = lora_alpha / r."""
         return self.config.lora_alpha / self.layout.rank
+
+    @property
+    def spec(self) -> GradientSpec:
+        """What every gradient of this learner must be."""
+        return GradientSpec(self.fingerprint, self.layout.id, self.layout.shapes)
 
     @cached_property
     def fingerprint(self) -> str:

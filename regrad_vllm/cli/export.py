@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
 
-    from bank_service.wire.codec import GradientSpec, decode_gradient
+    from bank_service.wire.codec import decode_gradient
     from regrad_vllm.adapt.compose import compose
     from regrad_vllm.default_model import shipped_learner
     from regrad_vllm.learner import Learner, save_adapter
 
     learner = Learner.load(args.learner or shipped_learner())
-    spec = GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
+    spec = learner.spec
     records = asyncio.run(fetch_records(args.bank, args.namespace, spec, args.document))
     deltas = [decode_gradient(record, spec) for record in records]
     gamma = learner.config.gamma if args.gamma is None else args.gamma

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from bank_service.encoder import EncodedDocument
-from bank_service.wire.codec import GradientSpec
 from regrad_vllm.base_model import base_digest, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradients import document_gradients
@@ -25,7 +24,7 @@ class GradientEncoder:
 
     def __init__(self, model: AdaptedModel, builder: PromptBuilder, learner: Learner) -> None:
         self.learner = learner
-        self.spec = learner_spec(learner)
+        self.spec = learner.spec
         self._model = model
         self._builder = builder
         self._phi = torch.tensor(learner.phi, device=model.device)
@@ -69,11 +68,6 @@ class GradientEncoder:
                 # A copy of its own, so that one kept row doesn't keep the whole pass in memory.
                 encoded[index] = EncodedDocument(deltas[row].copy(), len(tokens), truncated)
         return [entry for entry in encoded if entry is not None]
-
-
-def learner_spec(learner: Learner) -> GradientSpec:
-    """What every gradient of ``learner`` must be."""
-    return GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
 
 
 def check_base(learner: Learner, model_folder: str | Path) -> None:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bank_service.wire.codec import GradientSpec
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.evaluate.datasets import EvalData, EvalQuestion
 from regrad_vllm.evaluate.methods import MAX_TOKENS, METHODS, Asking
@@ -96,8 +95,7 @@ async def _ask(client: Any, endpoint: Endpoint, asking: Asking, gold_retrieved: 
 
 async def _retrieve(endpoint: Endpoint, data: EvalData, learner: Learner, seed: int) -> list[tuple[Asking, bool]]:
     """What the bank finds for each question, by the server's own retrieval, and whether the gold document is in it."""
-    spec = GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
-    bank = BankClient(endpoint.bank, spec, timeout_ms=60_000)
+    bank = BankClient(endpoint.bank, learner.spec, timeout_ms=60_000)
     rng = random.Random(f"regrad.evaluate.wrong.{seed}")
     top_k = endpoint.top_k or learner.config.top_k
     found = []

@@ -33,7 +33,6 @@ from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.status import status_of
 from regrad_vllm.serve.used import UsedMemory
-from regrad_vllm.serve.worker import gradient_spec
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -69,7 +68,7 @@ class RegradEndpoint:
         dtype = await engine.check(learner)
         arena = Arena.open(settings.arena_dir, settings.arena_bytes)
         atexit.register(arena.close)
-        bank = BankClient(settings.bank, gradient_spec(learner), settings.bank_timeout_ms)
+        bank = BankClient(settings.bank, learner.spec, settings.bank_timeout_ms)
         metrics = _metrics()
         models = state.openai_serving_models
         planner = Planner(settings, learner, tuple(path.name for path in models.base_model_paths))

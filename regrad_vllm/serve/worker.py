@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bank_service.wire.codec import GradientFormatError, GradientSpec, decode_gradient
+from bank_service.wire.codec import GradientFormatError, decode_gradient
 from bank_service.wire.tracing import configure_tracing, extract, span
 from regrad_vllm.adapt.arena import ArenaError, read_record
 from regrad_vllm.adapt.compose import compose
@@ -69,11 +69,6 @@ def process_composer() -> Composer:
     return Composer(Learner.load(settings.learner), settings.prepared_bytes)
 
 
-def gradient_spec(learner: Learner) -> GradientSpec:
-    """What a gradient of this learner must be."""
-    return GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
-
-
 @dataclass(slots=True)
 class _Figures:
     num_composed: int = 0
@@ -88,7 +83,7 @@ class Composer:
 
     def __init__(self, learner: Learner, max_prepared_bytes: int) -> None:
         self._learner = learner
-        self._spec = gradient_spec(learner)
+        self._spec = learner.spec
         self._max_prepared_bytes = max_prepared_bytes
         self._prepared: dict[int, LoRAModel] = {}  # by lora_int_id
         self._prepared_bytes = 0

@@ -25,7 +25,7 @@ from bank_service.config import BankConfig
 from bank_service.embedded_redis import EmbeddedRedis
 from bank_service.encoder import EncodedDocument
 from bank_service.server import BankServer
-from bank_service.wire.codec import FloatArray, GradientSpec
+from bank_service.wire.codec import FloatArray
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.limits import channel_options
 from regrad_vllm.base_model import base_digest
@@ -83,7 +83,7 @@ class DrawingEncoder:
 
     def __init__(self, learner: Learner) -> None:
         self._layout = learner.layout
-        self.spec = GradientSpec(learner.fingerprint, learner.layout.id, learner.layout.shapes)
+        self.spec = learner.spec
 
     def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
         return [EncodedDocument(self._draw(title, text), len(text.split()), False) for title, text in documents]

@@ -20,7 +20,6 @@ from bank_service.wire.errors import (
 )
 from regrad_vllm.adapt.bank_client import BankClient, Hit, Query
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.worker import gradient_spec
 from tests.serve.support import BankThread, free_port, random_learner
 
 T = TypeVar("T")
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 def using(bank: str, learner: Learner, ask: Callable[[BankClient], Awaitable[T]], timeout_ms: int = 20_000) -> T:
     async def run() -> T:
-        client = BankClient(bank, gradient_spec(learner), timeout_ms)
+        client = BankClient(bank, learner.spec, timeout_ms)
         try:
             return await ask(client)
         finally:

@@ -29,7 +29,6 @@ from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.retriever import Retriever, as_request_error
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
-from regrad_vllm.serve.worker import gradient_spec
 from tests.serve.support import free_port
 
 
@@ -56,7 +55,7 @@ async def ask(
         return {"got": await request.json()}
 
     app.add_middleware(RegradMiddleware)
-    bank = BankClient(settings.bank, gradient_spec(learner), 500)
+    bank = BankClient(settings.bank, learner.spec, 500)
     engine = Engine(None)  # never asked: without gradients there is nothing to compose
     metrics = Metrics.create(CollectorRegistry())
     app.state.regrad = Runtime(

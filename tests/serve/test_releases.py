@@ -26,7 +26,6 @@ from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
-from regrad_vllm.serve.worker import gradient_spec
 from tests.serve.support import BankThread
 
 CONCURRENCY = 4
@@ -73,7 +72,7 @@ async def serving(
     app.add_middleware(RegradMiddleware)
     settings = Settings(learner=folder, bank=bank.address)
     arena = Arena.open(folder, 2**26)
-    client = BankClient(settings.bank, gradient_spec(learner), 30_000)
+    client = BankClient(settings.bank, learner.spec, 30_000)
     metrics = Metrics.create(CollectorRegistry())
     runtime = app.state.regrad = Runtime(
         planner=Planner(settings, learner, ("base",)),

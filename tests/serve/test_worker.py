@@ -26,7 +26,7 @@ from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import SettingsError
-from regrad_vllm.serve.worker import Composer, gradient_spec, refusal, register
+from regrad_vllm.serve.worker import Composer, refusal, register
 from tests.serve.support import DrawingEncoder, random_learner
 
 ADAPTER_BYTES = 4 * 1_520_640
@@ -72,7 +72,7 @@ def test_an_adapter_is_the_formula_with_the_scaling_folded_once(
     assert composer.figures()["num_recomposed"] == (0 if prepared else 1)
     assert composer.figures()["prepared_bytes"] == 0
 
-    spec = gradient_spec(learner)
+    spec = learner.spec
     deltas = [decode_gradient((arena.folder / digest).read_bytes(), spec) for digest in recipe.digests]
     expected = learner.phi.astype(np.float64) - 0.5 * (deltas[0].astype(np.float64) + deltas[1])
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
@@ -87,7 +87,7 @@ def test_an_adapter_is_the_formula_with_the_scaling_folded_once(
 
 
 def test_values_that_leave_the_engines_dtype_are_refused_with_what_to_do(arena: Arena, learner: Learner) -> None:
-    spec = gradient_spec(learner)
+    spec = learner.spec
     huge = encode_gradient(np.full(spec.num_values, 3e37, np.float32), spec, "int8")
     lease = arena.lease()
     lease.put(record_digest(huge), huge)
