@@ -28,7 +28,7 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.launch import PLUGIN_NAME
-from regrad_vllm.serve.process import process_figures
+from regrad_vllm.serve.process import process_figures, return_free_memory
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import Settings, SettingsError
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _MAX_KNOWN_TRACES = 4096
+_TRIM_EVERY = 64  # adapters composed; often enough that giving the holes back takes a few ms
 
 
 def register() -> None:
@@ -176,6 +177,8 @@ class Composer:
         modules = dict(zip(self._learner.layout.modules, zip(parts[::2], parts[1::2], strict=True), strict=True))
         self._adapter_bytes = values.numel() * values.element_size()
         self._figures.num_composed += 1
+        if self._figures.num_composed % _TRIM_EVERY == 0:
+            return_free_memory()
         self._figures.compose_ms += (time.perf_counter() - start) * 1000
         return vllm_seams.make_lora_model(recipe.int_id, self._learner.layout.rank, modules)
 
