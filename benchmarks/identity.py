@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -32,8 +31,9 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts
+from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.local.pair import LocalPair, local_pair
+from regrad_vllm.local.pair import local_pair
 
 _NAMESPACE, _MODEL = "identity", "base"
 _NUM_ADAPTED, _NUM_BASE, _NUM_TOKENS = 64, 24, 16
@@ -64,7 +64,7 @@ def _share(dtype: str) -> dict[str, Any]:
     with local_pair(
         model_folder, shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=flags
     ) as pair:
-        _ingest(pair, data, folder)
+        ingest(data.documents, pair.bank, _NAMESPACE, folder)
         served = asyncio.run(_serve(pair.url, asks))
         adapters = asyncio.run(_compose(pair.bank, learner, asks))
     same = {"regrad": [], "base": []}  # type: dict[str, list[bool]]
@@ -97,14 +97,6 @@ def _asks(data: EvalData, tokenizer: Any) -> list[Ask]:
     asks += [Ask(prompt(question.question), ()) for question in data.questions[:_NUM_BASE]]
     random.Random(0).shuffle(asks)
     return asks
-
-
-def _ingest(pair: LocalPair, data: EvalData, folder: Path) -> None:
-    corpus = folder / "documents.jsonl"
-    lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}) for d in data.documents)
-    corpus.write_text("\n".join(lines) + "\n")
-    command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", pair.bank, "--namespace", _NAMESPACE]
-    subprocess.run([sys.executable, *command], check=True)
 
 
 async def _serve(url: str, asks: list[Ask]) -> list[list[int]]:

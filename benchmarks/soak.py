@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ import psutil
 from benchmarks.machine import describe
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
+from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.local.pair import local_pair
 
 _NAMESPACE, _MODEL = "soak", "base"
@@ -47,8 +47,10 @@ def main() -> None:
     if counts[-1] + args.warm_up > len(possible):
         raise SystemExit(f"--counts must be at most {len(possible) - args.warm_up}, got {counts[-1]}")
     sets = random.Random(0).sample(possible, counts[-1] + args.warm_up)
+    documents = fresh_facts(_NUM_DOCUMENTS, seed=1).documents
     with local_pair(ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE) as pair:
-        ids = _ingest(pair.bank, folder)
+        ingest(documents, pair.bank, _NAMESPACE, folder)
+        ids = [document.id for document in documents]
         asyncio.run(_ask(pair.url, ids, sets[: args.warm_up]))
         readings = [{"requests": 0, **_reading(pair.url)}]
         done = 0
@@ -71,16 +73,6 @@ def main() -> None:
     sys.stdout.write(json.dumps(figures) + "\n")
     if not figures["base_weights_unchanged"]:
         raise SystemExit(1)
-
-
-def _ingest(bank: str, folder: Path) -> list[str]:
-    data = fresh_facts(_NUM_DOCUMENTS, seed=1)
-    corpus = folder / "documents.jsonl"
-    lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}) for d in data.documents)
-    corpus.write_text("\n".join(lines) + "\n")
-    command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", bank, "--namespace", _NAMESPACE]
-    subprocess.run([sys.executable, *command], check=True)
-    return [document.id for document in data.documents]
 
 
 async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:

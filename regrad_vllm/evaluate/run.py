@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.asking import Endpoint, ask_all
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
+from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS
 from regrad_vllm.evaluate.report import markdown, recall, summarise
 from regrad_vllm.learner import Learner
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     out = args.out or Path(tempfile.mkdtemp(prefix="regrad-eval-"))
     out.mkdir(parents=True, exist_ok=True)
     with _served(args, model, learner_folder, out) as (server, bank):
-        _ingest(data, bank, out)
+        ingest(data.documents, bank, _NAMESPACE, out)
         endpoint = Endpoint(server, bank, args.model_name, _NAMESPACE, args.top_k, args.concurrency)
         records = asyncio.run(ask_all(endpoint, data, learner, args.methods, args.seed, out / "answers.jsonl"))
     summary, found = summarise(records, args.methods), recall(records)
@@ -67,24 +67,6 @@ def load_data(args: argparse.Namespace) -> EvalData:
     if not data.questions:
         raise ValueError("--num-fresh must be at least 1 where --data is absent, else there is nothing to ask")
     return data
-
-
-def _ingest(data: EvalData, bank: str, out: Path) -> None:
-    corpus = out / "documents.jsonl"
-    lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}, ensure_ascii=False) for d in data.documents)
-    corpus.write_text("\n".join(lines) + "\n", "utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "regrad_vllm.cli",
-        "ingest",
-        str(corpus),
-        "--bank",
-        bank,
-        "--namespace",
-        _NAMESPACE,
-    ]
-    subprocess.run(command, check=True)
 
 
 @contextmanager

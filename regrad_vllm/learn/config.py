@@ -71,12 +71,14 @@ class TrainConfig:
             raise ConfigError(f"data_folder must be set for the sets {sorted(set(self.sets) - {'synthetic'})}")
 
     @property
+    def decisive(self) -> dict[str, Any]:
+        """All that decides what a run computes, as plain data: not where its files lie."""
+        return {key: value for key, value in asdict(self).items() if key not in ("base_model", "output", "data_folder")}
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of all that decides what a run computes, 64 hex digits: not where its files lie."""
-        plain = {
-            key: value for key, value in asdict(self).items() if key not in ("base_model", "output", "data_folder")
-        }
-        return digest_json(plain)
+        """SHA-256 of what is decisive, 64 hex digits."""
+        return digest_json(self.decisive)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:

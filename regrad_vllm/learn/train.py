@@ -8,9 +8,8 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -123,7 +122,7 @@ def _validation_batches(
     """Two fixed batches from each set that has a validation part."""
     batches: dict[str, list[MetaBatch]] = {}
     for name in config.sets:
-        single = TrainConfig(**{**_plain(config), "sets": {name: 1.0}, "icl_share": 0.0, "num_synthetic": 400})
+        single = replace(config, sets={name: 1.0}, icl_share=0.0, num_synthetic=400)
         try:
             sampler = make_sampler(single, "validation")
         except ValueError:  # the data has no validation part for this set
@@ -133,10 +132,6 @@ def _validation_batches(
             make_batch(sampler.plan(step), builder, config.max_document_tokens, device) for step in range(2)
         ]
     return batches
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
 
 
 class _JsonLog:
@@ -163,10 +158,9 @@ def _provenance(config: TrainConfig, state: MetaState) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    plain = {key: value for key, value in asdict(config).items() if key not in ("output", "data_folder", "base_model")}
     files = sorted(Path(config.data_folder).glob("train.*.jsonl.gz")) if config.data_folder else []
     return {
-        "config": plain,
+        "config": config.decisive,
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "num_steps": state.step,
         "hours": round(state.seconds / 3600, 3),
