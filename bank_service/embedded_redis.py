@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class EmbeddedRedis:
     """One server process. Start it from the thread that lives as long as the bank: it ends with that thread."""
 
     def __init__(self, data_dir: Path, max_bytes: int) -> None:
+        self._data_dir = data_dir
         self._folder = _socket_folder(data_dir)
         self._max_bytes = max_bytes
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,15 +80,18 @@ class EmbeddedRedis:
             await asyncio.gather(self._watcher, return_exceptions=True)
             self._watcher = None
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        try:
-            await asyncio.to_thread(process.wait, STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            await asyncio.to_thread(process.wait)
+        if process is not None:
+            process.terminate()
+            try:
+                await asyncio.to_thread(process.wait, STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)
         self._socket.unlink(missing_ok=True)
+        if self._folder.parent != self._data_dir:
+            # Nobody would look for it among the system's temporary files. After kill -9 the next start of
+            # the same bank finds it by its name and uses it again.
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _launch(self) -> None:
         self._socket.unlink(missing_ok=True)
