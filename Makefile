@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval bench-encode bench-identity bench-soak model redis
+.PHONY: help env demo test lint proto train eval bench-encode bench-train bench-identity bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +38,14 @@ proto: .venv/.made  ## make the protobuf code from proto/ anew
 train: .venv/.made model  ## meta-train the learner that ships: make train ARGS="--data FOLDER --resume"
 	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m.toml $(ARGS)
 
-eval: .venv/.made model  ## exact match and F1 of ReGrad, base model and RAG
+eval: .venv/.made model  ## is it knowledge: ReGrad, RAG, controls; tables and a page
 	@$(PY) -m regrad_vllm.cli eval $(ARGS)
 
 bench-encode: .venv/.made model  ## documents/s of the batched encoder over one by one
 	@$(PY) -m benchmarks.encode $(ARGS)
+
+bench-train: .venv/.made model  ## meta-training tasks/s over the loop over tasks
+	@$(PY) -m benchmarks.train $(ARGS)
 
 bench-soak: .venv/.made model  ## memory, files, adapters and base weights over 2,000 requests
 	@$(PY) -m benchmarks.soak $(ARGS)

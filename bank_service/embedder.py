@@ -16,6 +16,11 @@ MAX_TOKENS = 256  # that the model was trained to read
 MAX_CHARS = 16 * 1024  # that the tokenizer is given; 256 tokens of text are found in far less
 
 
+def embedded_text(title: str, text: str) -> str:
+    """What of a document is embedded."""
+    return f"{title}\n{text}" if title else text
+
+
 class Embedder(Protocol):
     """Texts ↔ places in one vector space. Vectors of different names can't be compared."""
 

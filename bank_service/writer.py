@@ -21,7 +21,7 @@ from bank_service.documents import (
     check_namespace,
     check_vector,
 )
-from bank_service.embedder import Embedder
+from bank_service.embedder import Embedder, embedded_text
 from bank_service.encode_queue import EncodeQueue
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError, UnavailableError
 from bank_service.metrics import BankMetrics
@@ -224,9 +224,8 @@ class Writer:
             return set(view.gradient_sizes(digests))
 
     def _embed_document(self, document: Document) -> bytes:
-        text = f"{document.title}\n{document.text}" if document.title else document.text
         with span("bank.embed"):
-            return self._embedder.embed(text).astype("<f4").tobytes()
+            return self._embedder.embed(embedded_text(document.title, document.text)).astype("<f4").tobytes()
 
     def _check_record(self, record: bytes) -> None:
         try:

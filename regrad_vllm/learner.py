@@ -28,6 +28,7 @@ from regrad_vllm.naming import digest_json, learner_fingerprint
 FORMAT = "regrad.learner.v1"
 StepSizeKind = Literal["tie", "same", "full", "fix"]
 STEP_SIZE_KINDS: tuple[StepSizeKind, ...] = ("tie", "same", "full", "fix")
+_HEAD_FILE = "inner_loss.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -79,6 +80,8 @@ class LearnerConfig:
     max_document_tokens: int = 512  # longer documents are cut here, in training and in the bank
     top_k: int = 3
     gamma: float = 1.0
+    length_exponent: float = 1.0  # of the inner loss, see encode/inner_loss.py
+    score_temperature: float = 0.0  # τ of the weights w_k = exp((s_k − s_1) / τ); 0: w_k = 1
     training: Mapping[str, object] = field(default_factory=dict)  # provenance; not part of the fingerprint
 
     def __post_init__(self) -> None:
@@ -92,6 +95,16 @@ class LearnerConfig:
             raise LearnerError(f"top_k must be at least 1, got {self.top_k}")
         if not math.isfinite(self.gamma):
             raise LearnerError(f"gamma must be finite, got {self.gamma}")
+        if not 0 <= self.length_exponent <= 1:
+            raise LearnerError(f"length_exponent must lie in 0 … 1, got {self.length_exponent}")
+        if not (math.isfinite(self.score_temperature) and self.score_temperature >= 0):
+            raise LearnerError(f"score_temperature must be at least 0, got {self.score_temperature}")
+
+    def weights(self, scores: Sequence[float]) -> tuple[float, ...]:
+        """w_k of documents with these retrieval scores, best first."""
+        if not self.score_temperature:
+            return (1.0,) * len(scores)
+        return tuple(math.exp(min(0.0, score - scores[0]) / self.score_temperature) for score in scores)
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,7 @@ class Learner:
     layout: Layout
     phi: NDArray[np.float32]
     step_sizes: NDArray[np.float32]
+    token_head: NDArray[np.float32] | None = None  # float32 (hidden + 1,), see encode/inner_loss.py
 
     def __post_init__(self) -> None:
         if self.phi.shape != (self.layout.num_values,) or self.phi.dtype != np.float32:
@@ -118,7 +132,13 @@ class Learner:
                 f"step_sizes of kind {self.config.step_size_kind!r} must be float32 ({expected},), "
                 f"got {self.step_sizes.dtype} {self.step_sizes.shape}"
             )
-        for name, values in (("phi", self.phi), ("step_sizes", self.step_sizes)):
+        if self.token_head is not None and (self.token_head.ndim != 1 or self.token_head.dtype != np.float32):
+            raise LearnerError(
+                f"token_head must be float32 (hidden + 1,), got {self.token_head.dtype} {self.token_head.shape}"
+            )
+        for name, values in (("phi", self.phi), ("step_sizes", self.step_sizes), ("token_head", self.token_head)):
+            if values is None:
+                continue
             if not np.isfinite(values).all():
                 raise LearnerError(f"{name} must be finite; the learner's files are damaged or training diverged")
             values.setflags(write=False)
@@ -135,10 +155,16 @@ class Learner:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over base model, φ*, step sizes, layout, scaling and prompts."""
+        """64 hex digits over base model, φ*, step sizes, layout, scaling, prompts and inner loss."""
         prompts = asdict(self.config.prompts)
+        inner_loss: dict[str, object] = {}  # left out where it is the paper's, as in learners of older versions
+        if self.config.length_exponent != 1.0:
+            inner_loss["length_exponent"] = float(self.config.length_exponent)
+        if self.token_head is not None:
+            inner_loss["token_head"] = _digest_array(self.token_head)
         return learner_fingerprint(
             {
+                **inner_loss,
                 "base": self.config.base_digest,
                 "layout": self.layout.id,
                 "lora_alpha": float(self.config.lora_alpha),
@@ -175,11 +201,12 @@ class Learner:
             layout = Layout.build(cast(int, layout_json["rank"]), [(str(m), int(i), int(o)) for m, i, o in modules])
         except (KeyError, TypeError, ValueError) as error:
             raise LearnerError(f"{folder / 'regrad.json'} is not a learner's description: {error}") from error
-        phi = _read_phi(folder / "adapter_model.safetensors", layout)
+        phi = read_adapter(folder, layout)
         steps = _read_tensors(folder / "step_sizes.safetensors").get("step_sizes")
         if steps is None:
             raise LearnerError(f"{folder / 'step_sizes.safetensors'} must hold a tensor named 'step_sizes'")
-        learner = cls(config, layout, phi, steps.astype(np.float32, copy=False))
+        head = _read_tensors(folder / _HEAD_FILE).get("token_head") if (folder / _HEAD_FILE).exists() else None
+        learner = cls(config, layout, phi, steps.astype(np.float32, copy=False), head)
         stated = document.get("fingerprint")
         if stated != learner.fingerprint:
             raise LearnerError(
@@ -193,6 +220,10 @@ class Learner:
         folder = Path(folder)
         save_adapter(folder, self, self.phi)
         save_file({"step_sizes": self.step_sizes}, folder / "step_sizes.safetensors")
+        if self.token_head is not None:
+            save_file({"token_head": self.token_head}, folder / _HEAD_FILE)
+        else:
+            (folder / _HEAD_FILE).unlink(missing_ok=True)
         document = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -267,7 +298,9 @@ def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
         raise LearnerError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _read_phi(path: Path, layout: Layout) -> NDArray[np.float32]:
+def read_adapter(folder: Path, layout: Layout) -> NDArray[np.float32]:
+    """The adapter of a PEFT folder as float32 (num_values,). LearnerError where it isn't of this layout."""
+    path = folder / "adapter_model.safetensors"
     tensors = _read_tensors(path)
     phi = np.empty(layout.num_values, np.float32)
     for tensor, view in layout.views(phi):

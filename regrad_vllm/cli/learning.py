@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from regrad_vllm.cli.console import UsageError, say
+
+UNFINISHED = 75  # EX_TEMPFAIL: try again
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -17,6 +20,9 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--data", default="", metavar="FOLDER", help="questions and documents, for the config's data_folder"
     )
     train.add_argument("--output", default="", metavar="FOLDER", help="where the learner goes, for the config's output")
+    train.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after so long, with a checkpoint and exit status 75"
+    )
     train.set_defaults(run=run_train)
 
     published = commands.add_parser("import", help="a checkpoint of the paper's published code as a learner")
@@ -38,7 +44,17 @@ def run_train(args: argparse.Namespace) -> int:
     from regrad_vllm.observe import configure_logging
 
     configure_logging()
-    folder = main(args.config, resume=args.resume, model_folder=resolve_model, data=args.data, output=args.output)
+    folder = main(
+        args.config,
+        resume=args.resume,
+        model_folder=resolve_model,
+        data=args.data,
+        output=args.output,
+        minutes=args.minutes,
+    )
+    if folder is None:
+        say("not done yet; the same command with --resume goes on")
+        return UNFINISHED
     say(str(folder))
     return 0
 

@@ -26,6 +26,9 @@ class TokenBatch:
 
     ids: Tensor  # int64 (rows, length)
     targets: Tensor  # int64 (rows, length)
+    weights: Tensor  # float32 (rows, length): how much each target counts in its row's loss; each row sums to 1
+    positions: Tensor | None = None  # int64 (rows, length); None: 0, 1, 2, …
+    visible: Tensor | None = None  # bool (rows, length, length): who attends to whom; None: causal
 
     @classmethod
     def pad(cls, rows: Sequence[tuple[Sequence[int], int]], device: str | torch.device = "cpu") -> TokenBatch:
@@ -37,7 +40,56 @@ class TokenBatch:
             ids[row, : len(tokens)] = torch.as_tensor(tokens)
             if len(tokens) > start:
                 targets[row, start - 1 : len(tokens) - 1] = torch.as_tensor(tokens[start:])
-        return cls(ids.to(device), targets.to(device))
+        counted = (targets != -100).float()
+        weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
+        return cls(ids.to(device), targets.to(device), weights.to(device))
+
+    @classmethod
+    def pack(
+        cls, groups: Sequence[Sequence[tuple[Sequence[int], int]]], device: str | torch.device = "cpu"
+    ) -> TokenBatch:
+        """One row a group: what its members have in common stands once, in front, and is seen by all of them.
+
+        A member is (tokens, leading tokens whose prediction doesn't count) as for ``pad``, and sees itself and the
+        common part alone. Members count equally, and so do a member's targets. The loss of a packed row is the mean
+        of the losses that its members have as rows of their own.
+        """
+        shared = [_common_prefix(group) for group in groups]
+        length = max(
+            common + sum(len(tokens) - common for tokens, _ in group)
+            for common, group in zip(shared, groups, strict=True)
+        )
+        shape = (len(groups), length)
+        ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        targets, weights = torch.full(shape, -100, dtype=torch.long), torch.zeros(shape)
+        visible = torch.eye(length, dtype=torch.bool).repeat(len(groups), 1, 1)  # padding sees itself: no empty softmax
+        for row, (common, group) in enumerate(zip(shared, groups, strict=True)):
+            ids[row, :common] = torch.as_tensor(group[0][0][:common])
+            positions[row, :common] = torch.arange(common)
+            visible[row, :common, :common] = torch.ones(common, common, dtype=torch.bool).tril()
+            begin = common
+            for tokens, start in group:
+                own = len(tokens) - common
+                end = begin + own
+                ids[row, begin:end] = torch.as_tensor(tokens[common:])
+                positions[row, begin:end] = torch.arange(common, len(tokens))
+                visible[row, begin:end, :common] = True
+                visible[row, begin:end, begin:end] = torch.ones(own, own, dtype=torch.bool).tril()
+                count = len(tokens) - start
+                targets[row, end - count - 1 : end - 1] = torch.as_tensor(tokens[start:])
+                weights[row, end - count - 1 : end - 1] = 1 / (count * len(group))
+                begin = end
+        return cls(*(tensor.to(device) for tensor in (ids, targets, weights, positions, visible)))
+
+
+def _common_prefix(group: Sequence[tuple[Sequence[int], int]]) -> int:
+    """Leading tokens that all members share; each keeps the last token before its first target to itself."""
+    limit = min(start for _, start in group) - 1
+    first = group[0][0]
+    for index in range(limit):
+        if any(tokens[index] != first[index] for tokens, _ in group):
+            return index
+    return limit
 
 
 class AdaptedModel:
@@ -55,38 +107,36 @@ class AdaptedModel:
         self._upper = _slice_decoder(decoder, first, len(decoder.layers), norm=True)
         self._embed = decoder.embed_tokens
 
-    def lower(self, ids: Tensor) -> Tensor:
+    def lower(self, batch: TokenBatch) -> Tensor:
         """Hidden states before the first adapted layer, (rows, length, hidden). They don't depend on φ: no gradient."""
         with torch.no_grad():
-            embedded: Tensor = self._embed(ids)
+            embedded: Tensor = self._embed(batch.ids)
             if not len(self._lower.layers):
                 return embedded
-            return cast(Tensor, self._lower(inputs_embeds=embedded, use_cache=False).last_hidden_state)
+            return self._run(self._lower, embedded, batch)
 
-    def upper(self, hidden: Tensor, adapters: Sequence[Tensor]) -> Tensor:
+    def upper(self, hidden: Tensor, adapters: Sequence[Tensor], batch: TokenBatch) -> Tensor:
         """Final hidden states under ``adapters``: the layout's tensors in order, each (groups, *shape).
 
         rows must be a multiple of groups: consecutive rows share an adapter.
         """
-        with self._injected(adapters):
-            return cast(Tensor, self._upper(inputs_embeds=hidden, use_cache=False).last_hidden_state)
+        with self.injected(adapters):
+            return self._run(self._upper, hidden, batch)
 
     def token_losses(self, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the counted positions, (counted,), and the row of each, (counted,)."""
+        """Cross-entropy of the counted positions, (counted,), and which they are, bool (rows, length)."""
         counted = targets != -100
         logits = self._lm_head(final[counted]).float()
-        losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none")
-        return losses, counted.nonzero()[:, 0]
+        return nn.functional.cross_entropy(logits, targets[counted], reduction="none"), counted
+
+    def loss(self, final: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:
+        """Sum over the rows of their next-token cross-entropy, each target times its weight (the batch's)."""
+        losses, counted = self.token_losses(final, batch.targets)
+        return ((batch.weights if weights is None else weights)[counted] * losses).sum()
 
     def predict(self, final: Tensor) -> Tensor:
         """The likeliest next token of each final hidden state, int64 (positions,)."""
         return cast(Tensor, self._lm_head(final).argmax(-1))
-
-    def row_losses(self, final: Tensor, targets: Tensor) -> Tensor:
-        """Mean next-token cross-entropy of each row, (rows,); 0 for a row with nothing to predict."""
-        losses, rows = self.token_losses(final, targets)
-        sums = torch.zeros(len(targets), device=losses.device).index_add(0, rows, losses)
-        return sums / (targets != -100).sum(1).clamp(min=1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(groups, num_values) → the layout's tensors, each (groups, *shape)."""
@@ -96,8 +146,18 @@ class AdaptedModel:
             for part, tensor in zip(torch.split(flat, sizes, dim=1), self.layout.tensors, strict=True)
         ]
 
+    @staticmethod
+    def _run(part: Any, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        attention: dict[str, Any] = {}
+        if batch.visible is not None and batch.positions is not None:
+            attention = {
+                "attention_mask": _attention_bias(part.config, batch.visible, batch.positions, hidden.dtype),
+                "position_ids": batch.positions,
+            }
+        return cast(Tensor, part(inputs_embeds=hidden, use_cache=False, **attention).last_hidden_state)
+
     @contextmanager
-    def _injected(self, adapters: Sequence[Tensor]) -> Iterator[None]:
+    def injected(self, adapters: Sequence[Tensor]) -> Iterator[None]:
         handles = [
             module.register_forward_hook(self._lora_hook(adapters[2 * index], adapters[2 * index + 1]))
             for index, module in enumerate(self._modules)
@@ -112,15 +172,30 @@ class AdaptedModel:
         def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows, length, _ = inputs[0].shape
             grouped = inputs[0].reshape(a.shape[0], rows // a.shape[0] * length, -1)
-            low = torch.bmm(grouped, a.to(grouped.dtype).transpose(1, 2))
-            delta = torch.bmm(low, b.to(grouped.dtype).transpose(1, 2))
-            return output + self.scaling * delta.reshape(output.shape)
+            # Scaled where it is small: a pass over (rows, length, out) less, in every derivative too.
+            low = self.scaling * torch.bmm(grouped, a.to(grouped.dtype).transpose(1, 2))
+            return output + torch.bmm(low, b.to(grouped.dtype).transpose(1, 2)).reshape(output.shape)
 
         return add_delta
 
 
 def _layer_index(module: str) -> int:
     return int(module.split(".layers.")[1].split(".")[0])
+
+
+def _attention_bias(config: Any, visible: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
+    """``visible`` as the library takes it as it is: 0 or the least number, four dimensions; by layer type where a
+    model has several."""
+
+    def bias(allowed: Tensor) -> Tensor:
+        zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    near = visible if window is None else visible & (positions[:, :, None] - positions[:, None, :] < window)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": bias(visible), "sliding_attention": bias(near)}
+    return bias(near)
 
 
 def _slice_decoder(decoder: Any, first: int, end: int, *, norm: bool) -> Any:

@@ -11,6 +11,7 @@ from bank_service.encoder import EncodedDocument
 from regrad_vllm.base_model import base_digest, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner, LearnerError
 
@@ -28,6 +29,8 @@ class GradientEncoder:
         self._model = model
         self._builder = builder
         self._phi = torch.tensor(learner.phi, device=model.device)
+        head = None if learner.token_head is None else torch.tensor(learner.token_head, device=model.device)
+        self._inner_loss = InnerLoss(learner.config.length_exponent, head)
         self._step_sizes = torch.tensor(learner.expand_step_sizes(), device=model.device)
 
     @classmethod
@@ -62,7 +65,8 @@ class GradientEncoder:
         encoded: list[EncodedDocument | None] = [None] * len(documents)
         for indices in plan_passes([len(tokens) for tokens, _ in tokenised]):
             batch = TokenBatch.pad([(tokenised[index][0], 1) for index in indices], self._model.device)
-            deltas = (document_gradients(self._model, self._phi, batch) * self._step_sizes).cpu().numpy()
+            gradients = document_gradients(self._model, self._phi, batch, self._inner_loss)
+            deltas = (gradients * self._step_sizes).cpu().numpy()
             for row, index in enumerate(indices):
                 tokens, truncated = tokenised[index]
                 # A copy of its own, so that one kept row doesn't keep the whole pass in memory.

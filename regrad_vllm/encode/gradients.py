@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.inner_loss import InnerLoss
 
 
-def document_gradients(model: AdaptedModel, phi: Tensor, batch: TokenBatch) -> Tensor:
-    """g_d = ∇φ L_LM(φ*; d) for every row d of ``batch``.
+def document_gradients(
+    model: AdaptedModel, phi: Tensor, batch: TokenBatch, inner_loss: InnerLoss | None = None
+) -> Tensor:
+    """g_d = ∇φ L(φ*; d) for every row d of ``batch``.
 
-    phi: float32 (num_values,). Returns float32 (rows, num_values), zero for a row with nothing to predict.
+    phi: float32 (num_values,). inner_loss: L; the mean over the tokens where None. Returns float32
+    (rows, num_values), zero for a row with nothing to predict.
     """
     rows = len(batch.ids)
-    shared = [part.detach().requires_grad_() for part in model.split(phi.expand(rows, -1))]
-    hidden = model.lower(batch.ids)
     if not (batch.targets != -100).any():
         return torch.zeros(rows, model.layout.num_values)
-    loss = model.row_losses(model.upper(hidden, shared), batch.targets).sum()
+    shared = [part.detach().requires_grad_() for part in model.split(phi.expand(rows, -1))]
+    hidden = model.lower(batch)
+    weights = (inner_loss or InnerLoss()).weights(batch, hidden)
+    loss = model.loss(model.upper(hidden, shared, batch), batch, weights.detach())
     gradients = torch.autograd.grad(loss, shared)
     return torch.cat([gradient.reshape(rows, -1).float() for gradient in gradients], dim=1)

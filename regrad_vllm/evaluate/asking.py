@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.adapt.bank_client import BankClient, Query
-from regrad_vllm.evaluate.datasets import EvalData, EvalQuestion
-from regrad_vllm.evaluate.methods import MAX_TOKENS, METHODS, Asking
-from regrad_vllm.evaluate.metrics import exact_match, token_f1
-from regrad_vllm.learner import Learner
+from regrad_vllm.evaluate.datasets import EvalQuestion
+from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
+from regrad_vllm.evaluate.metrics import exact_match, score
+from regrad_vllm.evaluate.retrieve import Retrieved
+from regrad_vllm.learner import Prompts
 
+PER_DOCUMENT = "-prag"  # ends the namespace that holds LoRAs of documents in place of gradients
 _TIMEOUT_S = 600.0
 
 
@@ -27,7 +27,7 @@ class Endpoint:
     bank: str  # host:port
     model: str  # the base model's name
     namespace: str
-    top_k: int | None
+    top_k: int | None  # None: the server's default
     concurrency: int
 
 
@@ -41,82 +41,87 @@ class Record:
     answers: tuple[str, ...]
     prediction: str
     em: float
-    f1: float
+    f1: float  # for yes/no and choices the accuracy
     gold_retrieved: bool  # the document that answers it was among the retrieved
     error: str  # empty where the server answered
 
 
 async def ask_all(
-    endpoint: Endpoint, data: EvalData, learner: Learner, methods: Sequence[str], seed: int, out: Path
+    endpoint: Endpoint, prompts: Prompts, questions: Sequence[Retrieved], methods: Sequence[Method], out: Path
 ) -> list[Record]:
     """Every question under every method, interleaved, ``concurrency`` at a time; each answer a line of ``out``."""
     import httpx
     from tqdm import tqdm
 
-    askings = await _retrieve(endpoint, data, learner, seed)
-    jobs = [(asking, hits, method) for asking, hits in askings for method in methods]
+    jobs = [(question, method) for question in questions for method in methods]
     gate = asyncio.Semaphore(endpoint.concurrency)
     records: list[Record] = []
-    with out.open("w", encoding="utf-8") as file, tqdm(total=len(jobs), unit="answer", desc="eval") as bar:
+    with out.open("a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="answer", desc="eval") as bar:
         async with httpx.AsyncClient(base_url=endpoint.server, timeout=_TIMEOUT_S) as client:
 
-            async def one(asking: Asking, gold_retrieved: bool, method: str) -> None:
+            async def one(asked: Retrieved, method: Method) -> None:
                 async with gate:
-                    record = await _ask(client, endpoint, asking, gold_retrieved, method)
-                records.append(record)
-                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+                    prediction, error = await _ask(client, request_of(endpoint, prompts, asked, method))
+                records.append(record_of(asked, method, prediction, error))
+                file.write(json.dumps(asdict(records[-1]), ensure_ascii=False) + "\n")
                 bar.update()
 
             await asyncio.gather(*(one(*job) for job in jobs))
     return records
 
 
-async def _ask(client: Any, endpoint: Endpoint, asking: Asking, gold_retrieved: bool, method: str) -> Record:
+def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: Method) -> dict[str, Any]:
+    """The body of the chat request."""
+    question = asked.question.question
+    namespace = endpoint.namespace + PER_DOCUMENT if method.per_document else endpoint.namespace
+    options: dict[str, Any] = {"namespace": namespace}
+    if method.adapter == "learner":
+        options |= {"query": question, "gamma": 0.0}  # the documents count nothing
+    elif method.adapter == "retrieved":
+        options["query"] = question
+    elif method.adapter == "wrong":
+        options["query"] = asked.wrong_query
+    elif method.adapter in ("gold", "random"):
+        options["document_ids"] = [asked.question.document_id if method.adapter == "gold" else asked.random_id]
+    if "query" in options and endpoint.top_k is not None:
+        options["top_k"] = endpoint.top_k
+    content = prompts.render_blind(question)
+    if method.shows_documents:
+        shown = [prompts.render_document(hit.title, hit.text) for hit in asked.hits]
+        content = prompts.render_icl(question, shown)
+    return {
+        "model": method.name if method.adapter == "own" else endpoint.model,
+        "messages": [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        **({} if method.adapter in ("none", "own") else {"regrad": options}),
+    }
+
+
+def record_of(asked: Retrieved, method: Method, prediction: str, error: str = "") -> Record:
+    """Scores one answer. Nothing answered is wrong."""
+    question: EvalQuestion = asked.question
+    return Record(
+        set_name=question.set_name,
+        method=method.name,
+        question=question.question,
+        answers=question.answers,
+        prediction=prediction,
+        em=exact_match(prediction, question.answers),
+        f1=score(prediction, question.answers, question.kind),
+        gold_retrieved=asked.gold_retrieved,
+        error=error,
+    )
+
+
+async def _ask(client: Any, body: dict[str, Any]) -> tuple[str, str]:
+    """(the answer, why there is none)."""
     import httpx
 
-    body = {"model": endpoint.model, "temperature": 0, "max_tokens": MAX_TOKENS, **METHODS[method](asking)}
-    if "regrad" in body:
-        body["regrad"] = {**body["regrad"], "namespace": endpoint.namespace}
-    prediction = error = ""
     try:
         response = await client.post("/v1/chat/completions", json=body)
-        if response.status_code == 200:
-            prediction = (response.json()["choices"][0]["message"]["content"] or "").strip()
-        else:
-            error = f"{response.status_code}: {response.text[:300]}"
     except httpx.HTTPError as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    question = asking.question
-    return Record(
-        question.set_name, method, question.question, question.answers, prediction,
-        exact_match(prediction, question.answers), token_f1(prediction, question.answers), gold_retrieved, error,
-    )  # fmt: skip
-
-
-async def _retrieve(endpoint: Endpoint, data: EvalData, learner: Learner, seed: int) -> list[tuple[Asking, bool]]:
-    """What the bank finds for each question, by the server's own retrieval, and whether the gold document is in it."""
-    bank = BankClient(endpoint.bank, learner.spec, timeout_ms=60_000)
-    rng = random.Random(f"regrad.evaluate.wrong.{seed}")
-    top_k = endpoint.top_k or learner.config.top_k
-    found = []
-    try:
-        for question in data.questions:
-            query = Query(namespace=endpoint.namespace, text=question.question, top_k=top_k, with_text=True)
-            hits = await bank.query(query)
-            asking = Asking(
-                question, [(hit.title, hit.text) for hit in hits], _other_document(data, question, rng),
-                learner.config.prompts, endpoint.top_k,
-            )  # fmt: skip
-            found.append((asking, question.document_id in {hit.id for hit in hits}))
-    finally:
-        await bank.close()
-    return found
-
-
-def _other_document(data: EvalData, question: EvalQuestion, rng: random.Random) -> str:
-    """A document that another question of the same set is about."""
-    others = {other.document_id for other in data.questions if other.set_name == question.set_name}
-    others.discard(question.document_id)
-    if not others:
-        raise ValueError(f"set {question.set_name!r} must have questions about two documents at least, for the control")
-    return rng.choice(sorted(others))
+        return "", f"{type(failure).__name__}: {failure}"
+    if response.status_code != 200:
+        return "", f"{response.status_code}: {response.text[:300]}"
+    return (response.json()["choices"][0]["message"]["content"] or "").strip(), ""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
+from regrad_vllm.data.questions import DataSplit, Kind, Question, SourceDocument
 from regrad_vllm.learn.synthetic import Split, synthetic_documents
 
 
@@ -27,6 +24,7 @@ class EvalQuestion:
     question: str
     answers: tuple[str, ...]
     document_id: str  # the document that holds the answer
+    kind: Kind = "span"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +48,34 @@ def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalDat
 
 
 def question_sets(
-    folder: Path, split: str, names: Sequence[str], num_questions: int, num_distractors: int, seed: int
+    data: DataSplit, names: Sequence[str], num_questions: int, num_distractors: int, seed: int
 ) -> EvalData:
-    """``num_questions`` of each set from ``<split>.*.jsonl.gz``, their documents, and other documents of the same sets.
+    """``num_questions`` of each set, their documents, and other documents of the same sets.
 
-    Raises FileNotFoundError, or ValueError naming a set that isn't there.
+    ValueError names a set that isn't there.
     """
     rng = random.Random(f"regrad.evaluate.{seed}")
-    documents = {entry["id"]: entry for entry in _lines(folder / f"{split}.documents.jsonl.gz")}
-    by_set: dict[str, list[dict[str, Any]]] = {}
-    for entry in _lines(folder / f"{split}.questions.jsonl.gz"):
-        if entry["gold"] and entry["gold"][0] in documents:
-            by_set.setdefault(entry["set"], []).append(entry)
+    by_set: dict[str, list[Question]] = {}
+    for question in data.questions:
+        by_set.setdefault(question.set_name, []).append(question)
     questions: list[EvalQuestion] = []
     chosen: dict[str, None] = {}
     for name in names:
         if name not in by_set:
-            raise ValueError(f"set {name!r} has no questions in {folder} ({split}); it has {sorted(by_set)}")
+            raise ValueError(f"set {name!r} has no questions in the data; it has {sorted(by_set)}")
         for entry in rng.sample(by_set[name], min(num_questions, len(by_set[name]))):
-            questions.append(EvalQuestion(name, entry["question"], tuple(entry["answers"]), entry["gold"][0]))
-            chosen[entry["gold"][0]] = None
-    others = [key for key, entry in documents.items() if entry["set"] in names and key not in chosen]
+            questions.append(EvalQuestion(name, entry.question, entry.answers, entry.documents[0], entry.kind))
+            chosen[entry.documents[0]] = None
+    others = [key for key, document in data.documents.items() if document.set_name in names and key not in chosen]
     for key in rng.sample(others, min(num_distractors, len(others))):
         chosen[key] = None
-    made = tuple(EvalDocument(key, documents[key]["title"].strip(), documents[key]["text"]) for key in chosen)
+    made = tuple(EvalDocument(key, data.documents[key].title, data.documents[key].text) for key in chosen)
     return EvalData(made, tuple(questions))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    data = path.read_bytes()
-    for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines():
-        if line.strip():
-            yield json.loads(line)
+def distractors(documents: Mapping[str, SourceDocument], number: int, seed: int) -> EvalData:
+    """``number`` documents that answer nothing. ValueError where there are fewer."""
+    if number > len(documents):
+        raise ValueError(f"--haystack must be at most {len(documents)}, which the data holds, got {number}")
+    chosen = random.Random(f"regrad.evaluate.haystack.{seed}").sample(list(documents), number)
+    return EvalData(tuple(EvalDocument(key, documents[key].title, documents[key].text) for key in chosen), ())

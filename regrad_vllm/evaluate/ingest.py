@@ -1,14 +1,21 @@
-"""Evaluation documents into a bank, the way that users bring theirs: by `regrad ingest`."""
+"""Evaluation documents into a bank: by `regrad ingest` as users bring theirs, or with gradients made here."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from bank_service.wire.codec import encode_gradient
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.limits import MAX_CHUNK_BYTES, channel_options
 from regrad_vllm.evaluate.datasets import EvalDocument
+from regrad_vllm.learner import Learner
 
 
 def ingest(documents: Sequence[EvalDocument], bank: str, namespace: str, folder: Path) -> None:
@@ -18,3 +25,35 @@ def ingest(documents: Sequence[EvalDocument], bank: str, namespace: str, folder:
     corpus.write_text("\n".join(lines) + "\n", "utf-8")
     command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", bank, "--namespace", namespace]
     subprocess.run([sys.executable, *command], check=True)
+
+
+def upload(
+    documents: Sequence[EvalDocument],
+    deltas: Iterable[tuple[int, NDArray[np.float32]]],
+    learner: Learner,
+    bank: str,
+    namespace: str,
+) -> None:
+    """Stores documents with deltas that were computed here, int8, one stream. grpc.RpcError where one is refused."""
+    import grpc
+
+    with grpc.insecure_channel(bank, options=channel_options()) as channel:
+        stub = bank_pb2_grpc.BankServiceStub(channel)
+        for _ in stub.IngestGradients(_messages(documents, deltas, learner, namespace)):
+            pass
+
+
+def _messages(
+    documents: Sequence[EvalDocument],
+    deltas: Iterable[tuple[int, NDArray[np.float32]]],
+    learner: Learner,
+    namespace: str,
+) -> Iterator[bank_pb2.IngestGradientsRequest]:
+    for index, delta in deltas:
+        entry = documents[index]
+        record = encode_gradient(delta, learner.spec, "int8")
+        document = bank_pb2.Document(namespace=namespace, id=entry.id, title=entry.title, text=entry.text)
+        header = bank_pb2.IngestGradientsRequest.Header(document=document, record_bytes=len(record))
+        yield bank_pb2.IngestGradientsRequest(header=header)
+        for start in range(0, len(record), MAX_CHUNK_BYTES):
+            yield bank_pb2.IngestGradientsRequest(chunk=record[start : start + MAX_CHUNK_BYTES])

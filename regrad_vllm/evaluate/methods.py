@@ -1,74 +1,63 @@
-"""The methods compared, each as the request that it makes of one running server.
+"""The methods compared: which adapter answers, and whether the documents stand in the prompt.
 
-Every request has the learner's system prompt and asks greedily, so that the methods differ in nothing else.
+All ask with the learner's system prompt, greedily, and take the same hits from the same bank, so that they differ in
+nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Literal
 
-from regrad_vllm.evaluate.datasets import EvalQuestion
-from regrad_vllm.learner import Prompts
+# none: the base model. learner: φ* alone. retrieved: the hits of the question. gold: the document that answers it.
+# wrong: the hits of another question of the same set, none of which answers this one. random: one document, any.
+# own: a plain LoRA adapter of the method's own name, served beside.
+Adapter = Literal["none", "learner", "retrieved", "gold", "wrong", "random", "own"]
 
 MAX_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """One question and what the methods may use for it."""
-
-    question: EvalQuestion
-    retrieved: Sequence[tuple[str, str]]  # (title, text) of the bank's hits, best first
-    wrong_document_id: str  # a document of the same set that doesn't answer it
-    prompts: Prompts
-    top_k: int | None  # None: the server's default
-
-
-def _regrad(extra: Mapping[str, Any]) -> Callable[[Asking], dict[str, Any]]:
-    def body(asking: Asking) -> dict[str, Any]:
-        options: dict[str, Any] = {"query": asking.question.question, **extra}
-        if asking.top_k is not None:
-            options["top_k"] = asking.top_k
-        return {"regrad": options, "messages": _messages(asking, asking.prompts.render_blind(asking.question.question))}
-
-    return body
+class Method:
+    name: str
+    label: str
+    adapter: Adapter
+    shows_documents: bool = False  # the hits stand in the prompt
+    per_document: bool = False  # a tuned LoRA of each document in place of its gradient, in a namespace of their own
+    raw: bool = False  # by a learner without meta-training, at a bank and server of its own
 
 
-def _base(asking: Asking) -> dict[str, Any]:
-    return {"messages": _messages(asking, asking.prompts.render_blind(asking.question.question))}
-
-
-def _rag(asking: Asking) -> dict[str, Any]:
-    documents = [asking.prompts.render_document(title, text) for title, text in asking.retrieved]
-    return {"messages": _messages(asking, asking.prompts.render_icl(asking.question.question, documents))}
-
-
-def _wrong(asking: Asking) -> dict[str, Any]:
-    """One document, whatever top_k is: the control for k = 1."""
-    return _base(asking) | {"regrad": {"document_ids": [asking.wrong_document_id]}}
-
-
-def _gold(asking: Asking) -> dict[str, Any]:
-    return _base(asking) | {"regrad": {"document_ids": [asking.question.document_id]}}
-
-
-def _messages(asking: Asking, content: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": asking.prompts.system}, {"role": "user", "content": content}]
-
-
-METHODS: Mapping[str, Callable[[Asking], dict[str, Any]]] = MappingProxyType(
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "base": _base,
-        "learner": _regrad({"gamma": 0.0}),  # φ* alone: the documents count nothing
-        "regrad": _regrad({}),
-        "regrad_wrong": _wrong,
-        "regrad_gold": _gold,
-        "rag": _rag,
-        "rag_learner": _regrad({"gamma": 0.0, "mode": "icl"}),
-        "regrad_icl": _regrad({"mode": "icl"}),
+        method.name: method
+        for method in (
+            Method("base", "base model, closed book", "none"),
+            Method("learner", "φ* alone", "learner"),
+            Method("rag", "RAG", "none", shows_documents=True),
+            Method("rag_learner", "RAG + φ*", "learner", shows_documents=True),
+            Method("ft_rag", "RAG + LoRA tuned for it (FT-RAG)", "own", shows_documents=True),
+            Method("cpt", "continual pre-training on the corpus (CPT)", "own"),
+            Method("prag", "a LoRA per document (PRAG)", "retrieved", per_document=True),
+            Method("raw_gradient", "raw gradients, no meta-training", "retrieved", raw=True),
+            Method("regrad", "ReGrad", "retrieved"),
+            Method("regrad_icl", "ReGrad + ICL", "retrieved", shows_documents=True),
+            Method("regrad_gold", "ReGrad, the right document given", "gold"),
+            Method("regrad_wrong", "ReGrad, another question's documents", "wrong"),
+            Method("regrad_random", "ReGrad, a random document", "random"),
+        )
     }
 )
-DEFAULT_METHODS = ("base", "learner", "regrad", "regrad_wrong", "rag")
+DEFAULT_METHODS = (
+    "base", "learner", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl", "regrad_wrong", "regrad_random",
+)  # fmt: skip
+# What a sceptic asks first: paired over the same questions.
+COMPARISONS = (
+    ("regrad", "rag_learner"),
+    ("regrad_icl", "ft_rag"),
+    ("regrad", "rag"),
+    ("regrad", "learner"),
+    ("regrad", "regrad_wrong"),
+    ("regrad_icl", "rag_learner"),
+)

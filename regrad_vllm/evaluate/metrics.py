@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from regrad_vllm.data.questions import Kind
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -28,6 +30,15 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
     """The best F1 over the answers, of the tokens that prediction and answer share. Nothing answered is 0."""
     return max((_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers), default=0.0)
+
+
+def score(prediction: str, answers: Sequence[str], kind: Kind) -> float:
+    """F1, or for yes/no and choice questions the accuracy: 1.0 where the answer begins with a right one."""
+    if kind == "span":
+        return token_f1(prediction, answers)
+    said = normalise(prediction).split()
+    expected = [normalise(answer).split() for answer in answers]
+    return float(any(answer and said[: len(answer)] == answer for answer in expected))
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:
@@ -49,10 +60,20 @@ class Interval:
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, num_samples: int = 2000) -> Interval:
     """Percentile bootstrap over questions. ValueError for no values."""
-    if not values:
+    return stratified_interval([values], seed=seed, num_samples=num_samples)
+
+
+def stratified_interval(groups: Sequence[Sequence[float]], *, seed: int = 0, num_samples: int = 2000) -> Interval:
+    """Mean of the groups' means; the percentile bootstrap draws within each group. ValueError for an empty group.
+
+    For a paired difference, give the differences of each question.
+    """
+    if not groups or not all(groups):
         raise ValueError("values must not be empty; nothing was answered")
-    array = np.asarray(values, np.float64)
     rng = np.random.default_rng(seed)
-    means = array[rng.integers(0, len(array), (num_samples, len(array)))].mean(axis=1)
+    means = np.zeros(num_samples)
+    for values in groups:
+        array = np.asarray(values, np.float64)
+        means += array[rng.integers(0, len(array), (num_samples, len(array)))].mean(axis=1) / len(groups)
     low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(array.mean()), float(low), float(high))
+    return Interval(float(np.mean([np.mean(values) for values in groups])), float(low), float(high))

@@ -1,55 +1,124 @@
-"""Records → a table per set, and one JSON object."""
+"""Records → figures: per set and over all sets, with bootstrap intervals and paired differences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from regrad_vllm.evaluate.asking import Record
-from regrad_vllm.evaluate.metrics import Interval, bootstrap_interval
+from regrad_vllm.evaluate.methods import COMPARISONS, METHODS
+from regrad_vllm.evaluate.metrics import Interval, bootstrap_interval, stratified_interval
 
 
-def summarise(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """set → method → {"em", "f1": [mean, low, high], "questions", "failed"}; unanswered questions count as wrong."""
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in dict.fromkeys(record.set_name for record in records):
-        for method in methods:
-            chosen = [record for record in records if record.set_name == name and record.method == method]
-            summary.setdefault(name, {})[method] = {
-                "em": _plain(bootstrap_interval([record.em for record in chosen])),
-                "f1": _plain(bootstrap_interval([record.f1 for record in chosen])),
-                "questions": len(chosen),
-                "failed": sum(bool(record.error) for record in chosen),
-            }
-    return summary
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method on one set. Unanswered questions count as wrong."""
+
+    em: Interval
+    f1: Interval
+    failed: int
 
 
-def recall(records: Sequence[Record]) -> dict[str, float]:
-    """set → share of its questions whose document was among the retrieved."""
-    return {
-        name: round(sum(r.gold_retrieved for r in records if r.set_name == name) / count, 4)
-        for name in dict.fromkeys(record.set_name for record in records)
-        if (count := sum(r.set_name == name for r in records))
+@dataclass(frozen=True, slots=True)
+class SetReport:
+    name: str
+    num_questions: int
+    recall: float  # share of the questions whose document was among the retrieved
+    rows: Mapping[str, Row]  # by method
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """F1 of one method minus another's, paired question by question; the mean over the sets."""
+
+    method: str
+    other: str
+    difference: Interval
+    by_set: Mapping[str, Interval]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    methods: tuple[str, ...]
+    sets: tuple[SetReport, ...]
+    overall: Mapping[str, Interval]  # method → F1, the mean over the sets
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def num_questions(self) -> int:
+        return sum(entry.num_questions for entry in self.sets)
+
+    def figures(self) -> dict[str, object]:
+        """What the command's last line says."""
+        plain = {
+            method: {"mean_f1": interval.mean, "low": interval.low, "high": interval.high}
+            for method, interval in self.overall.items()
+        }
+        return rounded({**plain, "questions": self.num_questions})
+
+    def plain(self) -> dict[str, object]:
+        """Everything, as JSON takes it."""
+        return rounded(asdict(self))
+
+
+def summarise(records: Sequence[Record]) -> Report:
+    """ValueError for no records, or where a method lacks a question that another answered."""
+    methods = tuple(name for name in METHODS if any(record.method == name for record in records))
+    by_set: dict[str, dict[str, dict[tuple[str, str], Record]]] = {}
+    for record in records:
+        of_set = by_set.setdefault(record.set_name, {})
+        of_set.setdefault(record.method, {})[record.question, record.answers[0]] = record
+    for name, found in by_set.items():
+        if len({frozenset(of_method) for of_method in found.values()}) > 1 or len(found) != len(methods):
+            raise ValueError(f"every method must have been asked the same questions; in set {name!r} they differ")
+    sets = tuple(_set_report(name, found, methods) for name, found in by_set.items())
+    overall = {
+        method: stratified_interval([[record.f1 for record in found[method].values()] for found in by_set.values()])
+        for method in methods
     }
+    compared = tuple(_compare(by_set, *pair) for pair in COMPARISONS if set(pair) <= set(methods))
+    return Report(methods, sets, overall, compared)
 
 
-def markdown(summary: dict[str, dict[str, dict[str, Any]]], found: dict[str, float]) -> str:
-    """One table: a row a method and set, EM and F1 in percent with 95% intervals."""
-    lines = [
-        "| set (questions; document retrieved) | method | EM | F1 | failed |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for name, methods in summary.items():
-        for method, row in methods.items():
-            label = f"{name} ({row['questions']}; {found[name]:.0%})"
-            lines.append(f"| {label} | {method} | {_percent(row['em'])} | {_percent(row['f1'])} | {row['failed']} |")
-    return "\n".join(lines)
+def _set_report(name: str, found: Mapping[str, Mapping[tuple[str, str], Record]], methods: Sequence[str]) -> SetReport:
+    rows = {}
+    for method in methods:
+        chosen = list(found[method].values())
+        rows[method] = Row(
+            em=bootstrap_interval([record.em for record in chosen]),
+            f1=bootstrap_interval([record.f1 for record in chosen]),
+            failed=sum(bool(record.error) for record in chosen),
+        )
+    return SetReport(name, len(chosen), sum(record.gold_retrieved for record in chosen) / len(chosen), rows)
 
 
-def _plain(interval: Interval) -> list[float]:
-    return [round(value, 4) for value in (interval.mean, interval.low, interval.high)]
+def _compare(
+    by_set: Mapping[str, Mapping[str, Mapping[tuple[str, str], Record]]], method: str, other: str
+) -> Comparison:
+    differences = {
+        name: [record.f1 - found[other][key].f1 for key, record in found[method].items()]
+        for name, found in by_set.items()
+    }
+    return Comparison(
+        method,
+        other,
+        stratified_interval(list(differences.values())),
+        {name: bootstrap_interval(values) for name, values in differences.items()},
+    )
 
 
-def _percent(values: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in values)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+def rounded(value: object) -> dict[str, object]:
+    """The same plain data with numbers of four digits after the point."""
+    result = _rounded(value)
+    assert isinstance(result, dict)
+    return result
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, Mapping):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return value

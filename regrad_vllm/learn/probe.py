@@ -7,27 +7,28 @@ from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.gradients import document_gradients
-from regrad_vllm.learn.meta_step import MetaBatch
+from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters
 
 
-def probe(
-    model: AdaptedModel, phi: Tensor, step_sizes: list[Tensor], batches: list[MetaBatch], gamma: float
-) -> dict[str, float]:
+def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBatch]) -> dict[str, float]:
     """Share of answer tokens right, and of answers with every token right ("…_all"), per method.
 
     Methods: regrad (the batch's mix), learner (φ* alone), wrong (each task gets its neighbour's mix).
     """
     right: dict[str, list[Tensor]] = {}
+    phi = parameters.phi
     for batch in batches:
         num_tasks = len(batch.documents.ids)
-        gradients = document_gradients(model, phi, batch.documents)
-        parts = model.split(gradients)
-        deltas = torch.cat([(a * g).reshape(num_tasks, -1) for a, g in zip(step_sizes, parts, strict=True)], dim=1)
-        hidden = model.lower(batch.questions.ids)
-        mixes = {"regrad": batch.mix, "learner": torch.zeros_like(batch.mix), "wrong": batch.mix.roll(1, dims=0)}
-        for method, mix in mixes.items():
+        gradients = model.split(document_gradients(model, phi, batch.documents, parameters.inner_loss))
+        scaled = (a * g for a, g in zip(parameters.step_sizes, gradients, strict=True))
+        deltas = torch.cat([delta.reshape(num_tasks, -1) for delta in scaled], dim=1)
+        hidden = model.lower(batch.questions)
+        mix = parameters.mix(batch)
+        mixes = {"regrad": mix, "learner": torch.zeros_like(mix), "wrong": mix.roll(1, dims=0)}
+        for method, weights in mixes.items():
             with torch.no_grad():
-                final = model.upper(hidden, model.split(phi - gamma * (mix @ deltas)))
+                adapters = model.split(phi - parameters.gamma * (weights @ deltas))
+                final = model.upper(hidden, adapters, batch.questions)
                 tokens, answers = _answers_right(model, final, batch.questions.targets)
             right.setdefault(method, []).append(tokens)
             right.setdefault(f"{method}_all", []).append(answers)
@@ -37,5 +38,8 @@ def probe(
 def _answers_right(model: AdaptedModel, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     counted = targets != -100
     hits = model.predict(final[counted]) == targets[counted]
-    misses = torch.zeros(len(targets)).index_add(0, counted.nonzero()[:, 0].cpu(), (~hits).float().cpu())
-    return hits.cpu(), misses == 0
+    # An answer is a run of targets; between two in a row stands at least the end of the first.
+    begins = counted & ~counted.roll(1, dims=1)
+    answers = begins.flatten().cumsum(0)[counted.flatten()] - 1
+    misses = torch.zeros(int(begins.sum()), device=hits.device).index_add(0, answers, (~hits).float())
+    return hits.cpu(), (misses == 0).cpu()

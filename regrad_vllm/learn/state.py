@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.layout import Layout
 from regrad_vllm.learn.config import ConfigError, TrainConfig
+from regrad_vllm.learn.meta_step import MetaParameters
 from regrad_vllm.learner import Learner, LearnerConfig, num_step_sizes
 
 _LOG = logging.getLogger(__name__)
@@ -20,20 +23,69 @@ _LOG = logging.getLogger(__name__)
 class MetaState:
     """φ*, step sizes and optimiser: everything that a step changes."""
 
-    def __init__(self, config: TrainConfig, layout: Layout, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, layout: Layout, hidden_size: int, device: torch.device) -> None:
         self.config, self.layout = config, layout
         self.step = 0
         self.seconds = 0.0
         generator = torch.Generator().manual_seed(config.seed)
-        self.phi = _initial_phi(layout, generator).to(device).requires_grad_()
+        self.phi = initial_phi(layout, generator).to(device).requires_grad_()
         count = num_step_sizes(config.step_size_kind, layout)
         self.step_sizes = torch.full((count,), config.step_size_init, device=device)
         groups: list[dict[str, Any]] = [{"params": [self.phi], "lr": config.learning_rate}]
         if config.step_size_kind != "fix":
             self.step_sizes.requires_grad_()
             groups.append({"params": [self.step_sizes], "lr": config.step_size_learning_rate})
+        self.token_head: Tensor | None = None
+        if config.token_weights:
+            self.token_head = torch.zeros(hidden_size + 1, device=device, requires_grad=True)
+            groups.append({"params": [self.token_head], "lr": config.learning_rate})
+        self.log_temperature: Tensor | None = None
+        if config.score_temperature_init:
+            self.log_temperature = torch.tensor(math.log(config.score_temperature_init), device=device)
+            self.log_temperature.requires_grad_()
+            groups.append({"params": [self.log_temperature], "lr": config.step_size_learning_rate})
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self._rates = [group["lr"] for group in groups]
+
+    def start_from(self, learner: Learner) -> None:
+        """Takes over φ*, step sizes and inner loss; a lower rank is filled up so that the function stays the same.
+
+        ConfigError where the modules or the kind of step sizes differ, or the rank is higher.
+        """
+        ours, theirs = self.layout, learner.layout
+        if theirs.modules != ours.modules or theirs.rank > ours.rank:
+            raise ConfigError(
+                f"start must be a learner of the same modules and at most rank {ours.rank}, it has rank {theirs.rank} "
+                f"and {len(theirs.modules)} modules from {theirs.modules[0]} to {theirs.modules[-1]}"
+            )
+        if learner.config.step_size_kind != self.config.step_size_kind:
+            raise ConfigError(f"step_size_kind must be the start's, {learner.config.step_size_kind!r}")
+        if learner.config.step_size_kind == "full" and theirs.rank != ours.rank:
+            raise ConfigError(f"rank must be the start's, {theirs.rank}, with step sizes of kind 'full'")
+        with torch.no_grad():
+            for (tensor, mine), (_, given) in zip(
+                ours.views(self.phi), theirs.views(torch.tensor(learner.phi)), strict=True
+            ):
+                if tensor.part == "A":  # more rows keep their random values, their columns in B are 0
+                    mine[: theirs.rank] = given.to(mine.device)
+                else:
+                    # s = lora_alpha / r stands before B A, and r differs.
+                    mine[:, : theirs.rank] = given.to(mine.device) * (learner.scaling / self._scaling)
+            self.step_sizes.copy_(torch.tensor(learner.step_sizes))
+            if self.token_head is not None and learner.token_head is not None:
+                self.token_head.copy_(torch.tensor(learner.token_head))
+            if self.log_temperature is not None and learner.config.score_temperature:
+                self.log_temperature.fill_(math.log(learner.config.score_temperature))
+
+    @property
+    def _scaling(self) -> float:
+        return self.config.lora_alpha / self.layout.rank
+
+    def parameters(self) -> MetaParameters:
+        """What the loss takes; gradients flow back to this state."""
+        temperature = None if self.log_temperature is None else self.log_temperature.exp()
+        inner_loss = InnerLoss(self.config.length_exponent, self.token_head)
+        return MetaParameters(self.phi, self.step_size_tensors(), self.config.gamma, inner_loss, temperature)
 
     def step_size_tensors(self) -> list[Tensor]:
         """Per tensor of the layout: a scalar, or for "full" the tensor's shape."""
@@ -73,6 +125,8 @@ class MetaState:
                 "config": self.config.digest,
                 "phi": self.phi.detach(),
                 "step_sizes": self.step_sizes.detach(),
+                "token_head": None if self.token_head is None else self.token_head.detach(),
+                "log_temperature": None if self.log_temperature is None else self.log_temperature.detach(),
                 "optimizer": self.optimizer.state_dict(),
             },
             partial,
@@ -90,6 +144,10 @@ class MetaState:
         with torch.no_grad():
             self.phi.copy_(saved["phi"])
             self.step_sizes.copy_(saved["step_sizes"])
+            if self.token_head is not None:
+                self.token_head.copy_(saved["token_head"])
+            if self.log_temperature is not None:
+                self.log_temperature.copy_(saved["log_temperature"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
 
@@ -103,13 +161,16 @@ class MetaState:
             max_document_tokens=config.max_document_tokens,
             top_k=config.top_k,
             gamma=config.gamma,
+            length_exponent=config.length_exponent,
+            score_temperature=0.0 if self.log_temperature is None else float(self.log_temperature.detach().exp()),
             training=training,
         )
         phi, step_sizes = (values.detach().cpu().numpy().copy() for values in (self.phi, self.step_sizes))
-        return Learner(learner_config, self.layout, phi, step_sizes)
+        head = None if self.token_head is None else self.token_head.detach().cpu().numpy().copy()
+        return Learner(learner_config, self.layout, phi, step_sizes, head)
 
 
-def _initial_phi(layout: Layout, generator: torch.Generator) -> Tensor:
+def initial_phi(layout: Layout, generator: torch.Generator) -> Tensor:
     """LoRA's usual start: A uniform by fan-in (Kaiming, a = √5), B zero."""
     phi = torch.zeros(layout.num_values)
     for tensor, view in layout.views(phi):

@@ -5,16 +5,14 @@ A step's batch is a pure function of (config seed, step), so a resumed run sees 
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from regrad_vllm.data.questions import DataSplit
 from regrad_vllm.learn.synthetic import synthetic_documents
 
 
@@ -35,31 +33,29 @@ class TaskSet:
     tasks: tuple[Task, ...]
     groups: tuple[tuple[int, ...], ...]  # indices of tasks that are about one subject, for hard distractors
     retrievable: bool = True
+    # Per task what the bank's retrieval finds for its first question, (index, cosine), best first; see retrieval.py
+    hits: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-def load_question_sets(folder: Path, split: str, names: Sequence[str]) -> list[TaskSet]:
-    """Task sets from ``<split>.documents.jsonl.gz`` and ``<split>.questions.jsonl.gz``.
-
-    Raises FileNotFoundError, or ValueError naming a set without tasks.
-    """
-    documents = {entry["id"]: entry for entry in _read_lines(folder / f"{split}.documents.jsonl.gz")}
+def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
+    """A task per document that answers questions. ValueError names a set without tasks."""
     questions: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for entry in _read_lines(folder / f"{split}.questions.jsonl.gz"):
-        answer = min((text.strip() for text in entry["answers"] if text.strip()), key=len, default="")
-        if answer:
-            questions[entry["gold"][0]].append((entry["question"].strip(), answer.rstrip(".")))
+    for entry in data.questions:
+        if entry.answers:
+            questions[entry.documents[0]].append((entry.question, min(entry.answers, key=len).rstrip(".")))
     sets = []
     for name in names:
         tasks: list[Task] = []
         groups: dict[str, list[int]] = defaultdict(list)
-        for key, entry in documents.items():
-            if entry["set"] == name and questions[key]:
-                title = "" if name.startswith("shifts_") else entry["title"].strip()
+        for key, document in data.documents.items():
+            if document.set_name == name and questions[key]:
+                title = "" if name.startswith("shifts_") else document.title
                 groups[title].append(len(tasks))
-                tasks.append(Task(title, entry["text"], tuple(questions[key])))
+                random.Random(f"regrad.first.{key}").shuffle(questions[key])
+                tasks.append(Task(title, document.text, tuple(questions[key])))
         if not tasks:
-            known = sorted({entry["set"] for entry in documents.values()})
-            raise ValueError(f"set {name!r} has no tasks in {folder} ({split}); it has {known}")
+            known = sorted({document.set_name for document in data.documents.values()})
+            raise ValueError(f"set {name!r} has no tasks, the data has {known}")
         kept = tuple(tuple(group) for title, group in groups.items() if title and len(group) > 1)
         sets.append(TaskSet(name, tuple(tasks), kept, not name.startswith("shifts_")))
     return sets
@@ -80,9 +76,10 @@ class StepPlan:
     """What one meta-step trains on."""
 
     tasks: tuple[Task, ...]
-    questions: tuple[tuple[tuple[str, str], ...], ...]  # per task, equally many
-    mix: tuple[tuple[float, ...], ...]  # (tasks, tasks): weight of document j in the adapter of task i
-    icl: bool  # the retrieved documents also stand in the prompt
+    questions: tuple[tuple[tuple[str, str], ...], ...]  # per task
+    mix: tuple[tuple[float, ...], ...]  # (tasks, tasks): 1 where document j is in the adapter of task i
+    scores: tuple[tuple[float, ...], ...]  # (tasks, tasks): cosine of document j and the first question of task i
+    icl: bool  # the mixed documents also stand in the prompt
     set_name: str
 
 
@@ -99,30 +96,52 @@ class Sampler:
     max_words: int
     top_k_weights: tuple[float, ...]  # chance of k = 1, 2, …
     icl_share: float
+    neighbour_share: float
 
     def plan(self, step: int) -> StepPlan:
         rng = random.Random(f"regrad.tasks.{self.seed}.{step}")
         task_set = rng.choices(self.sets, self.set_weights)[0]
         icl = rng.random() < self.icl_share
-        tasks = self._draw_tasks(task_set, rng)
-        questions = [self._draw_questions(task, rng, 2 if icl else self.questions_per_task) for task in tasks]
-        mix = [[0.0] * len(tasks) for _ in tasks]
-        for row in range(len(tasks)):
-            mix[row][row] = 1.0
-            others = [other for other in range(len(tasks)) if other != row]
-            k = rng.choices(range(1, len(self.top_k_weights) + 1), self.top_k_weights)[0]
-            for other in rng.sample(others, min(k - 1, len(others))) if task_set.retrievable else []:
-                mix[row][other] = 1.0
-        return StepPlan(tuple(tasks), tuple(questions), tuple(map(tuple, mix)), icl, task_set.name)
+        indices = self._draw_tasks(task_set, rng)
+        tasks = [task_set.tasks[index] for index in indices]
+        questions = [self._draw_questions(task, rng) for task in tasks]
+        rows = [self._mix(task_set, indices, row, rng) for row in range(len(indices))]
+        mix, scores = (tuple(part) for part in zip(*rows, strict=True))
+        return StepPlan(tuple(tasks), tuple(questions), mix, scores, icl, task_set.name)
 
-    def _draw_tasks(self, task_set: TaskSet, rng: random.Random) -> list[Task]:
-        candidates: list[int] = []
-        if task_set.groups and rng.random() < 0.5:
+    def _mix(
+        self, task_set: TaskSet, indices: list[int], row: int, rng: random.Random
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The documents in the adapter of task ``row``, and their scores: its own and k − 1 others of the step.
+
+        The others are the best hits of its first question as far as they are in the step, then any.
+        """
+        found = dict(task_set.hits[indices[row]]) if task_set.hits else {}
+        lowest = min(found.values(), default=0.0)
+        scores = [found.get(index, lowest) for index in indices]
+        others = [other for other in range(len(indices)) if other != row]
+        rng.shuffle(others)
+        others.sort(key=lambda other: indices[other] not in found or -scores[other])
+        k = rng.choices(range(1, len(self.top_k_weights) + 1), self.top_k_weights)[0]
+        chosen = {row, *(others[: k - 1] if task_set.retrievable else ())}
+        return tuple(float(other in chosen) for other in range(len(indices))), tuple(scores)
+
+    def _draw_tasks(self, task_set: TaskSet, rng: random.Random) -> list[int]:
+        """Indices: in some steps documents that are hits of each other's questions, else any, within the budget."""
+        neighbours = rng.random() < self.neighbour_share
+        start = rng.randrange(len(task_set.tasks))
+        candidates = [start]
+        if neighbours and task_set.hits:
+            for index in candidates:  # grows as it is walked
+                candidates += [other for other, _ in task_set.hits[index] if other not in candidates]
+                if len(candidates) >= 2 * self.max_tasks:
+                    break
+        elif neighbours and task_set.groups:
             group = rng.choice(task_set.groups)
             candidates = rng.sample(group, min(len(group), self.max_tasks))
         more = rng.sample(range(len(task_set.tasks)), min(len(task_set.tasks), 2 * self.max_tasks))
         candidates += [index for index in more if index not in candidates]
-        chosen: list[Task] = []
+        chosen: list[int] = []
         longest = 0
         for index in candidates:
             task = task_set.tasks[index]
@@ -130,18 +149,12 @@ class Sampler:
             longest = max(longest, words)
             if chosen and (len(chosen) + 1) * longest * 1.35 > self.tokens_per_step:
                 break
-            chosen.append(task)
+            chosen.append(index)
             if len(chosen) == self.max_tasks:
                 break
         return chosen
 
-    @staticmethod
-    def _draw_questions(task: Task, rng: random.Random, num_questions: int) -> tuple[tuple[str, str], ...]:
-        if len(task.questions) >= num_questions:
-            return tuple(rng.sample(task.questions, num_questions))
-        return tuple(task.questions) + tuple(rng.choices(task.questions, k=num_questions - len(task.questions)))
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    def _draw_questions(self, task: Task, rng: random.Random) -> tuple[tuple[str, str], ...]:
+        """The first question, whose hits the mix was made of, and others."""
+        first, *rest = task.questions
+        return (first, *rng.sample(rest, min(len(rest), self.questions_per_task - 1)))

@@ -5,29 +5,50 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from bank_service.embedder import MiniLmEmbedder
 from regrad_vllm.base_model import base_digest, build_layout, load_base_model
+from regrad_vllm.data.leaks import without_leaks
+from regrad_vllm.data.questions import DataSplit, load_split
 from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch
 from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
+from regrad_vllm.learn.picture import draw
 from regrad_vllm.learn.probe import probe
+from regrad_vllm.learn.retrieval import with_hits
 from regrad_vllm.learn.state import MetaState
-from regrad_vllm.learn.tasks import Sampler, TaskSet, load_question_sets, synthetic_set
+from regrad_vllm.learn.synthetic import Split
+from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
+from regrad_vllm.learner import Learner
 
+VALIDATION_TOP_KS = (1, 3)
+EMPTY = DataSplit({}, ())
 _LOG = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, model_folder: Path, resume: bool = False) -> Path:
-    """Runs meta-training and returns the learner's folder.
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    train: DataSplit
+    validation: DataSplit
+    left_out: tuple[str, ...]  # ids of training documents and questions that stand in evaluation data too
+
+
+def train(config: TrainConfig, *, model_folder: Path, resume: bool = False, minutes: float = math.inf) -> Path | None:
+    """Runs meta-training and returns the learner's folder; None where ``minutes`` were over first: then it left a
+    checkpoint to resume from.
 
     resume continues from the last checkpoint in <output>.run, and starts at 0 where there is none. Without it a
     run that left a checkpoint is a ConfigError, so that hours of work aren't overwritten.
@@ -45,22 +66,49 @@ def train(config: TrainConfig, *, model_folder: Path, resume: bool = False) -> P
     layout = build_layout(base, rank=config.rank, layers=layers, projections=config.projections)
     model = AdaptedModel(base, layout, config.lora_alpha / config.rank)
     builder = PromptBuilder(tokenizer, config.prompts)
-    state = MetaState(config, layout, device)
+    state = MetaState(config, layout, base.config.hidden_size, device)
+    start = Learner.load(config.start) if config.start else None
+    if start is not None:
+        check_base(start, model_folder)
+        state.start_from(start)
     if checkpoint.exists():
         state.load(checkpoint)
-    sampler = make_sampler(config, "train")
-    validation = _validation_batches(config, builder, device)
-    _run_steps(config, model, state, sampler, validation, builder, run)
-    learner = state.to_learner(base_digest(model_folder), _provenance(config, state))
+    data = load_data(config)
+    sampler = make_sampler(config, "train", data.train, run)
+    validation = _validation_batches(config, data.validation, builder, device, run)
+    _run_steps(config, model, state, sampler, validation, builder, run, time.monotonic() + 60 * minutes)
+    if state.step < config.num_steps:
+        return None
+    learner = state.to_learner(base_digest(model_folder), _provenance(config, state, start, data.left_out))
     learner.save(config.output)
+    shutil.copyfile(run / "log.jsonl", Path(config.output) / "training_log.jsonl")
+    draw(run / "log.jsonl", Path(config.output) / "training.svg")
     return Path(config.output)
 
 
-def make_sampler(config: TrainConfig, split: str) -> Sampler:
+def load_data(config: TrainConfig) -> TrainingData:
+    """The training split without what stands in the folder's other splits too, and the validation split."""
+    if set(config.sets) == {"synthetic"}:
+        return TrainingData(EMPTY, EMPTY, ())
+    evaluations = {}
+    for split in ("validation", "test"):
+        with suppress(FileNotFoundError):
+            evaluations[split] = load_split(config.data_folder, split)
+    train, left_out = without_leaks(load_split(config.data_folder, "train"), evaluations.values())
+    if left_out:
+        _LOG.warning("%d training documents and questions stand in evaluation data too and are left out", len(left_out))
+    return TrainingData(train, evaluations.get("validation", EMPTY), left_out)
+
+
+def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path) -> Sampler:
+    """``cache``: where what retrieval finds is kept."""
     real = [name for name in config.sets if name != "synthetic"]
-    sets: list[TaskSet] = load_question_sets(Path(config.data_folder), split, real) if real else []
+    sets: list[TaskSet] = question_sets(data, real) if real else []
     if "synthetic" in config.sets:
         sets.append(synthetic_set(split, config.seed, config.num_synthetic))
+    if config.neighbour_share:
+        embedder = MiniLmEmbedder.installed()
+        sets = [with_hits(task_set, embedder, cache) if task_set.retrievable else task_set for task_set in sets]
     return Sampler(
         sets=tuple(sets),
         set_weights=tuple(config.sets[task_set.name] for task_set in sets),
@@ -71,12 +119,13 @@ def make_sampler(config: TrainConfig, split: str) -> Sampler:
         max_words=int(config.max_document_tokens / 1.35),
         top_k_weights=config.top_k_weights,
         icl_share=config.icl_share,
+        neighbour_share=config.neighbour_share,
     )
 
 
 def _run_steps(
     config: TrainConfig, model: AdaptedModel, state: MetaState, sampler: Sampler,
-    validation: dict[str, list[MetaBatch]], builder: PromptBuilder, run: Path,
+    validation: dict[str, list[MetaBatch]], builder: PromptBuilder, run: Path, deadline: float,
 ) -> None:  # fmt: skip
     from tqdm import tqdm
 
@@ -87,7 +136,7 @@ def _run_steps(
         begun = time.monotonic()
         plan = sampler.plan(state.step)
         batch = make_batch(plan, builder, config.max_document_tokens, model.device)
-        loss = meta_loss(model, state.phi, state.step_size_tensors(), batch, config.gamma)
+        loss = meta_loss(model, state.parameters(), batch)
         figures = state.update(loss)
         seconds = time.monotonic() - begun
         state.seconds += seconds
@@ -107,30 +156,37 @@ def _run_steps(
         progress.update()
         if state.step % config.validate_every == 0 or state.step == config.num_steps:
             for name, batches in validation.items():
-                steps = [step.detach() for step in state.step_size_tensors()]
-                found = probe(model, state.phi.detach(), steps, batches, config.gamma)
+                found = probe(model, state.parameters().detach(), batches)
                 log(step=state.step, validation=name, **found)
                 progress.write(f"step {state.step} {name}: {found}")
-        if state.step % config.checkpoint_every == 0 or state.step == config.num_steps:
+        over = time.monotonic() > deadline
+        if over or state.step % config.checkpoint_every == 0 or state.step == config.num_steps:
             state.save(run / "checkpoint.pt")
+        if over:
+            break
     progress.close()
 
 
 def _validation_batches(
-    config: TrainConfig, builder: PromptBuilder, device: torch.device
+    config: TrainConfig, data: DataSplit, builder: PromptBuilder, device: torch.device, cache: Path
 ) -> dict[str, list[MetaBatch]]:
-    """Two fixed batches from each set that has a validation part."""
+    """Fixed batches from each set that has a validation part, with 1 and with 3 documents an adapter."""
     batches: dict[str, list[MetaBatch]] = {}
     for name in config.sets:
-        single = replace(config, sets={name: 1.0}, icl_share=0.0, num_synthetic=400)
-        try:
-            sampler = make_sampler(single, "validation")
-        except ValueError:  # the data has no validation part for this set
-            _LOG.info("set %s has no validation tasks", name)
-            continue
-        batches[name] = [
-            make_batch(sampler.plan(step), builder, config.max_document_tokens, device) for step in range(2)
-        ]
+        for k in VALIDATION_TOP_KS:
+            single = replace(
+                config, sets={name: 1.0}, icl_share=0.0, num_synthetic=400,
+                top_k_weights=tuple(float(number == k) for number in range(1, k + 1)),
+            )  # fmt: skip
+            try:
+                sampler = make_sampler(single, "validation", data, cache)
+            except ValueError:  # the data has no validation part for this set
+                _LOG.info("set %s has no validation tasks", name)
+                break
+            batches[f"{name}, k={k}"] = [
+                make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
+                for step in range(config.validation_batches)
+            ]
     return batches
 
 
@@ -149,7 +205,9 @@ class _JsonLog:
             file.write(json.dumps(rounded) + "\n")
 
 
-def _provenance(config: TrainConfig, state: MetaState) -> dict[str, object]:
+def _provenance(
+    config: TrainConfig, state: MetaState, start: Learner | None, left_out: tuple[str, ...]
+) -> dict[str, object]:
     import transformers
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -158,10 +216,12 @@ def _provenance(config: TrainConfig, state: MetaState) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    files = sorted(Path(config.data_folder).glob("train.*.jsonl.gz")) if config.data_folder else []
+    files = sorted(Path(config.data_folder).glob("train.*.jsonl*")) if config.data_folder else []
     return {
         "config": config.decisive,
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "left_out": list(left_out),  # they stand in evaluation data too
+        "start": {"fingerprint": start.fingerprint, "training": dict(start.config.training)} if start else None,
         "num_steps": state.step,
         "hours": round(state.seconds / 3600, 3),
         "versions": versions,
@@ -170,12 +230,18 @@ def _provenance(config: TrainConfig, state: MetaState) -> dict[str, object]:
 
 
 def main(
-    config_path: str, *, resume: bool, model_folder: Callable[[str], Path], data: str = "", output: str = ""
-) -> Path:
+    config_path: str,
+    *,
+    resume: bool,
+    model_folder: Callable[[str], Path],
+    data: str = "",
+    output: str = "",
+    minutes: float = math.inf,
+) -> Path | None:
     """Entry for the command line. ``model_folder`` turns the config's base_model into a local folder.
 
     data and output replace the config's data_folder and output where given.
     """
     overrides = {"data_folder": data and str(Path(data).resolve()), "output": output and str(Path(output).resolve())}
     config = TrainConfig.load(config_path, {key: value for key, value in overrides.items() if value})
-    return train(config, model_folder=model_folder(config.base_model), resume=resume)
+    return train(config, model_folder=model_folder(config.base_model), resume=resume, minutes=minutes)

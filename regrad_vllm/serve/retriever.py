@@ -122,7 +122,7 @@ class Retriever:
             arena=str(self._arena.folder),
             learner=self._learner.fingerprint,
             digests=tuple(hit.gradient_digest for hit in hits),
-            weights=(1.0,) * len(hits),
+            weights=self._learner.config.weights([hit.score for hit in hits]),
             gamma=plan.gamma,
         )
 

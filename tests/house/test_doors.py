@@ -23,8 +23,8 @@ FORBIDDEN = {
     "regrad_vllm/demo": ("vllm",),
     "regrad_vllm/local": ("vllm",),
 }
-# What bank_service offers to the other package: the wire, its config and errors; the rest to the command line only.
-OPEN_TO_ALL = ("bank_service.wire", "bank_service.encoder", "bank_service.errors")
+# What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
+OPEN_TO_ALL = ("bank_service.wire", "bank_service.encoder", "bank_service.embedder", "bank_service.errors")
 OPEN_TO_COMMAND_LINE = ("bank_service.config", "bank_service.documents", "bank_service.server")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from regrad_vllm.base_model import BaseModelError, build_layout
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.inner_loss import InnerLoss
 from tests.method.reference import lm_loss, peft_model, relative_error
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -72,3 +74,26 @@ def test_encoding_leaves_the_base_weights_alone(llama: Any) -> None:
 def test_an_unknown_projection_is_an_error_that_lists_the_known_ones(llama: Any) -> None:
     with pytest.raises(BaseModelError, match=r"'gate'.*gate_proj"):
         build_layout(llama, rank=4, layers=(2,), projections=("gate",))
+
+
+def test_token_weights_and_length_scale_each_tokens_part_of_the_gradient(llama: Any) -> None:
+    layout = build_layout(llama, rank=4, layers=(2, 3), projections=("gate_proj", "up_proj", "down_proj"))
+    phi = torch.randn(layout.num_values, generator=torch.Generator().manual_seed(0)) * 0.3
+    model = AdaptedModel(llama, layout, SCALING)
+    tokens = random_tokens(12, 1)
+    batch = TokenBatch.pad([(tokens, 1), (random_tokens(20, 2), 1)])
+    generator = torch.Generator().manual_seed(5)
+    head = torch.randn(33, generator=generator)
+    actual = document_gradients(model, phi, batch, InnerLoss(0.25, head))[0]
+
+    # One target at a time: its own gradient, times the weight that the formula gives it.
+    hidden = llama.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[2][0].detach()
+    expected = torch.zeros_like(phi)
+    for position in range(1, len(tokens)):
+        normed = hidden[position] / hidden[position].square().mean().add(1e-6).sqrt()
+        weight = torch.nn.functional.softplus(normed @ head[:-1] + head[-1]) / math.log(2)
+        single = document_gradients(model, phi, TokenBatch.pad([(tokens[: position + 1], position)]))[0]
+        expected += weight / 11**0.25 / 32**0.75 * single
+    assert relative_error(actual, expected) <= 1e-5
+    plain = document_gradients(model, phi, batch)[0]
+    assert relative_error(actual, plain) > 0.1

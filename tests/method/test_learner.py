@@ -12,7 +12,7 @@ import torch
 
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import build_layout
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, LearnerError, Prompts, num_step_sizes, save_adapter
 from tests.method.conftest import tiny_model
@@ -43,16 +43,32 @@ def test_a_saved_learner_loads_as_itself(kind: str, tmp_path: Path) -> None:
             assert np.all(view == learner.step_sizes[index])
 
 
+def test_the_inner_loss_is_part_of_the_learner_and_of_its_fingerprint(tmp_path: Path) -> None:
+    plain = make_learner()
+    head = np.random.default_rng(0).normal(size=33).astype(np.float32)
+    longer = replace(plain, config=replace(plain.config, length_exponent=0.5))
+    learner = replace(longer, token_head=head, config=replace(longer.config, score_temperature=0.1))
+    assert len({plain.fingerprint, longer.fingerprint, learner.fingerprint}) == 3
+    learner.save(tmp_path)
+    loaded = Learner.load(tmp_path)
+    assert loaded.fingerprint == learner.fingerprint and np.array_equal(loaded.token_head, head)
+    assert loaded.config.weights([0.9, 0.8, 0.95]) == pytest.approx((1.0, np.exp(-1), 1.0))
+    assert plain.config.weights([0.9, 0.8]) == (1.0, 1.0)
+    plain.save(tmp_path)
+    assert Learner.load(tmp_path).token_head is None, "no head of an earlier learner stays in the folder"
+
+
 def test_peft_loads_the_learner_folder_as_it_is_and_computes_the_same(tmp_path: Path) -> None:
     from peft import PeftModel
 
     learner = make_learner()
     learner.save(tmp_path)
     base = tiny_model("Llama")
-    ids = torch.arange(3, 23)[None]
+    batch = TokenBatch.pad([(range(3, 23), 1)])
+    ids = batch.ids
     plain = base(ids).logits
     adapted = AdaptedModel(base, learner.layout, learner.scaling)
-    final = adapted.upper(adapted.lower(ids), adapted.split(torch.tensor(learner.phi)[None]))
+    final = adapted.upper(adapted.lower(batch), adapted.split(torch.tensor(learner.phi)[None]), batch)
     mine = base.lm_head(final)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits
     assert torch.allclose(mine, theirs, atol=1e-4)
@@ -68,9 +84,10 @@ def test_a_composed_adapter_exports_to_a_folder_that_peft_computes_the_same_with
     adapter = compose(learner.phi, deltas, [1.0, 0.5], 0.8)
     save_adapter(tmp_path, learner, adapter)
     base = tiny_model("Llama")
-    ids = torch.arange(3, 23)[None]
+    batch = TokenBatch.pad([(range(3, 23), 1)])
+    ids = batch.ids
     adapted = AdaptedModel(base, learner.layout, learner.scaling)
-    mine = base.lm_head(adapted.upper(adapted.lower(ids), adapted.split(torch.tensor(adapter)[None])))
+    mine = base.lm_head(adapted.upper(adapted.lower(batch), adapted.split(torch.tensor(adapter)[None]), batch))
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits
     assert torch.allclose(mine, theirs, atol=1e-4)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from regrad_vllm.base_model import build_layout
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.layout import Layout
-from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
+from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters, meta_loss
 from tests.method.reference import lm_loss, peft_model, relative_error
 from tests.method.test_gradients import random_tokens
 
@@ -17,6 +18,7 @@ SCALING, GAMMA = 2.0, 0.9
 DOCUMENTS = [random_tokens(length, length) for length in (25, 11, 18)]
 # (tokens, first answer position), two questions a document
 QUESTIONS = [(random_tokens(length, 100 + length), length - 4) for length in (9, 14, 11, 20, 8, 16)]
+GROUPS = [QUESTIONS[0:2], QUESTIONS[2:4], QUESTIONS[4:6]]
 MIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
 
 
@@ -43,9 +45,9 @@ def test_the_meta_gradient_equals_the_per_task_reference(any_model: Any, kind: s
     steps = (torch.rand(count, generator=generator) * 0.3 + 0.1).requires_grad_()
 
     model = AdaptedModel(any_model, layout, SCALING)
-    batch = MetaBatch(TokenBatch.pad([(tokens, 1) for tokens in DOCUMENTS]), TokenBatch.pad(QUESTIONS), MIX)
+    batch = MetaBatch(TokenBatch.pad([(tokens, 1) for tokens in DOCUMENTS]), TokenBatch.pack(GROUPS), MIX)
     tensors = list(steps.unbind()) if kind == "tie" else [view for _, view in layout.views(steps)]
-    loss = meta_loss(model, phi, tensors, batch, GAMMA)
+    loss = meta_loss(model, MetaParameters(phi, tensors, GAMMA), batch)
     actual = torch.autograd.grad(loss, (phi, steps))
 
     sizes = torch.tensor([tensor.num_values for tensor in layout.tensors])
@@ -69,4 +71,42 @@ def meta_loss_first_order(model: AdaptedModel, phi: Tensor, steps: list[Tensor],
     gradients = model.split(document_gradients(model, phi.detach(), batch.documents))
     deltas = torch.cat([(step * part).reshape(len(part), -1) for step, part in zip(steps, gradients, strict=True)], 1)
     adapters = model.split(phi - GAMMA * (batch.mix @ deltas.detach()))
-    return model.row_losses(model.upper(model.lower(batch.questions.ids), adapters), batch.questions.targets).mean()
+    final = model.upper(model.lower(batch.questions), adapters, batch.questions)
+    return model.loss(final, batch.questions) / len(batch.questions.ids)
+
+
+def test_packed_questions_cost_what_they_cost_one_by_one(any_model: Any) -> None:
+    common = random_tokens(7, 1)
+    groups = [
+        [(common + random_tokens(5, 2), 9), (common + random_tokens(8, 3), 10), (common + random_tokens(3, 4), 8)],
+        [(random_tokens(6, 5), 5)],  # alone
+        [(common, 6), (common, 6)],  # the same twice
+        [(common + [5, 6, 7], 8), (common + [5, 6, 9, 11], 9)],  # answers that begin alike don't melt together
+    ]
+    packed = TokenBatch.pack(groups)
+    assert packed.ids.shape[1] == 7 + 5 + 8 + 3
+    layout = build_layout(any_model, rank=4, layers=(2, 3), projections=("gate_proj", "up_proj", "down_proj"))
+    model = AdaptedModel(any_model, layout, SCALING)
+    phi = torch.randn(len(groups), layout.num_values, generator=torch.Generator().manual_seed(1)) * 0.3
+
+    def losses(batch: TokenBatch, adapters: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.loss(model.upper(model.lower(batch), model.split(adapters), batch), batch)
+
+    expected = [
+        torch.stack([losses(TokenBatch.pad([row]), phi[index, None]) for row in group]).mean()
+        for index, group in enumerate(groups)
+    ]
+    assert float(losses(packed, phi)) == pytest.approx(float(sum(expected)), rel=1e-5)
+
+
+def test_weights_from_scores_fall_with_the_distance_to_the_best_and_can_be_learnt() -> None:
+    mix = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    scores = torch.tensor([[0.5, 0.7, 0.9], [0.1, 0.2, 0.3]])
+    batch = MetaBatch(TokenBatch.pad([([1, 2], 1)]), TokenBatch.pad([([1, 2], 1)]), mix, scores)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    weights = MetaParameters(torch.zeros(1), [], score_temperature=temperature).mix(batch)
+    assert weights.flatten().tolist() == pytest.approx([math.exp(-2.0), 1.0, 0.0, 0.0, 1.0, 0.0])
+    (slope,) = torch.autograd.grad(weights.sum(), temperature)
+    assert float(slope) == pytest.approx(0.2 / 0.1**2 * math.exp(-2.0), rel=1e-4)
+    assert torch.equal(MetaParameters(torch.zeros(1), []).mix(batch), mix)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bank_service.embedder import MiniLmEmbedder
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, token_f1
+from regrad_vllm.learn.retrieval import with_hits
 from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learn.tasks import Sampler, synthetic_set
 
@@ -15,6 +19,7 @@ def sampler(seed: int) -> Sampler:
     return Sampler(
         sets=(synthetic_set("train", 0, 200),), set_weights=(1.0,), seed=seed, tokens_per_step=400, max_tasks=8,
         questions_per_task=3, max_words=150, top_k_weights=(0.4, 0.3, 0.3), icl_share=0.2,
+        neighbour_share=0.5,
     )  # fmt: skip
 
 
@@ -48,9 +53,32 @@ def test_plans_mix_each_tasks_own_document_with_others_up_to_k() -> None:
         plan = sampler(0).plan(step)
         mix = np.array(plan.mix)
         assert np.all(np.diag(mix) == 1.0)
-        assert all(len(questions) == len(plan.questions[0]) for questions in plan.questions)
+        assert all(1 <= len(questions) <= 3 for questions in plan.questions)
         sizes |= set(mix.sum(axis=1))
     assert sizes == {1.0, 2.0, 3.0}
+
+
+def test_a_question_meets_its_own_hits_with_their_scores(tmp_path: Path) -> None:
+    embedder = MiniLmEmbedder.installed()
+    found = with_hits(synthetic_set("train", 0, 40), embedder, tmp_path)
+    assert with_hits(synthetic_set("train", 0, 40), embedder, tmp_path).hits == found.hits, "from the cache"
+    assert np.mean([found.hits[index][0][0] == index for index in range(40)]) > 0.9, "a question finds its document"
+    drawn = replace(sampler(0), sets=(found,), neighbour_share=1.0, top_k_weights=(0.0, 1.0))
+    num_hits = num_mixed = 0
+    for step in range(20):
+        plan = drawn.plan(step)
+        indices = [found.tasks.index(task) for task in plan.tasks]
+        for row, index in enumerate(indices):
+            hits = dict(found.hits[index])
+            assert plan.questions[row][0] == found.tasks[index].questions[0]
+            (other,) = [at for at, weight in enumerate(plan.mix[row]) if weight and at != row]
+            inside = [at for at, candidate in enumerate(indices) if candidate in hits and at != row]
+            num_mixed += 1
+            num_hits += bool(inside)
+            if inside:
+                assert plan.scores[row][other] == max(plan.scores[row][at] for at in inside)
+                assert plan.scores[row][row] == hits.get(index, min(hits.values()))
+    assert num_hits > 0.8 * num_mixed
 
 
 def test_fresh_facts_are_the_same_for_the_same_seed_and_ask_about_their_document() -> None:

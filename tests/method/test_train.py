@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from regrad_vllm.base_model import build_layout, load_base_model
 from regrad_vllm.default_model import ensure_default_model
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.config import ConfigError, TrainConfig
-from regrad_vllm.learn.train import train
+from regrad_vllm.learn.state import MetaState
+from regrad_vllm.learn.train import load_data, train
 from regrad_vllm.learner import Learner, LearnerError
 from tests.method.conftest import tiny_model
 
@@ -43,6 +47,8 @@ def config(output: Path, num_steps: int) -> TrainConfig:
         num_synthetic=50,
         compute_dtype="float32",
         validate_every=4,
+        validation_batches=1,
+        neighbour_share=0.0,  # what it does has tests of its own
         checkpoint_every=2,
         learning_rate=3e-3,
         seed=5,
@@ -84,6 +90,60 @@ def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_d
     losses = [entry["loss"] for entry in steps if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert one.config.training["num_steps"] == 6
+
+
+def test_a_run_whose_time_is_over_leaves_a_checkpoint_and_goes_on_from_it(tmp_path: Path, model_folder: Path) -> None:
+    settings = replace(config(tmp_path / "slices", 3), checkpoint_every=50)
+    slices = 1
+    while train(settings, model_folder=model_folder, resume=True, minutes=0) is None:
+        slices += 1
+    assert slices == 3, "at least one step a slice, and no slice after the last step"
+    assert Learner.load(settings.output).config.training["num_steps"] == 3
+    assert "<svg" in (tmp_path / "slices" / "training.svg").read_text("utf-8")
+
+
+def test_a_run_may_start_from_a_learner_of_lower_rank_which_stays_the_same_function(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    first = config(tmp_path / "first", 2)
+    train(first, model_folder=model_folder)
+    start = Learner.load(first.output)
+    larger = replace(config(tmp_path / "larger", 1), rank=6, lora_alpha=6.0, start=first.output)
+    base, _ = load_base_model(model_folder, dtype=torch.float32)
+    layout = build_layout(base, rank=6, layers=range(2, 4), projections=larger.projections)
+    state = MetaState(larger, layout, 32, torch.device("cpu"))
+    state.start_from(start)
+    batch = TokenBatch.pad([(list(range(5, 25)), 1)])
+    finals = []
+    for chosen, scaling, flat in ((start.layout, start.scaling, torch.tensor(start.phi)), (layout, 1.0, state.phi)):
+        model = AdaptedModel(base, chosen, scaling)
+        finals.append(model.upper(model.lower(batch), model.split(flat[None]), batch))
+    assert torch.allclose(*finals, atol=1e-5)
+    train(larger, model_folder=model_folder)
+    assert Learner.load(larger.output).config.training["start"]["fingerprint"] == start.fingerprint
+    with pytest.raises(ConfigError, match="at most rank 2"):
+        train(replace(config(tmp_path / "lower", 1), rank=2, start=first.output), model_folder=model_folder)
+
+
+def test_training_documents_that_stand_in_evaluation_data_are_left_out_and_named(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    shared = "The old mill at Vasterholm was built by the brothers Kreel in the year 1652 and still grinds rye today."
+    texts = {"train": [shared, *(f"Number {n} is the house of {n * n} windows." for n in range(9))], "test": [shared]}
+    for split, found in texts.items():
+        documents = [{"id": f"{split}-{n}", "text": text, "set": "houses"} for n, text in enumerate(found)]
+        questions = [
+            {"id": f"{split}-q{n}", "question": f"{split} {n}?", "answers": ["rye"], "documents": [f"{split}-{n}"],
+             "set": "houses"} for n in range(len(found))
+        ]  # fmt: skip
+        for name, lines in (("documents", documents), ("questions", questions)):
+            (tmp_path / f"{split}.{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = replace(config(tmp_path / "out", 1), data_folder=str(tmp_path), sets={"houses": 1.0})
+    assert len(load_data(settings).train.documents) == 9
+    train(settings, model_folder=model_folder)
+    training = Learner.load(settings.output).config.training
+    assert training["left_out"] == ["train-0"]
+    assert set(training["data"]) == {"train.documents.jsonl", "train.questions.jsonl"}
 
 
 def test_the_trained_learner_encodes_documents_and_says_what_it_cut(tmp_path: Path, model_folder: Path) -> None:

@@ -1,0 +1,134 @@
+"""The format of question-answering data, the same for training, evaluation and a user's own.
+
+Two JSON Lines files (or .jsonl.gz) a split: ``<split>.documents.jsonl`` with {id, title, text, set} and
+``<split>.questions.jsonl`` with {id, question, answers, documents, domain, set, kind}. ``documents`` holds the ids of
+the documents that answer the question, the best first ("gold" is read as the same). ``set`` names the collection that
+figures are reported for; ``kind`` is "span" (free text), "yesno" or "choice". Required: id and text of a document;
+question, answers and documents of a question.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+Kind = Literal["span", "yesno", "choice"]
+SPLITS = ("train", "validation", "test")
+
+
+class DataError(ValueError):
+    """A data file can't be used; the message names file, line and field."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDocument:
+    id: str
+    title: str
+    text: str
+    set_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    id: str
+    question: str
+    answers: tuple[str, ...]  # any of them is right
+    documents: tuple[str, ...]  # ids of the documents that answer it, best first
+    set_name: str
+    domain: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class DataSplit:
+    """One split: documents by id, and questions in the order of the file."""
+
+    documents: Mapping[str, SourceDocument]
+    questions: tuple[Question, ...]
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(question.set_name for question in self.questions))
+
+
+def load_split(folder: str | Path, split: str) -> DataSplit:
+    """Reads a split. FileNotFoundError; DataError, also where a question's document isn't there."""
+    documents = load_documents(folder, split)
+    questions = []
+    path = _find(Path(folder), f"{split}.questions")
+    for place, line in _lines(path):
+        question = _question(place, line)
+        missing = [key for key in question.documents if key not in documents]
+        if missing:
+            raise DataError(f"{place}: documents must be ids of {split}.documents, got {missing[0]!r}")
+        questions.append(question)
+    return DataSplit(documents, tuple(questions))
+
+
+def load_documents(folder: str | Path, split: str) -> dict[str, SourceDocument]:
+    """The documents of a split (or of a split that has no questions) by id. FileNotFoundError, DataError."""
+    found: dict[str, SourceDocument] = {}
+    for place, line in _lines(_find(Path(folder), f"{split}.documents")):
+        document = SourceDocument(
+            id=_text(place, line, "id"),
+            title=str(line.get("title") or "").strip(),
+            text=_text(place, line, "text"),
+            set_name=str(line.get("set") or split),
+        )
+        if document.id in found:
+            raise DataError(f"{place}: id must be unique, {document.id!r} stands above")
+        found[document.id] = document
+    return found
+
+
+def _question(place: str, line: Mapping[str, Any]) -> Question:
+    answers, documents = line.get("answers"), line.get("documents", line.get("gold"))
+    for name, value in (("answers", answers), ("documents", documents)):
+        if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+            raise DataError(f"{place}: {name} must be a list of at least one text, got {value!r}")
+    kind = line.get("kind") or "span"
+    if kind not in get_args(Kind):
+        raise DataError(f"{place}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    return Question(
+        id=str(line.get("id") or place),
+        question=_text(place, line, "question").strip(),
+        answers=tuple(text.strip() for text in cast("list[str]", answers) if text.strip()),
+        documents=tuple(cast("list[str]", documents)),
+        set_name=str(line.get("set") or "questions"),
+        domain=str(line.get("domain") or "general"),
+        kind=cast(Kind, kind),
+    )
+
+
+def _text(place: str, line: Mapping[str, Any], name: str) -> str:
+    value = line.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}: {name} must be a text that isn't empty, got {value!r}")
+    return value
+
+
+def _find(folder: Path, stem: str) -> Path:
+    for ending in (".jsonl", ".jsonl.gz"):
+        if (folder / (stem + ending)).is_file():
+            return folder / (stem + ending)
+    raise FileNotFoundError(f"{folder} must hold {stem}.jsonl or {stem}.jsonl.gz")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line that isn't blank."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path.name}:{number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place} must be a JSON object: {error}") from error
+            if not isinstance(value, dict):
+                raise DataError(f"{place} must be a JSON object, got {type(value).__name__}")
+            yield place, value

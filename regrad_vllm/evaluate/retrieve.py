@@ -1,0 +1,71 @@
+"""What the bank finds for each question, once for all methods, and the documents of the controls."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regrad_vllm.adapt.bank_client import BankClient, Query
+from regrad_vllm.evaluate.datasets import EvalData, EvalQuestion
+from regrad_vllm.learner import Learner
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A retrieved document."""
+
+    id: str
+    score: float  # cosine
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """A question and what the methods may use for it."""
+
+    question: EvalQuestion
+    hits: tuple[Found, ...]  # best first
+    wrong_query: str  # another question of the same set; its hits don't hold the document that answers this one
+    wrong_hits: tuple[Found, ...]
+    random_id: str  # a document that doesn't answer it
+
+    @property
+    def gold_retrieved(self) -> bool:
+        return self.question.document_id in {hit.id for hit in self.hits}
+
+
+async def retrieve(
+    bank_address: str, namespace: str, data: EvalData, learner: Learner, top_k: int, seed: int
+) -> list[Retrieved]:
+    """Asks the bank as the server does. BankError; ValueError where a set has no other question for the control."""
+    bank = BankClient(bank_address, learner.spec, timeout_ms=60_000)
+    hits = []
+    try:
+        for question in data.questions:
+            query = Query(namespace=namespace, text=question.question, top_k=top_k, with_text=True)
+            hits.append(tuple(Found(hit.id, hit.score, hit.title, hit.text) for hit in await bank.query(query)))
+    finally:
+        await bank.close()
+    return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
+
+
+def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random.Random) -> list[Retrieved]:
+    """Adds what the controls are given. ValueError where a set has no other question for them."""
+    ids = [document.id for document in data.documents]
+    retrieved = []
+    for question, found in zip(data.questions, hits, strict=True):
+        candidates = [
+            index
+            for index, other in enumerate(data.questions)
+            if other.set_name == question.set_name and question.document_id not in {hit.id for hit in hits[index]}
+        ]
+        others = [key for key in ids if key != question.document_id]
+        if not candidates or not others:
+            raise ValueError(
+                f"set {question.set_name!r} must have questions about two documents at least, for the controls"
+            )
+        wrong = rng.choice(candidates)
+        retrieved.append(Retrieved(question, found, data.questions[wrong].question, hits[wrong], rng.choice(others)))
+    return retrieved

@@ -1,0 +1,75 @@
+"""What the other methods need: a LoRA tuned for RAG, one pre-trained on the corpus, a learner without meta-training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.learner import Learner, LearnerError, read_adapter, save_adapter
+
+FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
+
+
+class Rivals:
+    """Made where first asked for, in the learner's layout, so that no method has more parameters than another."""
+
+    def __init__(self, model: Path, learner_folder: Path, learner: Learner, out: Path, ft_rag: Path | None) -> None:
+        self.model = model
+        self.learner_folder = learner_folder
+        self.learner = learner
+        self._out = out
+        self._ft_rag = ft_rag or learner_folder / FT_RAG_FOLDER
+
+    @property
+    def has_ft_rag(self) -> bool:
+        return self._ft_rag.is_dir()
+
+    @cached_property
+    def raw_learner(self) -> Path:
+        """Folder of a learner with LoRA's usual start for φ* and the best single step size on validation facts."""
+        from regrad_vllm.learn.raw import raw_learner
+
+        folder = self._out / "raw-learner"
+        raw_learner(self.learner, self.model).save(folder)
+        return folder
+
+    def adapter(self, method: str, data: EvalData) -> Path:
+        """PEFT folder of a method's own adapter. LearnerError where it isn't there."""
+        if method == "ft_rag":
+            if not self.has_ft_rag:
+                raise LearnerError(
+                    f"{self._ft_rag} must hold the adapter of ft_rag; name its folder with --ft-rag, train one with "
+                    "`regrad train` (gamma = 0, icl_share = 1), or leave ft_rag out of --methods"
+                )
+            return self._ft_rag
+        folder = self._out / "cpt"
+        if not folder.is_dir():
+            from regrad_vllm.learn.continual import pretrain
+
+            texts = [(document.title, document.text) for document in data.documents]
+            save_adapter(folder, self.learner, pretrain(self.learner, self.model, texts))
+        return folder
+
+    def flat_adapter(self, method: str, data: EvalData) -> NDArray[np.float32]:
+        """The same as one vector in the learner's layout."""
+        return read_adapter(self.adapter(method, data), self.learner.layout)
+
+    def per_document(self, data: EvalData) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """δ of the LoRA of every document, with its index."""
+        import torch
+
+        from regrad_vllm.base_model import load_base_model
+        from regrad_vllm.encode.adapted_model import AdaptedModel
+        from regrad_vllm.encode.prompting import PromptBuilder
+        from regrad_vllm.learn.per_document import fit_each
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base, tokenizer = load_base_model(self.model, dtype=torch.bfloat16, device=device)
+        model = AdaptedModel(base, self.learner.layout, self.learner.scaling)
+        texts = [(document.title, document.text) for document in data.documents]
+        yield from fit_each(model, PromptBuilder(tokenizer, self.learner.config.prompts), self.learner, texts)

@@ -1,0 +1,59 @@
+"""Continual pre-training: one plain LoRA that has read the whole corpus. What gradients per document compete with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from regrad_vllm.base_model import load_base_model
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.encoder import check_base, plan_passes
+from regrad_vllm.encode.prompting import PromptBuilder
+from regrad_vllm.learner import Learner
+
+
+def pretrain(
+    learner: Learner,
+    model_folder: Path,
+    documents: Sequence[tuple[str, str]],
+    *,
+    epochs: int = 3,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+) -> NDArray[np.float32]:
+    """φ* trained on with the language-model loss of all (title, text), so that the form of the answers is known.
+
+    AdamW with linear decay, passes of documents of like length in random order. Returns float32 (num_values,).
+    LearnerError for another base model.
+    """
+    from tqdm import tqdm
+
+    check_base(learner, model_folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, tokenizer = load_base_model(model_folder, dtype=torch.bfloat16, device=device)
+    model = AdaptedModel(base, learner.layout, learner.scaling)
+    builder = PromptBuilder(tokenizer, learner.config.prompts)
+    tokens = [builder.document(*document, learner.config.max_document_tokens)[0] for document in documents]
+    phi = torch.tensor(learner.phi, device=device).requires_grad_()
+    optimizer = torch.optim.AdamW([phi], lr=learning_rate, weight_decay=0.0)
+    passes = list(plan_passes([len(row) for row in tokens]))
+    total = epochs * len(passes)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    rng = random.Random(f"regrad.continual.{seed}")
+    with tqdm(total=total, desc="continual pre-training", unit="step") as bar:
+        for _ in range(epochs):
+            rng.shuffle(passes)
+            for indices in passes:
+                batch = TokenBatch.pad([(tokens[index], 1) for index in indices], device)
+                final = model.upper(model.lower(batch), model.split(phi[None]), batch)
+                torch.autograd.backward(model.loss(final, batch) / len(indices))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                bar.update()
+    return phi.detach().cpu().numpy()
