@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval bench-encode bench-train bench-identity bench-soak model redis
+.PHONY: help env demo test lint proto train eval growth bench-ability bench-encode bench-train bench-identity bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ train: .venv/.made model  ## meta-train the learner that ships: make train ARGS=
 
 eval: .venv/.made model  ## is it knowledge: ReGrad, RAG, controls; tables and a page
 	@$(PY) -m regrad_vllm.cli eval $(ARGS)
+
+growth: .venv/.made model  ## curves over documents in the bank, k, γ, length, corpus
+	@$(PY) -m regrad_vllm.cli growth $(ARGS)
+
+bench-ability: .venv/.made model  ## perplexity of neutral text with ReGrad off and on, against stock vLLM
+	@$(PY) -m benchmarks.ability $(ARGS)
 
 bench-encode: .venv/.made model  ## documents/s of the batched encoder over one by one
 	@$(PY) -m benchmarks.encode $(ARGS)

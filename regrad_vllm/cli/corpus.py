@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bank_service.documents import Document
 from bank_service.errors import InvalidArgumentError
-from regrad_vllm.cli.passages import split_markdown, split_plain
+from regrad_vllm.data.passages import split_markdown, split_plain
 
 ENDINGS = (".txt", ".md", ".jsonl")
 

@@ -37,6 +37,9 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     evaluate = commands.add_parser("eval", help="exact match and F1 of ReGrad, base model and RAG", add_help=False)
     evaluate.set_defaults(run=run_eval)
 
+    growth = commands.add_parser("growth", help="curves over documents, k, γ, length, corpus", add_help=False)
+    growth.set_defaults(run=run_growth)
+
 
 def run_train(args: argparse.Namespace) -> int:
     from regrad_vllm.default_model import resolve_model
@@ -84,3 +87,11 @@ def run_eval(args: argparse.Namespace) -> int:
 
     configure_logging()
     return int(main(args.rest) or 0)
+
+
+def run_growth(args: argparse.Namespace) -> int:
+    from regrad_vllm.evaluate.grow import main
+    from regrad_vllm.observe import configure_logging
+
+    configure_logging()
+    return main(args.rest)

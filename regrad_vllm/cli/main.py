@@ -7,14 +7,22 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from regrad_vllm.cli import bank, demo, documents, export, ingest, learning, model, serve
+from regrad_vllm.cli import bank, demo, documents, export, ingest, learning, model, questions, serve
 from regrad_vllm.cli.console import CommandError, note
 
 _INTERRUPTED = 130
 # Commands that hand everything after their name to a parser of their own.
-_PASS_ON = ("serve", "eval")
+_PASS_ON = ("serve", "eval", "growth")
 # Command → the extra that brings what it imports; the rest need what every installation has.
-_EXTRAS = {"bank": "bank,train", "serve": "cpu", "train": "train", "eval": "train", "demo": "cpu,bank"}
+_EXTRAS = {
+    "bank": "bank,train",
+    "serve": "cpu",
+    "questions": "train",
+    "train": "bank,train",
+    "eval": "bank,train",
+    "growth": "bank,train",
+    "demo": "cpu,bank",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"regrad {_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, bank, serve, ingest, documents, export, model, learning):
+    for module in (demo, bank, serve, ingest, documents, export, model, questions, learning):
         module.add(commands)
     return parser
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
+
+from regrad_vllm.data.passages import split_text
 
 Kind = Literal["span", "yesno", "choice"]
 SPLITS = ("train", "validation", "test")
@@ -132,3 +134,27 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise DataError(f"{place} must be a JSON object, got {type(value).__name__}")
             yield place, value
+
+
+def in_passages(data: DataSplit) -> DataSplit:
+    """The same data with long documents cut into passages, ids "ID#1", "ID#2" …, as `regrad ingest` cuts texts.
+
+    A question's documents become the passages in which one of its answers stands, or all of them where none does (yes
+    and no stand nowhere).
+    """
+    documents: dict[str, SourceDocument] = {}
+    passages: dict[str, list[SourceDocument]] = {}
+    for key, document in data.documents.items():
+        parts = split_text(document.title, document.text)
+        for number, part in enumerate(parts, 1):
+            new = replace(document, id=f"{key}#{number}" if len(parts) > 1 else key, text=part.text)
+            documents[new.id] = new
+            passages.setdefault(key, []).append(new)
+    questions = []
+    for question in data.questions:
+        candidates = [passage for key in question.documents for passage in passages[key]]
+        answers = [answer.lower() for answer in question.answers]
+        holding = [passage for passage in candidates if any(answer in passage.text.lower() for answer in answers)]
+        ids = tuple(found.id for found in (holding if question.kind == "span" and holding else candidates))
+        questions.append(replace(question, documents=ids))
+    return DataSplit(documents, tuple(questions))

@@ -82,7 +82,7 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     elif method.adapter == "wrong":
         options["query"] = asked.wrong_query
     elif method.adapter in ("gold", "random"):
-        options["document_ids"] = [asked.question.document_id if method.adapter == "gold" else asked.random_id]
+        options["document_ids"] = [asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id]
     if "query" in options and endpoint.top_k is not None:
         options["top_k"] = endpoint.top_k
     content = prompts.render_blind(question)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from regrad_vllm.data.questions import DataSplit, Kind, Question, SourceDocument
+from regrad_vllm.data.questions import DataSplit, Kind, Question, SourceDocument, in_passages
 from regrad_vllm.learn.synthetic import Split, synthetic_documents
 
 
@@ -23,7 +23,7 @@ class EvalQuestion:
     set_name: str
     question: str
     answers: tuple[str, ...]
-    document_id: str  # the document that holds the answer
+    document_ids: tuple[str, ...]  # the documents that hold the answer, any of them; best first
     kind: Kind = "span"
 
 
@@ -43,17 +43,18 @@ def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalDat
         key = f"fresh-{split}-{seed}-{index}"
         documents.append(EvalDocument(key, made.title, made.text))
         question, answer = made.questions[index % len(made.questions)]
-        questions.append(EvalQuestion("fresh", question, (answer,), key))
+        questions.append(EvalQuestion("fresh", question, (answer,), (key,)))
     return EvalData(tuple(documents), tuple(questions))
 
 
 def question_sets(
     data: DataSplit, names: Sequence[str], num_questions: int, num_distractors: int, seed: int
 ) -> EvalData:
-    """``num_questions`` of each set, their documents, and other documents of the same sets.
+    """``num_questions`` of each set, their documents in passages, and other passages of the same sets.
 
     ValueError names a set that isn't there.
     """
+    data = in_passages(data)
     rng = random.Random(f"regrad.evaluate.{seed}")
     by_set: dict[str, list[Question]] = {}
     for question in data.questions:
@@ -64,8 +65,8 @@ def question_sets(
         if name not in by_set:
             raise ValueError(f"set {name!r} has no questions in the data; it has {sorted(by_set)}")
         for entry in rng.sample(by_set[name], min(num_questions, len(by_set[name]))):
-            questions.append(EvalQuestion(name, entry.question, entry.answers, entry.documents[0], entry.kind))
-            chosen[entry.documents[0]] = None
+            questions.append(EvalQuestion(name, entry.question, entry.answers, entry.documents, entry.kind))
+            chosen |= dict.fromkeys(entry.documents)
     others = [key for key, document in data.documents.items() if document.set_name in names and key not in chosen]
     for key in rng.sample(others, min(num_distractors, len(others))):
         chosen[key] = None

@@ -7,8 +7,10 @@ every batch waits for its longest answer.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +27,10 @@ from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import Record, record_of
-from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.evaluate.datasets import EvalData, EvalDocument
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Found, Retrieved, with_controls
+from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.per_document import fit_each
 from regrad_vllm.learner import Learner
 
@@ -46,6 +49,8 @@ class InProcess:
         self._encoder = GradientEncoder(self._model, self._builder, learner)
         self._learner = learner
         self._own = own
+        self._model_folder = model_folder
+        self._texts: dict[str, tuple[str, str]] = {}
         self._deltas: dict[str, NDArray[np.float16]] = {}
         self._fitted: dict[str, NDArray[np.float16]] = {}
 
@@ -55,34 +60,44 @@ class InProcess:
         """Every question under every method; each answer a line added to ``out``."""
         from tqdm import tqdm
 
-        texts = {document.id: (document.title, document.text) for document in data.documents}
-        questions = search(data, MiniLmEmbedder.installed(), top_k, seed)
-        records: list[Record] = []
+        self.read(data.documents)
+        questions = Searcher(MiniLmEmbedder.installed()).search(data, top_k, seed)
         if any(method.per_document for method in methods):
-            documents = list(texts.values())
+            documents = [(document.title, document.text) for document in data.documents]
             fitted = fit_each(self._model, self._builder, self._learner, documents)
             self._fitted = {data.documents[index].id: delta.astype(np.float16) for index, delta in fitted}
+        records: list[Record] = []
         bar = tqdm(total=len(questions) * len(methods), unit="answer", desc="eval in process")
         with out.open("a", encoding="utf-8") as file:
             for method in methods:
                 for start in range(0, len(questions), batch_size):
-                    batch = questions[start : start + batch_size]
-                    for asked, prediction in zip(batch, self._answers(batch, method, texts), strict=True):
-                        records.append(record_of(asked, method, prediction))
-                        file.write(json.dumps(asdict(records[-1]), ensure_ascii=False) + "\n")
-                    bar.update(len(batch))
+                    found = self.ask(questions[start : start + batch_size], method)
+                    records += found
+                    file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in found)
+                    bar.update(len(found))
         bar.close()
         return records
 
-    def _answers(self, batch: Sequence[Retrieved], method: Method, texts: Mapping[str, tuple[str, str]]) -> list[str]:
+    def pretrain(self, documents: Sequence[EvalDocument]) -> None:
+        """Makes the adapter of "cpt": φ* that has read these documents."""
+        texts = [(document.title, document.text) for document in documents]
+        self._own = {**self._own, "cpt": pretrain(self._learner, self._model_folder, texts)}
+
+    def read(self, documents: Sequence[EvalDocument]) -> None:
+        """Makes documents known; a gradient is computed when first needed."""
+        self._texts.update((document.id, (document.title, document.text)) for document in documents)
+
+    def ask(self, batch: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
+        """One batch of questions under one method. ``gamma``: the learner's where None."""
         prompts = []
         for asked in batch:
             shown = [self._builder.prompts.render_document(hit.title, hit.text) for hit in asked.hits]
             prompts.append(self._builder.question(asked.question.question, shown if method.shows_documents else ()))
-        adapters = None if method.adapter == "none" else [self._adapter(asked, method, texts) for asked in batch]
-        return self.generate(prompts, adapters)
+        adapters = None if method.adapter == "none" else [self._adapter(asked, method, gamma) for asked in batch]
+        answers = self.generate(prompts, adapters)
+        return [record_of(asked, method, answer) for asked, answer in zip(batch, answers, strict=True)]
 
-    def _adapter(self, asked: Retrieved, method: Method, texts: Mapping[str, tuple[str, str]]) -> NDArray[np.float32]:
+    def _adapter(self, asked: Retrieved, method: Method, gamma: float | None) -> NDArray[np.float32]:
         if method.adapter == "learner":
             return self._learner.phi
         if method.adapter == "own":
@@ -93,15 +108,16 @@ class InProcess:
         elif method.adapter == "wrong":
             found = [(hit.id, hit.score) for hit in asked.wrong_hits]
         else:
-            found = [(asked.question.document_id if method.adapter == "gold" else asked.random_id, 1.0)]
+            found = [(asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id, 1.0)]
         known = self._fitted if method.per_document else self._deltas
         missing = [key for key, _ in found if key not in known]
         if missing:
-            for key, encoded in zip(missing, self._encoder.encode([texts[key] for key in missing]), strict=True):
+            for key, encoded in zip(missing, self._encoder.encode([self._texts[key] for key in missing]), strict=True):
                 known[key] = encoded.values.astype(np.float16)
         deltas = [known[key].astype(np.float32) for key, _ in found]
         config = self._learner.config
-        return compose(self._learner.phi, deltas, config.weights([score for _, score in found]), config.gamma)
+        weights = config.weights([score for _, score in found])
+        return compose(self._learner.phi, deltas, weights, config.gamma if gamma is None else gamma)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], adapters: Sequence[NDArray[np.float32]] | None) -> list[str]:
@@ -126,13 +142,25 @@ class InProcess:
         return [text.strip() for text in texts]
 
 
-def search(data: EvalData, embedder: Embedder, top_k: int, seed: int) -> list[Retrieved]:
-    """What a bank would find: the same embedder on the same texts, exact search."""
-    documents = np.stack([embedder.embed(embedded_text(document.title, document.text)) for document in data.documents])
-    hits = []
-    for question in data.questions:
-        cosines = documents @ embedder.embed(question.question)
-        best = np.argsort(-cosines, kind="stable")[:top_k]
-        chosen = [(data.documents[index], float(cosines[index])) for index in best]
-        hits.append(tuple(Found(document.id, score, document.title, document.text) for document, score in chosen))
-    return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
+class Searcher:
+    """What a bank would find: the same embedder on the same texts, exact search. Embeds a text once."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._known: dict[str, NDArray[np.float32]] = {}
+
+    def search(self, data: EvalData, top_k: int, seed: int) -> list[Retrieved]:
+        """The hits of every question among all documents, and what the controls are given."""
+        documents = self._embed([embedded_text(document.title, document.text) for document in data.documents])
+        hits = []
+        for cosines in self._embed([question.question for question in data.questions]) @ documents.T:
+            best = np.argsort(-cosines, kind="stable")[:top_k]
+            chosen = [(data.documents[index], float(cosines[index])) for index in best]
+            hits.append(tuple(Found(document.id, score, document.title, document.text) for document, score in chosen))
+        return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
+
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._known.update(zip(missing, pool.map(self._embedder.embed, missing), strict=True))
+        return np.stack([self._known[text] for text in texts])

@@ -33,7 +33,7 @@ class Retrieved:
 
     @property
     def gold_retrieved(self) -> bool:
-        return self.question.document_id in {hit.id for hit in self.hits}
+        return not {hit.id for hit in self.hits}.isdisjoint(self.question.document_ids)
 
 
 async def retrieve(
@@ -59,9 +59,9 @@ def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random
         candidates = [
             index
             for index, other in enumerate(data.questions)
-            if other.set_name == question.set_name and question.document_id not in {hit.id for hit in hits[index]}
+            if other.set_name == question.set_name and {hit.id for hit in hits[index]}.isdisjoint(question.document_ids)
         ]
-        others = [key for key in ids if key != question.document_id]
+        others = [key for key in ids if key not in question.document_ids]
         if not candidates or not others:
             raise ValueError(
                 f"set {question.set_name!r} must have questions about two documents at least, for the controls"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from regrad_vllm.data.questions import DataSplit
+from regrad_vllm.data.questions import DataSplit, in_passages
 from regrad_vllm.learn.synthetic import synthetic_documents
 
 
@@ -38,11 +38,12 @@ class TaskSet:
 
 
 def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
-    """A task per document that answers questions. ValueError names a set without tasks."""
+    """A task per passage that answers questions. ValueError names a set without tasks."""
+    data = in_passages(data)
     questions: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for entry in data.questions:
-        if entry.answers:
-            questions[entry.documents[0]].append((entry.question, min(entry.answers, key=len).rstrip(".")))
+        for key in entry.documents if entry.answers else ():
+            questions[key].append((entry.question, min(entry.answers, key=len).rstrip(".")))
     sets = []
     for name in names:
         tasks: list[Task] = []

@@ -63,12 +63,19 @@ class Services:
         if self._earlier_handler is not None:
             signal.signal(signal.SIGTERM, self._earlier_handler)
 
-    def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Service:
-        """`regrad ARGUMENTS…` in this Python, its output in <name>.log."""
+    def start(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        module: str = "regrad_vllm.cli",
+    ) -> Service:
+        """`python -m MODULE ARGUMENTS…` in this Python, `regrad` where none is named; its output in <name>.log."""
         log = self._log_folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "regrad_vllm.cli", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -6,7 +6,17 @@ import random
 
 import pytest
 
-from regrad_vllm.cli.passages import TARGET_WORDS, split_markdown, split_plain
+from regrad_vllm.data.passages import (
+    MAX_TOKENS,
+    OVERLAP_TOKENS,
+    TARGET_TOKENS,
+    TOKENS_PER_WORD,
+    Passage,
+    count_tokens,
+    split_markdown,
+    split_plain,
+    split_text,
+)
 
 
 def _prose(num_sentences: int, seed: int = 0) -> str:
@@ -18,20 +28,46 @@ def _prose(num_sentences: int, seed: int = 0) -> str:
     return " ".join(sentences)
 
 
+def without_overlap(passages: list[Passage]) -> list[str]:
+    """The words in order, where each passage repeats the end of the one before it."""
+    words: list[str] = []
+    for passage in passages:
+        new = passage.text.split()
+        repeated = next(n for n in range(min(len(new), len(words)), -1, -1) if words[len(words) - n :] == new[:n])
+        words += new[repeated:]
+    return words
+
+
 @pytest.mark.parametrize("num_sentences", [1, 5, 9, 40, 200])
 def test_no_word_is_lost_or_moved(num_sentences: int) -> None:
     text = _prose(num_sentences)
-    passages = split_plain(text)
-    assert " ".join(passage.text for passage in passages).split() == text.split()
+    assert without_overlap(split_plain(text)) == text.split()
 
 
 def test_passages_have_about_the_target_length_and_end_with_a_sentence() -> None:
     passages = split_plain(_prose(200))
-    lengths = [len(passage.text.split()) for passage in passages]
+    lengths = [count_tokens(passage.text) for passage in passages]
     assert len(passages) > 10
-    assert max(lengths) <= 1.5 * TARGET_WORDS
-    assert min(lengths) >= 0.5 * TARGET_WORDS
+    assert max(lengths) <= MAX_TOKENS + OVERLAP_TOKENS
+    assert min(lengths) >= 0.5 * TARGET_TOKENS
     assert all(passage.text.endswith(".") for passage in passages)
+
+
+def test_a_passage_begins_with_the_last_sentence_of_the_one_before() -> None:
+    passages = [passage.text for passage in split_plain(_prose(200))]
+    repeats = 0
+    for before, after in zip(passages, passages[1:], strict=False):
+        first = after.split(".")[0] + "."
+        if count_tokens(before.split(". ")[-1]) <= OVERLAP_TOKENS:
+            assert first in before
+            repeats += 1
+    assert repeats > 5
+
+
+def test_a_text_that_is_short_enough_stays_as_it_is() -> None:
+    text = "  Two  spaces,\n\n\nand lines. "
+    assert split_text("T", text) == [Passage("T", text)]
+    assert len(split_text("T", _prose(40))) > 2
 
 
 def test_paragraphs_stay_together_where_they_fit() -> None:
@@ -45,14 +81,17 @@ def test_paragraphs_stay_together_where_they_fit() -> None:
 
 def test_a_text_without_any_full_stop_is_still_cut() -> None:
     passages = split_plain(" ".join(f"word{number}" for number in range(1000)))
-    assert [len(passage.text.split()) for passage in passages[:-1]] == [TARGET_WORDS] * (len(passages) - 1)
+    whole = int(TARGET_TOKENS / TOKENS_PER_WORD)
+    assert [len(passage.text.split()) for passage in passages[:-1]] == [whole] * (len(passages) - 1)
 
 
 def test_a_script_without_spaces_is_cut_and_loses_nothing() -> None:
     text = "".join(f"这是第{number}句话，讲的是一座不存在的桥。" for number in range(400))
     passages = split_plain(text)
     assert len(passages) > 3
-    assert "".join(passage.text for passage in passages).replace(" ", "").replace("\n", "") == text
+    assert max(count_tokens(passage.text) for passage in passages) <= MAX_TOKENS + OVERLAP_TOKENS
+    spaced = [Passage("", " ".join(passage.text.replace(" ", "").replace("\n", ""))) for passage in passages]
+    assert "".join(without_overlap(spaced)) == text
 
 
 def test_markdown_headings_become_titles_with_the_headings_above_them() -> None:

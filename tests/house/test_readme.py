@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.run import base_weights
@@ -28,7 +29,7 @@ from tests.house.settings_table import with_tables
 
 ROOT = README.parent
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
-RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval"}
+RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval", "questions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,17 @@ def _command(name: str) -> list[str]:
 def test_every_example_of_the_readme_is_run_by_a_test() -> None:
     assert set(examples()) == RUN
     assert num_code_blocks() == len(RUN) + 1, "one more: activating the environment"
+
+
+@pytest.mark.timeout(600)
+def test_the_example_of_the_questions_writes_data_to_train_with(house: House, tmp_path: Path) -> None:
+    said = house.run("questions", tmp_path)
+    assert "about 40 passages" in said
+    for split in ("train", "validation"):
+        data = load_split(tmp_path / "my-data", split)
+        for question in data.questions:
+            text = data.documents[question.documents[0]].text.lower()
+            assert question.answers[0].lower().rstrip(".") in text
 
 
 @pytest.mark.timeout(900)

@@ -3,12 +3,21 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from regrad_vllm.data.leaks import find_leaks, without_leaks
-from regrad_vllm.data.questions import DataError, DataSplit, Question, SourceDocument, load_documents, load_split
+from regrad_vllm.data.questions import (
+    DataError,
+    DataSplit,
+    Question,
+    SourceDocument,
+    in_passages,
+    load_documents,
+    load_split,
+)
 from regrad_vllm.evaluate.run import SAMPLE
 
 DOCUMENT = {"id": "d1", "title": "T", "text": "Some text.", "set": "s"}
@@ -97,3 +106,15 @@ def test_the_sample_that_ships_is_whole_and_its_sets_may_be_passed_on() -> None:
     sources = (SAMPLE / "SOURCES.md").read_text("utf-8")
     haystack = {document.set_name for document in load_documents(SAMPLE, "haystack").values()}
     assert all(f"| {name} |" in sources for name in {*data.set_names, *haystack})
+
+
+def test_long_documents_become_passages_and_questions_ask_those_that_hold_the_answer() -> None:
+    sentences = [f"Sentence number {n} tells of the town of Aberfell{n} and its many bridges." for n in range(60)]
+    data = split({"long": " ".join(sentences), "short": "Brief."}, {"q": ("Where?", "Aberfell40", "long")})
+    yesno = replace(data.questions[0], id="y", kind="yesno", answers=("yes",))
+    cut = in_passages(replace(data, questions=(*data.questions, yesno)))
+    parts = [key for key in cut.documents if key.startswith("long#")]
+    assert len(parts) > 4 and cut.documents["short"] == data.documents["short"]
+    assert all("Aberfell40 " in cut.documents[key].text for key in cut.questions[0].documents)
+    assert 1 <= len(cut.questions[0].documents) <= 2 and cut.questions[1].documents == tuple(parts)
+    assert in_passages(cut) == cut, "passages are short enough"

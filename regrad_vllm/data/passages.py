@@ -1,4 +1,9 @@
-"""Long texts → passages of about 120 words, cut where a paragraph or a sentence ends, titled by their heading."""
+"""Long texts → passages of about 160 tokens, cut where a paragraph or a sentence ends, titled by their heading.
+
+The one chunker of training, `regrad ingest` and evaluation, so that a learner meets passages as it learnt them. Tokens
+are estimated from words, because whoever ingests needs no tokenizer. A passage begins with the last sentences of the
+one before it, as far as they fit into OVERLAP_TOKENS, so that what a sentence refers to is at hand.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-TARGET_WORDS = 120
+TOKENS_PER_WORD = 1.35  # of English text, with the tokenizers of today's models
+TARGET_TOKENS = 160
 # A passage may grow to this before it is closed, so that a paragraph's last sentence isn't left alone.
-_MAX_WORDS = 150
-_MIN_WORDS = 30
+MAX_TOKENS = 200
+OVERLAP_TOKENS = 32
+_MIN_TOKENS = 40
 _HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*\s*$")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]")
-# Scripts without spaces: so many characters count as one word.
-_CHARACTERS_PER_WORD = 10
+_LONGEST_TOKEN = 7  # characters; for what has no spaces, such as URLs and tables of digits
+_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # scripts: a character, a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,19 @@ def split_plain(text: str) -> list[Passage]:
     if rest.strip() and alone and len(heading.split()) <= 12 and not heading.endswith((".", "!", "?", ":", ";", ",")):
         return _split_section(heading, rest)
     return _split_section("", text)
+
+
+def split_text(title: str, text: str) -> list[Passage]:
+    """Passages of a text that has its title already: the text as it is where it is short enough."""
+    if count_tokens(text) <= MAX_TOKENS:
+        return [Passage(title, text)]
+    return _split_section(title, text)
+
+
+def count_tokens(text: str) -> int:
+    """An estimate."""
+    spaced = max(round(TOKENS_PER_WORD * len(text.split())), len(text) // _LONGEST_TOKEN)
+    return max(spaced, len(_UNSPACED.findall(text)))
 
 
 def _markdown_sections(text: str) -> Iterator[tuple[str, str]]:
@@ -61,25 +81,47 @@ def _join_path(path: list[tuple[int, str]]) -> str:
     return " / ".join(title for _, title in path if title)
 
 
-def _count_words(text: str) -> int:
-    return max(len(text.split()), len(text) // _CHARACTERS_PER_WORD)
-
-
 def _split_section(title: str, body: str) -> list[Passage]:
     passages: list[str] = []
-    current, num_words = "", 0
+    current: list[tuple[str, str]] = []  # (separator before it, piece)
+    num_tokens = num_new = 0  # in current; of those, not repeated from the passage before
     for separator, piece in _pieces(body):
-        words = _count_words(piece)
-        if current and (num_words >= TARGET_WORDS or num_words + words > _MAX_WORDS):
-            passages.append(current)
-            current, num_words = "", 0
-        current = current + separator + piece if current else piece
-        num_words += words
-    if passages and 0 < num_words < _MIN_WORDS:
-        passages[-1] += "\n\n" + current
-    elif current:
-        passages.append(current)
+        tokens = count_tokens(piece)
+        if num_new and (num_tokens >= TARGET_TOKENS or num_tokens + tokens > MAX_TOKENS):
+            passages.append(_join(current))
+            current = _tail(current)
+            num_tokens, num_new = sum(count_tokens(text) for _, text in current), 0
+        current.append((separator, piece))
+        num_tokens += tokens
+        num_new += tokens
+    if passages and 0 < num_new < _MIN_TOKENS:
+        passages[-1] += "".join(separator + piece for separator, piece in current[-_num_new_pieces(current, num_new) :])
+    elif num_new:
+        passages.append(_join(current))
     return [Passage(title, passage) for passage in passages]
+
+
+def _join(pieces: list[tuple[str, str]]) -> str:
+    return "".join(separator + piece for separator, piece in pieces)[len(pieces[0][0]) :]
+
+
+def _tail(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The last pieces that fit into the overlap; never all of them."""
+    total = 0
+    for index in range(len(pieces) - 1, 0, -1):
+        total += count_tokens(pieces[index][1])
+        if total > OVERLAP_TOKENS:
+            return pieces[index + 1 :]
+    return pieces[1:]
+
+
+def _num_new_pieces(pieces: list[tuple[str, str]], num_new: int) -> int:
+    """How many pieces at the end have ``num_new`` tokens together."""
+    number = 0
+    while num_new > 0:
+        number += 1
+        num_new -= count_tokens(pieces[-number][1])
+    return number
 
 
 def _pieces(body: str) -> Iterator[tuple[str, str]]:
@@ -88,17 +130,18 @@ def _pieces(body: str) -> Iterator[tuple[str, str]]:
         stripped = paragraph.strip()
         if not stripped:
             continue
-        if _count_words(stripped) <= TARGET_WORDS:
+        if count_tokens(stripped) <= TARGET_TOKENS:
             yield "\n\n", stripped
             continue
         separator = "\n\n"
-        for sentence in _sentences(stripped):
+        for sentence in split_sentences(stripped):
             for piece in _bounded(sentence):
                 yield separator, piece
                 separator = " "
 
 
-def _sentences(paragraph: str) -> Iterator[str]:
+def split_sentences(paragraph: str) -> Iterator[str]:
+    """Its sentences in order."""
     start = 0
     for end in _SENTENCE_END.finditer(paragraph):
         yield paragraph[start : end.end()].strip()
@@ -109,15 +152,16 @@ def _sentences(paragraph: str) -> Iterator[str]:
 
 def _bounded(sentence: str) -> Iterator[str]:
     """The sentence, cut between words (or characters, in scripts without spaces) where it is too long."""
-    if _count_words(sentence) <= TARGET_WORDS:
+    if count_tokens(sentence) <= TARGET_TOKENS:
         yield sentence
         return
     words = sentence.split()
-    if len(words) > len(sentence) // _CHARACTERS_PER_WORD:
-        for start in range(0, len(words), TARGET_WORDS):
-            yield " ".join(words[start : start + TARGET_WORDS])
+    if count_tokens(sentence) == round(TOKENS_PER_WORD * len(words)):
+        step = int(TARGET_TOKENS / TOKENS_PER_WORD)
+        for start in range(0, len(words), step):
+            yield " ".join(words[start : start + step])
         return
-    size = TARGET_WORDS * _CHARACTERS_PER_WORD
+    size = len(sentence) * TARGET_TOKENS // count_tokens(sentence)
     for start in range(0, len(sentence), size):
         if sentence[start : start + size].strip():
             yield sentence[start : start + size].strip()

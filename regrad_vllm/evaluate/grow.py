@@ -1,0 +1,155 @@
+"""`regrad growth`: what happens to the answers as things grow.
+
+Curves over the number of documents in the bank, documents an adapter (k), γ, the length of the document that holds the
+answer, and the size of a corpus that continual pre-training (CPT) has to hold in one adapter. In one process with exact
+search, so that only documents that are found have to be encoded: 50,000 documents take minutes instead of hours.
+Each point says the share of questions whose document was found, so that what retrieval loses and what the method
+loses can be told apart; "regrad_gold" is the method with the right document given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from bank_service.embedder import MiniLmEmbedder
+from regrad_vllm.data.questions import in_passages, load_documents, load_split
+from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
+from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, fresh_facts, question_sets
+from regrad_vllm.evaluate.growth import Grower, Point
+from regrad_vllm.evaluate.in_process import InProcess, Searcher
+from regrad_vllm.evaluate.report import rounded
+from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.learn.synthetic import synthetic_documents
+from regrad_vllm.learner import Learner
+
+DOCUMENT_COUNTS = (1000, 2000, 5000, 10_000, 20_000, 50_000)
+CORPUS_COUNTS = (250, 500, 1000)
+_LABELS = {
+    "documents": "documents in the bank",
+    "k": "documents an adapter (k)",
+    "gamma": "γ",
+    "length": "tokens of the document that holds the answer",
+    "corpus": "documents in the corpus",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0."""
+    args = _parser().parse_args(argv)
+    begun = time.monotonic()
+    learner = Learner.load(args.learner or shipped_learner())
+    model = resolve_model(args.model) if args.model else ensure_default_model()
+    data, others = _load(args)
+    runner = InProcess(model, learner, {})
+    top_k = args.top_k or learner.config.top_k
+    grower = Grower(runner, Searcher(MiniLmEmbedder.installed()), data, top_k, args.seed)
+    curves: dict[str, Callable[[], Iterator[Point]]] = {
+        "documents": lambda: grower.over_documents(others, args.counts),
+        "k": grower.over_top_k,
+        "gamma": grower.over_gamma,
+        "length": lambda: grower.over_length(others),
+        "corpus": lambda: grower.over_corpus(others, CORPUS_COUNTS),
+    }
+    points: list[Point] = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "points.jsonl").open("w", encoding="utf-8") as file:
+        for name in args.curves:
+            for point in curves[name]():
+                points.append(point)
+                line = json.dumps(rounded(asdict(point)))
+                file.write(line + "\n")
+                file.flush()
+                sys.stdout.write(line + "\n")
+    draw(points, args.out / "growth.svg")
+    facts = {
+        "command": shlex.join(["regrad", "growth", *argv]),
+        "learner": learner.fingerprint[:16],
+        "questions": len(data.questions),
+        "top_k": top_k,
+        "seed": args.seed,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    summary = {**facts, "points": [rounded(asdict(point)) for point in points]}
+    (args.out / "growth.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    last = {
+        name: [[p.x, round(p.f1.mean, 4)] for p in points if p.curve == name and p.method == "regrad"]
+        for name in args.curves
+    }
+    sys.stdout.write(json.dumps({"questions": len(data.questions), **last}) + "\n")
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[EvalData, list[EvalDocument]]:
+    """What is asked, and documents to grow by: other texts of the data first, then invented ones."""
+    folder = args.data or SAMPLE
+    split = load_split(folder, args.split)
+    names = args.sets or list(split.set_names)
+    data = fresh_facts(args.num_fresh, args.seed, args.split)
+    data = data.merged(question_sets(split, names, args.num_questions, 0, args.seed))
+    taken = {document.id for document in data.documents}
+    asked = {key.split("#")[0] for key in taken}
+    others = [
+        EvalDocument(key, found.title, found.text)
+        for key, found in in_passages(split).documents.items()
+        if key.split("#")[0] not in asked
+    ]
+    for key, found in load_documents(folder, "haystack").items():
+        others.append(EvalDocument(key, found.title, found.text))
+    random.Random(f"regrad.evaluate.growth.{args.seed}").shuffle(others)
+    missing = max((*args.counts, *CORPUS_COUNTS)) - len(others) - len(data.documents)
+    if missing > 0:
+        made = islice(synthetic_documents(args.split, args.seed), args.num_fresh, args.num_fresh + missing)
+        others += [EvalDocument(f"invented-{number}", found.title, found.text) for number, found in enumerate(made)]
+    return data, others
+
+
+def draw(points: Sequence[Point], out: Path) -> None:
+    """One panel a curve, intervals as bands; recall beside."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(point.curve for point in points))
+    figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
+        chosen = [point for point in points if point.curve == name]
+        for method in dict.fromkeys(point.method for point in chosen):
+            line = [point for point in chosen if point.method == method]
+            xs = [point.x for point in line]
+            axes.plot(xs, [100 * point.f1.mean for point in line], marker="o", ms=3, label=method)
+            axes.fill_between(
+                xs, [100 * point.f1.low for point in line], [100 * point.f1.high for point in line], alpha=0.15
+            )
+        regrad = [point for point in chosen if point.method == "regrad"]
+        axes.plot([p.x for p in regrad], [100 * p.recall for p in regrad], ":", color="#666", label="document found, %")
+        axes.set_xlabel(_LABELS[name])
+        if name in ("documents", "length", "corpus"):
+            axes.set_xscale("log")
+        axes.set_ylim(0, 100)
+        axes.grid(color="#e3e3e8")
+        axes.legend(fontsize=8)
+    figure.savefig(out, format="svg", metadata={"Date": None})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="regrad growth", description=__doc__)
+    parser.add_argument("--model", help="base model, a Hugging Face folder (the default model)")
+    parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="real questions (the project's sample)")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--sets", nargs="+", help="of the data (all)")
+    parser.add_argument("--num-fresh", type=int, default=40, help="documents of invented facts, one question each")
+    parser.add_argument("--num-questions", type=int, default=40, help="of each real set")
+    parser.add_argument("--curves", nargs="+", choices=list(_LABELS), default=list(_LABELS))
+    parser.add_argument("--counts", nargs="+", type=int, default=list(DOCUMENT_COUNTS), help="documents in the bank")
+    parser.add_argument("--top-k", type=int, help="documents a request (the learner's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("growth"))
+    return parser

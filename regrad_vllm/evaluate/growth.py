@@ -1,0 +1,132 @@
+"""Curves: the same questions while one thing grows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from regrad_vllm.data.passages import count_tokens, split_sentences
+from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
+from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, EvalQuestion
+from regrad_vllm.evaluate.in_process import InProcess, Searcher
+from regrad_vllm.evaluate.methods import METHODS, Method
+from regrad_vllm.evaluate.metrics import Interval, stratified_interval
+from regrad_vllm.evaluate.retrieve import Retrieved
+
+TOP_KS = (1, 2, 3, 5, 7, 10)
+GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """F1 of one method at one place of a curve, the mean over the sets."""
+
+    curve: str
+    x: float
+    method: str
+    f1: Interval
+    recall: float  # share of the questions whose document was among the hits
+    found_f1: float  # F1 over those questions alone
+
+
+class Grower:
+    """Asks the same questions over and over while one thing changes."""
+
+    def __init__(self, runner: InProcess, searcher: Searcher, data: EvalData, top_k: int, seed: int) -> None:
+        self._runner = runner
+        self._searcher = searcher
+        self._data = data
+        self._top_k = top_k
+        self._seed = seed
+
+    def over_documents(self, others: Sequence[EvalDocument], counts: Sequence[int]) -> Iterator[Point]:
+        """The questions' own documents and so many others that there are ``count`` in all."""
+        for count in counts:
+            more = others[: max(0, count - len(self._data.documents))]
+            data = self._data.merged(EvalData(tuple(more), ()))
+            for method in ("regrad", "regrad_gold", "rag", "rag_learner"):
+                yield self._point("documents", len(data.documents), METHODS[method], data, self._top_k)
+
+    def over_top_k(self, top_ks: Sequence[int] = TOP_KS) -> Iterator[Point]:
+        for top_k in top_ks:
+            for method in ("regrad", "rag_learner"):
+                yield self._point("k", top_k, METHODS[method], self._data, top_k)
+
+    def over_gamma(self, gammas: Sequence[float] = GAMMAS) -> Iterator[Point]:
+        for gamma in gammas:
+            yield self._point("gamma", gamma, METHODS["regrad"], self._data, self._top_k, gamma)
+
+    def _point(
+        self, curve: str, x: float, method: Method, data: EvalData, top_k: int, gamma: float | None = None
+    ) -> Point:
+        self._runner.read(data.documents)
+        questions = self._searcher.search(data, top_k, self._seed)
+        return self.measure(curve, x, method, questions, gamma)
+
+    def measure(
+        self, curve: str, x: float, method: Method, questions: Sequence[Retrieved], gamma: float | None = None
+    ) -> Point:
+        records = []
+        for start in range(0, len(questions), _BATCH):
+            records += self._runner.ask(questions[start : start + _BATCH], method, gamma)
+        by_set: dict[str, list[float]] = {}
+        for record in records:
+            by_set.setdefault(record.set_name, []).append(record.f1)
+        found = [record.f1 for record in records if record.gold_retrieved]
+        return Point(
+            curve, x, method.name, stratified_interval(list(by_set.values())),
+            len(found) / len(records), sum(found) / len(found) if found else 0.0,
+        )  # fmt: skip
+
+    def over_length(self, others: Sequence[EvalDocument], lengths: Sequence[int] = LENGTHS) -> Iterator[Point]:
+        """Each document grown to so many tokens by text around it, then cut into passages as at ingest."""
+        for length in lengths:
+            data = _grown(self._data, length, others, self._seed)
+            for method in ("regrad", "regrad_gold"):
+                yield self._point("length", length, METHODS[method], data, self._top_k)
+
+    def over_corpus(self, others: Sequence[EvalDocument], counts: Sequence[int]) -> Iterator[Point]:
+        """Continual pre-training on so many documents, the questions' own among them, and ReGrad on the same."""
+        for count in counts:
+            more = others[: max(0, count - len(self._data.documents))]
+            data = self._data.merged(EvalData(tuple(more), ()))
+            self._runner.pretrain(data.documents)
+            for method in ("cpt", "regrad"):
+                yield self._point("corpus", len(data.documents), METHODS[method], data, self._top_k)
+
+
+def _grown(data: EvalData, num_tokens: int, others: Sequence[EvalDocument], seed: int) -> EvalData:
+    """Sentences of other documents before and after each document, then passages; the answer's passages are gold."""
+    rng = random.Random(f"regrad.evaluate.length.{seed}")
+    sentences = [sentence for other in others for sentence in split_sentences(other.text)]
+    documents, questions = {}, []
+    for document in data.documents:
+        documents[document.id] = SourceDocument(
+            document.id, document.title, _surrounded(document.text, num_tokens, sentences, rng), ""
+        )
+    for number, asked in enumerate(data.questions):
+        questions.append(
+            Question(
+                str(number), asked.question, asked.answers, asked.document_ids, asked.set_name, "general", asked.kind
+            )
+        )
+    cut = in_passages(DataSplit(documents, tuple(questions)))
+    made = tuple(EvalDocument(key, found.title, found.text) for key, found in cut.documents.items())
+    return EvalData(
+        made,
+        tuple(EvalQuestion(q.set_name, q.question, q.answers, q.documents, q.kind) for q in cut.questions),
+    )
+
+
+def _surrounded(text: str, num_tokens: int, sentences: Sequence[str], rng: random.Random) -> str:
+    before: list[str] = []
+    after: list[str] = []
+    total = count_tokens(text)
+    while total < num_tokens:
+        sentence = rng.choice(sentences)
+        total += count_tokens(sentence)
+        (before if rng.random() < 0.5 else after).append(sentence)
+    return " ".join((*before, text, *after))
