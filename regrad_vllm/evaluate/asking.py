@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.datasets import EvalQuestion
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
 from regrad_vllm.evaluate.metrics import exact_match, score
@@ -44,12 +45,21 @@ class Record:
     f1: float  # for yes/no and choices the accuracy
     gold_retrieved: bool  # the document that answers it was among the retrieved
     error: str  # empty where the server answered
+    answer_nll: float | None = None  # mean negative log-likelihood of the first answer's tokens, where it was asked for
 
 
 async def ask_all(
-    endpoint: Endpoint, prompts: Prompts, questions: Sequence[Retrieved], methods: Sequence[Method], out: Path
+    endpoint: Endpoint,
+    prompts: Prompts,
+    questions: Sequence[Retrieved],
+    methods: Sequence[Method],
+    out: Path,
+    builder: PromptBuilder | None = None,
 ) -> list[Record]:
-    """Every question under every method, interleaved, ``concurrency`` at a time; each answer a line of ``out``."""
+    """Every question under every method, interleaved, ``concurrency`` at a time; each answer a line of ``out``.
+
+    With ``builder`` a second request each tells the likelihood of the right answer.
+    """
     import httpx
     from tqdm import tqdm
 
@@ -61,8 +71,10 @@ async def ask_all(
 
             async def one(asked: Retrieved, method: Method) -> None:
                 async with gate:
-                    prediction, error = await _ask(client, request_of(endpoint, prompts, asked, method))
-                records.append(record_of(asked, method, prediction, error))
+                    body = request_of(endpoint, prompts, asked, method)
+                    prediction, error = await _ask(client, body)
+                    nll = await _nll(client, body, builder, asked, method) if builder and not error else None
+                records.append(replace(record_of(asked, method, prediction, error), answer_nll=nll))
                 file.write(json.dumps(asdict(records[-1]), ensure_ascii=False) + "\n")
                 bar.update()
 
@@ -125,3 +137,24 @@ async def _ask(client: Any, body: dict[str, Any]) -> tuple[str, str]:
     if response.status_code != 200:
         return "", f"{response.status_code}: {response.text[:300]}"
     return (response.json()["choices"][0]["message"]["content"] or "").strip(), ""
+
+
+async def _nll(
+    client: Any, body: dict[str, Any], builder: PromptBuilder, asked: Retrieved, method: Method
+) -> float | None:
+    """Mean −log p of the first answer and its end under the same model and adapter; None where the server refuses."""
+    import httpx
+
+    question = asked.question
+    shown = [builder.prompts.render_document(hit.title, hit.text) for hit in asked.hits]
+    prompt = builder.question(question.question, shown if method.shows_documents else ())
+    answer = builder.answer(question.answers[0])
+    scored = {name: value for name, value in body.items() if name in ("model", "temperature", "regrad")}
+    scored |= {"prompt": prompt + answer, "max_tokens": 1, "prompt_logprobs": 0}
+    try:
+        response = await client.post("/v1/completions", json=scored)
+        response.raise_for_status()
+    except httpx.HTTPError:
+        return None
+    positions = response.json()["choices"][0]["prompt_logprobs"][-len(answer) :]
+    return -float(sum(next(iter(position.values()))["logprob"] for position in positions)) / len(answer)

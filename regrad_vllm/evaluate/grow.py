@@ -1,7 +1,8 @@
 """`regrad growth`: what happens to the answers as things grow.
 
 Curves over the number of documents in the bank, documents an adapter (k), γ, the length of the document that holds the
-answer, and the size of a corpus that continual pre-training (CPT) has to hold in one adapter. In one process with exact
+answer, the size of a corpus that continual pre-training (CPT) has to hold in one adapter, and a history of updates and
+deletes. In one process with exact
 search, so that only documents that are found have to be encoded: 50,000 documents take minutes instead of hours.
 Each point says the share of questions whose document was found, so that what retrieval loses and what the method
 loses can be told apart; "regrad_gold" is the method with the right document given.
@@ -32,6 +33,7 @@ from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learner import Learner
 
 DOCUMENT_COUNTS = (1000, 2000, 5000, 10_000, 20_000, 50_000)
+_NUM_HISTORY = 100  # invented documents
 CORPUS_COUNTS = (250, 500, 1000)
 _LABELS = {
     "documents": "documents in the bank",
@@ -39,6 +41,7 @@ _LABELS = {
     "gamma": "γ",
     "length": "tokens of the document that holds the answer",
     "corpus": "documents in the corpus",
+    "history": "updates and deletes so far",
 }
 
 
@@ -58,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         "gamma": grower.over_gamma,
         "length": lambda: grower.over_length(others),
         "corpus": lambda: grower.over_corpus(others, CORPUS_COUNTS),
+        "history": lambda: grower.over_history(fresh_facts(_NUM_HISTORY, args.seed, args.split)),
     }
     points: list[Point] = []
     args.out.mkdir(parents=True, exist_ok=True)

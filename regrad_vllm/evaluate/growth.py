@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
 from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, EvalQuestion
+from regrad_vllm.evaluate.history import history
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.methods import METHODS, Method
 from regrad_vllm.evaluate.metrics import Interval, stratified_interval
@@ -96,6 +97,22 @@ class Grower:
             self._runner.pretrain(data.documents)
             for method in ("cpt", "regrad"):
                 yield self._point("corpus", len(data.documents), METHODS[method], data, self._top_k)
+
+    def over_history(self, data: EvalData, num_rounds: int = 6) -> Iterator[Point]:
+        """Facts change and documents go, round by round; "_stale": how much of the answers before is still said.
+
+        data: invented facts. "cpt" reads everything once and then what changed; it can't forget what was deleted.
+        """
+        for entry in history(data, num_rounds, self._seed):
+            first = not entry.num_changes
+            self._runner.pretrain(entry.data.documents if first else entry.changed, go_on=not first)
+            for method in ("cpt", "regrad"):
+                yield self._point("history", entry.num_changes, METHODS[method], entry.data, self._top_k)
+                for ending, questions in (("stale", entry.stale), ("deleted", entry.deleted)):
+                    if questions:
+                        asked = EvalData(entry.data.documents, questions)
+                        point = self._point("history", entry.num_changes, METHODS[method], asked, self._top_k)
+                        yield replace(point, method=f"{method}_{ending}")
 
 
 def _grown(data: EvalData, num_tokens: int, others: Sequence[EvalDocument], seed: int) -> EvalData:

@@ -78,14 +78,19 @@ class InProcess:
         bar.close()
         return records
 
-    def pretrain(self, documents: Sequence[EvalDocument]) -> None:
-        """Makes the adapter of "cpt": φ* that has read these documents."""
+    def pretrain(self, documents: Sequence[EvalDocument], *, go_on: bool = False) -> None:
+        """Makes the adapter of "cpt": φ*, or with ``go_on`` the one that there is, that has read these documents."""
+        start = self._own["cpt"] if go_on else self._learner.phi
         texts = [(document.title, document.text) for document in documents]
-        self._own = {**self._own, "cpt": pretrain(self._learner, self._model_folder, texts)}
+        self._own = {**self._own, "cpt": pretrain(self._learner, self._model_folder, texts, start=start)}
 
     def read(self, documents: Sequence[EvalDocument]) -> None:
-        """Makes documents known; a gradient is computed when first needed."""
-        self._texts.update((document.id, (document.title, document.text)) for document in documents)
+        """Makes documents known, or their new texts; a gradient is computed when first needed."""
+        for document in documents:
+            text = (document.title, document.text)
+            if self._texts.get(document.id, text) != text:
+                self._deltas.pop(document.id, None)
+            self._texts[document.id] = text
 
     def ask(self, batch: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
         """One batch of questions under one method. ``gamma``: the learner's where None."""

@@ -17,6 +17,7 @@ class Row:
     em: Interval
     f1: Interval
     failed: int
+    answer_nll: float | None  # mean, where it was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ def _set_report(name: str, found: Mapping[str, Mapping[tuple[str, str], Record]]
             em=bootstrap_interval([record.em for record in chosen]),
             f1=bootstrap_interval([record.f1 for record in chosen]),
             failed=sum(bool(record.error) for record in chosen),
+            answer_nll=_mean([record.answer_nll for record in chosen if record.answer_nll is not None]),
         )
     return SetReport(name, len(chosen), sum(record.gold_retrieved for record in chosen) / len(chosen), rows)
 
@@ -105,6 +107,10 @@ def _compare(
         stratified_interval(list(differences.values())),
         {name: bootstrap_interval(values) for name, values in differences.items()},
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def rounded(value: object) -> dict[str, object]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from regrad_vllm.data.questions import load_documents, load_split
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
+from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import PER_DOCUMENT, Endpoint, Record, ask_all
 from regrad_vllm.evaluate.datasets import EvalData, distractors, fresh_facts, question_sets
 from regrad_vllm.evaluate.ingest import ingest, upload
@@ -29,7 +30,7 @@ from regrad_vllm.evaluate.report import summarise
 from regrad_vllm.evaluate.retrieve import retrieve
 from regrad_vllm.evaluate.rivals import Rivals
 from regrad_vllm.evaluate.tables import markdown
-from regrad_vllm.learner import Learner
+from regrad_vllm.learner import Learner, Prompts
 
 _NAMESPACE = "eval"
 _MODEL = "base"
@@ -112,8 +113,16 @@ def _served(
                 upload(data.documents, deltas, learner, endpoint.bank, _NAMESPACE + PER_DOCUMENT)
             top_k = args.top_k or learner.config.top_k
             questions = asyncio.run(retrieve(endpoint.bank, _NAMESPACE, data, learner, top_k, args.seed))
-            records += asyncio.run(ask_all(endpoint, learner.config.prompts, questions, chosen, answers))
+            prompts = learner.config.prompts
+            builder = _prompt_builder(rivals.model, prompts) if args.likelihood else None
+            records += asyncio.run(ask_all(endpoint, prompts, questions, chosen, answers, builder))
     return records
+
+
+def _prompt_builder(model: Path, prompts: Prompts) -> PromptBuilder:
+    from transformers import AutoTokenizer
+
+    return PromptBuilder(AutoTokenizer.from_pretrained(model), prompts)
 
 
 def _in_process(
@@ -189,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-distractors", type=int, default=200, help="documents of the sets that answer nothing")
     parser.add_argument("--haystack", type=int, default=0, help="documents of the data's haystack besides")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help=f"({' '.join(DEFAULT_METHODS)})")
+    parser.add_argument("--likelihood", action="store_true", help="the right answers' log-likelihood too (served only)")
     parser.add_argument("--top-k", type=int, help="documents a request (the learner's)")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)

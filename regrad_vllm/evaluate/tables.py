@@ -19,11 +19,16 @@ def overall_table(report: Report) -> str:
 
 
 def sets_table(report: Report) -> str:
-    lines = ["| set (questions; document retrieved) | method | EM | F1 or accuracy | failed |", "|---|---|--:|--:|--:|"]
+    with_nll = any(row.answer_nll is not None for entry in report.sets for row in entry.rows.values())
+    lines = [
+        f"| set (questions; document retrieved) | method | EM | F1 or accuracy | failed |{' answer NLL |' * with_nll}",
+        f"|---|---|--:|--:|--:|{'--:|' * with_nll}",
+    ]
     for entry in report.sets:
         for method, row in entry.rows.items():
             label = f"{entry.name} ({entry.num_questions}; {entry.recall:.0%})"
-            lines.append(f"| {label} | {method} | {percent(row.em)} | {percent(row.f1)} | {row.failed} |")
+            nll = f" {row.answer_nll:.3f} |" if row.answer_nll is not None else " – |" * with_nll
+            lines.append(f"| {label} | {method} | {percent(row.em)} | {percent(row.f1)} | {row.failed} |{nll}")
     return "\n".join(lines)
 
 

@@ -22,12 +22,14 @@ def pretrain(
     model_folder: Path,
     documents: Sequence[tuple[str, str]],
     *,
+    start: NDArray[np.float32] | None = None,
     epochs: int = 3,
     learning_rate: float = 3e-4,
     seed: int = 0,
 ) -> NDArray[np.float32]:
     """φ* trained on with the language-model loss of all (title, text), so that the form of the answers is known.
 
+    start: an adapter to go on from in place of φ*, float32 (num_values,).
     AdamW with linear decay, passes of documents of like length in random order. Returns float32 (num_values,).
     LearnerError for another base model.
     """
@@ -39,7 +41,7 @@ def pretrain(
     model = AdaptedModel(base, learner.layout, learner.scaling)
     builder = PromptBuilder(tokenizer, learner.config.prompts)
     tokens = [builder.document(*document, learner.config.max_document_tokens)[0] for document in documents]
-    phi = torch.tensor(learner.phi, device=device).requires_grad_()
+    phi = torch.tensor(learner.phi if start is None else start, device=device).requires_grad_()
     optimizer = torch.optim.AdamW([phi], lr=learning_rate, weight_decay=0.0)
     passes = list(plan_passes([len(row) for row in tokens]))
     total = epochs * len(passes)

@@ -122,9 +122,12 @@ class Retriever:
             arena=str(self._arena.folder),
             learner=self._learner.fingerprint,
             digests=tuple(hit.gradient_digest for hit in hits),
-            weights=self._learner.config.weights([hit.score for hit in hits]),
+            weights=self._weights(hits),
             gamma=plan.gamma,
         )
+
+    def _weights(self, hits: tuple[Hit, ...]) -> tuple[float, ...]:
+        return self._learner.config.weights([hit.score for hit in hits])
 
     def _used(self, plan: Plan, hits: tuple[Hit, ...], recipe: Recipe | None, timings: dict[str, float]) -> Used:
         return Used(
@@ -132,7 +135,10 @@ class Retriever:
             namespace=plan.query.namespace,
             mode=plan.mode,
             gamma=plan.gamma,
-            documents=tuple(UsedDocument(hit.id, hit.version, hit.score, hit.gradient_digest) for hit in hits),
+            documents=tuple(
+                UsedDocument(hit.id, hit.version, hit.score, weight, hit.gradient_digest)
+                for hit, weight in zip(hits, self._weights(hits), strict=True)
+            ),
             adapter=recipe.name if recipe else None,
             reason=None if recipe else NO_HITS,
             timings_ms=timings,

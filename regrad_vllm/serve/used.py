@@ -19,6 +19,7 @@ class UsedDocument:
     id: str
     version: int
     score: float
+    weight: float  # w_k of its gradient in the adapter
     gradient_digest: str
 
 
@@ -47,6 +48,7 @@ class Used:
                     "id": document.id,
                     "version": document.version,
                     "score": round(document.score, 6),
+                    "weight": round(document.weight, 6),
                     "gradient_digest": document.gradient_digest,
                 }
                 for document in self.documents

@@ -137,9 +137,13 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     served = [json.loads(line) for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
     assert len(served) == 8 * len(methods) and not any(record["error"] for record in served)
     assert "<svg" in (out / "report.html").read_text("utf-8")
+    nll = {(r["method"], r["question"]): r["answer_nll"] for r in served}
+    fresh = [r["question"] for r in served if r["set_name"] == "fresh" and r["method"] == "regrad"]
+    assert all(0 < nll["regrad", question] < nll["base", question] for question in fresh)
 
     words = shlex.split(examples()["eval"].code.replace("\\\n", " "))
     words = words[1 : words.index("--server")] + words[words.index("--num-fresh") :]  # no server, no bank
+    words.remove("--likelihood")
     words[words.index("--out") + 1] = str(tmp_path / "in-process")
     chosen = ["base", "learner", "regrad", "regrad_gold"]
     command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--in-process", "--methods", *chosen]
@@ -150,8 +154,8 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     assert len(pairs) == 8 * 3
     # bfloat16 and int8 gradients there, float32 here: most answers are the same, not all.
     assert sum(mine["prediction"] == other["prediction"] for mine, other in pairs) >= 0.6 * len(pairs)
-    fresh = [r["em"] for (method, _), r in alone.items() if method == "regrad" and r["set_name"] == "fresh"]
-    assert sum(fresh) >= 3
+    right = [r["em"] for (method, _), r in alone.items() if method == "regrad" and r["set_name"] == "fresh"]
+    assert sum(right) >= 3
 
 
 def test_the_settings_tables_are_those_of_the_code() -> None:

@@ -65,6 +65,7 @@ def random_learner(model: Path, seed: int, *, spread: float = 0.03) -> Learner:
         step_size_kind="tie",
         prompts=Prompts(system="Answer in a few words."),
         top_k=2,
+        score_temperature=0.2,
     )
     return Learner(config, layout, _noise(layout, seed, spread), np.full(len(layout.tensors), 0.1, np.float32))
 

@@ -11,7 +11,7 @@ import pytest
 from regrad_vllm.serve.answer import AnswerTagger
 from regrad_vllm.serve.used import Used, UsedDocument, UsedMemory
 
-USED = Used("r1", "default", "blind", 1.0, (UsedDocument("ä b,c", 2, 0.5, "0" * 64),), "regrad-x")
+USED = Used("r1", "default", "blind", 1.0, (UsedDocument("ä b,c", 2, 0.5, 1.0, "0" * 64),), "regrad-x")
 
 
 def tag(kind: str, bodies: list[bytes], status: int = 200) -> tuple[dict[str, str], list[bytes], AnswerTagger]:
@@ -84,7 +84,9 @@ def test_a_stream_without_any_event_passes() -> None:
 
 
 def test_ids_beyond_the_headers_room_are_counted() -> None:
-    many = Used("r", "n", "blind", 1.0, tuple(UsedDocument("x" * 256, 1, 1.0, "0" * 64) for _ in range(64)), "regrad-x")
+    many = Used(
+        "r", "n", "blind", 1.0, tuple(UsedDocument("x" * 256, 1, 1.0, 1.0, "0" * 64) for _ in range(64)), "regrad-x"
+    )
     value = dict(many.headers())[b"x-regrad-documents"]
     assert len(value) < 4200 and value.endswith(b", +49")
 

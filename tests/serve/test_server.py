@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def test_the_twins_name_turns_regrad_on_with_the_defaults(server: VllmServer, le
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["regrad"]["documents"]) == learner.config.top_k
     assert answer.json()["model"] == TWIN
+
+
+def test_a_found_document_weighs_less_the_further_its_score_lies_behind_the_best(
+    server: VllmServer, learner: Learner
+) -> None:
+    asked = {"query": "the answer to riddle 17", "top_k": 4}
+    used = server.post(
+        "/v1/chat/completions", {**BODIES["/v1/chat/completions"], "model": BASE, "regrad": asked}
+    ).json()
+    documents = used["regrad"]["documents"]
+    scores, weights = ([document[name] for document in documents] for name in ("score", "weight"))
+    assert scores == sorted(scores, reverse=True) and scores[-1] < scores[0]
+    expected = [math.exp((score - scores[0]) / learner.config.score_temperature) for score in scores]
+    assert weights == pytest.approx(expected, rel=1e-4) and weights[0] == 1.0 > weights[-1]
 
 
 @pytest.mark.parametrize("path", BODIES)
