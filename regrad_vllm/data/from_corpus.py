@@ -49,7 +49,7 @@ async def write_questions(
 ) -> Outcome:
     """Asks ``server`` (http://host:port, the key in OPENAI_API_KEY) about every document.
 
-    Writes the splits train and validation into ``out``.
+    Writes the splits train and validation into ``out``; all passages of a file are in one.
 
     A document and all its questions are in one split, chosen by a digest of its id.
     """
@@ -132,7 +132,7 @@ def _write(out: Path, documents: Sequence[SourceDocument], found: Mapping[str, S
     out.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[SourceDocument]] = {"train": [], "validation": []}
     for document in documents:
-        place = int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:4], "big") / 2**32
+        place = int.from_bytes(hashlib.sha256(document.id.partition("#")[0].encode()).digest()[:4], "big") / 2**32
         splits["validation" if place < VALIDATION_SHARE else "train"].append(document)
     for split, chosen in splits.items():
         lines = [{"id": d.id, "title": d.title, "text": d.text, "set": d.set_name} for d in chosen]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from regrad_vllm.data.questions import DataSplit
 
 DOCUMENT_NGRAM = 13  # words in a row that two different texts hardly share
-MAX_SHARED = 0.2  # of a document's n-grams; more is the same text, fewer are quotations and phrases
+MAX_SHARED = 0.2  # of the smaller document's n-grams; more is the same text, fewer are quotations and phrases
 _WORD = re.compile(r"\w+")
 
 
@@ -21,15 +21,15 @@ class Leak:
     kind: str  # "document" or "question"
     evaluation_id: str
     training_id: str
-    shared: float  # share of the evaluation document's n-grams; 1 for a question
+    shared: float  # share of the smaller document's n-grams; 1 for a question
 
     def __str__(self) -> str:
         return f"{self.kind} {self.evaluation_id} stands in the training data as {self.training_id} ({self.shared:.0%})"
 
 
 def find_leaks(training: DataSplit, evaluation: DataSplit) -> list[Leak]:
-    """Evaluation documents of which more than MAX_SHARED of the n-grams (of a document that is shorter than one: its
-    whole text) stand in one training document, and questions that training asks with the same answer."""
+    """Pairs of documents that share more than MAX_SHARED of the smaller one's n-grams (where one is shorter than an
+    n-gram: its whole text), and questions that both ask with the same answer."""
     return [*_document_leaks(training, evaluation), *_question_leaks(training, evaluation)]
 
 
@@ -37,35 +37,61 @@ def without_leaks(training: DataSplit, evaluations: Iterable[DataSplit]) -> tupl
     """The training data without what stands in evaluation data too, and the ids of the documents and questions left
     out. A question goes with its documents."""
     leaks = [leak for evaluation in evaluations for leak in find_leaks(training, evaluation)]
-    gone = {kind: {leak.training_id for leak in leaks if leak.kind == kind} for kind in ("document", "question")}
-    documents = {key: document for key, document in training.documents.items() if key not in gone["document"]}
+    return _without(training, [(leak.kind, leak.training_id) for leak in leaks])
+
+
+def evaluation_without_leaks(evaluation: DataSplit, training: DataSplit) -> tuple[DataSplit, tuple[str, ...]]:
+    """The same for what was trained on already: the evaluation data without it, and what was left out."""
+    return _without(evaluation, [(leak.kind, leak.evaluation_id) for leak in find_leaks(training, evaluation)])
+
+
+def _without(data: DataSplit, gone: Iterable[tuple[str, str]]) -> tuple[DataSplit, tuple[str, ...]]:
+    ids: dict[str, set[str]] = {"document": set(), "question": set()}
+    for kind, key in gone:
+        ids[kind].add(key)
+    documents = {key: document for key, document in data.documents.items() if key not in ids["document"]}
     questions = tuple(
         question
-        for question in training.questions
-        if question.id not in gone["question"] and all(key in documents for key in question.documents)
+        for question in data.questions
+        if question.id not in ids["question"] and all(key in documents for key in question.documents)
     )
-    return DataSplit(documents, questions), tuple(sorted(gone["document"] | gone["question"]))
+    return DataSplit(documents, questions), tuple(sorted(ids["document"] | ids["question"]))
 
 
 def _document_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak]:
+    known = _texts(training)
     owners: dict[int, list[str]] = {}
-    texts = {key: f" {_normal(document.text)} " for key, document in training.documents.items()}
-    for key, document in training.documents.items():
-        for gram in _ngrams(_words(document.text)):
+    sizes: dict[str, int] = {}
+    for key, text in known.items():
+        grams = _ngrams(text.split())
+        sizes[key] = len(grams)
+        for gram in grams:
             owners.setdefault(gram, []).append(key)
-    for key, document in evaluation.documents.items():
-        words = _words(document.text)
-        if len(words) < DOCUMENT_NGRAM:
-            text = f" {' '.join(words)} "
-            yield from (Leak("document", key, owner, 1.0) for owner, known in texts.items() if words and text in known)
-            continue
-        grams = _ngrams(words)
-        counts = Counter(owner for gram in grams for owner in owners.get(gram, ()))
-        yield from (
-            Leak("document", key, owner, count / len(grams))
-            for owner, count in counts.items()
-            if count > MAX_SHARED * len(grams)
-        )
+    asked = _texts(evaluation)
+    for key, text in asked.items():
+        grams = _ngrams(text.split())
+        for owner, count in Counter(owner for gram in grams for owner in owners.get(gram, ())).items():
+            shared = count / min(len(grams), sizes[owner])
+            if shared > MAX_SHARED:
+                yield Leak("document", key, owner, shared)
+    for whole, part in _contained(known, asked):
+        yield Leak("document", part, whole, 1.0)
+    for whole, part in _contained(asked, known):
+        yield Leak("document", whole, part, 1.0)
+
+
+def _texts(data: DataSplit) -> dict[str, str]:
+    return {key: _normal(document.text) for key, document in data.documents.items()}
+
+
+def _contained(wholes: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(whole, part) where a part too short for an n-gram stands in a whole."""
+    padded = {key: f" {text} " for key, text in wholes.items()}
+    everything = "\n".join(padded.values())
+    for part, text in parts.items():
+        words = f" {text} "
+        if text and len(text.split()) < DOCUMENT_NGRAM and words in everything:
+            yield from ((whole, part) for whole, found in padded.items() if words in found)
 
 
 def _question_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak]:

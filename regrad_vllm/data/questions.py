@@ -3,20 +3,21 @@
 Two JSON Lines files (or .jsonl.gz) a split: ``<split>.documents.jsonl`` with {id, title, text, set} and
 ``<split>.questions.jsonl`` with {id, question, answers, documents, domain, set, kind}. ``documents`` holds the ids of
 the documents that answer the question, the best first ("gold" is read as the same). ``set`` names the collection that
-figures are reported for; ``kind`` is "span" (free text), "yesno" or "choice". Required: id and text of a document;
-question, answers and documents of a question.
+figures are reported for; a document without one is in its questions' set. ``kind`` is "span" (free text), "yesno" or
+"choice". Required: id and text of a document; question, answers and documents of a question.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from regrad_vllm.data.passages import split_text
+from regrad_vllm.data.passages import Passage, split_text
 
 Kind = Literal["span", "yesno", "choice"]
 SPLITS = ("train", "validation", "test")
@@ -60,15 +61,20 @@ class DataSplit:
 def load_split(folder: str | Path, split: str) -> DataSplit:
     """Reads a split. FileNotFoundError; DataError, also where a question's document isn't there."""
     documents = load_documents(folder, split)
-    questions = []
+    questions: dict[str, Question] = {}
     path = _find(Path(folder), f"{split}.questions")
     for place, line in _lines(path):
         question = _question(place, line)
         missing = [key for key in question.documents if key not in documents]
         if missing:
             raise DataError(f"{place}: documents must be ids of {split}.documents, got {missing[0]!r}")
-        questions.append(question)
-    return DataSplit(documents, tuple(questions))
+        if question.id in questions:
+            raise DataError(f"{place}: id must be unique, {question.id!r} stands above")
+        questions[question.id] = question
+        for key in question.documents:
+            if not documents[key].set_name:
+                documents[key] = replace(documents[key], set_name=question.set_name)
+    return DataSplit(documents, tuple(questions.values()))
 
 
 def load_documents(folder: str | Path, split: str) -> dict[str, SourceDocument]:
@@ -79,7 +85,7 @@ def load_documents(folder: str | Path, split: str) -> dict[str, SourceDocument]:
             id=_text(place, line, "id"),
             title=str(line.get("title") or "").strip(),
             text=_text(place, line, "text"),
-            set_name=str(line.get("set") or split),
+            set_name=str(line.get("set") or ""),
         )
         if document.id in found:
             raise DataError(f"{place}: id must be unique, {document.id!r} stands above")
@@ -90,15 +96,15 @@ def load_documents(folder: str | Path, split: str) -> dict[str, SourceDocument]:
 def _question(place: str, line: Mapping[str, Any]) -> Question:
     answers, documents = line.get("answers"), line.get("documents", line.get("gold"))
     for name, value in (("answers", answers), ("documents", documents)):
-        if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
-            raise DataError(f"{place}: {name} must be a list of at least one text, got {value!r}")
+        if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+            raise DataError(f"{place}: {name} must be a list of at least one text that isn't blank, got {value!r}")
     kind = line.get("kind") or "span"
     if kind not in get_args(Kind):
         raise DataError(f"{place}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     return Question(
         id=str(line.get("id") or place),
         question=_text(place, line, "question").strip(),
-        answers=tuple(text.strip() for text in cast("list[str]", answers) if text.strip()),
+        answers=tuple(text.strip() for text in cast("list[str]", answers)),
         documents=tuple(cast("list[str]", documents)),
         set_name=str(line.get("set") or "questions"),
         domain=str(line.get("domain") or "general"),
@@ -139,22 +145,35 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def in_passages(data: DataSplit) -> DataSplit:
     """The same data with long documents cut into passages, ids "ID#1", "ID#2" …, as `regrad ingest` cuts texts.
 
-    A question's documents become the passages in which one of its answers stands, or all of them where none does (yes
-    and no stand nowhere).
+    A question's documents become the passages in which one of its answers stands, word for word. A document with a
+    question for which there is none ("yes" stands nowhere) stays whole, because it can't be told which passage answers.
     """
-    documents: dict[str, SourceDocument] = {}
-    passages: dict[str, list[SourceDocument]] = {}
+    passages: dict[str, list[Passage]] = {}
     for key, document in data.documents.items():
-        parts = split_text(document.title, document.text)
-        for number, part in enumerate(parts, 1):
-            new = replace(document, id=f"{key}#{number}" if len(parts) > 1 else key, text=part.text)
-            documents[new.id] = new
-            passages.setdefault(key, []).append(new)
+        passages[key] = split_text(document.title, document.text)
+    for question in data.questions:
+        if not any(_holds(passage.text, question) for key in question.documents for passage in passages[key]):
+            for key in question.documents:
+                passages[key] = [Passage(data.documents[key].title, data.documents[key].text)]
+    documents: dict[str, SourceDocument] = {}
+    parts: dict[str, list[SourceDocument]] = {}
+    for key, found in passages.items():
+        for number, passage in enumerate(found, 1):
+            part = replace(data.documents[key], id=f"{key}#{number}" if len(found) > 1 else key, text=passage.text)
+            documents[part.id] = part
+            parts.setdefault(key, []).append(part)
     questions = []
     for question in data.questions:
-        candidates = [passage for key in question.documents for passage in passages[key]]
-        answers = [answer.lower() for answer in question.answers]
-        holding = [passage for passage in candidates if any(answer in passage.text.lower() for answer in answers)]
-        ids = tuple(found.id for found in (holding if question.kind == "span" and holding else candidates))
-        questions.append(replace(question, documents=ids))
+        candidates = [part for key in question.documents for part in parts[key]]
+        ids = tuple(part.id for part in candidates if _holds(part.text, question))
+        questions.append(replace(question, documents=ids or tuple(part.id for part in candidates)))
     return DataSplit(documents, tuple(questions))
+
+
+def _holds(text: str, question: Question) -> bool:
+    words = f" {_words(text)} "
+    return any(f" {_words(answer)} " in words for answer in question.answers)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))

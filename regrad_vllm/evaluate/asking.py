@@ -28,7 +28,8 @@ class Endpoint:
     bank: str  # host:port
     model: str  # the base model's name
     namespace: str
-    top_k: int | None  # None: the server's default
+    top_k: int
+    gamma: float
     concurrency: int
 
 
@@ -36,6 +37,7 @@ class Endpoint:
 class Record:
     """One answer."""
 
+    question_id: str
     set_name: str
     method: str
     question: str
@@ -86,17 +88,19 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     """The body of the chat request."""
     question = asked.question.question
     namespace = endpoint.namespace + PER_DOCUMENT if method.per_document else endpoint.namespace
-    options: dict[str, Any] = {"namespace": namespace}
-    if method.adapter == "learner":
+    options: dict[str, Any] = {"namespace": namespace, "gamma": endpoint.gamma}
+    if method.adapter == "none":
+        options = {"enabled": False}  # a server may have ReGrad on for everyone
+    elif method.adapter == "learner":
         options |= {"query": question, "gamma": 0.0}  # the documents count nothing
     elif method.adapter == "retrieved":
         options["query"] = question
     elif method.adapter == "wrong":
-        options["query"] = asked.wrong_query
+        options["query"] = asked.wrong_query or ""
     elif method.adapter in ("gold", "random"):
         options["document_ids"] = [asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id]
-    if "query" in options and endpoint.top_k is not None:
-        options["top_k"] = endpoint.top_k
+    if "query" in options:
+        options |= {"top_k": endpoint.top_k, "min_score": -1.0}  # what RAG is shown, whatever the server's settings
     content = prompts.render_blind(question)
     if method.shows_documents:
         shown = [prompts.render_document(hit.title, hit.text) for hit in asked.hits]
@@ -106,7 +110,7 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
         "messages": [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}],
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
-        **({} if method.adapter in ("none", "own") else {"regrad": options}),
+        **({} if method.adapter == "own" else {"regrad": options}),
     }
 
 
@@ -114,6 +118,7 @@ def record_of(asked: Retrieved, method: Method, prediction: str, error: str = ""
     """Scores one answer. Nothing answered is wrong."""
     question: EvalQuestion = asked.question
     return Record(
+        question_id=question.id,
         set_name=question.set_name,
         method=method.name,
         question=question.question,

@@ -20,6 +20,7 @@ class EvalDocument:
 
 @dataclass(frozen=True, slots=True)
 class EvalQuestion:
+    id: str  # no other question of the evaluation has it
     set_name: str
     question: str
     answers: tuple[str, ...]
@@ -43,7 +44,7 @@ def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalDat
         key = f"fresh-{split}-{seed}-{index}"
         documents.append(EvalDocument(key, made.title, made.text))
         question, answer = made.questions[index % len(made.questions)]
-        questions.append(EvalQuestion("fresh", question, (answer,), (key,)))
+        questions.append(EvalQuestion(f"{key}?", "fresh", question, (answer,), (key,)))
     return EvalData(tuple(documents), tuple(questions))
 
 
@@ -65,7 +66,7 @@ def question_sets(
         if name not in by_set:
             raise ValueError(f"set {name!r} has no questions in the data; it has {sorted(by_set)}")
         for entry in rng.sample(by_set[name], min(num_questions, len(by_set[name]))):
-            questions.append(EvalQuestion(name, entry.question, entry.answers, entry.documents, entry.kind))
+            questions.append(EvalQuestion(entry.id, name, entry.question, entry.answers, entry.documents, entry.kind))
             chosen |= dict.fromkeys(entry.documents)
     others = [key for key, document in data.documents.items() if document.set_name in names and key not in chosen]
     for key in rng.sample(others, min(num_distractors, len(others))):

@@ -22,13 +22,13 @@ from itertools import islice
 from pathlib import Path
 
 from bank_service.embedder import MiniLmEmbedder
-from regrad_vllm.data.questions import in_passages, load_documents, load_split
+from regrad_vllm.data.questions import in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, fresh_facts, question_sets
 from regrad_vllm.evaluate.growth import Grower, Point
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.report import rounded
-from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.evaluate.run import SAMPLE, load_clean
 from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learner import Learner
 
@@ -95,16 +95,15 @@ def main(argv: Sequence[str]) -> int:
 def _load(args: argparse.Namespace) -> tuple[EvalData, list[EvalDocument]]:
     """What is asked, and documents to grow by: other texts of the data first, then invented ones."""
     folder = args.data or SAMPLE
-    split = load_split(folder, args.split)
+    split = load_clean(folder, args.split)
     names = args.sets or list(split.set_names)
     data = fresh_facts(args.num_fresh, args.seed, args.split)
     data = data.merged(question_sets(split, names, args.num_questions, 0, args.seed))
     taken = {document.id for document in data.documents}
-    asked = {key.split("#")[0] for key in taken}
     others = [
         EvalDocument(key, found.title, found.text)
         for key, found in in_passages(split).documents.items()
-        if key.split("#")[0] not in asked
+        if key not in taken
     ]
     for key, found in load_documents(folder, "haystack").items():
         others.append(EvalDocument(key, found.title, found.text))

@@ -124,17 +124,15 @@ def _grown(data: EvalData, num_tokens: int, others: Sequence[EvalDocument], seed
         documents[document.id] = SourceDocument(
             document.id, document.title, _surrounded(document.text, num_tokens, sentences, rng), ""
         )
-    for number, asked in enumerate(data.questions):
+    for asked in data.questions:
         questions.append(
-            Question(
-                str(number), asked.question, asked.answers, asked.document_ids, asked.set_name, "general", asked.kind
-            )
+            Question(asked.id, asked.question, asked.answers, asked.document_ids, asked.set_name, "general", asked.kind)
         )
     cut = in_passages(DataSplit(documents, tuple(questions)))
     made = tuple(EvalDocument(key, found.title, found.text) for key, found in cut.documents.items())
     return EvalData(
         made,
-        tuple(EvalQuestion(q.set_name, q.question, q.answers, q.documents, q.kind) for q in cut.questions),
+        tuple(EvalQuestion(q.id, q.set_name, q.question, q.answers, q.documents, q.kind) for q in cut.questions),
     )
 
 

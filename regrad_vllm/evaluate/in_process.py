@@ -29,7 +29,7 @@ from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import Record, record_of
 from regrad_vllm.evaluate.datasets import EvalData, EvalDocument
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
-from regrad_vllm.evaluate.retrieve import Found, Retrieved, with_controls
+from regrad_vllm.evaluate.retrieve import Found, Retrieved, check_controls, with_controls
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.per_document import fit_each
 from regrad_vllm.learner import Learner
@@ -62,6 +62,7 @@ class InProcess:
 
         self.read(data.documents)
         questions = Searcher(MiniLmEmbedder.installed()).search(data, top_k, seed)
+        check_controls(questions, methods)
         if any(method.per_document for method in methods):
             documents = [(document.title, document.text) for document in data.documents]
             fitted = fit_each(self._model, self._builder, self._learner, documents)
@@ -113,7 +114,8 @@ class InProcess:
         elif method.adapter == "wrong":
             found = [(hit.id, hit.score) for hit in asked.wrong_hits]
         else:
-            found = [(asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id, 1.0)]
+            chosen = asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id
+            found = [(chosen or "", 1.0)]
         known = self._fitted if method.per_document else self._deltas
         missing = [key for key, _ in found if key not in known]
         if missing:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from regrad_vllm.data.leaks import evaluation_without_leaks
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, load_documents, load_split
 
 SETS = ("squad", "nq", "qamr", "pubmedqa")
@@ -21,7 +22,7 @@ SEED = 0
 
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(__file__).with_name("sample")
-    data = load_split(folder, "test")
+    data, _ = evaluation_without_leaks(load_split(folder, "test"), load_split(folder, "train"))
     rng = random.Random(f"regrad.evaluate.sample.{SEED}")
     questions, documents = [], []
     for name in SETS:

@@ -33,12 +33,19 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def score(prediction: str, answers: Sequence[str], kind: Kind) -> float:
-    """F1, or for yes/no and choice questions the accuracy: 1.0 where the answer begins with a right one."""
+    """F1; or the accuracy: 1.0 where a choice is a right one, where the answer to yes or no begins with it."""
     if kind == "span":
         return token_f1(prediction, answers)
-    said = normalise(prediction).split()
-    expected = [normalise(answer).split() for answer in answers]
-    return float(any(answer and said[: len(answer)] == answer for answer in expected))
+    said = _plain_words(prediction)
+    expected = [_plain_words(answer) for answer in answers]
+    if kind == "choice":
+        return float(said in expected)
+    return float(any(said[: len(answer)] == answer for answer in expected))
+
+
+def _plain_words(text: str) -> list[str]:
+    """Lower case, without punctuation; articles stay, "A" may be a choice."""
+    return text.lower().translate(_PUNCTUATION).split()
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:

@@ -65,10 +65,10 @@ class Report:
 def summarise(records: Sequence[Record]) -> Report:
     """ValueError for no records, or where a method lacks a question that another answered."""
     methods = tuple(name for name in METHODS if any(record.method == name for record in records))
-    by_set: dict[str, dict[str, dict[tuple[str, str], Record]]] = {}
+    by_set: dict[str, dict[str, dict[str, Record]]] = {}
     for record in records:
         of_set = by_set.setdefault(record.set_name, {})
-        of_set.setdefault(record.method, {})[record.question, record.answers[0]] = record
+        of_set.setdefault(record.method, {})[record.question_id] = record
     for name, found in by_set.items():
         if len({frozenset(of_method) for of_method in found.values()}) > 1 or len(found) != len(methods):
             raise ValueError(f"every method must have been asked the same questions; in set {name!r} they differ")
@@ -81,7 +81,7 @@ def summarise(records: Sequence[Record]) -> Report:
     return Report(methods, sets, overall, compared)
 
 
-def _set_report(name: str, found: Mapping[str, Mapping[tuple[str, str], Record]], methods: Sequence[str]) -> SetReport:
+def _set_report(name: str, found: Mapping[str, Mapping[str, Record]], methods: Sequence[str]) -> SetReport:
     rows = {}
     for method in methods:
         chosen = list(found[method].values())
@@ -94,9 +94,7 @@ def _set_report(name: str, found: Mapping[str, Mapping[tuple[str, str], Record]]
     return SetReport(name, len(chosen), sum(record.gold_retrieved for record in chosen) / len(chosen), rows)
 
 
-def _compare(
-    by_set: Mapping[str, Mapping[str, Mapping[tuple[str, str], Record]]], method: str, other: str
-) -> Comparison:
+def _compare(by_set: Mapping[str, Mapping[str, Mapping[str, Record]]], method: str, other: str) -> Comparison:
     differences = {
         name: [record.f1 - found[other][key].f1 for key, record in found[method].items()]
         for name, found in by_set.items()

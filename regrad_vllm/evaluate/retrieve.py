@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.evaluate.datasets import EvalData, EvalQuestion
+from regrad_vllm.evaluate.methods import Method
 from regrad_vllm.learner import Learner
 
 
@@ -27,9 +28,10 @@ class Retrieved:
 
     question: EvalQuestion
     hits: tuple[Found, ...]  # best first
-    wrong_query: str  # another question of the same set; its hits don't hold the document that answers this one
+    # For the controls; None and nothing where no other question or document will do.
+    wrong_query: str | None  # another question of the same set; its hits don't hold the document that answers this one
     wrong_hits: tuple[Found, ...]
-    random_id: str  # a document that doesn't answer it
+    random_id: str | None  # a document that doesn't answer it
 
     @property
     def gold_retrieved(self) -> bool:
@@ -39,7 +41,7 @@ class Retrieved:
 async def retrieve(
     bank_address: str, namespace: str, data: EvalData, learner: Learner, top_k: int, seed: int
 ) -> list[Retrieved]:
-    """Asks the bank as the server does. BankError; ValueError where a set has no other question for the control."""
+    """Asks the bank as the server does. BankError."""
     bank = BankClient(bank_address, learner.spec, timeout_ms=60_000)
     hits = []
     try:
@@ -52,7 +54,7 @@ async def retrieve(
 
 
 def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random.Random) -> list[Retrieved]:
-    """Adds what the controls are given. ValueError where a set has no other question for them."""
+    """Adds what the controls are given, where there is anything."""
     ids = [document.id for document in data.documents]
     retrieved = []
     for question, found in zip(data.questions, hits, strict=True):
@@ -62,10 +64,19 @@ def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random
             if other.set_name == question.set_name and {hit.id for hit in hits[index]}.isdisjoint(question.document_ids)
         ]
         others = [key for key in ids if key not in question.document_ids]
-        if not candidates or not others:
-            raise ValueError(
-                f"set {question.set_name!r} must have questions about two documents at least, for the controls"
-            )
-        wrong = rng.choice(candidates)
-        retrieved.append(Retrieved(question, found, data.questions[wrong].question, hits[wrong], rng.choice(others)))
+        wrong = rng.choice(candidates) if candidates else None
+        wrong_query, wrong_hits = (None, ()) if wrong is None else (data.questions[wrong].question, hits[wrong])
+        retrieved.append(Retrieved(question, found, wrong_query, wrong_hits, rng.choice(others) if others else None))
     return retrieved
+
+
+def check_controls(questions: Sequence[Retrieved], methods: Sequence[Method]) -> None:
+    """ValueError where a control is to be asked and a question has nothing for it."""
+    adapters = {method.adapter for method in methods}
+    for asked in questions:
+        if ("wrong" in adapters and asked.wrong_query is None) or ("random" in adapters and asked.random_id is None):
+            raise ValueError(
+                f"the controls need documents that don't answer {asked.question.question!r}: every question of set "
+                f"{asked.question.set_name!r} finds its document; take more documents, a smaller --top-k, or leave "
+                "regrad_wrong and regrad_random out of --methods"
+            )

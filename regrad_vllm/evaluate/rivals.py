@@ -18,8 +18,11 @@ FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
 class Rivals:
     """Made where first asked for, in the learner's layout, so that no method has more parameters than another."""
 
-    def __init__(self, model: Path, learner_folder: Path, learner: Learner, out: Path, ft_rag: Path | None) -> None:
+    def __init__(
+        self, model: Path, learner_folder: Path, learner: Learner, out: Path, ft_rag: Path | None, top_k: int
+    ) -> None:
         self.model = model
+        self._top_k = top_k
         self.learner_folder = learner_folder
         self.learner = learner
         self._out = out
@@ -35,7 +38,7 @@ class Rivals:
         from regrad_vllm.learn.raw import raw_learner
 
         folder = self._out / "raw-learner"
-        raw_learner(self.learner, self.model).save(folder)
+        raw_learner(self.learner, self.model, self._top_k).save(folder)
         return folder
 
     def adapter(self, method: str, data: EvalData) -> Path:

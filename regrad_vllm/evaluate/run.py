@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from regrad_vllm.data.questions import load_documents, load_split
+from regrad_vllm.data.leaks import evaluation_without_leaks
+from regrad_vllm.data.questions import DataSplit, load_documents, load_split
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import PER_DOCUMENT, Endpoint, Record, ask_all
@@ -27,12 +28,12 @@ from regrad_vllm.evaluate.ingest import ingest, upload
 from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS, Method
 from regrad_vllm.evaluate.page import render
 from regrad_vllm.evaluate.report import summarise
-from regrad_vllm.evaluate.retrieve import retrieve
+from regrad_vllm.evaluate.retrieve import check_controls, retrieve
 from regrad_vllm.evaluate.rivals import Rivals
 from regrad_vllm.evaluate.tables import markdown
 from regrad_vllm.learner import Learner, Prompts
+from regrad_vllm.naming import digest_json
 
-_NAMESPACE = "eval"
 _MODEL = "base"
 SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licences of its sets
 
@@ -46,10 +47,11 @@ def main(argv: Sequence[str]) -> int:
     model = resolve_model(args.model) if args.model else ensure_default_model()
     data = load_data(args)
     out = args.out or Path(tempfile.mkdtemp(prefix="regrad-eval-"))
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out must be absent or an empty folder, {out} is not; choose another")
     out.mkdir(parents=True, exist_ok=True)
     answers = out / "answers.jsonl"
-    answers.write_text("")
-    rivals = Rivals(model, learner_folder, learner, out, args.ft_rag)
+    rivals = Rivals(model, learner_folder, learner, out, args.ft_rag, args.top_k or learner.config.top_k)
     methods = _methods(args, rivals)
     if args.in_process:
         records = _in_process(args, data, methods, rivals, answers)
@@ -71,10 +73,19 @@ def main(argv: Sequence[str]) -> int:
 def _methods(args: argparse.Namespace, rivals: Rivals) -> list[Method]:
     """Those named, else the default ones that can be asked here."""
     names = args.methods or DEFAULT_METHODS
+    if args.server and args.methods:
+        ours = [name for name in names if METHODS[name].adapter == "own" or METHODS[name].raw]
+        if ours:
+            raise ValueError(f"--methods {ours[0]} needs a server of our own; leave --server and --bank out")
     if not args.methods and (args.server or not rivals.has_ft_rag):
         names = [name for name in names if METHODS[name].adapter != "own"]
         sys.stdout.write("ft_rag is left out: its adapter must lie beside the learner, and --server be absent\n")
     return [METHODS[name] for name in names]
+
+
+def _namespace(data: EvalData) -> str:
+    """Of its own for every corpus, so that what an earlier evaluation left in a bank isn't found."""
+    return "eval-" + digest_json([[document.id, document.title, document.text] for document in data.documents])[:16]
 
 
 def load_data(args: argparse.Namespace) -> EvalData:
@@ -82,7 +93,7 @@ def load_data(args: argparse.Namespace) -> EvalData:
     data = fresh_facts(args.num_fresh, args.seed, args.split) if args.num_fresh else EvalData((), ())
     folder = args.data or SAMPLE
     if args.num_questions:
-        split = load_split(folder, args.split)
+        split = load_clean(folder, args.split)
         names = args.sets or list(split.set_names)
         data = data.merged(question_sets(split, names, args.num_questions, args.num_distractors, args.seed))
     if args.haystack:
@@ -90,6 +101,19 @@ def load_data(args: argparse.Namespace) -> EvalData:
     if not data.questions:
         raise ValueError("--num-fresh or --num-questions must be at least 1, else there is nothing to ask")
     return data
+
+
+def load_clean(folder: Path, name: str) -> DataSplit:
+    """A split without what stands in the folder's training data too, if that is there."""
+    split = load_split(folder, name)
+    try:
+        training = load_split(folder, "train")
+    except FileNotFoundError:
+        return split
+    kept, left_out = evaluation_without_leaks(split, training)
+    if left_out:
+        sys.stdout.write(f"{len(left_out)} documents and questions that training has too are left out\n")
+    return kept
 
 
 def _served(
@@ -106,13 +130,15 @@ def _served(
         folder = out / learner_folder.name
         folder.mkdir(exist_ok=True)
         own = {method.name: rivals.adapter(method.name, data) for method in chosen if method.adapter == "own"}
-        with _endpoint(args, rivals.model, learner_folder, folder, own) as endpoint:
-            ingest(data.documents, endpoint.bank, _NAMESPACE, folder)
+        with _endpoint(args, rivals.model, learner, learner_folder, folder, own, _namespace(data)) as endpoint:
+            ingest(data.documents, endpoint.bank, endpoint.namespace, folder)
             if any(method.per_document for method in chosen):
                 deltas = rivals.per_document(data)
-                upload(data.documents, deltas, learner, endpoint.bank, _NAMESPACE + PER_DOCUMENT)
-            top_k = args.top_k or learner.config.top_k
-            questions = asyncio.run(retrieve(endpoint.bank, _NAMESPACE, data, learner, top_k, args.seed))
+                upload(data.documents, deltas, learner, endpoint.bank, endpoint.namespace + PER_DOCUMENT)
+            questions = asyncio.run(
+                retrieve(endpoint.bank, endpoint.namespace, data, learner, endpoint.top_k, args.seed)
+            )
+            check_controls(questions, chosen)
             prompts = learner.config.prompts
             builder = _prompt_builder(rivals.model, prompts) if args.likelihood else None
             records += asyncio.run(ask_all(endpoint, prompts, questions, chosen, answers, builder))
@@ -143,19 +169,26 @@ def _in_process(
 
 @contextmanager
 def _endpoint(
-    args: argparse.Namespace, model: Path, learner: Path, folder: Path, own: Mapping[str, Path]
+    args: argparse.Namespace,
+    model: Path,
+    learner: Learner,
+    learner_folder: Path,
+    folder: Path,
+    own: Mapping[str, Path],
+    namespace: str,
 ) -> Iterator[Endpoint]:
     """The server and bank that were given, or a pair of our own for as long as the context lasts."""
+    top_k, gamma = args.top_k or learner.config.top_k, learner.config.gamma
     if args.server:
-        yield Endpoint(args.server, args.bank, args.model_name, _NAMESPACE, args.top_k, args.concurrency)
+        yield Endpoint(args.server, args.bank, args.model_name, namespace, top_k, gamma, args.concurrency)
         return
     from regrad_vllm.local.pair import local_pair
 
     flags = ["--lora-modules", *(f"{name}={path}" for name, path in own.items())] if own else []
     with local_pair(
-        model, learner, folder, model_name=args.model_name, namespace=_NAMESPACE, server_flags=flags
+        model, learner_folder, folder, model_name=args.model_name, namespace=namespace, server_flags=flags
     ) as pair:
-        yield Endpoint(pair.url, pair.bank, args.model_name, _NAMESPACE, args.top_k, args.concurrency)
+        yield Endpoint(pair.url, pair.bank, args.model_name, namespace, top_k, gamma, args.concurrency)
 
 
 def _facts(

@@ -13,7 +13,8 @@ from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters
 def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBatch]) -> dict[str, float]:
     """Share of answer tokens right, and of answers with every token right ("…_all"), per method.
 
-    Methods: regrad (the batch's mix), learner (φ* alone), wrong (each task gets its neighbour's mix).
+    Methods: regrad (the batch's mix), learner (φ* alone), wrong (each task gets its neighbour's mix without its own
+    document; a task that is left with none doesn't count).
     """
     right: dict[str, list[Tensor]] = {}
     phi = parameters.phi
@@ -24,15 +25,23 @@ def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBat
         deltas = torch.cat([delta.reshape(num_tasks, -1) for delta in scaled], dim=1)
         hidden = model.lower(batch.questions)
         mix = parameters.mix(batch)
-        mixes = {"regrad": mix, "learner": torch.zeros_like(mix), "wrong": mix.roll(1, dims=0)}
+        mixes = {"regrad": mix, "learner": torch.zeros_like(mix), "wrong": wrong_mix(mix)}
         for method, weights in mixes.items():
             with torch.no_grad():
                 adapters = model.split(phi - parameters.gamma * (weights @ deltas))
                 final = model.upper(hidden, adapters, batch.questions)
-                tokens, answers = _answers_right(model, final, batch.questions.targets)
+                targets = batch.questions.targets
+                if method == "wrong":
+                    targets = targets.masked_fill((weights.sum(1) == 0)[:, None], -100)
+                tokens, answers = _answers_right(model, final, targets)
             right.setdefault(method, []).append(tokens)
             right.setdefault(f"{method}_all", []).append(answers)
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in right.items()}
+
+
+def wrong_mix(mix: Tensor) -> Tensor:
+    """(N, N): the row above, without the diagonal."""
+    return mix.roll(1, dims=0).fill_diagonal_(0)
 
 
 def _answers_right(model: AdaptedModel, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

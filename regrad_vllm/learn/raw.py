@@ -21,16 +21,16 @@ STEP_SIZES = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _NUM_TASKS = 48
 
 
-def raw_learner(learner: Learner, model_folder: Path, seed: int = 0) -> Learner:
+def raw_learner(learner: Learner, model_folder: Path, top_k: int, seed: int = 0) -> Learner:
     """``learner``'s layout and prompts, LoRA's usual start for φ*, the paper's inner loss, and one step size for all
-    tensors: that of STEP_SIZES with the least answer loss on invented validation facts, each with its own document."""
+    tensors: that of STEP_SIZES with the least answer loss on invented validation facts, ``top_k`` documents each."""
     base, tokenizer = load_base_model(model_folder, dtype=torch.float32, device="cpu")
     model = AdaptedModel(base, learner.layout, learner.scaling)
     phi = initial_phi(learner.layout, torch.Generator().manual_seed(seed))
     sampler = Sampler(
         sets=(synthetic_set("validation", seed, 4 * _NUM_TASKS),), set_weights=(1.0,), seed=seed,
         tokens_per_step=100 * _NUM_TASKS, max_tasks=_NUM_TASKS, questions_per_task=2, max_words=200,
-        top_k_weights=(1.0,), icl_share=0.0, neighbour_share=0.0,
+        top_k_weights=tuple(float(k == top_k) for k in range(1, top_k + 1)), icl_share=0.0, neighbour_share=0.0,
     )  # fmt: skip
     builder = PromptBuilder(tokenizer, learner.config.prompts)
     batch = make_batch(sampler.plan(0), builder, learner.config.max_document_tokens, torch.device("cpu"))
@@ -39,7 +39,7 @@ def raw_learner(learner: Learner, model_folder: Path, seed: int = 0) -> Learner:
     with torch.no_grad():
         hidden = model.lower(batch.questions)
         for size in STEP_SIZES:
-            adapters = model.split(phi - learner.config.gamma * size * gradients)
+            adapters = model.split(phi - learner.config.gamma * size * (batch.mix @ gradients))
             losses[size] = float(model.loss(model.upper(hidden, adapters, batch.questions), batch.questions))
     best = min(losses, key=lambda size: losses[size])
     config = replace(

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.embedder import Embedder, embedded_text
-from regrad_vllm.learn.tasks import TaskSet
+from regrad_vllm.learn.tasks import Retrieval, TaskSet
 
 NUM_HITS = 10
+_BLOCK = 1024  # questions searched for at once
 
 
-def with_hits(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSet:
-    """The set with the hits of each task's first question among the set's documents, exact search.
+def with_retrieval(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSet:
+    """The set with the vectors of its documents and of each task's first question, and the question's hits.
 
     ``cache``: a folder, where they are kept for the next run on the same texts with the same embedder.
     """
@@ -28,31 +29,25 @@ def with_hits(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSet:
     state = hashlib.sha256(embedder.name.encode())
     for text in (*documents, *questions):
         state.update(hashlib.sha256(text.encode()).digest())
-    path = cache / f"hits-{task_set.name}-{state.hexdigest()[:16]}.npz"
-    if path.exists():
-        saved = np.load(path, allow_pickle=False)
-        indices, scores = saved["indices"], saved["scores"]
-    else:
-        indices, scores = _search(_embed(questions, embedder), _embed(documents, embedder))
+    path = cache / f"vectors-{task_set.name}-{state.hexdigest()[:16]}.npz"
+    if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, indices=indices, scores=scores)
+        np.savez(partial, questions=_embed(questions, embedder), documents=_embed(documents, embedder))
         partial.replace(path)
-    hits = tuple(
-        tuple((int(index), float(score)) for index, score in zip(*row, strict=True))
-        for row in zip(indices, scores, strict=True)
-    )
-    return replace(task_set, hits=hits)
+    saved = np.load(path, allow_pickle=False)
+    vectors = saved["questions"], saved["documents"]
+    return replace(task_set, retrieval=Retrieval(*vectors, _search(*vectors)))
 
 
-def _search(
-    questions: NDArray[np.float32], documents: NDArray[np.float32]
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """(rows, NUM_HITS) indices of the best documents and their cosines, best first."""
+def _search(questions: NDArray[np.float32], documents: NDArray[np.float32]) -> NDArray[np.int32]:
+    """(rows, at most NUM_HITS) indices of the best documents, best first, ties by index."""
     count = min(NUM_HITS, len(documents))
-    cosines = questions @ documents.T
-    best = np.argsort(-cosines, axis=1, kind="stable")[:, :count].astype(np.int32)
-    return best, np.take_along_axis(cosines, best, axis=1)
+    blocks = []
+    for start in range(0, len(questions), _BLOCK):
+        cosines = questions[start : start + _BLOCK] @ documents.T
+        blocks.append(np.argsort(-cosines, axis=1, kind="stable")[:, :count].astype(np.int32))
+    return np.concatenate(blocks)
 
 
 def _embed(texts: Sequence[str], embedder: Embedder) -> NDArray[np.float32]:

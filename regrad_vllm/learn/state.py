@@ -27,6 +27,7 @@ class MetaState:
         self.config, self.layout = config, layout
         self.step = 0
         self.seconds = 0.0
+        self.origin = ""  # digest of what the run was begun with beside its config: base model, data, start
         generator = torch.Generator().manual_seed(config.seed)
         self.phi = initial_phi(layout, generator).to(device).requires_grad_()
         count = num_step_sizes(config.step_size_kind, layout)
@@ -123,6 +124,7 @@ class MetaState:
                 "step": self.step,
                 "seconds": self.seconds,
                 "config": self.config.digest,
+                "origin": self.origin,
                 "phi": self.phi.detach(),
                 "step_sizes": self.step_sizes.detach(),
                 "token_head": None if self.token_head is None else self.token_head.detach(),
@@ -141,6 +143,8 @@ class MetaState:
                 f"{path} must be of this config ({self.config.digest[:16]}), it is of another "
                 f"({str(saved.get('config'))[:16]}); restore the config that began the run, or use another output"
             )
+        if saved.get("origin") != self.origin:
+            raise ConfigError(f"{path} must go on with the base model, data and start that it was begun with")
         with torch.no_grad():
             self.phi.copy_(saved["phi"])
             self.step_sizes.copy_(saved["step_sizes"])

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regrad_vllm.data.questions import DataSplit, in_passages
 from regrad_vllm.learn.synthetic import synthetic_documents
 
@@ -26,6 +29,15 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What the bank's embedder makes of a set, see retrieval.py. Vectors are float32 (tasks, dimension), L2 norm 1."""
+
+    questions: NDArray[np.float32]  # of each task's first question
+    documents: NDArray[np.float32]
+    hits: NDArray[np.int32]  # (tasks, hits): what is found for each task's first question, best first
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSet:
     """Tasks of one origin. retrievable: its questions make sense without their document in sight."""
 
@@ -33,8 +45,7 @@ class TaskSet:
     tasks: tuple[Task, ...]
     groups: tuple[tuple[int, ...], ...]  # indices of tasks that are about one subject, for hard distractors
     retrievable: bool = True
-    # Per task what the bank's retrieval finds for its first question, (index, cosine), best first; see retrieval.py
-    hits: tuple[tuple[tuple[int, float], ...], ...] = ()
+    retrieval: Retrieval | None = None
 
 
 def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
@@ -79,7 +90,8 @@ class StepPlan:
     tasks: tuple[Task, ...]
     questions: tuple[tuple[tuple[str, str], ...], ...]  # per task
     mix: tuple[tuple[float, ...], ...]  # (tasks, tasks): 1 where document j is in the adapter of task i
-    scores: tuple[tuple[float, ...], ...]  # (tasks, tasks): cosine of document j and the first question of task i
+    # (tasks, tasks): cosine of document j and the first question of task i; 0 without retrieval
+    scores: tuple[tuple[float, ...], ...]
     icl: bool  # the mixed documents also stand in the prompt
     set_name: str
 
@@ -113,16 +125,17 @@ class Sampler:
     def _mix(
         self, task_set: TaskSet, indices: list[int], row: int, rng: random.Random
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The documents in the adapter of task ``row``, and their scores: its own and k − 1 others of the step.
+        """The documents in the adapter of task ``row``, and the scores of all: its own and k − 1 others of the step.
 
-        The others are the best hits of its first question as far as they are in the step, then any.
+        The others are those that retrieval scores best; where there is none, any.
         """
-        found = dict(task_set.hits[indices[row]]) if task_set.hits else {}
-        lowest = min(found.values(), default=0.0)
-        scores = [found.get(index, lowest) for index in indices]
+        scores = [0.0] * len(indices)
         others = [other for other in range(len(indices)) if other != row]
         rng.shuffle(others)
-        others.sort(key=lambda other: indices[other] not in found or -scores[other])
+        if task_set.retrieval is not None:
+            found = task_set.retrieval.documents[indices] @ task_set.retrieval.questions[indices[row]]
+            scores = [float(score) for score in found]
+            others.sort(key=lambda other: -scores[other])
         k = rng.choices(range(1, len(self.top_k_weights) + 1), self.top_k_weights)[0]
         chosen = {row, *(others[: k - 1] if task_set.retrievable else ())}
         return tuple(float(other in chosen) for other in range(len(indices))), tuple(scores)
@@ -132,9 +145,9 @@ class Sampler:
         neighbours = rng.random() < self.neighbour_share
         start = rng.randrange(len(task_set.tasks))
         candidates = [start]
-        if neighbours and task_set.hits:
+        if neighbours and task_set.retrieval is not None:
             for index in candidates:  # grows as it is walked
-                candidates += [other for other, _ in task_set.hits[index] if other not in candidates]
+                candidates += [int(hit) for hit in task_set.retrieval.hits[index] if hit not in candidates]
                 if len(candidates) >= 2 * self.max_tasks:
                     break
         elif neighbours and task_set.groups:

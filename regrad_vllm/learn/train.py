@@ -28,11 +28,12 @@ from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
 from regrad_vllm.learn.picture import draw
 from regrad_vllm.learn.probe import probe
-from regrad_vllm.learn.retrieval import with_hits
+from regrad_vllm.learn.retrieval import with_retrieval
 from regrad_vllm.learn.state import MetaState
 from regrad_vllm.learn.synthetic import Split
 from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
 from regrad_vllm.learner import Learner
+from regrad_vllm.naming import digest_json
 
 VALIDATION_TOP_KS = (1, 3)
 EMPTY = DataSplit({}, ())
@@ -53,6 +54,7 @@ def train(config: TrainConfig, *, model_folder: Path, resume: bool = False, minu
     resume continues from the last checkpoint in <output>.run, and starts at 0 where there is none. Without it a
     run that left a checkpoint is a ConfigError, so that hours of work aren't overwritten.
     """
+    deadline = time.monotonic() + 60 * minutes
     run = Path(config.output + ".run")
     run.mkdir(parents=True, exist_ok=True)
     checkpoint = run / "checkpoint.pt"
@@ -71,15 +73,18 @@ def train(config: TrainConfig, *, model_folder: Path, resume: bool = False, minu
     if start is not None:
         check_base(start, model_folder)
         state.start_from(start)
+    digest = base_digest(model_folder)
+    files = _data_digests(config)
+    state.origin = digest_json({"base": digest, "data": files, "start": start.fingerprint if start else None})
     if checkpoint.exists():
         state.load(checkpoint)
     data = load_data(config)
     sampler = make_sampler(config, "train", data.train, run)
     validation = _validation_batches(config, data.validation, builder, device, run)
-    _run_steps(config, model, state, sampler, validation, builder, run, time.monotonic() + 60 * minutes)
+    _run_steps(config, model, state, sampler, validation, builder, run, deadline)
     if state.step < config.num_steps:
         return None
-    learner = state.to_learner(base_digest(model_folder), _provenance(config, state, start, data.left_out))
+    learner = state.to_learner(digest, _provenance(config, state, start, files, data.left_out))
     learner.save(config.output)
     shutil.copyfile(run / "log.jsonl", Path(config.output) / "training_log.jsonl")
     draw(run / "log.jsonl", Path(config.output) / "training.svg")
@@ -106,9 +111,9 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
     sets: list[TaskSet] = question_sets(data, real) if real else []
     if "synthetic" in config.sets:
         sets.append(synthetic_set(split, config.seed, config.num_synthetic))
-    if config.neighbour_share:
+    if config.neighbour_share or config.score_temperature_init:
         embedder = MiniLmEmbedder.installed()
-        sets = [with_hits(task_set, embedder, cache) if task_set.retrievable else task_set for task_set in sets]
+        sets = [with_retrieval(task_set, embedder, cache) if task_set.retrievable else task_set for task_set in sets]
     return Sampler(
         sets=tuple(sets),
         set_weights=tuple(config.sets[task_set.name] for task_set in sets),
@@ -175,7 +180,7 @@ def _validation_batches(
     for name in config.sets:
         for k in VALIDATION_TOP_KS:
             single = replace(
-                config, sets={name: 1.0}, icl_share=0.0, num_synthetic=400,
+                config, sets={name: 1.0}, icl_share=0.0, num_synthetic=min(400, config.num_synthetic),
                 top_k_weights=tuple(float(number == k) for number in range(1, k + 1)),
             )  # fmt: skip
             try:
@@ -205,8 +210,16 @@ class _JsonLog:
             file.write(json.dumps(rounded) + "\n")
 
 
+def _data_digests(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of the data files that are trained on, by name."""
+    if set(config.sets) == {"synthetic"}:
+        return {}
+    files = sorted(Path(config.data_folder).glob("train.*.jsonl*"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def _provenance(
-    config: TrainConfig, state: MetaState, start: Learner | None, left_out: tuple[str, ...]
+    config: TrainConfig, state: MetaState, start: Learner | None, files: dict[str, str], left_out: tuple[str, ...]
 ) -> dict[str, object]:
     import transformers
 
@@ -216,10 +229,9 @@ def _provenance(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    files = sorted(Path(config.data_folder).glob("train.*.jsonl*")) if config.data_folder else []
     return {
         "config": config.decisive,
-        "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "data": files,
         "left_out": list(left_out),  # they stand in evaluation data too
         "start": {"fingerprint": start.fingerprint, "training": dict(start.config.training)} if start else None,
         "num_steps": state.step,

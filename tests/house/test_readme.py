@@ -145,10 +145,11 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     words = words[1 : words.index("--server")] + words[words.index("--num-fresh") :]  # no server, no bank
     words.remove("--likelihood")
     words[words.index("--out") + 1] = str(tmp_path / "in-process")
-    chosen = ["base", "learner", "regrad", "regrad_gold"]
+    chosen = ["base", "learner", "regrad", "regrad_gold", "cpt", "prag", "raw_gradient"]
     command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--in-process", "--methods", *chosen]
     subprocess.run(command, check=True, capture_output=True)
     lines = (tmp_path / "in-process" / "answers.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 8 * len(chosen)
     alone = {(r["method"], r["question"]): r for r in map(json.loads, lines)}
     pairs = [(r, alone[r["method"], r["question"]]) for r in served if r["method"] in chosen]
     assert len(pairs) == 8 * 3
@@ -156,6 +157,22 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     assert sum(mine["prediction"] == other["prediction"] for mine, other in pairs) >= 0.6 * len(pairs)
     right = [r["em"] for (method, _), r in alone.items() if method == "regrad" and r["set_name"] == "fresh"]
     assert sum(right) >= 3
+
+
+@pytest.mark.timeout(600)
+def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
+    words = ["growth", "--num-fresh", "4", "--num-questions", "1", "--curves", "documents", "gamma", "length"]
+    command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--counts", "60", "--out", str(tmp_path / "g")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["questions"] == 8 and figures["documents"][0][0] == 60
+    by_gamma = dict(figures["gamma"])
+    assert by_gamma[1.0] > by_gamma[0.0], "with γ = 0 the documents count nothing"
+    points = [json.loads(line) for line in (tmp_path / "g" / "points.jsonl").read_text("utf-8").splitlines()]
+    lengths = [(p["x"], p["f1"]["mean"]) for p in points if p["curve"] == "length" and p["method"] == "regrad_gold"]
+    assert [x for x, _ in lengths] == [32, 64, 128, 256, 512, 1024]
+    assert len({f1 for _, f1 in lengths}) > 1, "a longer text is another gradient"
+    assert "<svg" in (tmp_path / "g" / "growth.svg").read_text("utf-8")
 
 
 def test_the_settings_tables_are_those_of_the_code() -> None:

@@ -24,7 +24,18 @@ def records(methods: tuple[str, ...] = ("base", "rag_learner", "regrad", "regrad
                 right = {"regrad": index % 3 < 2, "rag_learner": index % 3 < 1}.get(method, False)
                 said = "Ada" if right else "Bob"
                 made.append(
-                    Record(name, method, f"q{index}", ("Ada",), said, float(right), float(right), index % 2 == 0, "")
+                    Record(
+                        f"{name}{index}",
+                        name,
+                        method,
+                        f"q{index}",
+                        ("Ada",),
+                        said,
+                        float(right),
+                        float(right),
+                        index % 2 == 0,
+                        "",
+                    )
                 )
     return made
 
@@ -62,6 +73,8 @@ def test_yes_and_no_are_scored_by_the_answers_first_word() -> None:
     assert score("", ("yes",), "yesno") == 0.0
     assert score("I say yes", ("yes",), "yesno") == 0.0
     assert score("I say yes", ("yes",), "span") == pytest.approx(0.5)
+    assert score("A", ("A",), "choice") == 1.0, "an article may be a choice"
+    assert score("New York City", ("New York",), "choice") == 0.0
 
 
 def test_the_page_shows_every_figure_and_needs_nothing_from_elsewhere() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from regrad_vllm.data.leaks import find_leaks, without_leaks
+from regrad_vllm.data.leaks import evaluation_without_leaks, find_leaks, without_leaks
 from regrad_vllm.data.questions import (
     DataError,
     DataSplit,
@@ -32,9 +32,9 @@ def write(folder: Path, documents: Sequence[object], questions: Sequence[object]
 
 
 def test_a_split_is_read_plain_or_compressed_and_gold_means_documents(tmp_path: Path) -> None:
-    old = {key: value for key, value in QUESTION.items() if key != "documents"} | {"gold": ["d1"]}
+    old = {key: value for key, value in QUESTION.items() if key != "documents"} | {"gold": ["d1"], "id": "q2"}
     plain = load_split(write(tmp_path, [DOCUMENT], [QUESTION, "", old]), "test")
-    assert plain.questions[0] == plain.questions[1]
+    assert replace(plain.questions[0], id="q2") == plain.questions[1]
     assert plain.questions[0].documents == ("d1",) and plain.questions[0].kind == "yesno"
     assert plain.documents["d1"] == SourceDocument("d1", "T", "Some text.", "s") and plain.set_names == ("s",)
     for path in list(tmp_path.iterdir()):
@@ -47,7 +47,9 @@ def test_a_split_is_read_plain_or_compressed_and_gold_means_documents(tmp_path: 
 
 def test_what_may_be_left_out_has_a_default(tmp_path: Path) -> None:
     bare = {"question": "What?", "answers": ["this"], "documents": ["d1"]}
-    found = load_split(write(tmp_path, [{"id": "d1", "text": "x"}], [bare]), "test").questions[0]
+    data = load_split(write(tmp_path, [{"id": "d1", "text": "x"}], [bare]), "test")
+    found = data.questions[0]
+    assert data.documents["d1"].set_name == "questions", "a document is in its questions' set"
     assert (found.kind, found.domain, found.set_name) == ("span", "general", "questions")
 
 
@@ -59,7 +61,9 @@ def test_what_may_be_left_out_has_a_default(tmp_path: Path) -> None:
         (["[1]"], [], "must be a JSON object, got list"),
         (["{"], [], "must be a JSON object"),
         ([DOCUMENT], [QUESTION | {"answers": "this"}], r"questions\.jsonl:1: answers must be a list"),
+        ([DOCUMENT], [QUESTION | {"answers": ["yes", " "]}], "answers must be a list of at least one text that isn't"),
         ([DOCUMENT], [QUESTION | {"documents": []}], "documents must be a list"),
+        ([DOCUMENT], [QUESTION, QUESTION], r"questions\.jsonl:2: id must be unique"),
         ([DOCUMENT], [QUESTION | {"documents": ["d2"]}], "got 'd2'"),
         ([DOCUMENT], [QUESTION | {"kind": "essay"}], "kind must be one of span, yesno, choice"),
         ([DOCUMENT], [QUESTION, QUESTION | {"question": 3}], r"questions\.jsonl:2: question must be"),
@@ -79,20 +83,27 @@ def split(texts: Mapping[str, str], questions: Mapping[str, tuple[str, str, str]
     return DataSplit(made, tuple(asked))
 
 
+OTHER = " ".join(f"other{n}" for n in range(60))
 LONG = " ".join(f"word{n}" for n in range(60))
 
 
 def test_the_same_text_in_other_clothes_is_a_leak_and_a_quotation_is_not() -> None:
     training = split(
-        {"same": LONG.upper().replace(" ", ", "), "quotes": "Other things " * 20 + " ".join(LONG.split()[:18])},
+        {"same": LONG.upper().replace(" ", ", "), "quotes": f"{OTHER} {' '.join(LONG.split()[:18])}"},
         {"t1": ("Who?", "Ada", "quotes"), "t2": ("Where is it?", "Rome", "quotes"), "t3": ("Why?", "x", "same")},
     )
     evaluation = split(
-        {"long": LONG, "short": "Other things OTHER things!", "new": "Nothing that stands anywhere else at all."},
+        {"long": LONG, "short": "Other3 OTHER4, other5!", "new": "Nothing that stands anywhere else at all."},
         {"e1": ("who", "ada", "new"), "e2": ("Where is it?", "Oslo", "new")},
     )
     found = {(leak.kind, leak.evaluation_id, leak.training_id) for leak in find_leaks(training, evaluation)}
     assert found == {("document", "long", "same"), ("document", "short", "quotes"), ("question", "e1", "t1")}
+    (inside,) = find_leaks(split({"part": LONG[60:260]}, {}), split({"whole": LONG}, {}))
+    assert inside.shared > 0.9, "training text that stands in a longer evaluation text"
+    (tiny,) = find_leaks(split({"part": "word7 word8 word9"}, {}), split({"whole": LONG}, {}))
+    assert (tiny.training_id, tiny.evaluation_id) == ("part", "whole")
+    kept, left_out = evaluation_without_leaks(evaluation, training)
+    assert left_out == ("e1", "long", "short") and set(kept.documents) == {"new"}
     alone = split({"long": LONG}, {})
     kept, left_out = without_leaks(training, [alone])
     assert left_out == ("same",) and set(kept.documents) == {"quotes"}
@@ -110,11 +121,13 @@ def test_the_sample_that_ships_is_whole_and_its_sets_may_be_passed_on() -> None:
 
 def test_long_documents_become_passages_and_questions_ask_those_that_hold_the_answer() -> None:
     sentences = [f"Sentence number {n} tells of the town of Aberfell{n} and its many bridges." for n in range(60)]
-    data = split({"long": " ".join(sentences), "short": "Brief."}, {"q": ("Where?", "Aberfell40", "long")})
-    yesno = replace(data.questions[0], id="y", kind="yesno", answers=("yes",))
-    cut = in_passages(replace(data, questions=(*data.questions, yesno)))
+    data = split({"long": " ".join(sentences), "short": "Brief."}, {"q": ("Where?", "Aberfell4", "long")})
+    cut = in_passages(data)
     parts = [key for key in cut.documents if key.startswith("long#")]
     assert len(parts) > 4 and cut.documents["short"] == data.documents["short"]
-    assert all("Aberfell40 " in cut.documents[key].text for key in cut.questions[0].documents)
-    assert 1 <= len(cut.questions[0].documents) <= 2 and cut.questions[1].documents == tuple(parts)
+    assert all("Aberfell4 " in cut.documents[key].text for key in cut.questions[0].documents)
+    assert 1 <= len(cut.questions[0].documents) <= 2, "Aberfell4 is not Aberfell40"
     assert in_passages(cut) == cut, "passages are short enough"
+    yesno = replace(data.questions[0], id="y", kind="yesno", answers=("yes",))
+    whole = in_passages(replace(data, questions=(*data.questions, yesno)))
+    assert set(whole.documents) == {"long", "short"}, "nobody can tell which passage says yes"

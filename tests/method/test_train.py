@@ -58,8 +58,9 @@ def config(output: Path, num_steps: int) -> TrainConfig:
 def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_does(
     tmp_path: Path, model_folder: Path
 ) -> None:
-    whole = train(config(tmp_path / "whole", 6), model_folder=model_folder)
-    short = config(tmp_path / "parts", 6)
+    everything = {"neighbour_share": 0.5, "score_temperature_init": 0.1, "token_weights": True, "length_exponent": 0.5}
+    whole = train(replace(config(tmp_path / "whole", 6), **everything), model_folder=model_folder)
+    short = replace(config(tmp_path / "parts", 6), **everything)
     with pytest.MonkeyPatch.context() as patch:
         # The machine goes away in step 5: after the checkpoint at 4, before the next.
         import regrad_vllm.learn.train as module
@@ -79,6 +80,8 @@ def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_d
         train(short, model_folder=model_folder)
     with pytest.raises(ConfigError, match="must be of this config"):
         train(replace(short, num_steps=7), model_folder=model_folder, resume=True)
+    with pytest.raises(ConfigError, match="data and start that it was begun with"):
+        train(replace(short, start=str(whole)), model_folder=model_folder, resume=True)
     parts = train(short, model_folder=model_folder, resume=True)
     logged = [
         json.loads(line)["step"] for line in Path(f"{parts}.run/log.jsonl").read_text().splitlines() if "loss" in line
@@ -86,6 +89,10 @@ def test_training_lowers_the_loss_and_a_resumed_run_ends_where_an_unbroken_one_d
     assert logged == [1, 2, 3, 4, 5, 6]
     one, two = Learner.load(whole), Learner.load(parts)
     assert np.allclose(one.phi, two.phi, atol=1e-6) and np.allclose(one.step_sizes, two.step_sizes, atol=1e-6)
+    assert one.token_head is not None and np.allclose(one.token_head, two.token_head, atol=1e-6)
+    assert one.token_head.any(), "it was learnt"
+    assert one.config.score_temperature == pytest.approx(two.config.score_temperature, rel=1e-5)
+    assert one.config.score_temperature != pytest.approx(0.1, rel=1e-4), "it was learnt"
     steps = [json.loads(line) for line in Path(f"{whole}.run/log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in steps if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from regrad_vllm.data.questions import load_split
+from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, EvalQuestion, question_sets
+from regrad_vllm.evaluate.methods import METHODS
+from regrad_vllm.evaluate.retrieve import Found, check_controls, with_controls
+from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.learn.probe import wrong_mix
+
+
+def found(*names: str) -> tuple[Found, ...]:
+    return tuple(Found(name, 0.5, "", f"text of {name}") for name in names)
+
+
+def data() -> EvalData:
+    documents = tuple(EvalDocument(name, "", f"text of {name}") for name in "abcd")
+    asked = (("q1", "s", "a"), ("q2", "s", "b"), ("q3", "s", "c"), ("q4", "t", "d"))
+    questions = (EvalQuestion(key, name, f"{key}?", ("x",), (gold,)) for key, name, gold in asked)
+    return EvalData(documents, tuple(questions))
+
+
+def test_the_controls_never_hold_the_document_that_answers() -> None:
+    hits = [found("a", "b"), found("b", "a"), found("c", "d"), found("d", "c")]
+    for seed in range(20):
+        one, two, three, four = with_controls(data(), hits, random.Random(seed))
+        # q2's hits hold a, q1's hold b: each has q3 alone.
+        assert (one.wrong_query, two.wrong_query) == ("q3?", "q3?") and one.wrong_hits == hits[2]
+        assert three.wrong_query in ("q1?", "q2?")
+        assert four.wrong_query is None, "alone in its set"
+        assert one.random_id in ("b", "c", "d") and four.random_id in ("a", "b", "c")
+        assert all(asked.gold_retrieved for asked in (one, two, three, four))
+    with pytest.raises(ValueError, match=r"don't answer 'q4\?'.*set 't'"):
+        check_controls([one, four], [METHODS["regrad_wrong"]])
+    check_controls([one, four], [METHODS["regrad"], METHODS["regrad_random"]])
+
+
+def test_a_gold_passage_is_retrieved_where_any_of_them_is() -> None:
+    question = replace(data().questions[0], document_ids=("a#2", "a#3"))
+    (asked,) = with_controls(EvalData(data().documents, (question,)), [found("a#3")], random.Random(0))
+    assert asked.gold_retrieved
+    (missed,) = with_controls(EvalData(data().documents, (question,)), [found("a#1")], random.Random(0))
+    assert not missed.gold_retrieved
+
+
+def test_question_sets_bring_the_documents_of_their_questions_and_distractors_of_the_same_sets() -> None:
+    sample = load_split(SAMPLE, "test")
+    chosen = question_sets(sample, ["nq", "qamr"], 5, 7, seed=1)
+    assert chosen == question_sets(sample, ["nq", "qamr"], 5, 7, seed=1)
+    ids = {document.id for document in chosen.documents}
+    golds = {key for question in chosen.questions for key in question.document_ids}
+    assert len(chosen.questions) == 10 and golds <= ids and len(ids - golds) == 7
+    assert all(key.split(":")[0] in ("nq", "qamr") for key in ids)
+    with pytest.raises(ValueError, match="set 'law' has no questions"):
+        question_sets(sample, ["law"], 5, 7, seed=1)
+
+
+def test_the_wrong_mix_of_a_task_leaves_its_own_document_out() -> None:
+    mix = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    assert wrong_mix(mix).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert mix[0].tolist() == [1.0, 1.0, 0.0], "a copy"
+    assert wrong_mix(torch.ones(1, 1)).tolist() == [[0.0]]
