@@ -83,7 +83,7 @@ class Ours:
 
     def gradient(self, plan: StepPlan) -> Tensor:
         batch = make_batch(plan, self._builder, self._learner.config.max_document_tokens, self._model.device)
-        loss = meta_loss(self._model, MetaParameters(self.phi, list(self.step_sizes.unbind())), batch)
+        loss = meta_loss(self._model, MetaParameters(self.phi, [list(self.step_sizes.unbind())]), batch)
         return torch.cat(torch.autograd.grad(loss, (self.phi, self.step_sizes)))
 
 

@@ -80,6 +80,7 @@ class LearnerConfig:
     max_document_tokens: int = 512  # longer documents are cut here, in training and in the bank
     top_k: int = 3
     gamma: float = 1.0
+    inner_steps: int = 1  # gradient steps a document; the paper takes one
     length_exponent: float = 1.0  # of the inner loss, see encode/inner_loss.py
     score_temperature: float = 0.0  # τ of the weights w_k = exp((s_k − s_1) / τ); 0: w_k = 1
     training: Mapping[str, object] = field(default_factory=dict)  # provenance; not part of the fingerprint
@@ -95,6 +96,8 @@ class LearnerConfig:
             raise LearnerError(f"top_k must be at least 1, got {self.top_k}")
         if not math.isfinite(self.gamma):
             raise LearnerError(f"gamma must be finite, got {self.gamma}")
+        if self.inner_steps < 1:
+            raise LearnerError(f"inner_steps must be at least 1, got {self.inner_steps}")
         if not 0 <= self.length_exponent <= 1:
             raise LearnerError(f"length_exponent must lie in 0 … 1, got {self.length_exponent}")
         if not (math.isfinite(self.score_temperature) and self.score_temperature >= 0):
@@ -111,8 +114,8 @@ class LearnerConfig:
 class Learner:
     """φ* and its step sizes in one layout.
 
-    phi: float32 (num_values,). step_sizes: float32, by kind: "tie" (num_tensors,), "same" and "fix" (1,),
-    "full" (num_values,). Neither is ever written in place.
+    phi: float32 (num_values,). step_sizes: float32, for each inner step in turn, by kind: "tie" (num_tensors,), "same"
+    and "fix" (1,), "full" (num_values,). Neither is ever written in place.
     """
 
     config: LearnerConfig
@@ -126,7 +129,7 @@ class Learner:
             raise LearnerError(
                 f"phi must be float32 ({self.layout.num_values},), got {self.phi.dtype} {self.phi.shape}"
             )
-        expected = num_step_sizes(self.config.step_size_kind, self.layout)
+        expected = self.config.inner_steps * num_step_sizes(self.config.step_size_kind, self.layout)
         if self.step_sizes.shape != (expected,) or self.step_sizes.dtype != np.float32:
             raise LearnerError(
                 f"step_sizes of kind {self.config.step_size_kind!r} must be float32 ({expected},), "
@@ -158,6 +161,8 @@ class Learner:
         """64 hex digits over base model, φ*, step sizes, layout, scaling, prompts and inner loss."""
         prompts = asdict(self.config.prompts)
         inner_loss: dict[str, object] = {}  # left out where it is the paper's, as in learners of older versions
+        if self.config.inner_steps != 1:
+            inner_loss["inner_steps"] = self.config.inner_steps
         if self.config.length_exponent != 1.0:
             inner_loss["length_exponent"] = float(self.config.length_exponent)
         if self.token_head is not None:
@@ -177,13 +182,11 @@ class Learner:
         )
 
     def expand_step_sizes(self) -> NDArray[np.float32]:
-        """One step size per value, float32 (num_values,)."""
-        kind = self.config.step_size_kind
-        if kind == "full":
-            return self.step_sizes
-        if kind in ("same", "fix"):
-            return np.full(self.layout.num_values, self.step_sizes[0], np.float32)
-        return np.repeat(self.step_sizes, [tensor.num_values for tensor in self.layout.tensors])
+        """One step size per inner step and value, float32 (inner_steps, num_values)."""
+        by_step = self.step_sizes.reshape(self.config.inner_steps, -1)
+        if self.config.step_size_kind == "tie":
+            return np.repeat(by_step, [tensor.num_values for tensor in self.layout.tensors], axis=1)
+        return np.ascontiguousarray(np.broadcast_to(by_step, (len(by_step), self.layout.num_values)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Learner:

@@ -10,7 +10,7 @@ import torch
 from bank_service.encoder import EncodedDocument
 from regrad_vllm.base_model import base_digest, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.gradients import document_deltas
 from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner, LearnerError
@@ -65,8 +65,7 @@ class GradientEncoder:
         encoded: list[EncodedDocument | None] = [None] * len(documents)
         for indices in plan_passes([len(tokens) for tokens, _ in tokenised]):
             batch = TokenBatch.pad([(tokenised[index][0], 1) for index in indices], self._model.device)
-            gradients = document_gradients(self._model, self._phi, batch, self._inner_loss)
-            deltas = (gradients * self._step_sizes).cpu().numpy()
+            deltas = document_deltas(self._model, self._phi, self._step_sizes, batch, self._inner_loss).cpu().numpy()
             for row, index in enumerate(indices):
                 tokens, truncated = tokenised[index]
                 # A copy of its own, so that one kept row doesn't keep the whole pass in memory.

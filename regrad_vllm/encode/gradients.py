@@ -17,10 +17,10 @@ from regrad_vllm.encode.inner_loss import InnerLoss
 def document_gradients(
     model: AdaptedModel, phi: Tensor, batch: TokenBatch, inner_loss: InnerLoss | None = None
 ) -> Tensor:
-    """g_d = ∇φ L(φ*; d) for every row d of ``batch``.
+    """g_d = ∇φ L(φ; d) for every row d of ``batch``.
 
-    phi: float32 (num_values,). inner_loss: L; the mean over the tokens where None. Returns float32
-    (rows, num_values), zero for a row with nothing to predict.
+    phi: float32 (num_values,), or (rows, num_values) where each document has its own. inner_loss: L; the mean over the
+    tokens where None. Returns float32 (rows, num_values), zero for a row with nothing to predict.
     """
     rows = len(batch.ids)
     if not (batch.targets != -100).any():
@@ -31,3 +31,16 @@ def document_gradients(
     loss = model.loss(model.upper(hidden, shared, batch), batch, weights.detach())
     gradients = torch.autograd.grad(loss, shared)
     return torch.cat([gradient.reshape(rows, -1).float() for gradient in gradients], dim=1)
+
+
+def document_deltas(
+    model: AdaptedModel, phi: Tensor, step_sizes: Tensor, batch: TokenBatch, inner_loss: InnerLoss | None = None
+) -> Tensor:
+    """δ_d = Σ_s a_s ⊙ g_d(φ_s) with φ_0 = φ* and φ_s+1 = φ_s − a_s ⊙ g_d(φ_s); one inner step is a ⊙ g_d(φ*).
+
+    step_sizes: float32 (inner_steps, num_values). Returns float32 (rows, num_values).
+    """
+    deltas = torch.zeros(len(batch.ids), model.layout.num_values, device=phi.device)
+    for sizes in step_sizes:
+        deltas = deltas + sizes * document_gradients(model, phi - deltas, batch, inner_loss)
+    return deltas

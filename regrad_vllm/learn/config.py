@@ -14,7 +14,7 @@ from regrad_vllm.naming import digest_json
 
 _AT_LEAST_ONE = (
     "rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks", "questions_per_task",
-    "validate_every", "checkpoint_every", "num_synthetic", "validation_batches",
+    "validate_every", "checkpoint_every", "num_synthetic", "validation_batches", "inner_steps",
 )  # fmt: skip
 _TINY, _HUGE = 1e-12, 1e12  # above 0, finite
 _RANGES = {
@@ -50,6 +50,7 @@ class TrainConfig:
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     step_size_kind: StepSizeKind = "tie"
     step_size_init: float = 0.5
+    inner_steps: int = 1  # gradient steps a document, each with step sizes of its own; the paper takes one
     prompts: Prompts = field(default_factory=Prompts)
     max_document_tokens: int = 256
     top_k: int = 3  # the learner's default when it serves

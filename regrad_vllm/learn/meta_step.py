@@ -31,7 +31,7 @@ class MetaParameters:
     """What meta-training learns, as the loss takes it."""
 
     phi: Tensor  # float32 (num_values,)
-    step_sizes: list[Tensor]  # per tensor of the layout, a scalar or the tensor's shape
+    step_sizes: list[list[Tensor]]  # per inner step and tensor of the layout, a scalar or the tensor's shape
     gamma: float = 1.0
     inner_loss: InnerLoss = field(default_factory=InnerLoss)
     score_temperature: Tensor | None = None  # scalar τ; None: every document counts 1
@@ -41,7 +41,7 @@ class MetaParameters:
         head, temperature = self.inner_loss.token_head, self.score_temperature
         return MetaParameters(
             self.phi.detach(),
-            [step.detach() for step in self.step_sizes],
+            [[size.detach() for size in sizes] for sizes in self.step_sizes],
             self.gamma,
             InnerLoss(self.inner_loss.length_exponent, None if head is None else head.detach()),
             None if temperature is None else temperature.detach(),
@@ -58,7 +58,7 @@ class MetaParameters:
 
 
 def meta_loss(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch) -> Tensor:
-    """Mean answer loss over the batch's questions, each under its task's φ_q = φ* − γ Σ_j mix_ij · a ⊙ g_j.
+    """Mean answer loss over the batch's questions, each under its task's φ_q = φ* − γ Σ_j mix_ij δ_j.
 
     One batched inner pass serves every task that uses a document; with γ = 0 there is none, and φ* is a plain LoRA.
     Layers below the first adapted one run without gradient.
@@ -71,14 +71,16 @@ def meta_loss(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch)
 def _adapters(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch) -> list[Tensor]:
     """φ_q of every task, the layout's tensors in order, each (N, *shape)."""
     num_tasks = len(batch.documents.ids)
-    shared = model.split(parameters.phi.expand(num_tasks, -1))
+    shared = own = model.split(parameters.phi.expand(num_tasks, -1))
     hidden = model.lower(batch.documents)
     weights = parameters.inner_loss.weights(batch.documents, hidden)
-    inner = model.loss(model.upper(hidden, shared, batch.documents), batch.documents, weights)
-    gradients = torch.autograd.grad(inner, shared, create_graph=True)
+    for step_sizes in parameters.step_sizes:
+        inner = model.loss(model.upper(hidden, own, batch.documents), batch.documents, weights)
+        gradients = torch.autograd.grad(inner, own, create_graph=True)
+        own = [value - size * found for value, size, found in zip(own, step_sizes, gradients, strict=True)]
     mix = parameters.mix(batch)
     adapters = []
-    for value, gradient, step_size in zip(shared, gradients, parameters.step_sizes, strict=True):
-        delta = step_size * gradient
-        adapters.append(value - parameters.gamma * (mix @ delta.reshape(num_tasks, -1)).reshape(value.shape))
+    for value, moved in zip(shared, own, strict=True):
+        delta = (value - moved).reshape(num_tasks, -1)
+        adapters.append(value - parameters.gamma * (mix @ delta).reshape(value.shape))
     return adapters

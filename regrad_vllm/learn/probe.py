@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.gradients import document_deltas
 from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters
 
 
@@ -18,11 +18,13 @@ def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBat
     """
     right: dict[str, list[Tensor]] = {}
     phi = parameters.phi
+    sizes = [
+        [size.expand(t.shape).flatten() for size, t in zip(step, model.layout.tensors, strict=True)]
+        for step in parameters.step_sizes
+    ]
+    step_sizes = torch.stack([torch.cat(of_step) for of_step in sizes])
     for batch in batches:
-        num_tasks = len(batch.documents.ids)
-        gradients = model.split(document_gradients(model, phi, batch.documents, parameters.inner_loss))
-        scaled = (a * g for a, g in zip(parameters.step_sizes, gradients, strict=True))
-        deltas = torch.cat([delta.reshape(num_tasks, -1) for delta in scaled], dim=1)
+        deltas = document_deltas(model, phi, step_sizes, batch.documents, parameters.inner_loss)
         hidden = model.lower(batch.questions)
         mix = parameters.mix(batch)
         mixes = {"regrad": mix, "learner": torch.zeros_like(mix), "wrong": wrong_mix(mix)}

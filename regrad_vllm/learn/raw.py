@@ -43,7 +43,7 @@ def raw_learner(learner: Learner, model_folder: Path, top_k: int, seed: int = 0)
             losses[size] = float(model.loss(model.upper(hidden, adapters, batch.questions), batch.questions))
     best = min(losses, key=lambda size: losses[size])
     config = replace(
-        learner.config, step_size_kind="same", length_exponent=1.0, score_temperature=0.0,
+        learner.config, step_size_kind="same", inner_steps=1, length_exponent=1.0, score_temperature=0.0,
         training={"kind": "raw", "seed": seed, "answer_loss": {str(size): losses[size] for size in STEP_SIZES}},
     )  # fmt: skip
     return Learner(config, learner.layout, phi.numpy(), np.array([best], np.float32))

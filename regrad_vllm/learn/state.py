@@ -31,7 +31,7 @@ class MetaState:
         generator = torch.Generator().manual_seed(config.seed)
         self.phi = initial_phi(layout, generator).to(device).requires_grad_()
         count = num_step_sizes(config.step_size_kind, layout)
-        self.step_sizes = torch.full((count,), config.step_size_init, device=device)
+        self.step_sizes = torch.full((config.inner_steps * count,), config.step_size_init, device=device)
         groups: list[dict[str, Any]] = [{"params": [self.phi], "lr": config.learning_rate}]
         if config.step_size_kind != "fix":
             self.step_sizes.requires_grad_()
@@ -51,7 +51,8 @@ class MetaState:
     def start_from(self, learner: Learner) -> None:
         """Takes over φ*, step sizes and inner loss; a lower rank is filled up so that the function stays the same.
 
-        ConfigError where the modules or the kind of step sizes differ, or the rank is higher.
+        Inner steps that the start doesn't have begin with step_size_init. ConfigError where the modules or the kind of
+        step sizes differ, or the rank or the number of inner steps is higher.
         """
         ours, theirs = self.layout, learner.layout
         if theirs.modules != ours.modules or theirs.rank > ours.rank:
@@ -59,6 +60,8 @@ class MetaState:
                 f"start must be a learner of the same modules and at most rank {ours.rank}, it has rank {theirs.rank} "
                 f"and {len(theirs.modules)} modules from {theirs.modules[0]} to {theirs.modules[-1]}"
             )
+        if learner.config.inner_steps > self.config.inner_steps:
+            raise ConfigError(f"inner_steps must be at least the start's, {learner.config.inner_steps}")
         if learner.config.step_size_kind != self.config.step_size_kind:
             raise ConfigError(f"step_size_kind must be the start's, {learner.config.step_size_kind!r}")
         if learner.config.step_size_kind == "full" and theirs.rank != ours.rank:
@@ -72,7 +75,7 @@ class MetaState:
                 else:
                     # s = lora_alpha / r stands before B A, and r differs.
                     mine[:, : theirs.rank] = given.to(mine.device) * (learner.scaling / self._scaling)
-            self.step_sizes.copy_(torch.tensor(learner.step_sizes))
+            self.step_sizes[: len(learner.step_sizes)] = torch.tensor(learner.step_sizes)
             if self.token_head is not None and learner.token_head is not None:
                 self.token_head.copy_(torch.tensor(learner.token_head))
             if self.log_temperature is not None and learner.config.score_temperature:
@@ -88,14 +91,17 @@ class MetaState:
         inner_loss = InnerLoss(self.config.length_exponent, self.token_head)
         return MetaParameters(self.phi, self.step_size_tensors(), self.config.gamma, inner_loss, temperature)
 
-    def step_size_tensors(self) -> list[Tensor]:
-        """Per tensor of the layout: a scalar, or for "full" the tensor's shape."""
+    def step_size_tensors(self) -> list[list[Tensor]]:
+        """Per inner step and tensor of the layout: a scalar, or for "full" the tensor's shape."""
+        return [self._of_one_step(sizes) for sizes in self.step_sizes.view(self.config.inner_steps, -1)]
+
+    def _of_one_step(self, sizes: Tensor) -> list[Tensor]:
         kind = self.config.step_size_kind
         if kind == "full":
-            return [view for _, view in self.layout.views(self.step_sizes)]
+            return [view for _, view in self.layout.views(sizes)]
         if kind == "tie":
-            return list(self.step_sizes.unbind())
-        return [self.step_sizes[0]] * len(self.layout.tensors)
+            return list(sizes.unbind())
+        return [sizes[0]] * len(self.layout.tensors)
 
     def update(self, loss: Tensor) -> dict[str, float]:
         """Backward, clip φ* and step sizes each by its norm, one optimiser step with warm-up and linear decay."""
@@ -165,6 +171,7 @@ class MetaState:
             max_document_tokens=config.max_document_tokens,
             top_k=config.top_k,
             gamma=config.gamma,
+            inner_steps=config.inner_steps,
             length_exponent=config.length_exponent,
             score_temperature=0.0 if self.log_temperature is None else float(self.log_temperature.detach().exp()),
             training=training,

@@ -8,7 +8,7 @@ import torch
 
 from regrad_vllm.base_model import BaseModelError, build_layout
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.gradients import document_deltas, document_gradients
 from regrad_vllm.encode.inner_loss import InnerLoss
 from tests.method.reference import lm_loss, peft_model, relative_error
 
@@ -97,3 +97,21 @@ def test_token_weights_and_length_scale_each_tokens_part_of_the_gradient(llama: 
     assert relative_error(actual, expected) <= 1e-5
     plain = document_gradients(model, phi, batch)[0]
     assert relative_error(actual, plain) > 0.1
+
+
+def test_each_inner_step_starts_where_the_one_before_led(llama: Any) -> None:
+    layout = build_layout(llama, rank=4, layers=(2, 3), projections=PROJECTIONS)
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(layout.num_values, generator=generator) * 0.3
+    steps = torch.rand(2, layout.num_values, generator=generator)
+    model = AdaptedModel(llama, layout, SCALING)
+    tokens = random_tokens(12, 1)
+    batch = TokenBatch.pad([(random_tokens(7, 2), 1), (tokens, 1)])
+    peft = peft_model(llama, layout, SCALING)
+    own = phi.clone().requires_grad_()
+    for sizes in steps:
+        (gradient,) = torch.autograd.grad(lm_loss(peft, layout, own, tokens), own)
+        own = (own - sizes * gradient).detach().requires_grad_()
+    actual = document_deltas(model, phi, steps, batch)[1]
+    assert relative_error(actual, phi - own.detach()) <= 1e-5
+    assert relative_error(actual, document_deltas(model, phi, steps[:1], batch)[1]) > 0.1

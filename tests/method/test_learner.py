@@ -36,7 +36,7 @@ def test_a_saved_learner_loads_as_itself(kind: str, tmp_path: Path) -> None:
     assert loaded.fingerprint == learner.fingerprint
     assert loaded.config == learner.config
     assert np.array_equal(loaded.phi, learner.phi) and np.array_equal(loaded.step_sizes, learner.step_sizes)
-    flat = loaded.expand_step_sizes()
+    (flat,) = loaded.expand_step_sizes()
     assert flat.shape == loaded.phi.shape
     if kind == "tie":
         for index, (_, view) in enumerate(loaded.layout.views(flat)):

@@ -55,7 +55,7 @@ def test_a_published_checkpoint_becomes_a_learner(kind: str, tmp_path: Path, mod
     learner = load_published(tmp_path, model_folder)
     assert learner.config.base_digest == base_digest(model_folder)
     assert learner.config.step_size_kind == kind and learner.scaling == 2.0
-    flat = learner.expand_step_sizes()
+    (flat,) = learner.expand_step_sizes()
     for tensor, view in learner.layout.views(learner.phi):
         name = f"base_model.model.{tensor.module}.lora_{tensor.part}.default.weight"
         assert np.array_equal(view, state[f"base_model.{name}"].numpy())
