@@ -18,11 +18,7 @@ def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBat
     """
     right: dict[str, list[Tensor]] = {}
     phi = parameters.phi
-    sizes = [
-        [size.expand(t.shape).flatten() for size, t in zip(step, model.layout.tensors, strict=True)]
-        for step in parameters.step_sizes
-    ]
-    step_sizes = torch.stack([torch.cat(of_step) for of_step in sizes])
+    step_sizes = torch.stack([_flat(model, sizes) for sizes in parameters.step_sizes])
     for batch in batches:
         deltas = document_deltas(model, phi, step_sizes, batch.documents, parameters.inner_loss)
         hidden = model.lower(batch.questions)
@@ -39,6 +35,12 @@ def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBat
             right.setdefault(method, []).append(tokens)
             right.setdefault(f"{method}_all", []).append(answers)
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in right.items()}
+
+
+def _flat(model: AdaptedModel, step_sizes: list[Tensor]) -> Tensor:
+    """One step size per value, (num_values,)."""
+    tensors = model.layout.tensors
+    return torch.cat([size.expand(t.shape).flatten() for size, t in zip(step_sizes, tensors, strict=True)])
 
 
 def wrong_mix(mix: Tensor) -> Tensor:
