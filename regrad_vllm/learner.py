@@ -222,9 +222,9 @@ class Learner:
         """Writes the learner folder; existing files of the same names are replaced."""
         folder = Path(folder)
         save_adapter(folder, self, self.phi)
-        save_file({"step_sizes": self.step_sizes}, folder / "step_sizes.safetensors")
+        _save({"step_sizes": self.step_sizes}, folder / "step_sizes.safetensors")
         if self.token_head is not None:
-            save_file({"token_head": self.token_head}, folder / _HEAD_FILE)
+            _save({"token_head": self.token_head}, folder / _HEAD_FILE)
         else:
             (folder / _HEAD_FILE).unlink(missing_ok=True)
         document = {
@@ -250,8 +250,7 @@ def save_adapter(folder: Path, learner: Learner, adapter: NDArray[np.float32], b
         f"{_PEFT_PREFIX}{tensor.module}.lora_{tensor.part}.weight": np.ascontiguousarray(view)
         for tensor, view in learner.layout.views(adapter)
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)  # the library makes it private, its config beside it not
+    _save(tensors, folder / "adapter_model.safetensors")
     peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -265,6 +264,11 @@ def save_adapter(folder: Path, learner: Learner, adapter: NDArray[np.float32], b
         "target_modules": list(learner.layout.modules),
     }
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=1) + "\n", "utf-8")
+
+
+def _save(tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library makes it private, the files beside it are not
 
 
 def num_step_sizes(kind: StepSizeKind, layout: Layout) -> int:
