@@ -138,7 +138,7 @@ def draw(points: Sequence[Point], out: Path) -> None:
         axes.set_ylim(0, 100)
         axes.grid(color="#e3e3e8")
         axes.legend(fontsize=8)
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 def _parser() -> argparse.ArgumentParser:

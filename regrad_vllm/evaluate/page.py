@@ -124,5 +124,5 @@ def _svg(figure: Any) -> str:
 
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "regrad", "svg.fonttype": "none"}):  # the same report, the same bytes
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return out.getvalue()[out.getvalue().index("<svg") :]

@@ -39,7 +39,7 @@ def draw(log: Path, out: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "regrad"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -20,6 +20,7 @@ HOSTS = re.compile(r"https?://([A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)")
 KNOWN_HOSTS = {
     "download.pytorch.org", "github.com", "creativecommons.org", "arxiv.org", "localhost", "127.0.0.1",
     "www.apache.org", "example.com",
+    "www.w3.org",  # the namespace of SVG
 }  # fmt: skip
 MAX_LINES = 350
 
