@@ -49,9 +49,8 @@ async def write_questions(
 ) -> Outcome:
     """Asks ``server`` (http://host:port, the key in OPENAI_API_KEY) about every document.
 
-    Writes the splits train and validation into ``out``; all passages of a file are in one.
-
-    A document and all its questions are in one split, chosen by a digest of its id.
+    Writes the splits train and validation into ``out``; all passages of a file and their questions are in one, chosen
+    by a digest of the file's id.
     """
     import httpx
     from tqdm import tqdm

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from regrad_vllm.data.questions import DataSplit
+from regrad_vllm.data.questions import DataSplit, plain_words
 
 DOCUMENT_NGRAM = 13  # words in a row that two different texts hardly share
 MAX_SHARED = 0.2  # of the smaller document's n-grams; more is the same text, fewer are quotations and phrases
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +20,6 @@ class Leak:
     evaluation_id: str
     training_id: str
     shared: float  # share of the smaller document's n-grams; 1 for a question
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.evaluation_id} stands in the training data as {self.training_id} ({self.shared:.0%})"
 
 
 def find_leaks(training: DataSplit, evaluation: DataSplit) -> list[Leak]:
@@ -81,7 +76,7 @@ def _document_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak
 
 
 def _texts(data: DataSplit) -> dict[str, str]:
-    return {key: _normal(document.text) for key, document in data.documents.items()}
+    return {key: plain_words(document.text) for key, document in data.documents.items()}
 
 
 def _contained(wholes: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -95,10 +90,10 @@ def _contained(wholes: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[
 
 
 def _question_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak]:
-    asked = {(_normal(q.question), _normal(answer)): q.id for q in training.questions for answer in q.answers}
+    asked = {(plain_words(q.question), plain_words(answer)): q.id for q in training.questions for answer in q.answers}
     for question in evaluation.questions:
         for answer in question.answers:
-            other = asked.get((_normal(question.question), _normal(answer)))
+            other = asked.get((plain_words(question.question), plain_words(answer)))
             if other is not None:
                 yield Leak("question", question.id, other, 1.0)
                 break
@@ -106,11 +101,3 @@ def _question_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak
 
 def _ngrams(words: Sequence[str]) -> set[int]:
     return {hash(tuple(words[start : start + DOCUMENT_NGRAM])) for start in range(len(words) - DOCUMENT_NGRAM + 1)}
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _normal(text: str) -> str:
-    return " ".join(_words(text))

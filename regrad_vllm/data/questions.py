@@ -32,7 +32,7 @@ class SourceDocument:
     id: str
     title: str
     text: str
-    set_name: str
+    set_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Question:
     answers: tuple[str, ...]  # any of them is right
     documents: tuple[str, ...]  # ids of the documents that answer it, best first
     set_name: str
-    domain: str
-    kind: Kind
+    domain: str = "general"
+    kind: Kind = "span"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,10 @@ def in_passages(data: DataSplit) -> DataSplit:
 
 
 def _holds(text: str, question: Question) -> bool:
-    words = f" {_words(text)} "
-    return any(f" {_words(answer)} " in words for answer in question.answers)
+    words = f" {plain_words(text)} "
+    return any(f" {plain_words(answer)} " in words for answer in question.answers)
 
 
-def _words(text: str) -> str:
+def plain_words(text: str) -> str:
+    """The words of a text in lower case with one space between, so that case and punctuation make no difference."""
     return " ".join(re.findall(r"\w+", text.lower()))

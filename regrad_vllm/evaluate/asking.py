@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.datasets import EvalQuestion
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
 from regrad_vllm.evaluate.metrics import exact_match, score
 from regrad_vllm.evaluate.retrieve import Retrieved
@@ -98,13 +98,12 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     elif method.adapter == "wrong":
         options["query"] = asked.wrong_query or ""
     elif method.adapter in ("gold", "random"):
-        options["document_ids"] = [asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id]
+        options["document_ids"] = [asked.question.documents[0] if method.adapter == "gold" else asked.random_id]
     if "query" in options:
         options |= {"top_k": endpoint.top_k, "min_score": -1.0}  # what RAG is shown, whatever the server's settings
     content = prompts.render_blind(question)
     if method.shows_documents:
-        shown = [prompts.render_document(hit.title, hit.text) for hit in asked.hits]
-        content = prompts.render_icl(question, shown)
+        content = prompts.render_icl(question, shown(asked, method, prompts))
     return {
         "model": method.name if method.adapter == "own" else endpoint.model,
         "messages": [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}],
@@ -114,9 +113,14 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     }
 
 
+def shown(asked: Retrieved, method: Method, prompts: Prompts) -> list[str]:
+    """The documents that stand in the prompt, rendered, best first."""
+    return [prompts.render_document(hit.title, hit.text) for hit in asked.hits if method.shows_documents]
+
+
 def record_of(asked: Retrieved, method: Method, prediction: str, error: str = "") -> Record:
     """Scores one answer. Nothing answered is wrong."""
-    question: EvalQuestion = asked.question
+    question: Question = asked.question
     return Record(
         question_id=question.id,
         set_name=question.set_name,
@@ -151,8 +155,7 @@ async def _nll(
     import httpx
 
     question = asked.question
-    shown = [builder.prompts.render_document(hit.title, hit.text) for hit in asked.hits]
-    prompt = builder.question(question.question, shown if method.shows_documents else ())
+    prompt = builder.question(question.question, shown(asked, method, builder.prompts))
     answer = builder.answer(question.answers[0])
     scored = {name: value for name, value in body.items() if name in ("model", "temperature", "regrad")}
     scored |= {"prompt": prompt + answer, "max_tokens": 1, "prompt_logprobs": 0}

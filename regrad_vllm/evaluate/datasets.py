@@ -7,31 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from regrad_vllm.data.questions import DataSplit, Kind, Question, SourceDocument, in_passages
+from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
 from regrad_vllm.learn.synthetic import Split, synthetic_documents
 
 
 @dataclass(frozen=True, slots=True)
-class EvalDocument:
-    id: str
-    title: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class EvalQuestion:
-    id: str  # no other question of the evaluation has it
-    set_name: str
-    question: str
-    answers: tuple[str, ...]
-    document_ids: tuple[str, ...]  # the documents that hold the answer, any of them; best first
-    kind: Kind = "span"
-
-
-@dataclass(frozen=True, slots=True)
 class EvalData:
-    documents: tuple[EvalDocument, ...]
-    questions: tuple[EvalQuestion, ...]
+    """One bank's documents, in the order of ingest, and what is asked of it; no two questions have the same id."""
+
+    documents: tuple[SourceDocument, ...]
+    questions: tuple[Question, ...]
 
     def merged(self, other: EvalData) -> EvalData:
         return EvalData(self.documents + other.documents, self.questions + other.questions)
@@ -42,9 +27,9 @@ def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalDat
     documents, questions = [], []
     for index, made in enumerate(islice(synthetic_documents(split, seed), num_documents)):
         key = f"fresh-{split}-{seed}-{index}"
-        documents.append(EvalDocument(key, made.title, made.text))
+        documents.append(SourceDocument(key, made.title, made.text, "fresh"))
         question, answer = made.questions[index % len(made.questions)]
-        questions.append(EvalQuestion(f"{key}?", "fresh", question, (answer,), (key,)))
+        questions.append(Question(f"{key}?", question, (answer,), (key,), "fresh"))
     return EvalData(tuple(documents), tuple(questions))
 
 
@@ -60,19 +45,18 @@ def question_sets(
     by_set: dict[str, list[Question]] = {}
     for question in data.questions:
         by_set.setdefault(question.set_name, []).append(question)
-    questions: list[EvalQuestion] = []
+    questions: list[Question] = []
     chosen: dict[str, None] = {}
     for name in names:
         if name not in by_set:
             raise ValueError(f"set {name!r} has no questions in the data; it has {sorted(by_set)}")
         for entry in rng.sample(by_set[name], min(num_questions, len(by_set[name]))):
-            questions.append(EvalQuestion(entry.id, name, entry.question, entry.answers, entry.documents, entry.kind))
+            questions.append(entry)
             chosen |= dict.fromkeys(entry.documents)
     others = [key for key, document in data.documents.items() if document.set_name in names and key not in chosen]
     for key in rng.sample(others, min(num_distractors, len(others))):
         chosen[key] = None
-    made = tuple(EvalDocument(key, data.documents[key].title, data.documents[key].text) for key in chosen)
-    return EvalData(made, tuple(questions))
+    return EvalData(tuple(data.documents[key] for key in chosen), tuple(questions))
 
 
 def distractors(documents: Mapping[str, SourceDocument], number: int, seed: int) -> EvalData:
@@ -80,4 +64,4 @@ def distractors(documents: Mapping[str, SourceDocument], number: int, seed: int)
     if number > len(documents):
         raise ValueError(f"--haystack must be at most {len(documents)}, which the data holds, got {number}")
     chosen = random.Random(f"regrad.evaluate.haystack.{seed}").sample(list(documents), number)
-    return EvalData(tuple(EvalDocument(key, documents[key].title, documents[key].text) for key in chosen), ())
+    return EvalData(tuple(documents[key] for key in chosen), ())

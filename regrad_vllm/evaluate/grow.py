@@ -2,10 +2,9 @@
 
 Curves over the number of documents in the bank, documents an adapter (k), γ, the length of the document that holds the
 answer, the size of a corpus that continual pre-training (CPT) has to hold in one adapter, and a history of updates and
-deletes. In one process with exact
-search, so that only documents that are found have to be encoded: 50,000 documents take minutes instead of hours.
-Each point says the share of questions whose document was found, so that what retrieval loses and what the method
-loses can be told apart; "regrad_gold" is the method with the right document given.
+deletes. In one process with exact search, so that only documents that are found have to be encoded. Each point says
+the share of questions whose document was found, so that what retrieval loses and what the method loses can be told
+apart; "regrad_gold" is the method with the right document given.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from itertools import islice
 from pathlib import Path
 
 from bank_service.embedder import MiniLmEmbedder
-from regrad_vllm.data.questions import in_passages, load_documents
+from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
-from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, fresh_facts, question_sets
+from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
 from regrad_vllm.evaluate.growth import Grower, Point
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.report import rounded
 from regrad_vllm.evaluate.run import SAMPLE, load_clean
+from regrad_vllm.learn.picture import save_svg
 from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learner import Learner
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> tuple[EvalData, list[EvalDocument]]:
+def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
     """What is asked, and documents to grow by: other texts of the data first, then invented ones."""
     folder = args.data or SAMPLE
     split = load_clean(folder, args.split)
@@ -100,18 +100,13 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[EvalDocument]]:
     data = fresh_facts(args.num_fresh, args.seed, args.split)
     data = data.merged(question_sets(split, names, args.num_questions, 0, args.seed))
     taken = {document.id for document in data.documents}
-    others = [
-        EvalDocument(key, found.title, found.text)
-        for key, found in in_passages(split).documents.items()
-        if key not in taken
-    ]
-    for key, found in load_documents(folder, "haystack").items():
-        others.append(EvalDocument(key, found.title, found.text))
+    others = [found for key, found in in_passages(split).documents.items() if key not in taken]
+    others += load_documents(folder, "haystack").values()
     random.Random(f"regrad.evaluate.growth.{args.seed}").shuffle(others)
     missing = max((*args.counts, *CORPUS_COUNTS)) - len(others) - len(data.documents)
     if missing > 0:
         made = islice(synthetic_documents(args.split, args.seed), args.num_fresh, args.num_fresh + missing)
-        others += [EvalDocument(f"invented-{number}", found.title, found.text) for number, found in enumerate(made)]
+        others += [SourceDocument(f"invented-{number}", found.title, found.text) for number, found in enumerate(made)]
     return data, others
 
 
@@ -138,7 +133,7 @@ def draw(points: Sequence[Point], out: Path) -> None:
         axes.set_ylim(0, 100)
         axes.grid(color="#e3e3e8")
         axes.legend(fontsize=8)
-    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    save_svg(figure, out)
 
 
 def _parser() -> argparse.ArgumentParser:

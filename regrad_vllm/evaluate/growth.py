@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from regrad_vllm.data.passages import count_tokens, split_sentences
-from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
-from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, EvalQuestion
+from regrad_vllm.data.questions import DataSplit, SourceDocument, in_passages
+from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.history import history
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.methods import METHODS, Method
@@ -43,7 +43,7 @@ class Grower:
         self._top_k = top_k
         self._seed = seed
 
-    def over_documents(self, others: Sequence[EvalDocument], counts: Sequence[int]) -> Iterator[Point]:
+    def over_documents(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:
         """The questions' own documents and so many others that there are ``count`` in all."""
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
@@ -82,14 +82,14 @@ class Grower:
             len(found) / len(records), sum(found) / len(found) if found else 0.0,
         )  # fmt: skip
 
-    def over_length(self, others: Sequence[EvalDocument], lengths: Sequence[int] = LENGTHS) -> Iterator[Point]:
+    def over_length(self, others: Sequence[SourceDocument], lengths: Sequence[int] = LENGTHS) -> Iterator[Point]:
         """Each document grown to so many tokens by text around it, then cut into passages as at ingest."""
         for length in lengths:
             data = _grown(self._data, length, others, self._seed)
             for method in ("regrad", "regrad_gold"):
                 yield self._point("length", length, METHODS[method], data, self._top_k)
 
-    def over_corpus(self, others: Sequence[EvalDocument], counts: Sequence[int]) -> Iterator[Point]:
+    def over_corpus(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:
         """Continual pre-training on so many documents, the questions' own among them, and ReGrad on the same."""
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
@@ -115,25 +115,16 @@ class Grower:
                         yield replace(point, method=f"{method}_{ending}")
 
 
-def _grown(data: EvalData, num_tokens: int, others: Sequence[EvalDocument], seed: int) -> EvalData:
+def _grown(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], seed: int) -> EvalData:
     """Sentences of other documents before and after each document, then passages; the answer's passages are gold."""
     rng = random.Random(f"regrad.evaluate.length.{seed}")
     sentences = [sentence for other in others for sentence in split_sentences(other.text)]
-    documents, questions = {}, []
-    for document in data.documents:
-        documents[document.id] = SourceDocument(
-            document.id, document.title, _surrounded(document.text, num_tokens, sentences, rng), ""
-        )
-    for asked in data.questions:
-        questions.append(
-            Question(asked.id, asked.question, asked.answers, asked.document_ids, asked.set_name, "general", asked.kind)
-        )
-    cut = in_passages(DataSplit(documents, tuple(questions)))
-    made = tuple(EvalDocument(key, found.title, found.text) for key, found in cut.documents.items())
-    return EvalData(
-        made,
-        tuple(EvalQuestion(q.id, q.set_name, q.question, q.answers, q.documents, q.kind) for q in cut.questions),
-    )
+    documents = {
+        document.id: replace(document, text=_surrounded(document.text, num_tokens, sentences, rng))
+        for document in data.documents
+    }
+    cut = in_passages(DataSplit(documents, data.questions))
+    return EvalData(tuple(cut.documents.values()), cut.questions)
 
 
 def _surrounded(text: str, num_tokens: int, sentences: Sequence[str], rng: random.Random) -> str:

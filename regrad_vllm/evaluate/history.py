@@ -9,7 +9,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, EvalQuestion
+from regrad_vllm.data.questions import Question, SourceDocument
+from regrad_vllm.evaluate.datasets import EvalData
 
 CHANGED_SHARE, DELETED_SHARE = 0.3, 0.05  # of the documents, each round
 
@@ -20,9 +21,9 @@ class Round:
 
     num_changes: int  # updates and deletes since the beginning
     data: EvalData  # what the bank holds, and every question that it answers, with today's answer
-    changed: tuple[EvalDocument, ...]  # in this round
-    stale: tuple[EvalQuestion, ...]  # questions whose answer has changed, with the answer before the last change
-    deleted: tuple[EvalQuestion, ...]  # questions whose document is gone, with the answer that it gave
+    changed: tuple[SourceDocument, ...]  # in this round
+    stale: tuple[Question, ...]  # questions whose answer has changed, with the answer before the last change
+    deleted: tuple[Question, ...]  # questions whose document is gone, with the answer that it gave
 
 
 def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:
@@ -32,9 +33,9 @@ def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:
     """
     rng = random.Random(f"regrad.evaluate.history.{seed}")
     texts = {document.id: document for document in data.documents}
-    today = {question.document_ids[0]: question for question in data.questions}
-    stale: dict[str, EvalQuestion] = {}
-    deleted: list[EvalQuestion] = []
+    today = {question.documents[0]: question for question in data.questions}
+    stale: dict[str, Question] = {}
+    deleted: list[Question] = []
     num_changes = 0
     yield Round(0, data, (), (), ())
     for _ in range(num_rounds):
@@ -58,10 +59,10 @@ def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:
 
 
 def _other_value(
-    question: EvalQuestion,
-    document: EvalDocument,
-    questions: Sequence[EvalQuestion],
-    texts: dict[str, EvalDocument],
+    question: Question,
+    document: SourceDocument,
+    questions: Sequence[Question],
+    texts: dict[str, SourceDocument],
     rng: random.Random,
 ) -> str | None:
     """The answer to the same question about another subject; None where nobody else is asked it."""
@@ -70,7 +71,7 @@ def _other_value(
         {
             other.answers[0]
             for other in questions
-            if other.question.replace(texts[other.document_ids[0]].title, "") == asked
+            if other.question.replace(texts[other.documents[0]].title, "") == asked
             and other.answers != question.answers
             and other.answers[0] not in document.text
         }

@@ -7,10 +7,8 @@ every batch waits for its longest answer.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,15 +21,17 @@ from numpy.typing import NDArray
 from bank_service.embedder import Embedder, MiniLmEmbedder, embedded_text
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.data.questions import SourceDocument
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.asking import Record, record_of
-from regrad_vllm.evaluate.datasets import EvalData, EvalDocument
+from regrad_vllm.evaluate.asking import Record, record_of, shown
+from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Found, Retrieved, check_controls, with_controls
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.per_document import fit_each
+from regrad_vllm.learn.retrieval import embed_all
 from regrad_vllm.learner import Learner
 
 
@@ -79,13 +79,13 @@ class InProcess:
         bar.close()
         return records
 
-    def pretrain(self, documents: Sequence[EvalDocument], *, go_on: bool = False) -> None:
+    def pretrain(self, documents: Sequence[SourceDocument], *, go_on: bool = False) -> None:
         """Makes the adapter of "cpt": φ*, or with ``go_on`` the one that there is, that has read these documents."""
         start = self._own["cpt"] if go_on else self._learner.phi
         texts = [(document.title, document.text) for document in documents]
         self._own = {**self._own, "cpt": pretrain(self._learner, self._model_folder, texts, start=start)}
 
-    def read(self, documents: Sequence[EvalDocument]) -> None:
+    def read(self, documents: Sequence[SourceDocument]) -> None:
         """Makes documents known, or their new texts; a gradient is computed when first needed."""
         for document in documents:
             text = (document.title, document.text)
@@ -95,10 +95,10 @@ class InProcess:
 
     def ask(self, batch: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
         """One batch of questions under one method. ``gamma``: the learner's where None."""
-        prompts = []
-        for asked in batch:
-            shown = [self._builder.prompts.render_document(hit.title, hit.text) for hit in asked.hits]
-            prompts.append(self._builder.question(asked.question.question, shown if method.shows_documents else ()))
+        prompts = [
+            self._builder.question(asked.question.question, shown(asked, method, self._builder.prompts))
+            for asked in batch
+        ]
         adapters = None if method.adapter == "none" else [self._adapter(asked, method, gamma) for asked in batch]
         answers = self.generate(prompts, adapters)
         return [record_of(asked, method, answer) for asked, answer in zip(batch, answers, strict=True)]
@@ -114,7 +114,7 @@ class InProcess:
         elif method.adapter == "wrong":
             found = [(hit.id, hit.score) for hit in asked.wrong_hits]
         else:
-            chosen = asked.question.document_ids[0] if method.adapter == "gold" else asked.random_id
+            chosen = asked.question.documents[0] if method.adapter == "gold" else asked.random_id
             found = [(chosen or "", 1.0)]
         known = self._fitted if method.per_document else self._deltas
         missing = [key for key, _ in found if key not in known]
@@ -168,6 +168,6 @@ class Searcher:
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._known.update(zip(missing, pool.map(self._embedder.embed, missing), strict=True))
+        if missing:
+            self._known.update(zip(missing, embed_all(missing, self._embedder), strict=True))
         return np.stack([self._known[text] for text in texts])

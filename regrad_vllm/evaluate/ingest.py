@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.limits import MAX_CHUNK_BYTES, channel_options
-from regrad_vllm.evaluate.datasets import EvalDocument
+from regrad_vllm.data.questions import SourceDocument
 from regrad_vllm.learner import Learner
 
 
-def ingest(documents: Sequence[EvalDocument], bank: str, namespace: str, folder: Path) -> None:
+def ingest(documents: Sequence[SourceDocument], bank: str, namespace: str, folder: Path) -> None:
     """Writes ``folder``/documents.jsonl and ingests it. CalledProcessError where the bank refuses it."""
     corpus = folder / "documents.jsonl"
     lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}, ensure_ascii=False) for d in documents)
@@ -28,7 +28,7 @@ def ingest(documents: Sequence[EvalDocument], bank: str, namespace: str, folder:
 
 
 def upload(
-    documents: Sequence[EvalDocument],
+    documents: Sequence[SourceDocument],
     deltas: Iterable[tuple[int, NDArray[np.float32]]],
     learner: Learner,
     bank: str,
@@ -44,7 +44,7 @@ def upload(
 
 
 def _messages(
-    documents: Sequence[EvalDocument],
+    documents: Sequence[SourceDocument],
     deltas: Iterable[tuple[int, NDArray[np.float32]]],
     learner: Learner,
     namespace: str,

@@ -12,6 +12,7 @@ from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.metrics import Interval
 from regrad_vllm.evaluate.report import Report
 from regrad_vllm.evaluate.tables import percent
+from regrad_vllm.learn.picture import save_svg
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -120,9 +121,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    import matplotlib as mpl
-
     out = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "regrad", "svg.fonttype": "none"}):  # the same report, the same bytes
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    save_svg(figure, out, fonttype="none")
     return out.getvalue()[out.getvalue().index("<svg") :]

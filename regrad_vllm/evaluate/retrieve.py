@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regrad_vllm.adapt.bank_client import BankClient, Query
-from regrad_vllm.evaluate.datasets import EvalData, EvalQuestion
+from regrad_vllm.data.questions import Question
+from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.methods import Method
 from regrad_vllm.learner import Learner
 
@@ -26,7 +27,7 @@ class Found:
 class Retrieved:
     """A question and what the methods may use for it."""
 
-    question: EvalQuestion
+    question: Question
     hits: tuple[Found, ...]  # best first
     # For the controls; None and nothing where no other question or document will do.
     wrong_query: str | None  # another question of the same set; its hits don't hold the document that answers this one
@@ -35,7 +36,7 @@ class Retrieved:
 
     @property
     def gold_retrieved(self) -> bool:
-        return not {hit.id for hit in self.hits}.isdisjoint(self.question.document_ids)
+        return not {hit.id for hit in self.hits}.isdisjoint(self.question.documents)
 
 
 async def retrieve(
@@ -61,9 +62,9 @@ def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random
         candidates = [
             index
             for index, other in enumerate(data.questions)
-            if other.set_name == question.set_name and {hit.id for hit in hits[index]}.isdisjoint(question.document_ids)
+            if other.set_name == question.set_name and {hit.id for hit in hits[index]}.isdisjoint(question.documents)
         ]
-        others = [key for key in ids if key not in question.document_ids]
+        others = [key for key in ids if key not in question.documents]
         wrong = rng.choice(candidates) if candidates else None
         wrong_query, wrong_hits = (None, ()) if wrong is None else (data.questions[wrong].question, hits[wrong])
         retrieved.append(Retrieved(question, found, wrong_query, wrong_hits, rng.choice(others) if others else None))

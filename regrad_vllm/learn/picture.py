@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any, Literal
 
 SMOOTHING = 0.05  # weight of a new value in the moving mean
 
 
 def draw(log: Path, out: Path) -> None:
     """Reads the JSON Lines of a training log and writes an SVG."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
@@ -38,7 +38,14 @@ def draw(log: Path, out: Path) -> None:
         axes.grid(color="#e3e3e8")
         if axes.lines:
             axes.legend(fontsize=8)
-    with mpl.rc_context({"svg.hashsalt": "regrad"}):
+    save_svg(figure, out)
+
+
+def save_svg(figure: Any, out: Path | IO[str], *, fonttype: Literal["path", "none"] = "path") -> None:
+    """Writes a matplotlib figure, the same figure as the same bytes. ``fonttype`` "none" keeps text as text."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "regrad", "svg.fonttype": fonttype}):
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 

@@ -33,7 +33,7 @@ def with_retrieval(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSe
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, questions=_embed(questions, embedder), documents=_embed(documents, embedder))
+        np.savez(partial, questions=embed_all(questions, embedder), documents=embed_all(documents, embedder))
         partial.replace(path)
     saved = np.load(path, allow_pickle=False)
     vectors = saved["questions"], saved["documents"]
@@ -50,7 +50,8 @@ def _search(questions: NDArray[np.float32], documents: NDArray[np.float32]) -> N
     return np.concatenate(blocks)
 
 
-def _embed(texts: Sequence[str], embedder: Embedder) -> NDArray[np.float32]:
+def embed_all(texts: Sequence[str], embedder: Embedder) -> NDArray[np.float32]:
+    """float32 (texts, dimension), L2 norm 1; on all cores, with a progress bar."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -13,13 +13,13 @@ def test_a_history_changes_facts_and_takes_documents_away_and_says_what_was_true
     assert counts == sorted(set(counts)) and counts[-1] > 150
     for before, entry in zip(rounds, rounds[1:], strict=False):
         texts = {document.id: document.text for document in entry.data.documents}
-        old = {question.document_ids[0]: question for question in before.data.questions}
-        assert set(texts) == {question.document_ids[0] for question in entry.data.questions}
-        assert all(question.answers[0] in texts[question.document_ids[0]] for question in entry.data.questions)
+        old = {question.documents[0]: question for question in before.data.questions}
+        assert set(texts) == {question.documents[0] for question in entry.data.questions}
+        assert all(question.answers[0] in texts[question.documents[0]] for question in entry.data.questions)
         for document in entry.changed:
             assert old[document.id].answers[0] not in document.text
         assert len(entry.changed) > 20
-        assert {q.document_ids[0] for q in entry.deleted}.isdisjoint(texts)
+        assert {q.documents[0] for q in entry.deleted}.isdisjoint(texts)
         assert len(entry.deleted) == len(before.deleted) + round(0.05 * len(before.data.documents))
-        today = {question.document_ids[0]: question.answers for question in entry.data.questions}
-        assert all(question.answers != today[question.document_ids[0]] for question in entry.stale)
+        today = {question.documents[0]: question.answers for question in entry.data.questions}
+        assert all(question.answers != today[question.documents[0]] for question in entry.stale)

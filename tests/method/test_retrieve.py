@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from regrad_vllm.data.questions import load_split
-from regrad_vllm.evaluate.datasets import EvalData, EvalDocument, EvalQuestion, question_sets
+from regrad_vllm.data.questions import Question, SourceDocument, load_split
+from regrad_vllm.evaluate.datasets import EvalData, question_sets
 from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.retrieve import Found, check_controls, with_controls
 from regrad_vllm.evaluate.run import SAMPLE
@@ -19,9 +19,9 @@ def found(*names: str) -> tuple[Found, ...]:
 
 
 def data() -> EvalData:
-    documents = tuple(EvalDocument(name, "", f"text of {name}") for name in "abcd")
+    documents = tuple(SourceDocument(name, "", f"text of {name}") for name in "abcd")
     asked = (("q1", "s", "a"), ("q2", "s", "b"), ("q3", "s", "c"), ("q4", "t", "d"))
-    questions = (EvalQuestion(key, name, f"{key}?", ("x",), (gold,)) for key, name, gold in asked)
+    questions = (Question(key, f"{key}?", ("x",), (gold,), name) for key, name, gold in asked)
     return EvalData(documents, tuple(questions))
 
 
@@ -41,7 +41,7 @@ def test_the_controls_never_hold_the_document_that_answers() -> None:
 
 
 def test_a_gold_passage_is_retrieved_where_any_of_them_is() -> None:
-    question = replace(data().questions[0], document_ids=("a#2", "a#3"))
+    question = replace(data().questions[0], documents=("a#2", "a#3"))
     (asked,) = with_controls(EvalData(data().documents, (question,)), [found("a#3")], random.Random(0))
     assert asked.gold_retrieved
     (missed,) = with_controls(EvalData(data().documents, (question,)), [found("a#1")], random.Random(0))
@@ -53,7 +53,7 @@ def test_question_sets_bring_the_documents_of_their_questions_and_distractors_of
     chosen = question_sets(sample, ["nq", "qamr"], 5, 7, seed=1)
     assert chosen == question_sets(sample, ["nq", "qamr"], 5, 7, seed=1)
     ids = {document.id for document in chosen.documents}
-    golds = {key for question in chosen.questions for key in question.document_ids}
+    golds = {key for question in chosen.questions for key in question.documents}
     assert len(chosen.questions) == 10 and golds <= ids and len(ids - golds) == 7
     assert all(key.split(":")[0] in ("nq", "qamr") for key in ids)
     with pytest.raises(ValueError, match="set 'law' has no questions"):

@@ -100,7 +100,7 @@ def test_fresh_facts_are_the_same_for_the_same_seed_and_ask_about_their_document
     data = fresh_facts(20, 3)
     assert data == fresh_facts(20, 3) != fresh_facts(20, 4)
     texts = {document.id: document.text for document in data.documents}
-    assert all(question.answers[0] in texts[question.document_ids[0]] for question in data.questions)
+    assert all(question.answers[0] in texts[question.documents[0]] for question in data.questions)
 
 
 def test_metrics_follow_squads_rules() -> None:
