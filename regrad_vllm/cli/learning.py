@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import UsageError, say
+from regrad_vllm.cli.console import UsageError, count, say
 
 UNFINISHED = 75  # EX_TEMPFAIL: try again
 
@@ -22,6 +22,14 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     train.add_argument("--output", default="", metavar="FOLDER", help="where the learner goes, for the config's output")
     train.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after so long, with a checkpoint and exit status 75"
+    )
+    train.add_argument(
+        "--pack", type=Path, metavar="FOLDER",
+        help="instead of training, write all that it needs in pieces, to be carried to a machine without network",
+    )  # fmt: skip
+    train.add_argument("--piece-mib", type=int, default=55, help="largest piece of --pack, MiB")
+    train.add_argument(
+        "--carried", type=Path, metavar="FOLDER", help="go on from the checkpoint that a packed run left there"
     )
     train.set_defaults(run=run_train)
 
@@ -43,18 +51,30 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 def run_train(args: argparse.Namespace) -> int:
     from regrad_vllm.default_model import resolve_model
-    from regrad_vllm.learn.train import main
+    from regrad_vllm.learn.config import TrainConfig
+    from regrad_vllm.learn.train import train
     from regrad_vllm.observe import configure_logging
 
     configure_logging()
-    folder = main(
-        args.config,
-        resume=args.resume,
-        model_folder=resolve_model,
-        data=args.data,
-        output=args.output,
-        minutes=args.minutes,
-    )
+    if args.piece_mib < 1:
+        raise UsageError(f"--piece-mib must be at least 1, got {args.piece_mib}")
+    given = {"data_folder": args.data and str(Path(args.data).resolve())}
+    given |= {"output": args.output and str(Path(args.output).resolve())}
+    config = TrainConfig.load(args.config, {key: value for key, value in given.items() if value})
+    model_folder = resolve_model(config.base_model)
+    if args.pack:
+        from regrad_vllm.learn.carry import pack
+
+        pieces = pack(config, args.pack, model_folder=model_folder, piece_bytes=args.piece_mib * 2**20)
+        say(f"{args.pack}: {count(len(pieces), 'piece')}; carry run.sh, parts.sha256, state and one piece or more at a "
+            "time, then run run.sh there")  # fmt: skip
+        return 0
+    if args.carried:
+        from regrad_vllm.learn.carry import bring_back
+
+        bring_back(config, args.carried)
+    resume = args.resume or args.carried is not None
+    folder = train(config, model_folder=model_folder, resume=resume, minutes=args.minutes)
     if folder is None:
         say("not done yet; the same command with --resume goes on")
         return UNFINISHED

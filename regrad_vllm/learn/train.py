@@ -9,7 +9,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,11 +172,16 @@ def _run_steps(
     progress.close()
 
 
-def _validation_batches(
-    config: TrainConfig, data: DataSplit, builder: PromptBuilder, device: torch.device, cache: Path
-) -> dict[str, list[MetaBatch]]:
-    """Fixed batches from each set that has a validation part, with 1 and with 3 documents an adapter."""
-    batches: dict[str, list[MetaBatch]] = {}
+def fill_caches(config: TrainConfig, cache: Path) -> None:
+    """Embeds what a run needs embedded, so that it can go on where there is no embedder."""
+    data = load_data(config)
+    make_sampler(config, "train", data.train, cache)
+    for _ in _validation_samplers(config, data.validation, cache):
+        pass
+
+
+def _validation_samplers(config: TrainConfig, data: DataSplit, cache: Path) -> Iterator[tuple[str, Sampler]]:
+    """A sampler for each set that has a validation part, with 1 and with 3 documents an adapter."""
     for name in config.sets:
         for k in VALIDATION_TOP_KS:
             single = replace(
@@ -184,15 +189,23 @@ def _validation_batches(
                 top_k_weights=tuple(float(number == k) for number in range(1, k + 1)),
             )  # fmt: skip
             try:
-                sampler = make_sampler(single, "validation", data, cache)
+                yield f"{name}, k={k}", make_sampler(single, "validation", data, cache)
             except ValueError:  # the data has no validation part for this set
                 _LOG.info("set %s has no validation tasks", name)
                 break
-            batches[f"{name}, k={k}"] = [
-                make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
-                for step in range(config.validation_batches)
-            ]
-    return batches
+
+
+def _validation_batches(
+    config: TrainConfig, data: DataSplit, builder: PromptBuilder, device: torch.device, cache: Path
+) -> dict[str, list[MetaBatch]]:
+    """Fixed batches of each validation sampler."""
+    return {
+        name: [
+            make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
+            for step in range(config.validation_batches)
+        ]
+        for name, sampler in _validation_samplers(config, data, cache)
+    }
 
 
 class _JsonLog:
@@ -239,21 +252,3 @@ def _provenance(
         "versions": versions,
         "device": device,
     }
-
-
-def main(
-    config_path: str,
-    *,
-    resume: bool,
-    model_folder: Callable[[str], Path],
-    data: str = "",
-    output: str = "",
-    minutes: float = math.inf,
-) -> Path | None:
-    """Entry for the command line. ``model_folder`` turns the config's base_model into a local folder.
-
-    data and output replace the config's data_folder and output where given.
-    """
-    overrides = {"data_folder": data and str(Path(data).resolve()), "output": output and str(Path(output).resolve())}
-    config = TrainConfig.load(config_path, {key: value for key, value in overrides.items() if value})
-    return train(config, model_folder=model_folder(config.base_model), resume=resume, minutes=minutes)
