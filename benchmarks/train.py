@@ -83,7 +83,8 @@ class Ours:
 
     def gradient(self, plan: StepPlan) -> Tensor:
         batch = make_batch(plan, self._builder, self._learner.config.max_document_tokens, self._model.device)
-        loss = meta_loss(self._model, MetaParameters(self.phi, [list(self.step_sizes.unbind())]), batch)
+        sizes = self.step_sizes.view(self._learner.config.inner_steps, -1)
+        loss = meta_loss(self._model, MetaParameters(self.phi, [list(row.unbind()) for row in sizes]), batch)
         return torch.cat(torch.autograd.grad(loss, (self.phi, self.step_sizes)))
 
 
@@ -105,16 +106,18 @@ class Loop:
     def gradient(self, plan: StepPlan) -> Tensor:
         found = torch.zeros(len(self.phi) + len(self.step_sizes), device=self._device)
         for index, pairs in enumerate(plan.questions):
-            steps = self.step_sizes.repeat_interleave(self._sizes)
             adapted = self.phi
             for other, weight in enumerate(plan.mix[index]):
                 if weight:
                     task = plan.tasks[other]
                     limit = self._learner.config.max_document_tokens
                     tokens, _ = self._builder.document(task.title, task.text, limit)
-                    loss = self._loss(self.phi, tokens, 1)
-                    (gradient,) = torch.autograd.grad(loss, self.phi, create_graph=True)
-                    adapted = adapted - weight * steps * gradient
+                    own = self.phi
+                    for sizes in self.step_sizes.view(self._learner.config.inner_steps, -1):
+                        loss = self._loss(own, tokens, 1)
+                        (gradient,) = torch.autograd.grad(loss, own, create_graph=True)
+                        own = own - sizes.repeat_interleave(self._sizes) * gradient
+                    adapted = adapted + weight * (own - self.phi)
             losses = []
             for question, answer in pairs:
                 prompt = self._builder.question(question)

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--pack", type=Path, metavar="FOLDER",
         help="instead of training, write all that it needs in pieces, to be carried to a machine without network",
     )  # fmt: skip
-    train.add_argument("--piece-mib", type=int, default=55, help="largest piece of --pack, MiB")
+    train.add_argument("--piece-mib", type=int, default=35, help="largest piece of --pack, MiB")
     train.add_argument(
         "--carried", type=Path, metavar="FOLDER", help="go on from the checkpoint that a packed run left there"
     )
@@ -63,18 +63,14 @@ def run_train(args: argparse.Namespace) -> int:
     config = TrainConfig.load(args.config, {key: value for key, value in given.items() if value})
     model_folder = resolve_model(config.base_model)
     if args.pack:
-        from regrad_vllm.learn.carry import pack
+        from regrad_vllm.learn.pack import pack
 
         pieces = pack(config, args.pack, model_folder=model_folder, piece_bytes=args.piece_mib * 2**20)
         say(f"{args.pack}: {count(len(pieces), 'piece')}; carry run.sh, parts.sha256, state and one piece or more at a "
             "time, then run run.sh there")  # fmt: skip
         return 0
-    if args.carried:
-        from regrad_vllm.learn.carry import bring_back
-
-        bring_back(config, args.carried)
     resume = args.resume or args.carried is not None
-    folder = train(config, model_folder=model_folder, resume=resume, minutes=args.minutes)
+    folder = train(config, model_folder=model_folder, resume=resume, minutes=args.minutes, carried=args.carried)
     if folder is None:
         say("not done yet; the same command with --resume goes on")
         return UNFINISHED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class MetaState:
     def __init__(self, config: TrainConfig, layout: Layout, hidden_size: int, device: torch.device) -> None:
         self.config, self.layout = config, layout
         self.step = 0
-        self.seconds = 0.0
+        self.seconds: dict[str, float] = {}  # by machine
         self.origin = ""  # digest of what the run was begun with beside its config: base model, data, start
         generator = torch.Generator().manual_seed(config.seed)
         self.phi = initial_phi(layout, generator).to(device).requires_grad_()
@@ -141,9 +141,10 @@ class MetaState:
         )
         partial.replace(path)
 
-    def load(self, path: Path) -> None:
+    def load(self, file: Path | IO[bytes]) -> None:
         """Continues from a checkpoint; ConfigError where another config made it."""
-        saved = torch.load(path, weights_only=True, map_location=self.phi.device)
+        path = file if isinstance(file, Path) else "the carried checkpoint"
+        saved = torch.load(file, weights_only=True, map_location=self.phi.device)
         if saved.get("config") != self.config.digest:
             raise ConfigError(
                 f"{path} must be of this config ({self.config.digest[:16]}), it is of another "

@@ -24,6 +24,7 @@ from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch
+from regrad_vllm.learn.carried import CHECKPOINT, LOG, carried_state
 from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
 from regrad_vllm.learn.picture import draw
@@ -47,17 +48,25 @@ class TrainingData:
     left_out: tuple[str, ...]  # ids of training documents and questions that stand in evaluation data too
 
 
-def train(config: TrainConfig, *, model_folder: Path, resume: bool = False, minutes: float = math.inf) -> Path | None:
+def train(
+    config: TrainConfig,
+    *,
+    model_folder: Path,
+    resume: bool = False,
+    minutes: float = math.inf,
+    carried: Path | None = None,
+) -> Path | None:
     """Runs meta-training and returns the learner's folder; None where ``minutes`` were over first: then it left a
     checkpoint to resume from.
 
     resume continues from the last checkpoint in <output>.run, and starts at 0 where there is none. Without it a
-    run that left a checkpoint is a ConfigError, so that hours of work aren't overwritten.
+    run that left a checkpoint is a ConfigError, so that hours of work aren't overwritten. ``carried``: a folder with
+    what a slice on another machine left (carried.py); the run goes on from it where that is further.
     """
     deadline = time.monotonic() + 60 * minutes
     run = Path(config.output + ".run")
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.pt"
+    checkpoint = run / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise ConfigError(f"{checkpoint} exists; give --resume to go on, or delete {run} to start again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,6 +87,8 @@ def train(config: TrainConfig, *, model_folder: Path, resume: bool = False, minu
     state.origin = digest_json({"base": digest, "data": files, "start": start.fingerprint if start else None})
     if checkpoint.exists():
         state.load(checkpoint)
+    if carried is not None:
+        _take_over(state, carried, run)
     data = load_data(config)
     sampler = make_sampler(config, "train", data.train, run)
     validation = _validation_batches(config, data.validation, builder, device, run)
@@ -86,9 +97,22 @@ def train(config: TrainConfig, *, model_folder: Path, resume: bool = False, minu
         return None
     learner = state.to_learner(digest, _provenance(config, state, start, files, data.left_out))
     learner.save(config.output)
-    shutil.copyfile(run / "log.jsonl", Path(config.output) / "training_log.jsonl")
-    draw(run / "log.jsonl", Path(config.output) / "training.svg")
+    shutil.copyfile(run / LOG, Path(config.output) / "training_log.jsonl")
+    draw(run / LOG, Path(config.output) / "training.svg")
     return Path(config.output)
+
+
+def _take_over(state: MetaState, carried: Path, run: Path) -> None:
+    """Goes on from a carried checkpoint, unless it is of another run (ConfigError) or the run is further by itself."""
+    checkpoint, log = carried_state(carried)
+    step = state.step
+    state.load(checkpoint)
+    if state.step < step:
+        _LOG.warning("%s is at step %d and this run at %d; it goes on from its own", carried, state.step, step)
+        state.load(run / CHECKPOINT)
+        return
+    (run / LOG).write_text(log, "utf-8")
+    state.save(run / CHECKPOINT)
 
 
 def load_data(config: TrainConfig) -> TrainingData:
@@ -134,9 +158,10 @@ def _run_steps(
 ) -> None:  # fmt: skip
     from tqdm import tqdm
 
-    log = _JsonLog(run / "log.jsonl", state.step)
+    log = _JsonLog(run / LOG, state.step)
     progress = tqdm(total=config.num_steps, initial=state.step, desc="meta-training", unit="step")
     smoothed = float("nan")
+    machine = _machine()
     while state.step < config.num_steps:
         begun = time.monotonic()
         plan = sampler.plan(state.step)
@@ -144,7 +169,7 @@ def _run_steps(
         loss = meta_loss(model, state.parameters(), batch)
         figures = state.update(loss)
         seconds = time.monotonic() - begun
-        state.seconds += seconds
+        state.seconds[machine] = state.seconds.get(machine, 0.0) + seconds
         value = float(loss.detach())
         smoothed = value if smoothed != smoothed else 0.95 * smoothed + 0.05 * value
         log(
@@ -166,7 +191,7 @@ def _run_steps(
                 progress.write(f"step {state.step} {name}: {found}")
         over = time.monotonic() > deadline
         if over or state.step % config.checkpoint_every == 0 or state.step == config.num_steps:
-            state.save(run / "checkpoint.pt")
+            state.save(run / CHECKPOINT)
         if over:
             break
     progress.close()
@@ -234,21 +259,21 @@ def _data_digests(config: TrainConfig) -> dict[str, str]:
 def _provenance(
     config: TrainConfig, state: MetaState, start: Learner | None, files: dict[str, str], left_out: tuple[str, ...]
 ) -> dict[str, object]:
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     return {
         "config": config.decisive,
         "data": files,
         "left_out": list(left_out),  # they stand in evaluation data too
         "start": {"fingerprint": start.fingerprint, "training": dict(start.config.training)} if start else None,
         "num_steps": state.step,
-        "hours": round(state.seconds / 3600, 3),
-        "versions": versions,
-        "device": device,
+        "hours": round(sum(state.seconds.values()) / 3600, 3),
+        "hours_on": {machine: round(seconds / 3600, 3) for machine, seconds in state.seconds.items()},
     }
+
+
+def _machine() -> str:
+    """The device and the versions that make a step what it is."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    python, torch_version = platform.python_version(), torch.__version__
+    return f"{device}; python {python}, torch {torch_version}, transformers {transformers.__version__}"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regrad_vllm.learn.carry import bring_back, pack
 from regrad_vllm.learn.config import ConfigError
+from regrad_vllm.learn.pack import pack
 from regrad_vllm.learn.train import train
 from regrad_vllm.learner import Learner
 from tests.method.test_train import config, model_folder
@@ -26,12 +26,16 @@ def write_data(folder: Path) -> None:
     folder.mkdir()
     for split in ("train", "validation", "test"):
         documents = [
-            {"id": f"{split}{n}", "text": f"The {split} house number {n} has {n * n + 7} windows.", "set": "houses"}
+            {
+                "id": f"{split}{n}",
+                "text": f"The {split} house number {n} has {n * n + 7} windows.",
+                "set": "old häuser.1",
+            }
             for n in range(9)
         ]
         questions = [
             {"id": f"{split}q{n}", "question": f"How many windows has {split} house {n}?", "answers": [str(n * n + 7)],
-             "documents": [f"{split}{n}"], "set": "houses"} for n in range(9)
+             "documents": [f"{split}{n}"], "set": "old häuser.1"} for n in range(9)
         ]  # fmt: skip
         for name, lines in (("documents", documents), ("questions", questions)):
             (folder / f"{split}.{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -49,7 +53,7 @@ def test_a_run_carried_in_pieces_gives_the_learner_that_a_run_at_home_gives(tmp_
     write_data(tmp_path / "data")
     start = train(config(tmp_path / "start", 1), model_folder=model_folder)
     settings = replace(
-        config(tmp_path / "home", 4), data_folder=str(tmp_path / "data"), sets={"houses": 0.5, "synthetic": 0.5},
+        config(tmp_path / "home", 4), data_folder=str(tmp_path / "data"), sets={"old häuser.1": 0.5, "synthetic": 0.5},
         neighbour_share=0.5, start=str(start), prompts=replace(config(tmp_path, 1).prompts, system='Say "ça",\nshort.'),
     )  # fmt: skip
     train(settings, model_folder=model_folder)
@@ -63,7 +67,7 @@ def test_a_run_carried_in_pieces_gives_the_learner_that_a_run_at_home_gives(tmp_
     carried, work, out = tmp_path / "carried", tmp_path / "work", tmp_path / "out"
     shutil.copytree(tmp_path / "packed", carried, ignore=shutil.ignore_patterns(pieces[1].name))
     first = slice_of(carried, work, out)
-    assert first.returncode == 0 and f"still to carry: {pieces[1].name}" in first.stdout, "and the others are kept"
+    assert first.returncode == 75 and f"still to carry: {pieces[1].name}" in first.stdout, "and the others are kept"
     for piece in carried.glob("part-*"):
         piece.unlink()
     shutil.copyfile(pieces[1], carried / pieces[1].name)
@@ -77,10 +81,18 @@ def test_a_run_carried_in_pieces_gives_the_learner_that_a_run_at_home_gives(tmp_
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
     assert steps == [1, 2], "the second slice went on"
 
-    bring_back(away, out)
-    folder = train(away, model_folder=model_folder, resume=True)
-    assert folder is not None
-    home, brought = Learner.load(settings.output), Learner.load(folder)
+    other = replace(away, output=str(tmp_path / "other"), num_steps=5)
+    with pytest.raises(ConfigError, match="the carried checkpoint must be of this config"):
+        train(other, model_folder=model_folder, resume=True, carried=out)
+    assert train(away, model_folder=model_folder, resume=True, minutes=0, carried=out) is None
+    behind = tmp_path / "behind"
+    shutil.copytree(out, behind)
+    assert train(away, model_folder=model_folder, resume=True, carried=behind) is not None, "its own step 3 is further"
+    home, brought = Learner.load(settings.output), Learner.load(away.output)
     assert np.allclose(home.phi, brought.phi, atol=1e-6) and home.config.prompts == brought.config.prompts
-    with pytest.raises(ConfigError, match=r"checkpoint\.pt is missing"):
-        bring_back(away, tmp_path / "data")
+    steps = [
+        json.loads(line)["step"] for line in Path(away.output, "training_log.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert sorted(set(steps)) == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match=r"must hold checkpoint\.pt\.00"):
+        train(away, model_folder=model_folder, resume=True, carried=tmp_path / "data")

@@ -1,7 +1,8 @@
 """A training run for a machine that can't be reached but by carrying files: no network, no installation, short visits.
 
 ``pack`` writes a folder: pieces small enough for one transfer each, ``run.sh``, and ``state/`` with what changes. There
-it needs Python with torch, transformers, safetensors, tqdm, numpy, matplotlib, onnxruntime and tokenizers.
+it needs Python with torch, transformers, safetensors, tqdm, numpy, onnxruntime and tokenizers. What a slice leaves in
+$OUT comes back by ``regrad train --carried`` (carried.py), and into ``state/`` for the next slice.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import IO, cast
 
 from bank_service.embedder import installed_files
 from regrad_vllm.data.questions import SPLITS
+from regrad_vllm.learn.carried import CHECKPOINT, leave_state
 from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.train import fill_caches
 
-CARRIED_STATE = ("checkpoint.pt", "log.jsonl")  # in <output>.run: all that a slice changes
 _CODE = Path(__file__).resolve().parents[2]
 _SCRIPT = Path(__file__).with_name("run_carried.sh")
 _NOT_NEEDED = ("__pycache__", "learners", "sample")  # inside the packages
@@ -36,13 +37,16 @@ def pack(config: TrainConfig, out: Path, *, model_folder: Path, piece_bytes: int
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} must be absent or an empty folder; choose another")
-    (out / "state").mkdir(parents=True)
     run = Path(config.output + ".run")
     run.mkdir(parents=True, exist_ok=True)
     fill_caches(config, run)
+    (out / "state").mkdir(parents=True)
     pieces = _Pieces(out, piece_bytes)
     there = replace(config, base_model="model", output="learner", data_folder="data", start=config.start and "start")
-    with lzma.open(cast(IO[bytes], pieces), "wb", preset=1) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
+    with (
+        lzma.open(cast(IO[bytes], pieces), "wb", preset=1) as packed,
+        tarfile.open(fileobj=packed, mode="w|", dereference=True) as tar,
+    ):
         text = _toml(there).encode()
         entry = tarfile.TarInfo("config.toml")
         entry.size = len(text)
@@ -54,26 +58,9 @@ def pack(config: TrainConfig, out: Path, *, model_folder: Path, piece_bytes: int
         "".join(f"{hashlib.sha256(piece.read_bytes()).hexdigest()}  {piece.name}\n" for piece in pieces.paths), "utf-8"
     )
     shutil.copyfile(_SCRIPT, out / "run.sh")
-    for name in CARRIED_STATE:
-        if (run / name).exists():
-            shutil.copyfile(run / name, out / "state" / name)
+    if (run / CHECKPOINT).exists():
+        leave_state(run, out / "state")
     return pieces.paths
-
-
-def bring_back(config: TrainConfig, out: Path) -> None:
-    """Puts a slice's checkpoint and log (``out``: the folder with them) where ``regrad train --resume`` looks for them.
-
-    ConfigError where they aren't there. Whether they are of this config and data is checked when the run goes on.
-    """
-    missing = [name for name in CARRIED_STATE if not (out / name).is_file()]
-    if missing:
-        raise ConfigError(f"{out} must hold {' and '.join(CARRIED_STATE)} of a slice; {missing[0]} is missing")
-    run = Path(config.output + ".run")
-    run.mkdir(parents=True, exist_ok=True)
-    for name in CARRIED_STATE:
-        partial = run / f"{name}.partial"
-        shutil.copyfile(out / name, partial)
-        partial.replace(run / name)
 
 
 def _files(config: TrainConfig, run: Path, model_folder: Path) -> Iterator[tuple[str, Path]]:
@@ -95,12 +82,12 @@ def _files(config: TrainConfig, run: Path, model_folder: Path) -> Iterator[tuple
 
 
 def _toml(config: TrainConfig) -> str:
-    """JSON's scalars, strings and arrays are TOML's too."""
+    """JSON's numbers, arrays and strings of the basic plane are TOML's too."""
     plain = {key: value for key, value in asdict(config).items() if not isinstance(value, dict)}
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
     for table in ("prompts", "sets"):
         lines += ["", f"[{table}]"]
-        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(config)[table].items()]
+        lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in asdict(config)[table].items()]
     return "\n".join(lines) + "\n"
 
 
