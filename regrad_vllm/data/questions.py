@@ -152,7 +152,7 @@ def in_passages(data: DataSplit) -> DataSplit:
     for key, document in data.documents.items():
         passages[key] = split_text(document.title, document.text)
     for question in data.questions:
-        if not any(_holds(passage.text, question) for key in question.documents for passage in passages[key]):
+        if not any(holds(passage.text, question) for key in question.documents for passage in passages[key]):
             for key in question.documents:
                 passages[key] = [Passage(data.documents[key].title, data.documents[key].text)]
     documents: dict[str, SourceDocument] = {}
@@ -165,12 +165,13 @@ def in_passages(data: DataSplit) -> DataSplit:
     questions = []
     for question in data.questions:
         candidates = [part for key in question.documents for part in parts[key]]
-        ids = tuple(part.id for part in candidates if _holds(part.text, question))
+        ids = tuple(part.id for part in candidates if holds(part.text, question))
         questions.append(replace(question, documents=ids or tuple(part.id for part in candidates)))
     return DataSplit(documents, tuple(questions))
 
 
-def _holds(text: str, question: Question) -> bool:
+def holds(text: str, question: Question) -> bool:
+    """Whether an answer stands in the text, word by word, whatever the case and punctuation."""
     words = f" {plain_words(text)} "
     return any(f" {plain_words(answer)} " in words for answer in question.answers)
 

@@ -38,6 +38,7 @@ class Record:
     """One answer."""
 
     question_id: str
+    document_id: str  # that answers it, the best
     set_name: str
     method: str
     question: str
@@ -123,6 +124,7 @@ def record_of(asked: Retrieved, method: Method, prediction: str, error: str = ""
     question: Question = asked.question
     return Record(
         question_id=question.id,
+        document_id=question.documents[0],
         set_name=question.set_name,
         method=method.name,
         question=question.question,

@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,8 @@ from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learner import Learner
 
 DOCUMENT_COUNTS = (1000, 2000, 5000, 10_000, 20_000, 50_000)
-_NUM_HISTORY = 100  # invented documents
+NUM_HISTORY = 100  # invented documents
+_INVENTED = "invented-"
 CORPUS_COUNTS = (250, 500, 1000)
 _LABELS = {
     "documents": "documents in the bank",
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         "gamma": grower.over_gamma,
         "length": lambda: grower.over_length(others),
         "corpus": lambda: grower.over_corpus(others, CORPUS_COUNTS),
-        "history": lambda: grower.over_history(fresh_facts(_NUM_HISTORY, args.seed, args.split)),
+        "history": lambda: grower.over_history(fresh_facts(NUM_HISTORY, args.seed, args.split)),
     }
     points: list[Point] = []
     args.out.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
         "command": shlex.join(["regrad", "growth", *argv]),
         "learner": learner.fingerprint[:16],
         "questions": len(data.questions),
+        "others": len(others),
+        "others_invented": sum(document.id.startswith(_INVENTED) for document in others),
         "top_k": top_k,
         "seed": args.seed,
         "seconds": round(time.monotonic() - begun, 1),
@@ -93,7 +97,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
-    """What is asked, and documents to grow by: other texts of the data first, then invented ones."""
+    """What is asked, and documents to grow by: the data's other texts and invented ones in one random order, so that
+    a bank of any size has the same mixture."""
     folder = args.data or SAMPLE
     split = load_clean(folder, args.split)
     names = args.sets or list(split.set_names)
@@ -101,12 +106,13 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
     data = data.merged(question_sets(split, names, args.num_questions, 0, args.seed))
     taken = {document.id for document in data.documents}
     others = [found for key, found in in_passages(split).documents.items() if key not in taken]
-    others += load_documents(folder, "haystack").values()
-    random.Random(f"regrad.evaluate.growth.{args.seed}").shuffle(others)
+    with suppress(FileNotFoundError):  # a user's own data needs none
+        others += load_documents(folder, "haystack").values()
     missing = max((*args.counts, *CORPUS_COUNTS)) - len(others) - len(data.documents)
     if missing > 0:
         made = islice(synthetic_documents(args.split, args.seed), args.num_fresh, args.num_fresh + missing)
-        others += [SourceDocument(f"invented-{number}", found.title, found.text) for number, found in enumerate(made)]
+        others += [SourceDocument(f"{_INVENTED}{number}", each.title, each.text) for number, each in enumerate(made)]
+    random.Random(f"regrad.evaluate.growth.{args.seed}").shuffle(others)
     return data, others
 
 

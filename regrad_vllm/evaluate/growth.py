@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from regrad_vllm.data.passages import count_tokens, split_sentences
-from regrad_vllm.data.questions import DataSplit, SourceDocument, in_passages
+from regrad_vllm.data.questions import DataSplit, SourceDocument, holds, in_passages, plain_words
+from regrad_vllm.evaluate.asking import Record
 from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.history import history
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
@@ -18,6 +20,7 @@ from regrad_vllm.evaluate.retrieve import Retrieved
 TOP_KS = (1, 2, 3, 5, 7, 10)
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
+NUM_ROUNDS = 6  # of updates and deletes
 _BATCH = 16
 
 
@@ -30,7 +33,7 @@ class Point:
     method: str
     f1: Interval
     recall: float  # share of the questions whose document was among the hits
-    found_f1: float  # F1 over those questions alone
+    found_f1: float  # F1 over those questions alone, the mean over the sets that have any
 
 
 class Grower:
@@ -73,19 +76,26 @@ class Grower:
         records = []
         for start in range(0, len(questions), _BATCH):
             records += self._runner.ask(questions[start : start + _BATCH], method, gamma)
-        by_set: dict[str, list[float]] = {}
+        by_set: dict[str, list[Record]] = {}
         for record in records:
-            by_set.setdefault(record.set_name, []).append(record.f1)
-        found = [record.f1 for record in records if record.gold_retrieved]
+            by_set.setdefault(record.set_name, []).append(record)
+        found = [[record.f1 for record in of_set if record.gold_retrieved] for of_set in by_set.values()]
         return Point(
-            curve, x, method.name, stratified_interval(list(by_set.values())),
-            len(found) / len(records), sum(found) / len(found) if found else 0.0,
-        )  # fmt: skip
+            curve,
+            x,
+            method.name,
+            stratified_interval(
+                [[record.f1 for record in of_set] for of_set in by_set.values()],
+                [[record.document_id for record in of_set] for of_set in by_set.values()],
+            ),
+            sum(record.gold_retrieved for record in records) / len(records),
+            fmean(map(fmean, filter(None, found))) if any(found) else 0.0,
+        )
 
     def over_length(self, others: Sequence[SourceDocument], lengths: Sequence[int] = LENGTHS) -> Iterator[Point]:
-        """Each document grown to so many tokens by text around it, then cut into passages as at ingest."""
+        """What is told around each answer, cut or grown to so many tokens, then in passages as at ingest."""
         for length in lengths:
-            data = _grown(self._data, length, others, self._seed)
+            data = sized(self._data, length, others, self._seed)
             for method in ("regrad", "regrad_gold"):
                 yield self._point("length", length, METHODS[method], data, self._top_k)
 
@@ -98,7 +108,7 @@ class Grower:
             for method in ("cpt", "regrad"):
                 yield self._point("corpus", len(data.documents), METHODS[method], data, self._top_k)
 
-    def over_history(self, data: EvalData, num_rounds: int = 6) -> Iterator[Point]:
+    def over_history(self, data: EvalData, num_rounds: int = NUM_ROUNDS) -> Iterator[Point]:
         """Facts change and documents go, round by round; "_stale": how much of the answers before is still said.
 
         data: invented facts. "cpt" reads everything once and then what changed; it can't forget what was deleted.
@@ -115,16 +125,54 @@ class Grower:
                         yield replace(point, method=f"{method}_{ending}")
 
 
-def _grown(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], seed: int) -> EvalData:
-    """Sentences of other documents before and after each document, then passages; the answer's passages are gold."""
+def sized(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], seed: int) -> EvalData:
+    """Documents of about so many tokens, in passages, and the questions whose answer stands in their document.
+
+    Short of that length a document keeps the sentences around the one with the answer; beyond its own length it gets
+    sentences of other documents before and after. The passages with the answer's sentence are the question's. One
+    question a document, so that the same are asked at every length.
+    """
     rng = random.Random(f"regrad.evaluate.length.{seed}")
-    sentences = [sentence for other in others for sentence in split_sentences(other.text)]
-    documents = {
-        document.id: replace(document, text=_surrounded(document.text, num_tokens, sentences, rng))
-        for document in data.documents
-    }
-    cut = in_passages(DataSplit(documents, data.questions))
-    return EvalData(tuple(cut.documents.values()), cut.questions)
+    filling = [sentence for other in others for sentence in split_sentences(other.text)]
+    given = {document.id: document for document in data.documents}
+    documents: dict[str, SourceDocument] = {}
+    told: dict[str, str] = {}
+    questions = []
+    for question in data.questions:
+        document = given[question.documents[0]]
+        sentences = list(split_sentences(document.text))
+        found = next((index for index, sentence in enumerate(sentences) if holds(sentence, question)), None)
+        if found is None or document.id in documents:
+            continue
+        text = _window(sentences, found, num_tokens)
+        if text == " ".join(sentences):
+            text = _surrounded(text, num_tokens, filling, rng)
+        documents[document.id] = replace(document, text=text)
+        told[question.id] = plain_words(sentences[found])
+        questions.append(replace(question, documents=(document.id,)))
+    cut = in_passages(DataSplit(documents, tuple(questions)))
+    asked = []
+    for question in cut.questions:
+        # Another sentence may hold the words of the answer by chance. A cut through the sentence leaves it to both.
+        holding = [key for key in question.documents if told[question.id] in plain_words(cut.documents[key].text)]
+        asked.append(replace(question, documents=tuple(holding) or question.documents))
+    return EvalData(tuple(cut.documents.values()), tuple(asked))
+
+
+def _window(sentences: Sequence[str], index: int, num_tokens: int) -> str:
+    """The sentence and its neighbours in turns, as many as fit."""
+    low, high = index, index + 1
+    total = count_tokens(sentences[index])
+    grown = True
+    while grown:
+        grown = False
+        if high < len(sentences) and total + count_tokens(sentences[high]) <= num_tokens:
+            total += count_tokens(sentences[high])
+            high, grown = high + 1, True
+        if low and total + count_tokens(sentences[low - 1]) <= num_tokens:
+            low, grown = low - 1, True
+            total += count_tokens(sentences[low])
+    return " ".join(sentences[low:high])
 
 
 def _surrounded(text: str, num_tokens: int, sentences: Sequence[str], rng: random.Random) -> str:

@@ -6,11 +6,12 @@ Beside it one adapter that goes on being pre-trained on what changed (CPT), whic
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from regrad_vllm.data.questions import Question, SourceDocument
 from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.learn.synthetic import another_value
 
 CHANGED_SHARE, DELETED_SHARE = 0.3, 0.05  # of the documents, each round
 
@@ -27,9 +28,9 @@ class Round:
 
 
 def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:
-    """The first round is ``data`` as it is. A change replaces the asked fact's value by that of another document.
+    """The first round is ``data`` as it is. A change gives the asked fact another value.
 
-    data: one question a document, whose answer stands in it literally (``datasets.fresh_facts``).
+    data: one question a document, as ``datasets.fresh_facts`` makes them.
     """
     rng = random.Random(f"regrad.evaluate.history.{seed}")
     texts = {document.id: document for document in data.documents}
@@ -46,34 +47,11 @@ def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:
             num_changes += 1
         changed = []
         for key in rng.sample(sorted(today), round(CHANGED_SHARE * len(today))):
-            value = _other_value(today[key], texts[key], list(today.values()), texts, rng)
-            if value is None:
-                continue
             (old,) = today[key].answers
+            value = another_value(texts[key].title, today[key].question, texts[key].text, rng)
             texts[key] = replace(texts[key], text=texts[key].text.replace(old, value))
             stale[key], today[key] = today[key], replace(today[key], answers=(value,))
             changed.append(texts[key])
             num_changes += 1
         now = EvalData(tuple(texts.values()), tuple(today.values()))
         yield Round(num_changes, now, tuple(changed), tuple(stale.values()), tuple(deleted))
-
-
-def _other_value(
-    question: Question,
-    document: SourceDocument,
-    questions: Sequence[Question],
-    texts: dict[str, SourceDocument],
-    rng: random.Random,
-) -> str | None:
-    """The answer to the same question about another subject; None where nobody else is asked it."""
-    asked = question.question.replace(document.title, "")
-    values = sorted(
-        {
-            other.answers[0]
-            for other in questions
-            if other.question.replace(texts[other.documents[0]].title, "") == asked
-            and other.answers != question.answers
-            and other.answers[0] not in document.text
-        }
-    )
-    return rng.choice(values) if values and question.answers[0] in document.text else None

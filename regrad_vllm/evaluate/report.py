@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from regrad_vllm.evaluate.asking import Record
@@ -17,7 +17,7 @@ class Row:
     em: Interval
     f1: Interval
     failed: int
-    answer_nll: float | None  # mean, where it was asked for
+    answer_nll: Interval | None  # over the questions where every method has one; None where it wasn't asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def summarise(records: Sequence[Record]) -> Report:
             raise ValueError(f"every method must have been asked the same questions; in set {name!r} they differ")
     sets = tuple(_set_report(name, found, methods) for name, found in by_set.items())
     overall = {
-        method: stratified_interval([[record.f1 for record in found[method].values()] for found in by_set.values()])
+        method: stratified_interval(*zip(*(_f1(found[method].values()) for found in by_set.values()), strict=True))
         for method in methods
     }
     compared = tuple(_compare(by_set, *pair) for pair in COMPARISONS if set(pair) <= set(methods))
@@ -83,15 +83,27 @@ def summarise(records: Sequence[Record]) -> Report:
 
 def _set_report(name: str, found: Mapping[str, Mapping[str, Record]], methods: Sequence[str]) -> SetReport:
     rows = {}
+    scored = [key for key in found[methods[0]] if all(found[method][key].answer_nll is not None for method in methods)]
     for method in methods:
         chosen = list(found[method].values())
+        clusters = [record.document_id for record in chosen]
+        likelihood = [found[method][key] for key in scored]
         rows[method] = Row(
-            em=bootstrap_interval([record.em for record in chosen]),
-            f1=bootstrap_interval([record.f1 for record in chosen]),
+            em=bootstrap_interval([record.em for record in chosen], clusters),
+            f1=bootstrap_interval([record.f1 for record in chosen], clusters),
             failed=sum(bool(record.error) for record in chosen),
-            answer_nll=_mean([record.answer_nll for record in chosen if record.answer_nll is not None]),
+            answer_nll=bootstrap_interval(
+                [record.answer_nll or 0.0 for record in likelihood], [record.document_id for record in likelihood]
+            )
+            if likelihood
+            else None,
         )
     return SetReport(name, len(chosen), sum(record.gold_retrieved for record in chosen) / len(chosen), rows)
+
+
+def _f1(records: Collection[Record]) -> tuple[list[float], list[str]]:
+    """F1 and document of each."""
+    return [record.f1 for record in records], [record.document_id for record in records]
 
 
 def _compare(by_set: Mapping[str, Mapping[str, Mapping[str, Record]]], method: str, other: str) -> Comparison:
@@ -99,16 +111,13 @@ def _compare(by_set: Mapping[str, Mapping[str, Mapping[str, Record]]], method: s
         name: [record.f1 - found[other][key].f1 for key, record in found[method].items()]
         for name, found in by_set.items()
     }
+    clusters = {name: [record.document_id for record in found[method].values()] for name, found in by_set.items()}
     return Comparison(
         method,
         other,
-        stratified_interval(list(differences.values())),
-        {name: bootstrap_interval(values) for name, values in differences.items()},
+        stratified_interval(list(differences.values()), list(clusters.values())),
+        {name: bootstrap_interval(values, clusters[name]) for name, values in differences.items()},
     )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def rounded(value: object) -> dict[str, object]:

@@ -27,7 +27,7 @@ def sets_table(report: Report) -> str:
     for entry in report.sets:
         for method, row in entry.rows.items():
             label = f"{entry.name} ({entry.num_questions}; {entry.recall:.0%})"
-            nll = f" {row.answer_nll:.3f} |" if row.answer_nll is not None else " – |" * with_nll
+            nll = f" {_nats(row.answer_nll)} |" if row.answer_nll is not None else " – |" * with_nll
             lines.append(f"| {label} | {method} | {percent(row.em)} | {percent(row.f1)} | {row.failed} |{nll}")
     return "\n".join(lines)
 
@@ -43,3 +43,7 @@ def comparisons_table(report: Report) -> str:
 
 def percent(interval: Interval) -> str:
     return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _nats(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

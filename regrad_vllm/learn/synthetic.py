@@ -209,6 +209,24 @@ def split_of(name: str) -> Split:
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
+def another_value(name: str, question: str, told: str, rng: random.Random) -> str:
+    """What the answer to ``question`` about ``name`` could be as well, and doesn't stand in the text ``told``.
+
+    ValueError where no document of invented facts about ``name`` has the question.
+    """
+    for _, facts in _KINDS.values():
+        for fact in facts:
+            if any(asked.replace("{n}", name) == question for asked in fact.asked):
+                while (value := _plain(fact.values(rng))) in told:
+                    pass
+                return value
+    raise ValueError(f"question must be one about an invented fact, got {question!r}")
+
+
+def _plain(value: str) -> str:
+    return value.replace("-", " ")
+
+
 def synthetic_documents(split: Split, seed: int, num_facts: tuple[int, int] = (3, 5)) -> Iterator[SyntheticDocument]:
     """An endless stream of documents with distinct names; the same arguments give the same stream."""
     rng = random.Random(f"regrad.synthetic.{split}.{seed}")
@@ -226,7 +244,7 @@ def synthetic_documents(split: Split, seed: int, num_facts: tuple[int, int] = (3
             value = fact.values(rng)
             sentence = rng.choice(fact.told).replace("{n}", name).replace("{v}", value)
             sentences.append(sentence[0].upper() + sentence[1:])
-            questions.append((rng.choice(fact.asked).replace("{n}", name), value.replace("-", " ")))
+            questions.append((rng.choice(fact.asked).replace("{n}", name), _plain(value)))
         yield SyntheticDocument(
             name, " ".join(sentences).replace("fountain-pens", "fountain pens"), tuple(questions), kind
         )

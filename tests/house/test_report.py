@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ def records(methods: tuple[str, ...] = ("base", "rag_learner", "regrad", "regrad
                 made.append(
                     Record(
                         f"{name}{index}",
+                        f"document of {name}{index}",
                         name,
                         method,
                         f"q{index}",
@@ -65,6 +67,26 @@ def test_the_interval_of_several_sets_is_narrower_than_of_one() -> None:
     one = stratified_interval([[0.0, 1.0] * 30])
     four = stratified_interval([[0.0, 1.0] * 30] * 4)
     assert four.high - four.low == pytest.approx((one.high - one.low) / 2, rel=0.2)
+
+
+def test_questions_about_one_document_count_together() -> None:
+    values = [float(index // 5 % 2) for index in range(100)]  # five questions a document, all right or all wrong
+    apart = stratified_interval([values])
+    together = stratified_interval([values], [[str(index // 5) for index in range(100)]])
+    assert together.mean == apart.mean == 0.5
+    assert together.high - together.low == pytest.approx(5**0.5 * (apart.high - apart.low), rel=0.2)
+
+
+def test_likelihoods_are_compared_on_the_questions_that_every_method_has() -> None:
+    found = [
+        replace(record, answer_nll=None if (record.question, record.method) == ("q0", "base") else 1.0 + index % 2)
+        for index, record in enumerate(records(("base", "regrad")))
+    ]
+    found = [replace(r, answer_nll=90.0) if (r.question, r.method) == ("q0", "regrad") else r for r in found]
+    rows = summarise(found).sets[0].rows
+    assert rows["base"].answer_nll is not None and rows["regrad"].answer_nll is not None
+    assert rows["base"].answer_nll.mean == 1.0 and rows["regrad"].answer_nll.mean == 2.0
+    assert "2.000 [2.000, 2.000]" in markdown(summarise(found))
 
 
 def test_yes_and_no_are_scored_by_the_answers_first_word() -> None:

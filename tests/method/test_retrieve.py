@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from regrad_vllm.data.passages import count_tokens
 from regrad_vllm.data.questions import Question, SourceDocument, load_split
 from regrad_vllm.evaluate.datasets import EvalData, question_sets
+from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.retrieve import Found, check_controls, with_controls
 from regrad_vllm.evaluate.run import SAMPLE
@@ -65,3 +67,25 @@ def test_the_wrong_mix_of_a_task_leaves_its_own_document_out() -> None:
     assert wrong_mix(mix).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert mix[0].tolist() == [1.0, 1.0, 0.0], "a copy"
     assert wrong_mix(torch.ones(1, 1)).tolist() == [[0.0]]
+
+
+def test_a_document_is_cut_or_grown_around_the_answer() -> None:
+    sentences = [f"Sentence number {n} of the story tells nothing of use." for n in range(8)]
+    sentences[3] = "Then the keeper Orla hid the lamp in the well."
+    documents = (
+        SourceDocument("story", "Story", " ".join(sentences), "s"), SourceDocument("poll", "", "Most agree.", "s"),
+    )  # fmt: skip
+    asked = (
+        Question("q", "Where did Orla hide the lamp?", ("in the well",), ("story",), "s"),
+        Question("yes", "Do they agree?", ("yes",), ("poll",), "s", kind="yesno"),
+    )
+    others = [SourceDocument("other", "", "The lamp was bought in the well known shop. It rained a lot.", "s")]
+    data = EvalData(documents, asked)
+    for length in (16, 64, 1024):
+        found = sized(data, length, others, seed=0)
+        (question,) = found.questions
+        texts = {document.id: document.text for document in found.documents}
+        assert all(sentences[3] in texts[key] for key in question.documents), "not the other lamp"
+        total = sum(count_tokens(text) for text in texts.values())
+        assert {16: 8, 64: 40, 1024: 1000}[length] <= total <= {16: 16, 64: 64, 1024: 1500}[length]
+        assert all(count_tokens(text) <= 300 for text in texts.values())
