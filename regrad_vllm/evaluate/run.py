@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -104,16 +104,15 @@ def load_data(args: argparse.Namespace) -> EvalData:
 
 
 def load_clean(folder: Path, name: str) -> DataSplit:
-    """A split without what stands in the folder's training data too, if that is there."""
+    """A split without what stands in the folder's training data too, and for validation in its test split, if they are
+    there."""
     split = load_split(folder, name)
-    try:
-        training = load_split(folder, "train")
-    except FileNotFoundError:
-        return split
-    kept, left_out = evaluation_without_leaks(split, training)
-    if left_out:
-        sys.stdout.write(f"{len(left_out)} documents and questions that training has too are left out\n")
-    return kept
+    for other in ("train", "test") if name == "validation" else ("train",):
+        with suppress(FileNotFoundError):
+            split, left_out = evaluation_without_leaks(split, load_split(folder, other))
+            if left_out:
+                sys.stdout.write(f"{len(left_out)} documents and questions that {other} has too are left out\n")
+    return split
 
 
 def _served(

@@ -18,7 +18,7 @@ import torch
 
 from bank_service.embedder import MiniLmEmbedder
 from regrad_vllm.base_model import base_digest, build_layout, load_base_model
-from regrad_vllm.data.leaks import without_leaks
+from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
 from regrad_vllm.data.questions import DataSplit, load_split
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import check_base
@@ -116,7 +116,8 @@ def _take_over(state: MetaState, carried: Path, run: Path) -> None:
 
 
 def load_data(config: TrainConfig) -> TrainingData:
-    """The training split without what stands in the folder's other splits too, and the validation split."""
+    """The training split without what stands in the folder's other splits too, and the validation split without what
+    stands in the test split, so that nothing is chosen by it."""
     if set(config.sets) == {"synthetic"}:
         return TrainingData(EMPTY, EMPTY, ())
     evaluations = {}
@@ -126,7 +127,10 @@ def load_data(config: TrainConfig) -> TrainingData:
     train, left_out = without_leaks(load_split(config.data_folder, "train"), evaluations.values())
     if left_out:
         _LOG.warning("%d training documents and questions stand in evaluation data too and are left out", len(left_out))
-    return TrainingData(train, evaluations.get("validation", EMPTY), left_out)
+    validation = evaluations.get("validation", EMPTY)
+    if "test" in evaluations:
+        validation, _ = evaluation_without_leaks(validation, evaluations["test"])
+    return TrainingData(train, validation, left_out)
 
 
 def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path) -> Sampler:

@@ -90,14 +90,20 @@ LONG = " ".join(f"word{n}" for n in range(60))
 def test_the_same_text_in_other_clothes_is_a_leak_and_a_quotation_is_not() -> None:
     training = split(
         {"same": LONG.upper().replace(" ", ", "), "quotes": f"{OTHER} {' '.join(LONG.split()[:18])}"},
-        {"t1": ("Who?", "Ada", "quotes"), "t2": ("Where is it?", "Rome", "quotes"), "t3": ("Why?", "x", "same")},
-    )
+        {"t1": ("Who?", "Ada", "quotes"), "t2": ("Where is it?", "Rome", "quotes"), "t3": ("Why?", "x", "same"),
+         "t4": ("WHO", "ada", "quotes")},
+    )  # fmt: skip
     evaluation = split(
         {"long": LONG, "short": "Other3 OTHER4, other5!", "new": "Nothing that stands anywhere else at all."},
         {"e1": ("who", "ada", "new"), "e2": ("Where is it?", "Oslo", "new")},
     )
     found = {(leak.kind, leak.evaluation_id, leak.training_id) for leak in find_leaks(training, evaluation)}
-    assert found == {("document", "long", "same"), ("document", "short", "quotes"), ("question", "e1", "t1")}
+    assert found == {
+        ("document", "long", "same"),
+        ("document", "short", "quotes"),
+        ("question", "e1", "t1"),
+        ("question", "e1", "t4"),
+    }
     (inside,) = find_leaks(split({"part": LONG[60:260]}, {}), split({"whole": LONG}, {}))
     assert inside.shared > 0.9, "training text that stands in a longer evaluation text"
     (tiny,) = find_leaks(split({"part": "word7 word8 word9"}, {}), split({"whole": LONG}, {}))
@@ -107,7 +113,9 @@ def test_the_same_text_in_other_clothes_is_a_leak_and_a_quotation_is_not() -> No
     alone = split({"long": LONG}, {})
     kept, left_out = without_leaks(training, [alone])
     assert left_out == ("same",) and set(kept.documents) == {"quotes"}
-    assert [question.id for question in kept.questions] == ["t1", "t2"], "a question goes with its document"
+    assert [question.id for question in kept.questions] == ["t1", "t2", "t4"], "a question goes with its document"
+    kept, _ = without_leaks(training, [evaluation])
+    assert not find_leaks(kept, evaluation) and [question.id for question in kept.questions] == []
 
 
 def test_the_sample_that_ships_is_whole_and_its_sets_may_be_passed_on() -> None:
