@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from benchmarks.machine import describe
+from regrad_vllm.cli.console import whole
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
@@ -39,7 +40,7 @@ WAYS: dict[str, dict[str, Any] | None] = {"off": None, "learner": {"gamma": 0.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-texts", type=int, default=60)
+    parser.add_argument("--num-texts", type=whole(1), default=60)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     texts = [(d.title, d.text[:_NUM_CHARACTERS]) for d in load_documents(SAMPLE, "haystack").values()]
@@ -56,10 +57,8 @@ def main() -> None:
                 found.setdefault(name, []).append(_logprobs(pair.url, title, text, options))
     found["stock"] = _stock(model, folder, flags, texts)
     loss = {name: [-sum(logprobs) / len(logprobs) for logprobs in of_texts] for name, of_texts in found.items()}
-    figures: dict[str, object] = {
-        "texts": len(texts),
-        "off_identical": found["off"] == found["off_again"] == found["stock"],
-    }
+    identical = found["off"] == found["off_again"] == found["stock"]
+    figures: dict[str, object] = {"texts": len(texts), "off_identical": identical}
     for name, losses in loss.items():
         interval = stratified_interval([losses])
         figures[f"perplexity_{name}"] = _exponentials(interval)

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from benchmarks.machine import describe, spread
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.cli.console import whole
 from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel
@@ -41,13 +42,10 @@ _MAX_DIFFERENCE = 1e-3  # of the meta-gradients in float32, relative
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="of each kind of document and repeat")
+    parser.add_argument("--repeats", type=whole(1), default=5)
+    parser.add_argument("--steps", type=whole(1), default=1, help="of each kind of document and repeat")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    for name in ("repeats", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     learner = Learner.load(shipped_learner())
     report: dict[str, Any] = {
         "machine": describe("torch", "transformers", "peft"), "dtype": args.dtype, "learner": learner.fingerprint[:16]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import UsageError, count, say
+from regrad_vllm.cli.console import UsageError, count, say, whole
 
 UNFINISHED = 75  # EX_TEMPFAIL: try again
 
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--pack", type=Path, metavar="FOLDER",
         help="instead of training, write all that it needs in pieces, to be carried to a machine without network",
     )  # fmt: skip
-    train.add_argument("--piece-mib", type=int, default=35, help="largest piece of --pack, MiB")
+    train.add_argument("--piece-mib", type=whole(1), default=35, help="largest piece of --pack, MiB")
     train.add_argument(
         "--carried", type=Path, metavar="FOLDER", help="go on from the checkpoint that a packed run left there"
     )
@@ -56,8 +56,6 @@ def run_train(args: argparse.Namespace) -> int:
     from regrad_vllm.observe import configure_logging
 
     configure_logging()
-    if args.piece_mib < 1:
-        raise UsageError(f"--piece-mib must be at least 1, got {args.piece_mib}")
     given = {"data_folder": args.data and str(Path(args.data).resolve())}
     given |= {"output": args.output and str(Path(args.output).resolve())}
     config = TrainConfig.load(args.config, {key: value for key, value in given.items() if value})

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from bank_service.errors import BankError
 from regrad_vllm.cli import bank, demo, documents, export, ingest, learning, model, questions, serve
 from regrad_vllm.cli.console import CommandError, note
 
@@ -39,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to say it to
         return 1
-    # Every room reports what it can't use as a ValueError, and what it lacks as an OSError or RuntimeError.
-    except (CommandError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
+    # Every room reports what it can't use as a ValueError, what it lacks as an OSError or RuntimeError, and what a bank
+    # refused as a BankError.
+    except (CommandError, BankError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
         note(f"regrad {args.command}: {_explain(args.command, error)}")

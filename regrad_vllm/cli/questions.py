@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import CommandError, UsageError, count, note, say
+from regrad_vllm.cli.console import CommandError, UsageError, count, note, say, whole
 from regrad_vllm.cli.corpus import ENDINGS, CorpusDocument, find_files, read_corpus
 
 
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser.add_argument("--model", required=True, help="a model there that follows instructions")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for `regrad train --data`")
     parser.add_argument("--set", default="corpus", metavar="NAME", help="the set's name in configs (%(default)s)")
-    parser.add_argument("--per-passage", type=int, default=5, help="questions to ask for (%(default)s)")
+    parser.add_argument("--per-passage", type=whole(1), default=5, help="questions to ask for (%(default)s)")
     parser.set_defaults(run=run)
 
 

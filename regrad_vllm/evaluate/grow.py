@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from bank_service.embedder import MiniLmEmbedder
+from regrad_vllm.cli.console import whole
 from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
@@ -149,11 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="real questions (the project's sample)")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--sets", nargs="+", help="of the data (all)")
-    parser.add_argument("--num-fresh", type=int, default=40, help="documents of invented facts, one question each")
-    parser.add_argument("--num-questions", type=int, default=40, help="of each real set")
+    parser.add_argument("--num-fresh", type=whole(0), default=40, help="documents of invented facts")
+    parser.add_argument("--num-questions", type=whole(0), default=40, help="of each real set")
     parser.add_argument("--curves", nargs="+", choices=list(_LABELS), default=list(_LABELS))
-    parser.add_argument("--counts", nargs="+", type=int, default=list(DOCUMENT_COUNTS), help="documents in the bank")
-    parser.add_argument("--top-k", type=int, help="documents a request (the learner's)")
+    parser.add_argument(
+        "--counts", nargs="+", type=whole(1), default=list(DOCUMENT_COUNTS), help="documents in the bank"
+    )
+    parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("growth"))
     return parser

@@ -19,12 +19,13 @@ from regrad_vllm.learner import Learner
 
 
 def ingest(documents: Sequence[SourceDocument], bank: str, namespace: str, folder: Path) -> None:
-    """Writes ``folder``/documents.jsonl and ingests it. CalledProcessError where the bank refuses it."""
+    """Writes ``folder``/documents.jsonl and ingests it. RuntimeError where the bank refuses it."""
     corpus = folder / "documents.jsonl"
     lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}, ensure_ascii=False) for d in documents)
     corpus.write_text("\n".join(lines) + "\n", "utf-8")
     command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", bank, "--namespace", namespace]
-    subprocess.run([sys.executable, *command], check=True)
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise RuntimeError(f"the bank at {bank} must take the documents; what it refused stands above")
 
 
 def upload(

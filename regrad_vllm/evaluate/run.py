@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from regrad_vllm.cli.console import whole
 from regrad_vllm.data.leaks import evaluation_without_leaks
 from regrad_vllm.data.questions import DataSplit, load_documents, load_split
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
@@ -41,6 +42,8 @@ SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licence
 def main(argv: Sequence[str]) -> int:
     """Returns 0 where every request was answered."""
     args = _parser().parse_args(argv)
+    if bool(args.server) != bool(args.bank):
+        raise ValueError("--server and --bank must be given together, or neither")
     begun = time.monotonic()
     learner_folder = args.learner or shipped_learner()
     learner = Learner.load(learner_folder)
@@ -222,17 +225,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--server", help="URL of a running server, with --bank; else both are started")
     parser.add_argument("--bank", help="host:port of the server's bank")
     parser.add_argument("--model-name", default=_MODEL, help="the base model's name at the server")
-    parser.add_argument("--num-fresh", type=int, default=40, help="documents of invented facts, one question each")
+    parser.add_argument("--num-fresh", type=whole(0), default=40, help="documents of invented facts")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="real questions, see regrad_vllm/data/questions.py")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--sets", nargs="+", help="of the data (all)")
-    parser.add_argument("--num-questions", type=int, default=40, help="of each real set")
-    parser.add_argument("--num-distractors", type=int, default=200, help="documents of the sets that answer nothing")
-    parser.add_argument("--haystack", type=int, default=0, help="documents of the data's haystack besides")
+    parser.add_argument("--num-questions", type=whole(0), default=40, help="of each real set")
+    parser.add_argument(
+        "--num-distractors", type=whole(0), default=200, help="documents of the sets that answer nothing"
+    )
+    parser.add_argument("--haystack", type=whole(0), default=0, help="documents of the data's haystack besides")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help=f"({' '.join(DEFAULT_METHODS)})")
     parser.add_argument("--likelihood", action="store_true", help="the right answers' log-likelihood too (served only)")
-    parser.add_argument("--top-k", type=int, help="documents a request (the learner's)")
-    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
+    parser.add_argument("--concurrency", type=whole(1), default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="answers and report (a new temporary folder)")
     return parser

@@ -23,6 +23,7 @@ _RANGES = {
     "clip_norm": (_TINY, _HUGE),
     "lora_alpha": (_TINY, _HUGE),
     "step_size_init": (_TINY, _HUGE),
+    "gamma": (0.0, _HUGE),
     "score_temperature_init": (0.0, _HUGE),
     "length_exponent": (0.0, 1.0),
     "neighbour_share": (0.0, 1.0),
@@ -93,6 +94,9 @@ class TrainConfig:
             raise ConfigError(f"step_size_kind must be one of {STEP_SIZE_KINDS}, got {self.step_size_kind!r}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
+        weights = self.top_k_weights
+        if not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and sum(weights) > 0):
+            raise ConfigError(f"top_k_weights must be numbers of at least 0, one above it, got {list(weights)}")
         if not self.sets or any(weight <= 0 for weight in self.sets.values()):
             raise ConfigError(f"sets must give each set a positive share, got {dict(self.sets)}")
         if set(self.sets) != {"synthetic"} and not self.data_folder:
@@ -126,13 +130,13 @@ class TrainConfig:
         for key, kind in (("projections", tuple), ("top_k_weights", tuple)):
             if key in raw:
                 raw[key] = kind(raw[key])
-        if "prompts" in raw:
-            raw["prompts"] = Prompts(**raw["prompts"])
         for key in ("output", "start", "data_folder"):
             if raw.get(key):
                 raw[key] = str((path.parent / raw[key]).resolve())
         raw.update(overrides or {})
         try:
+            if "prompts" in raw:
+                raw["prompts"] = Prompts(**raw["prompts"])
             return cls(**raw)
         except TypeError as error:
             raise ConfigError(f"{path}: {error}") from error

@@ -43,7 +43,17 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["frobnicate"], ["query"], ["query", "x", "--top-k", "many"], ["stats", "--no"]]
+    "arguments",
+    [
+        [],
+        ["frobnicate"],
+        ["query"],
+        ["query", "x", "--top-k", "many"],
+        ["stats", "--no"],
+        ["eval", "--concurrency", "0"],
+        ["eval", "--top-k", "0"],
+        ["growth", "--num-questions", "-1"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -85,6 +95,7 @@ def test_debug_shows_the_traceback() -> None:
         (["export", str(ROOT / "tests"), "--document", "x"], "must be absent or an empty folder"),
         (["ingest", "/nowhere"], "1 input can't be used, nothing was ingested; mend them or pass --skip-bad"),
         (["ingest", "--in-flight", "0", "README.md"], "--in-flight must be at least 1, got 0"),
+        (["eval", "--server", "http://127.0.0.1:9"], "--server and --bank must be given together"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_one_line_that_names_it(

@@ -194,6 +194,9 @@ def test_passes_hold_every_document_once_and_stay_within_their_bounds() -> None:
         ("learning_rate = nan", "learning_rate"),
         ('step_size_kind = "x"', "step_size_kind"),
         ("sets = {squad = 1.0}", "data_folder"),
+        ("gamma = nan", "gamma must lie in"),
+        ("top_k_weights = [0.0, 0.0]", "top_k_weights must be numbers"),
+        ('prompts = {sytem = "x"}', "sytem"),
     ],
 )
 def test_a_bad_config_is_an_error_that_names_the_key(line: str, message: str, tmp_path: Path) -> None:
