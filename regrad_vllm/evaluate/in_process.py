@@ -29,6 +29,7 @@ from regrad_vllm.evaluate.asking import Record, record_of, shown
 from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Found, Retrieved, check_controls, with_controls
+from regrad_vllm.evaluate.rivals import RivalSettings
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.per_document import fit_each
 from regrad_vllm.learn.retrieval import embed_all
@@ -38,7 +39,13 @@ from regrad_vllm.learner import Learner
 class InProcess:
     """One learner on one base model. float32 on a CPU, bfloat16 on a GPU."""
 
-    def __init__(self, model_folder: Path, learner: Learner, own: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(
+        self,
+        model_folder: Path,
+        learner: Learner,
+        own: Mapping[str, NDArray[np.float32]],
+        settings: RivalSettings | None = None,
+    ) -> None:
         """``own``: method → its plain adapter in the learner's layout. LearnerError for another base model."""
         check_base(learner, model_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +56,7 @@ class InProcess:
         self._encoder = GradientEncoder(self._model, self._builder, learner)
         self._learner = learner
         self._own = own
+        self._settings = settings or RivalSettings()
         self._model_folder = model_folder
         self._texts: dict[str, tuple[str, str]] = {}
         self._deltas: dict[str, NDArray[np.float16]] = {}
@@ -65,7 +73,8 @@ class InProcess:
         check_controls(questions, methods)
         if any(method.per_document for method in methods):
             documents = [(document.title, document.text) for document in data.documents]
-            fitted = fit_each(self._model, self._builder, self._learner, documents)
+            rate = self._settings.prag_learning_rate
+            fitted = fit_each(self._model, self._builder, self._learner, documents, learning_rate=rate)
             self._fitted = {data.documents[index].id: delta.astype(np.float16) for index, delta in fitted}
         records: list[Record] = []
         bar = tqdm(total=len(questions) * len(methods), unit="answer", desc="eval in process")
@@ -83,7 +92,9 @@ class InProcess:
         """Makes the adapter of "cpt": φ*, or with ``go_on`` the one that there is, that has read these documents."""
         start = self._own["cpt"] if go_on else self._learner.phi
         texts = [(document.title, document.text) for document in documents]
-        self._own = {**self._own, "cpt": pretrain(self._learner, self._model_folder, texts, start=start)}
+        rate = self._settings.cpt_learning_rate
+        adapter = pretrain(self._learner, self._model_folder, texts, start=start, learning_rate=rate)
+        self._own = {**self._own, "cpt": adapter}
 
     def read(self, documents: Sequence[SourceDocument]) -> None:
         """Makes documents known, or their new texts; a gradient is computed when first needed."""

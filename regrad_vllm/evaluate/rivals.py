@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,14 +16,30 @@ from regrad_vllm.learner import Learner, LearnerError, read_adapter, save_adapte
 FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
 
 
+@dataclass(frozen=True, slots=True)
+class RivalSettings:
+    """Learning rates of the methods that train on the evaluated documents; chosen on validation."""
+
+    cpt_learning_rate: float = 3e-4
+    prag_learning_rate: float = 1e-3
+
+
 class Rivals:
     """Made where first asked for, in the learner's layout, so that no method has more parameters than another."""
 
     def __init__(
-        self, model: Path, learner_folder: Path, learner: Learner, out: Path, ft_rag: Path | None, top_k: int
+        self,
+        model: Path,
+        learner_folder: Path,
+        learner: Learner,
+        out: Path,
+        ft_rag: Path | None,
+        top_k: int,
+        settings: RivalSettings,
     ) -> None:
         self.model = model
         self._top_k = top_k
+        self.settings = settings
         self.learner_folder = learner_folder
         self.learner = learner
         self._out = out
@@ -55,7 +72,8 @@ class Rivals:
             from regrad_vllm.learn.continual import pretrain
 
             texts = [(document.title, document.text) for document in data.documents]
-            save_adapter(folder, self.learner, pretrain(self.learner, self.model, texts))
+            rate = self.settings.cpt_learning_rate
+            save_adapter(folder, self.learner, pretrain(self.learner, self.model, texts, learning_rate=rate))
         return folder
 
     def flat_adapter(self, method: str, data: EvalData) -> NDArray[np.float32]:
@@ -75,4 +93,5 @@ class Rivals:
         base, tokenizer = load_base_model(self.model, dtype=torch.bfloat16, device=device)
         model = AdaptedModel(base, self.learner.layout, self.learner.scaling)
         texts = [(document.title, document.text) for document in data.documents]
-        yield from fit_each(model, PromptBuilder(tokenizer, self.learner.config.prompts), self.learner, texts)
+        builder = PromptBuilder(tokenizer, self.learner.config.prompts)
+        yield from fit_each(model, builder, self.learner, texts, learning_rate=self.settings.prag_learning_rate)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS, Method
 from regrad_vllm.evaluate.page import render
 from regrad_vllm.evaluate.report import summarise
 from regrad_vllm.evaluate.retrieve import check_controls, retrieve
-from regrad_vllm.evaluate.rivals import Rivals
+from regrad_vllm.evaluate.rivals import Rivals, RivalSettings
 from regrad_vllm.evaluate.tables import markdown
 from regrad_vllm.learner import Learner, Prompts
 from regrad_vllm.naming import digest_json
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--out must be absent or an empty folder, {out} is not; choose another")
     out.mkdir(parents=True, exist_ok=True)
     answers = out / "answers.jsonl"
-    rivals = Rivals(model, learner_folder, learner, out, args.ft_rag, args.top_k or learner.config.top_k)
+    settings = RivalSettings(args.cpt_learning_rate, args.prag_learning_rate)
+    rivals = Rivals(model, learner_folder, learner, out, args.ft_rag, args.top_k or learner.config.top_k, settings)
     methods = _methods(args, rivals)
     if args.in_process:
         records = _in_process(args, data, methods, rivals, answers)
@@ -165,7 +167,9 @@ def _in_process(
             learner = Learner.load(rivals.raw_learner) if raw else rivals.learner
             own = {m.name: rivals.flat_adapter(m.name, data) for m in chosen if m.adapter == "own"}
             top_k = args.top_k or learner.config.top_k
-            records += InProcess(rivals.model, learner, own).ask_all(data, chosen, top_k, args.seed, answers)
+            records += InProcess(rivals.model, learner, own, rivals.settings).ask_all(
+                data, chosen, top_k, args.seed, answers
+            )
     return records
 
 
@@ -235,6 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--haystack", type=whole(0), default=0, help="documents of the data's haystack besides")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help=f"({' '.join(DEFAULT_METHODS)})")
+    for name, rate in asdict(RivalSettings()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=float, default=rate, help="(%(default)s)")
     parser.add_argument("--likelihood", action="store_true", help="the right answers' log-likelihood too (served only)")
     parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
     parser.add_argument("--concurrency", type=whole(1), default=16)

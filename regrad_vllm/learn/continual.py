@@ -22,9 +22,9 @@ def pretrain(
     model_folder: Path,
     documents: Sequence[tuple[str, str]],
     *,
+    learning_rate: float,
     start: NDArray[np.float32] | None = None,
     epochs: int = 3,
-    learning_rate: float = 3e-4,
     seed: int = 0,
 ) -> NDArray[np.float32]:
     """φ* trained on with the language-model loss of all (title, text), so that the form of the answers is known.

@@ -23,8 +23,8 @@ def fit_each(
     learner: Learner,
     documents: Sequence[tuple[str, str]],
     *,
+    learning_rate: float,
     num_steps: int = 10,
-    learning_rate: float = 1e-3,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(index, δ = φ* − φ_d) of every (title, text), neighbours in length together: φ_d is φ* after ``num_steps`` of
     Adam on the document's language-model loss. δ: float32 (num_values,), composed like a gradient."""
