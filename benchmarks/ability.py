@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from benchmarks.machine import describe
-from regrad_vllm.cli.console import whole
+from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts

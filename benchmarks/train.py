@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from benchmarks.machine import describe, spread
+from regrad_vllm.arguments import whole
 from regrad_vllm.base_model import load_base_model
-from regrad_vllm.cli.console import whole
 from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel

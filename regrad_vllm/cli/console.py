@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 
 
 class CommandError(Exception):
@@ -34,18 +32,3 @@ def note(text: str) -> None:
 def count(number: int, noun: str) -> str:
     """A number and its noun: 1 document, 2 documents."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number of at least ``least``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return value
-
-    return parse

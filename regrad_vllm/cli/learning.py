@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import UsageError, count, say, whole
+from regrad_vllm.arguments import whole
+from regrad_vllm.cli.console import UsageError, count, say
 
 UNFINISHED = 75  # EX_TEMPFAIL: try again
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import CommandError, UsageError, count, note, say, whole
+from regrad_vllm.arguments import whole
+from regrad_vllm.cli.console import CommandError, UsageError, count, note, say
 from regrad_vllm.cli.corpus import ENDINGS, CorpusDocument, find_files, read_corpus
 
 

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from bank_service.embedder import MiniLmEmbedder
-from regrad_vllm.cli.console import whole
+from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets

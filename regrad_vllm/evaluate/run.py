@@ -19,7 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from regrad_vllm.cli.console import whole
+from regrad_vllm.arguments import whole
 from regrad_vllm.data.leaks import evaluation_without_leaks
 from regrad_vllm.data.questions import DataSplit, load_documents, load_split
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
