@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bank_service.wire.codec import CODECS
+from bank_service.wire.codec import CODECS, DEFAULT_CODEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class BankConfig:
     port: int = 0  # 0: the kernel chooses
     metrics_port: int | None = None  # Prometheus; None: off, 0: the kernel chooses
     redis_url: str | None = None  # None: an embedded server
-    codec: str = "int8"  # of gradients that the bank's own encoder computes
+    codec: str = DEFAULT_CODEC  # of gradients that the bank's own encoder computes
     cache_bytes: int = 256 * 2**20  # the embedded server's budget; a server by URL has its own
     cache_timeout_ms: int = 250  # a slower cache is a miss
     cache_ttl_seconds: int = 86_400  # a cached gradient goes so long after it was written

@@ -214,6 +214,7 @@ def _registry(*codecs: Codec) -> Mapping[str, Codec]:
 
 
 CODECS: Mapping[str, Codec] = _registry(Bf16Codec(), Int8Codec())
+DEFAULT_CODEC = Int8Codec.name
 
 
 def codec_named(name: str) -> Codec:

@@ -21,6 +21,8 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from bank_service.embedder import MiniLmEmbedder
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     learner = Learner.load(args.learner or shipped_learner())
     model = resolve_model(args.model) if args.model else ensure_default_model()
     data, others = _load(args)
-    runner = InProcess(model, learner, {})
+    runner = InProcess(model, learner, {}, dtype=getattr(torch, args.dtype))
     top_k = args.top_k or learner.config.top_k
     grower = Grower(runner, Searcher(MiniLmEmbedder.installed()), data, top_k, args.seed)
     curves: dict[str, Callable[[], Iterator[Point]]] = {
@@ -84,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
         "others": len(others),
         "others_invented": sum(document.id.startswith(_INVENTED) for document in others),
         "top_k": top_k,
+        "dtype": args.dtype,
         "seed": args.seed,
         "seconds": round(time.monotonic() - begun, 1),
     }
@@ -157,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         "--counts", nargs="+", type=whole(1), default=list(DOCUMENT_COUNTS), help="documents in the bank"
     )
     parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("growth"))
     return parser

@@ -21,7 +21,6 @@ TOP_KS = (1, 2, 3, 5, 7, 10)
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
 NUM_ROUNDS = 6  # of updates and deletes
-_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,7 @@ class Grower:
     def measure(
         self, curve: str, x: float, method: Method, questions: Sequence[Retrieved], gamma: float | None = None
     ) -> Point:
-        records = []
-        for start in range(0, len(questions), _BATCH):
-            records += self._runner.ask(questions[start : start + _BATCH], method, gamma)
+        records = self._runner.ask(questions, method, gamma)
         by_set: dict[str, list[Record]] = {}
         for record in records:
             by_set.setdefault(record.set_name, []).append(record)

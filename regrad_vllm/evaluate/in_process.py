@@ -1,11 +1,13 @@
 """The same evaluation without server and bank: one process, Hugging Face's own generation, exact search.
 
 The reference that the served figures are held against, and the way to measure a learner where no engine runs. Slow:
-every batch waits for its longest answer.
+every batch waits for its longest answer. What was asked before in the same words under the same adapter isn't generated
+again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from bank_service.embedder import Embedder, MiniLmEmbedder, embedded_text
+from bank_service.wire.codec import DEFAULT_CODEC, decode_gradient, encode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import SourceDocument
@@ -35,9 +38,13 @@ from regrad_vllm.learn.per_document import fit_each
 from regrad_vllm.learn.retrieval import embed_all
 from regrad_vllm.learner import Learner
 
+_BATCH = 16  # questions
+_ENCODED_AT_ONCE = 128  # documents; their float32 gradients are in memory together
+_Key = tuple[tuple[int, ...], bytes]  # tokens of the prompt, digest of the adapter
+
 
 class InProcess:
-    """One learner on one base model. float32 on a CPU, bfloat16 on a GPU."""
+    """One learner on one base model. Gradients go through the bank's default codec, as served ones do."""
 
     def __init__(
         self,
@@ -45,11 +52,12 @@ class InProcess:
         learner: Learner,
         own: Mapping[str, NDArray[np.float32]],
         settings: RivalSettings | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``own``: method → its plain adapter in the learner's layout. LearnerError for another base model."""
+        """``own``: method → its plain adapter in the learner's layout. dtype: the base model's. LearnerError for
+        another base model."""
         check_base(learner, model_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self._base, self._tokenizer = load_base_model(model_folder, dtype=dtype, device=device)
         self._model = AdaptedModel(self._base, learner.layout, learner.scaling)
         self._builder = PromptBuilder(self._tokenizer, learner.config.prompts)
@@ -58,13 +66,12 @@ class InProcess:
         self._own = own
         self._settings = settings or RivalSettings()
         self._model_folder = model_folder
+        self._answers: dict[_Key, str] = {}
         self._texts: dict[str, tuple[str, str]] = {}
-        self._deltas: dict[str, NDArray[np.float16]] = {}
-        self._fitted: dict[str, NDArray[np.float16]] = {}
+        self._deltas: dict[str, bytes] = {}  # records as in a bank
+        self._fitted: dict[str, bytes] = {}
 
-    def ask_all(
-        self, data: EvalData, methods: Sequence[Method], top_k: int, seed: int, out: Path, batch_size: int = 16
-    ) -> list[Record]:
+    def ask_all(self, data: EvalData, methods: Sequence[Method], top_k: int, seed: int, out: Path) -> list[Record]:
         """Every question under every method; each answer a line added to ``out``."""
         from tqdm import tqdm
 
@@ -75,16 +82,16 @@ class InProcess:
             documents = [(document.title, document.text) for document in data.documents]
             rate = self._settings.prag_learning_rate
             fitted = fit_each(self._model, self._builder, self._learner, documents, learning_rate=rate)
-            self._fitted = {data.documents[index].id: delta.astype(np.float16) for index, delta in fitted}
+            self._fitted = {data.documents[index].id: self._record(delta) for index, delta in fitted}
         records: list[Record] = []
         bar = tqdm(total=len(questions) * len(methods), unit="answer", desc="eval in process")
         with out.open("a", encoding="utf-8") as file:
             for method in methods:
-                for start in range(0, len(questions), batch_size):
-                    found = self.ask(questions[start : start + batch_size], method)
-                    records += found
-                    file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in found)
-                    bar.update(len(found))
+                found = self.ask(questions, method)
+                records += found
+                file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in found)
+                file.flush()
+                bar.update(len(found))
         bar.close()
         return records
 
@@ -104,38 +111,59 @@ class InProcess:
                 self._deltas.pop(document.id, None)
             self._texts[document.id] = text
 
-    def ask(self, batch: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
-        """One batch of questions under one method. ``gamma``: the learner's where None."""
+    def ask(self, questions: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
+        """Any number of questions under one method, in their order. ``gamma``: the learner's where None."""
         prompts = [
             self._builder.question(asked.question.question, shown(asked, method, self._builder.prompts))
-            for asked in batch
+            for asked in questions
         ]
-        adapters = None if method.adapter == "none" else [self._adapter(asked, method, gamma) for asked in batch]
-        answers = self.generate(prompts, adapters)
-        return [record_of(asked, method, answer) for asked, answer in zip(batch, answers, strict=True)]
+        self._encode(questions, method)
+        keys: dict[int, _Key] = {}
+        waiting: dict[_Key, tuple[list[int], NDArray[np.float32] | None]] = {}
+        for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):  # little padding
+            adapter = None if method.adapter == "none" else self._adapter(questions[index], method, gamma)
+            digest = b"" if adapter is None else hashlib.sha256(adapter.tobytes()).digest()
+            keys[index] = (tuple(prompts[index]), digest)
+            if keys[index] not in self._answers:
+                waiting[keys[index]] = (prompts[index], adapter)
+            if len(waiting) == _BATCH:
+                self._answer(waiting)
+        self._answer(waiting)
+        return [record_of(asked, method, self._answers[keys[index]]) for index, asked in enumerate(questions)]
+
+    def _answer(self, waiting: dict[_Key, tuple[list[int], NDArray[np.float32] | None]]) -> None:
+        """Generates what is waited for, all with an adapter or all without, and leaves nothing waiting."""
+        if waiting:
+            prompts = [prompt for prompt, _ in waiting.values()]
+            adapters = [adapter for _, adapter in waiting.values() if adapter is not None]
+            self._answers.update(zip(waiting, self.generate(prompts, adapters or None), strict=True))
+            waiting.clear()
 
     def _adapter(self, asked: Retrieved, method: Method, gamma: float | None) -> NDArray[np.float32]:
         if method.adapter == "learner":
             return self._learner.phi
         if method.adapter == "own":
             return self._own[method.name]
-        found: Sequence[tuple[str, float]]
-        if method.adapter == "retrieved":
-            found = [(hit.id, hit.score) for hit in asked.hits]
-        elif method.adapter == "wrong":
-            found = [(hit.id, hit.score) for hit in asked.wrong_hits]
-        else:
-            chosen = asked.question.documents[0] if method.adapter == "gold" else asked.random_id
-            found = [(chosen or "", 1.0)]
+        found = _documents(asked, method)
         known = self._fitted if method.per_document else self._deltas
-        missing = [key for key, _ in found if key not in known]
-        if missing:
-            for key, encoded in zip(missing, self._encoder.encode([self._texts[key] for key in missing]), strict=True):
-                known[key] = encoded.values.astype(np.float16)
-        deltas = [known[key].astype(np.float32) for key, _ in found]
+        deltas = [decode_gradient(known[key], self._learner.spec) for key, _ in found]
         config = self._learner.config
         weights = config.weights([score for _, score in found])
         return compose(self._learner.phi, deltas, weights, config.gamma if gamma is None else gamma)
+
+    def _encode(self, questions: Sequence[Retrieved], method: Method) -> None:
+        """Makes the gradients that are needed and not there."""
+        if method.per_document:
+            return
+        keys = dict.fromkeys(key for asked in questions for key, _ in _documents(asked, method))
+        missing = [key for key in keys if key not in self._deltas]
+        for start in range(0, len(missing), _ENCODED_AT_ONCE):
+            some = missing[start : start + _ENCODED_AT_ONCE]
+            for key, encoded in zip(some, self._encoder.encode([self._texts[key] for key in some]), strict=True):
+                self._deltas[key] = self._record(encoded.values)
+
+    def _record(self, delta: NDArray[np.float32]) -> bytes:
+        return encode_gradient(delta, self._learner.spec, DEFAULT_CODEC)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], adapters: Sequence[NDArray[np.float32]] | None) -> list[str]:
@@ -158,6 +186,15 @@ class InProcess:
             )  # fmt: skip
         texts = self._tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def _documents(asked: Retrieved, method: Method) -> list[tuple[str, float]]:
+    """(id, score) of the documents that the method composes into the adapter."""
+    if method.adapter in ("none", "learner", "own"):
+        return []
+    if method.adapter in ("gold", "random"):
+        return [((asked.question.documents[0] if method.adapter == "gold" else asked.random_id) or "", 1.0)]
+    return [(hit.id, hit.score) for hit in (asked.hits if method.adapter == "retrieved" else asked.wrong_hits)]
 
 
 class Searcher:

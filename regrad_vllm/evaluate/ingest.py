@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bank_service.wire.codec import encode_gradient
+from bank_service.wire.codec import DEFAULT_CODEC, encode_gradient
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.limits import MAX_CHUNK_BYTES, channel_options
 from regrad_vllm.data.questions import SourceDocument
@@ -52,7 +52,7 @@ def _messages(
 ) -> Iterator[bank_pb2.IngestGradientsRequest]:
     for index, delta in deltas:
         entry = documents[index]
-        record = encode_gradient(delta, learner.spec, "int8")
+        record = encode_gradient(delta, learner.spec, DEFAULT_CODEC)
         document = bank_pb2.Document(namespace=namespace, id=entry.id, title=entry.title, text=entry.text)
         header = bank_pb2.IngestGradientsRequest.Header(document=document, record_bytes=len(record))
         yield bank_pb2.IngestGradientsRequest(header=header)

@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if bool(args.server) != bool(args.bank):
         raise ValueError("--server and --bank must be given together, or neither")
+    if args.server and args.dtype:
+        raise ValueError("--dtype can't be had from a server that runs already; leave it out, or --server and --bank")
     begun = time.monotonic()
     learner_folder = args.learner or shipped_learner()
     learner = Learner.load(learner_folder)
@@ -158,6 +160,8 @@ def _prompt_builder(model: Path, prompts: Prompts) -> PromptBuilder:
 def _in_process(
     args: argparse.Namespace, data: EvalData, methods: Sequence[Method], rivals: Rivals, answers: Path
 ) -> list[Record]:
+    import torch
+
     from regrad_vllm.evaluate.in_process import InProcess
 
     records: list[Record] = []
@@ -167,7 +171,8 @@ def _in_process(
             learner = Learner.load(rivals.raw_learner) if raw else rivals.learner
             own = {m.name: rivals.flat_adapter(m.name, data) for m in chosen if m.adapter == "own"}
             top_k = args.top_k or learner.config.top_k
-            records += InProcess(rivals.model, learner, own, rivals.settings).ask_all(
+            dtype = getattr(torch, args.dtype or "float32")
+            records += InProcess(rivals.model, learner, own, rivals.settings, dtype).ask_all(
                 data, chosen, top_k, args.seed, answers
             )
     return records
@@ -191,6 +196,7 @@ def _endpoint(
     from regrad_vllm.local.pair import local_pair
 
     flags = ["--lora-modules", *(f"{name}={path}" for name, path in own.items())] if own else []
+    flags += ["--dtype", args.dtype] if args.dtype else []
     with local_pair(
         model, learner_folder, folder, model_name=args.model_name, namespace=namespace, server_flags=flags
     ) as pair:
@@ -214,6 +220,7 @@ def _facts(
         "documents": len(data.documents),
         "split": args.split,
         "seed": args.seed,
+        "dtype": args.dtype or ("float32" if args.in_process else "the server's own"),
         "way": "in process" if args.in_process else "through the OpenAI endpoint",
         "versions": ", ".join(f"{name} {found}" for name, found in versions.items()),
         "seconds": round(seconds, 1),
@@ -226,6 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
     parser.add_argument("--ft-rag", type=Path, metavar="FOLDER", help="PEFT adapter of ft_rag (beside the learner)")
     parser.add_argument("--in-process", action="store_true", help="no server and no bank: Hugging Face's generation")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the base model (served: its own; in process: float32)"
+    )
     parser.add_argument("--server", help="URL of a running server, with --bank; else both are started")
     parser.add_argument("--bank", help="host:port of the server's bank")
     parser.add_argument("--model-name", default=_MODEL, help="the base model's name at the server")

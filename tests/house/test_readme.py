@@ -66,6 +66,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         port = free_port()
         assert _command("server")[-2:] == ["--port", "8000"]
         flags = ["--port", str(port), "--bank", bank, "--enforce-eager", "--max-model-len", "1024"]
+        flags += ["--dtype", "float32"]  # so that answers can be held against those of another implementation
         server = services.start("server", _command("server")[:-2] + flags)
         wait_for_server(server, f"http://127.0.0.1:{port}")
         yield House(bank, f"127.0.0.1:{port}")
@@ -153,8 +154,8 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     alone = {(r["method"], r["question"]): r for r in map(json.loads, lines)}
     pairs = [(r, alone[r["method"], r["question"]]) for r in served if r["method"] in chosen]
     assert len(pairs) == 8 * 3
-    # bfloat16 and int8 gradients there, float32 here: most answers are the same, not all.
-    assert sum(mine["prediction"] == other["prediction"] for mine, other in pairs) >= 0.6 * len(pairs)
+    # Both ways in float32: only a tie of two tokens may fall differently.
+    assert sum(mine["prediction"] == other["prediction"] for mine, other in pairs) >= len(pairs) - 1
     right = [r["em"] for (method, _), r in alone.items() if method == "regrad" and r["set_name"] == "fresh"]
     assert sum(right) >= 3
 
