@@ -20,7 +20,7 @@ FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
 class RivalSettings:
     """Learning rates of the methods that train on the evaluated documents; chosen on validation."""
 
-    cpt_learning_rate: float = 3e-4
+    cpt_learning_rate: float = 1e-3
     prag_learning_rate: float = 1e-3
 
 

@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sets", nargs="+", help="of the data (all)")
     parser.add_argument("--num-questions", type=whole(0), default=40, help="of each real set")
     parser.add_argument(
-        "--num-distractors", type=whole(0), default=200, help="documents of the sets that answer nothing"
+        "--num-distractors", type=whole(0), default=140, help="documents of the sets that answer nothing"
     )
     parser.add_argument("--haystack", type=whole(0), default=0, help="documents of the data's haystack besides")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help=f"({' '.join(DEFAULT_METHODS)})")
