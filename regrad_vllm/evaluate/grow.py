@@ -121,28 +121,37 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
 
 
 def draw(points: Sequence[Point], out: Path) -> None:
-    """One panel a curve, intervals as bands; recall beside."""
+    """One panel a curve, intervals as bands; recall, and ReGrad's F1 where the document was found, beside."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(point.curve for point in points))
-    figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
+    methods = list(dict.fromkeys(point.method for point in points))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5 * columns, 4.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for name, axes in zip(names, panels, strict=False):
         chosen = [point for point in points if point.curve == name]
         for method in dict.fromkeys(point.method for point in chosen):
             line = [point for point in chosen if point.method == method]
-            xs = [point.x for point in line]
-            axes.plot(xs, [100 * point.f1.mean for point in line], marker="o", ms=3, label=method)
-            axes.fill_between(
-                xs, [100 * point.f1.low for point in line], [100 * point.f1.high for point in line], alpha=0.15
-            )
+            xs, colour = [point.x for point in line], f"C{methods.index(method)}"
+            axes.plot(xs, [100 * point.f1.mean for point in line], marker="o", ms=3, color=colour, label=method)
+            low, high = [100 * point.f1.low for point in line], [100 * point.f1.high for point in line]
+            axes.fill_between(xs, low, high, alpha=0.12, color=colour, lw=0)
         regrad = [point for point in chosen if point.method == "regrad"]
-        axes.plot([p.x for p in regrad], [100 * p.recall for p in regrad], ":", color="#666", label="document found, %")
+        xs, colour = [point.x for point in regrad], f"C{methods.index('regrad')}" if regrad else "k"
+        found = [100 * point.found_f1 for point in regrad]
+        axes.plot(xs, found, "--", color=colour, lw=1, label="regrad, document found")
+        axes.plot(xs, [100 * point.recall for point in regrad], ":", color="#666", label="document found, %")
         axes.set_xlabel(_LABELS[name])
+        axes.set_ylabel("F1, %")
         if name in ("documents", "length", "corpus"):
             axes.set_xscale("log")
         axes.set_ylim(0, 100)
         axes.grid(color="#e3e3e8")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    for axes in list(panels):
+        axes.set_visible(False)
     save_svg(figure, out)
 
 
