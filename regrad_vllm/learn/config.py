@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,26 @@ class TrainConfig:
             if raw.get(key):
                 raw[key] = str((path.parent / raw[key]).resolve())
         raw.update(overrides or {})
+        _check_complete(raw, path)
         try:
             if "prompts" in raw:
                 raw["prompts"] = Prompts(**raw["prompts"])
             return cls(**raw)
         except TypeError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def _check_complete(raw: Mapping[str, Any], path: Path) -> None:
+    missing = [entry.name for entry in fields(TrainConfig) if _is_required(entry) and entry.name not in raw]
+    if missing:
+        raise ConfigError(f"{path}: {missing[0]} must be given; {TrainConfig.__module__} says what it is")
+    if raw.get("data_folder") and "sets" not in raw:
+        raise ConfigError(
+            f"{path}: sets must name the sets of {raw['data_folder']} to train on with their shares of the steps: "
+            "[sets] and below it lines such as my-set = 0.9, by the questions' own 'set' ('questions' for those "
+            "without one); 'synthetic' is for invented facts"
+        )
+
+
+def _is_required(entry: Field[Any]) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING

@@ -52,20 +52,10 @@ class MetaState:
         """Takes over φ*, step sizes and inner loss; a lower rank is filled up so that the function stays the same.
 
         Inner steps that the start doesn't have begin with step_size_init. ConfigError where the modules or the kind of
-        step sizes differ, or the rank or the number of inner steps is higher.
+        step sizes differ, the rank or the number of inner steps is higher, or weights that it has learnt would be lost.
         """
         ours, theirs = self.layout, learner.layout
-        if theirs.modules != ours.modules or theirs.rank > ours.rank:
-            raise ConfigError(
-                f"start must be a learner of the same modules and at most rank {ours.rank}, it has rank {theirs.rank} "
-                f"and {len(theirs.modules)} modules from {theirs.modules[0]} to {theirs.modules[-1]}"
-            )
-        if learner.config.inner_steps > self.config.inner_steps:
-            raise ConfigError(f"inner_steps must be at least the start's, {learner.config.inner_steps}")
-        if learner.config.step_size_kind != self.config.step_size_kind:
-            raise ConfigError(f"step_size_kind must be the start's, {learner.config.step_size_kind!r}")
-        if learner.config.step_size_kind == "full" and theirs.rank != ours.rank:
-            raise ConfigError(f"rank must be the start's, {theirs.rank}, with step sizes of kind 'full'")
+        self._check_start(learner)
         with torch.no_grad():
             for (tensor, mine), (_, given) in zip(
                 ours.views(self.phi), theirs.views(torch.tensor(learner.phi)), strict=True
@@ -80,6 +70,24 @@ class MetaState:
                 self.token_head.copy_(torch.tensor(learner.token_head))
             if self.log_temperature is not None and learner.config.score_temperature:
                 self.log_temperature.fill_(math.log(learner.config.score_temperature))
+
+    def _check_start(self, learner: Learner) -> None:
+        ours, theirs = self.layout, learner.layout
+        if theirs.modules != ours.modules or theirs.rank > ours.rank:
+            raise ConfigError(
+                f"start must be a learner of the same modules and at most rank {ours.rank}, it has rank {theirs.rank} "
+                f"and {len(theirs.modules)} modules from {theirs.modules[0]} to {theirs.modules[-1]}"
+            )
+        if learner.config.inner_steps > self.config.inner_steps:
+            raise ConfigError(f"inner_steps must be at least the start's, {learner.config.inner_steps}")
+        if learner.config.score_temperature and self.log_temperature is None:
+            raise ConfigError("score_temperature_init must be above 0: the start weights documents by their scores")
+        if learner.token_head is not None and self.token_head is None:
+            raise ConfigError("token_weights must be true: the start weights a document's tokens")
+        if learner.config.step_size_kind != self.config.step_size_kind:
+            raise ConfigError(f"step_size_kind must be the start's, {learner.config.step_size_kind!r}")
+        if learner.config.step_size_kind == "full" and theirs.rank != ours.rank:
+            raise ConfigError(f"rank must be the start's, {theirs.rank}, with step sizes of kind 'full'")
 
     @property
     def _scaling(self) -> float:

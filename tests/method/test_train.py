@@ -130,6 +130,9 @@ def test_a_run_may_start_from_a_learner_of_lower_rank_which_stays_the_same_funct
     assert Learner.load(larger.output).config.training["start"]["fingerprint"] == start.fingerprint
     with pytest.raises(ConfigError, match="at most rank 2"):
         train(replace(config(tmp_path / "lower", 1), rank=2, start=first.output), model_folder=model_folder)
+    weighted = replace(start, config=replace(start.config, score_temperature=0.1))
+    with pytest.raises(ConfigError, match="score_temperature_init must be above 0"):
+        state.start_from(weighted)
 
 
 def test_training_documents_that_stand_in_evaluation_data_are_left_out_and_named(
@@ -197,10 +200,18 @@ def test_passes_hold_every_document_once_and_stay_within_their_bounds() -> None:
         ("gamma = nan", "gamma must lie in"),
         ("top_k_weights = [0.0, 0.0]", "top_k_weights must be numbers"),
         ('prompts = {sytem = "x"}', "sytem"),
+        ('data_folder = "d"', "sets must name the sets of .*/d to train on"),
     ],
 )
 def test_a_bad_config_is_an_error_that_names_the_key(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(f'base_model = "default"\noutput = "o"\nfirst_layer = 1\n{line}\n')
     with pytest.raises(ConfigError, match=message):
+        TrainConfig.load(path)
+
+
+def test_a_config_without_a_required_key_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('base_model = "default"\noutput = "o"\n')
+    with pytest.raises(ConfigError, match=r"c\.toml: first_layer must be given"):
         TrainConfig.load(path)
