@@ -122,9 +122,11 @@ async def _ask(client: Any, model: str, document: SourceDocument, number: int) -
     try:
         response = await client.post("/v1/chat/completions", json=body)
         response.raise_for_status()
+        return response.json()["choices"][0]["message"]["content"] or ""
     except httpx.HTTPError as error:
         return error
-    return response.json()["choices"][0]["message"]["content"] or ""
+    except (ValueError, LookupError, TypeError) as error:  # one odd answer must not cost all the others
+        return httpx.DecodingError(f"the server's answer must be a chat completion: {error!r}")
 
 
 def _write(out: Path, documents: Sequence[SourceDocument], found: Mapping[str, Sequence[tuple[str, str]]]) -> None:

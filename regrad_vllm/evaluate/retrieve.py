@@ -58,11 +58,13 @@ def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random
     """Adds what the controls are given, where there is anything."""
     ids = [document.id for document in data.documents]
     retrieved = []
-    for question, found in zip(data.questions, hits, strict=True):
+    for own, (question, found) in enumerate(zip(data.questions, hits, strict=True)):
         candidates = [
             index
             for index, other in enumerate(data.questions)
-            if other.set_name == question.set_name and {hit.id for hit in hits[index]}.isdisjoint(question.documents)
+            if index != own
+            and other.set_name == question.set_name
+            and {hit.id for hit in hits[index]}.isdisjoint(question.documents)
         ]
         others = [key for key in ids if key not in question.documents]
         wrong = rng.choice(candidates) if candidates else None

@@ -43,10 +43,7 @@ SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licence
 def main(argv: Sequence[str]) -> int:
     """Returns 0 where every request was answered."""
     args = _parser().parse_args(argv)
-    if bool(args.server) != bool(args.bank):
-        raise ValueError("--server and --bank must be given together, or neither")
-    if args.server and args.dtype:
-        raise ValueError("--dtype can't be had from a server that runs already; leave it out, or --server and --bank")
+    _check(args)
     begun = time.monotonic()
     learner_folder = args.learner or shipped_learner()
     learner = Learner.load(learner_folder)
@@ -155,6 +152,17 @@ def _prompt_builder(model: Path, prompts: Prompts) -> PromptBuilder:
     from transformers import AutoTokenizer
 
     return PromptBuilder(AutoTokenizer.from_pretrained(model), prompts)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ValueError for options that don't go together."""
+    if bool(args.server) != bool(args.bank):
+        raise ValueError("--server and --bank must be given together, or neither")
+    if args.server and args.dtype:
+        raise ValueError("--dtype can't be had from a server that runs already; leave it out, or --server and --bank")
+    for name in ("server", "likelihood"):
+        if args.in_process and getattr(args, name):
+            raise ValueError(f"--{name} must be left out with --in-process, which asks no server")
 
 
 def _in_process(

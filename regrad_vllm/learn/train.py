@@ -19,7 +19,7 @@ import torch
 from bank_service.embedder import MiniLmEmbedder
 from regrad_vllm.base_model import base_digest, build_layout, load_base_model
 from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
-from regrad_vllm.data.questions import DataSplit, load_split
+from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
@@ -214,7 +214,8 @@ def _validation_samplers(config: TrainConfig, data: DataSplit, cache: Path) -> I
     for name in config.sets:
         for k in VALIDATION_TOP_KS:
             single = replace(
-                config, sets={name: 1.0}, icl_share=0.0, num_synthetic=min(400, config.num_synthetic),
+                config, sets={name: 1.0}, num_synthetic=min(400, config.num_synthetic),
+                icl_share=config.icl_share if config.gamma == 0 else 0.0,  # without an adapter the prompt has all
                 top_k_weights=tuple(float(number == k) for number in range(1, k + 1)),
             )  # fmt: skip
             try:
@@ -244,6 +245,8 @@ class _JsonLog:
         """Goes on after ``step``: what an interrupted run logged beyond its checkpoint is done, and logged, again."""
         self._path = path
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # killed while writing it
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
 
     def __call__(self, **entry: object) -> None:
@@ -253,10 +256,10 @@ class _JsonLog:
 
 
 def _data_digests(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of the data files that are trained on, by name."""
+    """SHA-256 of the data files that decide what is trained on, by name: what stands in the others too is left out."""
     if set(config.sets) == {"synthetic"}:
         return {}
-    files = sorted(Path(config.data_folder).glob("train.*.jsonl*"))
+    files = sorted(path for split in SPLITS for path in Path(config.data_folder).glob(f"{split}.*.jsonl*"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -96,6 +96,7 @@ def test_debug_shows_the_traceback() -> None:
         (["ingest", "/nowhere"], "1 input can't be used, nothing was ingested; mend them or pass --skip-bad"),
         (["ingest", "--in-flight", "0", "README.md"], "--in-flight must be at least 1, got 0"),
         (["eval", "--server", "http://127.0.0.1:9"], "--server and --bank must be given together"),
+        (["eval", "--in-process", "--likelihood"], "--likelihood must be left out with --in-process"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_one_line_that_names_it(

@@ -37,6 +37,8 @@ def test_the_controls_never_hold_the_document_that_answers() -> None:
         assert four.wrong_query is None, "alone in its set"
         assert one.random_id in ("b", "c", "d") and four.random_id in ("a", "b", "c")
         assert all(asked.gold_retrieved for asked in (one, two, three, four))
+        missed, *_ = with_controls(data(), [found("d"), *hits[1:]], random.Random(seed))
+        assert missed.wrong_query == "q3?", "never its own, even where that finds another document"
     with pytest.raises(ValueError, match=r"don't answer 'q4\?'.*set 't'"):
         check_controls([one, four], [METHODS["regrad_wrong"]])
     check_controls([one, four], [METHODS["regrad"], METHODS["regrad_random"]])

@@ -16,7 +16,7 @@ from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.state import MetaState
-from regrad_vllm.learn.train import load_data, train
+from regrad_vllm.learn.train import _JsonLog, load_data, train
 from regrad_vllm.learner import Learner, LearnerError
 from tests.method.conftest import tiny_model
 
@@ -153,7 +153,8 @@ def test_training_documents_that_stand_in_evaluation_data_are_left_out_and_named
     train(settings, model_folder=model_folder)
     training = Learner.load(settings.output).config.training
     assert training["left_out"] == ["train-0"]
-    assert set(training["data"]) == {"train.documents.jsonl", "train.questions.jsonl"}
+    files = {f"{split}.{name}.jsonl" for split in ("train", "test") for name in ("documents", "questions")}
+    assert set(training["data"]) == files, "what is left out depends on the test split"
 
 
 def test_the_trained_learner_encodes_documents_and_says_what_it_cut(tmp_path: Path, model_folder: Path) -> None:
@@ -215,3 +216,10 @@ def test_a_config_without_a_required_key_says_which(tmp_path: Path) -> None:
     path.write_text('base_model = "default"\noutput = "o"\n')
     with pytest.raises(ConfigError, match=r"c\.toml: first_layer must be given"):
         TrainConfig.load(path)
+
+
+def test_a_log_whose_last_line_was_cut_off_by_a_kill_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.9}\n{"step": 3, "lo')
+    _JsonLog(path, 1)(step=2, loss=1.5)
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [2.0, 1.5]

@@ -1,0 +1,99 @@
+"""The learner's card says what the evaluation's reports say, and these follow from the answers beside them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrad_vllm.default_model import shipped_learner
+from regrad_vllm.evaluate.asking import Record
+from regrad_vllm.evaluate.report import Report, summarise
+
+FOLDER = shipped_learner()
+# The rows of each table in order.
+TABLES = {
+    "served": (
+        "base", "learner", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl", "regrad_wrong", "regrad_random",
+    ),
+    "in_process": (
+        "base", "learner", "rag", "rag_learner", "ft_rag", "cpt", "prag", "raw_gradient", "regrad", "regrad_icl",
+        "regrad_gold", "regrad_wrong", "regrad_random",
+    ),
+}  # fmt: skip
+
+
+def report(name: str) -> dict[str, Any]:
+    return dict(json.loads((FOLDER / "evaluation" / f"{name}.json").read_text("utf-8")))
+
+
+def summary(name: str, *without: str) -> Report:
+    path = FOLDER / "evaluation" / f"{name}.answers.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    left = {"question": "", "answers": [], "prediction": "", "answer_nll": None}
+    return summarise([Record(**left, **answer) for answer in answers if answer["set_name"] not in without])
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}".replace("-", "−")
+
+
+def tables() -> list[list[list[str]]]:
+    """The card's tables as rows of cells, without their heads."""
+    found: list[list[list[str]]] = []
+    before = ""
+    for line in (FOLDER / "README.md").read_text("utf-8").splitlines():
+        if line and set(line) <= set("|-:"):
+            found.append([])
+        elif line.startswith("|") and found and before.startswith("|"):
+            found[-1].append([cell.strip(" *") for cell in line.strip("|").split("|")])
+        before = line
+    return found
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(TABLES)))
+def test_the_cards_table_is_the_reports(number: int, name: str) -> None:
+    said, rows = report(name), tables()[number]
+    assert [cell for cell in rows[0][2:]] == [f"{100 * entry['recall']:.0f}" for entry in said["sets"]]
+    assert len(rows) == 1 + len(TABLES[name])
+    for method, cells in zip(TABLES[name], rows[1:], strict=True):
+        whole = said["overall"][method]
+        assert cells[1] == f"{percent(whole['mean'])} [{percent(whole['low'])}, {percent(whole['high'])}]", method
+        assert cells[2:] == [percent(entry["rows"][method]["f1"]["mean"]) for entry in said["sets"]], method
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_report_follows_from_the_answers(name: str) -> None:
+    said, found = report(name), summary(name)
+    for method in TABLES[name]:
+        for key in ("mean", "low", "high"):
+            assert getattr(found.overall[method], key) == pytest.approx(said["overall"][method][key], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "without"), [("served", ("pubmedqa",)), ("in_process", ("pubmedqa",)), ("served", ())]
+)
+def test_the_paired_differences_stand_on_the_card(name: str, without: tuple[str, ...]) -> None:
+    card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
+    compared = {(each.method, each.other): each.difference for each in summary(name, *without).comparisons}
+    for pair in (("regrad", "rag_learner"), ("regrad_icl", "ft_rag"), ("regrad_icl", "rag_learner")):
+        value = compared[pair]
+        sign = "+" if value.mean > 0 else ""
+        assert f"{sign}{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]" in card, (pair, value)
+
+
+def test_growths_points_are_those_of_the_card() -> None:
+    lines = (Path(FOLDER) / "growth.jsonl").read_text("utf-8").splitlines()
+    points = [
+        point for point in map(json.loads, lines) if point["curve"] == "documents" and point["method"] == "regrad"
+    ]
+    card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
+    first, last = points[0], points[-1]
+    for point in (first, last):
+        f1 = point["f1"]
+        assert f"{percent(f1['mean'])} [{percent(f1['low'])}, {percent(f1['high'])}]" in card
+    assert f"F1 is {percent(first['found_f1'])} → {percent(last['found_f1'])}" in card
