@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-ability bench-encode bench-train bench-identity bench-soak model redis
+.PHONY: help env demo test lint proto train eval growth bench-ability bench-activation bench-decode bench-slots bench-encode bench-train bench-identity bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,15 @@ eval: .venv/.made model  ## is it knowledge: ReGrad, RAG, controls; tables and a
 
 growth: .venv/.made model  ## curves over documents in the bank, k, γ, length, corpus
 	@$(PY) -m regrad_vllm.cli growth $(ARGS)
+
+bench-activation: .venv/.made model  ## the engine's loop and the whole way for a new adapter, against stock vLLM
+	@$(PY) -m benchmarks.activation $(ARGS)
+
+bench-slots: .venv/.made model  ## memory of LoRA slots over what as many adapters hold
+	@$(PY) -m benchmarks.slot_memory $(ARGS)
+
+bench-decode: .venv/.made model  ## decode throughput with a different adapter for each request, over the base model
+	@$(PY) -m benchmarks.decode $(ARGS)
 
 bench-ability: .venv/.made model  ## perplexity of neutral text with ReGrad off and on, against stock vLLM
 	@$(PY) -m benchmarks.ability $(ARGS)

@@ -64,8 +64,7 @@ class RegradEndpoint:
         check_engine_settings(engine_client.vllm_config, learner)
         if settings.check_base:
             await asyncio.to_thread(check_base, engine_client.vllm_config.model_config.model, learner)
-        engine = Engine(engine_client)
-        dtype = await engine.check(learner)
+        engine, dtype = await Engine.connect(engine_client, learner)
         arena = Arena.open(settings.arena_dir, settings.arena_bytes)
         atexit.register(arena.close)
         bank = BankClient(settings.bank, learner.spec, settings.bank_timeout_ms)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import propagate
 
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
+from regrad_vllm.serve.door_client import DoorClient, DoorClosed
 from regrad_vllm.serve.launch import EXTENSION_CLASS
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.settings import SettingsError
@@ -17,23 +21,98 @@ class AdapterError(RuntimeError):
     """A worker can't compose an adapter; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request's adapter is composed and its request must run."""
+
+    recipe: Recipe
+    rank: int  # data parallel
+
+
 class Engine:
     """vLLM's engine client, with our questions to the workers."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, doors: Sequence[Sequence[DoorClient]]) -> None:
+        """``doors``: to every worker of every data parallel rank."""
         self._client = client
+        self._doors = doors
+        self._num_placed = [0] * len(doors)
+        self._last_rank = -1
+        self.caches: dict[str, dict[str, int]] = {}  # "rank/number" of a worker → its cache, as it said last
 
-    async def prepare(self, recipe: Recipe) -> float:
-        """Has every worker compose the adapter; returns the slowest one's ms. AdapterError."""
+    @classmethod
+    async def connect(cls, client: Any, learner: Learner) -> tuple[Engine, str]:
+        """Compares the workers with the learner; the engine and its LoRA dtype. SettingsError."""
+        ranks = await vllm_server_seams.ask_workers(client, "regrad_check")
+        answers = [answer for rank in ranks for answer in rank]
+        for answer in answers:
+            if answer["error"]:
+                raise SettingsError(answer["error"])
+            if answer["learner"] != learner.fingerprint:
+                raise SettingsError(
+                    f"server and workers must have one learner, got {learner.fingerprint} and {answer['learner']}; "
+                    "don't change the learner's folder while the server starts"
+                )
+        adaptable = frozenset().union(*(answer["modules"] for answer in ranks[0]))  # pipeline stages have some each
+        missing = [module for module in learner.layout.modules if module not in adaptable]
+        if missing:
+            raise SettingsError(
+                f"the engine must have LoRA on all modules of the learner, it lacks {len(missing)}, such as "
+                f"{missing[0]}; set --lora-target-modules to the learner's modules (regrad serve does)"
+            )
+        doors = [[DoorClient(answer["door"]) for answer in rank] for rank in ranks]
+        try:
+            await asyncio.gather(*(door.open() for rank in doors for door in rank))
+        except DoorClosed as error:
+            raise SettingsError(
+                "every worker must run on the API server's machine, in its network namespace; one can't be reached: "
+                f"{error}; start an API server on each machine (--data-parallel-hybrid-lb)"
+            ) from error
+        return cls(client, doors), str(answers[0]["dtype"])
+
+    @property
+    def num_ranks(self) -> int:
+        """Data parallel ranks that this server sends requests to."""
+        return len(self._doors)
+
+    def place(self, recipe: Recipe, wanted_rank: int | None = None) -> Place:
+        """Chooses the rank for a request: the wanted one, else the one with the fewest requests of ours.
+
+        A ``release`` must follow, whatever comes of it.
+        """
+        if wanted_rank is None or not 0 <= wanted_rank < self.num_ranks:  # vLLM refuses what is no rank
+            # Among equals the next in turn, as vLLM does.
+            turns = [(start + self._last_rank + 1) % self.num_ranks for start in range(self.num_ranks)]
+            wanted_rank = self._last_rank = min(turns, key=self._num_placed.__getitem__)
+        self._num_placed[wanted_rank] += 1
+        return Place(recipe, wanted_rank)
+
+    async def prepare(self, place: Place) -> float:
+        """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError."""
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
-        answers = await self._client.collective_rpc(
-            "regrad_prepare", args=(recipe.path, carrier.get("traceparent", ""))
-        )
-        for answer in answers:
+        traceparent = carrier.get("traceparent", "")
+        try:
+            answers = await asyncio.gather(
+                *(door.prepare(place.recipe, traceparent) for door in self._doors[place.rank])
+            )
+        except DoorClosed as error:
+            raise AdapterError(str(error)) from error
+        for number, answer in enumerate(answers):
+            self.caches[f"{place.rank}/{number}"] = answer["cache"]
             if answer["error"]:
                 raise AdapterError(answer["error"])
         return max(float(answer["compose_ms"]) for answer in answers)
+
+    async def settled(self) -> None:
+        """Returns when the workers have done all that they were asked before, aborts too."""
+        await vllm_server_seams.ask_workers(self._client, "regrad_settled")
+
+    def release(self, place: Place) -> None:
+        """The request of an earlier ``place`` is over."""
+        self._num_placed[place.rank] -= 1
+        for door in self._doors[place.rank]:
+            door.release(place.recipe.int_id)
 
     def unfinished(self, request_id: str, recipe: Recipe) -> frozenset[str]:
         """What still runs of one API request, for ``still_runs``."""
@@ -43,31 +122,15 @@ class Engine:
         """Whether one of these is unfinished."""
         return vllm_server_seams.still_runs(self._client, engine_ids)
 
-    async def forget(self, recipe: Recipe) -> None:
-        """Drops a prepared adapter that no request uses; returns when the workers have done all asked before."""
-        used = vllm_server_seams.engine_uses(self._client, recipe.name)
-        await self._client.collective_rpc("regrad_forget", args=(None if used else recipe.int_id,))
-
-    async def check(self, learner: Learner) -> str:
-        """Compares the workers with the learner and returns their LoRA dtype. SettingsError."""
-        answers = await self._client.collective_rpc("regrad_check")
-        for answer in answers:
-            if answer["error"]:
-                raise SettingsError(answer["error"])
-            if answer["learner"] != learner.fingerprint:
-                raise SettingsError(
-                    f"server and workers must have one learner, got {learner.fingerprint} and {answer['learner']}; "
-                    "don't change the learner's folder while the server starts"
-                )
-        return str(answers[0]["dtype"])
-
     async def figures(self) -> list[dict[str, Any]]:
         """Each worker's counters."""
-        return list(await self._client.collective_rpc("regrad_figures"))
+        ranks = await vllm_server_seams.ask_workers(self._client, "regrad_figures")
+        return [{"rank": rank, **figures} for rank, workers in enumerate(ranks) for figures in workers]
 
     async def base_weights(self) -> list[str]:
         """SHA-256 of each worker's base weights."""
-        return list(await self._client.collective_rpc("regrad_base_weights"))
+        ranks = await vllm_server_seams.ask_workers(self._client, "regrad_base_weights")
+        return [digest for rank in ranks for digest in rank]
 
 
 def check_engine_settings(vllm_config: Any, learner: Learner) -> None:

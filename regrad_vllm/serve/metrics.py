@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from regrad_vllm.adapt.arena import ArenaFigures
 
 _MS_BUCKETS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
@@ -23,6 +26,12 @@ class Metrics:
     arena_bytes: Gauge
     arena_records: Gauge
     arena_leases: Gauge
+    arena_lookups: Counter  # by result: hit, miss
+    arena_evictions: Counter
+    worker_bytes: Gauge  # by worker, "rank/number"
+    worker_records: Gauge
+    worker_lookups: Gauge  # by worker and result: the worker's own counts since its start
+    worker_evictions: Gauge
 
     @classmethod
     def create(cls, registry: CollectorRegistry = REGISTRY) -> Metrics:
@@ -33,6 +42,9 @@ class Metrics:
 
         def gauge(name: str, what: str) -> Gauge:
             return Gauge(name, what, multiprocess_mode="livesum", registry=registry)
+
+        def of_workers(name: str, what: str, *labels: str) -> Gauge:  # which every API server sees
+            return Gauge(name, what, ["worker", *labels], multiprocess_mode="livemostrecent", registry=registry)
 
         return cls(
             requests=Counter("regrad_requests", "Requests that ReGrad was for", ["outcome"], registry=registry),
@@ -45,4 +57,25 @@ class Metrics:
             arena_bytes=gauge("regrad_arena_bytes", "Gradient bytes in the arena"),
             arena_records=gauge("regrad_arena_records", "Gradients in the arena"),
             arena_leases=gauge("regrad_arena_leases", "Requests that pin gradients"),
+            arena_lookups=Counter("regrad_arena_lookups", "Gradients wanted there", ["result"], registry=registry),
+            arena_evictions=Counter("regrad_arena_evictions", "Gradients that made room", registry=registry),
+            worker_bytes=of_workers("regrad_worker_bytes", "Gradient bytes in a worker's cache"),
+            worker_records=of_workers("regrad_worker_records", "Gradients in a worker's cache"),
+            worker_lookups=of_workers("regrad_worker_lookups", "Gradients wanted there since its start", "result"),
+            worker_evictions=of_workers("regrad_worker_evictions", "Gradients that made room there"),
         )
+
+    def observe_arena(self, figures: ArenaFigures, seen_evictions: int) -> None:
+        """What the arena holds; ``seen_evictions`` were counted before."""
+        self.arena_bytes.set(figures.used_bytes)
+        self.arena_records.set(figures.num_records)
+        self.arena_leases.set(figures.num_leases)
+        self.arena_evictions.inc(figures.num_evictions - seen_evictions)
+
+    def observe_worker(self, worker: str, cache: Mapping[str, int]) -> None:
+        """What a worker says of its cache (``CacheFigures``)."""
+        self.worker_bytes.labels(worker).set(cache["used_bytes"])
+        self.worker_records.labels(worker).set(cache["num_entries"])
+        self.worker_lookups.labels(worker, "hit").set(cache["num_hits"])
+        self.worker_lookups.labels(worker, "miss").set(cache["num_misses"])
+        self.worker_evictions.labels(worker).set(cache["num_evictions"])

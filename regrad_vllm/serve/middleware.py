@@ -32,6 +32,7 @@ MAX_BODY_BYTES = 64 * 2**20
 _POLL_SECONDS = 0.05
 # Of vLLM's, with a prompt and without ReGrad: what asks for it there must not be answered as if it hadn't.
 _ROUTES_WITHOUT = frozenset({"/invocations", "/v1/messages", "/v1/chat/completions/batch"})
+_RANK_HEADER = b"x-data-parallel-rank"
 _LOGGER = logging.getLogger("regrad")
 
 
@@ -97,7 +98,7 @@ class RegradMiddleware:
             replay = _Replay(body, receive)
             tagger = AnswerTagger(send, used)
             with vllm_server_seams.served_call(call):
-                await self._app(_with_length(scope, len(body)), replay, tagger)
+                await self._app(_scope_for(scope, len(body), prepared, runtime.engine), replay, tagger)
             clean = tagger.succeeded and not replay.disconnected
         finally:
             if isinstance(prepared, Prepared):
@@ -133,7 +134,7 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> Prepared | Use
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
     try:
         with span("regrad.prepare", extract(headers), request_id=plan.request_id):
-            return await runtime.retriever.prepare(plan)
+            return await runtime.retriever.prepare(plan, _wanted_rank(scope))
     except RequestError as error:
         if plan.by_name or runtime.planner.settings.on_error == "fail_closed":
             raise
@@ -150,7 +151,7 @@ def _for_vllm(
     body["model"] = planner.base_name(model)
     body["request_id"] = used.request_id
     answered_by = model if isinstance(model, str) else planner.model_names[0]
-    if not isinstance(prepared, Prepared) or prepared.recipe is None:
+    if not isinstance(prepared, Prepared) or prepared.place is None:
         return vllm_server_seams.ServedCall(None, answered_by), body
     prompts = planner.learner.config.prompts
     changed: Body | None = body
@@ -161,29 +162,34 @@ def _for_vllm(
         raise AssertionError("mode icl was planned for a body without a question")
     if planner.settings.system_prompt and prompts.system:
         changed = shape.with_system(changed, prompts.system)
-    return vllm_server_seams.make_served_call(prepared.recipe, answered_by), changed
+    return vllm_server_seams.make_served_call(prepared.place.recipe, answered_by), changed
 
 
 def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:
     """Gives the pins back, not before the engine has stopped using the adapter for this request.
 
     A request that ended well is over in the engine too. One whose client hung up, or that failed, may still run
-    there until its abort arrives, and its adapter may have to be composed again in that time; or it may never have
-    got there, and its adapter waits in vain. What it has in the engine now is all that it will ever have there, so
-    the wait is no longer than that lives; others with the same adapter have pins of their own.
+    there until its abort arrives, and its adapter may have to be composed again in that time. What it has in the
+    engine now is all that it will ever have there, so the wait is no longer than that lives; others with the same
+    adapter have pins of their own.
     """
-    recipe = prepared.recipe
-    if recipe is None or clean:
+    place = prepared.place
+    if place is None:
         prepared.lease.release()
         return
-    running = runtime.engine.unfinished(prepared.used.request_id, recipe)
+    if clean:
+        runtime.engine.release(place)
+        prepared.lease.release()
+        return
+    running = runtime.engine.unfinished(prepared.used.request_id, place.recipe)
 
     async def release_later() -> None:
         try:
             while runtime.engine.still_runs(running):
                 await asyncio.sleep(_POLL_SECONDS)
-            await runtime.engine.forget(recipe)
+            await runtime.engine.settled()  # its last step may still run, on the adapter's slot
         finally:
+            runtime.engine.release(place)
             prepared.lease.release()
 
     task = asyncio.get_running_loop().create_task(release_later())
@@ -240,9 +246,20 @@ def _parse(body: bytes) -> Body | None:
     return document if isinstance(document, dict) else None
 
 
-def _with_length(scope: Scope, num_bytes: int) -> Scope:
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
+def _wanted_rank(scope: Scope) -> int | None:
+    """The data parallel rank that a router in front of us has chosen, as vLLM reads it."""
+    value = dict(scope["headers"]).get(_RANK_HEADER, b"")
+    return int(value) if value.isdigit() else None
+
+
+def _scope_for(scope: Scope, num_bytes: int, prepared: Prepared | Used, engine: Engine) -> Scope:
+    """With the changed body's length, and the rank where the adapter is."""
+    changed = {b"content-length": str(num_bytes).encode()}
+    place = prepared.place if isinstance(prepared, Prepared) else None
+    if engine.num_ranks > 1 and place is not None and _RANK_HEADER not in dict(scope["headers"]):
+        changed[_RANK_HEADER] = str(place.rank).encode()
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in changed]
+    return {**scope, "headers": [*headers, *changed.items()]}
 
 
 async def _send_error(send: Send, error: RequestError) -> None:

@@ -23,7 +23,7 @@ from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
 from regrad_vllm.adapt.bank_client import BankClient, Hit
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.engine import AdapterError, Engine
+from regrad_vllm.serve.engine import AdapterError, Engine, Place
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.plan import Plan
@@ -35,11 +35,11 @@ NO_HITS = "no document scored high enough; the base model answers"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a request may run with. Without a recipe it runs on the base model."""
+    """What a request may run with. Without a place for an adapter it runs on the base model."""
 
     used: Used
     lease: Lease
-    recipe: Recipe | None
+    place: Place | None
     texts: tuple[tuple[str, str], ...]  # (title, text) of the documents, in mode icl
 
 
@@ -56,29 +56,35 @@ class Retriever:
         self._arena = arena
         self._engine = engine
         self._metrics = metrics
+        self._seen_evictions = 0
 
-    async def prepare(self, plan: Plan) -> Prepared:
-        """Everything that the request needs, pinned; the caller releases the lease. RequestError, nothing pinned."""
+    async def prepare(self, plan: Plan, wanted_rank: int | None = None) -> Prepared:
+        """Everything that the request needs, pinned; the caller releases the place and the lease.
+
+        RequestError, and then nothing is pinned.
+        """
         lease = self._arena.lease()
-        discard = False
+        place: Place | None = None
         timings: dict[str, float] = {}
         try:
             async with self._bank_calls:
                 hits = await self._find(plan, lease, timings)
             if not hits:
                 return Prepared(self._used(plan, hits, None, timings), lease, None, ())
-            recipe = self._recipe(plan, hits)
-            discard = True  # what the workers refuse must not stay
-            await self._compose(recipe, timings)
+            place = self._engine.place(self._recipe(plan, hits), wanted_rank)
+            await self._compose(place, timings)
             texts = tuple((hit.title, hit.text) for hit in hits) if plan.query.with_text else ()
-            return Prepared(self._used(plan, hits, recipe, timings), lease, recipe, texts)
+            return Prepared(self._used(plan, hits, place.recipe, timings), lease, place, texts)
         except AdapterError as error:
-            lease.release(discard=discard)
+            self._engine.release(_made(place))
+            lease.release(discard=True)  # what the workers refuse must not stay
             raise RequestError(503, f"the adapter can't be composed: {error}") from error
         except (BankError, GradientFormatError, ArenaError) as error:
             lease.release()
             raise as_request_error(error, self._bank.address) from error
         except BaseException:  # cancelled, or a fault of ours: the pins go in any case
+            if place is not None:
+                self._engine.release(place)
             lease.release()
             raise
 
@@ -98,19 +104,22 @@ class Retriever:
 
     async def _fetch(self, hits: tuple[Hit, ...], lease: Lease, timings: dict[str, float]) -> None:
         missing = lease.take([hit.gradient_digest for hit in hits])
+        self._metrics.arena_lookups.labels("hit").inc(len(hits) - len(missing))
+        self._metrics.arena_lookups.labels("miss").inc(len(missing))
         with self._clock("fetch", timings), span("regrad.fetch", num_missing=len(missing)):
             if missing:
                 async for digest, record in self._bank.fetch(missing):
                     await asyncio.to_thread(lease.put, digest, record)
                     self._metrics.fetched_bytes.inc(len(record))
         figures = self._arena.figures()
-        self._metrics.arena_bytes.set(figures.used_bytes)
-        self._metrics.arena_records.set(figures.num_records)
-        self._metrics.arena_leases.set(figures.num_leases)
+        self._metrics.observe_arena(figures, self._seen_evictions)
+        self._seen_evictions = figures.num_evictions
 
-    async def _compose(self, recipe: Recipe, timings: dict[str, float]) -> None:
+    async def _compose(self, place: Place, timings: dict[str, float]) -> None:
         start = time.perf_counter()
-        compose_ms = await self._engine.prepare(recipe)
+        compose_ms = await self._engine.prepare(place)
+        for worker, cache in self._engine.caches.items():
+            self._metrics.observe_worker(worker, cache)
         wait_ms = (time.perf_counter() - start) * 1000 - compose_ms
         timings["compose"] = compose_ms
         timings["engine_wait"] = max(0.0, wait_ms)
@@ -151,6 +160,12 @@ class Retriever:
         ms = (time.perf_counter() - start) * 1000
         timings[name] = timings.get(name, 0.0) + ms
         (self._metrics.retrieve_ms if name == "retrieve" else self._metrics.fetch_ms).observe(ms)
+
+
+def _made(place: Place | None) -> Place:
+    if place is None:
+        raise AssertionError("an adapter was refused before there was one")
+    return place
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:

@@ -38,7 +38,8 @@ class Settings:
     system_prompt: bool = True  # add the learner's where a request brings none
     arena_dir: Path | None = None  # None: shared memory
     arena_bytes: int = 256 * 2**20
-    prepared_bytes: int = 256 * 2**20  # composed adapters that wait for their request's turn, per worker
+    worker_bytes: int = 256 * 2**20  # gradients that a worker keeps ready for composing, for each worker
+    waiting_slots: int | None = None  # besides --max-loras, for adapters that wait for their turn; None: a 16th of it
     bank_timeout_ms: int = 5000  # for each call to the bank
     bank_concurrency: int = 8  # requests that ask the bank at a time; the others wait for their turn
     check_base: bool = True  # compare the base model's files with the learner's base at the start
@@ -56,7 +57,8 @@ class Settings:
             ("gamma", -MAX_GAMMA, MAX_GAMMA),
             ("min_score", -1, 1),
             ("arena_bytes", 1, 2**50),
-            ("prepared_bytes", 0, 2**50),
+            ("worker_bytes", 1, 2**50),
+            ("waiting_slots", 1, 10_000),
             ("bank_timeout_ms", 1, 600_000),
             ("bank_concurrency", 1, 10_000),
             ("kept_requests", 0, 10_000_000),
@@ -94,6 +96,10 @@ class Settings:
             except ValueError as error:
                 raise SettingsError(f"{key} must be {error}, got {text!r}") from error
         return cls(**values)
+
+    def waiting_slots_of(self, max_loras: int) -> int:
+        """Slots besides ``max_loras``; at least two, so that one is composed while another waits."""
+        return self.waiting_slots or max(2, max_loras // 16)
 
     def environment(self) -> dict[str, str]:
         """The variables that make these settings."""
@@ -155,7 +161,8 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "system_prompt": _switch,
     "arena_dir": Path,
     "arena_bytes": _integer,
-    "prepared_bytes": _integer,
+    "worker_bytes": _integer,
+    "waiting_slots": _integer,
     "bank_timeout_ms": _integer,
     "bank_concurrency": _integer,
     "check_base": _switch,

@@ -1,34 +1,25 @@
 """All that is not public vLLM API in the workers, each seam with the versions it was read against.
 
-What is not public in the API server lies in ``vllm_server_seams``; nothing else reaches behind vLLM's API.
-``check_seams`` compares every seam with the vLLM that is installed and says what changed; nothing is patched
-before it has passed. Patches are idempotent, and with no ReGrad request they leave vLLM as it was, with two
-exceptions that only ever help: the spare LoRA slot on CPUs, and bounded labels in one metric.
+What is put in vLLM's place lies in ``vllm_patches``, what is not public in the API server in ``vllm_server_seams``, our
+LoRA kernels on CPUs in ``cpu_punica``; nothing else reaches behind vLLM's API. ``check_seams`` compares every seam with
+the vLLM that is installed and says what changed; nothing is patched before it has passed. Patches are idempotent, and
+with no ReGrad request they leave vLLM's answers as they were.
 
-The spare slot: rows without an adapter carry the slot index −1, and vLLM's CPU kernels
-(``lora/ops/torch_ops``) index the stacked tensors with it, so that such a row gets whatever adapter lies in the
-LAST slot. All slots of the manager are an LRU cache that stays filled with adapters of finished requests, so a
-spare slot is only spare where the manager can't hand it out. Hence every stacked tensor gets one slot more than
-the manager knows (index ``max_loras``), which nobody ever writes and which stays zero: −1 means it.
-The Triton kernels of the CUDA build return early for index −1 (``lora_ops``: ``if lora_id == -1: return``;
-``lora_kernel_metadata`` counts −1 as an adapter of its own), so nothing is spared there.
+Rows without an adapter carry the slot index −1. vLLM's own CPU kernels (``lora/ops/torch_ops``) index the stacked
+tensors with it, so that such a row gets whatever adapter lies in the last slot; ours skip it. The Triton kernels of the
+CUDA build return early for it (``lora_ops``: ``if lora_id == -1: return``).
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any
-
-from regrad_vllm.serve.recipe import PATH_PREFIX
 
 if TYPE_CHECKING:
     import torch
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.request import LoRARequest
 
 PATCH_MARK = "__regrad_patch__"
 
@@ -56,16 +47,41 @@ WORKER_SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.lora.model_manager", "from_layer",
         ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"), "0.32.0",
-        "gives each LoRA layer the spare slot on CPUs",
+        "gives each LoRA layer the slots in which adapters wait",
     ),
     Seam(
-        "vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id"), "0.32.0",
-        "measures the copy into a slot",
+        "vllm.lora.model_manager", "LoRAModelManager._create_lora_modules", ("self",), "0.32.0",
+        "has made all LoRA layers, so that their slots can be ours",
     ),
     Seam(
-        "vllm.lora.lora_weights", "LoRALayerWeights.__init__",
-        ("self", "module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"), "0.32.0",
-        "holds one module's tensors",
+        "vllm.lora.model_manager", "LoRAModelManager.remove_all_adapters", ("self",), "0.32.0",
+        "empties the list of slots",
+    ),
+    Seam(
+        "vllm.lora.model_manager", "LoRAModelManager._create_merged_loras_inplace", ("self", "lora_model"), "0.32.0",
+        "merges an adapter's tensors, which ours has none of",
+    ),
+    Seam(
+        "vllm.lora.model_manager", "LoRAModelManager.activate_adapter", ("self", "lora_id"), "0.32.0",
+        "gives an adapter its slot",
+    ),
+    Seam(
+        "vllm.lora.model_manager", "LoRAModelManager._deactivate_adapter", ("self", "lora_id"), "0.32.0",
+        "takes an adapter's slot away",
+    ),
+    Seam(
+        "vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.set_lora", ("self", "index", "lora_a", "lora_b"),
+        "0.32.0", "shows that linear layers keep lora_a_stacked and lora_b_stacked",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_linear",
+        ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"), "0.32.0",
+        "adds LoRA to a linear layer's output on CPUs",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata",
+        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), "0.32.0",
+        "maps the batch's rows to slots",
     ),
     Seam("vllm.lora.lora_model", "LoRAModel", None, "0.32.0", "holds one adapter"),
     Seam("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.add_lora", ("self", "lora_request"), "0.32.0",
@@ -105,69 +121,29 @@ def vllm_version() -> str:
     return str(vllm.__version__)
 
 
-def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
-    """``load(worker_lora_manager, lora_request)`` serves the requests whose path starts with ``regrad:``."""
-    from vllm.lora.worker_manager import WorkerLoRAManager
+def linear_modules(manager: Any) -> list[tuple[list[str], Any]]:
+    """The linear layers with LoRA: the names of the modules in each, one for each of its slices, and the layer."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    original = WorkerLoRAManager._load_adapter
-    if hasattr(original, PATCH_MARK):
-        return
-
-    @wraps(original)
-    def load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
-        if lora_request.lora_path.startswith(PATH_PREFIX):
-            return load(self, lora_request)
-        return original(self, lora_request)
-
-    replace_by(WorkerLoRAManager, "_load_adapter", load_adapter)
+    return [
+        (manager.packed_modules.get(name, [name]), module)
+        for name, module in manager.modules.items()
+        if isinstance(module, BaseLinearLayerWithLoRA)
+    ]
 
 
-def install_spare_slot() -> None:
-    """On CPUs every LoRA layer gets one slot more than the manager hands out; see the module's docstring."""
-    from vllm.lora import model_manager
-    from vllm.platforms import current_platform
-
-    original = getattr(model_manager, "from_layer")  # noqa: B009  # imported there, not exported
-    if not current_platform.is_cpu() or hasattr(original, PATCH_MARK):
-        return
-
-    @wraps(original)
-    def from_layer(layer: Any, max_loras: int, *args: Any, **kwargs: Any) -> Any:
-        return original(layer, max_loras + 1, *args, **kwargs)
-
-    replace_by(model_manager, "from_layer", from_layer)
+def slot_form(manager: Any) -> tuple[int, int, torch.dtype]:
+    """(slots, rank, type) of the manager's LoRA layers."""
+    config = manager.lora_config
+    return len(manager.lora_index_to_id), config.max_lora_rank, config.lora_dtype
 
 
-def install_activation_observer(observe: Callable[[int, Callable[[], bool]], bool]) -> None:
-    """``observe(lora_int_id, activate)`` stands around each activation and returns what ``activate`` does."""
-    from vllm.lora.model_manager import LRUCacheLoRAModelManager
-
-    original = LRUCacheLoRAModelManager.activate_adapter
-    if hasattr(original, PATCH_MARK):
-        return
-
-    @wraps(original)
-    def activate_adapter(self: LRUCacheLoRAModelManager, lora_id: int) -> bool:
-        if lora_id in self._active_adapters:
-            return original(self, lora_id)
-        return observe(lora_id, lambda: original(self, lora_id))
-
-    replace_by(LRUCacheLoRAModelManager, "activate_adapter", activate_adapter)
-
-
-def make_lora_model(lora_int_id: int, rank: int, modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> LoRAModel:
-    """An adapter for vLLM: module → (A (rank, in), B (out, rank)) with the scaling already folded into B.
-
-    scaling=1 makes vLLM's own in-place fold a no-op, so that it can happen neither twice nor on shared tensors.
-    """
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.lora_weights import LoRALayerWeights
-
-    loras = {
-        module: LoRALayerWeights(module, rank, rank, lora_a, lora_b, scaling=1.0)
-        for module, (lora_a, lora_b) in modules.items()
-    }
-    return LoRAModel(lora_int_id, rank, loras)
+def sliced(module: Any, part: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What of each slice's whole A or B this worker's layer keeps."""
+    if module.tp_size == 1:
+        return tensors
+    cut = module.slice_lora_a if part == "A" else module.slice_lora_b
+    return list(cut(tensors)) if module.n_slices > 1 else [cut(tensors[0])]
 
 
 def lora_dtype(worker_lora_manager: Any) -> torch.dtype:
@@ -176,37 +152,33 @@ def lora_dtype(worker_lora_manager: Any) -> torch.dtype:
     return dtype
 
 
-def is_registered(worker: Any, lora_int_id: int) -> bool:
-    """Whether vLLM still keeps this adapter, so that it needn't be composed again."""
-    return bool(lora_int_id in _model_manager(worker)._registered_adapters)
-
-
 def adaptable_modules(worker: Any) -> frozenset[str]:
     """Names by which an adapter can address the wrapped modules: gate_proj and up_proj, not gate_up_proj."""
-    manager = _model_manager(worker)
+    return modules_of(model_manager(worker))
+
+
+def modules_of(manager: Any) -> frozenset[str]:
     names: set[str] = set()
     for module in manager.modules:
         names.update(manager.packed_modules.get(module, [module]))
     return frozenset(names)
 
 
-def spare_slot_is_zero(worker: Any) -> bool | None:
-    """Whether slot −1 of every wrapped module is one that the manager can't hand out, and zero; None: not needed."""
+def is_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return None
-    manager = _model_manager(worker)
-    for module in manager.modules.values():
-        for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):
-            if stacked.shape[0] != manager.lora_slots + 1 or bool(stacked[-1].any()):
-                return False
-    return bool(len(manager.lora_index_to_id) == manager.lora_slots)
+    return bool(current_platform.is_cpu())
+
+
+def other_layers(manager: Any) -> list[str]:
+    """Names of the layers with LoRA that are not linear ones, such as embeddings."""
+    linear = {id(module) for _, module in linear_modules(manager)}
+    return [name for name, module in manager.modules.items() if id(module) not in linear]
 
 
 def count_adapters(worker: Any) -> tuple[int, int]:
     """(registered, active) adapters of a worker."""
-    manager = _model_manager(worker)
+    manager = model_manager(worker)
     return len(manager._registered_adapters), len(manager._active_adapters)
 
 
@@ -231,14 +203,15 @@ def base_weights(worker: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}[{start}:]", layer.cpu_linear(rows, None, None)
 
 
-def _model_manager(worker: Any) -> Any:
+def model_manager(worker: Any) -> Any:
+    """The LoRA manager of a worker. SeamError where the engine has none."""
     runner = worker.model_runner
     if not hasattr(runner, "lora_manager"):
         raise SeamError("the engine must run with LoRA; set --enable-lora")
     return runner.lora_manager._adapter_manager
 
 
-def replace_by(owner: Any, name: str, function: Callable[..., Any]) -> None:
+def replace_by(owner: Any, name: str, function: Any) -> None:
     """Puts ``function`` in the place of ``owner.name`` and marks it, so that a second installation sees it."""
-    setattr(function, PATCH_MARK, True)
+    setattr(getattr(function, "__func__", function), PATCH_MARK, True)
     setattr(owner, name, function)

@@ -35,6 +35,10 @@ SERVER_SEAMS: tuple[Seam, ...] = (
         None, "0.32.0", "knows by lora_name and external_req_id which adapters unfinished requests use",
     ),
     Seam("vllm.v1.engine.output_processor", "OutputProcessor", None, "0.32.0", "holds request_states"),
+    Seam(
+        "vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method", "args"), "0.32.0",
+        "asks all data parallel ranks, of which collective_rpc gives the first one's answers alone",
+    ),
 )  # fmt: skip
 
 _ID_PREFIXES = ("chatcmpl-", "cmpl-")
@@ -104,6 +108,13 @@ def served_call(call: ServedCall | None) -> Iterator[None]:
         yield
     finally:
         _SERVED_CALL.reset(token)
+
+
+async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:
+    """``collective_rpc`` without arguments: the workers' answers, for each data parallel rank of this server."""
+    ask = getattr(engine_client.engine_core, "call_utility_all_async")  # noqa: B009
+    ranks: list[list[Any]] = await ask("collective_rpc", method, None, (), {})
+    return ranks
 
 
 def engine_uses(engine_client: Any, lora_name: str) -> bool:

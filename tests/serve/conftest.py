@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM and torch warn about while they are imported is theirs
     import vllm.v1.engine.async_llm  # noqa: F401
 
+from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
 from tests.serve.collector import Collector
 from tests.serve.support import API_KEY, BASE, MAX_NUM_SEQS, BankThread, VllmServer, default_model, random_learner
@@ -73,6 +74,7 @@ def server(
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
         "--regrad-bank-timeout-ms", "30000",
         "--regrad-arena-dir", str(folder), "--regrad-arena-bytes", str(220 * 2**20),
+        "--regrad-worker-bytes", str(160 * 2**20),
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),
     ]  # fmt: skip
@@ -89,3 +91,10 @@ def server(
 def weights_before(server: VllmServer) -> list[str]:
     """SHA-256 of the base weights in the workers, before any request that a test makes afterwards."""
     return list(server.status(base_weights=True)["base_weights"])
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    made = Arena.open(tmp_path, 2**27)
+    yield made
+    made.close()

@@ -13,25 +13,36 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import numpy as np
+import torch
 from redis import Redis
 
 from bank_service.config import BankConfig
 from bank_service.embedded_redis import EmbeddedRedis
 from bank_service.encoder import EncodedDocument
 from bank_service.server import BankServer
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.codec import FloatArray, encode_gradient, record_digest
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.limits import channel_options
+from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.adapt.document_cache import DocumentCache, load_gradient
+from regrad_vllm.adapt.loops.compose import compose_slot
+from regrad_vllm.adapt.slot_table import SlotTable, whole
+from regrad_vllm.adapt.stored_gradient import StoredGradient
 from regrad_vllm.base_model import base_digest
 from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, Prompts
+from regrad_vllm.serve.composer import Composer
+from regrad_vllm.serve.door import Door
+from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.slots import Slots
 
 API_KEY = "tests-only"
 BASE = "base"  # the name under which the tests' server serves the default model
@@ -67,10 +78,10 @@ def random_learner(model: Path, seed: int, *, spread: float = 0.03) -> Learner:
         top_k=2,
         score_temperature=0.2,
     )
-    return Learner(config, layout, _noise(layout, seed, spread), np.full(len(layout.tensors), 0.1, np.float32))
+    return Learner(config, layout, gradient_noise(layout, seed, spread), np.full(len(layout.tensors), 0.1, np.float32))
 
 
-def _noise(layout: Layout, seed: int, spread: float) -> FloatArray:
+def gradient_noise(layout: Layout, seed: int, spread: float) -> FloatArray:
     """A (rank, in) with entries of about 1/√in, B (out, rank) with entries of about ``spread``."""
     random = np.random.default_rng(seed)
     flat = random.standard_normal(layout.num_values, dtype=np.float32)
@@ -93,7 +104,53 @@ class DrawingEncoder:
         if text == HUGE:
             return np.full(self._layout.num_values, 3e37, np.float32)
         seed = int.from_bytes(hashlib.sha256(f"{title}\n{text}".encode()).digest()[:8], "big")
-        return _noise(self._layout, seed, 0.03)
+        return gradient_noise(self._layout, seed, 0.03)
+
+
+class MemorySlots:
+    """Slots in plain memory, for the whole learner: what CpuSlots is on vLLM's layers."""
+
+    def __init__(self, learner: Learner, num_slots: int, dtype: torch.dtype = torch.float32) -> None:
+        self.table = SlotTable.build(learner.layout, whole(learner.layout), learner.layout.rank)
+        self.memory = torch.zeros(num_slots, self.table.num_values, dtype=dtype)
+        self._learner = learner
+
+    @property
+    def dtype(self) -> str:
+        return str(self.memory.dtype)
+
+    def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
+        return compose_slot(self.memory[slot], self._learner.phi, gradients, steps, self.table, self._learner.scaling)
+
+
+class Worker:
+    """A composer as a worker has it, with its door, where vLLM's books are a list that the test keeps."""
+
+    def __init__(
+        self, learner: Learner, *, max_loras: int = 4, max_waiting: int = 2, max_bytes: int = 2**28,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.ids: list[int | None] = [None] * (max_loras + max_waiting)
+        self.slots = Slots(lambda: self.ids)
+        self.cache = DocumentCache(partial(load_gradient, spec=learner.spec), max_bytes)
+        self.memory = MemorySlots(learner, max_loras + max_waiting, dtype)
+        self.composer = Composer(learner, self.cache, self.slots, self.memory)
+        self.door = Door(self.composer)
+
+    def deactivate(self, adapter_id: int) -> None:
+        """As vLLM does when it needs the slot for another adapter."""
+        self.ids[self.ids.index(adapter_id)] = None
+
+
+def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str = "int8") -> Recipe:
+    """A recipe whose gradients lie in the arena."""
+    encoder = DrawingEncoder(learner)
+    records = [encode_gradient(item.values, encoder.spec, codec) for item in encoder.encode([("", t) for t in texts])]
+    lease = arena.lease()
+    for record in records:
+        lease.put(record_digest(record), record)
+    digests = tuple(record_digest(record) for record in records)
+    return Recipe(str(arena.folder), learner.fingerprint, digests, tuple(1 / (n + 1) for n in range(len(texts))), 0.7)
 
 
 class BankThread:

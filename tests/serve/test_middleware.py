@@ -56,7 +56,7 @@ async def ask(
 
     app.add_middleware(RegradMiddleware)
     bank = BankClient(settings.bank, learner.spec, 500)
-    engine = Engine(None)  # never asked: without gradients there is nothing to compose
+    engine = Engine(None, [])  # never asked: without gradients there is nothing to compose
     metrics = Metrics.create(CollectorRegistry())
     app.state.regrad = Runtime(
         planner=Planner(settings, learner, ("base",)),

@@ -19,6 +19,7 @@ from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
+from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
@@ -26,26 +27,23 @@ from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
-from tests.serve.support import BankThread
+from tests.serve.support import BankThread, Worker
 
 CONCURRENCY = 4
 BODY = {"model": "base", "prompt": "x", "regrad": {"document_ids": ["doc-1"]}}
 
 
 class EngineLists:
-    """An engine client that has vLLM's list of unfinished requests, and workers that always agree."""
+    """An engine client that has vLLM's list of unfinished requests."""
 
     def __init__(self) -> None:
         self.states: dict[str, SimpleNamespace] = {}
         self.output_processor = SimpleNamespace(request_states=self.states)
-        self.forgotten: list[object] = []
+        self.engine_core = self
         self._numbers = count()
 
-    async def collective_rpc(self, name: str, args: tuple[Any, ...]) -> list[dict[str, Any] | bool]:
-        if name == "regrad_forget":
-            self.forgotten.append(args[0])
-            return [True]
-        return [{"compose_ms": 1.0, "error": ""}]
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[list[None]]:
+        return [[None]]
 
     def begin(self, request_id: str, lora_name: str) -> str:
         engine_id = f"cmpl-{request_id}-0-{next(self._numbers):08x}"
@@ -59,7 +57,7 @@ Handler = Callable[[dict[str, Any], str], Awaitable[JSONResponse]]
 @asynccontextmanager
 async def serving(
     bank: BankThread, learner: Learner, folder: Path, engine: EngineLists, handler: Handler
-) -> AsyncIterator[tuple[httpx.AsyncClient, Runtime, Arena]]:
+) -> AsyncIterator[tuple[httpx.AsyncClient, Runtime, Arena, Worker]]:
     """The middleware before ``handler(body, lora_name)``."""
     app = FastAPI()
 
@@ -74,10 +72,12 @@ async def serving(
     arena = Arena.open(folder, 2**26)
     client = BankClient(settings.bank, learner.spec, 30_000)
     metrics = Metrics.create(CollectorRegistry())
+    worker = Worker(learner)
+    workers = Engine(engine, [[DoorClient(worker.door.address)]])
     runtime = app.state.regrad = Runtime(
         planner=Planner(settings, learner, ("base",)),
-        retriever=Retriever(learner, client, arena, Engine(engine), metrics, CONCURRENCY),
-        engine=Engine(engine),
+        retriever=Retriever(learner, client, arena, workers, metrics, CONCURRENCY),
+        engine=workers,
         metrics=metrics,
         memory=UsedMemory(10),
         adapter_names=frozenset,
@@ -85,7 +85,7 @@ async def serving(
     )
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-            yield http, runtime, arena
+            yield http, runtime, arena, worker
     finally:
         await client.close()
         arena.close()
@@ -104,7 +104,7 @@ def test_overlapping_requests_with_one_adapter_hold_no_more_than_they_are(
             del engine.states[engine_id]
             return JSONResponse({})
 
-        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena):
+        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena, worker):
 
             async def client(delay: float) -> None:
                 await asyncio.sleep(delay)
@@ -119,8 +119,16 @@ def test_overlapping_requests_with_one_adapter_hold_no_more_than_they_are(
             await asyncio.gather(*(client(0.007 * number) for number in range(CONCURRENCY)))
             assert most["leases"] <= CONCURRENCY and most["waiting"] == 0, most
             assert arena.figures().num_leases == len(runtime.releases) == 0
+            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
 
     asyncio.run(run())
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    """The door is asked without waiting for it."""
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def name_of(http: httpx.AsyncClient, runtime: Runtime) -> str:
@@ -140,15 +148,17 @@ def test_a_failed_request_waits_for_its_own_and_for_no_others(
             engine.begin(body["request_id"] + "0", lora_name)  # nor does this one, whose id starts alike
             return JSONResponse({"error": "x"}, status_code=500)
 
-        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena):
+        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena, worker):
             answer = await http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})
             assert answer.status_code == 500
             await asyncio.sleep(0.15)
             assert arena.figures().num_leases == len(runtime.releases) == 1, "its own still runs"
+            assert worker.composer.figures()["num_tickets"] == 1 and worker.cache.figures().num_pinned == 1
             engine.begin("mine", engine.states[own[0]].lora_name)  # the next request by the same id
             del engine.states[own[0]]
             await asyncio.wait_for(asyncio.gather(*runtime.releases), 5)
             assert arena.figures().num_leases == arena.figures().num_pinned == len(runtime.releases) == 0
-            assert engine.forgotten == [None], "the adapter of those that still run must stay"
+            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
+            assert worker.cache.figures().num_pinned == 0
 
     asyncio.run(run())

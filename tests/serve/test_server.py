@@ -226,13 +226,18 @@ def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
     assert arena["num_pinned"] == arena["num_leases"] == 0
     assert worker["num_registered"] <= MAX_NUM_SEQS and worker["num_active"] <= MAX_NUM_SEQS
     assert worker["num_composed"] - before["num_composed"] == 75
-    assert worker["num_prepared"] == 0 and worker["num_recomposed"] == before["num_recomposed"]
-    assert worker["spare_slot_is_zero"]
+    assert worker["num_waiting"] == worker["num_tickets"] == worker["cache_num_pinned"] == 0
+    assert worker["cache_used_bytes"] <= worker["cache_max_bytes"]
+    assert worker["num_recomposed"] == before["num_recomposed"]
     assert status["num_kept_requests"] == 40 and status["num_releases_waiting"] == 0
     assert status["server"]["num_open_files"] <= first["server"]["num_open_files"] + 2
     assert worker["num_open_files"] == before["num_open_files"]
     metrics = server.client.get("/metrics").text
     assert 'regrad_requests_total{outcome="adapter"}' in metrics
     assert "regrad_compose_ms_bucket" in metrics
+    for level in ('regrad_arena_lookups_total{result="miss"}', 'regrad_worker_lookups{result="miss",worker="0/0"}',
+                  'regrad_worker_bytes{worker="0/0"}', "regrad_arena_bytes "):  # fmt: skip
+        (value,) = [line.split()[-1] for line in metrics.splitlines() if line.startswith(level)]
+        assert float(value) > 0, level
     series = [line for line in metrics.splitlines() if line.startswith("vllm:lora_requests_info{")]
     assert 0 < len(series) <= 4, series

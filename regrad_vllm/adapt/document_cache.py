@@ -1,0 +1,163 @@
+"""A worker's stored gradients, ready for composing: one entry a document, whatever adapters it is part of.
+
+Entries that a request needs are pinned; among the others the least recently used go first when the budget is spent. An
+entry was checked when it came in and stays as it is: while it is pinned, composing from it can't fail.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bank_service.wire.codec import HEADER_BYTES, INT8_BLOCK, GradientSpec, decode_gradient, verify_record
+from regrad_vllm.adapt.arena import read_record
+from regrad_vllm.adapt.stored_gradient import BF16, FLOAT32, INT8, StoredGradient
+
+EntryT = TypeVar("EntryT")
+
+
+class DocumentCacheFull(RuntimeError):
+    """No room: everything in the cache is in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFigures:
+    """What the cache holds and did so far."""
+
+    max_bytes: int
+    used_bytes: int
+    num_entries: int
+    num_pinned: int
+    num_hits: int
+    num_misses: int
+    num_evictions: int
+
+
+@dataclass(slots=True)
+class _Slot(Generic[EntryT]):
+    entry: EntryT
+    num_bytes: int
+    num_pins: int = 0
+
+
+class DocumentCache(Generic[EntryT]):
+    """Entries by digest. Thread-safe."""
+
+    def __init__(self, load: Callable[[str, str], tuple[EntryT, int]], max_bytes: int) -> None:
+        """``load(arena folder, digest)`` → entry and its bytes; what it raises goes to the caller of ``pin``."""
+        self._load = load
+        self._max_bytes = max_bytes
+        self._mutex = threading.Lock()
+        self._slots: OrderedDict[str, _Slot[EntryT]] = OrderedDict()  # least recently used first
+        self._used_bytes = 0
+        self._num_hits = 0
+        self._num_misses = 0
+        self._num_evictions = 0
+
+    def pin(self, arena: str, digests: Sequence[str]) -> None:
+        """Loads what is missing and pins every digest once for each time it is named; all or none.
+
+        DocumentCacheFull, or what ``load`` raises.
+        """
+        pinned: list[str] = []
+        try:
+            for digest in digests:
+                if not self._pin_present(digest):
+                    entry, num_bytes = self._load(arena, digest)  # without the lock: it reads and hashes megabytes
+                    self._add_pinned(digest, entry, num_bytes)
+                pinned.append(digest)
+        except BaseException:
+            self.unpin(pinned)
+            raise
+
+    def unpin(self, digests: Iterable[str]) -> None:
+        """Takes back one pin of each."""
+        with self._mutex:
+            for digest in digests:
+                self._slots[digest].num_pins -= 1
+            self._shrink(0)
+
+    def get(self, digests: Sequence[str]) -> list[EntryT]:
+        """The entries of pinned digests, in order."""
+        with self._mutex:
+            return [self._slots[digest].entry for digest in digests]
+
+    def figures(self) -> CacheFigures:
+        with self._mutex:
+            return CacheFigures(
+                max_bytes=self._max_bytes,
+                used_bytes=self._used_bytes,
+                num_entries=len(self._slots),
+                num_pinned=sum(slot.num_pins > 0 for slot in self._slots.values()),
+                num_hits=self._num_hits,
+                num_misses=self._num_misses,
+                num_evictions=self._num_evictions,
+            )
+
+    def _pin_present(self, digest: str) -> bool:
+        with self._mutex:
+            slot = self._slots.get(digest)
+            if slot is None:
+                self._num_misses += 1
+                return False
+            self._num_hits += 1
+            slot.num_pins += 1
+            self._slots.move_to_end(digest)
+            return True
+
+    def _add_pinned(self, digest: str, entry: EntryT, num_bytes: int) -> None:
+        with self._mutex:
+            slot = self._slots.get(digest)
+            if slot is None:  # else another thread was faster
+                if not self._shrink(num_bytes):
+                    raise DocumentCacheFull(
+                        f"a worker must have {num_bytes} bytes free for a gradient, all of its {self._max_bytes} are "
+                        "used by running requests; retry later or raise REGRAD_WORKER_BYTES"
+                    )
+                slot = self._slots[digest] = _Slot(entry, num_bytes)
+                self._used_bytes += num_bytes
+            slot.num_pins += 1
+
+    def _shrink(self, num_bytes: int) -> bool:
+        """Evicts until ``num_bytes`` more fit; whether they do."""
+        for digest in list(self._slots):
+            if self._used_bytes + num_bytes <= self._max_bytes:
+                return True
+            if not self._slots[digest].num_pins:
+                self._used_bytes -= self._slots.pop(digest).num_bytes
+                self._num_evictions += 1
+        return self._used_bytes + num_bytes <= self._max_bytes
+
+
+def load_gradient(arena: str, digest: str, spec: GradientSpec) -> tuple[StoredGradient, int]:
+    """A record of the arena, checked, with its bytes. ArenaError, GradientFormatError."""
+    kind, values, scales, num_bytes = read_payload(arena, digest, spec)
+    return StoredGradient(kind, values, scales), num_bytes
+
+
+def read_payload(
+    arena: str, digest: str, spec: GradientSpec
+) -> tuple[int, NDArray[Any], NDArray[np.float32] | None, int]:
+    """(kind, values, scales, bytes) of a record of the arena, checked. ArenaError, GradientFormatError.
+
+    Copied, not mapped: a file that somebody cuts short would end the worker while it reads from the mapping. A codec
+    that the loops don't read is decoded to float32.
+    """
+    # Not hashed again: it was published under its digest, and the check covers all bytes.
+    record = read_record(arena, digest, verify=False)
+    header = verify_record(record, spec)
+    payload = memoryview(record)[HEADER_BYTES:]
+    if header.codec == "int8":
+        num_blocks = -(-spec.num_values // INT8_BLOCK)
+        scales = np.frombuffer(payload, np.float32, num_blocks)
+        return INT8, np.frombuffer(payload, np.int8, offset=4 * num_blocks), scales, len(record)
+    if header.codec == "bf16":
+        return BF16, np.frombuffer(payload, np.uint16), None, len(record)
+    values = decode_gradient(record, spec)
+    return FLOAT32, values, None, values.nbytes

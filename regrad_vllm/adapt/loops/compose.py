@@ -1,0 +1,115 @@
+"""Composing into a slot: one pass over φ* and the stored gradients, in float32, with the scaling folded into B.
+
+For each value the same operations in the same order as ``adapt.compose.compose``, then one multiplication by the
+scaling in B and one rounding to the slot's type: so a float32 slot has the formula's very bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, f32_array, i8_array, u16_array
+from regrad_vllm.adapt.slot_table import SlotTable
+from regrad_vllm.adapt.stored_gradient import BF16, INT8, StoredGradient
+
+_TILE = 1024  # values that are composed in one thread's cache
+_KIND, _VALUES, _SCALES = range(3)
+
+_load_bf16 = FLOAT_TYPES[torch.bfloat16].load
+
+
+@numba.njit(nogil=True)
+def _tile(out: Any, phi: Any, start: Any, size: Any, gradients: Any, steps: Any, num_values: Any) -> None:
+    """out[:size] = φ* − Σ steps[k] δ_k for the flat values from ``start``."""
+    # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
+    base = phi[start : start + size]
+    for j in range(size):
+        out[j] = base[j]
+    for k in range(len(steps)):
+        step = steps[k]
+        if gradients[k, _KIND] == INT8:
+            codes = i8_array(gradients[k, _VALUES], num_values)[start : start + size]
+            scales = f32_array(gradients[k, _SCALES], (num_values + 63) // 64)
+            first = 0
+            while first < size:
+                last = min(size, ((start + first) // 64 + 1) * 64 - start)
+                scale = scales[(start + first) // 64]
+                block, block_codes = out[first:last], codes[first:last]
+                for j in range(last - first):
+                    block[j] -= step * (np.float32(block_codes[j]) * scale)
+                first = last
+        elif gradients[k, _KIND] == BF16:
+            halves = u16_array(gradients[k, _VALUES], num_values)[start : start + size]
+            for j in range(size):
+                out[j] -= step * _load_bf16(halves[j])
+        else:
+            values = f32_array(gradients[k, _VALUES], num_values)[start : start + size]
+            for j in range(size):
+                out[j] -= step * values[j]
+
+
+@cache
+def _loop(dtype: torch.dtype) -> Any:
+    kind = FLOAT_TYPES[dtype]
+    array, store, is_finite = kind.array, kind.store, kind.is_finite
+
+    @numba.njit(nogil=True)
+    def loop(address: Any, slot_values: Any, phi: Any, table: Any, gradients: Any, steps: Any, scaling: Any) -> Any:
+        """Whether all values are finite in the slot's type."""
+        target = array(address, slot_values)
+        out = np.empty(_TILE, np.float32)
+        infinite = 0
+        for t in range(len(table)):
+            first, stride, rows, columns, offset, transposed = table[t]
+            if transposed:  # rows of a few columns: several at a time
+                several = max(1, _TILE // columns)
+                for row in range(0, rows, several):
+                    count = min(several, rows - row)
+                    _tile(out, phi, first + row * stride, count * columns, gradients, steps, len(phi))
+                    values = out[: count * columns].reshape(count, columns)
+                    for c in range(columns):
+                        place = target[offset + c * rows + row : offset + c * rows + row + count]
+                        for i in range(count):
+                            value = store(values[i, c] * scaling)
+                            infinite += not is_finite(value)
+                            place[i] = value
+            else:
+                for row in range(rows):
+                    for column in range(0, columns, _TILE):
+                        count = min(_TILE, columns - column)
+                        _tile(out, phi, first + row * stride + column, count, gradients, steps, len(phi))
+                        place = target[offset + row * columns + column : offset + row * columns + column + count]
+                        for i in range(count):
+                            value = store(out[i])
+                            infinite += not is_finite(value)
+                            place[i] = value
+        return infinite == 0
+
+    return loop
+
+
+def compose_slot(
+    slot: Tensor,
+    phi: NDArray[np.float32],
+    gradients: Sequence[StoredGradient],
+    steps: Sequence[float],
+    table: SlotTable,
+    scaling: float,
+) -> bool:
+    """Writes φ* − Σ steps[k] δ_k into a slot's row, B times ``scaling``; whether all of it is finite in its type.
+
+    slot: contiguous (table.num_values,); phi: float32 (num_values,). Runs without Python's lock, on the calling thread.
+    """
+    loop = _loop(slot.dtype)
+    rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, 3)
+    return bool(
+        loop(slot.data_ptr(), slot.numel(), phi, table.rows, rows, np.array(steps, np.float32), np.float32(scaling))
+    )

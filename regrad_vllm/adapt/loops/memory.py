@@ -1,0 +1,151 @@
+"""What the loops share: float types that numba doesn't know, and arrays at raw addresses.
+
+A tensor goes in as its address, because numba has no bfloat16 and float16 on CPUs; their bits are read and written as
+uint16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_U16, _U32 = ir.IntType(16), ir.IntType(32)
+
+
+def _array_maker(element: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(types.CPointer(element)))
+
+        return types.CPointer(element)(types.int64), generate
+
+    @numba.njit(inline="always")
+    def array(address: Any, size: Any) -> Any:
+        return numba.carray(pointer(address), (size,))
+
+    return array
+
+
+f32_array = _array_maker(types.float32)
+i8_array = _array_maker(types.int8)
+i64_array = _array_maker(types.int64)
+u16_array = _array_maker(types.uint16)
+
+
+@intrinsic
+def _bits(typingctx: Any, value: Any) -> Any:
+    """float32 → its bits, uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _U32)
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _from_bf16(typingctx: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.shl(builder.zext(args[0], _U32), ir.Constant(_U32, 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _from_f16(typingctx: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _to_f16(typingctx: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _U16)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Asks for the cache line at an address, which may be any."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        number = ir.IntType(32)
+        read, keep, data = (ir.Constant(number, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], ir.IntType(8).as_pointer()), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@numba.njit(inline="always")
+def _same(value: Any) -> Any:
+    return value
+
+
+@numba.njit(inline="always")
+def _to_bf16(value: Any) -> Any:
+    """Rounded to nearest, ties to even. NaN stays NaN or becomes infinity: neither is finite."""
+    bits = _bits(value)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@numba.njit(inline="always")
+def _f32_is_finite(value: Any) -> Any:
+    return (_bits(value) & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
+
+
+@numba.njit(inline="always")
+def _bf16_is_finite(value: Any) -> Any:
+    return (value & np.uint16(0x7F80)) != np.uint16(0x7F80)
+
+
+@numba.njit(inline="always")
+def _f16_is_finite(value: Any) -> Any:
+    return (value & np.uint16(0x7C00)) != np.uint16(0x7C00)
+
+
+@numba.njit(inline="always")
+def _load_bf16(value: Any) -> Any:
+    return _from_bf16(value)
+
+
+@numba.njit(inline="always")
+def _load_f16(value: Any) -> Any:
+    return _from_f16(value)
+
+
+@numba.njit(inline="always")
+def _store_f16(value: Any) -> Any:
+    return _to_f16(value)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatType:
+    """A float type in memory. All four are compiled functions."""
+
+    array: Callable[..., Any]  # (address, size) → its stored elements
+    load: Callable[..., Any]  # stored → float32
+    store: Callable[..., Any]  # float32 → stored, rounded to nearest, ties to even
+    is_finite: Callable[..., Any]  # of a stored element
+
+
+FLOAT_TYPES = {
+    torch.float32: FloatType(f32_array, _same, _same, _f32_is_finite),
+    torch.bfloat16: FloatType(u16_array, _load_bf16, _to_bf16, _bf16_is_finite),
+    torch.float16: FloatType(u16_array, _load_f16, _store_f16, _f16_is_finite),
+}

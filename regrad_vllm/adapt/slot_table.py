@@ -1,0 +1,92 @@
+"""Where a learner's values lie in a LoRA slot: this worker's shard of them, each tensor with the rank first.
+
+A flat vector holds A as (rank, in) and B as (out, rank). A slot holds both with the rank first, (rank, in) and
+(rank, out): then the loops read rows, and a slot of a higher rank than the learner's has the learner's values in its
+first rows and zeros in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrad_vllm.layout import Layout, LoraTensor, Part
+
+# Columns of the table.
+SOURCE, SOURCE_STRIDE, ROWS, COLUMNS, TARGET, TRANSPOSED = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of one LoRA tensor that a worker computes with: a block of its rows and columns."""
+
+    rows: range
+    columns: range
+
+    def __post_init__(self) -> None:
+        if self.rows.step != 1 or self.columns.step != 1 or not self.rows or not self.columns:
+            raise ValueError(f"a shard must be rows and columns in one piece, got {self.rows}, {self.columns}")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTensor:
+    """One tensor of a slot: A as (rank, in) or B as (rank, out) of this worker, and its place in the slot's row."""
+
+    module: str
+    part: Part
+    rank: int
+    width: int  # this worker's inputs or outputs
+    offset: int
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """Copies of blocks from the flat vector into a slot's row.
+
+    ``rows`` is int64 (tensors, 6): first value in the flat vector, values between its rows, rows, columns, first value
+    in the slot's row, whether it is transposed on the way.
+    """
+
+    tensors: tuple[SlotTensor, ...]
+    rows: NDArray[np.int64]
+    num_values: int  # of a slot's row
+
+    @classmethod
+    def build(cls, layout: Layout, shards: Mapping[tuple[str, Part], Shard], rank: int) -> SlotTable:
+        """The table for slots of ``rank``. Tensors without a shard belong to another worker.
+
+        ValueError where the slot's rank is below the learner's, or a shard leaves its tensor.
+        """
+        if rank < layout.rank:
+            raise ValueError(f"rank must be at least the learner's {layout.rank}, got {rank}")
+        tensors: list[SlotTensor] = []
+        rows: list[tuple[int, ...]] = []
+        offset = 0
+        for tensor in layout.tensors:
+            shard = shards.get((tensor.module, tensor.part))
+            if shard is None:
+                continue
+            _check(shard, tensor)
+            first = tensor.offset + shard.rows.start * tensor.shape[1] + shard.columns.start
+            transposed = tensor.part == "B"
+            rows.append((first, tensor.shape[1], len(shard.rows), len(shard.columns), offset, transposed))
+            width = len(shard.rows) if transposed else len(shard.columns)
+            tensors.append(SlotTensor(tensor.module, tensor.part, rank, width, offset))
+            offset += rank * width
+        return cls(tuple(tensors), np.array(rows, np.int64).reshape(-1, 6), offset)
+
+
+def whole(layout: Layout) -> dict[tuple[str, Part], Shard]:
+    """The shards of a worker that computes with everything."""
+    return {(t.module, t.part): Shard(range(t.shape[0]), range(t.shape[1])) for t in layout.tensors}
+
+
+def _check(shard: Shard, tensor: LoraTensor) -> None:
+    rank = shard.rows if tensor.part == "A" else shard.columns
+    if len(rank) != (tensor.shape[0] if tensor.part == "A" else tensor.shape[1]):
+        raise ValueError(f"a shard of {tensor.module} {tensor.part} must have the whole rank, got {rank}")
+    if shard.rows.stop > tensor.shape[0] or shard.columns.stop > tensor.shape[1]:
+        raise ValueError(f"a shard of {tensor.module} {tensor.part} must lie in {tensor.shape}, got {shard}")

@@ -1,0 +1,134 @@
+"""Composing into vLLM's stacked LoRA tensors on a GPU: one Triton launch for all tensors of a slot.
+
+For each value the same operations in the same order as ``adapt.compose.compose``, without fused multiply-adds, then one
+multiplication by the scaling in B and one rounding to the slot's type: so a float32 slot has the formula's very bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bank_service.wire.codec import INT8_BLOCK
+from regrad_vllm.adapt.stored_gradient import BF16, INT8
+
+_BLOCK = 2048  # values that one program composes
+_FIELDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One LoRA tensor on this worker: where its values come from in the flat vector and where they go."""
+
+    first: int  # in the flat vector
+    stride: int  # values between two of its rows there
+    stack: Tensor  # (slots, 1, rows, columns at least), rows contiguous
+    rows: int
+    columns: int
+    scaled: bool
+
+
+class LaunchTable:
+    """The targets as the kernel reads them, on their device."""
+
+    def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
+        """ValueError where a stack is not laid out as said."""
+        rows, tiles = [], []
+        for index, target in enumerate(targets):
+            stack = target.stack
+            if stack.ndim != 4 or stack.shape[1] != 1 or stack.stride(3) != 1:
+                raise ValueError(f"a stack must be (slots, 1, rows, columns), got {stack.shape} by {stack.stride()}")
+            if stack.shape[2] < target.rows or stack.shape[3] < target.columns:
+                raise ValueError(f"a stack must hold {target.rows} × {target.columns}, got {stack.shape}")
+            rows.append(
+                [target.first, target.stride, target.rows * target.columns, target.columns, stack.data_ptr(),
+                 stack.stride(0), stack.stride(2), int(target.scaled)]
+            )  # fmt: skip
+            tiles += [[index, start] for start in range(0, target.rows * target.columns, _BLOCK)]
+        self.num_tiles = len(tiles)
+        self.targets = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.tiles = torch.tensor(tiles, dtype=torch.int64).to(device)
+
+
+def launch(
+    table: LaunchTable,
+    slot: int,
+    dtype: torch.dtype,
+    phi: Tensor,
+    gradients: NDArray[np.int64],
+    steps: Sequence[float],
+    scaling: float,
+) -> Tensor:
+    """Writes φ* − Σ steps[k] δ_k into a slot of every target, B times ``scaling``, on the current stream.
+
+    phi: float32 (num_values,) on the device; gradients: (k, 3), the rows of ``StoredGradient`` with addresses on the
+    device. Returns int32 (1,) on the device: how many values are not finite in ``dtype``.
+    """
+    device = phi.device
+    infinite = torch.zeros(1, dtype=torch.int32, device=device)
+    if table.num_tiles:
+        sources = torch.from_numpy(np.ascontiguousarray(gradients).reshape(-1, 3)).to(device)
+        factors = torch.tensor([*steps, scaling], dtype=torch.float32).to(device)
+        _compose[(table.num_tiles,)](
+            table.targets, table.tiles, slot, phi, sources, factors, len(steps), infinite,
+            DTYPE=_TYPES[dtype], INT8_KIND=INT8, BF16_KIND=BF16, CODES_PER_SCALE=INT8_BLOCK, FIELDS=_FIELDS,
+            BLOCK=_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return infinite
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether slots of this type can be composed."""
+    return dtype in _TYPES
+
+
+@triton.jit
+def _compose(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but for the constants
+    targets, tiles, slot, phi, sources, factors, num_sources, infinite,  # noqa: ANN001
+    DTYPE: tl.constexpr, INT8_KIND: tl.constexpr, BF16_KIND: tl.constexpr, CODES_PER_SCALE: tl.constexpr,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    target = targets + tl.load(tiles + 2 * tile) * FIELDS
+    first, stride, size, columns = (
+        tl.load(target), tl.load(target + 1), tl.load(target + 2), tl.load(target + 3)
+    )  # fmt: skip
+    index = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BLOCK)
+    mask = index < size
+    row, column = index // columns, index % columns
+    source = first + row * stride + column
+    value = tl.load(phi + source, mask=mask, other=0.0)
+    for k in range(num_sources):
+        step = tl.load(factors + k)
+        kind = tl.load(sources + 3 * k)
+        address = tl.load(sources + 3 * k + 1)
+        if kind == INT8_KIND:
+            codes = tl.load(address.to(tl.pointer_type(tl.int8)) + source, mask=mask, other=0).to(tl.float32)
+            scales = tl.load(sources + 3 * k + 2).to(tl.pointer_type(tl.float32))
+            value -= step * (codes * tl.load(scales + source // CODES_PER_SCALE, mask=mask, other=0.0))
+        elif kind == BF16_KIND:
+            halves = tl.load(address.to(tl.pointer_type(tl.uint16)) + source, mask=mask, other=0)
+            value -= step * (halves.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        else:
+            value -= step * tl.load(address.to(tl.pointer_type(tl.float32)) + source, mask=mask, other=0.0)
+    if tl.load(target + 7) != 0:
+        value *= tl.load(factors + num_sources)
+    if tl.bfloat16 == DTYPE:  # by its bits: Triton's interpreter cuts off where the device rounds
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # a NaN's bits may overflow
+    stored = value.to(DTYPE)
+    is_finite = tl.abs(stored.to(tl.float32)) < float("inf")  # NaN is not less either
+    tl.atomic_add(infinite + index * 0, 1, mask=mask & (is_finite == 0))
+    place = tl.load(target + 4).to(tl.pointer_type(DTYPE)) + slot * tl.load(target + 5)
+    tl.store(place + row * tl.load(target + 6) + column, stored, mask=mask)

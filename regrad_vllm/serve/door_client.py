@@ -1,0 +1,90 @@
+"""The API server's side of a worker's door."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from itertools import count
+from typing import Any
+
+from regrad_vllm.serve.door import MAX_LINE_BYTES
+from regrad_vllm.serve.recipe import Recipe
+
+
+class DoorClosed(RuntimeError):
+    """The worker can't be asked; it has probably ended."""
+
+
+class DoorClient:
+    """One connection to one worker's composer, for any number of questions at a time. Used in one event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._numbers = count()
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Connects. DoorClosed."""
+        await self._connected()
+
+    async def prepare(self, recipe: Recipe, traceparent: str) -> dict[str, Any]:
+        """The worker's answer, {"compose_ms", "error", "cache"}, when the adapter is in its slot. DoorClosed.
+
+        A ``release`` must follow, whatever comes of this, cancelled or not.
+        """
+        writer = await self._connected()
+        number = next(self._numbers)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        question = {"id": number, "op": "prepare", "path": recipe.path, "traceparent": traceparent}
+        try:
+            writer.write(json.dumps(question).encode() + b"\n")
+            return await answer
+        finally:
+            self._waiting.pop(number, None)
+
+    def release(self, adapter_id: int) -> None:
+        """The request of an earlier ``prepare`` is over. What a closed connection owed is released already."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(json.dumps({"op": "release", "adapter": adapter_id}).encode() + b"\n")
+
+    async def close(self) -> None:
+        """Ends the connection. The worker releases what it still owes."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._reading is not None:
+            await self._reading
+
+    async def _connected(self) -> asyncio.StreamWriter:
+        async with self._opening:
+            if self._writer is None or self._writer.is_closing():
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    connection.connect("\0" + self._address)  # by hand: uvloop knows no abstract addresses
+                    reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=MAX_LINE_BYTES)
+                except OSError as error:
+                    connection.close()
+                    raise DoorClosed(
+                        f"the worker's composer must answer, it does not: {error}; restart the server"
+                    ) from error
+                self._reading = asyncio.get_running_loop().create_task(self._read(reader, self._writer))
+            return self._writer
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                answer: dict[str, Any] = json.loads(line)
+                waiting = self._waiting.get(answer["id"])
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(answer)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_exception(DoorClosed("the worker's composer went away; restart the server"))

@@ -1,0 +1,150 @@
+"""Which adapter holds which LoRA slot: those that vLLM runs, those composed ahead, those that nobody needs any more.
+
+vLLM's manager hands out ``max_loras`` slots inside the engine's step and keeps finished adapters in them. Here an
+adapter gets its slot, and is composed into it, on another thread before its request is scheduled; activating it is then
+a matter of writing its id into the manager's list. There are a few more slots than ``max_loras``, for adapters that
+wait while as many as can run are running. The slot of an adapter whose requests are over may be given away at any time;
+vLLM's manager learns of it when it looks for the adapter in its list.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SlotIds = Callable[[], list[int | None]]  # the manager's own list, slot → id of the adapter that vLLM has in it
+
+_LOOK_AGAIN_SECONDS = 1.0  # vLLM may empty slots without a word
+
+
+@dataclass(slots=True)
+class _Reserved:
+    slot: int
+    ready: bool = False
+
+
+class Slots:
+    """Books over all slots of a worker. The engine's step takes, another thread reserves; thread-safe.
+
+    There is always a slot for the step: what waits can be composed again later, and there are more slots than vLLM runs
+    adapters at a time.
+    """
+
+    def __init__(self, slot_ids: SlotIds) -> None:
+        """``slot_ids()`` has a place for every slot."""
+        self._slot_ids = slot_ids
+        self._reserved: dict[int, _Reserved] = {}  # by adapter id, oldest first
+        self._idle: dict[int, None] = {}  # adapters of vLLM's that nobody needs, longest so first
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._reserved)
+
+    def is_there(self, adapter_id: int) -> bool:
+        """Whether the adapter is in a slot, as a whole."""
+        with self._lock:
+            return self._is_there(adapter_id)
+
+    def keep(self, adapter_id: int) -> bool:
+        """The adapter is needed again. Whether it is still in a slot, which it then doesn't lose."""
+        with self._lock:
+            self._idle.pop(adapter_id, None)
+            return self._is_there(adapter_id)
+
+    def reserve(self, adapter_id: int, wanted: Callable[[], bool]) -> int | None:
+        """A slot for an adapter, as soon as there is one that nobody needs; None when the adapter is no longer
+        ``wanted``, which is asked again whenever something here changes."""
+        with self._lock:
+            self._wait(lambda: self._free() is not None or not wanted())
+            slot = self._free()
+            if slot is None or not wanted():
+                return None
+            self._empty(slot)
+            self._reserved[adapter_id] = _Reserved(slot)
+            return slot
+
+    def ready(self, adapter_id: int) -> None:
+        """The adapter is in its reserved slot."""
+        with self._lock:
+            self._reserved[adapter_id].ready = True
+            self._changed.notify_all()
+
+    def give_up(self, adapter_id: int) -> None:
+        """Frees the slot that an adapter has reserved and that nobody writes any more."""
+        with self._lock:
+            self._reserved.pop(adapter_id, None)
+            self._changed.notify_all()
+
+    def leave(self, adapter_id: int) -> None:
+        """Nobody needs the adapter: its slot may be given away, but not before it is composed as a whole."""
+        with self._lock:
+            reserved = self._reserved.get(adapter_id)
+            if reserved is not None and reserved.ready:
+                del self._reserved[adapter_id]
+            there = set(self._slot_ids())
+            self._idle = {id: None for id in (*self._idle, adapter_id) if id in there}
+            self._changed.notify_all()
+
+    def take(self, adapter_id: int) -> tuple[int, bool]:
+        """A slot for the step to activate an adapter in, and whether the adapter is in it already.
+
+        Waits for a composition that has begun: it is nearly done.
+        """
+        with self._lock:
+            self._wait(lambda: adapter_id not in self._reserved or self._reserved[adapter_id].ready)
+            reserved = self._reserved.pop(adapter_id, None)
+            if reserved is not None:
+                slot = reserved.slot
+            else:
+                self._wait(lambda: self._free() is not None or self._last_ready() is not None)
+                found = self._free()
+                slot = self._reserved.pop(self._last_ready()).slot if found is None else found  # type: ignore[arg-type]
+            self._empty(slot)
+            self._slot_ids()[slot] = adapter_id
+            self._changed.notify_all()
+            return slot, reserved is not None
+
+    def put_back(self, adapter_id: int, *, needed: bool) -> None:
+        """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others."""
+        with self._lock:
+            slot = self._slot_ids().index(adapter_id)
+            self._empty(slot)
+            if needed:
+                self._reserved = {adapter_id: _Reserved(slot, ready=True), **self._reserved}
+            self._changed.notify_all()
+
+    def lose(self, adapter_id: int) -> None:
+        """What was taken for an adapter couldn't be composed."""
+        with self._lock:
+            self._slot_ids()[self._slot_ids().index(adapter_id)] = None
+            self._changed.notify_all()
+
+    def _wait(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self._changed.wait(_LOOK_AGAIN_SECONDS)
+
+    def _is_there(self, adapter_id: int) -> bool:
+        reserved = self._reserved.get(adapter_id)
+        return adapter_id in self._slot_ids() or (reserved is not None and reserved.ready)
+
+    def _free(self) -> int | None:
+        """An empty slot, else the one that nobody has needed for longest."""
+        ids = self._slot_ids()
+        taken = {entry.slot for entry in self._reserved.values()}
+        for slot, adapter_id in enumerate(ids):
+            if adapter_id is None and slot not in taken:
+                return slot
+        return next((ids.index(adapter_id) for adapter_id in self._idle if adapter_id in ids), None)
+
+    def _last_ready(self) -> int | None:
+        """The adapter that has waited shortest."""
+        return next((id for id in reversed(self._reserved) if self._reserved[id].ready), None)
+
+    def _empty(self, slot: int) -> None:
+        adapter_id = self._slot_ids()[slot]
+        if adapter_id is not None:
+            self._idle.pop(adapter_id, None)
+            self._slot_ids()[slot] = None

@@ -1,0 +1,175 @@
+"""What replaces vLLM's own in the workers; ``vllm_seams`` has the places and the versions that they were read in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve.recipe import PATH_PREFIX, Recipe
+from regrad_vllm.serve.vllm_seams import PATCH_MARK, replace_by
+
+if TYPE_CHECKING:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.request import LoRARequest
+
+_RECIPE = "regrad_recipe"  # of the LoRAModel that stands for one
+_PUNICA_WRAPPER = "regrad_vllm.serve.cpu_punica.RowsPunicaWrapper"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBooks:
+    """Who has which slot, in vLLM's manager's place. Both are called inside the engine's step."""
+
+    activate: Callable[[int, Recipe | None], int]  # adapter id, its recipe where it is ours → slot
+    deactivate: Callable[[int], None]  # adapter id, which has a slot
+
+
+def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
+    """``load(worker_lora_manager, lora_request)`` serves the requests whose path starts with ``regrad:``."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    original = WorkerLoRAManager._load_adapter
+    if hasattr(original, PATCH_MARK):
+        return
+
+    @wraps(original)
+    def load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
+        if lora_request.lora_path.startswith(PATH_PREFIX):
+            return load(self, lora_request)
+        lora = original(self, lora_request)
+        # Of workers that all raise, vLLM reads the first one's answer alone and takes the others' for those of its
+        # next call (multiproc_executor): so only the last one raises, when the others' are read.
+        if get_tensor_model_parallel_rank() == get_tensor_model_parallel_world_size() - 1:
+            check_whole(self._adapter_manager, lora_request.lora_name, lora.loras)
+        return lora
+
+    replace_by(WorkerLoRAManager, "_load_adapter", load_adapter)
+
+
+def check_whole(manager: Any, name: str, modules: Iterable[str]) -> None:
+    """Raises ValueError where the engine would leave out some of an operator's adapter, which vLLM does in silence."""
+    wrapped = vllm_seams.modules_of(manager)
+    here = {module for module, _ in manager.model.named_modules()}
+    missing = sorted(
+        module
+        for module in modules
+        if module not in wrapped and module.rpartition(".")[0] in here  # else another pipeline stage's
+    )
+    if missing:
+        packed = {part: whole for whole, parts in manager.packed_modules_mapping.items() for part in parts}
+        leaves = sorted({packed.get(leaf, leaf) for leaf in (m.rpartition(".")[2] for m in (*wrapped, *missing))})
+        raise ValueError(
+            f"adapter {name} must have LoRA only on modules that the engine adapts, it has it on {len(missing)} "
+            f"others, such as {missing[0]}; start with --lora-target-modules {' '.join(leaves)}"
+        )
+
+
+def install_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any], SlotBooks]) -> None:
+    """``num_waiting(max_loras)`` slots more than the manager has adapters, and our way of giving them.
+
+    ``adopt(manager)`` is called when a manager's layers are made.
+    """
+    from vllm.lora import model_manager
+
+    if hasattr(getattr(model_manager, "from_layer"), PATCH_MARK):  # noqa: B009  # imported there, not exported
+        return
+    _install_more_slots(num_waiting, adopt)
+    _install_books()
+
+
+def slot_ids(manager: Any) -> list[int | None]:
+    """The manager's list slot → id of the adapter that vLLM has in it. Another after ``remove_all_adapters``."""
+    ids: list[int | None] = manager.regrad_slot_ids
+    return ids
+
+
+def _install_more_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any], SlotBooks]) -> None:
+    from vllm.lora import model_manager
+    from vllm.lora.model_manager import LoRAModelManager
+
+    original_layer = getattr(model_manager, "from_layer")  # noqa: B009
+    original_create: Any = LoRAModelManager._create_lora_modules
+    original_remove: Any = LoRAModelManager.remove_all_adapters
+
+    def empty(manager: Any) -> None:
+        manager.lora_index_to_id = [None] * (manager.lora_slots + num_waiting(manager.lora_slots))
+        manager.regrad_slot_ids = manager.lora_index_to_id
+
+    @wraps(original_layer)
+    def from_layer(layer: Any, max_loras: int, *args: Any, **kwargs: Any) -> Any:
+        return original_layer(layer, max_loras + num_waiting(max_loras), *args, **kwargs)
+
+    @wraps(original_create)
+    def create_lora_modules(self: Any) -> None:
+        original_create(self)
+        empty(self)
+        self.regrad_books = adopt(self)
+
+    @wraps(original_remove)
+    def remove_all_adapters(self: Any) -> None:
+        original_remove(self)
+        empty(self)
+
+    replace_by(model_manager, "from_layer", from_layer)
+    replace_by(LoRAModelManager, "_create_lora_modules", create_lora_modules)
+    replace_by(LoRAModelManager, "remove_all_adapters", remove_all_adapters)
+
+
+def _install_books() -> None:
+    from vllm.lora.model_manager import LoRAModelManager
+
+    original_merge: Any = LoRAModelManager._create_merged_loras_inplace
+    original_activate = LoRAModelManager.activate_adapter
+    original_deactivate: Any = LoRAModelManager._deactivate_adapter
+
+    @wraps(original_merge)
+    def create_merged_loras_inplace(self: Any, lora_model: Any) -> None:
+        if not hasattr(lora_model, _RECIPE):
+            original_merge(self, lora_model)
+
+    @wraps(original_activate)
+    def activate_adapter(self: Any, lora_id: int) -> bool:
+        if lora_id in self.lora_index_to_id:
+            return False
+        recipe = getattr(self._registered_adapters[lora_id], _RECIPE, None)
+        slot = self.regrad_books.activate(lora_id, recipe)
+        if recipe is not None:
+            self._active_adapters[lora_id] = None
+            return True
+        # vLLM writes into the first free slot: it is shown a list where only this one is. Ours stays what it is, since
+        # the composer reads it meanwhile.
+        self.lora_index_to_id = [None if index == slot else -1 for index in range(len(slot_ids(self)))]
+        try:
+            return bool(original_activate(self, lora_id))
+        finally:
+            self.lora_index_to_id = slot_ids(self)
+
+    @wraps(original_deactivate)
+    def deactivate_adapter(self: Any, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            self.regrad_books.deactivate(lora_id)
+
+    replace_by(LoRAModelManager, "_create_merged_loras_inplace", create_merged_loras_inplace)
+    replace_by(LoRAModelManager, "activate_adapter", activate_adapter)
+    replace_by(LoRAModelManager, "_deactivate_adapter", deactivate_adapter)
+
+
+def install_cpu_kernels() -> None:
+    """On CPUs, vLLM makes our LoRA kernels in place of its own."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: _PUNICA_WRAPPER))
+
+
+def make_lora_model(recipe: Recipe, rank: int) -> LoRAModel:
+    """What stands for a recipe's adapter in vLLM's books: it has no tensors, its slot has."""
+    from vllm.lora.lora_model import LoRAModel
+
+    model = LoRAModel(recipe.int_id, rank, {})
+    setattr(model, _RECIPE, recipe)
+    return model

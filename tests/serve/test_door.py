@@ -1,0 +1,96 @@
+"""A worker's door: real sockets and composer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve.door_client import DoorClient, DoorClosed
+from regrad_vllm.serve.recipe import Recipe
+from tests.serve.support import Worker, stored_recipe
+
+
+def test_the_door_answers_many_at_a_time_and_makes_up_for_a_server_that_is_gone(arena: Arena, learner: Learner) -> None:
+    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(3)]
+    worker = Worker(learner, max_loras=4, max_waiting=2)
+
+    async def run() -> None:
+        client, other = DoorClient(worker.door.address), DoorClient(worker.door.address)
+        answers = await asyncio.gather(*(each.prepare(recipes[0], "") for each in (client, other)))
+        assert [answer["error"] for answer in answers] == ["", ""]
+        assert sorted(answer["compose_ms"] > 0 for answer in answers) == [False, True], "composed once for both"
+        await other.prepare(recipes[1], "")
+        cancelled = asyncio.create_task(other.prepare(recipes[2], ""))  # no slot is free for it
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        other.release(recipes[2].int_id)
+        bad = await client.prepare(replace(recipes[0], digests=("0" * 64,)), "")
+        assert "must hold gradient" in bad["error"]
+        client.release(replace(recipes[0], digests=("0" * 64,)).int_id)
+        wrong = await client.prepare(replace(recipes[0], learner="f" * 64), "")
+        assert "worker's learner" in wrong["error"]
+        client.release(replace(recipes[0], learner="f" * 64).int_id)
+        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 2)
+        await other.close()
+        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 1)
+        assert worker.slots.is_there(recipes[0].int_id) and not worker.slots.is_there(recipes[1].int_id)
+        client.release(recipes[0].int_id)
+        assert await settled(lambda: worker.composer.figures()["cache_num_pinned"] == 0)
+        await client.close()
+
+    asyncio.run(run())
+
+
+async def settled(holds: Callable[[], bool]) -> bool:
+    for _ in range(500):
+        if holds():
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"op":"prepare"}\n', b'{"op":"release"}\n', b"x" * 2**21])
+def test_a_question_that_breaks_the_protocol_ends_its_connection_alone(
+    arena: Arena, learner: Learner, line: bytes
+) -> None:
+    recipe = stored_recipe(arena, learner, ["one"])
+    worker = Worker(learner)
+    with socket.socket(socket.AF_UNIX) as rude:
+        rude.settimeout(10)
+        rude.connect("\0" + worker.door.address)
+        question: dict[str, Any] = {"id": 1, "op": "prepare", "path": recipe.path, "traceparent": ""}
+        rude.sendall(json.dumps(question).encode() + b"\n")
+        assert json.loads(rude.recv(1000))["error"] == ""
+        try:
+            rude.sendall(line)
+            assert rude.recv(1) == b""
+        except ConnectionError:  # closed with our bytes unread
+            pass
+    deadline = time.monotonic() + 5
+    while worker.composer.figures()["num_tickets"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert worker.composer.figures()["num_tickets"] == worker.slots.num_waiting == 0
+
+    async def polite() -> None:
+        client = DoorClient(worker.door.address)
+        assert (await client.prepare(recipe, ""))["error"] == ""
+        await client.close()
+
+    asyncio.run(polite())
+
+
+def test_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
+    async def run() -> None:
+        with pytest.raises(DoorClosed, match="restart the server"):
+            await DoorClient("regrad-nobody").prepare(Recipe("", "0" * 64, (), (), 1.0), "")
+
+    asyncio.run(run())

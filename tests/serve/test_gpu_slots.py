@@ -1,0 +1,202 @@
+"""Slots on a GPU, without one: the Triton kernel in its interpreter, on vLLM-shaped tensors in the CPU's memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
+from regrad_vllm.adapt import document_cache
+from regrad_vllm.adapt.arena import Arena, read_record
+from regrad_vllm.adapt.compose import compose
+from regrad_vllm.layout import Layout
+from regrad_vllm.learner import Learner, LearnerConfig, Prompts
+from regrad_vllm.serve import vllm_seams
+from tests.serve.test_cpu_kernels import merged, row_parallel
+
+INPUTS, INNER, RANK, SLOTS = 72, 136, 4, 3
+
+
+@pytest.fixture
+def gpu_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module, with its kernel for Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from regrad_vllm.adapt import triton_compose
+    from regrad_vllm.serve import gpu_slots
+
+    importlib.reload(triton_compose)
+    yield importlib.reload(gpu_slots)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    importlib.reload(triton_compose)
+    importlib.reload(gpu_slots)
+
+
+def small_learner() -> Learner:
+    modules = [
+        (f"model.layers.{layer}.mlp.{name}", *sizes)
+        for layer in (1, 2)
+        for name, sizes in (
+            ("gate_proj", (INPUTS, INNER)),
+            ("up_proj", (INPUTS, INNER)),
+            ("down_proj", (INNER, INPUTS)),
+        )
+    ]
+    layout = Layout.build(RANK, modules)
+    config = LearnerConfig(
+        base_digest="0" * 64, lora_alpha=3.0 * RANK, step_size_kind="tie", prompts=Prompts(system=""), top_k=2,
+        score_temperature=0.2,
+    )  # fmt: skip
+    phi = np.random.default_rng(3).standard_normal(layout.num_values, dtype=np.float32)
+    return Learner(config, layout, phi, np.full(len(layout.tensors), 0.1, np.float32))
+
+
+class Layer(SimpleNamespace):
+    """What ``linear_modules`` gives of a LoRA layer of vLLM's."""
+
+
+Layers = list[tuple[list[str], Layer]]
+
+
+def layers(dtype: torch.dtype, *, rank: int = RANK, tp_rank: int = 0, tp_size: int = 1) -> Layers:
+    """The learner's modules as a worker of ``tp_size`` has them, and one more."""
+    found = []
+    local = INNER // tp_size
+    for layer in (1, 2):
+        name = f"model.layers.{layer}.mlp"
+        gate_up = merged(tp_rank, tp_size, [INNER, INNER])
+        down = row_parallel(tp_rank, tp_size, INNER)
+        for module, names, inputs, outputs in (
+            (gate_up, ["gate_proj", "up_proj"], INPUTS, local),
+            (down, ["down_proj"], local, INPUTS),
+        ):
+            fields = vars(module) | {
+                "lora_a_stacked": tuple(torch.zeros(SLOTS, 1, rank, inputs, dtype=dtype) for _ in names),
+                "lora_b_stacked": tuple(torch.zeros(SLOTS, 1, outputs, rank, dtype=dtype) for _ in names),
+            }
+            found.append(([f"{name}.{leaf}" for leaf in names], Layer(**fields)))
+    other = {
+        "tp_size": 1, "n_slices": 1, "lora_a_stacked": (torch.zeros(SLOTS, 1, rank, 8, dtype=dtype),),
+        "lora_b_stacked": (torch.zeros(SLOTS, 1, 8, rank, dtype=dtype),),
+    }  # fmt: skip
+    return [*found, (["model.layers.0.self_attn.o_proj"], Layer(**other))]
+
+
+def manager_of(modules: Layers, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(vllm_seams, "linear_modules", lambda manager: modules)
+    stack = modules[0][1].lora_a_stacked[0]
+    config = SimpleNamespace(max_lora_rank=stack.shape[2], lora_dtype=stack.dtype)
+    return SimpleNamespace(device="cpu", lora_config=config, lora_index_to_id=[None] * SLOTS)
+
+
+def values_of(modules: Layers, module: str, part: str, slot: int) -> torch.Tensor:
+    for names, layer in modules:
+        if module in names:
+            stack: torch.Tensor = (layer.lora_a_stacked if part == "A" else layer.lora_b_stacked)[names.index(module)]
+            return stack[slot, 0]
+    raise AssertionError(module)
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    made = Arena.open(tmp_path, 2**24)
+    yield made
+    made.close()
+
+
+def stored(arena: Arena, learner: Learner, codecs: list[str]) -> list[str]:
+    random = np.random.default_rng(5)
+    digests = []
+    for codec in codecs:
+        values = random.standard_normal(learner.layout.num_values, dtype=np.float32)
+        record = encode_gradient(values, learner.spec, codec)
+        arena.lease().put(record_digest(record), record)
+        digests.append(record_digest(record))
+    return digests
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("codecs", [[], ["int8"], ["bf16"], ["int8", "bf16", "int8"]])
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("rank", [RANK, 8])
+def test_every_worker_has_the_formulas_bits_in_its_shard(
+    gpu_slots: Any, arena: Arena, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, codecs: list[str], tp_size: int,
+    rank: int,
+) -> None:  # fmt: skip
+    learner = small_learner()
+    digests = stored(arena, learner, codecs)
+    steps = [0.7 / (number + 1) for number in range(len(codecs))]
+    deltas = [decode_gradient(read_record(arena.folder, digest), learner.spec) for digest in digests]
+    flat = compose(learner.phi, deltas, steps, 1.0)
+    local = INNER // tp_size
+    for tp_rank in range(tp_size):
+        modules = layers(dtype, rank=rank, tp_rank=tp_rank, tp_size=tp_size)
+        slots = gpu_slots.GpuSlots(manager_of(modules, monkeypatch), learner)
+        gradients = [slots.load(str(arena.folder), digest)[0] for digest in digests]
+        assert slots.compose(1, gradients, steps)
+        mine = slice(tp_rank * local, (tp_rank + 1) * local)
+        for tensor, view in learner.layout.views(flat):
+            right = torch.from_numpy(np.array(view * np.float32(learner.scaling) if tensor.part == "B" else view))
+            if tensor.module.endswith("down_proj"):
+                right = right[:, mine] if tensor.part == "A" else right
+            elif tensor.part == "B":
+                right = right[mine]
+            found = values_of(modules, tensor.module, tensor.part, 1)
+            assert torch.equal(found[: right.shape[0], : right.shape[1]], right.to(dtype)), tensor
+            assert not found[right.shape[0] :].any() and not found[:, right.shape[1] :].any(), "above the rank"
+        for _, layer in modules:
+            for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                assert not stack[0].any() and not stack[2].any(), "no other slot was touched"
+
+
+def test_a_codec_that_the_kernel_does_not_read_is_decoded(
+    gpu_slots: Any, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = small_learner()
+    modules = layers(torch.float32)
+    slots = gpu_slots.GpuSlots(manager_of(modules, monkeypatch), learner)
+    (digest,) = stored(arena, learner, ["int8"])
+    delta = decode_gradient(read_record(arena.folder, digest), learner.spec)
+    payload = (document_cache.FLOAT32, delta, None, delta.nbytes)
+    monkeypatch.setattr(gpu_slots, "read_payload", lambda *args: payload)
+    gradient, num_bytes = slots.load("", "")
+    assert num_bytes == delta.nbytes
+    slots.compose(0, [gradient], [0.5])
+    first = learner.layout.tensors[0]
+    right = compose(learner.phi, [delta], [1.0], 0.5)[first.slice].reshape(first.shape)
+    assert np.array_equal(values_of(modules, first.module, "A", 0).numpy(), right)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter computes with numpy
+def test_what_is_not_finite_in_the_slots_type_is_seen(
+    gpu_slots: Any, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = small_learner()
+    (digest,) = stored(arena, learner, ["int8"])
+    for dtype, step, finite in (
+        (torch.float16, 1.0, True), (torch.float16, 3e5, False), (torch.float32, 3e5, True),
+        (torch.float32, float("nan"), False), (torch.bfloat16, 3e38, False),
+    ):  # fmt: skip
+        slots = gpu_slots.GpuSlots(manager_of(layers(dtype), monkeypatch), learner)
+        gradient, _ = slots.load(str(arena.folder), digest)
+        assert slots.compose(2, [gradient], [step]) is finite, (dtype, step)
+
+
+def test_what_another_adapter_left_in_a_slot_goes_first(gpu_slots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = small_learner()
+    modules = layers(torch.float32, rank=8)
+    slots = gpu_slots.GpuSlots(manager_of(modules, monkeypatch), learner)
+    for _, layer in modules:
+        for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+            stack[:2] = 7.0
+    slots.is_foreign(0)
+    slots.compose(0, [], [])
+    o_proj = modules[-1][1]
+    assert not o_proj.lora_a_stacked[0][0].any() and o_proj.lora_a_stacked[0][1].all()
+    assert not values_of(modules, "model.layers.1.mlp.gate_proj", "A", 0)[RANK:].any()

@@ -1,0 +1,203 @@
+"""Several workers, ranks and API servers: a small model over two CPU workers, against the same on two ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from bank_service.wire.codec import FloatArray, decode_gradient
+from regrad_vllm.adapt.arena import FOLDER_PREFIX, Arena, read_record
+from regrad_vllm.adapt.compose import compose
+from regrad_vllm.base_model import base_digest
+from regrad_vllm.layout import Layout
+from regrad_vllm.learner import Learner, LearnerConfig, Prompts, save_adapter
+from tests.serve.support import API_KEY, BASE, BankThread, VllmServer, default_model, gradient_noise
+
+HIDDEN, INNER, LAYERS, RANK = 128, 256, 4, 8
+NUM_DOCUMENTS = 12
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four heads, so that two workers can share it, with the default model's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(default_model()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_learner(small_model: Path) -> Learner:
+    modules = [
+        (f"model.layers.{layer}.mlp.{name}", *sizes)
+        for layer in range(LAYERS // 2, LAYERS)
+        for name, sizes in (
+            ("gate_proj", (HIDDEN, INNER)),
+            ("up_proj", (HIDDEN, INNER)),
+            ("down_proj", (INNER, HIDDEN)),
+        )
+    ]
+    layout = Layout.build(RANK, modules)
+    config = LearnerConfig(
+        base_digest=base_digest(small_model), lora_alpha=2.0 * RANK, step_size_kind="tie", prompts=Prompts(system=""),
+        top_k=2, score_temperature=0.2,
+    )  # fmt: skip
+    return Learner(config, layout, gradient_noise(layout, 1, 0.03), np.full(len(layout.tensors), 0.1, np.float32))
+
+
+@pytest.fixture(scope="module")
+def learner_folder(small_learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small-learner")
+    small_learner.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bank(small_learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BankThread]:
+    thread = BankThread(tmp_path_factory.mktemp("small-bank"), small_learner)
+    thread.start()
+    thread.ingest([(f"doc-{n}", f"Fact number {n}: riddle {n} has the answer {n * 37}.") for n in range(NUM_DOCUMENTS)])
+    yield thread
+    thread.stop()
+
+
+@contextmanager
+def serving(
+    model: Path, learner: Path, bank: BankThread, folder: Path, flags: list[str], **environment: str
+) -> Iterator[VllmServer]:
+    """A server on two workers of one core each."""
+    common = [
+        "--learner", str(learner), "--bank", bank.address, "--regrad-arena-dir", str(folder),
+        "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "512", "--max-num-seqs", "8",
+    ]  # fmt: skip
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if os.cpu_count() != 1 else "0|0", **environment}
+    server = VllmServer(model, [*common, *flags], variables, folder / "server.log")
+    try:
+        server.wait_until_ready(240)
+        yield server
+    finally:
+        server.stop()
+
+
+def answers(server: VllmServer) -> list[list[int]]:
+    """Tokens with an adapter of its own for each request, then without."""
+
+    def ask(number: int) -> list[int]:
+        regrad = {"document_ids": [f"doc-{number}", f"doc-{(number + 5) % NUM_DOCUMENTS}"]}
+        answer = server.complete(f"Riddle {number}?", regrad if number < NUM_DOCUMENTS else None)
+        return list(answer["choices"][0]["token_ids"])
+
+    with ThreadPoolExecutor(6) as pool:
+        return list(pool.map(ask, [*range(NUM_DOCUMENTS - 1), *range(NUM_DOCUMENTS, NUM_DOCUMENTS + 3)]))
+
+
+@pytest.fixture(scope="module")
+def sharded(
+    small_model: Path, learner_folder: Path, bank: BankThread, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
+    """Two tensor parallel workers, with slots of a higher rank than the learner's."""
+    flags = ["--tensor-parallel-size", "2", "--max-lora-rank", "16"]
+    folder = tmp_path_factory.mktemp("sharded")
+    with serving(
+        small_model, learner_folder, bank, folder, flags, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1"
+    ) as server:  # fmt: skip
+        yield server
+
+
+@pytest.mark.timeout(300)
+def test_operators_own_adapters_are_served_whole_or_refused(
+    sharded: VllmServer, small_learner: Learner, tmp_path: Path
+) -> None:
+    mine, others = tmp_path / "mine", tmp_path / "others"
+    ours = sharded.complete("The moon", {"document_ids": ["doc-3"]})
+    digest = ours["regrad"]["documents"][0]["gradient_digest"]
+    delta = decode_gradient(read_record(sharded.status()["arena"]["folder"], digest), small_learner.spec)
+    save_adapter(mine, small_learner, compose(small_learner.phi, [delta], [1.0], 1.0))
+    save_adapter(others, *attention_adapter(small_learner))
+
+    loaded = sharded.post("/v1/load_lora_adapter", {"lora_name": "mine", "lora_path": str(mine)})
+    assert loaded.status_code == 200, loaded.text
+    refused = sharded.post("/v1/load_lora_adapter", {"lora_name": "others", "lora_path": str(others)})
+    assert refused.status_code >= 400
+    assert "adapter others must have LoRA only on modules that the engine adapts" in refused.text
+    assert "--lora-target-modules down_proj gate_up_proj o_proj" in refused.text
+
+    right = ours["choices"][0]["token_ids"]
+    assert sharded.complete("The moon")["choices"][0]["token_ids"] != right
+    first = answers(sharded)
+    for _ in range(2):
+        assert sharded.complete("The moon", model="mine")["choices"][0]["token_ids"] == right
+        assert answers(sharded) == first, "what another adapter left in a slot is gone"
+
+
+@pytest.mark.timeout(300)
+def test_each_tensor_parallel_worker_composes_its_shard_alone(sharded: VllmServer) -> None:
+    answers(sharded)
+    workers = sharded.status()["workers"]
+    assert len(workers) == 2 and all(worker["num_composed"] > 10 for worker in workers)
+    assert {worker["num_recomposed"] for worker in workers} == {0}
+    shard = RANK * 2 * (3 * HIDDEN + 3 * INNER // 2) * 2 * 4  # in slots of twice the rank: two layers of float32
+    slots = 8 + 2
+    assert [worker["slot_bytes"] for worker in workers] == [slots * shard] * 2
+
+
+def attention_adapter(learner: Learner) -> tuple[Learner, FloatArray]:
+    """Of the output projections, where the learner adapts nothing."""
+    layout = Layout.build(RANK, [(f"model.layers.{layer}.self_attn.o_proj", HIDDEN, HIDDEN) for layer in range(4)])
+    values = gradient_noise(layout, 2, 0.03)
+    return Learner(learner.config, layout, values, np.full(8, 0.1, np.float32)), values
+
+
+@pytest.mark.timeout(300)
+def test_ranks_and_api_servers_give_what_sharded_workers_give_and_leave_nothing_when_killed(
+    small_model: Path, learner_folder: Path, bank: BankThread, tmp_path: Path, sharded: VllmServer
+) -> None:
+    flags = ["--data-parallel-size", "2", "--api-server-count", "2"]
+    with serving(small_model, learner_folder, bank, tmp_path, flags) as server:
+        right = answers(sharded)
+        assert [answers(server) for _ in range(3)] == [right] * 3
+        workers = server.status()["workers"]
+        assert [worker["rank"] for worker in workers] == [0, 1]
+        assert all(worker["num_composed"] > 0 for worker in workers), "both ranks had requests of ours"
+        assert sum(worker["num_recomposed"] for worker in workers) == 0, "each where its adapter was"
+        by_hand = server.post(
+            "/v1/completions", {"model": BASE, "prompt": "x", "max_tokens": 1, "regrad": {"document_ids": ["doc-1"]}},
+            **{"X-data-parallel-rank": "1"},
+        )  # fmt: skip
+        assert by_hand.status_code == 200, by_hand.text
+        arenas = [path.name for path in tmp_path.glob(FOLDER_PREFIX + "*")]
+        assert len(arenas) == 2, "one for each API server"
+        os.kill(workers[1]["pid"], signal.SIGKILL)
+        server.wait_until_ended(60)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(alive(worker["pid"]) for worker in workers):
+        time.sleep(0.2)
+    with_next = Arena.open(tmp_path, 2**20)  # as the next start does
+    assert [path.name for path in tmp_path.glob(FOLDER_PREFIX + "*")] == [with_next.folder.name]
+    with_next.close()
+    sockets = Path("/proc/net/unix").read_text()
+    assert not any(f"@regrad-{worker['pid']}-" in sockets for worker in workers), "no door is left"
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
