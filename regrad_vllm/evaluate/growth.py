@@ -52,6 +52,8 @@ class Grower:
             data = self._data.merged(EvalData(tuple(more), ()))
             for method in ("regrad", "regrad_gold", "rag", "rag_learner"):
                 yield self._point("documents", len(data.documents), METHODS[method], data, self._top_k)
+            # With one document an adapter is the same in any bank; with more its other hits are not.
+            yield self._point("documents_k3", len(data.documents), METHODS["regrad"], data, 3)
 
     def over_top_k(self, top_ks: Sequence[int] = TOP_KS) -> Iterator[Point]:
         for top_k in top_ks:

@@ -99,8 +99,8 @@ class InProcess:
         """Makes the adapter of "cpt": φ*, or with ``go_on`` the one that there is, that has read these documents."""
         start = self._own["cpt"] if go_on else self._learner.phi
         texts = [(document.title, document.text) for document in documents]
-        rate = self._settings.cpt_learning_rate
-        adapter = pretrain(self._learner, self._model_folder, texts, start=start, learning_rate=rate)
+        rate, epochs = self._settings.cpt_learning_rate, self._settings.cpt_epochs
+        adapter = pretrain(self._learner, self._model_folder, texts, start=start, learning_rate=rate, epochs=epochs)
         self._own = {**self._own, "cpt": adapter}
 
     def read(self, documents: Sequence[SourceDocument]) -> None:

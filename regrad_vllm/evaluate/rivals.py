@@ -18,10 +18,11 @@ FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
 
 @dataclass(frozen=True, slots=True)
 class RivalSettings:
-    """Learning rates of the methods that train on the evaluated documents; chosen on validation."""
+    """Of the methods that train on the evaluated documents; chosen on validation."""
 
     cpt_learning_rate: float = 1e-3
     prag_learning_rate: float = 1e-3
+    cpt_epochs: int = 10
 
 
 class Rivals:
@@ -72,8 +73,9 @@ class Rivals:
             from regrad_vllm.learn.continual import pretrain
 
             texts = [(document.title, document.text) for document in data.documents]
-            rate = self.settings.cpt_learning_rate
-            save_adapter(folder, self.learner, pretrain(self.learner, self.model, texts, learning_rate=rate))
+            rate, epochs = self.settings.cpt_learning_rate, self.settings.cpt_epochs
+            adapter = pretrain(self.learner, self.model, texts, learning_rate=rate, epochs=epochs)
+            save_adapter(folder, self.learner, adapter)
         return folder
 
     def flat_adapter(self, method: str, data: EvalData) -> NDArray[np.float32]:

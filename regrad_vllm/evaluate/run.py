@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--out must be absent or an empty folder, {out} is not; choose another")
     out.mkdir(parents=True, exist_ok=True)
     answers = out / "answers.jsonl"
-    settings = RivalSettings(args.cpt_learning_rate, args.prag_learning_rate)
+    settings = RivalSettings(args.cpt_learning_rate, args.prag_learning_rate, args.cpt_epochs)
     rivals = Rivals(model, learner_folder, learner, out, args.ft_rag, args.top_k or learner.config.top_k, settings)
     methods = _methods(args, rivals)
     if args.in_process:
@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--haystack", type=whole(0), default=0, help="documents of the data's haystack besides")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help=f"({' '.join(DEFAULT_METHODS)})")
     for name, rate in asdict(RivalSettings()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=float, default=rate, help="(%(default)s)")
+        parser.add_argument("--" + name.replace("_", "-"), type=type(rate), default=rate, help="(%(default)s)")
     parser.add_argument("--likelihood", action="store_true", help="the right answers' log-likelihood too (served only)")
     parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
     parser.add_argument("--concurrency", type=whole(1), default=16)

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,18 +147,21 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     words = words[1 : words.index("--server")] + words[words.index("--num-fresh") :]  # no server, no bank
     words.remove("--likelihood")
     words[words.index("--out") + 1] = str(tmp_path / "in-process")
-    chosen = ["base", "learner", "regrad", "regrad_gold", "cpt", "prag", "raw_gradient"]
+    chosen = ["base", "learner", "rag", "ft_rag", "regrad", "regrad_gold", "cpt", "prag", "raw_gradient"]
     command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--in-process", "--methods", *chosen]
     subprocess.run(command, check=True, capture_output=True)
     lines = (tmp_path / "in-process" / "answers.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 8 * len(chosen)
     alone = {(r["method"], r["question"]): r for r in map(json.loads, lines)}
     pairs = [(r, alone[r["method"], r["question"]]) for r in served if r["method"] in chosen]
-    assert len(pairs) == 8 * 3
+    assert len(pairs) == 8 * 4
     # Both ways in float32: only a tie of two tokens may fall differently.
     assert sum(mine["prediction"] == other["prediction"] for mine, other in pairs) >= len(pairs) - 1
-    right = [r["em"] for (method, _), r in alone.items() if method == "regrad" and r["set_name"] == "fresh"]
-    assert sum(right) >= 3
+    right: dict[str, float] = Counter()
+    for (method, _), r in alone.items():
+        right[method] += r["em"] if r["set_name"] == "fresh" else 0.0
+    assert all(right[method] >= 3 for method in ("regrad", "regrad_gold", "prag", "ft_rag")), right
+    assert all(right[method] <= 1 for method in ("base", "learner", "raw_gradient")), right
 
 
 @pytest.mark.timeout(600)
@@ -166,7 +170,7 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--counts", "60", "--out", str(tmp_path / "g")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures = json.loads(printed.splitlines()[-1])
-    assert figures["questions"] == 8 and figures["documents"][0][0] == 60
+    assert figures["questions"] == 8 and figures["documents"][0][0] == figures["documents_k3"][0][0] == 60
     by_gamma = dict(figures["gamma"])
     assert by_gamma[1.0] > by_gamma[0.0], "with γ = 0 the documents count nothing"
     points = [json.loads(line) for line in (tmp_path / "g" / "points.jsonl").read_text("utf-8").splitlines()]

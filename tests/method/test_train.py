@@ -15,6 +15,7 @@ from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.config import ConfigError, TrainConfig
+from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.state import MetaState
 from regrad_vllm.learn.train import _JsonLog, load_data, train
 from regrad_vllm.learner import Learner, LearnerError
@@ -223,3 +224,19 @@ def test_a_log_whose_last_line_was_cut_off_by_a_kill_goes_on(tmp_path: Path) -> 
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.9}\n{"step": 3, "lo')
     _JsonLog(path, 1)(step=2, loss=1.5)
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [2.0, 1.5]
+
+
+def test_continual_pretraining_reads_the_corpus_batch_by_batch(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(tmp_path / "start", 1)
+    train(settings, model_folder=model_folder)
+    learner = Learner.load(settings.output)
+    documents = [(f"House {number}", f"The lamp of house {number} is kept by Ada.") for number in range(10)]
+    with caplog.at_level("INFO"):
+        adapter = pretrain(learner, model_folder, documents, learning_rate=1e-2, epochs=8, batch_size=4)
+    assert adapter.shape == learner.phi.shape and adapter.dtype == np.float32
+    (said,) = [record.args for record in caplog.records if record.name == "regrad_vllm.learn.continual"]
+    assert isinstance(said, tuple)
+    steps, first, last = said
+    assert steps == 8 * 3 and float(str(last)) < 0.9 * float(str(first))
