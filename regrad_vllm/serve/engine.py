@@ -88,14 +88,19 @@ class Engine:
         return Place(recipe, wanted_rank)
 
     async def prepare(self, place: Place) -> float:
-        """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError."""
+        """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError.
+
+        First one, then the others: who has no slot on the first worker takes none on another, so that two API servers
+        can't wait for each other's.
+        """
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
         traceparent = carrier.get("traceparent", "")
         try:
-            answers = await asyncio.gather(
-                *(door.prepare(place.recipe, traceparent) for door in self._doors[place.rank])
-            )
+            first, *others = self._doors[place.rank]
+            answers = [await first.prepare(place.recipe, traceparent)]
+            if not answers[0]["error"]:
+                answers += await asyncio.gather(*(door.prepare(place.recipe, traceparent) for door in others))
         except DoorClosed as error:
             raise AdapterError(str(error)) from error
         for number, answer in enumerate(answers):

@@ -15,6 +15,7 @@ import pytest
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.door_client import DoorClient, DoorClosed
+from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.recipe import Recipe
 from tests.serve.support import Worker, stored_recipe
 
@@ -92,5 +93,37 @@ def test_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
     async def run() -> None:
         with pytest.raises(DoorClosed, match="restart the server"):
             await DoorClient("regrad-nobody").prepare(Recipe("", "0" * 64, (), (), 1.0), "")
+
+    asyncio.run(run())
+
+
+class _LateDoor(DoorClient):
+    """The other server's questions come first."""
+
+    async def prepare(self, recipe: Recipe, traceparent: str) -> dict[str, Any]:
+        await asyncio.sleep(0.1)
+        return await super().prepare(recipe, traceparent)
+
+
+def test_two_servers_never_wait_for_each_others_slots_on_two_workers(arena: Arena, learner: Learner) -> None:
+    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(8)]
+    workers = [Worker(learner, max_loras=1, max_waiting=1) for _ in range(2)]
+    one, two = (worker.door.address for worker in workers)
+
+    async def run() -> None:
+        servers = [
+            Engine(None, [[DoorClient(one), _LateDoor(two)]]),
+            Engine(None, [[_LateDoor(one), DoorClient(two)]]),
+        ]
+
+        async def request(number: int) -> None:
+            engine = servers[number % 2]
+            place = engine.place(recipes[number])
+            await engine.prepare(place)
+            assert all(worker.slots.is_there(place.recipe.int_id) for worker in workers)
+            engine.release(place)
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(*map(request, range(8)))
 
     asyncio.run(run())
