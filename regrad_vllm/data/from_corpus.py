@@ -22,7 +22,7 @@ from regrad_vllm.data.questions import SourceDocument
 VALIDATION_SHARE = 0.1
 MAX_ANSWER_WORDS = 8
 _TIMEOUT_S = 600.0
-_MAX_TOKENS = 512
+_TOKENS_PER_QUESTION = 100  # with its answer, generously: a model that goes on is cut off
 _PROMPT = """Read this text{title}:
 
 {text}
@@ -117,7 +117,7 @@ async def _ask(client: Any, model: str, document: SourceDocument, number: int) -
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
-        "max_tokens": _MAX_TOKENS,
+        "max_tokens": number * _TOKENS_PER_QUESTION,
     }
     try:
         response = await client.post("/v1/chat/completions", json=body)

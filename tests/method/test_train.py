@@ -239,4 +239,4 @@ def test_continual_pretraining_reads_the_corpus_batch_by_batch(
     (said,) = [record.args for record in caplog.records if record.name == "regrad_vllm.learn.continual"]
     assert isinstance(said, tuple)
     steps, first, last = said
-    assert steps == 8 * 3 and float(str(last)) < 0.9 * float(str(first))
+    assert steps == 8 * 3 and float(str(last)) < float(str(first)) - 0.5
