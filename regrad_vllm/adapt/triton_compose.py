@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bank_service.wire.codec import INT8_BLOCK
@@ -62,22 +60,19 @@ def launch(
     slot: int,
     dtype: torch.dtype,
     phi: Tensor,
-    gradients: NDArray[np.int64],
-    steps: Sequence[float],
-    scaling: float,
+    sources: Tensor,
+    factors: Tensor,
 ) -> Tensor:
-    """Writes φ* − Σ steps[k] δ_k into a slot of every target, B times ``scaling``, on the current stream.
+    """Writes φ* − Σ steps[k] δ_k into a slot of every target, B times the scaling, on the current stream.
 
-    phi: float32 (num_values,) on the device; gradients: (k, 3), the rows of ``StoredGradient`` with addresses on the
-    device. Returns int32 (1,) on the device: how many values are not finite in ``dtype``.
+    All on the device: phi: float32 (num_values,); sources: int64 (k, 3), the rows of ``StoredGradient`` with addresses
+    there; factors: float32 (k + 1,), the steps and the scaling; the last two from addresses divisible by 16, as Triton
+    compiles for. Returns int32 (1,) there: how many values are not finite in ``dtype``.
     """
-    device = phi.device
-    infinite = torch.zeros(1, dtype=torch.int32, device=device)
+    infinite = torch.zeros(1, dtype=torch.int32, device=phi.device)
     if table.num_tiles:
-        sources = torch.from_numpy(np.ascontiguousarray(gradients).reshape(-1, 3)).to(device)
-        factors = torch.tensor([*steps, scaling], dtype=torch.float32).to(device)
         _compose[(table.num_tiles,)](
-            table.targets, table.tiles, slot, phi, sources, factors, len(steps), infinite,
+            table.targets, table.tiles, slot, phi, sources, factors, len(sources), infinite,
             DTYPE=_TYPES[dtype], INT8_KIND=INT8, BF16_KIND=BF16, CODES_PER_SCALE=INT8_BLOCK, FIELDS=_FIELDS,
             BLOCK=_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
@@ -92,7 +87,9 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
 
 
-@triton.jit
+# Triton compiles anew for whole numbers that are 1 or divisible by 16, unless it is told not to: one compilation, at
+# the warm-up, must do for all slots and numbers of gradients.
+@triton.jit(do_not_specialize=["slot", "num_sources"])
 def _compose(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but for the constants
     targets, tiles, slot, phi, sources, factors, num_sources, infinite,  # noqa: ANN001
     DTYPE: tl.constexpr, INT8_KIND: tl.constexpr, BF16_KIND: tl.constexpr, CODES_PER_SCALE: tl.constexpr,

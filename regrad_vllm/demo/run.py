@@ -60,7 +60,7 @@ class Stage:
 
     def play(self, services: Services) -> dict[str, Any]:
         """From documents to figures."""
-        bank = start_bank(services, self.model, self.learner, self.folder / "bank")
+        _, bank = start_bank(services, self.model, self.learner, self.folder / "bank")
         flags = ["--max-model-len", "1024"]
         server, url = start_server(services, self.model, self.learner, bank, BASE, _NAMESPACE, flags)
         self._ingest(bank)

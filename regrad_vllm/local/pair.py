@@ -30,16 +30,17 @@ def local_pair(
 ) -> Iterator[LocalPair]:
     """Both, ready, for as long as the context lasts. Data and logs go into ``folder``. ServiceFailure."""
     with Services(folder) as services:
-        bank = start_bank(services, model, learner, folder / "bank")
+        _, bank = start_bank(services, model, learner, folder / "bank")
         server, url = start_server(services, model, learner, bank, model_name, namespace, server_flags)
         wait_for_server(server, url)
         yield LocalPair(bank, url)
 
 
-def start_bank(services: Services, model: Path, learner: Path, data_dir: Path) -> str:
-    """Starts a bank and waits for it; its host:port. ServiceFailure."""
+def start_bank(services: Services, model: Path, learner: Path, data_dir: Path) -> tuple[Service, str]:
+    """Starts a bank and waits for it; the process and its host:port. ServiceFailure."""
     flags = ["--data-dir", str(data_dir), "--port", "0"]
-    return wait_for_bank(services.start("bank", ["bank", "--model", str(model), "--learner", str(learner), *flags]))
+    bank = services.start("bank", ["bank", "--model", str(model), "--learner", str(learner), *flags])
+    return bank, wait_for_bank(bank)
 
 
 def wait_for_bank(bank: Service) -> str:
@@ -67,6 +68,23 @@ def start_server(
     # Eager: a fresh machine has no C++ compiler, and short runs are over before compiling pays.
     common = ["--served-model-name", model_name, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
     server = services.start("server", ["serve", str(model), *regrad, *common, *flags], SERVER_ENVIRONMENT)
+    return server, f"http://127.0.0.1:{port}"
+
+
+def start_stock_server(
+    services: Services, model: Path, model_name: str, flags: Sequence[str] = (), *, runtime_adapters: bool = False
+) -> tuple[Service, str]:
+    """Starts ``vllm serve`` with LoRA and without our plugin, and doesn't wait for it; the process and its URL.
+
+    runtime_adapters: adapters can be loaded and unloaded while it runs.
+    """
+    port = str(free_port())
+    common = ["--served-model-name", model_name, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
+    environment = {**SERVER_ENVIRONMENT, "VLLM_PLUGINS": ""}
+    if runtime_adapters:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    arguments = ["serve", str(model), *common, "--enable-lora", *flags]
+    server = services.start("stock", arguments, environment, module="regrad_vllm.serve.vllm_main")
     return server, f"http://127.0.0.1:{port}"
 
 

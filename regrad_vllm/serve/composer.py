@@ -2,8 +2,9 @@
 
 A request holds a ticket for its adapter from ``admit`` to ``release``. While there is one, the adapter's gradients are
 pinned in the worker's cache, so that it can be composed again without reading anything: a request may be preempted
-and come back when vLLM has given its slot away. So what the engine's step does for an adapter is to find its slot, and
-at worst to compose from memory; nothing there can fail.
+and come back when vLLM has given its slot away. So what the engine's step does for an adapter with a ticket is to find
+its slot, and at worst to compose from memory, which was done before without an error. Only an engine that is called
+without our server, which gives every request its ticket on the rank where it runs, reads records in the step.
 """
 
 from __future__ import annotations
@@ -84,32 +85,29 @@ class Composer:
             ticket.count += 1
             return self._slots.keep(recipe.int_id) and ticket.pinned
 
+    def is_there(self, adapter_id: int) -> bool:
+        """Whether the adapter is in a slot, as a whole."""
+        return self._slots.is_there(adapter_id)
+
     def prepare(self, adapter_id: int) -> float:
         """Composes an admitted adapter into a slot, when one is free; the ms without that wait.
 
         RecipeError, ArenaError, GradientFormatError, DocumentCacheFull. Returns at once where the tickets are gone.
         """
+        to_compose, load_ms = self.load(adapter_id)
+        return load_ms + self._compose_ahead(adapter_id) if to_compose else load_ms
+
+    def load(self, adapter_id: int) -> tuple[bool, float]:
+        """Pins an admitted adapter's gradients in the cache; whether it must still be composed, and the ms.
+
+        Waits for no slot. ArenaError, GradientFormatError, DocumentCacheFull.
+        """
         ticket = self._tickets.get(adapter_id)
-        if ticket is None:
-            return 0.0
+        if ticket is None:  # released in the meantime
+            return False, 0.0
         start = time.perf_counter()
-        if not self._pin(adapter_id, ticket) or self._slots.is_there(adapter_id):
-            return 0.0
-        pin_ms = (time.perf_counter() - start) * 1000
-        slot = self._slots.reserve(adapter_id, lambda: adapter_id in self._tickets)
-        if slot is None:
-            return 0.0
-        start = time.perf_counter()
-        try:
-            with span("regrad.compose", self._trace(adapter_id), num_documents=len(ticket.recipe.digests)):
-                self._compose(slot, ticket.recipe)
-        except BaseException:
-            self._slots.give_up(adapter_id)
-            raise
-        self._slots.ready(adapter_id)
-        if adapter_id not in self._tickets:  # released in the meantime
-            self._slots.give_up(adapter_id)
-        return pin_ms + (time.perf_counter() - start) * 1000
+        pinned = self._pin(adapter_id, ticket)
+        return pinned and not self._slots.is_there(adapter_id), (time.perf_counter() - start) * 1000
 
     def release(self, adapter_id: int) -> None:
         """Takes a ticket back. With the last one the adapter's slot may be given away."""
@@ -170,11 +168,31 @@ class Composer:
             return True
         self._cache.pin(ticket.recipe.arena, ticket.recipe.digests)
         with self._lock:
-            if self._tickets.get(adapter_id) is ticket:
+            wanted = self._tickets.get(adapter_id) is ticket
+            if wanted and not ticket.pinned:
                 ticket.pinned = True
                 return True
-        self._cache.unpin(ticket.recipe.digests)
-        return False
+        self._cache.unpin(ticket.recipe.digests)  # released, or pinned by another, in the meantime
+        return wanted
+
+    def _compose_ahead(self, adapter_id: int) -> float:
+        ticket = self._tickets.get(adapter_id)
+        if ticket is None or self._slots.is_there(adapter_id):
+            return 0.0
+        slot = self._slots.reserve(adapter_id, lambda: adapter_id in self._tickets)
+        if slot is None:
+            return 0.0
+        start = time.perf_counter()
+        try:
+            with span("regrad.compose", self._trace(adapter_id), num_documents=len(ticket.recipe.digests)):
+                self._compose(slot, ticket.recipe)
+        except BaseException:
+            self._slots.give_up(adapter_id)
+            raise
+        self._slots.ready(adapter_id)
+        if adapter_id not in self._tickets:  # released in the meantime
+            self._slots.give_up(adapter_id)
+        return (time.perf_counter() - start) * 1000
 
     def _compose_in_step(self, slot: int, recipe: Recipe) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ vLLM's own (``lora/ops/torch_ops``) copy and convert the whole A and B of every 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from regrad_vllm.adapt.loops.lora import LoraRows
 
 # From as many rows in a row with one adapter on, a matrix product reads its A and B fewer times than the loop.
 _SEGMENT_ROWS = 4
+_BLOCK_VALUES = 2**17  # of x or y that a segment widens to float32 at a time
 
 
 class _Rows:
@@ -61,10 +62,9 @@ class RowsPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """y[row] += B[slot] (A[slot] x[row]) · scale, for each row with an adapter; scale is always 1 in vLLM."""
-        if torch.compiler.is_compiling():
-            torch.ops.vllm.regrad_add_lora(y, x, list(lora_a_stacked), list(lora_b_stacked), list(output_slices))
-        else:
-            _add_lora(y, x, list(lora_a_stacked), list(lora_b_stacked), list(output_slices))
+        # Never inside torch.compile, which would not see what the loops write: vLLM compiles nothing with LoRA on CPUs,
+        # and ``engine.check_engine_settings`` refuses one that does.
+        _add_lora(y, x, lora_a_stacked, lora_b_stacked, output_slices)
 
 
 class _State:
@@ -78,7 +78,7 @@ _STATE = _State()
 _STATE.layers = {}
 
 
-def _add_lora(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], output_slices: list[int]) -> None:
+def _add_lora(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int]) -> None:
     rows = _STATE.rows
     if x.shape[0] != rows.num_rows:
         raise ValueError(f"LoRA's rows must be the batch's {rows.num_rows}, got {x.shape[0]}")
@@ -90,13 +90,25 @@ def _add_lora(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], output_sli
     for start, stop, slot in rows.segments:
         offset = 0
         for stacked_a, stacked_b, outputs in zip(a, b, output_slices, strict=True):
-            h = x[start:stop] @ stacked_a[slot, 0].to(x.dtype).T
-            y[start:stop, offset : offset + outputs].addmm_(h, stacked_b[slot, 0].to(x.dtype).T)
+            _add_segment(
+                y[start:stop, offset : offset + outputs], x[start:stop], stacked_a[slot, 0], stacked_b[slot, 0]
+            )
             offset += outputs
 
 
-def _nothing(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], output_slices: list[int]) -> None:
-    """What the compiler sees."""
+def _add_segment(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += B (A x) for rows with one adapter, in float32 and rounded once, as the loop does: what an answer is may not
+    depend on how a prompt was cut. y: (rows, out), x: (rows, in), a: (rank, in), b: (out, rank).
 
-
-direct_register_custom_op("regrad_add_lora", _add_lora, mutates_args=["y"], fake_impl=_nothing)
+    In two-byte types blocks of rows are widened, so that they are still in the cache when they are rounded. Up to 64
+    rows that costs less than PyTorch's products of bfloat16 (576 to 1536, rank 16, a core with AVX-512's bfloat16: 28
+    against 60 µs for 4 rows, 92 against 121 for 64), for whole prompts a third more (3.2 against 2.4 ms for 2048).
+    """
+    shrink, expand = a.float().T, b.float().T
+    if x.dtype == torch.float32:
+        y.addmm_(x @ shrink, expand)
+        return
+    num_rows = max(1, _BLOCK_VALUES // max(x.shape[1], y.shape[1]))
+    for start in range(0, len(x), num_rows):
+        block = y[start : start + num_rows]
+        block.copy_(block.float().addmm_(x[start : start + num_rows].float() @ shrink, expand))

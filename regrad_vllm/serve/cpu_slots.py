@@ -24,9 +24,13 @@ class CpuSlots:
     """The slots of one worker's LoRA manager. What isn't the learner's gets memory of its own in the same form."""
 
     def __init__(self, manager: Any, learner: Learner) -> None:
-        """Replaces the stacked tensors of all linear LoRA layers of vLLM's manager by views of ours."""
+        """Replaces the stacked tensors of all linear LoRA layers of vLLM's manager by views of ours.
+
+        A slice of a merged layer that the learner doesn't adapt keeps zeros.
+        """
         modules = vllm_seams.linear_modules(manager)
         num_slots, rank, dtype = vllm_seams.slot_form(manager)
+        self._values = {module.base_layer.params_dtype for _, module in modules}  # the types of x and y
         self._learner = learner
         self._table = SlotTable.build(learner.layout, shards(modules, learner.layout), rank)
         self._memory = torch.zeros(num_slots, self._table.num_values, dtype=dtype)
@@ -37,9 +41,10 @@ class CpuSlots:
         for names, module in modules:
             both: tuple[tuple[Part, Any], ...] = (("A", module.lora_a_stacked), ("B", module.lora_b_stacked))
             for part, stacks in both:
+                every = [*names, *[""] * (len(stacks) - len(names))]  # another adapter's tensor may be several slices
                 made = [
                     views[name, part] if (name, part) in views else _like(stack, part)
-                    for name, stack in zip(names, stacks, strict=True)
+                    for name, stack in zip(every, stacks, strict=True)
                 ]
                 setattr(module, f"lora_{part.lower()}_stacked", tuple(made))
         stacks = [stack for _, module in modules for stack in (*module.lora_a_stacked, *module.lora_b_stacked)]
@@ -48,7 +53,8 @@ class CpuSlots:
     def warm_up(self) -> None:
         """Compiles the loops, which takes seconds, before a request waits for them."""
         self.compose(0, [], [])  # what is in a free slot is nobody's
-        lora.compile_for(self._memory.dtype)
+        for values in self._values:
+            lora.compile_for(values, self._memory.dtype)
         self._memory[0].zero_()
 
     @property
@@ -62,6 +68,9 @@ class CpuSlots:
 
     def in_step(self) -> None:
         """Nothing: compositions are done when they return."""
+
+    def before_use(self, slot: int) -> None:
+        """Nothing, as above."""
 
     def is_foreign(self, slot: int) -> None:
         """Another adapter is about to be written to a slot."""

@@ -2,8 +2,12 @@
 
 A socket of the machine in the abstract namespace: it has no file, so it ends with its process, however that ends. Only
 the same user may enter. Lines of JSON: {"id", "op": "prepare", "path", "traceparent"} is answered by {"id",
-"compose_ms", "error", "cache"} when the adapter is in its slot, {"op": "release", "adapter"} isn't answered. Every
-prepare is followed by one release; those that a connection owes when it ends are made up for.
+"compose_ms", "error", "damaged", "cache"} when the adapter is in its slot, {"id", "op": "release"} isn't answered and
+is for the question of that id. Every prepare is followed by one release; those that a connection owes when it ends are
+made up for.
+
+Who needs no slot because the adapter is in one already doesn't wait behind those who wait for one. Their gradients are
+read when it is their turn, so that what is pinned is for no more adapters than there are slots, and one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import secrets
 import socket
 import struct
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +42,8 @@ class Door:
         self._composer = composer
         self._cores = cores
         self._loop = asyncio.new_event_loop()
-        self._executor = ThreadPoolExecutor(1, "regrad-compose", self._unbind)
+        self._finding = ThreadPoolExecutor(1, "regrad-find", self._unbind)
+        self._composing = ThreadPoolExecutor(1, "regrad-compose", self._unbind)
         self.address = f"regrad-{os.getpid()}-{secrets.token_hex(8)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind("\0" + self.address)
@@ -58,7 +62,7 @@ class Door:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
-        owed: Counter[int] = Counter()
+        owed: dict[int, int] = {}  # question → adapter that it has a ticket for
         tasks: set[asyncio.Task[None]] = set()
         try:
             if not _is_same_user(writer.get_extra_info("socket")):
@@ -66,7 +70,7 @@ class Door:
             while line := await reader.readline():
                 question = json.loads(line)
                 if question["op"] == "release":
-                    self._release(owed, int(question["adapter"]))
+                    self._release(owed, int(question["id"]))
                     continue
                 # Admitted before the next line is read: its release may be that line.
                 answer, waiting_for = self._admit(question, owed)
@@ -78,35 +82,50 @@ class Door:
         except ConnectionError:
             pass
         finally:
-            for adapter_id in list(owed.elements()):
-                self._release(owed, adapter_id)
+            for number in list(owed):
+                self._release(owed, number)
             writer.close()
 
-    def _admit(self, question: dict[str, Any], owed: Counter[int]) -> tuple[dict[str, Any], int | None]:
+    def _admit(self, question: dict[str, Any], owed: dict[int, int]) -> tuple[dict[str, Any], int | None]:
         """The answer so far, and the adapter that must be prepared before it is given."""
-        answer: dict[str, Any] = {"id": question["id"], "compose_ms": 0.0, "error": ""}
+        number = int(question["id"])
+        if number in owed:
+            raise ValueError(f"a question's id must be a new one, got {number} again")
+        answer: dict[str, Any] = {"id": number, "compose_ms": 0.0, "error": "", "damaged": False}
         try:
             recipe = Recipe.parse(question["path"])
             is_there = self._composer.admit(recipe, question["traceparent"])
         except RecipeError as error:
             return {**answer, "error": str(error)}, None
-        owed[recipe.int_id] += 1
+        owed[number] = recipe.int_id
         return answer, None if is_there else recipe.int_id
 
     async def _answer(self, answer: dict[str, Any], adapter_id: int | None, writer: asyncio.StreamWriter) -> None:
         try:
             if adapter_id is not None:
-                prepared = self._loop.run_in_executor(self._executor, self._composer.prepare, adapter_id)
-                answer["compose_ms"] = await prepared
-        except (RecipeError, ArenaError, GradientFormatError, DocumentCacheFull) as error:
+                answer["compose_ms"] = await self._prepare(adapter_id)
+        except (ArenaError, GradientFormatError) as error:
+            answer |= {"error": str(error), "damaged": True}
+        except (RecipeError, DocumentCacheFull) as error:
             answer["error"] = str(error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, somebody waits for an answer
+            _LOGGER.exception("composing adapter %s failed", adapter_id)
+            answer["error"] = f"internal error, see the server's log: {type(error).__name__}: {error}"
         answer["cache"] = self._composer.cache_figures()
         if not writer.is_closing():
             writer.write(json.dumps(answer).encode() + b"\n")
 
-    def _release(self, owed: Counter[int], adapter_id: int) -> None:
-        if owed[adapter_id] > 0:  # a prepare that was refused at once left nothing to release
-            owed[adapter_id] -= 1
+    async def _prepare(self, adapter_id: int) -> float:
+        """The ms without the wait for a slot."""
+        if self._composer.is_there(adapter_id):
+            to_compose, load_ms = await self._loop.run_in_executor(self._finding, self._composer.load, adapter_id)
+            if not to_compose:
+                return load_ms
+        return await self._loop.run_in_executor(self._composing, self._composer.prepare, adapter_id)
+
+    def _release(self, owed: dict[int, int], number: int) -> None:
+        adapter_id = owed.pop(number, None)
+        if adapter_id is not None:  # a question that was refused at once, or never came, left nothing to release
             self._composer.release(adapter_id)
 
 

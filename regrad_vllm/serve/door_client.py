@@ -31,13 +31,16 @@ class DoorClient:
         """Connects. DoorClosed."""
         await self._connected()
 
-    async def prepare(self, recipe: Recipe, traceparent: str) -> dict[str, Any]:
-        """The worker's answer, {"compose_ms", "error", "cache"}, when the adapter is in its slot. DoorClosed.
+    def new_question(self) -> int:
+        """A number for ``prepare`` and the ``release`` that must follow it."""
+        return next(self._numbers)
 
-        A ``release`` must follow, whatever comes of this, cancelled or not.
+    async def prepare(self, number: int, recipe: Recipe, traceparent: str) -> dict[str, Any]:
+        """The worker's answer when the adapter is in its slot: {"compose_ms", "error", "damaged", "cache"}. DoorClosed.
+
+        damaged: the error is of the records in the arena.
         """
         writer = await self._connected()
-        number = next(self._numbers)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         question = {"id": number, "op": "prepare", "path": recipe.path, "traceparent": traceparent}
@@ -47,10 +50,13 @@ class DoorClient:
         finally:
             self._waiting.pop(number, None)
 
-    def release(self, adapter_id: int) -> None:
-        """The request of an earlier ``prepare`` is over. What a closed connection owed is released already."""
+    def release(self, number: int) -> None:
+        """The request of a ``prepare`` is over, whatever came of it, cancelled or not even sent.
+
+        What a closed connection owed is released already.
+        """
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(json.dumps({"op": "release", "adapter": adapter_id}).encode() + b"\n")
+            self._writer.write(json.dumps({"id": number, "op": "release"}).encode() + b"\n")
 
     async def close(self) -> None:
         """Ends the connection. The worker releases what it still owes."""

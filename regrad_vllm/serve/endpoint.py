@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.status import status_of
 from regrad_vllm.serve.used import UsedMemory
+
+_LOGGER = logging.getLogger("regrad")
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -65,6 +68,7 @@ class RegradEndpoint:
         if settings.check_base:
             await asyncio.to_thread(check_base, engine_client.vllm_config.model_config.model, learner)
         engine, dtype = await Engine.connect(engine_client, learner)
+        warn_of_small_budgets(settings, learner, engine_client.vllm_config.scheduler_config.max_num_seqs)
         arena = Arena.open(settings.arena_dir, settings.arena_bytes)
         atexit.register(arena.close)
         bank = BankClient(settings.bank, learner.spec, settings.bank_timeout_ms)
@@ -82,6 +86,20 @@ class RegradEndpoint:
         )
         state.regrad_status = status_of(state.regrad, arena, bank, dtype)
         state.regrad_models = models
+
+
+def warn_of_small_budgets(settings: Settings, learner: Learner, max_num_seqs: int) -> None:
+    """Says at the start which budget is too small for as many requests as the engine runs, each with documents of its
+    own: the ones over it would be refused."""
+    top_k = settings.top_k or min(learner.config.top_k, settings.max_documents)
+    needed = max_num_seqs * top_k * learner.layout.num_values  # a byte a value: int8, the bank's default
+    for flag, size in (("arena", settings.arena_bytes), ("worker", settings.worker_bytes)):
+        if size < needed:
+            _LOGGER.warning(
+                "--regrad-%s-bytes should be at least %d, for --max-num-seqs %d requests of %d documents in int8, it "
+                "is %d; requests beyond what it holds get a 503",
+                flag, needed, max_num_seqs, top_k, size,
+            )  # fmt: skip
 
 
 def check_base(model: str, learner: Learner) -> None:

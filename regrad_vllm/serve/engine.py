@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opentelemetry import propagate
@@ -12,7 +12,7 @@ from opentelemetry import propagate
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient, DoorClosed
-from regrad_vllm.serve.launch import EXTENSION_CLASS
+from regrad_vllm.serve.launch import EXTENSION_CLASS, rank_refusal
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.settings import SettingsError
 
@@ -20,13 +20,20 @@ from regrad_vllm.serve.settings import SettingsError
 class AdapterError(RuntimeError):
     """A worker can't compose an adapter; the message says why."""
 
+    def __init__(self, message: str, *, damaged: bool = False) -> None:
+        """damaged: because of the gradients' bytes in the arena."""
+        super().__init__(message)
+        self.damaged = damaged
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a request's adapter is composed and its request must run."""
 
     recipe: Recipe
-    rank: int  # data parallel
+    rank: int  # data parallel, among this server's
+    data_parallel_rank: int | None  # the same for vLLM to be told; None where it has no choice
+    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # workers, and the question that each was asked
 
 
 class Engine:
@@ -85,7 +92,7 @@ class Engine:
             turns = [(start + self._last_rank + 1) % self.num_ranks for start in range(self.num_ranks)]
             wanted_rank = self._last_rank = min(turns, key=self._num_placed.__getitem__)
         self._num_placed[wanted_rank] += 1
-        return Place(recipe, wanted_rank)
+        return Place(recipe, wanted_rank, wanted_rank if self.num_ranks > 1 else None)
 
     async def prepare(self, place: Place) -> float:
         """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError.
@@ -98,15 +105,15 @@ class Engine:
         traceparent = carrier.get("traceparent", "")
         try:
             first, *others = self._doors[place.rank]
-            answers = [await first.prepare(place.recipe, traceparent)]
+            answers = [await _ask(first, place, traceparent)]
             if not answers[0]["error"]:
-                answers += await asyncio.gather(*(door.prepare(place.recipe, traceparent) for door in others))
+                answers += await asyncio.gather(*(_ask(door, place, traceparent) for door in others))
         except DoorClosed as error:
             raise AdapterError(str(error)) from error
         for number, answer in enumerate(answers):
             self.caches[f"{place.rank}/{number}"] = answer["cache"]
             if answer["error"]:
-                raise AdapterError(answer["error"])
+                raise AdapterError(answer["error"], damaged=answer["damaged"])
         return max(float(answer["compose_ms"]) for answer in answers)
 
     async def settled(self) -> None:
@@ -116,8 +123,8 @@ class Engine:
     def release(self, place: Place) -> None:
         """The request of an earlier ``place`` is over."""
         self._num_placed[place.rank] -= 1
-        for door in self._doors[place.rank]:
-            door.release(place.recipe.int_id)
+        for door, number in place.asked:
+            door.release(number)
 
     def unfinished(self, request_id: str, recipe: Recipe) -> frozenset[str]:
         """What still runs of one API request, for ``still_runs``."""
@@ -138,14 +145,19 @@ class Engine:
         return [digest for rank in ranks for digest in rank]
 
 
+async def _ask(door: DoorClient, place: Place, traceparent: str) -> dict[str, Any]:
+    number = door.new_question()
+    place.asked.append((door, number))  # before it is sent: it may be cancelled any time after
+    return await door.prepare(number, place.recipe, traceparent)
+
+
 def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
     """What must hold between vLLM's flags and the learner. SettingsError says which flag to set."""
     lora = vllm_config.lora_config
     if lora is None:
         raise SettingsError("the engine must run with LoRA; set --enable-lora")
-    rank = learner.layout.rank
-    if lora.max_lora_rank < rank:
-        raise SettingsError(f"--max-lora-rank must be at least the learner's rank {rank}, got {lora.max_lora_rank}")
+    if refusal := rank_refusal(lora.max_lora_rank, learner):
+        raise SettingsError(refusal)
     num_seqs = vllm_config.scheduler_config.max_num_seqs
     if lora.max_loras < num_seqs:
         raise SettingsError(
@@ -154,6 +166,12 @@ def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
         )
     if lora.fully_sharded_loras:
         raise SettingsError("--fully-sharded-loras must be off: adapters are composed whole; leave the flag out")
+    mode = vllm_config.compilation_config.mode
+    if vllm_config.device_config.device_type == "cpu" and mode:
+        raise SettingsError(
+            f"vLLM's compilation mode must be NONE for LoRA on CPUs, where our kernels can't be compiled into the "
+            f"model, got {getattr(mode, 'name', mode)}; set --enforce-eager"
+        )
     if vllm_config.parallel_config.worker_extension_cls != EXTENSION_CLASS:
         raise SettingsError(
             f"--worker-extension-cls must be {EXTENSION_CLASS}, "

@@ -1,12 +1,15 @@
 """LoRA slots on a GPU: vLLM's own stacked tensors, written by one Triton launch on a stream of its own.
 
-The composing thread waits until the slot is written; the engine's step then finds it there and has nothing to wait for,
-on the host or on the device. The other way round, a composition waits on the device for what the engine's stream was
-given before it, since that may still read the slot for the adapter that was there.
+What goes to the device goes through one pinned buffer on that stream, so that a copy holds up neither the engine's
+stream nor the thread that asked for it. A composition waits on the device for what the engine's stream was given
+before it, since that may still read the slot for the adapter that was there, and the composing thread waits for the
+composition, since it must know whether the values are finite before the request goes on. The engine's stream waits for
+the composition's event before it reads the slot: its loop waits for nothing, but where it composes itself.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,16 +36,20 @@ class GpuSlots:
         self._learner = learner
         self._device = torch.device(manager.device)
         self._phi = torch.tensor(learner.phi, device=self._device)
+        self._engine_stream: torch.cuda.Stream | None = None  # known from the engine's first step with an adapter on
+        self._own_stream = _own_stream(self._device)
+        self._staging = Staging(self._device)
+        self._written: dict[int, torch.cuda.Event] = {}  # slot → when its last composition is done
         stacks = [stack for _, module in self._modules for stack in (*module.lora_a_stacked, *module.lora_b_stacked)]
         self._foreign = ForeignSlots(stacks)
         targets = self._targets()
         self._table = LaunchTable(targets, self._device)
         self.num_bytes = sum(target.stack.numel() * target.stack.element_size() for target in targets)
-        self._engine_stream: torch.cuda.Stream | None = None  # known from the engine's first step with an adapter on
-        self._own_stream = _own_stream(self._device)
+        if self._own_stream is not None:  # what was made here is there when the own stream reads it
+            self._own_stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def warm_up(self) -> None:
-        """Compiles the kernel, which takes seconds, before a request waits for it."""
+        """Compiles the kernel, once for all slots and numbers of gradients, before a request waits seconds for it."""
         self.compose(0, [], [])
         self._foreign.add(0)
 
@@ -55,35 +62,50 @@ class GpuSlots:
         if self._own_stream is not None:
             self._engine_stream = torch.cuda.current_stream(self._device)
 
+    def before_use(self, slot: int) -> None:
+        """Called in the engine's step: what its stream is given from now on comes after the slot's composition."""
+        if (written := self._written.get(slot)) is not None:
+            torch.cuda.current_stream(self._device).wait_event(written)
+
     def is_foreign(self, slot: int) -> None:
         """Another adapter is about to be written to a slot."""
         self._foreign.add(slot)
 
     def load(self, arena: str, digest: str) -> tuple[StoredGradient, int]:
-        """A record of the arena, checked, with its bytes on the device. ArenaError, GradientFormatError."""
+        """A record of the arena, checked, with its bytes on the device. ArenaError, GradientFormatError.
+
+        Its copy may be under way: only the own stream may read it, and does so after it.
+        """
         kind, values, scales, num_bytes = read_payload(arena, digest, self._learner.spec)
         with torch.cuda.stream(self._own_stream):
-            gradient = StoredGradient(kind, self._copied(values), None if scales is None else self._copied(scales))
-            self._settle()
-        return gradient, num_bytes
+            copies = self._staging.copied(values) if scales is None else self._staging.copied(values, scales)
+        return StoredGradient(kind, *copies), num_bytes
 
     def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
         """φ* − Σ steps[k] δ_k with the scaling in B; whether it is finite in the slot's type. Waits for the device."""
         rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, 3)
+        numbers = np.array([*steps, self._learner.scaling], np.float32)
         with torch.cuda.stream(self._own_stream):
+            sources, factors = self._staging.copied(rows, numbers)  # first: it needn't wait for the engine's stream
             if self._own_stream is not None and self._engine_stream is not None:
                 self._own_stream.wait_stream(self._engine_stream)
             self._foreign.clear(slot)
-            infinite = launch(self._table, slot, self._dtype, self._phi, rows, steps, self._learner.scaling)
+            infinite = launch(
+                self._table, slot, self._dtype, self._phi, sources.view(torch.int64).view(-1, 3),
+                factors.view(torch.float32),
+            )  # fmt: skip
+            if self._own_stream is not None:
+                self._written[slot] = self._own_stream.record_event()
             return int(infinite) == 0  # waits
 
     def _targets(self) -> list[Target]:
         held = shards(self._modules, self._learner.layout)
         stacks: dict[tuple[str, str], Tensor] = {}
         for names, module in self._modules:
-            stacks |= {(name, "A"): stack for name, stack in zip(names, module.lora_a_stacked, strict=True)}
-            stacks |= {(name, "B"): stack for name, stack in zip(names, module.lora_b_stacked, strict=True)}
-        return [
+            # Another adapter's tensor may be several slices: then there are fewer names.
+            stacks |= {(name, "A"): stack for name, stack in zip(names, module.lora_a_stacked, strict=False)}
+            stacks |= {(name, "B"): stack for name, stack in zip(names, module.lora_b_stacked, strict=False)}
+        targets = [
             Target(
                 first=tensor.offset + shard.rows.start * tensor.shape[1] + shard.columns.start,
                 stride=tensor.shape[1], stack=stacks[key], rows=len(shard.rows), columns=len(shard.columns),
@@ -92,14 +114,41 @@ class GpuSlots:
             for tensor in self._learner.layout.tensors
             if (shard := held.get(key := (tensor.module, tensor.part))) is not None
         ]  # fmt: skip
+        assert len(targets) == len(held), "a shard would not be composed"
+        return targets
 
-    def _copied(self, values: np.ndarray[Any, Any]) -> Tensor:
-        host = torch.tensor(values)
-        return host if self._own_stream is None else host.pin_memory().to(self._device, non_blocking=True)
 
-    def _settle(self) -> None:
-        if self._own_stream is not None:
-            self._own_stream.synchronize()
+class Staging:
+    """The pinned memory through which all goes to the device: one buffer, used again, grown where it is too small."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_pinned = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._free: torch.cuda.Event | None = None  # when the device has read the buffer
+        self._lock = threading.Lock()
+
+    def copied(self, *arrays: np.ndarray[Any, Any]) -> list[Tensor]:
+        """Each array's bytes on the device, uint8, from an address divisible by 16: in one copy on the current stream.
+
+        Waits for the copy before, on the host, not for this one. Any thread.
+        """
+        starts = [0]
+        for array in arrays:
+            starts.append(starts[-1] + -(-array.nbytes // 16) * 16)
+        with self._lock:
+            if self._free is not None:
+                self._free.synchronize()
+            if starts[-1] > self._buffer.numel():
+                self._buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=self._is_pinned)
+            host = self._buffer.numpy()
+            for start, array in zip(starts, arrays, strict=False):
+                host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            copy = torch.empty(starts[-1], dtype=torch.uint8, device=self._device)
+            copy.copy_(self._buffer[: starts[-1]], non_blocking=True)
+            if self._is_pinned:
+                self._free = torch.cuda.current_stream(self._device).record_event()
+        return [copy[start : start + array.nbytes] for start, array in zip(starts, arrays, strict=False)]
 
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -1,7 +1,8 @@
 """``regrad serve MODEL …``: ``vllm serve`` with every flag that ReGrad needs filled in and all others passed on.
 
-A flag that the user gave is left as it is; what doesn't fit the learner is refused at start-up, with a message
-that names the flag (``engine.check_engine_settings``).
+A flag that the user gave is left as it is; what doesn't fit the learner is refused with a message that names the
+flag: here where a worker couldn't even start with it, else when the server has started
+(``engine.check_engine_settings``).
 """
 
 from __future__ import annotations
@@ -66,8 +67,14 @@ def command_line(environment: Mapping[str, str], arguments: Sequence[str]) -> st
 
 
 def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
-    """Arguments of ``vllm serve``: the model, ``argv``, and what ReGrad needs and ``argv`` doesn't say."""
+    """Arguments of ``vllm serve``: the model, ``argv``, and what ReGrad needs and ``argv`` doesn't say.
+
+    SettingsError where ``argv`` says a rank that the learner doesn't fit in.
+    """
     given = _given_flags(argv)
+    rank = given.get("max-lora-rank", "")
+    if rank.isdecimal() and (refusal := rank_refusal(int(rank), learner)):
+        raise SettingsError(refusal)
     on_cpu = not _has_gpu()
     num_seqs = given.get("max-num-seqs") or str(CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
     max_loras = given.get("max-loras") or num_seqs
@@ -89,6 +96,17 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
         if flag not in given and f"no-{flag}" not in given:
             arguments += [f"--{flag}", *values]
     return arguments
+
+
+def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
+    """Why slots of this rank can't have the learner's adapters, and what to do; empty where they can."""
+    rank = learner.layout.rank
+    if max_lora_rank >= rank:
+        return ""
+    return (
+        f"--max-lora-rank must be at least the learner's rank {rank}, got {max_lora_rank}; raise it, or leave it to "
+        "regrad serve"
+    )
 
 
 def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:

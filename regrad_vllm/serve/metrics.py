@@ -21,7 +21,7 @@ class Metrics:
     retrieve_ms: Histogram
     fetch_ms: Histogram
     compose_ms: Histogram
-    engine_wait_ms: Histogram
+    slot_wait_ms: Histogram
     fetched_bytes: Counter
     arena_bytes: Gauge
     arena_records: Gauge
@@ -52,7 +52,7 @@ class Metrics:
             retrieve_ms=histogram("regrad_retrieve_ms", "Query to the bank"),
             fetch_ms=histogram("regrad_fetch_ms", "Gradients from the bank into the arena"),
             compose_ms=histogram("regrad_compose_ms", "Composing the adapter in the worker"),
-            engine_wait_ms=histogram("regrad_engine_wait_ms", "Waiting for the engine's turn to compose"),
+            slot_wait_ms=histogram("regrad_slot_wait_ms", "Waiting for a slot, and for the worker's turn to compose"),
             fetched_bytes=Counter("regrad_fetched_bytes", "Gradient bytes fetched from the bank", registry=registry),
             arena_bytes=gauge("regrad_arena_bytes", "Gradient bytes in the arena"),
             arena_records=gauge("regrad_arena_records", "Gradients in the arena"),

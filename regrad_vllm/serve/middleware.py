@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from regrad_vllm.serve.answer import AnswerTagger, Message, Send
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.pins import Pins
 from regrad_vllm.serve.plan import Plan, Planner
 from regrad_vllm.serve.prompt import SHAPES, Body, PromptShape
 from regrad_vllm.serve.retriever import Prepared, Retriever
@@ -29,7 +31,6 @@ Receive = Callable[[], Awaitable[Message]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 64 * 2**20
-_POLL_SECONDS = 0.05
 # Of vLLM's, with a prompt and without ReGrad: what asks for it there must not be answered as if it hadn't.
 _ROUTES_WITHOUT = frozenset({"/invocations", "/v1/messages", "/v1/chat/completions/batch"})
 _RANK_HEADER = b"x-data-parallel-rank"
@@ -76,7 +77,9 @@ class RegradMiddleware:
             if document is None or shape is None or plan is None:
                 await self._app(scope, _Replay(body, receive), send)
                 return
-            prepared = plan if isinstance(plan, Used) else await _prepare(plan, scope, runtime)
+            prepared = plan if isinstance(plan, Used) else await _unless_gone(_prepare(plan, scope, runtime), receive)
+            if prepared is None:
+                return
         except RequestError as error:
             runtime.metrics.errors.labels(status=str(error.status)).inc()
             await _send_error(send, error)
@@ -88,6 +91,7 @@ class RegradMiddleware:
     ) -> None:
         """Runs vLLM's handler, with the adapter where there is one, and sees that its pins go."""
         runtime: Runtime = scope["app"].state.regrad
+        pins = Pins(prepared, runtime.engine, runtime.releases) if isinstance(prepared, Prepared) else None
         clean = False
         try:
             used = prepared if isinstance(prepared, Used) else prepared.used
@@ -98,11 +102,32 @@ class RegradMiddleware:
             replay = _Replay(body, receive)
             tagger = AnswerTagger(send, used)
             with vllm_server_seams.served_call(call):
-                await self._app(_scope_for(scope, len(body), prepared, runtime.engine), replay, tagger)
+                await self._app(_scope_for(scope, len(body)), replay, tagger)
             clean = tagger.succeeded and not replay.disconnected
         finally:
-            if isinstance(prepared, Prepared):
-                _release(prepared, clean, runtime)
+            if pins is not None:
+                pins.release(clean=clean)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, Prepared | Used], receive: Receive) -> Prepared | Used | None:
+    """What ``work`` gives; None, and ``work`` is cancelled, where the client hangs up first.
+
+    It may wait for a slot for long: what nobody reads any more must not stand in line.
+    """
+    doing = asyncio.ensure_future(work)
+    hanging_up = asyncio.ensure_future(receive())  # after the body, all that comes is the end
+    try:
+        await asyncio.wait({doing, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done() or hanging_up.result()["type"] != "http.disconnect":
+            return await doing
+        doing.cancel()
+        with suppress(asyncio.CancelledError, RequestError):
+            late = await doing  # it may have ended in the meantime: vLLM notices the hang-up then
+            return late
+        return None
+    finally:
+        doing.cancel()
+        hanging_up.cancel()
 
 
 class _Replay:
@@ -151,7 +176,8 @@ def _for_vllm(
     body["model"] = planner.base_name(model)
     body["request_id"] = used.request_id
     answered_by = model if isinstance(model, str) else planner.model_names[0]
-    if not isinstance(prepared, Prepared) or prepared.place is None:
+    place = prepared.place if isinstance(prepared, Prepared) else None
+    if not isinstance(prepared, Prepared) or place is None:
         return vllm_server_seams.ServedCall(None, answered_by), body
     prompts = planner.learner.config.prompts
     changed: Body | None = body
@@ -162,39 +188,7 @@ def _for_vllm(
         raise AssertionError("mode icl was planned for a body without a question")
     if planner.settings.system_prompt and prompts.system:
         changed = shape.with_system(changed, prompts.system)
-    return vllm_server_seams.make_served_call(prepared.place.recipe, answered_by), changed
-
-
-def _release(prepared: Prepared, clean: bool, runtime: Runtime) -> None:
-    """Gives the pins back, not before the engine has stopped using the adapter for this request.
-
-    A request that ended well is over in the engine too. One whose client hung up, or that failed, may still run
-    there until its abort arrives, and its adapter may have to be composed again in that time. What it has in the
-    engine now is all that it will ever have there, so the wait is no longer than that lives; others with the same
-    adapter have pins of their own.
-    """
-    place = prepared.place
-    if place is None:
-        prepared.lease.release()
-        return
-    if clean:
-        runtime.engine.release(place)
-        prepared.lease.release()
-        return
-    running = runtime.engine.unfinished(prepared.used.request_id, place.recipe)
-
-    async def release_later() -> None:
-        try:
-            while runtime.engine.still_runs(running):
-                await asyncio.sleep(_POLL_SECONDS)
-            await runtime.engine.settled()  # its last step may still run, on the adapter's slot
-        finally:
-            runtime.engine.release(place)
-            prepared.lease.release()
-
-    task = asyncio.get_running_loop().create_task(release_later())
-    runtime.releases.add(task)
-    task.add_done_callback(runtime.releases.discard)
+    return vllm_server_seams.make_served_call(place.recipe, answered_by, place.data_parallel_rank), changed
 
 
 def _outcome(used: Used) -> str:
@@ -252,14 +246,10 @@ def _wanted_rank(scope: Scope) -> int | None:
     return int(value) if value.isdigit() else None
 
 
-def _scope_for(scope: Scope, num_bytes: int, prepared: Prepared | Used, engine: Engine) -> Scope:
-    """With the changed body's length, and the rank where the adapter is."""
-    changed = {b"content-length": str(num_bytes).encode()}
-    place = prepared.place if isinstance(prepared, Prepared) else None
-    if engine.num_ranks > 1 and place is not None and _RANK_HEADER not in dict(scope["headers"]):
-        changed[_RANK_HEADER] = str(place.rank).encode()
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in changed]
-    return {**scope, "headers": [*headers, *changed.items()]}
+def _scope_for(scope: Scope, num_bytes: int) -> Scope:
+    """With the changed body's length."""
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
 
 
 async def _send_error(send: Send, error: RequestError) -> None:

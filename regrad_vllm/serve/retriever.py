@@ -77,7 +77,7 @@ class Retriever:
             return Prepared(self._used(plan, hits, place.recipe, timings), lease, place, texts)
         except AdapterError as error:
             self._engine.release(_made(place))
-            lease.release(discard=True)  # what the workers refuse must not stay
+            lease.release(discard=error.damaged)  # what the workers can't read must not stay
             raise RequestError(503, f"the adapter can't be composed: {error}") from error
         except (BankError, GradientFormatError, ArenaError) as error:
             lease.release()
@@ -122,9 +122,9 @@ class Retriever:
             self._metrics.observe_worker(worker, cache)
         wait_ms = (time.perf_counter() - start) * 1000 - compose_ms
         timings["compose"] = compose_ms
-        timings["engine_wait"] = max(0.0, wait_ms)
+        timings["slot_wait"] = max(0.0, wait_ms)
         self._metrics.compose_ms.observe(compose_ms)
-        self._metrics.engine_wait_ms.observe(timings["engine_wait"])
+        self._metrics.slot_wait_ms.observe(timings["slot_wait"])
 
     def _recipe(self, plan: Plan, hits: tuple[Hit, ...]) -> Recipe:
         return Recipe(

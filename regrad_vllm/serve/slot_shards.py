@@ -14,17 +14,59 @@ from regrad_vllm.serve import vllm_seams
 
 
 def shards(modules: Sequence[tuple[Sequence[str], Any]], layout: Layout) -> dict[tuple[str, Part], Shard]:
-    """What of each of the learner's tensors vLLM's layers on this worker compute with, by their own slicing."""
+    """What of each of the learner's tensors vLLM's layers on this worker compute with, by their own slicing.
+
+    A merged layer may be the learner's in some of its slices only. ValueError where a layer's slices are no blocks.
+    """
     tensors = {(tensor.module, tensor.part): tensor for tensor in layout.tensors}
+    here = {name for names, _ in modules for name in names}
     found: dict[tuple[str, Part], Shard] = {}
     for names, module in modules:
-        if not all((name, "A") in tensors for name in names):
-            continue  # another adapter's, or only partly ours, which ``refusal`` says
+        if not any((name, "A") in tensors for name in names):
+            continue  # another adapter's
         for part in ("A", "B"):
-            ours = [tensors[name, part] for name in names]
-            for tensor, local in zip(ours, vllm_seams.sliced(module, part, list(map(_indices, ours))), strict=True):
-                found[tensor.module, part] = _shard(local, tensor)
+            ours = [tensors.get((name, part)) for name in names]
+            whole = [None if tensor is None else _indices(tensor) for tensor in ours]
+            for tensor, local in zip(ours, _sliced(module, part, whole), strict=True):
+                if tensor is not None:
+                    found[tensor.module, part] = _shard(local, tensor)
+    assert found.keys() == {key for key in tensors if key[0] in here}, "a module would be without its adapter"
     return found
+
+
+def refusal(manager: Any, layout: Layout) -> str:
+    """Why the layers of vLLM's manager can't have the learner's tensors and what to do; empty where they can."""
+    modules = vllm_seams.linear_modules(manager)
+    linear = {name for names, _ in modules for name in names}
+    wrapped = vllm_seams.modules_of(manager)
+    others = [module for module in layout.modules if module in wrapped and module not in linear]
+    if others:
+        return f"the learner's modules must be linear layers, {others[0]} is none in vLLM; train a learner without it"
+    try:
+        held = shards(modules, layout)
+    except ValueError as error:
+        return f"{error}; serve the model that the learner was trained on"
+    for names, module in modules:
+        for name, a, b in zip(names, module.lora_a_stacked, module.lora_b_stacked, strict=False):
+            if (name, "A") not in held:
+                continue
+            expected = len(held[name, "A"].columns), len(held[name, "B"].rows)
+            found = int(a.shape[3]), int(b.shape[2])
+            if expected != found:
+                return (
+                    f"{name} must have the learner's {expected[0]} inputs and {expected[1]} outputs on this worker, "
+                    f"got {found[0]} and {found[1]}; serve the model that the learner was trained on"
+                )
+    return ""
+
+
+def _sliced(module: Any, part: Part, tensors: list[Any]) -> list[Any]:
+    """What this worker's layer keeps of each slice's tensor; None stays None. ValueError."""
+    if len(tensors) != module.n_slices:
+        raise ValueError(
+            f"vLLM must compute with a learner's module in one piece, it has {module.n_slices} for {len(tensors)}"
+        )
+    return vllm_seams.sliced(module, part, tensors)
 
 
 def _indices(tensor: LoraTensor) -> Tensor:
@@ -32,6 +74,8 @@ def _indices(tensor: LoraTensor) -> Tensor:
 
 
 def _shard(local: Tensor, tensor: LoraTensor) -> Shard:
+    if not local.numel():
+        raise ValueError(f"each worker must have some of {tensor.module} {tensor.part}, got none of {tensor.shape}")
     columns = tensor.shape[1]
     row, column = divmod(int(local[0, 0]), columns)
     shard = Shard(range(row, row + local.shape[0]), range(column, column + local.shape[1]))

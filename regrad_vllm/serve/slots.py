@@ -36,12 +36,20 @@ class Slots:
         self._slot_ids = slot_ids
         self._reserved: dict[int, _Reserved] = {}  # by adapter id, oldest first
         self._idle: dict[int, None] = {}  # adapters of vLLM's that nobody needs, longest so first
+        self._in_step: frozenset[int] = frozenset()  # adapters in the batch that runs, or ran last
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
     @property
     def num_waiting(self) -> int:
         return len(self._reserved)
+
+    def begin_step(self, adapter_ids: frozenset[int]) -> None:
+        """A step of the engine begins. Until the next one does, its adapters keep their slots, needed or not: a request
+        that is over for its client, at a stop word say, runs in the engine until the abort arrives there."""
+        with self._lock:
+            self._in_step = adapter_ids
+            self._changed.notify_all()
 
     def is_there(self, adapter_id: int) -> bool:
         """Whether the adapter is in a slot, as a whole."""
@@ -110,9 +118,11 @@ class Slots:
     def put_back(self, adapter_id: int, *, needed: bool) -> None:
         """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others."""
         with self._lock:
+            if adapter_id not in self._slot_ids():  # it was idle, and another has it since vLLM looked
+                return
             slot = self._slot_ids().index(adapter_id)
             self._empty(slot)
-            if needed:
+            if needed or adapter_id in self._in_step:
                 self._reserved = {adapter_id: _Reserved(slot, ready=True), **self._reserved}
             self._changed.notify_all()
 
@@ -131,13 +141,14 @@ class Slots:
         return adapter_id in self._slot_ids() or (reserved is not None and reserved.ready)
 
     def _free(self) -> int | None:
-        """An empty slot, else the one that nobody has needed for longest."""
+        """An empty slot, else the one that nobody has needed for longest and that no step is using."""
         ids = self._slot_ids()
         taken = {entry.slot for entry in self._reserved.values()}
         for slot, adapter_id in enumerate(ids):
             if adapter_id is None and slot not in taken:
                 return slot
-        return next((ids.index(adapter_id) for adapter_id in self._idle if adapter_id in ids), None)
+        idle = (adapter_id for adapter_id in self._idle if adapter_id in ids and adapter_id not in self._in_step)
+        return next((ids.index(adapter_id) for adapter_id in idle), None)
 
     def _last_ready(self) -> int | None:
         """The adapter that has waited shortest."""

@@ -35,7 +35,7 @@ class Used:
     adapter: str | None = None
     fallback: bool = False  # ReGrad was meant to be used and couldn't be
     reason: str | None = None
-    timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose
+    timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose, slot_wait
 
     def as_json(self) -> dict[str, Any]:
         """The ``regrad`` object of an answer."""

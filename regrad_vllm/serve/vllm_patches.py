@@ -21,8 +21,9 @@ _PUNICA_WRAPPER = "regrad_vllm.serve.cpu_punica.RowsPunicaWrapper"
 
 @dataclass(frozen=True, slots=True)
 class SlotBooks:
-    """Who has which slot, in vLLM's manager's place. Both are called inside the engine's step."""
+    """Who has which slot, in vLLM's manager's place. All are called inside the engine's step."""
 
+    begin_step: Callable[[frozenset[int]], None]  # ids of the batch's adapters, before anything is done for them
     activate: Callable[[int, Recipe | None], int]  # adapter id, its recipe where it is ours → slot
     deactivate: Callable[[int], None]  # adapter id, which has a slot
 
@@ -121,10 +122,18 @@ def _install_more_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any]
 
 def _install_books() -> None:
     from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
 
+    original_set: Any = WorkerLoRAManager.set_active_adapters
     original_merge: Any = LoRAModelManager._create_merged_loras_inplace
     original_activate = LoRAModelManager.activate_adapter
     original_deactivate: Any = LoRAModelManager._deactivate_adapter
+
+    @wraps(original_set)
+    def set_active_adapters(self: Any, requests: set[Any], mapping: Any) -> None:
+        batch = frozenset(request.adapter_id for request in requests if request)
+        self._adapter_manager.regrad_books.begin_step(batch)
+        original_set(self, requests, mapping)
 
     @wraps(original_merge)
     def create_merged_loras_inplace(self: Any, lora_model: Any) -> None:
@@ -153,6 +162,7 @@ def _install_books() -> None:
         if lora_id in self.lora_index_to_id:
             self.regrad_books.deactivate(lora_id)
 
+    replace_by(WorkerLoRAManager, "set_active_adapters", set_active_adapters)
     replace_by(LoRAModelManager, "_create_merged_loras_inplace", create_merged_loras_inplace)
     replace_by(LoRAModelManager, "activate_adapter", activate_adapter)
     replace_by(LoRAModelManager, "_deactivate_adapter", deactivate_adapter)

@@ -45,6 +45,10 @@ WORKER_SEAMS: tuple[Seam, ...] = (
         "turns a regrad: request into tensors",
     ),
     Seam(
+        "vllm.lora.worker_manager", "WorkerLoRAManager.set_active_adapters", ("self", "requests", "mapping"), "0.32.0",
+        "begins a step with the batch's adapters",
+    ),
+    Seam(
         "vllm.lora.model_manager", "from_layer",
         ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"), "0.32.0",
         "gives each LoRA layer the slots in which adapters wait",

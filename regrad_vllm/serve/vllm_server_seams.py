@@ -31,6 +31,13 @@ SERVER_SEAMS: tuple[Seam, ...] = (
         "labels vllm:lora_requests_info with adapter names, one time series for each combination",
     ),
     Seam(
+        "vllm.v1.engine.async_llm", "AsyncLLM.generate",
+        ("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request", "tokenization_kwargs",
+         "trace_headers", "priority", "data_parallel_rank", "session_id", "kv_hints", "reasoning_ended",
+         "reasoning_parser_kwargs"), "0.32.0",
+        "is told the rank that a request runs on",
+    ),
+    Seam(
         "vllm.v1.engine.output_processor", "RequestState.__init__",
         None, "0.32.0", "knows by lora_name and external_req_id which adapters unfinished requests use",
     ),
@@ -50,6 +57,7 @@ class ServedCall:
 
     lora_request: LoRARequest | None  # None: vLLM's own choice
     model_name: str  # for the answer's "model"
+    data_parallel_rank: int | None = None  # where the adapter is; None: vLLM's own choice
 
 
 _SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
@@ -62,7 +70,9 @@ def install_served_call() -> None:
     """
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.v1.engine.async_llm import AsyncLLM
 
+    original_generate = AsyncLLM.generate
     original = BaseServing._maybe_get_adapters
     original_name = OpenAIServingModels.model_name
     if hasattr(original, PATCH_MARK):
@@ -84,6 +94,15 @@ def install_served_call() -> None:
             return call.model_name
         return original_name(self, lora_request)
 
+    @wraps(original_generate)
+    def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> Any:
+        call = _SERVED_CALL.get()
+        # vLLM's handlers pass the rank on in some places and forget it in others (responses, beam search in 0.32).
+        if call is not None and kwargs.get("data_parallel_rank") is None:
+            kwargs["data_parallel_rank"] = call.data_parallel_rank
+        return original_generate(self, *args, **kwargs)
+
+    replace_by(AsyncLLM, "generate", generate)
     replace_by(BaseServing, "_maybe_get_adapters", maybe_get_adapters)
     replace_by(OpenAIServingModels, "model_name", model_name)
 
@@ -92,12 +111,12 @@ def _name_of(lora_request: LoRARequest | None) -> str | None:
     return None if lora_request is None else lora_request.lora_name
 
 
-def make_served_call(recipe: Recipe, model_name: str) -> ServedCall:
-    """The LoRARequest of a recipe: named by its content, its path is the recipe itself."""
+def make_served_call(recipe: Recipe, model_name: str, data_parallel_rank: int | None = None) -> ServedCall:
+    """The LoRARequest of a recipe: named by its content, its path is the recipe itself; and where it must run."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest(lora_name=recipe.name, lora_int_id=recipe.int_id, lora_path=recipe.path)
-    return ServedCall(request, model_name)
+    return ServedCall(request, model_name, data_parallel_rank)
 
 
 @contextmanager
@@ -115,12 +134,6 @@ async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:
     ask = getattr(engine_client.engine_core, "call_utility_all_async")  # noqa: B009
     ranks: list[list[Any]] = await ask("collective_rpc", method, None, (), {})
     return ranks
-
-
-def engine_uses(engine_client: Any, lora_name: str) -> bool:
-    """Whether the server still waits for outputs of a request with this adapter (``AsyncLLM``'s own list)."""
-    states = engine_client.output_processor.request_states
-    return any(state.lora_name == lora_name for state in states.values())
 
 
 def unfinished(engine_client: Any, request_id: str, lora_name: str) -> frozenset[str]:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from bank_service.wire.tracing import configure_tracing
 from regrad_vllm.adapt.document_cache import DocumentCache
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import vllm_patches, vllm_seams
+from regrad_vllm.serve import slot_shards, vllm_patches, vllm_seams
 from regrad_vllm.serve.composer import Composer
 from regrad_vllm.serve.door import Door
-from regrad_vllm.serve.launch import PLUGIN_NAME
+from regrad_vllm.serve.launch import PLUGIN_NAME, rank_refusal
 from regrad_vllm.serve.process import process_figures
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import Settings, SettingsError
@@ -70,6 +70,7 @@ class _WorkerPart:
         manager.regrad = part = AdoptedManager(learner, slots, refusal(manager, learner))
         if part.refusal:
             return vllm_patches.SlotBooks(
+                slots.begin_step,
                 lambda adapter_id, recipe: slots.take(adapter_id)[0],
                 lambda adapter_id: slots.put_back(adapter_id, needed=False),
             )
@@ -79,15 +80,20 @@ class _WorkerPart:
         part.composer = composer = Composer(learner, cache, slots, memory)
         part.door = Door(composer, self._cores)
 
-        def activate(adapter_id: int, recipe: Recipe | None) -> int:
+        def begin_step(adapter_ids: frozenset[int]) -> None:
             memory.in_step()
+            slots.begin_step(adapter_ids)
+
+        def activate(adapter_id: int, recipe: Recipe | None) -> int:
             if recipe is not None:
-                return composer.activate(recipe)
+                slot = composer.activate(recipe)
+                memory.before_use(slot)
+                return slot
             slot, _ = slots.take(adapter_id)
             memory.is_foreign(slot)
             return slot
 
-        return vllm_patches.SlotBooks(activate, composer.deactivate)
+        return vllm_patches.SlotBooks(begin_step, activate, composer.deactivate)
 
     def load(self, manager: Any, request: LoRARequest) -> LoRAModel:
         """What vLLM keeps of our adapter. RecipeError."""
@@ -122,10 +128,12 @@ class AdoptedManager:
 
 def refusal(manager: Any, learner: Learner) -> str:
     """Why this manager's layers can't have the learner's adapters and what to do; empty where they can."""
+    _, rank, dtype = vllm_seams.slot_form(manager)
+    if refused := rank_refusal(rank, learner) or slot_shards.refusal(manager, learner.layout):
+        return refused
     if not vllm_seams.is_cpu():
         from regrad_vllm.adapt import triton_compose
 
-        _, _, dtype = vllm_seams.slot_form(manager)
         if not triton_compose.supports(dtype):
             return f"LoRA slots must be float32, bfloat16 or float16, got {dtype}; set --lora-dtype"
         return ""
@@ -138,7 +146,6 @@ def refusal(manager: Any, learner: Learner) -> str:
             "adapter somebody's; set --lora-target-modules to the learner's modules (regrad serve does) and other "
             "linear layers that you need"
         )
-    _, rank, dtype = vllm_seams.slot_form(manager)
     if not supports(dtype, dtype, rank):
         return (
             f"LoRA slots on CPUs must be float32, bfloat16 or float16 of rank {MAX_RANK} at most, got {dtype} of rank "

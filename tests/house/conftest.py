@@ -52,4 +52,4 @@ def bank(small_learner: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """host:port of a bank; tests keep apart by namespace."""
     folder = tmp_path_factory.mktemp("bank")
     with Services(folder) as services:
-        yield start_bank(services, ensure_default_model(), small_learner, folder / "data")
+        yield start_bank(services, ensure_default_model(), small_learner, folder / "data")[1]

@@ -148,8 +148,8 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     words.remove("--likelihood")
     words[words.index("--out") + 1] = str(tmp_path / "in-process")
     chosen = ["base", "learner", "rag", "ft_rag", "regrad", "regrad_gold", "cpt", "prag", "raw_gradient"]
-    command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--in-process", "--methods", *chosen]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--in-process", "--cpt-epochs", "1"]
+    subprocess.run([*command, "--methods", *chosen], check=True, capture_output=True)
     lines = (tmp_path / "in-process" / "answers.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 8 * len(chosen)
     alone = {(r["method"], r["question"]): r for r in map(json.loads, lines)}
@@ -166,11 +166,12 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
 
 @pytest.mark.timeout(600)
 def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
-    words = ["growth", "--num-fresh", "4", "--num-questions", "1", "--curves", "documents", "gamma", "length"]
+    words = ["growth", "--num-fresh", "3", "--sets", "squad", "--num-questions", "1"]
+    words += ["--curves", "documents", "gamma", "length"]
     command = [sys.executable, "-m", "regrad_vllm.cli", *words, "--counts", "60", "--out", str(tmp_path / "g")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures = json.loads(printed.splitlines()[-1])
-    assert figures["questions"] == 8 and figures["documents"][0][0] == figures["documents_k3"][0][0] == 60
+    assert figures["questions"] == 4 and figures["documents"][0][0] == figures["documents_k3"][0][0] == 60
     by_gamma = dict(figures["gamma"])
     assert by_gamma[1.0] > by_gamma[0.0], "with γ = 0 the documents count nothing"
     points = [json.loads(line) for line in (tmp_path / "g" / "points.jsonl").read_text("utf-8").splitlines()]

@@ -137,10 +137,6 @@ class Worker:
         self.composer = Composer(learner, self.cache, self.slots, self.memory)
         self.door = Door(self.composer)
 
-    def deactivate(self, adapter_id: int) -> None:
-        """As vLLM does when it needs the slot for another adapter."""
-        self.ids[self.ids.index(adapter_id)] = None
-
 
 def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str = "int8") -> Recipe:
     """A recipe whose gradients lie in the arena."""

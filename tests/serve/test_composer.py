@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import replace
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,7 @@ def test_a_request_that_comes_back_is_composed_from_memory(arena: Arena, learner
     prepared(worker, recipe)
     right = expected(recipe, learner, worker)
     worker.composer.activate(recipe)
-    worker.deactivate(recipe.int_id)  # preempted, and its slot went to another
+    worker.ids[worker.ids.index(recipe.int_id)] = None  # preempted, and its slot went to another
     worker.memory.memory.zero_()
     for digest in recipe.digests:
         (arena.folder / digest).unlink()
@@ -73,7 +75,7 @@ def test_a_request_that_comes_back_is_composed_from_memory(arena: Arena, learner
     assert worker.composer.figures()["num_recomposed"] == 1
     worker.composer.release(recipe.int_id)
     assert worker.cache.figures().num_pinned == 0
-    worker.deactivate(recipe.int_id)
+    worker.ids[worker.ids.index(recipe.int_id)] = None
     worker.composer.activate(recipe)  # still cached, though nobody has a ticket
 
 
@@ -176,7 +178,7 @@ def test_an_adapter_that_is_needed_again_keeps_its_slot(arena: Arena, learner: L
         worker.composer.activate(recipe)
         worker.composer.release(recipe.int_id)
     worker.composer.admit(first, "")
-    assert worker.composer.prepare(first.int_id) == 0
+    assert worker.composer.load(first.int_id)[0] is False
     prepared(worker, third)
     assert first.int_id in worker.ids and second.int_id not in worker.ids
 
@@ -207,45 +209,114 @@ def test_a_cache_full_of_pinned_gradients_refuses_the_next(arena: Arena, learner
     assert worker.cache.figures().num_evictions == 1
 
 
-def test_preparing_releasing_and_activating_at_once_never_mixes_two_adapters(arena: Arena, learner: Learner) -> None:
-    """The engine's step on one thread, preparing on another, releases on a third; 200 rounds."""
-    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(6)]
-    worker = Worker(learner, max_loras=3, max_waiting=2, max_bytes=4 * RECORD_BYTES)
-    right = {recipe.int_id: expected(recipe, learner, worker) for recipe in recipes}
-    chance = random.Random(4)
-    failures: list[str] = []
+def test_an_adapter_in_the_running_step_keeps_its_slot_though_its_request_is_over(
+    arena: Arena, learner: Learner
+) -> None:
+    """As at a stop word: the client has its answer, the engine runs the row once more."""
+    first, second, third = (stored_recipe(arena, learner, [text]) for text in ("one", "two", "three"))
+    worker = Worker(learner, max_loras=1, max_waiting=1)
+    prepared(worker, first)
+    worker.slots.begin_step(frozenset({first.int_id}))
+    slot = worker.composer.activate(first)
+    worker.composer.release(first.int_id)
+    prepared(worker, second)
+    composing = threading.Thread(target=prepared, args=(worker, third))
+    composing.start()
+    composing.join(0.3)
+    assert composing.is_alive() and worker.ids[slot] == first.int_id, "no slot is free"
+    assert torch.equal(worker.memory.memory[slot], expected(first, learner, worker))
+    worker.slots.begin_step(frozenset({second.int_id}))
+    composing.join(10)
+    assert not composing.is_alive() and first.int_id not in worker.ids
+    assert torch.equal(worker.memory.memory[slot], expected(third, learner, worker))
 
-    def serve(recipe: Recipe) -> None:
-        """One request: prepared, activated as vLLM would, checked, released."""
-        worker.composer.admit(recipe, "")
-        try:
-            with composing:
-                worker.composer.prepare(recipe.int_id)
-            with step:
-                if recipe.int_id not in worker.ids:
-                    active = [id for id in worker.ids if id is not None]
-                    if len(active) == 3:
-                        worker.deactivate(chance.choice(active))
-                    worker.composer.activate(recipe)
-                slot = worker.ids.index(recipe.int_id)
-                if not torch.equal(worker.memory.memory[slot], right[recipe.int_id]):
-                    failures.append(f"slot {slot} has another adapter's values")
-        finally:
-            worker.composer.release(recipe.int_id)
 
-    step, composing = threading.Lock(), threading.Lock()
-    order = [chance.choice(recipes) for _ in range(200)]
-    turns = threading.Semaphore(3)  # requests at a time
+@dataclass
+class _Asked:
+    """A request in the engine."""
 
-    def run(recipe: Recipe) -> None:
+    recipe: Recipe
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class _Steps(threading.Thread):
+    """vLLM's worker: at most three adapters a step, all activated, then computed with."""
+
+    def __init__(self, worker: Worker, right: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.failures: list[str] = []
+        self.scheduled: deque[_Asked] = deque()
+        self.all_over = threading.Event()
+        self._worker = worker
+        self._right = right
+        self._chance = random.Random(4)
+
+    def run(self) -> None:
+        while not self.all_over.is_set():
+            if self.scheduled:
+                self._step()
+            else:
+                time.sleep(0.001)
+
+    def _step(self) -> None:
+        found = [self.scheduled.popleft() for _ in range(min(len(self.scheduled), 6))]
+        recipes = {asked.recipe.int_id: asked.recipe for asked in found[:3]}
+        batch = [asked for asked in found if asked.recipe.int_id in recipes]
+        self.scheduled.extendleft(asked for asked in found if asked.recipe.int_id not in recipes)
+        self._worker.slots.begin_step(frozenset(recipes))
+        for adapter_id, recipe in recipes.items():
+            if adapter_id not in self._worker.ids:
+                self._make_room(frozenset(recipes))
+                self._worker.composer.activate(recipe)
+        for asked in batch:
+            if self._chance.random() < 0.5:
+                asked.over.set()  # its answer ended with the step before: it runs for nothing
+        time.sleep(0.002)
+        for adapter_id in recipes:
+            slot = self._worker.ids.index(adapter_id)
+            if not torch.equal(self._worker.memory.memory[slot], self._right[adapter_id]):
+                self.failures.append(f"slot {slot} has other values")
+        for asked in batch:
+            if not asked.over.is_set() and self._chance.random() < 0.2:
+                self.scheduled.append(asked)  # preempted, or another token to come
+            else:
+                asked.over.set()
+
+    def _make_room(self, batch: frozenset[int]) -> None:
+        active = [id for id in self._worker.ids if id is not None]
+        if len(active) >= 3:
+            self._worker.composer.deactivate(self._chance.choice([id for id in active if id not in batch]))
+
+
+def test_no_step_ever_sees_another_adapters_values(arena: Arena, learner: Learner) -> None:
+    """200 requests, eight at a time on five slots: composed, scheduled, preempted, over in the middle of a step."""
+    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(8)]
+    worker = Worker(learner, max_loras=3, max_waiting=2, max_bytes=9 * RECORD_BYTES)
+    steps = _Steps(worker, {recipe.int_id: expected(recipe, learner, worker) for recipe in recipes})
+    turns, composing = threading.Semaphore(8), threading.Lock()
+
+    def serve(asked: _Asked) -> None:
+        """In the API server, which releases as soon as it has its answer."""
         with turns:
-            serve(recipe)
+            adapter_id = asked.recipe.int_id
+            worker.composer.admit(asked.recipe, "")
+            if not (worker.composer.is_there(adapter_id) and not worker.composer.load(adapter_id)[0]):
+                with composing:
+                    worker.composer.prepare(adapter_id)
+            steps.scheduled.append(asked)
+            if not asked.over.wait(60):
+                steps.failures.append("a request never ran")
+            worker.composer.release(adapter_id)
 
-    threads = [threading.Thread(target=run, args=(recipe,)) for recipe in order]
-    for thread in threads:
+    chance = random.Random(5)
+    threads = [threading.Thread(target=serve, args=(_Asked(chance.choice(recipes)),)) for _ in range(200)]
+    for thread in (steps, *threads):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert not failures, failures[:3]
+    steps.all_over.set()
+    steps.join(60)
+    assert not steps.is_alive() and not steps.failures, steps.failures[:3]
     figures = worker.composer.figures()
     assert figures["num_tickets"] == figures["num_waiting"] == figures["cache_num_pinned"] == 0
+    assert figures["num_composed"] > 8, "slots were given away"

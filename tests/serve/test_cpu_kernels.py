@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, MergedColumnParallelLinearWithLoRA
 
 from regrad_vllm.adapt.loops.lora import LoraRows
 from regrad_vllm.adapt.slot_table import Shard, SlotTable, whole
@@ -75,6 +76,25 @@ def test_each_row_gets_its_own_adapter_and_rows_without_one_nothing(
     assert torch.equal(y[without], before[without]), "bit for bit"
 
 
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", FLOATS)
+@pytest.mark.parametrize("num_rows", [4, 64, 500])
+def test_a_rows_answer_does_not_depend_on_how_many_rows_its_prompts_piece_has(
+    values: torch.dtype, weights: torch.dtype, num_rows: int
+) -> None:
+    """Rows of one segment against the same rows one by one: float32 sums in another order, each rounded once."""
+    torch.manual_seed(num_rows)
+    a, b = stacks([576, 200], slots=20, rank=16, inputs=300, dtype=weights)
+    x, y = torch.randn(num_rows, 300).to(values), torch.randn(num_rows, 776).to(values)
+    together, alone = y.clone(), y.clone()
+    wrapper([5] * num_rows).add_lora_linear(together, x, a, b, 1.0, (576, 200))
+    for row in range(num_rows):
+        wrapper([5]).add_lora_linear(alone[row : row + 1], x[row : row + 1], a, b, 1.0, (576, 200))
+    assert not torch.equal(together, y)
+    assert float((together != alone).float().mean()) < 0.01, "only where the sum is halfway between two values"
+    assert torch.allclose(together.float(), alone.float(), rtol=2**-7, atol=1e-2)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same_bits(threads: int, num_rows: int) -> None:
@@ -107,13 +127,14 @@ def test_a_batch_of_another_size_than_the_mapping_is_an_error() -> None:
 
 
 def merged(tp_rank: int, tp_size: int, sizes: list[int]) -> Any:
-    """gate_up_proj as vLLM shards it."""
-
-    def slice_lora_b(tensors: list[Tensor]) -> list[Tensor]:
-        local = [size // tp_size for size in sizes]
-        return [tensor[tp_rank * size : (tp_rank + 1) * size] for tensor, size in zip(tensors, local, strict=True)]
-
-    return SimpleNamespace(tp_size=tp_size, n_slices=2, slice_lora_a=lambda tensors: tensors, slice_lora_b=slice_lora_b)
+    """gate_up_proj or qkv_proj, with vLLM's own slicing."""
+    layer = SimpleNamespace(
+        tp_size=tp_size, n_slices=len(sizes), output_ids=(tp_rank,) * len(sizes),
+        output_slices=tuple(size // tp_size for size in sizes),
+    )  # fmt: skip
+    layer.slice_lora_a = partial(MergedColumnParallelLinearWithLoRA.slice_lora_a, layer)
+    layer.slice_lora_b = partial(MergedColumnParallelLinearWithLoRA.slice_lora_b, layer)
+    return layer
 
 
 def row_parallel(tp_rank: int, tp_size: int, inputs: int) -> Any:
@@ -149,6 +170,22 @@ def test_the_shards_of_all_workers_are_the_whole_learner(tp_size: int) -> None:
     for replicated in (down_b, *gate_a):  # every worker needs these whole
         expected[replicated.slice] = tp_size
     assert np.array_equal(seen, expected)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("ours", [("q_proj", "v_proj"), ("k_proj",), ("q_proj", "k_proj", "v_proj")])
+def test_a_merged_layer_may_be_the_learners_in_some_of_its_slices(ours: tuple[str, ...], tp_size: int) -> None:
+    sizes = {"q_proj": 24, "k_proj": 8, "v_proj": 8}
+    layout = Layout.build(2, [(f"l.{name}", 12, sizes[name]) for name in ours])
+    for tp_rank in range(tp_size):
+        modules = [([f"l.{name}" for name in sizes], merged(tp_rank, tp_size, list(sizes.values())))]
+        found = shards(modules, layout)
+        assert list(found) == [(f"l.{name}", part) for part in ("A", "B") for name in ours]
+        for name in ours:
+            local = sizes[name] // tp_size
+            assert found[f"l.{name}", "A"] == Shard(range(2), range(12))
+            assert found[f"l.{name}", "B"] == Shard(range(local * tp_rank, local * (tp_rank + 1)), range(2))
+        assert len(SlotTable.build(layout, found, 2).tensors) == 2 * len(ours)
 
 
 def test_a_shard_that_is_no_block_or_leaves_its_tensor_is_refused() -> None:

@@ -26,29 +26,38 @@ def test_the_door_answers_many_at_a_time_and_makes_up_for_a_server_that_is_gone(
 
     async def run() -> None:
         client, other = DoorClient(worker.door.address), DoorClient(worker.door.address)
-        answers = await asyncio.gather(*(each.prepare(recipes[0], "") for each in (client, other)))
+        first = client.new_question()
+        answers = await asyncio.gather(client.prepare(first, recipes[0], ""), ask(other, recipes[0]))
         assert [answer["error"] for answer in answers] == ["", ""]
-        assert sorted(answer["compose_ms"] > 0 for answer in answers) == [False, True], "composed once for both"
-        await other.prepare(recipes[1], "")
-        cancelled = asyncio.create_task(other.prepare(recipes[2], ""))  # no slot is free for it
+        assert worker.composer.figures()["num_composed"] == 1, "once for both"
+        await ask(other, recipes[1])
+        number = other.new_question()
+        cancelled = asyncio.create_task(other.prepare(number, recipes[2], ""))  # no slot is free for it
         await asyncio.sleep(0.05)
         cancelled.cancel()
-        other.release(recipes[2].int_id)
-        bad = await client.prepare(replace(recipes[0], digests=("0" * 64,)), "")
-        assert "must hold gradient" in bad["error"]
-        client.release(replace(recipes[0], digests=("0" * 64,)).int_id)
-        wrong = await client.prepare(replace(recipes[0], learner="f" * 64), "")
-        assert "worker's learner" in wrong["error"]
-        client.release(replace(recipes[0], learner="f" * 64).int_id)
+        other.release(number)
+        bad = client.new_question()
+        answer = await client.prepare(bad, replace(recipes[0], digests=("0" * 64,)), "")
+        assert "must hold gradient" in answer["error"] and answer["damaged"]
+        client.release(bad)
+        wrong = client.new_question()
+        answer = await client.prepare(wrong, replace(recipes[0], learner="f" * 64), "")
+        assert "worker's learner" in answer["error"] and not answer["damaged"]
+        client.release(wrong)
+        client.release(client.new_question())  # never asked: takes nobody's ticket
         assert await settled(lambda: worker.composer.figures()["num_tickets"] == 2)
         await other.close()
         assert await settled(lambda: worker.composer.figures()["num_tickets"] == 1)
         assert worker.slots.is_there(recipes[0].int_id) and not worker.slots.is_there(recipes[1].int_id)
-        client.release(recipes[0].int_id)
+        client.release(first)
         assert await settled(lambda: worker.composer.figures()["cache_num_pinned"] == 0)
         await client.close()
 
     asyncio.run(run())
+
+
+async def ask(client: DoorClient, recipe: Recipe) -> dict[str, Any]:
+    return await client.prepare(client.new_question(), recipe, "")
 
 
 async def settled(holds: Callable[[], bool]) -> bool:
@@ -59,7 +68,9 @@ async def settled(holds: Callable[[], bool]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"op":"prepare"}\n', b'{"op":"release"}\n', b"x" * 2**21])
+@pytest.mark.parametrize(
+    "line", [b"{\n", b"[]\n", b'{"op":"prepare"}\n', b'{"op":"release"}\n', b'{"id":1,"op":"prepare"}\n', b"x" * 2**21]
+)
 def test_a_question_that_breaks_the_protocol_ends_its_connection_alone(
     arena: Arena, learner: Learner, line: bytes
 ) -> None:
@@ -83,16 +94,58 @@ def test_a_question_that_breaks_the_protocol_ends_its_connection_alone(
 
     async def polite() -> None:
         client = DoorClient(worker.door.address)
-        assert (await client.prepare(recipe, ""))["error"] == ""
+        assert (await ask(client, recipe))["error"] == ""
         await client.close()
 
     asyncio.run(polite())
 
 
+def test_who_needs_no_slot_waits_for_nobody_and_what_waits_pins_nothing(arena: Arena, learner: Learner) -> None:
+    first, *others = (stored_recipe(arena, learner, [f"text {number}"]) for number in range(4))
+    worker = Worker(learner, max_loras=1, max_waiting=0)
+
+    async def run() -> None:
+        client = DoorClient(worker.door.address)
+        assert (await ask(client, first))["error"] == ""
+        waiting = [asyncio.create_task(ask(client, recipe)) for recipe in others]
+        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 4)
+        async with asyncio.timeout(5):
+            assert (await ask(client, first))["error"] == ""
+        assert worker.composer.figures()["cache_num_pinned"] <= 2, "of the slot, and of the one whose turn is next"
+        assert not any(task.done() for task in waiting)
+        await client.close()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_whatever_goes_wrong_is_answered(
+    arena: Arena, learner: Learner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = stored_recipe(arena, learner, ["one"])
+    worker = Worker(learner)
+
+    def fails(*args: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    async def run() -> None:
+        client = DoorClient(worker.door.address)
+        monkeypatch.setattr(worker.cache, "pin", fails)
+        async with asyncio.timeout(10):
+            answer = await ask(client, recipe)
+        assert "Too many open files" in answer["error"] and not answer["damaged"]
+        monkeypatch.undo()
+        assert (await ask(client, recipe))["error"] == ""
+        await client.close()
+
+    asyncio.run(run())
+    assert "composing adapter" in caplog.text
+
+
 def test_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
     async def run() -> None:
         with pytest.raises(DoorClosed, match="restart the server"):
-            await DoorClient("regrad-nobody").prepare(Recipe("", "0" * 64, (), (), 1.0), "")
+            await ask(DoorClient("regrad-nobody"), Recipe("", "0" * 64, (), (), 1.0))
 
     asyncio.run(run())
 
@@ -100,9 +153,9 @@ def test_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
 class _LateDoor(DoorClient):
     """The other server's questions come first."""
 
-    async def prepare(self, recipe: Recipe, traceparent: str) -> dict[str, Any]:
+    async def prepare(self, number: int, recipe: Recipe, traceparent: str) -> dict[str, Any]:
         await asyncio.sleep(0.1)
-        return await super().prepare(recipe, traceparent)
+        return await super().prepare(number, recipe, traceparent)
 
 
 def test_two_servers_never_wait_for_each_others_slots_on_two_workers(arena: Arena, learner: Learner) -> None:

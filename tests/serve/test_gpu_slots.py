@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
 from regrad_vllm.adapt import document_cache
@@ -38,7 +41,7 @@ def gpu_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     importlib.reload(gpu_slots)
 
 
-def small_learner() -> Learner:
+def small_learner(projections: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Learner:
     modules = [
         (f"model.layers.{layer}.mlp.{name}", *sizes)
         for layer in (1, 2)
@@ -47,6 +50,7 @@ def small_learner() -> Learner:
             ("up_proj", (INPUTS, INNER)),
             ("down_proj", (INNER, INPUTS)),
         )
+        if name in projections
     ]
     layout = Layout.build(RANK, modules)
     config = LearnerConfig(
@@ -200,3 +204,56 @@ def test_what_another_adapter_left_in_a_slot_goes_first(gpu_slots: Any, monkeypa
     o_proj = modules[-1][1]
     assert not o_proj.lora_a_stacked[0][0].any() and o_proj.lora_a_stacked[0][1].all()
     assert not values_of(modules, "model.layers.1.mlp.gate_proj", "A", 0)[RANK:].any()
+
+
+@pytest.mark.parametrize("projections", [("up_proj", "down_proj"), ("gate_proj",)])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_merged_layer_that_is_the_learners_in_part_is_composed_in_that_part(
+    gpu_slots: Any, arena: Arena, monkeypatch: pytest.MonkeyPatch, projections: tuple[str, ...], tp_size: int
+) -> None:
+    learner = small_learner(projections)
+    (digest,) = stored(arena, learner, ["int8"])
+    delta = decode_gradient(read_record(arena.folder, digest), learner.spec)
+    modules = layers(torch.float32, tp_rank=tp_size - 1, tp_size=tp_size)
+    slots = gpu_slots.GpuSlots(manager_of(modules, monkeypatch), learner)
+    assert slots.compose(1, [slots.load(str(arena.folder), digest)[0]], [0.5])
+    right = {(t.module, t.part): view for t, view in learner.layout.views(compose(learner.phi, [delta], [1.0], 0.5))}
+    local = slice(INNER - INNER // tp_size, INNER)
+    for names, _ in modules[:-1]:
+        for name in names:
+            a, b = (values_of(modules, name, part, 1).numpy() for part in ("A", "B"))
+            if name.rpartition(".")[2] not in projections:
+                assert not a.any() and not b.any(), name
+                continue
+            row_parallel = name.endswith("down_proj")
+            assert np.array_equal(a, right[name, "A"][:, local] if row_parallel else right[name, "A"])
+            whole = right[name, "B"] * np.float32(learner.scaling)
+            assert np.array_equal(b, whole if row_parallel else whole[local])
+
+
+def test_what_was_copied_stays_when_the_staging_buffer_is_used_again_or_grows(gpu_slots: Any) -> None:
+    staging = gpu_slots.Staging(torch.device("cpu"))
+    random = np.random.default_rng(1)
+    arrays = [random.integers(-127, 127, size, np.int8) for size in (1, 17, 5, 100_000, 64)]
+    copies = [staging.copied(array, array[::-1].astype(np.float32)) for array in arrays]
+    for array, (codes, floats) in zip(arrays, copies, strict=True):
+        assert np.array_equal(codes.view(torch.int8).numpy(), array)
+        assert np.array_equal(floats.view(torch.float32).numpy(), array[::-1].astype(np.float32))
+        assert floats.data_ptr() % 16 == codes.data_ptr() % 16
+    assert [copy.numel() for copy in staging.copied(np.empty((0, 3), np.int64), np.ones(1, np.float32))] == [0, 4]
+
+
+def test_one_compilation_does_for_every_slot_and_number_of_gradients() -> None:
+    """What Triton keys its compiled kernels by, for a GPU that needn't be here."""
+    triton_compose = importlib.import_module("regrad_vllm.adapt.triton_compose")
+    kernel = triton_compose._compose
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    pointer = SimpleNamespace(dtype=torch.int64, data_ptr=lambda: 256)
+    constants = dict.fromkeys(("DTYPE", "INT8_KIND", "BF16_KIND", "CODES_PER_SCALE", "FIELDS", "BLOCK"), 1)
+    keys = {
+        str(bind(pointer, pointer, slot, *[pointer] * 3, num_sources, pointer, **constants, debug=False)[1])
+        for slot in (0, 1, 2, 16, 33)
+        for num_sources in (0, 1, 3, 16)
+    }
+    assert len(keys) == 1, keys

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config.compilation import CompilationMode
 from vllm.config.lora import LoRAConfig
+from vllm.engine.arg_utils import EngineArgs
 
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import launch
@@ -122,12 +124,48 @@ def test_an_unknown_setting_ends_the_command_with_the_known_ones(model: Path, tm
         server.stop()
 
 
+def test_a_rank_below_the_learners_is_refused_before_anything_starts(
+    model: Path, learner: Learner, learner_folder: Path, tmp_path: Path
+) -> None:
+    for given in (["--max-lora-rank", "8"], ["--max_lora_rank=8"]):
+        with pytest.raises(SettingsError, match="--max-lora-rank must be at least the learner's rank 16, got 8; raise"):
+            serve_args(str(model), learner, given)
+    assert value(serve_args(str(model), learner, ["--max-lora-rank", "32"]), "--max-lora-rank") == "32"
+    server = VllmServer(model, ["--learner", str(learner_folder), "--max-lora-rank", "8"], {}, tmp_path / "log")
+    try:
+        assert server.wait_until_ended(120) == 1
+        assert "--max-lora-rank must be at least the learner's rank 16, got 8" in server.tail()
+        assert "Traceback" not in server.tail()
+    finally:
+        server.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM may compile")
+@pytest.mark.filterwarnings("ignore")  # what vLLM warns about is vLLM's
+@pytest.mark.parametrize("rank", [8, 16])
+def test_vllms_own_config_is_judged(model: Path, learner: Learner, rank: int) -> None:
+    """Asked to compile, vLLM must not with LoRA on a CPU. When this fails, our kernels must be made an operator."""
+    arguments = EngineArgs(
+        model=str(model), enable_lora=True, max_lora_rank=rank, max_loras=4, max_cpu_loras=4, max_num_seqs=4,
+        worker_extension_cls=EXTENSION_CLASS, max_model_len=512, compilation_config={"mode": 3},
+    )  # type: ignore[arg-type]  # fmt: skip
+    config = arguments.create_engine_config()
+    assert config.compilation_config.mode == CompilationMode.NONE
+    if rank >= learner.layout.rank:
+        check_engine_settings(config, learner)
+        return
+    with pytest.raises(SettingsError, match="--max-lora-rank must be at least"):
+        check_engine_settings(config, learner)
+
+
 def engine(learner: Learner, **changed: object) -> SimpleNamespace:
     lora = LoRAConfig(max_lora_rank=16, max_loras=4, max_cpu_loras=4)
     parts = {
         "lora_config": lora,
         "scheduler_config": SimpleNamespace(max_num_seqs=4),
         "parallel_config": SimpleNamespace(worker_extension_cls=EXTENSION_CLASS),
+        "compilation_config": SimpleNamespace(mode=CompilationMode.NONE),
+        "device_config": SimpleNamespace(device_type="cpu"),
     }
     return SimpleNamespace(**{**parts, **changed})
 
@@ -144,6 +182,7 @@ def test_an_engine_that_fits_the_learner_is_accepted(learner: Learner) -> None:
         ({"scheduler_config": SimpleNamespace(max_num_seqs=5)}, "--max-loras"),
         ({"parallel_config": SimpleNamespace(worker_extension_cls="")}, "--worker-extension-cls"),
         ({"lora_config": LoRAConfig(max_loras=4, fully_sharded_loras=True)}, "--fully-sharded-loras"),
+        ({"compilation_config": SimpleNamespace(mode=CompilationMode.VLLM_COMPILE)}, "VLLM_COMPILE; set --enforce"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_told_which_flag_to_set(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import count
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
@@ -18,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import vllm_server_seams
+from regrad_vllm.serve import pins, vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.metrics import Metrics
@@ -162,3 +164,90 @@ def test_a_failed_request_waits_for_its_own_and_for_no_others(
             assert worker.cache.figures().num_pinned == 0
 
     asyncio.run(run())
+
+
+def _scope(app: FastAPI) -> dict[str, Any]:
+    return {
+        "type": "http", "method": "POST", "path": "/v1/completions", "root_path": "", "query_string": b"", "app": app,
+        "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
+        "server": ("test", 80), "client": ("test", 1), "asgi": {"version": "3.0"},
+    }  # fmt: skip
+
+
+class _Client:
+    """A client by hand: what it sends, when it hangs up, and when it reads."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+        self.reads = asyncio.Event()
+        self.sent: list[Any] = []
+        self._messages = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+
+    async def receive(self) -> Any:
+        if self._messages:
+            return self._messages.pop()
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await self.reads.wait()
+        self.sent.append(message)
+
+
+def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+            raise AssertionError("vLLM must not be asked")
+
+        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, runtime, arena, worker):
+            for slot in range(len(worker.ids)):
+                worker.ids[slot] = -1 - slot  # all in use, and by nobody who gives them back
+            client, app = _Client(), _app_of(http)
+            asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
+            await eventually(lambda: worker.composer.figures()["num_tickets"] == 1)
+            assert arena.figures().num_leases == 1
+            client.gone.set()
+            async with asyncio.timeout(5):
+                await asked
+            assert arena.figures().num_leases == 0 and not client.sent
+            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
+
+    asyncio.run(run())
+
+
+def test_a_client_that_stops_reading_keeps_its_gradients_and_no_slot(
+    bank: BankThread, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pins, "_LOOK_SECONDS", 0.05)
+
+    async def run() -> None:
+        engine = EngineLists()
+        running = asyncio.Event()
+
+        async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+            engine_id = engine.begin(body["request_id"], lora_name)
+            await running.wait()
+            del engine.states[engine_id]
+            return JSONResponse({})
+
+        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena, worker):
+            client, app = _Client(), _app_of(http)
+            asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
+            await eventually(lambda: bool(engine.states))
+            await asyncio.sleep(0.3)
+            assert worker.composer.figures()["num_tickets"] == 1, "the engine works on it"
+            running.set()
+            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
+            assert not asked.done() and arena.figures().num_leases == 1
+            client.reads.set()
+            await asked
+            assert client.sent and arena.figures().num_leases == 0
+            assert worker.composer.figures()["num_tickets"] == 0
+
+    asyncio.run(run())
+
+
+def _app_of(http: httpx.AsyncClient) -> Any:
+    return http._transport.app  # type: ignore[attr-defined]

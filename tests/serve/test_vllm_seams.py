@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, Gauge
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.vllm_patches import check_whole
 from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams
-from regrad_vllm.serve.vllm_server_seams import SERVER_SEAMS, install_bounded_lora_metrics, make_served_call
+from regrad_vllm.serve.vllm_server_seams import (
+    SERVER_SEAMS,
+    install_bounded_lora_metrics,
+    install_served_call,
+    make_served_call,
+    served_call,
+)
 
 
 def test_the_installed_vllm_has_every_seam() -> None:
@@ -64,6 +74,27 @@ def test_adapters_count_under_one_name_in_vllms_metric() -> None:
         assert stats.waiting_lora_adapters["regrad"] == stats.running_lora_adapters["regrad"] == number + 1
         gauge.labels(",".join(stats.running_lora_adapters), ",".join(stats.waiting_lora_adapters)).set(1)
     assert len(list(gauge.collect())[0].samples) == 1
+
+
+@pytest.mark.parametrize(("told", "adapters", "expected"), [(None, 1, 1), (0, 1, 0), (None, None, None)])
+def test_a_request_runs_on_its_adapters_rank_where_vllm_forgets_to_say_one(
+    monkeypatch: pytest.MonkeyPatch, told: int | None, adapters: int | None, expected: int | None
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    seen: list[Any] = []
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append((args, kwargs["data_parallel_rank"]))
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    for place in ((BaseServing, "_maybe_get_adapters"), (OpenAIServingModels, "model_name")):
+        monkeypatch.setattr(*place, inspect.unwrap(getattr(*place)))
+    install_served_call()
+    recipe = Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0)
+    with served_call(make_served_call(recipe, "m", adapters)):
+        AsyncLLM.generate(None, "prompt", data_parallel_rank=told)  # type: ignore[arg-type,call-arg]
+    assert seen == [(("prompt",), expected)]
 
 
 def test_a_recipes_request_is_named_by_its_content_wherever_the_bytes_lie() -> None:

@@ -106,7 +106,11 @@ def compose_slot(
 ) -> bool:
     """Writes φ* − Σ steps[k] δ_k into a slot's row, B times ``scaling``; whether all of it is finite in its type.
 
-    slot: contiguous (table.num_values,); phi: float32 (num_values,). Runs without Python's lock, on the calling thread.
+    slot: contiguous (table.num_values,); phi: float32 (num_values,). Runs without Python's lock, on the calling thread
+    alone: the engine's step has the cores, and a composition is much shorter than a step. Measured on two cores, an
+    adapter of 7 MB (3.5 million bfloat16 values, an 8B model's) of three int8 gradients: 5.2 ms on one core and 4.9 ms
+    on two when they are idle, it is bound by memory; beside a step of 90 ms on both cores 8.5 ms on one thread and
+    9.7 ms on two, and the step takes 13 ms longer with either.
     """
     loop = _loop(slot.dtype)
     rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, 3)

@@ -176,9 +176,9 @@ def supports(values: torch.dtype, weights: torch.dtype, rank: int) -> bool:
     return values in FLOAT_TYPES and weights in FLOAT_TYPES and rank <= MAX_RANK
 
 
-def compile_for(dtype: torch.dtype) -> None:
-    """Compiles the loop for x, y, A and B in ``dtype``, which else happens when it is first run."""
-    _body(dtype, dtype)
+def compile_for(values: torch.dtype, weights: torch.dtype) -> None:
+    """Compiles the loop for x and y in ``values``, A and B in ``weights``, which else happens when it is first run."""
+    _body(values, weights)
 
 
 class LoraRows:
