@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-ability bench-activation bench-decode bench-slots bench-encode bench-train bench-identity bench-soak model redis
+.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-train bench-identity bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench-slots: .venv/.made model  ## memory of LoRA slots over what as many adapte
 
 bench-decode: .venv/.made model  ## decode throughput with a different adapter for each request, over the base model
 	@$(PY) -m benchmarks.decode $(ARGS)
+
+bench-load: .venv/.made model  ## load: ReGrad, RAG and others; tables and a page
+	@$(PY) -m regrad_vllm.cli bench load $(ARGS)
 
 bench-ability: .venv/.made model  ## perplexity of neutral text with ReGrad off and on, against stock vLLM
 	@$(PY) -m benchmarks.ability $(ARGS)

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 
 from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
-from benchmarks.machine import describe, spread
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
@@ -44,6 +43,7 @@ from regrad_vllm.encode.encoder import GradientEncoder
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.learner import Learner, save_adapter
+from regrad_vllm.local.machine import describe, spread
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.launch import merged_modules

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from bank_service.wire.codec import decode_gradient
-from benchmarks.machine import describe
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
@@ -33,6 +32,7 @@ from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts
 from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.learner import Learner, save_adapter
+from regrad_vllm.local.machine import describe
 from regrad_vllm.local.pair import local_pair
 
 _NAMESPACE, _MODEL = "identity", "base"

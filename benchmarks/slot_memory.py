@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe
 from regrad_vllm.arguments import whole
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig
+from regrad_vllm.local.machine import describe
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.launch import merged_modules

@@ -25,10 +25,10 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.machine import describe
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.ingest import ingest
+from regrad_vllm.local.machine import describe
 from regrad_vllm.local.pair import local_pair
 
 _NAMESPACE, _MODEL = "soak", "base"

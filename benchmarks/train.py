@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.machine import describe, spread
 from regrad_vllm.arguments import whole
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import load_split
@@ -36,6 +35,7 @@ from regrad_vllm.learn.batches import make_batch
 from regrad_vllm.learn.meta_step import MetaParameters, meta_loss
 from regrad_vllm.learn.tasks import Sampler, StepPlan, question_sets, synthetic_set
 from regrad_vllm.learner import Learner
+from regrad_vllm.local.machine import describe, spread
 
 _MAX_DIFFERENCE = 1e-3  # of the meta-gradients in float32, relative
 

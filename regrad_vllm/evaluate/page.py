@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping
 from string import Template
 from typing import Any
@@ -12,27 +11,17 @@ from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.metrics import Interval
 from regrad_vllm.evaluate.report import Report
 from regrad_vllm.evaluate.tables import percent
-from regrad_vllm.learn.picture import save_svg
+from regrad_vllm.web_page import bare, facts_table, page, svg, table
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ReGrad evaluation</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #d8d8dc; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-svg { width: 100%; height: auto; } .note { color: #5a5a62; } .scroll { overflow-x: auto; }
-</style></head><body>
-<h1>ReGrad evaluation</h1>
+_BODY = Template("""
 <p>$questions questions of $sets sets, $documents documents in the bank. F1 in percent (accuracy for yes/no questions);
 brackets and bars are bootstrap 95% intervals; unanswered questions count as wrong.</p>
 <h2>All sets</h2>$overall_plot
 <h2>Set by set</h2>$sets_plot
-<div class="scroll">$sets_table</div>
+$sets_table
 <h2>Paired differences of F1</h2>$differences_plot
-<div class="scroll">$differences_table</div>
-<h2>How it was made</h2><div class="scroll"><table>$facts</table></div>
-</body></html>
+$differences_table
+<h2>How it was made</h2>$facts
 """)
 _COLOURS = {"regrad": "#0b6e4f", "regrad_icl": "#3aa17e", "regrad_gold": "#86cbb2"}
 _OTHER, _CONTROL = "#8a93a6", "#c9703f"
@@ -50,32 +39,25 @@ def render(report: Report, facts: Mapping[str, object]) -> str:
         for found in report.comparisons
     ]
     headings = [f"{entry.name} ({entry.num_questions}; retrieved {entry.recall:.0%})" for entry in report.sets]
-    return _PAGE.substitute(
+    body = _BODY.substitute(
         questions=report.num_questions,
         sets=len(names),
         documents=html.escape(str(facts.get("documents", ""))),
         overall_plot=_bars({METHODS[name].label: found for name, found in report.overall.items()}, report.methods),
         sets_plot=_grid(report),
-        sets_table=_table(["F1", "mean of the sets", *headings], sets_rows),
+        sets_table=table(["F1", "mean of the sets", *headings], sets_rows),
         differences_plot=_bars({f"{c.method} − {c.other}": c.difference for c in report.comparisons}, ()),
-        differences_table=_table(["", "mean of the sets", *names], difference_rows),
-        facts="".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
-        ),
+        differences_table=table(["", "mean of the sets", *names], difference_rows),
+        facts=facts_table(facts),
     )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return page("ReGrad evaluation", body)
 
 
 def _bars(intervals: Mapping[str, Interval], methods: tuple[str, ...]) -> str:
     figure, axes = _figure(8, 0.42 * len(intervals) + 0.8)
     _draw(axes, intervals, [_colour(method) for method in methods] or [_OTHER] * len(intervals))
     axes.set_xlabel("F1, %" if methods else "difference of F1, points")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _grid(report: Report) -> str:
@@ -90,7 +72,7 @@ def _grid(report: Report) -> str:
         axes.set_title(entry.name, fontsize=10)
     for axes in list(grid.flat)[len(report.sets) :]:
         axes.set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _draw(axes: Any, intervals: Mapping[str, Interval], colours: list[str]) -> None:
@@ -100,11 +82,7 @@ def _draw(axes: Any, intervals: Mapping[str, Interval], colours: list[str]) -> N
     axes.barh(list(intervals), means, color=colours, xerr=[below, above], ecolor="#33363d", capsize=2, height=0.7)
     axes.invert_yaxis()
     axes.axvline(0, color="#33363d", linewidth=0.8)
-    axes.grid(axis="x", color="#e3e3e8")
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    bare(axes)
 
 
 def _colour(method: str) -> str:
@@ -118,9 +96,3 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    save_svg(figure, out, fonttype="none")
-    return out.getvalue()[out.getvalue().index("<svg") :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 
 from regrad_vllm.cli.bank import READY
 from regrad_vllm.local.processes import Service, Services, free_port, waiting
+from regrad_vllm.serve.launch import KV_CACHE_VARIABLE
 
 _BANK_SECONDS, _SERVER_SECONDS = 180.0, 600.0
 _HEALTH_SECONDS = 5.0
-# A small machine's memory for the KV cache, GiB; vLLM's own default takes much of what there is.
-SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# A small machine's memory for the KV cache, GiB, unless the user says how much; vLLM's own default takes much of what
+# there is.
+SERVER_ENVIRONMENT = {KV_CACHE_VARIABLE: os.environ.get(KV_CACHE_VARIABLE, "1")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     rank = given.get("max-lora-rank", "")
     if rank.isdecimal() and (refusal := rank_refusal(int(rank), learner)):
         raise SettingsError(refusal)
-    on_cpu = not _has_gpu()
+    on_cpu = not has_gpu()
     num_seqs = given.get("max-num-seqs") or str(CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
     max_loras = given.get("max-loras") or num_seqs
     wanted: dict[str, list[str]] = {
@@ -83,13 +83,13 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
         "max-num-seqs": [num_seqs],
         "max-loras": [max_loras],
         "max-cpu-loras": [max_loras],
-        "max-lora-rank": [str(_lora_rank(learner.layout.rank))],
+        "max-lora-rank": [str(lora_rank(learner.layout.rank))],
         "lora-target-modules": list(merged_modules(learner)),
         "worker-extension-cls": [EXTENSION_CLASS],
     }
     if Path(model).is_dir():
         wanted["served-model-name"] = [Path(model).resolve().name]
-    if on_cpu and not _has_wide_vectors():
+    if on_cpu and not has_wide_vectors():
         wanted["dtype"] = ["float32"]  # bfloat16 is emulated there and several times slower
     arguments = [model, *argv]
     for flag, values in wanted.items():
@@ -115,7 +115,7 @@ def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> d
     vLLM would take 92% of it and refuse to start where bank and API server have their share already.
     """
     said = {"gpu-memory-utilization", "kv-cache-memory-bytes", "num-gpu-blocks-override"} & set(_given_flags(argv))
-    if said or KV_CACHE_VARIABLE in environment or _has_gpu():
+    if said or KV_CACHE_VARIABLE in environment or has_gpu():
         return {}
     total_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {KV_CACHE_VARIABLE: str(max(1, min(16, int(total_gib / 10))))}
@@ -192,20 +192,20 @@ def _given_flags(argv: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def _lora_rank(rank: int) -> int:
+def lora_rank(rank: int) -> int:
     for known in _LORA_RANKS:
         if known >= rank:
             return known
     raise SettingsError(f"the learner's rank must be at most {_LORA_RANKS[-1]}, which is vLLM's limit, got {rank}")
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
 
 
-def _has_wide_vectors() -> bool:
+def has_wide_vectors() -> bool:
     """Whether bfloat16 is fast on this CPU. Where the system doesn't tell, yes: vLLM's own choice stands."""
     try:
         flags = Path("/proc/cpuinfo").read_text("utf-8")

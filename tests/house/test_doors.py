@@ -19,6 +19,7 @@ FORBIDDEN = {
     "regrad_vllm/adapt": ("vllm", "regrad_vllm.serve", "regrad_vllm.cli"),
     "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo"),
     "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli"),
+    "regrad_vllm/load": ("vllm", "regrad_vllm.cli"),
     "regrad_vllm/cli": ("vllm",),
     "regrad_vllm/demo": ("vllm",),
     "regrad_vllm/local": ("vllm",),

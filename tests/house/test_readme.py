@@ -30,7 +30,7 @@ from tests.house.settings_table import with_tables
 
 ROOT = README.parent
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
-RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval", "questions"}
+RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval", "load", "vllm-bench", "questions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,40 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
         right[method] += r["em"] if r["set_name"] == "fresh" else 0.0
     assert all(right[method] >= 3 for method in ("regrad", "regrad_gold", "prag", "ft_rag")), right
     assert all(right[method] <= 1 for method in ("base", "learner", "raw_gradient")), right
+
+
+@pytest.mark.timeout(600)
+def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_documents(
+    house: House, tmp_path: Path
+) -> None:
+    figures = json.loads(house.run("load", tmp_path).splitlines()[-1])
+    assert set(figures) == {"base", "rag", "regrad", "regrad_icl", "regrad_over_rag_learner", "regrad_over_base"}
+    assert figures["regrad_over_rag_learner"] is None and figures["regrad_over_base"] > 0
+    assert all(figures[name]["failed"] == 0 and figures[name]["requests_s"] > 0 for name in ("base", "regrad"))
+    out = tmp_path / "load-first-look"
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert {group["same_documents"] for group in report["groups"] if group["same_documents"] is not None} == {1.0}
+    by_phase = {group["condition"]["phase"]: group["figures"] for group in report["groups"]}
+    assert set(by_phase) == {"cost", "curve", "growth", "quality"}
+    cost = next(group["figures"] for group in report["groups"])
+    assert cost["rag"]["prompt_tokens"] > 3 * cost["base"]["prompt_tokens"] == 3 * cost["regrad"]["prompt_tokens"]
+    assert cost["regrad"]["server_ms"]["compose"] > 0 and cost["regrad"]["output_tokens"] == 32
+    assert (out / "report.html").read_text("utf-8").count("<svg") == 5
+    lines = (out / "requests.jsonl").read_text("utf-8").splitlines()
+    again = subprocess.run(
+        [sys.executable, "-m", "regrad_vllm.cli", "bench", "report", str(out)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(again.stdout.splitlines()[-1]) == figures
+    assert len(lines) == sum(f["completed"] for g in report["groups"] for f in g["figures"].values())
+
+
+@pytest.mark.timeout(300)
+def test_vllms_own_benchmark_drives_the_server(house: House, tmp_path: Path) -> None:
+    said = house.run("vllm-bench", tmp_path)
+    assert re.search(r"Successful requests:\s+8\b", said) and not re.search(r"Failed requests:\s+[1-9]", said)
 
 
 @pytest.mark.timeout(600)

@@ -50,10 +50,10 @@ def test_a_flag_that_the_user_gave_stays(model: Path, learner: Learner, spelling
 def test_float32_on_cpus_where_bfloat16_is_emulated(
     model: Path, learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_has_wide_vectors", lambda: False)
-    monkeypatch.setattr(launch, "_has_gpu", lambda: False)
+    monkeypatch.setattr(launch, "has_wide_vectors", lambda: False)
+    monkeypatch.setattr(launch, "has_gpu", lambda: False)
     assert value(serve_args(str(model), learner, []), "--dtype") == "float32"
-    monkeypatch.setattr(launch, "_has_gpu", lambda: True)
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
     assert "--dtype" not in serve_args(str(model), learner, [])
 
 

@@ -1,0 +1,165 @@
+"""How each kind of engine answers one question. The clock of a request starts before anything is done for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from regrad_vllm.adapt.bank_client import BankClient, Hit, Query
+from regrad_vllm.data.questions import Question
+from regrad_vllm.evaluate.methods import MAX_TOKENS
+from regrad_vllm.learner import Prompts
+from regrad_vllm.load.cells import Condition
+from regrad_vllm.load.contenders import Contender
+from regrad_vllm.load.streaming import AnswerError, Stream, stream_chat
+
+if TYPE_CHECKING:
+    import httpx
+
+STATIC_ADAPTER = "phi-star"  # φ* alone, as the server knows it
+# ReGrad + ICL asks the same questions: of another strength its adapters are others, and none is ready in a slot.
+_ICL_GAMMA = 0.9999
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One request as it goes."""
+
+    stream: Stream = field(default_factory=Stream)
+    retrieve_ms: float = 0.0
+    prepare_ms: float = 0.0
+    documents: tuple[str, ...] = ()
+    moved_bytes: int = 0
+
+
+class Asker(Protocol):
+    """Answers one request at a time, many at once."""
+
+    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+        """Fills ``attempt`` as far as it gets. AnswerError, BankError, httpx.HTTPError."""
+
+
+class Passages:
+    """Retrieval by the client, as a RAG application does it."""
+
+    def __init__(
+        self,
+        bank: BankClient,
+        prompts: Prompts,
+        parts: Mapping[str, Mapping[str, tuple[str, ...]]],
+        text_bytes: Mapping[str, Mapping[str, int]],
+    ) -> None:
+        """parts: corpus → document → its passages' ids in the bank, where a document is several passages.
+        text_bytes: corpus → passage → bytes of its title and text.
+        """
+        self._text_bytes = text_bytes
+        self._bank = bank
+        self._prompts = prompts
+        self._parts = parts
+        self._whole = {
+            corpus: {part: document for document, own in documents.items() for part in own}
+            for corpus, documents in parts.items()
+        }
+
+    async def retrieve(self, question: Question, condition: Condition, attempt: Attempt, *, texts: bool) -> list[Hit]:
+        """The passages of the ``top_k`` documents found, the best document first, its passages in order."""
+        start = time.perf_counter()
+        query = Query(
+            namespace=condition.corpus, text=question.question, top_k=condition.top_k, min_score=-1.0, with_text=texts
+        )
+        hits = list(await self._bank.query(query))
+        if condition.corpus in self._parts:
+            hits = await self._documents(hits, condition, texts=texts)
+        attempt.retrieve_ms = (time.perf_counter() - start) * 1000
+        attempt.documents = tuple(hit.id for hit in hits)
+        if texts:
+            attempt.moved_bytes += self.num_bytes(condition, attempt.documents)
+        return hits
+
+    def num_bytes(self, condition: Condition, documents: Sequence[str]) -> int:
+        """Of their texts; 0 for those that a running bank has besides."""
+        known = self._text_bytes[condition.corpus]
+        return sum(known.get(id, 0) for id in documents)
+
+    def render(self, hits: Sequence[Hit]) -> list[str]:
+        return [self._prompts.render_document(hit.title, hit.text) for hit in hits]
+
+    async def _documents(self, hits: Sequence[Hit], condition: Condition, *, texts: bool) -> list[Hit]:
+        """All passages of the best ``top_k`` documents; further ones of the corpus where the hits are of fewer."""
+        whole, parts = self._whole[condition.corpus], self._parts[condition.corpus]
+        found = dict.fromkeys(whole[hit.id] for hit in hits if hit.id in whole)
+        names = [*found, *(name for name in parts if name not in found)][: condition.top_k]
+        ids = tuple(part for name in names for part in parts[name])
+        return list(await self._bank.query(Query(namespace=condition.corpus, document_ids=ids, with_text=texts)))
+
+
+class Served:
+    """Requests to the server with ReGrad: every contender that it answers."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str, prompts: Prompts, passages: Passages) -> None:
+        self._client = client
+        self._model = model
+        self._prompts = prompts
+        self._passages = passages
+
+    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+        regrad: dict[str, Any] = {"enabled": False}
+        hits: list[Hit] = []
+        if contender.adapter == "composed":
+            regrad = await self._composed(question, contender, condition, attempt)
+        elif contender.retrieves:
+            hits = await self._passages.retrieve(question, condition, attempt, texts=True)
+        content = self._prompts.render_blind(question.question)
+        if hits:
+            content = self._prompts.render_icl(question.question, self._passages.render(hits))
+        if contender.adapter == "static":  # a plain adapter of the server's: no word about ReGrad
+            body = chat_body(STATIC_ADAPTER, self._prompts, content, condition)
+        else:
+            body = {**chat_body(self._model, self._prompts, content, condition), "regrad": regrad}
+        await stream_chat(self._client, body, attempt.stream)
+        if contender.adapter == "composed":
+            if attempt.stream.regrad.get("adapter") is None:
+                raise AnswerError(f"answered without an adapter: {attempt.stream.regrad.get('reason')}")
+            attempt.documents = tuple(entry["id"] for entry in attempt.stream.regrad["documents"])
+            if contender.shows_passages:
+                attempt.moved_bytes += self._passages.num_bytes(condition, attempt.documents)
+
+    async def _composed(
+        self, question: Question, contender: Contender, condition: Condition, attempt: Attempt
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {"namespace": condition.corpus}
+        if contender.shows_passages:
+            options |= {"mode": "icl", "gamma": _ICL_GAMMA}
+        if condition.passage_tokens:  # whole documents of several passages: only the client knows which
+            hits = await self._passages.retrieve(question, condition, attempt, texts=False)
+            return {**options, "document_ids": [hit.id for hit in hits]}
+        return {**options, "query": question.question, "top_k": condition.top_k, "min_score": -1.0}
+
+
+def chat_body(model: str, prompts: Prompts, content: str, condition: Condition) -> dict[str, Any]:
+    """The same sampling for all: greedy, so many tokens, or up to the model's own end."""
+    messages = [{"role": "user", "content": content}]
+    if prompts.system:
+        messages.insert(0, {"role": "system", "content": prompts.system})
+    length: dict[str, Any] = {"max_tokens": MAX_TOKENS}
+    if condition.output_tokens:
+        length = {"max_tokens": condition.output_tokens, "ignore_eos": True}
+    # A salt of its own makes a request's blocks nobody else's: what it costs without prefix caching, on one server.
+    salt = {} if condition.prefix_cache else {"cache_salt": uuid.uuid4().hex}
+    return {"model": model, "messages": messages, "temperature": 0, **length, **salt}
+
+
+class OneAtATime:
+    """Lets one request through at a time: for what can't do more."""
+
+    def __init__(self, asker: Asker) -> None:
+        self._asker = asker
+        self._lock = asyncio.Lock()
+
+    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+        async with self._lock:
+            await self._asker.ask(question, contender, condition, attempt)

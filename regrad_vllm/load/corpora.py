@@ -1,0 +1,127 @@
+"""What is asked about: documents in namespaces of one bank, and the questions that they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from regrad_vllm.adapt.bank_client import BankClient, Query
+from regrad_vllm.data.passages import count_tokens, split_sentences
+from regrad_vllm.data.questions import Question, SourceDocument, load_documents
+from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.evaluate.growth import sized
+from regrad_vllm.evaluate.ingest import ingest
+from regrad_vllm.learner import Learner
+from regrad_vllm.naming import digest_json
+
+_TIMEOUT_MS = 60_000
+_ASKED_AT_ONCE = 50  # documents
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """One namespace."""
+
+    name: str  # with a digest of the documents: what an earlier run left in a bank isn't found
+    data: EvalData
+    passage_tokens: int  # 0: as they are
+    # document → its passages, where documents were made to a length and one may be several passages
+    parts: Mapping[str, tuple[str, ...]] | None
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """Those with answers."""
+        return self.data.questions
+
+    @property
+    def queries(self) -> tuple[Question, ...]:
+        """What is asked for cost: a question of each document, else a sentence of it, whose answer nobody scores."""
+        names = {document.id: document.id for document in self.data.documents} | self.document_of
+        asked = {names[question.documents[0]]: question for question in self.data.questions}
+        for document in self.data.documents:
+            sentence = next(split_sentences(document.text), document.text)
+            about = Question(f"about {document.id}", sentence, ("-",), (document.id,), document.set_name)
+            asked.setdefault(names[document.id], about)
+        return tuple(asked.values())
+
+    @property
+    def document_of(self) -> dict[str, str]:
+        """Passage → its document, where documents were made to a length."""
+        return {part: document for document, own in (self.parts or {}).items() for part in own}
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a document; an estimate from its words."""
+        total = sum(count_tokens(document.text) for document in self.data.documents)
+        return total / (len(self.parts) if self.parts else len(self.data.documents))
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """What making the gradients of a corpus took, the command's start included."""
+
+    num_documents: int
+    seconds: float
+    gradient_bytes: int  # of all, as stored
+
+
+def natural(data: EvalData) -> Corpus:
+    """Passages as they are."""
+    return Corpus(_name("natural", data), data, 0, None)
+
+
+def of_length(base: Corpus, num_tokens: int, num_documents: int, others: Sequence[SourceDocument], seed: int) -> Corpus:
+    """The same questions with documents of about ``num_tokens``: cut around the answer, or filled up with others."""
+    chosen = list(base.questions)
+    random.Random(f"regrad.load.length.{seed}").shuffle(chosen)
+    asked: dict[str, Question] = {}
+    for question in chosen:
+        asked.setdefault(question.documents[0], question)
+    data = sized(EvalData(base.data.documents, tuple(asked.values())), num_tokens, others, seed)
+    parts: dict[str, tuple[str, ...]] = {}
+    for document in data.documents:  # a passage's id is its document's, or that and "#" and a number
+        name = document.id if document.id in asked else document.id.rpartition("#")[0]
+        parts[name] = (*parts.get(name, ()), document.id)
+    kept = dict(list(parts.items())[:num_documents])
+    ids = {part for own in kept.values() for part in own}
+    documents = tuple(document for document in data.documents if document.id in ids)
+    questions = tuple(question for question in data.questions if question.documents[0] in ids)
+    made = EvalData(documents, questions)
+    return Corpus(_name(f"tokens-{num_tokens}", made), made, num_tokens, kept)
+
+
+def _name(kind: str, data: EvalData) -> str:
+    return f"{kind}-" + digest_json([[document.id, document.title, document.text] for document in data.documents])[:12]
+
+
+def put(corpus: Corpus, bank: str, learner: Learner, folder: Path) -> Ingested:
+    """Ingests a corpus into its namespace. RuntimeError where the bank refuses it, BankError."""
+    start = time.perf_counter()
+    ingest(corpus.data.documents, bank, corpus.name, folder)
+    seconds = time.perf_counter() - start
+    ids = [document.id for document in corpus.data.documents]
+    return Ingested(len(ids), seconds, asyncio.run(_stored_bytes(bank, learner, corpus.name, ids)))
+
+
+async def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[str]) -> int:
+    bank = BankClient(address, learner.spec, _TIMEOUT_MS)
+    try:
+        total = 0
+        for start in range(0, len(ids), _ASKED_AT_ONCE):
+            query = Query(namespace=namespace, document_ids=tuple(ids[start : start + _ASKED_AT_ONCE]))
+            total += sum(hit.gradient_bytes for hit in await bank.query(query))
+        return total
+    finally:
+        await bank.close()
+
+
+def filling(folder: Path, split: str) -> list[SourceDocument]:
+    """Texts to fill documents up with: the data's haystack, else its own documents."""
+    try:
+        return list(load_documents(folder, "haystack").values())
+    except FileNotFoundError:
+        return list(load_documents(folder, split).values())

@@ -1,0 +1,133 @@
+"""The engines under load: started, ready to be asked, and stopped again; or running ones, by their URLs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.learner import Learner, save_adapter
+from regrad_vllm.load.asking import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
+from regrad_vllm.load.contenders import Engine
+from regrad_vllm.load.corpora import Corpus
+from regrad_vllm.load.processes import Processes
+from regrad_vllm.load.rivals import Gradients, PeftFolders, SwappedWeights
+from regrad_vllm.local.pair import start_bank, start_server, start_stock_server, wait_for_server
+from regrad_vllm.local.processes import Services
+from regrad_vllm.serve.launch import has_gpu, lora_rank, merged_modules
+
+if TYPE_CHECKING:
+    import httpx
+
+MODEL = "base"  # the served model's name, at servers of our own
+_BANK_TIMEOUT_MS = 60_000
+_REQUEST_TIMEOUT_S = 600.0
+_MEMORY = Path("/dev/shm")  # a file system in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where everything is. Without a stock server "peft_folder" can't be asked."""
+
+    bank: str  # host:port
+    server: str  # URL
+    stock: str | None  # URL
+    model_name: str
+    pids: Mapping[str, int]  # by role; of what runs here
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of servers that are started here."""
+
+    model: Path
+    learner_folder: Path
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_documents: int  # of one request
+    server_flags: Sequence[str] = ()  # of both servers
+    with_stock: bool = True
+
+
+@contextmanager
+def started(settings: Settings, learner: Learner, folder: Path) -> Iterator[Place]:
+    """A bank, a server with ReGrad, and a stock one, for as long as the context lasts. ServiceFailure."""
+    static = folder / STATIC_ADAPTER
+    save_adapter(static, learner, learner.phi)
+    model, number = settings.model, str(settings.max_num_seqs)
+    common = ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len), "--max-num-seqs", number]
+    common += settings.server_flags
+    if settings.with_stock and has_gpu():  # two servers on one card
+        common += ["--gpu-memory-utilization", "0.4"]
+    ours = [*common, "--regrad-max-documents", str(settings.max_documents)]
+    ours += ["--lora-modules", f"{STATIC_ADAPTER}={static}"]
+    with Services(folder) as services:
+        bank, address = start_bank(services, model, settings.learner_folder, folder / "bank")
+        server, url = start_server(services, model, settings.learner_folder, address, MODEL, MODEL, ours)
+        pids = {"bank": bank.process.pid, "server": server.process.pid, "client": os.getpid()}
+        stock_url = None
+        if settings.with_stock:  # while the other starts
+            flags = [*common, "--max-loras", number, "--max-cpu-loras", number]
+            flags += ["--max-lora-rank", str(lora_rank(learner.layout.rank))]
+            flags += ["--lora-target-modules", *merged_modules(learner)]  # stock at its best: LoRA where it is needed
+            stock, stock_url = start_stock_server(services, model, MODEL, flags, runtime_adapters=True)
+            wait_for_server(stock, stock_url)
+            pids["stock"] = stock.process.pid
+        wait_for_server(server, url)
+        yield Place(address, url, stock_url, MODEL, pids)
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    askers: Mapping[Engine, Asker]
+    clients: Mapping[Engine, httpx.AsyncClient]  # of those that have a server
+    processes: Processes
+
+
+@asynccontextmanager
+async def opened(
+    place: Place,
+    learner: Learner,
+    model: Path,
+    dtype: str,
+    corpora: Sequence[Corpus],
+    wanted: Collection[Engine],
+) -> AsyncIterator[Engines]:
+    """Connections to what runs, and the published way where ``wanted`` has "alone"."""
+    import httpx
+
+    async with AsyncExitStack() as stack:
+
+        async def connect(url: str) -> httpx.AsyncClient:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+            client = httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=limits)
+            return await stack.enter_async_context(client)
+
+        bank = BankClient(place.bank, learner.spec, _BANK_TIMEOUT_MS)
+        stack.push_async_callback(bank.close)
+        parts = {corpus.name: corpus.parts for corpus in corpora if corpus.parts is not None}
+        text_bytes = {
+            corpus.name: {d.id: len(d.title.encode()) + len(d.text.encode()) for d in corpus.data.documents}
+            for corpus in corpora
+        }
+        passages = Passages(bank, learner.config.prompts, parts, text_bytes)
+        gradients = Gradients(bank, learner, passages)
+        clients: dict[Engine, httpx.AsyncClient] = {"regrad": await connect(place.server)}
+        askers: dict[Engine, Asker] = {
+            "regrad": Served(clients["regrad"], place.model_name, learner.config.prompts, passages)
+        }
+        if place.stock is not None and "stock" in wanted:
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="regrad-load-", dir=_MEMORY if _MEMORY.is_dir() else None)
+            )
+            clients["stock"] = await connect(place.stock)
+            askers["stock"] = PeftFolders(clients["stock"], learner, gradients, Path(folder))
+        if "alone" in wanted:
+            askers["alone"] = OneAtATime(SwappedWeights(model, learner, gradients, dtype))
+        yield Engines(askers, clients, Processes(place.pids, servers=("server", "stock"), alone=("client",)))

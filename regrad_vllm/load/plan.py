@@ -1,0 +1,171 @@
+"""What is run: conditions with their contenders, and the questions of each cell, the same for all its contenders."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from regrad_vllm.data.questions import Question
+from regrad_vllm.load.arrivals import Arrival, TraceEntry
+from regrad_vllm.load.cells import Condition, Phase
+from regrad_vllm.load.contenders import Contender
+from regrad_vllm.load.corpora import Corpus
+from regrad_vllm.load.popularity import Popular, Popularity
+
+# Popularity and prefix caching; the first is the main comparison, in which every contender takes part.
+CONDITIONS: Mapping[str, tuple[Popularity, bool]] = {
+    "zipf-cached": ("zipf", True),
+    "zipf-uncached": ("zipf", False),
+    "uniform-cached": ("uniform", True),
+    "uniform-uncached": ("uniform", False),
+}
+_CURVE_REQUESTS = 2  # for each that runs at a time
+_FEWEST_REQUESTS = 4
+_WARM_UP_TOKENS = 4
+Planned = tuple[Condition, Sequence[str]]  # and its contenders
+
+
+@dataclass(frozen=True, slots=True)
+class GrowthPoint:
+    """So many documents of so many tokens in a request."""
+
+    top_k: int
+    tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> GrowthPoint:
+        """From "3x150"; argparse shows the error."""
+        found = re.fullmatch(r"(\d{1,3})x(\d{1,6})", text)
+        if found is None or not int(found[1]) or not int(found[2]):
+            raise argparse.ArgumentTypeError(f"must be K x TOKENS, such as 3x150, got {text!r}")
+        return cls(int(found[1]), int(found[2]))
+
+
+class Plan:
+    """All conditions of a run."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        contenders: Sequence[str],
+        corpora: Sequence[Corpus],
+        trace: Sequence[TraceEntry],
+    ) -> None:
+        self._args = args
+        self._contenders = tuple(contenders)
+        self._natural, *self._grown = corpora
+        self._corpora = {corpus.name: corpus for corpus in corpora}
+        self._trace = trace
+        self._popular = {
+            (corpus.name, popularity): Popular(corpus.queries, popularity, args.seed)
+            for corpus in corpora
+            for popularity in ("zipf", "uniform")
+        }
+
+    def warm_ups(self) -> list[Planned]:
+        condition = self._condition(
+            "warm-up", self._natural.name, self._args.top_k, "uniform", True, self._closed(4), 4
+        )
+        return [(condition, self._contenders)]
+
+    def costs(self) -> list[Planned]:
+        args = self._args
+        corpus, closed = self._natural.name, self._closed(args.concurrency)
+        return [
+            (
+                self._condition("cost", corpus, args.top_k, *CONDITIONS[name], closed, args.requests),
+                self._contenders if index == 0 else self._among(args.condition_contenders),
+            )
+            for index, name in enumerate(args.conditions)
+        ]
+
+    def curves(self) -> list[Planned]:
+        args = self._args
+        arrivals = [(self._closed(number), max(_FEWEST_REQUESTS, _CURVE_REQUESTS * number)) for number in args.curve]
+        arrivals += [(Arrival("poisson", rate), args.requests) for rate in args.rates]
+        if self._trace:
+            arrivals.append((Arrival("trace", args.trace_speed), len(self._trace)))
+        names = self._among(args.curve_contenders)
+        return [
+            (
+                self._condition(
+                    "curve", self._natural.name, args.top_k, *CONDITIONS[args.conditions[0]], arrival, number
+                ),
+                names,
+            )
+            for arrival, number in arrivals
+        ]
+
+    def growths(self) -> list[Planned]:
+        """Without prefix caching: what is measured is the cost of the tokens, not which of them were there before."""
+        args = self._args
+        names = self._among(args.growth_contenders)
+        at_a_time = max(1, args.concurrency // 2)  # long prompts take long
+        closed, number = self._closed(at_a_time), 2 * at_a_time
+        return [
+            (
+                self._condition("growth", corpus.name, point.top_k, "uniform", False, closed, number, point.tokens),
+                names,
+            )
+            for point in args.growth
+            for corpus in self._grown
+            if corpus.passage_tokens == point.tokens
+        ]
+
+    def qualities(self) -> list[Planned]:
+        number = min(self._args.quality_questions, len(self._natural.questions))
+        if not number:
+            return []
+        closed = self._closed(self._args.concurrency)
+        condition = self._condition("quality", self._natural.name, self._args.top_k, "uniform", True, closed, number)
+        return [(condition, self._contenders)]
+
+    def questions(self, condition: Condition, contender: Contender, repeat: int) -> list[Question]:
+        """Those of a cell; of the same condition and repeat the same, whoever answers.
+
+        Who answers one at a time gets the first few where only cost is measured: its rate doesn't depend on the number.
+        """
+        asked = self._questions(condition, repeat)
+        few = contender.engine == "alone" and condition.phase != "quality"
+        return asked[: self._args.alone_requests] if few else asked
+
+    def _questions(self, condition: Condition, repeat: int) -> list[Question]:
+        if condition.arrival.kind == "trace":
+            return [
+                Question(f"trace-{number}", entry.question, ("-",), ("-",), "trace")
+                for number, entry in enumerate(self._trace)
+            ]
+        # Of the same words with prefix caching on and off.
+        rng = random.Random(
+            f"regrad.load.{self._args.seed}.{condition.phase}.{condition.corpus}.{condition.top_k}."
+            f"{condition.popularity}.{condition.arrival.value}.{repeat}"
+        )
+        if condition.phase == "quality":  # each once
+            return rng.sample(self._corpora[condition.corpus].questions, condition.num_requests)
+        return self._popular[condition.corpus, condition.popularity].draw(condition.num_requests, rng)
+
+    def _among(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self._contenders]
+
+    def _condition(
+        self,
+        phase: Phase,
+        corpus: str,
+        top_k: int,
+        popularity: Popularity,
+        prefix_cache: bool,
+        arrival: Arrival,
+        num_requests: int,
+        passage_tokens: int = 0,
+    ) -> Condition:
+        lengths = {"warm-up": _WARM_UP_TOKENS, "quality": 0}
+        output_tokens = lengths.get(phase, self._args.output_tokens)
+        return Condition(
+            phase, corpus, passage_tokens, top_k, popularity, prefix_cache, arrival, output_tokens, num_requests
+        )
+
+    def _closed(self, number: int) -> Arrival:
+        return Arrival("closed", number)

@@ -1,0 +1,142 @@
+"""The report's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from regrad_vllm.load.cells import RequestLine
+from regrad_vllm.load.contenders import CONTENDERS
+from regrad_vllm.load.figures import itl_ms, ttft_ms
+from regrad_vllm.load.results import Results
+from regrad_vllm.load.tables import memory_bytes
+from regrad_vllm.web_page import bare, svg
+
+_COLOURS: Mapping[str, str] = {
+    "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "regrad": "#0b6e4f",
+    "regrad_icl": "#3aa17e", "peft_folder": "#7b5ea7", "published": "#b8567a",
+}  # fmt: skip
+
+
+_LEAST_ITL_MS = 5.0  # of the picture; less is two tokens that came together
+
+
+def throughput(results: Results) -> str:
+    """Latency against throughput, a line a contender, a point for so many requests at a time."""
+    figure, (left, right) = _figure(1, 2)
+    for axes, what, percentile in ((left, "ttft_ms", 50), (right, "e2el_ms", 50)):
+        for name in CONTENDERS:
+            points = [
+                (group.condition.arrival.value, group.figures[name])
+                for group in results.curve
+                if group.condition.arrival.kind == "closed"
+                and name in group.figures
+                and getattr(group.figures[name], what)
+            ]
+            points.sort(key=lambda point: point[0])
+            if points:
+                xs = [found.requests_s.median for _, found in points]
+                ys = [getattr(found, what)[percentile] for _, found in points]
+                axes.plot(xs, ys, marker="o", ms=4, color=_COLOURS[name], label=CONTENDERS[name].label)
+                for x, y, (value, _) in zip(xs, ys, points, strict=True):
+                    axes.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(4, 3), fontsize=8)
+        axes.set_xlabel("completed requests/s")
+        axes.set_ylabel(f"{what[:-3].upper()} p{percentile}, ms")
+        axes.set_ylim(bottom=0)
+        bare(axes)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return svg(figure)
+
+
+def distributions(lines: Mapping[str, Sequence[RequestLine]]) -> str:
+    """The share of requests (of gaps between tokens) that took at most so long. lines: completed, by contender."""
+    figure, (left, right) = _figure(1, 2)
+    for name, own in lines.items():
+        _ecdf(left, [ttft_ms(line) for line in own], name)
+        _ecdf(right, [gap for line in own for gap in itl_ms(line)], name)
+    left.set_xlabel("TTFT, ms")
+    left.set_xlim(left=0)
+    right.set_xlabel("ITL, ms")
+    right.set_xscale("log")
+    right.set_xlim(left=_LEAST_ITL_MS)
+    for axes in (left, right):
+        axes.set_ylabel("share at most so long")
+        bare(axes)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return svg(figure)
+
+
+def memory(results: Results) -> str:
+    """MB of KV cache and of LoRA slot that one request holds."""
+    figure, axes = _figure(1, 1, height=3.2)
+    found = results.main.figures
+    labels = [CONTENDERS[name].label for name in found]
+    sizes = [memory_bytes(results, name, own) for name, own in found.items()]
+    kv = [size / 1e6 for size, _ in sizes]
+    axes.barh(labels, kv, color="#c9703f", label="KV cache, whole blocks, none shared")
+    axes.barh(labels, [size / 1e6 for _, size in sizes], left=kv, color="#0b6e4f", label="LoRA slot")
+    axes.invert_yaxis()
+    axes.set_xlabel("MB a running request")
+    axes.legend(fontsize=8, frameon=False)
+    bare(axes)
+    return svg(figure)
+
+
+def quality(results: Results) -> str:
+    """F1 against requests/s."""
+    figure, axes = _figure(1, 1, height=4)
+    for name, found in results.quality.items():
+        if name not in results.main.figures:
+            continue
+        cost = results.main.figures[name].requests_s
+        mean = 100 * found.f1.mean
+        axes.errorbar(
+            [cost.median], [mean], fmt="o", color=_COLOURS[name], capsize=2,
+            xerr=[[cost.median - cost.low], [cost.high - cost.median]],
+            yerr=[[mean - 100 * found.f1.low], [100 * found.f1.high - mean]],
+        )  # fmt: skip
+        axes.annotate(
+            CONTENDERS[name].label, (cost.median, mean), textcoords="offset points", xytext=(6, 5), fontsize=9
+        )
+    axes.set_xlabel("requests/s, output length fixed")
+    axes.set_ylabel("F1, %, output length free")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    bare(axes)
+    return svg(figure)
+
+
+def growth(results: Results) -> str:
+    """Seconds a request against the tokens of its documents, with the line through them."""
+    figure, axes = _figure(1, 1, height=4)
+    slopes = results.slopes()
+    for name, points in results.growth().items():
+        xs, ys = [x for x, _ in points], [1 / rate.median for _, rate in points]
+        below = [y - 1 / rate.high for y, (_, rate) in zip(ys, points, strict=True)]
+        above = [1 / rate.low - y for y, (_, rate) in zip(ys, points, strict=True)]
+        label = CONTENDERS[name].label
+        if name in slopes:
+            intercept, slope = slopes[name]
+            label += f": {1e6 * slope:.0f} µs a token"
+            axes.plot([min(xs), max(xs)], [intercept + slope * x for x in (min(xs), max(xs))], color=_COLOURS[name])
+        axes.errorbar(xs, ys, yerr=[below, above], fmt="o", ms=4, capsize=2, color=_COLOURS[name], label=label)
+    axes.set_xlabel("tokens of the k documents")
+    axes.set_ylabel("seconds a request (1 / requests/s)")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    bare(axes)
+    return svg(figure)
+
+
+def _ecdf(axes: Any, values: Sequence[float], name: str) -> None:
+    if values:
+        ordered = sorted(values)
+        shares = [(rank + 1) / len(ordered) for rank in range(len(ordered))]
+        axes.step(ordered, shares, where="post", color=_COLOURS[name], linewidth=1.3, label=CONTENDERS[name].label)
+
+
+def _figure(rows: int, columns: int, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11 if columns > 1 else 8.5, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)

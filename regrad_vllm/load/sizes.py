@@ -1,0 +1,46 @@
+"""What one request holds in the engine, in bytes, and the type to compute in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from regrad_vllm.learner import Learner
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_BLOCK_TOKENS = 16  # where the server doesn't tell
+
+
+def default_dtype() -> str:
+    """bfloat16 where `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
+    import torch
+
+    from regrad_vllm.serve.launch import has_wide_vectors
+
+    return "bfloat16" if torch.cuda.is_available() or has_wide_vectors() else "float32"
+
+
+def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, int]:
+    """KV cache of a token, tokens of its blocks, and a LoRA slot of the learner's rank. httpx.HTTPError."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(model)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return {
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head * _BYTES[dtype],
+        "kv_block_tokens": _block_tokens(server),
+        "adapter_bytes": learner.layout.num_values * _BYTES[dtype],
+    }
+
+
+def _block_tokens(server: str) -> int:
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = httpx.get(f"{server}/metrics", timeout=30).raise_for_status().text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if "block_size" in sample.labels and sample.labels["block_size"].isdigit():
+                return int(sample.labels["block_size"])
+    return _BLOCK_TOKENS

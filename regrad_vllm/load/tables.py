@@ -1,0 +1,216 @@
+"""Results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from regrad_vllm.evaluate.tables import percent
+from regrad_vllm.load.contenders import CONTENDERS
+from regrad_vllm.load.figures import Figures, Spread, kv_bytes
+from regrad_vllm.load.results import Group, Results
+
+
+def markdown(results: Results) -> str:
+    """All tables, each with what it was measured under."""
+    parts = ["\n\n".join(summary(results))]
+    for group in results.of("cost"):
+        parts.append(f"## {describe(group)}\n\n{table(*cost_table(group))}")
+        if group.reuse is not None:
+            parts.append(reuse_sentence(group))
+    if results.of("curve"):
+        parts.append(f"## Throughput against latency\n\n{table(*curve_table(results))}")
+    if results.of("growth"):
+        parts.append(f"## As k and documents grow\n\n{table(*growth_table(results))}")
+    if results.quality:
+        parts.append(f"## Quality and cost\n\n{table(*quality_table(results))}")
+    parts.append(f"## What a request holds\n\n{table(*memory_table(results, results.main))}")
+    parts.append(f"## Where the time goes\n\n{table(*stages_table(results.main))}")
+    parts.append(f"## Before the first request\n\n{table(*offline_table(results))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Results) -> list[str]:
+    """What a reader in a hurry wants to know."""
+    sentences = []
+    for rival, name in (("rag_learner", "RAG with φ*"), ("base", "the base model, closed book")):
+        for group in results.of("cost"):
+            over = group.ratio("regrad", rival)
+            if over is not None:
+                sentences.append(f"ReGrad over {name}: {spread(over)} × the requests/s ({describe(group)}).")
+    for name, (intercept, slope) in results.slopes().items():
+        label = CONTENDERS[name].label
+        sentences.append(f"{label}: {1000 * intercept:.0f} ms a request and {1e6 * slope:.0f} µs a document's token.")
+    paid = results.break_even()
+    if paid is not None:
+        sentences.append(
+            f"Making a document's gradient has paid off, against RAG with φ*, after {paid:.1f} requests a document."
+        )
+    return sentences
+
+
+def reuse_sentence(group: Group) -> str:
+    """How much of what was retrieved came again, beside the trace."""
+    assert group.reuse is not None and group.same_documents is not None
+    return (
+        f"Of the references the most popular fifth of the documents takes {group.reuse.top_fifth_share:.0%} (trace: "
+        f"74%); {group.reuse.repeated_sets:.0%} of the requests have a set of documents that came before as a whole "
+        f"(trace: 17%). All contenders that retrieve answered {group.same_documents:.0%} of the requests with the same "
+        "documents."
+    )
+
+
+def describe(group: Group) -> str:
+    """A heading."""
+    condition = group.condition
+    cache = "prefix caching on" if condition.prefix_cache else "prefix caching off (a salt a request)"
+    arrival = {
+        "closed": "{:g} at a time",
+        "poisson": "{:g} requests/s, Poisson",
+        "trace": "a trace, {:g} times as fast",
+    }
+    length = f"{condition.output_tokens} output tokens" if condition.output_tokens else "free length"
+    return (
+        f"{condition.popularity} popularity, {cache}, k = {condition.top_k}, "
+        f"{arrival[condition.arrival.kind].format(condition.arrival.value)}, {length}"
+    )
+
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def cost_table(group: Group) -> Table:
+    head = [
+        "", "requests/s", "of RAG + φ*", "output tokens/s", "goodput/s", "TTFT p50 p90 p99, ms", "ITL p50 p90 p99, ms",
+        "TPOT p50 p90 p99, ms", "E2EL p50 p90 p99, ms", "completed, failed, incomplete",
+    ]  # fmt: skip
+    rows = []
+    for name, found in group.figures.items():
+        over = group.ratio(name, "rag_learner")
+        rows.append(
+            [
+                CONTENDERS[name].label, spread(found.requests_s), spread(over) if over else "–",
+                spread(found.output_tokens_s), spread(found.goodput_s), three(found.ttft_ms), three(found.itl_ms),
+                three(found.tpot_ms), three(found.e2el_ms), f"{found.completed}, {found.failed}, {found.incomplete}",
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def memory_table(results: Results, group: Group) -> Table:
+    """What a running request holds, what was moved for it, and how large the processes became."""
+    roles = list(dict.fromkeys(role for found in group.figures.values() for role in found.peak_bytes))
+    head = [
+        "", "prompt tokens", "KV cache a request, MB", "LoRA slot a request, MB", "moved a request, kB",
+        "KV cache in use at most", "preemptions", *(f"peak MB: {role}" for role in roles),
+    ]  # fmt: skip
+    rows = []
+    for name, found in group.figures.items():
+        kv, slot = memory_bytes(results, name, found)
+        share = "–" if found.peak_kv_share is None else f"{found.peak_kv_share:.1%}"
+        peaks = [f"{found.peak_bytes.get(role, 0) / 1e6:.0f}" for role in roles]
+        rows.append(
+            [
+                CONTENDERS[name].label, f"{found.prompt_tokens:.0f}", f"{kv / 1e6:.2f}", f"{slot / 1e6:.2f}",
+                f"{found.moved_bytes / 1e3:.1f}", share, f"{found.preemptions:.0f}", *peaks,
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def offline_table(results: Results) -> Table:
+    head = ["corpus", "documents", "tokens a document", "s a document", "kB a document, as stored"]
+    rows = []
+    for corpus in results.run["corpora"]:
+        number = corpus["documents"]
+        rows.append(
+            [
+                corpus["name"], str(number), f"{corpus['mean_tokens']:.0f}", f"{corpus['seconds'] / number:.3f}",
+                f"{corpus['gradient_bytes'] / number / 1e3:.0f}",
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def curve_table(results: Results) -> Table:
+    head = ["arrival", "", "requests/s", "goodput/s", "TTFT p50 p90 p99, ms", "E2EL p50 p90 p99, ms"]
+    rows = []
+    for group in results.curve:
+        arrival = group.condition.arrival
+        for name, found in group.figures.items():
+            label = f"{arrival.kind} {arrival.value:g}"
+            own = [spread(found.requests_s), spread(found.goodput_s), three(found.ttft_ms), three(found.e2el_ms)]
+            rows.append([label, CONTENDERS[name].label, *own])
+    return head, rows
+
+
+def growth_table(results: Results) -> Table:
+    head = ["k", "tokens a document", "", "prompt tokens", "requests/s", "s a request", "TTFT p50, ms"]
+    rows = []
+    for group in results.of("growth"):
+        condition = group.condition
+        for name, found in group.figures.items():
+            seconds = f"{1 / found.requests_s.median:.3f}" if found.requests_s.median else "–"
+            rows.append(
+                [
+                    str(condition.top_k), str(condition.passage_tokens), CONTENDERS[name].label,
+                    f"{found.prompt_tokens:.0f}", spread(found.requests_s), seconds,
+                    f"{found.ttft_ms.get(50, float('nan')):.0f}",
+                ]
+            )  # fmt: skip
+    return head, rows
+
+
+def quality_table(results: Results) -> Table:
+    head = ["", "EM, %", "F1, %", "requests/s"]
+    rows = []
+    for name, found in results.quality.items():
+        cost = results.main.figures.get(name)
+        rows.append(
+            [CONTENDERS[name].label, percent(found.em), percent(found.f1), spread(cost.requests_s) if cost else "–"]
+        )
+    return head, rows
+
+
+def stages_table(group: Group) -> Table:
+    """Medians of the way to an adapter, CPU time a request by process, and the shares that caches answered."""
+    found = group.figures.values()
+    stages = list(dict.fromkeys(stage for own in found for stage in own.server_ms))
+    roles = list(dict.fromkeys(role for own in found for role in own.cpu_s))
+    caches = list(dict.fromkeys(cache for own in found for cache in own.cache_hits))
+    head = ["", "client: retrieve, ms", "client: prepare, ms", *(f"server: {stage}, ms" for stage in stages)]
+    head += [*(f"CPU ms: {role}" for role in roles), *(f"hits: {cache} cache" for cache in caches)]
+    rows = []
+    for name, own in group.figures.items():
+        server = [f"{own.server_ms[stage]:.1f}" if stage in own.server_ms else "–" for stage in stages]
+        cpu = [f"{1000 * own.cpu_s.get(role, 0.0):.0f}" for role in roles]
+        hits = [f"{own.cache_hits[cache]:.0%}" if cache in own.cache_hits else "–" for cache in caches]
+        rows.append([CONTENDERS[name].label, f"{own.retrieve_ms:.1f}", f"{own.prepare_ms:.1f}", *server, *cpu, *hits])
+    return head, rows
+
+
+def memory_bytes(results: Results, name: str, found: Figures) -> tuple[float, float]:
+    """(KV cache in whole blocks, none shared; LoRA slot) of one request while it runs."""
+    sizes = results.run["sizes"]
+    contender = CONTENDERS[name]
+    kv = kv_bytes(found, sizes["kv_bytes_per_token"], sizes["kv_block_tokens"])
+    slots = sizes["adapter_bytes"] if contender.adapter == "composed" and contender.engine != "alone" else 0
+    return kv, slots
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def spread(found: Spread) -> str:
+    """median [least, greatest]"""
+    return f"{_short(found.median)} [{_short(found.low)}, {_short(found.high)}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def three(found: Mapping[int, float]) -> str:
+    """Three percentiles."""
+    return " · ".join(f"{value:.0f}" for value in found.values()) or "–"
