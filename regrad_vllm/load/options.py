@@ -81,9 +81,9 @@ def _how(made: argparse.ArgumentParser) -> None:
         "--condition-contenders", nargs="+", choices=names, default=["rag_learner", "regrad"],
         help="under the conditions after the first (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--curve-contenders", nargs="+", choices=names, default=["base", "rag_learner", "regrad"])
+    group.add_argument("--curve-contenders", nargs="+", choices=names, default=["rag_learner", "regrad"])
     group.add_argument("--growth-contenders", nargs="+", choices=names, default=["rag_learner", "regrad"])
-    group.add_argument("--quality-questions", type=whole(0), default=20, help="answered at free length (%(default)s)")
+    group.add_argument("--quality-questions", type=whole(0), default=16, help="answered at free length (%(default)s)")
     group.add_argument("--slo-ttft-ms", type=above_zero, default=2000.0, help="for goodput (%(default)s)")
     group.add_argument("--slo-tpot-ms", type=above_zero, default=200.0, help="for goodput (%(default)s)")
     group.add_argument("--cell-seconds", type=above_zero, default=120.0, help="then a cell is stopped (%(default)s)")

@@ -91,18 +91,16 @@ def quality(results: Results) -> str:
         cost = results.main.figures[name].requests_s
         mean = 100 * found.f1.mean
         axes.errorbar(
-            [cost.median], [mean], fmt="o", color=_COLOURS[name], capsize=2,
+            [cost.median], [mean], fmt="o", color=_COLOURS[name], capsize=2, label=CONTENDERS[name].label,
             xerr=[[cost.median - cost.low], [cost.high - cost.median]],
             yerr=[[mean - 100 * found.f1.low], [100 * found.f1.high - mean]],
         )  # fmt: skip
-        axes.annotate(
-            CONTENDERS[name].label, (cost.median, mean), textcoords="offset points", xytext=(6, 5), fontsize=9
-        )
     axes.set_xlabel("requests/s, output length fixed")
     axes.set_ylabel("F1, %, output length free")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     bare(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False)
     return svg(figure)
 
 
