@@ -30,7 +30,7 @@ from tests.house.settings_table import with_tables
 
 ROOT = README.parent
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
-RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval", "load", "vllm-bench", "questions"}
+RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval", "load", "vllm_bench", "questions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_d
 
 @pytest.mark.timeout(300)
 def test_vllms_own_benchmark_drives_the_server(house: House, tmp_path: Path) -> None:
-    said = house.run("vllm-bench", tmp_path)
+    said = house.run("vllm_bench", tmp_path)
     assert re.search(r"Successful requests:\s+8\b", said) and not re.search(r"Failed requests:\s+[1-9]", said)
 
 
