@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bank_service.wire.tracing import extract, span
@@ -77,7 +78,11 @@ class RegradMiddleware:
             if document is None or shape is None or plan is None:
                 await self._app(scope, _Replay(body, receive), send)
                 return
-            prepared = plan if isinstance(plan, Used) else await _unless_gone(_prepare(plan, scope, runtime), receive)
+            prepared = (
+                plan
+                if isinstance(plan, Used)
+                else await _unless_gone(_prepare(plan, scope, runtime), receive, partial(_drop, runtime))
+            )
             if prepared is None:
                 return
         except RequestError as error:
@@ -109,25 +114,33 @@ class RegradMiddleware:
                 pins.release(clean=clean)
 
 
-async def _unless_gone(work: Coroutine[Any, Any, Prepared | Used], receive: Receive) -> Prepared | Used | None:
+async def _unless_gone(
+    work: Coroutine[Any, Any, Prepared | Used], receive: Receive, drop: Callable[[Prepared | Used], None]
+) -> Prepared | Used | None:
     """What ``work`` gives; None, and ``work`` is cancelled, where the client hangs up first.
 
-    It may wait for a slot for long: what nobody reads any more must not stand in line.
+    It may wait for a slot for long: what nobody reads any more must not stand in line. drop: takes what ``work`` gave
+    when it is too late for it.
     """
     doing = asyncio.ensure_future(work)
     hanging_up = asyncio.ensure_future(receive())  # after the body, all that comes is the end
     try:
         await asyncio.wait({doing, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done() or hanging_up.result()["type"] != "http.disconnect":
-            return await doing
-        doing.cancel()
-        with suppress(asyncio.CancelledError, RequestError):
-            late = await doing  # it may have ended in the meantime: vLLM notices the hang-up then
-            return late
-        return None
+        if not doing.done() and hanging_up.result()["type"] == "http.disconnect":
+            await _called_off(doing, drop)
+            return None
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await _called_off(doing, drop)
+        raise
     finally:
-        doing.cancel()
         hanging_up.cancel()
+
+
+async def _called_off(doing: asyncio.Future[Prepared | Used], drop: Callable[[Prepared | Used], None]) -> None:
+    doing.cancel()
+    with suppress(asyncio.CancelledError, RequestError):
+        drop(await doing)  # it may have ended in the same moment
 
 
 class _Replay:
@@ -189,6 +202,11 @@ def _for_vllm(
     if planner.settings.system_prompt and prompts.system:
         changed = shape.with_system(changed, prompts.system)
     return vllm_server_seams.make_served_call(place.recipe, answered_by, place.data_parallel_rank), changed
+
+
+def _drop(runtime: Runtime, prepared: Prepared | Used) -> None:
+    if isinstance(prepared, Prepared):
+        Pins(prepared, runtime.engine, runtime.releases).let_go()
 
 
 def _outcome(used: Used) -> str:

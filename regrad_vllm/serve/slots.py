@@ -22,6 +22,7 @@ _LOOK_AGAIN_SECONDS = 1.0  # vLLM may empty slots without a word
 class _Reserved:
     slot: int
     ready: bool = False
+    for_step: bool = False  # nobody waits for it, but the step that is being set up
 
 
 class Slots:
@@ -37,6 +38,7 @@ class Slots:
         self._reserved: dict[int, _Reserved] = {}  # by adapter id, oldest first
         self._idle: dict[int, None] = {}  # adapters of vLLM's that nobody needs, longest so first
         self._in_step: frozenset[int] = frozenset()  # adapters in the batch that runs, or ran last
+        self._is_set_up = True  # the step has all its adapters
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
@@ -49,6 +51,14 @@ class Slots:
         that is over for its client, at a stop word say, runs in the engine until the abort arrives there."""
         with self._lock:
             self._in_step = adapter_ids
+            self._is_set_up = False
+            self._changed.notify_all()
+
+    def step_is_set_up(self) -> None:
+        """All adapters of the step have been activated: what was put back for it alone and not taken is free."""
+        with self._lock:
+            self._is_set_up = True
+            self._reserved = {id: entry for id, entry in self._reserved.items() if not entry.for_step}
             self._changed.notify_all()
 
     def is_there(self, adapter_id: int) -> bool:
@@ -116,14 +126,19 @@ class Slots:
             return slot, reserved is not None
 
     def put_back(self, adapter_id: int, *, needed: bool) -> None:
-        """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others."""
+        """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others.
+
+        So does one that nobody needs, but the step that is being set up: vLLM makes room by putting out adapters of the
+        same batch whose turn comes later.
+        """
         with self._lock:
             if adapter_id not in self._slot_ids():  # it was idle, and another has it since vLLM looked
                 return
             slot = self._slot_ids().index(adapter_id)
             self._empty(slot)
-            if needed or adapter_id in self._in_step:
-                self._reserved = {adapter_id: _Reserved(slot, ready=True), **self._reserved}
+            for_step = not needed and not self._is_set_up and adapter_id in self._in_step
+            if needed or for_step:
+                self._reserved = {adapter_id: _Reserved(slot, True, for_step), **self._reserved}
             self._changed.notify_all()
 
     def lose(self, adapter_id: int) -> None:

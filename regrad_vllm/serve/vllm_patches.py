@@ -24,6 +24,7 @@ class SlotBooks:
     """Who has which slot, in vLLM's manager's place. All are called inside the engine's step."""
 
     begin_step: Callable[[frozenset[int]], None]  # ids of the batch's adapters, before anything is done for them
+    step_is_set_up: Callable[[], None]  # when all has been done
     activate: Callable[[int, Recipe | None], int]  # adapter id, its recipe where it is ours → slot
     deactivate: Callable[[int], None]  # adapter id, which has a slot
 
@@ -133,7 +134,10 @@ def _install_books() -> None:
     def set_active_adapters(self: Any, requests: set[Any], mapping: Any) -> None:
         batch = frozenset(request.adapter_id for request in requests if request)
         self._adapter_manager.regrad_books.begin_step(batch)
-        original_set(self, requests, mapping)
+        try:
+            original_set(self, requests, mapping)
+        finally:
+            self._adapter_manager.regrad_books.step_is_set_up()
 
     @wraps(original_merge)
     def create_merged_loras_inplace(self: Any, lora_model: Any) -> None:

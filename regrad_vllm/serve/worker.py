@@ -71,6 +71,7 @@ class _WorkerPart:
         if part.refusal:
             return vllm_patches.SlotBooks(
                 slots.begin_step,
+                slots.step_is_set_up,
                 lambda adapter_id, recipe: slots.take(adapter_id)[0],
                 lambda adapter_id: slots.put_back(adapter_id, needed=False),
             )
@@ -93,7 +94,7 @@ class _WorkerPart:
             memory.is_foreign(slot)
             return slot
 
-        return vllm_patches.SlotBooks(begin_step, activate, composer.deactivate)
+        return vllm_patches.SlotBooks(begin_step, slots.step_is_set_up, activate, composer.deactivate)
 
     def load(self, manager: Any, request: LoRARequest) -> LoRAModel:
         """What vLLM keeps of our adapter. RecipeError."""

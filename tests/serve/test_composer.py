@@ -231,6 +231,35 @@ def test_an_adapter_in_the_running_step_keeps_its_slot_though_its_request_is_ove
     assert torch.equal(worker.memory.memory[slot], expected(third, learner, worker))
 
 
+def test_a_step_that_puts_out_an_adapter_of_its_own_batch_finds_it_again(arena: Arena, learner: Learner) -> None:
+    first, second = (stored_recipe(arena, learner, [text]) for text in ("one", "two"))
+    worker = Worker(learner, max_loras=1, max_waiting=1)
+    prepared(worker, first)
+    worker.composer.activate(first)
+    worker.composer.release(first.int_id)  # over for its client, not in the engine
+    prepared(worker, second)
+    worker.slots.begin_step(frozenset({first.int_id, second.int_id}))
+    worker.composer.deactivate(first.int_id)
+    worker.composer.activate(second)
+    assert worker.slots.is_there(first.int_id) and worker.slots.num_waiting == 1
+    worker.slots.step_is_set_up()
+    assert not worker.slots.is_there(first.int_id) and worker.slots.num_waiting == 0, "nobody came for it"
+
+
+def test_adapters_that_vllm_puts_out_between_steps_leave_their_slots(arena: Arena, learner: Learner) -> None:
+    """As vLLM does with the dummies that it profiles with: the step with all of them was the last one."""
+    worker = Worker(learner, max_loras=3, max_waiting=1)
+    worker.slots.begin_step(frozenset({1, 2, 3}))
+    for adapter_id in (1, 2, 3):
+        worker.slots.take(adapter_id)
+    worker.slots.step_is_set_up()
+    for adapter_id in (1, 2, 3):
+        worker.composer.deactivate(adapter_id)
+    assert worker.slots.num_waiting == 0 and worker.ids == [None] * 4
+    for text in ("one", "two", "three", "four"):
+        assert prepared(worker, stored_recipe(arena, learner, [text])) > 0
+
+
 @dataclass
 class _Asked:
     """A request in the engine."""
@@ -264,10 +293,13 @@ class _Steps(threading.Thread):
         batch = [asked for asked in found if asked.recipe.int_id in recipes]
         self.scheduled.extendleft(asked for asked in found if asked.recipe.int_id not in recipes)
         self._worker.slots.begin_step(frozenset(recipes))
+        done: set[int] = set()
         for adapter_id, recipe in recipes.items():
             if adapter_id not in self._worker.ids:
-                self._make_room(frozenset(recipes))
+                self._make_room(done)
                 self._worker.composer.activate(recipe)
+            done.add(adapter_id)
+        self._worker.slots.step_is_set_up()
         for asked in batch:
             if self._chance.random() < 0.5:
                 asked.over.set()  # its answer ended with the step before: it runs for nothing
@@ -282,10 +314,11 @@ class _Steps(threading.Thread):
             else:
                 asked.over.set()
 
-    def _make_room(self, batch: frozenset[int]) -> None:
+    def _make_room(self, done: set[int]) -> None:
+        """As vLLM does, which may put out one of the same batch whose turn comes later."""
         active = [id for id in self._worker.ids if id is not None]
         if len(active) >= 3:
-            self._worker.composer.deactivate(self._chance.choice([id for id in active if id not in batch]))
+            self._worker.composer.deactivate(self._chance.choice([id for id in active if id not in done]))
 
 
 def test_no_step_ever_sees_another_adapters_values(arena: Arena, learner: Learner) -> None:

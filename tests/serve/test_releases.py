@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import pins, vllm_server_seams
+from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.metrics import Metrics
@@ -217,34 +217,39 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
     asyncio.run(run())
 
 
-def test_a_client_that_stops_reading_keeps_its_gradients_and_no_slot(
-    bank: BankThread, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
+    bank: BankThread, learner: Learner, tmp_path: Path, ended: bool
 ) -> None:
-    monkeypatch.setattr(pins, "_LOOK_SECONDS", 0.05)
-
     async def run() -> None:
-        engine = EngineLists()
-        running = asyncio.Event()
-
         async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
-            engine_id = engine.begin(body["request_id"], lora_name)
-            await running.wait()
-            del engine.states[engine_id]
-            return JSONResponse({})
+            raise AssertionError("vLLM must not be asked")
 
-        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena, worker):
+        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, runtime, arena, worker):
             client, app = _Client(), _app_of(http)
-            asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
-            await eventually(lambda: bool(engine.states))
-            await asyncio.sleep(0.3)
-            assert worker.composer.figures()["num_tickets"] == 1, "the engine works on it"
-            running.set()
+            prepare = runtime.retriever.prepare
+            asked: list[asyncio.Task[None]] = []
+
+            async def cancelled_meanwhile(plan: Any, rank: int | None = None) -> Any:
+                prepared = await prepare(plan, rank)
+                asked[0].cancel()
+                if not ended:
+                    await asyncio.sleep(60)
+                return prepared
+
+            object.__setattr__(runtime.retriever, "prepare", cancelled_meanwhile)
+            if not ended:  # what is cancelled before it ends gives back what it has itself
+                object.__setattr__(runtime.retriever, "prepare", prepare)
+                for slot in range(len(worker.ids)):
+                    worker.ids[slot] = -1 - slot
+            asked.append(asyncio.create_task(app(_scope(app), client.receive, client.send)))
+            if not ended:
+                await eventually(lambda: worker.composer.figures()["num_tickets"] == 1)
+                asked[0].cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked[0]
+            assert arena.figures().num_leases == 0
             await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
-            assert not asked.done() and arena.figures().num_leases == 1
-            client.reads.set()
-            await asked
-            assert client.sent and arena.figures().num_leases == 0
-            assert worker.composer.figures()["num_tickets"] == 0
 
     asyncio.run(run())
 
