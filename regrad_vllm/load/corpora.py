@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bank_service.wire.errors import NotFoundError
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import Question, SourceDocument, load_documents
@@ -26,7 +27,7 @@ _ASKED_AT_ONCE = 50  # documents
 class Corpus:
     """One namespace."""
 
-    name: str  # with a digest of the documents: what an earlier run left in a bank isn't found
+    name: str  # with a digest of the documents: what an earlier run left in a bank is found where it is the same
     data: EvalData
     passage_tokens: int  # 0: as they are
     # document → its passages, where documents were made to a length and one may be several passages
@@ -65,7 +66,7 @@ class Ingested:
     """What making the gradients of a corpus took, the command's start included."""
 
     num_documents: int
-    seconds: float
+    seconds: float | None  # None where the bank had them all from an earlier run
     gradient_bytes: int  # of all, as stored
 
 
@@ -100,10 +101,15 @@ def _name(kind: str, data: EvalData) -> str:
 
 def put(corpus: Corpus, bank: str, learner: Learner, folder: Path) -> Ingested:
     """Ingests a corpus into its namespace. RuntimeError where the bank refuses it, BankError."""
+    ids = [document.id for document in corpus.data.documents]
+    try:
+        asyncio.run(_stored_bytes(bank, learner, corpus.name, ids))
+        is_there = True
+    except NotFoundError:
+        is_there = False
     start = time.perf_counter()
     ingest(corpus.data.documents, bank, corpus.name, folder)
-    seconds = time.perf_counter() - start
-    ids = [document.id for document in corpus.data.documents]
+    seconds = None if is_there else time.perf_counter() - start
     return Ingested(len(ids), seconds, asyncio.run(_stored_bytes(bank, learner, corpus.name, ids)))
 
 

@@ -1,9 +1,10 @@
 """Lines of requests and cells → figures. Formulas:
 
-    TTFT    from the start of a request (before its retrieval, before anything is sent) to its first token
+    TTFT    from the start of a request (before its retrieval, before anything is sent) to its first token; in an open
+            loop from its time of arrival, so that waiting counts
     ITL     between two events of a stream that bring tokens, each pair
     TPOT    (end − first token) / (output tokens − 1), one value a request
-    E2EL    from the start to the end of a request; in an open loop from its time of arrival, so that waiting counts
+    E2EL    from there to its end
     requests/s, output tokens/s    completed requests (their tokens) over the cell's seconds
     goodput    completed requests within all limits (TTFT, TPOT), over the cell's seconds
 

@@ -13,7 +13,7 @@ from regrad_vllm.load.arrivals import Arrival, TraceEntry
 from regrad_vllm.load.cells import Condition, Phase
 from regrad_vllm.load.contenders import Contender
 from regrad_vllm.load.corpora import Corpus
-from regrad_vllm.load.popularity import Popular, Popularity
+from regrad_vllm.load.popularity import Popular, Popularity, in_own_words
 
 # Popularity and prefix caching; the first is the main comparison, in which every contender takes part.
 CONDITIONS: Mapping[str, tuple[Popularity, bool]] = {
@@ -133,19 +133,22 @@ class Plan:
         return asked[: self._args.alone_requests] if few else asked
 
     def _questions(self, condition: Condition, repeat: int) -> list[Question]:
+        numbers = random.Random(f"regrad.load.numbers.{self._args.seed}.{condition.key}.{repeat}")
         if condition.arrival.kind == "trace":
-            return [
+            asked = [
                 Question(f"trace-{number}", entry.question, ("-",), ("-",), "trace")
                 for number, entry in enumerate(self._trace)
             ]
-        # Of the same words with prefix caching on and off.
+            return in_own_words(asked, numbers)
+        # About the same documents with prefix caching on and off.
         rng = random.Random(
             f"regrad.load.{self._args.seed}.{condition.phase}.{condition.corpus}.{condition.top_k}."
             f"{condition.popularity}.{condition.arrival.value}.{repeat}"
         )
-        if condition.phase == "quality":  # each once
+        if condition.phase == "quality":  # each once, in its own words
             return rng.sample(self._corpora[condition.corpus].questions, condition.num_requests)
-        return self._popular[condition.corpus, condition.popularity].draw(condition.num_requests, rng)
+        popular = self._popular[condition.corpus, condition.popularity]
+        return in_own_words(popular.draw(condition.num_requests, rng), numbers)
 
     def _among(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._contenders]

@@ -44,11 +44,7 @@ def zipf_exponent(num: int, share: float = TOP_FIFTH_SHARE) -> float:
 
 
 class Popular:
-    """Draws questions: a document by its popularity, then one of its questions, each time in words of its own.
-
-    No two users ask in the same words, so each drawn question ends in a number of its own: its documents may be in
-    every cache, the whole prompt and the composed adapter, whose weights follow the scores, are in none.
-    """
+    """Draws questions: a document by its popularity, then one of its questions."""
 
     def __init__(self, questions: Sequence[Question], popularity: Popularity, seed: int) -> None:
         """Ranks are drawn once, from ``seed``. ValueError for no questions."""
@@ -64,10 +60,13 @@ class Popular:
 
     def draw(self, num: int, rng: random.Random) -> list[Question]:
         groups = rng.choices(self._groups, cum_weights=self._cumulative, k=num)
-        return [
-            replace(question, question=f"{question.question} ({rng.randrange(10**6)})")
-            for question in map(rng.choice, groups)
-        ]
+        return [rng.choice(group) for group in groups]
+
+
+def in_own_words(questions: Sequence[Question], rng: random.Random) -> list[Question]:
+    """Each with a number of its own at its end, for no two users ask in the same words: the documents may be in every
+    cache, the whole prompt, and the composed adapter, whose weights follow the scores, are in none."""
+    return [replace(question, question=f"{question.question} ({rng.randrange(10**6)})") for question in questions]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class Group:
     figures: Mapping[str, Figures]  # by contender, in the order of CONTENDERS
     rates: Mapping[str, Mapping[int, float]]  # requests/s by contender and repeat
     reuse: Reuse | None  # of what was retrieved; None where nothing was
-    same_documents: float | None  # share of the requests that all retrieving contenders answered with the same ones
+    same_documents: float | None  # share of the answers with the documents that another contender's answer had
 
     def ratio(self, contender: str, rival: str) -> Spread | None:
         """Requests/s over another's, paired; None where one wasn't asked, or not all of its requests were completed."""
@@ -97,6 +97,8 @@ class Results:
         if not {"regrad", "rag_learner"} <= set(found) or not self.run["corpora"]:
             return None
         corpus = self.run["corpora"][0]
+        if corpus["seconds"] is None:
+            return None
         own, rival = found["regrad"].requests_s.median, found["rag_learner"].requests_s.median
         return break_even(corpus["seconds"] / corpus["documents"], own, rival)
 
@@ -172,14 +174,14 @@ def _group(
         for name, (lines, _) in own.items()
         if CONTENDERS[name].retrieves
     ]
-    common = set.intersection(*(set(found) for found in retrieving)) if retrieving else set()
-    same = sum(len({found[key] for found in retrieving}) == 1 for key in common)
+    most = max(retrieving, key=len, default={})  # one of those that were asked everything
+    asked = [(found[key], most[key]) for found in retrieving for key in found if key in most]
     return Group(
         condition=condition,
         figures={name: figures(*measured, limits) for name, measured in own.items()},
         rates={name: rates(*measured) for name, measured in own.items()},
-        reuse=reuse([tuple(retrieving[0][key]) for key in sorted(common)]) if common else None,
-        same_documents=same / len(common) if common else None,
+        reuse=reuse([tuple(most[key]) for key in sorted(most)]) if most else None,
+        same_documents=sum(one == other for one, other in asked) / len(asked) if asked else None,
     )
 
 

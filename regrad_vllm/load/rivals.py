@@ -159,7 +159,7 @@ class SwappedWeights:
         kept = []
         views: dict[str, dict[str, Any]] = {}
         for tensor, view in self._learner.layout.views(adapter):
-            views.setdefault(tensor.module, {})[tensor.part] = torch.from_numpy(np.ascontiguousarray(view))
+            views.setdefault(tensor.module, {})[tensor.part] = torch.tensor(view)
         with torch.no_grad():
             for module, parts in views.items():
                 weight = self._model.get_submodule(module).weight

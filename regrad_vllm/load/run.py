@@ -10,8 +10,8 @@ What is fair about it, and what isn't:
 - All that can runs on one server with ReGrad, φ* as a static adapter too, on kernels that are faster on CPUs than stock
   vLLM's: RAG + φ* is better off here than anywhere else. Stock vLLM has LoRA on the learner's modules alone.
 - The same requests for all of a comparison, in a new order of contenders each time. Each question has a number of its
-  own at its end: no prompt and no adapter comes twice, documents do, as the popularity has it. Caches stay warm over
-  the run, the prefix cache as well as those of gradients; "uncached" gives each request a salt of its own.
+  own at its end (not for quality): no prompt and no adapter comes twice, documents do, as the popularity has it. Caches
+  stay warm over the run, the prefix cache as well as those of gradients; "uncached" gives each request its own salt.
 - Sampling and lengths are the same; for cost all generate as many tokens, for quality as many as they like.
 - The samplers of memory and counters, and the client itself, run on the same machine and take their share from all.
 """
@@ -43,7 +43,7 @@ from regrad_vllm.load.options import parser
 from regrad_vllm.load.plan import Plan
 from regrad_vllm.load.report import write_report
 from regrad_vllm.load.results import QUESTIONS, RUN
-from regrad_vllm.load.sizes import default_dtype, sizes
+from regrad_vllm.load.sizes import default_dtype, served_dtype, sizes
 from regrad_vllm.local.machine import describe
 
 _MAX_DOCUMENTS = 64  # passages of one request, where documents are several
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     learner_folder = args.learner or shipped_learner()
     learner = Learner.load(learner_folder)
     model = resolve_model(args.model) if args.model else ensure_default_model()
-    dtype = args.dtype or default_dtype()
+    dtype = args.dtype or (served_dtype(args.server) if args.server else default_dtype())
     corpora = _corpora(args)
     trace = load_trace(args.trace) if args.trace else []
     plan = Plan(args, contenders, corpora, trace)

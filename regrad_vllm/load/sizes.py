@@ -20,6 +20,20 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() or has_wide_vectors() else "float32"
 
 
+def served_dtype(server: str) -> str:
+    """What a running server has its LoRA slots in, which is the model's own type unless it was told another.
+
+    httpx.HTTPError; ValueError where it has no ReGrad or another type.
+    """
+    import httpx
+
+    response = httpx.get(f"{server}/v1/regrad/status", timeout=30)
+    found = str(response.json().get("lora_dtype", "")).removeprefix("torch.") if response.is_success else ""
+    if found not in _BYTES:
+        raise ValueError(f"{server} must serve ReGrad in {' or '.join(_BYTES)}, got {found or response.status_code}")
+    return found
+
+
 def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, int]:
     """KV cache of a token, tokens of its blocks, and a LoRA slot of the learner's rank. httpx.HTTPError."""
     from transformers import AutoConfig

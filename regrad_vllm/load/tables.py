@@ -54,8 +54,7 @@ def reuse_sentence(group: Group) -> str:
     return (
         f"Of the references the most popular fifth of the documents takes {group.reuse.top_fifth_share:.0%} (trace: "
         f"74%); {group.reuse.repeated_sets:.0%} of the requests have a set of documents that came before as a whole "
-        f"(trace: 17%). All contenders that retrieve answered {group.same_documents:.0%} of the requests with the same "
-        "documents."
+        f"(trace: 17%). Whoever retrieves answered {group.same_documents:.0%} of the requests with the same documents."
     )
 
 
@@ -122,12 +121,9 @@ def offline_table(results: Results) -> Table:
     rows = []
     for corpus in results.run["corpora"]:
         number = corpus["documents"]
-        rows.append(
-            [
-                corpus["name"], str(number), f"{corpus['mean_tokens']:.0f}", f"{corpus['seconds'] / number:.3f}",
-                f"{corpus['gradient_bytes'] / number / 1e3:.0f}",
-            ]
-        )  # fmt: skip
+        seconds = "– (there already)" if corpus["seconds"] is None else f"{corpus['seconds'] / number:.3f}"
+        size = f"{corpus['gradient_bytes'] / number / 1e3:.0f}"
+        rows.append([corpus["name"], str(number), f"{corpus['mean_tokens']:.0f}", seconds, size])
     return head, rows
 
 

@@ -57,6 +57,15 @@ def test_the_last_line_tells_of_the_main_comparison(tmp_path: Path) -> None:
     assert last["rag_learner"]["em"] == last["base"]["em"] == 0.0
 
 
+def test_reuse_and_sameness_are_of_all_that_was_asked(tmp_path: Path) -> None:
+    lines = [line(COST, "regrad", index=n, documents=(f"d{n % 3}",)) for n in range(4)]
+    lines += [line(COST, "published", index=0, documents=("d0",)), line(COST, "published", index=1, documents=("d2",))]
+    write(tmp_path, lines, [cell(COST, "regrad"), cell(COST, "published")])
+    main = load(tmp_path).main
+    assert main.reuse is not None and main.reuse.repeated_sets == 0.25, "though one was asked the first two alone"
+    assert main.same_documents == pytest.approx(5 / 6), "four its own, one of two"
+
+
 def test_slopes_and_break_even_are_those_of_the_lines(tmp_path: Path) -> None:
     whole(tmp_path)
     results = load(tmp_path)

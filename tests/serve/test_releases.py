@@ -219,7 +219,7 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
-    bank: BankThread, learner: Learner, tmp_path: Path, ended: bool
+    bank: BankThread, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
     async def run() -> None:
         async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
@@ -230,18 +230,16 @@ def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
             prepare = runtime.retriever.prepare
             asked: list[asyncio.Task[None]] = []
 
-            async def cancelled_meanwhile(plan: Any, rank: int | None = None) -> Any:
+            async def ends_as_it_is_cancelled(plan: Any, rank: int | None = None) -> Any:
                 prepared = await prepare(plan, rank)
                 asked[0].cancel()
-                if not ended:
-                    await asyncio.sleep(60)
                 return prepared
 
-            object.__setattr__(runtime.retriever, "prepare", cancelled_meanwhile)
-            if not ended:  # what is cancelled before it ends gives back what it has itself
-                object.__setattr__(runtime.retriever, "prepare", prepare)
+            if ended:
+                monkeypatch.setattr(runtime.retriever, "prepare", ends_as_it_is_cancelled)
+            else:
                 for slot in range(len(worker.ids)):
-                    worker.ids[slot] = -1 - slot
+                    worker.ids[slot] = -1 - slot  # it waits
             asked.append(asyncio.create_task(app(_scope(app), client.receive, client.send)))
             if not ended:
                 await eventually(lambda: worker.composer.figures()["num_tickets"] == 1)
