@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="regrad bench load",
         description="ReGrad and its rivals with the same questions and hits under load. Defaults: a small run.",
-        epilog="Zipf's exponent is fitted so that the most popular fifth of the documents takes 74%% of the "
+        epilog="Zipf's exponent is fitted so that the most popular fifth of the documents takes 74% of the "
         f"references, as on a published RAG trace: {zipf_exponent(1000):.2f} for 1,000 documents.",
     )
     _where(made)
