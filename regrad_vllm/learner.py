@@ -68,6 +68,11 @@ class Prompts:
         """``documents``: rendered, best first."""
         return _fill(self.icl, question=question, documents="\n\n".join(documents))
 
+    def messages(self, content: str) -> list[dict[str, str]]:
+        """A user's words as a chat, behind the system prompt where there is one."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": content}]
+
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:

@@ -6,18 +6,19 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from string import Template
-from typing import Any
+from typing import Any, Literal
 
 from regrad_vllm.learn.picture import save_svg
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #d8d8dc; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-svg { width: 100%; height: auto; } .note { color: #5a5a62; } .scroll { overflow-x: auto; } td { white-space: nowrap; }
+svg { width: 100%; height: auto; } .note { color: #5a5a62; } .scroll { overflow-x: auto; }
+.wide td { white-space: nowrap; }
 </style></head><body>
 <h1>$title</h1>
 $body
@@ -30,10 +31,12 @@ def page(title: str, body: str) -> str:
     return _PAGE.substitute(title=html.escape(title), body=body)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = False) -> str:
+    """wide: each cell in one line, however many columns there are."""
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
+    kind = "scroll wide" if wide else "scroll"
+    return f'<div class="{kind}"><table><tr>{cells}</tr>{body}</table></div>'
 
 
 def facts_table(facts: Mapping[str, object]) -> str:
@@ -51,9 +54,9 @@ def svg(figure: Any) -> str:
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
-def bare(axes: Any) -> None:
+def bare(axes: Any, grid: Literal["both", "x"] = "both") -> None:
     """A grid, and no frame above and to the right."""
-    axes.grid(color="#e3e3e8")
+    axes.grid(axis=grid, color="#e3e3e8")
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
     for side in ("top", "right"):

@@ -31,9 +31,7 @@ class PromptBuilder:
         content = (
             self.prompts.render_icl(question, list(documents)) if documents else self.prompts.render_blind(question)
         )
-        messages = [{"role": "user", "content": content}]
-        if self.prompts.system:
-            messages.insert(0, {"role": "system", "content": self.prompts.system})
+        messages = self.prompts.messages(content)
         tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(tokens)
 

@@ -82,7 +82,7 @@ def _draw(axes: Any, intervals: Mapping[str, Interval], colours: list[str]) -> N
     axes.barh(list(intervals), means, color=colours, xerr=[below, above], ecolor="#33363d", capsize=2, height=0.7)
     axes.invert_yaxis()
     axes.axvline(0, color="#33363d", linewidth=0.8)
-    bare(axes)
+    bare(axes, "x")
 
 
 def _colour(method: str) -> str:

@@ -15,6 +15,7 @@ from regrad_vllm.evaluate.methods import MAX_TOKENS
 from regrad_vllm.learner import Prompts
 from regrad_vllm.load.cells import Condition
 from regrad_vllm.load.contenders import Contender
+from regrad_vllm.load.corpora import by_passage
 from regrad_vllm.load.streaming import AnswerError, Stream, stream_chat
 
 if TYPE_CHECKING:
@@ -60,10 +61,7 @@ class Passages:
         self._bank = bank
         self._prompts = prompts
         self._parts = parts
-        self._whole = {
-            corpus: {part: document for document, own in documents.items() for part in own}
-            for corpus, documents in parts.items()
-        }
+        self._whole = {corpus: by_passage(documents) for corpus, documents in parts.items()}
 
     async def retrieve(self, question: Question, condition: Condition, attempt: Attempt, *, texts: bool) -> list[Hit]:
         """The passages of the ``top_k`` documents found, the best document first, its passages in order."""
@@ -142,15 +140,12 @@ class Served:
 
 def chat_body(model: str, prompts: Prompts, content: str, condition: Condition) -> dict[str, Any]:
     """The same sampling for all: greedy, so many tokens, or up to the model's own end."""
-    messages = [{"role": "user", "content": content}]
-    if prompts.system:
-        messages.insert(0, {"role": "system", "content": prompts.system})
     length: dict[str, Any] = {"max_tokens": MAX_TOKENS}
     if condition.output_tokens:
         length = {"max_tokens": condition.output_tokens, "ignore_eos": True}
     # A salt of its own makes a request's blocks nobody else's: what it costs without prefix caching, on one server.
     salt = {} if condition.prefix_cache else {"cache_salt": uuid.uuid4().hex}
-    return {"model": model, "messages": messages, "temperature": 0, **length, **salt}
+    return {"model": model, "messages": prompts.messages(content), "temperature": 0, **length, **salt}
 
 
 class OneAtATime:

@@ -52,7 +52,7 @@ class Corpus:
     @property
     def document_of(self) -> dict[str, str]:
         """Passage → its document, where documents were made to a length."""
-        return {part: document for document, own in (self.parts or {}).items() for part in own}
+        return by_passage(self.parts or {})
 
     @property
     def mean_tokens(self) -> float:
@@ -68,6 +68,11 @@ class Ingested:
     num_documents: int
     seconds: float | None  # None where the bank had them all from an earlier run
     gradient_bytes: int  # of all, as stored
+
+
+def by_passage(parts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """document → its passages, turned round."""
+    return {part: document for document, own in parts.items() for part in own}
 
 
 def natural(data: EvalData) -> Corpus:

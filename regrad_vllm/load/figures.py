@@ -103,7 +103,7 @@ def figures(lines: Sequence[RequestLine], cells: Sequence[CellLine], limits: Lim
         completed=len(done),
         failed=sum(line.status == "failed" for line in lines),
         incomplete=sum(line.status == "incomplete" for line in lines),
-        requests_s=rate(lambda line: 1.0),
+        requests_s=Spread.of(list(rates(lines, cells).values())),
         output_tokens_s=rate(lambda line: line.output_tokens),
         goodput_s=rate(lambda line: float(within(line, limits))),
         ttft_ms=percentiles([ttft_ms(line) for line in done]),

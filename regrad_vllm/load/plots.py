@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrad_vllm.load.cells import RequestLine
 from regrad_vllm.load.contenders import CONTENDERS
 from regrad_vllm.load.figures import itl_ms, ttft_ms
 from regrad_vllm.load.results import Results
@@ -16,42 +15,39 @@ _COLOURS: Mapping[str, str] = {
     "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "regrad": "#0b6e4f",
     "regrad_icl": "#3aa17e", "peft_folder": "#7b5ea7", "published": "#b8567a",
 }  # fmt: skip
-
-
 _LEAST_ITL_MS = 5.0  # of the picture; less is two tokens that came together
 
 
 def throughput(results: Results) -> str:
     """Latency against throughput, a line a contender, a point for so many requests at a time."""
     figure, (left, right) = _figure(1, 2)
-    for axes, what, percentile in ((left, "ttft_ms", 50), (right, "e2el_ms", 50)):
+    for axes, what in ((left, "ttft_ms"), (right, "e2el_ms")):
         for name in CONTENDERS:
             points = [
                 (group.condition.arrival.value, group.figures[name])
-                for group in results.curve
+                for group in results.curve  # by arrival
                 if group.condition.arrival.kind == "closed"
                 and name in group.figures
                 and getattr(group.figures[name], what)
             ]
-            points.sort(key=lambda point: point[0])
             if points:
                 xs = [found.requests_s.median for _, found in points]
-                ys = [getattr(found, what)[percentile] for _, found in points]
+                ys = [getattr(found, what)[50] for _, found in points]
                 axes.plot(xs, ys, marker="o", ms=4, color=_COLOURS[name], label=CONTENDERS[name].label)
                 for x, y, (value, _) in zip(xs, ys, points, strict=True):
                     axes.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(4, 3), fontsize=8)
         axes.set_xlabel("completed requests/s")
-        axes.set_ylabel(f"{what[:-3].upper()} p{percentile}, ms")
+        axes.set_ylabel(f"{what[:-3].upper()} p50, ms")
         axes.set_ylim(bottom=0)
         bare(axes)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return svg(figure)
 
 
-def distributions(lines: Mapping[str, Sequence[RequestLine]]) -> str:
-    """The share of requests (of gaps between tokens) that took at most so long. lines: completed, by contender."""
+def distributions(results: Results) -> str:
+    """The share of requests (of gaps between tokens) of the main comparison that took at most so long."""
     figure, (left, right) = _figure(1, 2)
-    for name, own in lines.items():
+    for name, own in results.main_completed.items():
         _ecdf(left, [ttft_ms(line) for line in own], name)
         _ecdf(right, [gap for line in own for gap in itl_ms(line)], name)
     left.set_xlabel("TTFT, ms")

@@ -7,19 +7,17 @@ import sys
 from pathlib import Path
 
 from regrad_vllm.load.page import render
-from regrad_vllm.load.results import load, load_lines
+from regrad_vllm.load.results import load
 from regrad_vllm.load.tables import markdown
 
 
 def write_report(folder: Path) -> int:
     """0, or 1 where a request failed or was stopped. FileNotFoundError, ValueError."""
     results = load(folder)
-    lines, key = load_lines(folder), results.main.condition.key
-    main = {name: [line for line in lines[key, name] if line.status == "completed"] for name in results.main.figures}
     text = markdown(results)
     (folder / "report.json").write_text(json.dumps(results.plain(), indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "report.md").write_text(text, "utf-8")
-    (folder / "report.html").write_text(render(results, main), "utf-8")
+    (folder / "report.html").write_text(render(results), "utf-8")
     failed = [found for group in results.groups for found in group.figures.values() if found.failed + found.incomplete]
     if failed:
         number = sum(found.failed + found.incomplete for found in failed)

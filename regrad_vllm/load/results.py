@@ -51,6 +51,7 @@ class Results:
     run: Mapping[str, Any]
     groups: Sequence[Group]
     quality: Mapping[str, Quality]  # by contender
+    lines: Mapping[tuple[str, str], Sequence[RequestLine]]  # each request, by condition and contender
 
     @property
     def main(self) -> Group:
@@ -62,6 +63,14 @@ class Results:
         """By arrival; the main comparison is one of them."""
         groups = [self.main, *self.of("curve")]
         return sorted(groups, key=lambda group: (group.condition.arrival.kind, group.condition.arrival.value))
+
+    @property
+    def main_completed(self) -> dict[str, list[RequestLine]]:
+        """The main comparison's completed requests, by contender."""
+        key = self.main.condition.key
+        return {
+            name: [line for line in self.lines[key, name] if line.status == "completed"] for name in self.main.figures
+        }
 
     def of(self, phase: str) -> list[Group]:
         return [group for group in self.groups if group.condition.phase == phase]
@@ -141,7 +150,7 @@ def load(folder: Path) -> Results:
     run = json.loads((folder / RUN).read_text("utf-8"))
     conditions = {key: _condition(value) for key, value in run["conditions"].items()}
     limits = Limits(**run["limits"])
-    lines = load_lines(folder)
+    lines = _requests(folder)
     cells: dict[tuple[str, str], list[CellLine]] = {}
     for value in _lines(folder / CELLS):
         cell = CellLine(**value)
@@ -151,14 +160,13 @@ def load(folder: Path) -> Results:
         own = {name: (lines[key, name], cells[key, name]) for name in CONTENDERS if (key, name) in cells}
         if own:
             groups.append(_group(condition, own, limits))
-    results = Results(run, groups, _quality(folder, conditions, lines))
+    results = Results(run, groups, _quality(folder, conditions, lines), lines)
     if not results.of("cost"):
         raise ValueError(f"{folder} must hold at least one cell of phase cost; the run was cut short before it")
     return results
 
 
-def load_lines(folder: Path) -> dict[tuple[str, str], list[RequestLine]]:
-    """Each request, by condition and contender. FileNotFoundError."""
+def _requests(folder: Path) -> dict[tuple[str, str], list[RequestLine]]:
     lines: dict[tuple[str, str], list[RequestLine]] = {}
     for value in _lines(folder / REQUESTS):
         line = RequestLine(**{**value, "event_ms": tuple(value["event_ms"]), "documents": tuple(value["documents"])})
