@@ -5,7 +5,7 @@ All get the same questions, the learner's system prompt, the same hits of the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -45,3 +45,9 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
         )
     }
 )
+
+
+def fair_rival(names: Collection[str]) -> str | None:
+    """The RAG that ReGrad is compared with: the one with φ*, which was trained on questions as ReGrad was; else the
+    untuned one; None where neither is among them."""
+    return next((name for name in ("rag_learner", "rag") if name in names), None)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bank_service.wire.errors import NotFoundError
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.limits import channel_options
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import Question, SourceDocument, load_documents
@@ -116,6 +118,16 @@ def put(corpus: Corpus, bank: str, learner: Learner, folder: Path) -> Ingested:
     ingest(corpus.data.documents, bank, corpus.name, folder)
     seconds = None if is_there else time.perf_counter() - start
     return Ingested(len(ids), seconds, asyncio.run(_stored_bytes(bank, learner, corpus.name, ids)))
+
+
+def remove(corpus: Corpus, bank: str) -> None:
+    """Deletes a corpus's documents again. grpc.RpcError."""
+    import grpc
+
+    with grpc.insecure_channel(bank, options=channel_options()) as channel:
+        stub = bank_pb2_grpc.BankServiceStub(channel)
+        for document in corpus.data.documents:
+            stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=corpus.name, id=document.id))
 
 
 async def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[str]) -> int:

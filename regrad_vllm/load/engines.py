@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.load.asking import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
-from regrad_vllm.load.contenders import Engine
+from regrad_vllm.load.contenders import CONTENDERS, Engine
 from regrad_vllm.load.corpora import Corpus
 from regrad_vllm.load.processes import Processes
 from regrad_vllm.load.rivals import Gradients, PeftFolders, SwappedWeights
@@ -81,6 +81,27 @@ def started(settings: Settings, learner: Learner, folder: Path) -> Iterator[Plac
             pids["stock"] = stock.process.pid
         wait_for_server(server, url)
         yield Place(address, url, stock_url, MODEL, pids)
+
+
+def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str, str]:
+    """Contender → what it needs and a running server lacks. httpx.HTTPError; ValueError where it lacks the
+    model."""
+    import httpx
+
+    response = httpx.get(f"{server}/v1/models", timeout=30).raise_for_status()
+    served = [model["id"] for model in response.json()["data"]]
+    if model_name not in served:
+        raise ValueError(f"--model-name must be one that {server} serves ({', '.join(served)}), got {model_name!r}")
+    cannot = {}
+    for contender in CONTENDERS.values():
+        if contender.engine == "stock" and stock is None:
+            cannot[contender.name] = "--stock-server beside --server"
+        if contender.adapter == "static" and STATIC_ADAPTER not in served:
+            cannot[contender.name] = (
+                f"φ* as the adapter {STATIC_ADAPTER} at {server}: write it with `regrad export --gamma 0 --document "
+                f"ID FOLDER`, start the server with --lora-modules {STATIC_ADAPTER}=FOLDER"
+            )
+    return cannot
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from regrad_vllm.evaluate.metrics import Interval, bootstrap_interval
 from regrad_vllm.load.cells import CellLine, RequestLine
 
 PERCENTILES = (50, 90, 99)
+_FEWEST_POINTS = 3  # of a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +196,10 @@ def quality(scores: Sequence[tuple[float, float, str]]) -> Quality:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares y ≈ intercept + slope · x: (intercept, slope). ValueError for less than two different x."""
-    if len({x for x, _ in points}) < 2:
-        raise ValueError("a slope needs points at two different x at least")
+    """Least squares y ≈ intercept + slope · x: (intercept, slope). ValueError for less than three different x: two
+    points always lie on a line."""
+    if len({x for x, _ in points}) < _FEWEST_POINTS:
+        raise ValueError(f"a slope needs points at {_FEWEST_POINTS} different x at least")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     line = statistics.linear_regression(xs, ys)
     return line.intercept, line.slope

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from regrad_vllm.arguments import whole
 from regrad_vllm.load.contenders import CONTENDERS
@@ -17,7 +18,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="regrad bench load",
         description="ReGrad and its rivals with the same questions and hits under load. Defaults: a small run.",
-        epilog="Zipf's exponent is fitted so that the most popular fifth of the documents takes 74% of the "
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="contenders:\n"
+        + "".join(f"  {contender.name:12}{contender.label}\n" for contender in CONTENDERS.values())
+        + "\nZipf's exponent is fitted so that the most popular fifth of the documents takes\n74% of the "
         f"references, as on a published RAG trace: {zipf_exponent(1000):.2f} for 1,000 documents.",
     )
     _where(made)
@@ -38,6 +42,9 @@ def _where(made: argparse.ArgumentParser) -> None:
     group.add_argument("--server", metavar="URL", help="a running server with ReGrad and φ* as the adapter phi-star")
     group.add_argument("--bank", metavar="HOST:PORT", help="its bank")
     group.add_argument("--stock-server", metavar="URL", help="a running stock vLLM that loads adapters at run time")
+    group.add_argument(
+        "--keep-documents", action="store_true", help="leave the documents in --bank (deleted again at the end)"
+    )
     group.add_argument("--model-name", default="base", help="the base model's name at --server")
 
 
@@ -45,7 +52,7 @@ def _what(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("questions and documents")
     group.add_argument("--data", type=Path, metavar="FOLDER", help="see regrad_vllm/data/questions.py (a sample)")
     group.add_argument("--split", choices=("validation", "test"), default="test")
-    group.add_argument("--sets", nargs="+", default=["squad", "nq"], help="of the data (%(default)s)")
+    group.add_argument("--sets", nargs="+", default=["squad", "nq"], help="of the data (squad nq)")
     group.add_argument("--num-questions", type=whole(1), default=20, help="of each set (%(default)s)")
     group.add_argument("--num-distractors", type=whole(0), default=20, help="of the sets, besides (%(default)s)")
     group.add_argument("--haystack", type=whole(0), default=0, help="of the data's haystack, besides (%(default)s)")
@@ -60,10 +67,11 @@ def _what(made: argparse.ArgumentParser) -> None:
 def _how(made: argparse.ArgumentParser) -> None:
     names = list(CONTENDERS)
     group = made.add_argument_group("load")
-    group.add_argument("--contenders", nargs="+", choices=names, help="(all)")
+    some: dict[str, Any] = {"nargs": "+", "choices": names, "metavar": "CONTENDER"}
+    group.add_argument("--contenders", **some, help="see below (all that can be asked)")
     group.add_argument(
-        "--conditions", nargs="+", choices=list(CONDITIONS),
-        default=["zipf-cached", "zipf-uncached", "uniform-cached"], help="the first with all contenders (%(default)s)",
+        "--conditions", nargs="+", choices=list(CONDITIONS), metavar="CONDITION", default=list(CONDITIONS)[:3],
+        help=f"popularity and prefix caching, the first with all contenders: of {' '.join(CONDITIONS)} (the first 3)",
     )  # fmt: skip
     group.add_argument("--concurrency", type=whole(1), default=4, help="requests at a time (%(default)s)")
     group.add_argument("--requests", type=whole(1), default=8, help="of a cell (%(default)s)")
@@ -73,16 +81,14 @@ def _how(made: argparse.ArgumentParser) -> None:
     group.add_argument("--output-tokens", type=whole(2), default=32, help="of each, for cost (%(default)s)")
     group.add_argument("--repeats", type=whole(1), default=3, help="of each cell of the comparisons (%(default)s)")
     group.add_argument("--curve-repeats", type=whole(1), default=2, help="of curves and growth (%(default)s)")
-    group.add_argument("--curve", nargs="*", type=whole(1), default=[1, 8], help="requests at a time (%(default)s)")
-    group.add_argument("--rates", nargs="*", type=above_zero, default=[1.0], help="requests/s, Poisson")
+    group.add_argument("--curve", nargs="*", type=whole(1), default=[1, 8], help="requests at a time (1 8)")
+    group.add_argument("--rates", nargs="*", type=above_zero, default=[1.0], help="requests/s, Poisson (1)")
     group.add_argument("--trace", type=Path, metavar="FILE", help='JSON Lines {"at_s": seconds, "question": text}')
     group.add_argument("--trace-speed", type=above_zero, default=1.0, help="times as fast as recorded")
-    group.add_argument(
-        "--condition-contenders", nargs="+", choices=names, default=["rag_learner", "regrad"],
-        help="under the conditions after the first (%(default)s)",
-    )  # fmt: skip
-    group.add_argument("--curve-contenders", nargs="+", choices=names, default=["rag_learner", "regrad"])
-    group.add_argument("--growth-contenders", nargs="+", choices=names, default=["rag_learner", "regrad"])
+    two = "(regrad and rag_learner; rag where that isn't asked)"
+    group.add_argument("--condition-contenders", **some, help=f"under the conditions after the first {two}")
+    group.add_argument("--curve-contenders", **some, help=f"at other arrivals {two}")
+    group.add_argument("--growth-contenders", **some, help=f"as k and documents grow {two}")
     group.add_argument("--quality-questions", type=whole(0), default=16, help="answered at free length (%(default)s)")
     group.add_argument("--slo-ttft-ms", type=above_zero, default=2000.0, help="for goodput (%(default)s)")
     group.add_argument("--slo-tpot-ms", type=above_zero, default=200.0, help="for goodput (%(default)s)")

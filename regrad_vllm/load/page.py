@@ -13,7 +13,10 @@ from regrad_vllm.web_page import facts_table, page, table
 def render(results: Results) -> str:
     parts = [_summary(results)]
     for group in results.of("cost"):
-        parts += [f"<h2>{html.escape(tables.describe(group))}</h2>", table(*tables.cost_table(group), wide=True)]
+        parts += [
+            f"<h2>{html.escape(tables.describe(group))}</h2>",
+            table(*tables.cost_table(results, group), wide=True),
+        ]
         if group is results.main:
             parts += [plots.distributions(results)]
         if group.reuse is not None:

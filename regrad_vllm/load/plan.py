@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from regrad_vllm.data.questions import Question
 from regrad_vllm.load.arrivals import Arrival, TraceEntry
 from regrad_vllm.load.cells import Condition, Phase
-from regrad_vllm.load.contenders import Contender
+from regrad_vllm.load.contenders import Contender, fair_rival
 from regrad_vllm.load.corpora import Corpus
 from regrad_vllm.load.popularity import Popular, Popularity, in_own_words
 
@@ -84,7 +84,11 @@ class Plan:
 
     def curves(self) -> list[Planned]:
         args = self._args
-        arrivals = [(self._closed(number), max(_FEWEST_REQUESTS, _CURVE_REQUESTS * number)) for number in args.curve]
+        arrivals = [
+            (self._closed(number), max(_FEWEST_REQUESTS, _CURVE_REQUESTS * number))
+            for number in args.curve
+            if number != args.concurrency  # that point is the main comparison
+        ]
         arrivals += [(Arrival("poisson", rate), args.requests) for rate in args.rates]
         if self._trace:
             arrivals.append((Arrival("trace", args.trace_speed), len(self._trace)))
@@ -150,8 +154,10 @@ class Plan:
         popular = self._popular[condition.corpus, condition.popularity]
         return in_own_words(popular.draw(condition.num_requests, rng), numbers)
 
-    def _among(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._contenders]
+    def _among(self, names: Sequence[str] | None) -> list[str]:
+        """Those of them that take part at all; ReGrad and the RAG that it is compared with where none were named."""
+        wanted = names if names is not None else (fair_rival(self._contenders), "regrad")
+        return [name for name in self._contenders if name in wanted]
 
     def _condition(
         self,

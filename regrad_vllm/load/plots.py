@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.figures import itl_ms, ttft_ms
+from regrad_vllm.load.figures import Spread, itl_ms, ttft_ms
 from regrad_vllm.load.results import Results
 from regrad_vllm.load.tables import memory_bytes
 from regrad_vllm.web_page import bare, svg
@@ -105,12 +105,13 @@ def growth(results: Results) -> str:
     figure, axes = _figure(1, 1, height=4)
     slopes = results.slopes()
     for name, points in results.growth().items():
-        xs, ys = [x for x, _ in points], [1 / rate.median for _, rate in points]
-        below = [y - 1 / rate.high for y, (_, rate) in zip(ys, points, strict=True)]
-        above = [1 / rate.low - y for y, (_, rate) in zip(ys, points, strict=True)]
+        xs = [x for x, _ in points]
+        taken = [Spread.of([1 / rate for rate in rates.values()]) for _, rates in points]
+        ys = [own.median for own in taken]
+        below, above = [own.median - own.low for own in taken], [own.high - own.median for own in taken]
         label = CONTENDERS[name].label
         if name in slopes:
-            intercept, slope = slopes[name]
+            intercept, slope = slopes[name].request.median, slopes[name].token.median
             label += f": {1e6 * slope:.0f} µs a token"
             axes.plot([min(xs), max(xs)], [intercept + slope * x for x in (min(xs), max(xs))], color=_COLOURS[name])
         axes.errorbar(xs, ys, yerr=[below, above], fmt="o", ms=4, capsize=2, color=_COLOURS[name], label=label)

@@ -73,6 +73,7 @@ def in_own_words(questions: Sequence[Question], rng: random.Random) -> list[Ques
 class Reuse:
     """What a stream of requests looks like to a cache."""
 
+    references: int  # requests times their documents
     top_fifth_share: float  # of the references that go to the most popular fifth of the documents that were used
     repeated_sets: float  # share of the requests whose documents, as a set, came before
 
@@ -83,13 +84,13 @@ def reuse(hits: Sequence[Sequence[str]]) -> Reuse:
     if not counts:
         raise ValueError("there must be at least one request with documents, got none")
     top = max(1, int(len(counts) * _FIFTH))
-    references = sum(count for _, count in counts.most_common(top)) / counts.total()
+    share = sum(count for _, count in counts.most_common(top)) / counts.total()
     seen: set[frozenset[str]] = set()
     repeated = 0
     for found in hits:
         repeated += frozenset(found) in seen
         seen.add(frozenset(found))
-    return Reuse(references, repeated / len(hits))
+    return Reuse(counts.total(), share, repeated / len(hits))
 
 
 def _weights(num: int, exponent: float) -> list[float]:

@@ -18,10 +18,11 @@ from regrad_vllm.evaluate.metrics import exact_match, score
 from regrad_vllm.evaluate.report import rounded
 from regrad_vllm.load.arrivals import Arrival
 from regrad_vllm.load.cells import CellLine, Condition, RequestLine
-from regrad_vllm.load.contenders import CONTENDERS
+from regrad_vllm.load.contenders import CONTENDERS, fair_rival
 from regrad_vllm.load.figures import Figures, Limits, Quality, Spread, break_even, figures, quality, rates, ratio, slope
 from regrad_vllm.load.popularity import Reuse, reuse
 
+_FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # of a comparison that one may conclude from
 RUN, QUESTIONS, REQUESTS, CELLS = "run.json", "questions.json", "requests.jsonl", "cells.jsonl"
 
 
@@ -35,15 +36,28 @@ class Group:
     reuse: Reuse | None  # of what was retrieved; None where nothing was
     same_documents: float | None  # share of the answers with the documents that another contender's answer had
 
-    def ratio(self, contender: str, rival: str) -> Spread | None:
+    @property
+    def rival(self) -> str | None:
+        """The RAG that ReGrad is compared with."""
+        return fair_rival(self.figures)
+
+    def ratio(self, contender: str, rival: str | None) -> Spread | None:
         """Requests/s over another's, paired; None where one wasn't asked, or not all of its requests were completed."""
-        if contender not in self.rates or rival not in self.rates:
+        if rival is None or contender not in self.rates or rival not in self.rates:
             return None
         if any(self.figures[name].failed + self.figures[name].incomplete for name in (contender, rival)):
             return None
         if not set(self.rates[contender]) & set(self.rates[rival]):
             return None
         return ratio(self.rates[contender], self.rates[rival])
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds of a request against the tokens of its documents: one line a repeat, median and extremes of them."""
+
+    request: Spread  # s without documents
+    token: Spread  # s a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +89,53 @@ class Results:
     def of(self, phase: str) -> list[Group]:
         return [group for group in self.groups if group.condition.phase == phase]
 
-    def growth(self) -> dict[str, list[tuple[float, Spread]]]:
-        """Contender → (tokens of the documents, requests/s) of each point where all was completed.
+    def growth(self) -> dict[str, list[tuple[float, Mapping[int, float]]]]:
+        """Contender → (tokens of the documents, requests/s by repeat) of each point where all was completed.
 
-        The tokens are those that the prompts of RAG + φ* have more than ReGrad's; where one of the two wasn't asked,
-        the documents' nominal length.
+        The tokens are those that RAG's prompts have more than ReGrad's; where one of the two wasn't asked, the
+        documents' nominal length.
         """
-        points: dict[str, list[tuple[float, Spread]]] = {}
+        points: dict[str, list[tuple[float, Mapping[int, float]]]] = {}
         for group in self.of("growth"):
-            found = group.figures
+            found, rival = group.figures, group.rival
             tokens = float(group.condition.top_k * group.condition.passage_tokens)
-            if {"regrad", "rag_learner"} <= set(found) and found["rag_learner"].completed and found["regrad"].completed:
-                tokens = found["rag_learner"].prompt_tokens - found["regrad"].prompt_tokens
+            if rival and "regrad" in found and found[rival].completed and found["regrad"].completed:
+                tokens = found[rival].prompt_tokens - found["regrad"].prompt_tokens
             for name, own in found.items():
                 if own.completed and not own.failed + own.incomplete:
-                    points.setdefault(name, []).append((tokens, own.requests_s))
+                    points.setdefault(name, []).append((tokens, group.rates[name]))
         return {name: sorted(own, key=lambda point: point[0]) for name, own in points.items()}
 
-    def slopes(self) -> dict[str, tuple[float, float]]:
-        """Contender → (s a request without documents, s a token of documents): the line through its growth."""
-        return {
-            name: slope([(x, 1 / rate.median) for x, rate in own])
-            for name, own in self.growth().items()
-            if len({x for x, _ in own}) > 1
-        }
+    def slopes(self) -> dict[str, Line]:
+        """The line through each contender's growth, where it has three points."""
+        lines = {}
+        for name, points in self.growth().items():
+            repeats = set.intersection(*(set(rates) for _, rates in points))
+            try:
+                through = [slope([(x, 1 / rates[repeat]) for x, rates in points]) for repeat in sorted(repeats)]
+            except ValueError:  # too few points
+                continue
+            if through:
+                lines[name] = Line(Spread.of([a for a, _ in through]), Spread.of([b for _, b in through]))
+        return lines
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the main comparison is a look at what a run prints rather than a measurement."""
+        own = [(found.completed, found.requests_s.repeats) for name, found in self.main.figures.items()
+               if CONTENDERS[name].engine != "alone"]  # fmt: skip
+        return any(repeats < _FEWEST_REPEATS or completed < _FEWEST_REQUESTS for completed, repeats in own)
 
     def break_even(self) -> float | None:
-        """Requests a document after which ReGrad's encoding has paid off against RAG + φ*."""
-        found = self.main.figures
-        if not {"regrad", "rag_learner"} <= set(found) or not self.run["corpora"]:
+        """Requests a document after which ReGrad's encoding has paid off against the RAG that it is compared with."""
+        found, rival = self.main.figures, self.main.rival
+        if rival is None or "regrad" not in found or not self.run["corpora"]:
             return None
         corpus = self.run["corpora"][0]
         if corpus["seconds"] is None:
             return None
-        own, rival = found["regrad"].requests_s.median, found["rag_learner"].requests_s.median
-        return break_even(corpus["seconds"] / corpus["documents"], own, rival)
+        rates = found["regrad"].requests_s.median, found[rival].requests_s.median
+        return break_even(corpus["seconds"] / corpus["documents"], *rates)
 
     def last_line(self) -> dict[str, Any]:
         line: dict[str, Any] = {}
@@ -122,7 +148,7 @@ class Results:
                 "failed": found.failed + found.incomplete,
                 "em": em.em.mean if em else None,
             }
-        for rival in ("rag_learner", "base"):
+        for rival in ("rag_learner", "rag", "base"):
             found_ratio = self.main.ratio("regrad", rival)
             line[f"regrad_over_{rival}"] = found_ratio.median if found_ratio else None
         return rounded(line)
@@ -137,7 +163,7 @@ class Results:
                     for group in self.groups
                 ],
                 "quality": {name: asdict(found) for name, found in self.quality.items()},
-                "growth_s": {name: {"request": a, "token": b} for name, (a, b) in self.slopes().items()},
+                "growth_s": {name: asdict(line) for name, line in self.slopes().items()},
                 "break_even_requests_a_document": self.break_even(),
                 "last_line": self.last_line(),
             }

@@ -36,8 +36,8 @@ from regrad_vllm.evaluate.run import SAMPLE, load_clean
 from regrad_vllm.learner import Learner
 from regrad_vllm.load.arrivals import load_trace
 from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.corpora import Corpus, filling, natural, of_length, put
-from regrad_vllm.load.engines import Place, Settings, opened, started
+from regrad_vllm.load.corpora import Corpus, filling, natural, of_length, put, remove
+from regrad_vllm.load.engines import Place, Settings, cannot_be_asked, opened, started
 from regrad_vllm.load.measure import Measurer
 from regrad_vllm.load.options import parser
 from regrad_vllm.load.plan import Plan
@@ -106,7 +106,13 @@ def main(argv: Sequence[str]) -> int:
             async with opened(place, learner, model, dtype, corpora, engines) as found:
                 await Measurer(found, plan, out, args.seed, args.cell_seconds, trace).run(phases)
 
-        asyncio.run(measure())
+        try:
+            asyncio.run(measure())
+        finally:
+            if args.server and not args.keep_documents:  # they were put into somebody's bank
+                for corpus, found in zip(corpora, ingested, strict=True):
+                    if found.seconds is not None:
+                        remove(corpus, place.bank)
     run["facts"]["seconds"] = round(time.monotonic() - begun, 1)
     _write(out / RUN, run)
     return write_report(out)
@@ -123,11 +129,11 @@ def _contenders(args: argparse.Namespace) -> list[str]:
     """Those named, else all that can be asked here. ValueError."""
     if bool(args.server) != bool(args.bank):
         raise ValueError("--server and --bank must come together; leave both out to have them started")
-    names = args.contenders or [
-        name for name in CONTENDERS if not args.server or args.stock_server or CONTENDERS[name].engine != "stock"
-    ]
-    if args.server and not args.stock_server and any(CONTENDERS[name].engine == "stock" for name in names):
-        raise ValueError("--contenders peft_folder needs --stock-server beside --server")
+    cannot = {} if args.server is None else cannot_be_asked(args.server, args.stock_server, args.model_name)
+    names = args.contenders or [name for name in CONTENDERS if name not in cannot]
+    for name in names:
+        if name in cannot:
+            raise ValueError(f"--contenders {name} needs {cannot[name]}")
     if args.trace and not args.trace.is_file():
         raise ValueError(f"--trace must be a file of JSON Lines, {args.trace} is none")
     for option in ("conditions", "curve", "rates", "growth"):

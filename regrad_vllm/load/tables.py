@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from regrad_vllm.evaluate.tables import percent
 from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.figures import Figures, Spread, kv_bytes
+from regrad_vllm.load.figures import PERCENTILES, Figures, Spread, kv_bytes
 from regrad_vllm.load.results import Group, Results
 
 
@@ -14,7 +14,7 @@ def markdown(results: Results) -> str:
     """All tables, each with what it was measured under."""
     parts = ["\n\n".join(summary(results))]
     for group in results.of("cost"):
-        parts.append(f"## {describe(group)}\n\n{table(*cost_table(group))}")
+        parts.append(f"## {describe(group)}\n\n{table(*cost_table(results, group))}")
         if group.reuse is not None:
             parts.append(reuse_sentence(group))
     if results.of("curve"):
@@ -32,18 +32,27 @@ def markdown(results: Results) -> str:
 def summary(results: Results) -> list[str]:
     """What a reader in a hurry wants to know."""
     sentences = []
-    for rival, name in (("rag_learner", "RAG with φ*"), ("base", "the base model, closed book")):
-        for group in results.of("cost"):
-            over = group.ratio("regrad", rival)
-            if over is not None:
-                sentences.append(f"ReGrad over {name}: {spread(over)} × the requests/s ({describe(group)}).")
-    for name, (intercept, slope) in results.slopes().items():
-        label = CONTENDERS[name].label
-        sentences.append(f"{label}: {1000 * intercept:.0f} ms a request and {1e6 * slope:.0f} µs a document's token.")
-    paid = results.break_even()
-    if paid is not None:
+    if results.is_small:
         sentences.append(
-            f"Making a document's gradient has paid off, against RAG with φ*, after {paid:.1f} requests a document."
+            "This run is too small to conclude anything from; raise --repeats (3) and --requests (20 in all repeats)."
+        )
+    rival = results.main.rival
+    for name in (rival, "base"):
+        for group in results.of("cost"):
+            over = group.ratio("regrad", name)
+            if name is not None and over is not None:
+                label = CONTENDERS[name].label
+                sentences.append(f"ReGrad over {label}: {spread(over)} × the requests/s ({describe(group)}).")
+    for name, line in results.slopes().items():
+        sentences.append(
+            f"{CONTENDERS[name].label}: {spread(line.request, 1000)} ms a request and {spread(line.token, 1e6)} µs a "
+            "document's token."
+        )
+    paid = results.break_even()
+    if rival is not None and paid is not None:
+        sentences.append(
+            f"Making a document's gradient has paid off, against {CONTENDERS[rival].label}, after {paid:.1f} requests "
+            "a document."
         )
     return sentences
 
@@ -52,9 +61,10 @@ def reuse_sentence(group: Group) -> str:
     """How much of what was retrieved came again, beside the trace."""
     assert group.reuse is not None and group.same_documents is not None
     return (
-        f"Of the references the most popular fifth of the documents takes {group.reuse.top_fifth_share:.0%} (trace: "
-        f"74%); {group.reuse.repeated_sets:.0%} of the requests have a set of documents that came before as a whole "
-        f"(trace: 17%). Whoever retrieves answered {group.same_documents:.0%} of the requests with the same documents."
+        f"Of the {group.reuse.references} references to documents the most popular fifth of those found takes "
+        f"{group.reuse.top_fifth_share:.0%} (trace: 74%; few references show less of it); "
+        f"{group.reuse.repeated_sets:.0%} of the requests have a set of documents that came before as a whole (trace: "
+        f"17%). Whoever retrieves answered {group.same_documents:.0%} of the requests with the same documents."
     )
 
 
@@ -77,14 +87,18 @@ def describe(group: Group) -> str:
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def cost_table(group: Group) -> Table:
+def cost_table(results: Results, group: Group) -> Table:
+    limits = results.run["limits"]
+    goodput = f"goodput/s (TTFT ≤ {limits['ttft_ms']:g} ms, TPOT ≤ {limits['tpot_ms']:g} ms)"
+    rival = group.rival
+    over_what = f"of {CONTENDERS[rival].label}" if rival else "of RAG"
     head = [
-        "", "requests/s", "of RAG + φ*", "output tokens/s", "goodput/s", "TTFT p50 p90 p99, ms", "ITL p50 p90 p99, ms",
+        "", "requests/s", over_what, "output tokens/s", goodput, "TTFT p50 p90 p99, ms", "ITL p50 p90 p99, ms",
         "TPOT p50 p90 p99, ms", "E2EL p50 p90 p99, ms", "completed, failed, incomplete",
     ]  # fmt: skip
     rows = []
     for name, found in group.figures.items():
-        over = group.ratio(name, "rag_learner")
+        over = group.ratio(name, rival)
         rows.append(
             [
                 CONTENDERS[name].label, spread(found.requests_s), spread(over) if over else "–",
@@ -174,7 +188,7 @@ def stages_table(group: Group) -> Table:
     roles = list(dict.fromkeys(role for own in found for role in own.cpu_s))
     caches = list(dict.fromkeys(cache for own in found for cache in own.cache_hits))
     head = ["", "client: retrieve, ms", "client: prepare, ms", *(f"server: {stage}, ms" for stage in stages)]
-    head += [*(f"CPU ms: {role}" for role in roles), *(f"hits: {cache} cache" for cache in caches)]
+    head += [*(f"CPU ms: {role}" for role in roles), *(f"found in the {cache} cache" for cache in caches)]
     rows = []
     for name, own in group.figures.items():
         server = [f"{own.server_ms[stage]:.1f}" if stage in own.server_ms else "–" for stage in stages]
@@ -198,9 +212,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def spread(found: Spread) -> str:
+def spread(found: Spread, scale: float = 1) -> str:
     """median [least, greatest]"""
-    return f"{_short(found.median)} [{_short(found.low)}, {_short(found.high)}]"
+    return f"{_short(found.median * scale)} [{_short(found.low * scale)}, {_short(found.high * scale)}]"
 
 
 def _short(value: float) -> str:
@@ -208,5 +222,5 @@ def _short(value: float) -> str:
 
 
 def three(found: Mapping[int, float]) -> str:
-    """Three percentiles."""
-    return " · ".join(f"{value:.0f}" for value in found.values()) or "–"
+    """The percentiles, a dash for those that too few requests have."""
+    return " · ".join(f"{found[p]:.0f}" if p in found else "–" for p in PERCENTILES)

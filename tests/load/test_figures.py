@@ -70,7 +70,7 @@ def test_quality_counts_every_question() -> None:
 
 def test_a_slope_is_that_of_the_line() -> None:
     assert f.slope([(0.0, 1.0), (10.0, 3.0), (20.0, 5.0)]) == pytest.approx((1.0, 0.2))
-    with pytest.raises(ValueError, match="two different x"):
+    with pytest.raises(ValueError, match="3 different x"):
         f.slope([(1.0, 1.0), (1.0, 2.0)])
 
 

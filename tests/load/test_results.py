@@ -9,11 +9,12 @@ import pytest
 from regrad_vllm.load.cells import CellLine, RequestLine
 from regrad_vllm.load.report import write_report
 from regrad_vllm.load.results import CELLS, QUESTIONS, REQUESTS, RUN, load
+from regrad_vllm.load.tables import markdown
 from tests.load.made import cell, condition, line
 
 COST = condition()
 UNCACHED = condition(prefix_cache=False)
-GROWTH = [condition(phase="growth", corpus=f"tokens-{n}", passage_tokens=n, top_k=1) for n in (100, 300)]
+GROWTH = [condition(phase="growth", corpus=f"tokens-{n}", passage_tokens=n, top_k=1) for n in (100, 200, 300)]
 QUALITY = condition(phase="quality", output_tokens=0)
 
 
@@ -70,8 +71,10 @@ def test_slopes_and_break_even_are_those_of_the_lines(tmp_path: Path) -> None:
     whole(tmp_path)
     results = load(tmp_path)
     slopes = results.slopes()
-    assert slopes["regrad"] == pytest.approx((1.0, 0.0))
-    assert slopes["rag_learner"] == pytest.approx((1.0, 0.01)), "2 s a request at 100 tokens, 4 s at 300"
+    assert slopes["regrad"].request.median == 1.0 and slopes["regrad"].token.median == 0.0
+    line = slopes["rag_learner"]
+    assert line.request.median == pytest.approx(0.0, abs=1e-9), "2, 4 and 6 s a request at 100, 200 and 300 tokens"
+    assert line.token.median == pytest.approx(0.02) and line.token.repeats == 2
     assert results.break_even() == pytest.approx(2.0), "2 s a document, 1 s saved a request"
 
 
@@ -83,7 +86,7 @@ def test_a_report_is_a_page_tables_and_json_with_nothing_from_elsewhere(
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1])["regrad_over_rag_learner"] == 2.0
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert page.count("<svg") == 4 and "10000 µs a token" in page, "without a curve"
+    assert page.count("<svg") == 4 and "20000 µs a token" in page, "without a curve"
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "")
     assert "| ReGrad | 1 [1, 1] | 2 [2, 2] |" in (tmp_path / "report.md").read_text("utf-8")
     plain = json.loads((tmp_path / "report.json").read_text("utf-8"))
@@ -112,7 +115,19 @@ def test_a_point_where_something_failed_is_no_point_of_the_slope(tmp_path: Path)
     with (tmp_path / REQUESTS).open("a") as file:
         file.write(json.dumps(asdict(line(GROWTH[1], "regrad", index=2, status="failed", event_ms=()))) + "\n")
     results = load(tmp_path)
-    assert len(results.growth()["regrad"]) == 1 and "regrad" not in results.slopes()
+    assert len(results.growth()["regrad"]) == 2 and "regrad" not in results.slopes(), "two points always make a line"
+
+
+def test_without_a_tuned_rag_the_plain_one_is_the_rival_and_a_small_run_says_so(tmp_path: Path) -> None:
+    write(tmp_path, [line(COST, "rag"), line(COST, "regrad")], [cell(COST, "rag", seconds=3.0), cell(COST, "regrad")])
+    results = load(tmp_path)
+    assert results.main.rival == "rag" and results.break_even() is not None
+    assert results.last_line()["regrad_over_rag"] == 1.5 and results.last_line()["regrad_over_rag_learner"] is None
+    text = markdown(results)
+    assert "too small to conclude" in text and "| of RAG |" in text and "ReGrad over RAG: 1.5" in text
+    lines = [line(COST, name, repeat=r, index=i) for name in ("rag", "regrad") for r in range(3) for i in range(7)]
+    write(tmp_path, lines, [cell(COST, name, repeat=r) for name in ("rag", "regrad") for r in range(3)])
+    assert "too small to conclude" not in markdown(load(tmp_path))
 
 
 def test_failed_requests_are_counted_apart_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
