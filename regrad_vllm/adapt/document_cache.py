@@ -10,16 +10,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bank_service.wire.codec import HEADER_BYTES, INT8_BLOCK, GradientSpec, decode_gradient, verify_record
+from bank_service.wire.codec import HEADER_BYTES, GradientSpec, codec_named, decode_gradient, verify_record
+from bank_service.wire.codecs.dense import INT8_BLOCK
+from bank_service.wire.codecs.int4 import INT4_BLOCK, int4_codes
+from bank_service.wire.codecs.lowrank import LowRankCodec, unpacked
 from regrad_vllm.adapt.arena import read_record
-from regrad_vllm.adapt.stored_gradient import BF16, FLOAT32, INT8, StoredGradient
+from regrad_vllm.adapt.stored_gradient import BF16, FACTORS, FLOAT32, INT8, Payload, StoredGradient
 
 EntryT = TypeVar("EntryT")
+
+assert INT4_BLOCK == INT8_BLOCK, "codes of both are composed from by one loop"
 
 
 class DocumentCacheFull(RuntimeError):
@@ -136,18 +140,16 @@ class DocumentCache(Generic[EntryT]):
 
 
 def load_gradient(arena: str, digest: str, spec: GradientSpec) -> tuple[StoredGradient, int]:
-    """A record of the arena, checked, with its bytes. ArenaError, GradientFormatError."""
-    kind, values, scales, num_bytes = read_payload(arena, digest, spec)
-    return StoredGradient(kind, values, scales), num_bytes
+    """A record of the arena, checked, with its bytes as they are kept. ArenaError, GradientFormatError."""
+    payload = read_payload(arena, digest, spec)
+    return StoredGradient(payload.kind, payload.arrays), payload.num_bytes
 
 
-def read_payload(
-    arena: str, digest: str, spec: GradientSpec
-) -> tuple[int, NDArray[Any], NDArray[np.float32] | None, int]:
-    """(kind, values, scales, bytes) of a record of the arena, checked. ArenaError, GradientFormatError.
+def read_payload(arena: str, digest: str, spec: GradientSpec) -> Payload:
+    """A record of the arena, checked. ArenaError, GradientFormatError.
 
-    Copied, not mapped: a file that somebody cuts short would end the worker while it reads from the mapping. A codec
-    that the loops don't read is decoded to float32.
+    Copied, not mapped: a file that somebody cuts short would end the worker while it reads from the mapping. Codes of
+    four bits get a byte each. A codec that the loops don't read is decoded to float32.
     """
     # Not hashed again: it was published under its digest, and the check covers all bytes.
     record = read_record(arena, digest, verify=False)
@@ -156,8 +158,12 @@ def read_payload(
     if header.codec == "int8":
         num_blocks = -(-spec.num_values // INT8_BLOCK)
         scales = np.frombuffer(payload, np.float32, num_blocks)
-        return INT8, np.frombuffer(payload, np.int8, offset=4 * num_blocks), scales, len(record)
+        return Payload(INT8, np.frombuffer(payload, np.int8, offset=4 * num_blocks), scales)
+    if header.codec == "int4":
+        return Payload(INT8, *int4_codes(payload, spec))
     if header.codec == "bf16":
-        return BF16, np.frombuffer(payload, np.uint16), None, len(record)
-    values = decode_gradient(record, spec)
-    return FLOAT32, values, None, values.nbytes
+        return Payload(BF16, np.frombuffer(payload, np.uint16))
+    if isinstance(codec_named(header.codec), LowRankCodec):
+        factors = unpacked(payload, spec)
+        return Payload(FACTORS, factors.codes, factors.scales, factors.shorts, factors.table)
+    return Payload(FLOAT32, decode_gradient(record, spec))

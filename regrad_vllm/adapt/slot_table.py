@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from regrad_vllm.layout import Layout, LoraTensor, Part
 
 # Columns of the table.
-SOURCE, SOURCE_STRIDE, ROWS, COLUMNS, TARGET, TRANSPOSED = range(6)
+SOURCE, SOURCE_STRIDE, ROWS, COLUMNS, TARGET, TRANSPOSED, TENSOR = range(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class SlotTensor:
 class SlotTable:
     """Copies of blocks from the flat vector into a slot's row.
 
-    ``rows`` is int64 (tensors, 6): first value in the flat vector, values between its rows, rows, columns, first value
-    in the slot's row, whether it is transposed on the way.
+    ``rows`` is int64 (tensors, 7): first value in the flat vector, values between its rows, rows, columns, first value
+    in the slot's row, whether it is transposed on the way, its tensor's place in the layout.
     """
 
     tensors: tuple[SlotTensor, ...]
@@ -65,19 +65,19 @@ class SlotTable:
         tensors: list[SlotTensor] = []
         rows: list[tuple[int, ...]] = []
         offset = 0
-        for tensor in layout.tensors:
+        for index, tensor in enumerate(layout.tensors):
             shard = shards.get((tensor.module, tensor.part))
             if shard is None:
                 continue
             _check(shard, tensor)
             first = tensor.offset + shard.rows.start * tensor.shape[1] + shard.columns.start
             transposed = tensor.part == "B"
-            rows.append((first, tensor.shape[1], len(shard.rows), len(shard.columns), offset, transposed))
+            rows.append((first, tensor.shape[1], len(shard.rows), len(shard.columns), offset, transposed, index))
             width = len(shard.rows) if transposed else len(shard.columns)
             tensors.append(SlotTensor(tensor.module, tensor.part, rank, width, offset))
             offset += rank * width
         assert len(tensors) == len(shards), "a shard would not be composed"
-        return cls(tuple(tensors), np.array(rows, np.int64).reshape(-1, 6), offset)
+        return cls(tuple(tensors), np.array(rows, np.int64).reshape(-1, 7), offset)
 
 
 def whole(layout: Layout) -> dict[tuple[str, Part], Shard]:

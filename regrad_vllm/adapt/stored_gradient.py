@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
-INT8, BF16, FLOAT32 = range(3)  # how its values lie in memory
+INT8, BF16, FLOAT32, FACTORS = range(4)  # how its values lie in memory
+# Of a gradient's row, as the loops see it: its kind, and the addresses of its arrays, 0 for those it hasn't.
+KIND, VALUES, SCALES, SHORTS, TABLE = range(5)
+ROW_FIELDS = 5
 Values = NDArray[Any] | torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A record's values as the loops read them, contiguous, in the host's memory."""
+
+    kind: int
+    values: NDArray[Any]  # int8 codes, bf16 halves, float32
+    scales: NDArray[np.float32] | None = None  # of codes
+    shorts: NDArray[np.float32] | None = None  # of factors
+    table: NDArray[np.int64] | None = None  # of factors
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """Those that are there, in order."""
+        return [array for array in (self.values, self.scales, self.shorts, self.table) if array is not None]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
 class StoredGradient:
-    """One document's δ where it lies: int8 codes with a float32 scale for each 64, bf16 halves, or float32."""
+    """One document's δ where it lies: int8 codes with a float32 scale for each 64, bf16 halves, float32, or low-rank
+    factors (codes with a float32 scale for each 128, short vectors in float32, a table)."""
 
     __slots__ = ("_kept", "row")
 
-    def __init__(self, kind: int, values: Values, scales: Values | None = None) -> None:
-        self.row = (kind, _address(values), 0 if scales is None else _address(scales))
-        self._kept = (values, scales)
+    def __init__(self, kind: int, arrays: Sequence[Values]) -> None:
+        """arrays: those of a ``Payload``, on the host or a device."""
+        addresses = [_address(array) for array in arrays]
+        self.row = (kind, *addresses, *[0] * (ROW_FIELDS - 1 - len(addresses)))
+        self._kept = tuple(arrays)
 
 
 def _address(values: Values) -> int:

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bank_service.wire.codec import INT8_BLOCK
-from regrad_vllm.adapt.stored_gradient import BF16, INT8
+from bank_service.wire.codecs.dense import INT8_BLOCK
+from bank_service.wire.codecs.lowrank import LONG_BLOCK, TABLE_FIELDS
+from regrad_vllm.adapt.stored_gradient import BF16, FACTORS, INT8, ROW_FIELDS
 
 _BLOCK = 2048  # values that one program composes
-_FIELDS = 8
+_FIELDS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Target:
     rows: int
     columns: int
     scaled: bool
+    tensor: int  # its place in the layout
 
 
 class LaunchTable:
@@ -47,7 +49,7 @@ class LaunchTable:
                 raise ValueError(f"a stack must hold {target.rows} × {target.columns}, got {stack.shape}")
             rows.append(
                 [target.first, target.stride, target.rows * target.columns, target.columns, stack.data_ptr(),
-                 stack.stride(0), stack.stride(2), int(target.scaled)]
+                 stack.stride(0), stack.stride(2), int(target.scaled), target.tensor]
             )  # fmt: skip
             tiles += [[index, start] for start in range(0, target.rows * target.columns, _BLOCK)]
         self.num_tiles = len(tiles)
@@ -65,16 +67,17 @@ def launch(
 ) -> Tensor:
     """Writes φ* − Σ steps[k] δ_k into a slot of every target, B times the scaling, on the current stream.
 
-    All on the device: phi: float32 (num_values,); sources: int64 (k, 3), the rows of ``StoredGradient`` with addresses
-    there; factors: float32 (k + 1,), the steps and the scaling; the last two from addresses divisible by 16, as Triton
-    compiles for. Returns int32 (1,) there: how many values are not finite in ``dtype``.
+    All on the device: phi: float32 (num_values,); sources: int64 (k, ROW_FIELDS), the rows of ``StoredGradient`` with
+    addresses there; factors: float32 (k + 1,), the steps and the scaling; the last two from addresses divisible by 16,
+    as Triton compiles for. Returns int32 (1,) there: how many values are not finite in ``dtype``.
     """
     infinite = torch.zeros(1, dtype=torch.int32, device=phi.device)
     if table.num_tiles:
         _compose[(table.num_tiles,)](
             table.targets, table.tiles, slot, phi, sources, factors, len(sources), infinite,
-            DTYPE=_TYPES[dtype], INT8_KIND=INT8, BF16_KIND=BF16, CODES_PER_SCALE=INT8_BLOCK, FIELDS=_FIELDS,
-            BLOCK=_BLOCK, enable_fp_fusion=False,
+            DTYPE=_TYPES[dtype], INT8_KIND=INT8, BF16_KIND=BF16, FACTORS_KIND=FACTORS, CODES_PER_SCALE=INT8_BLOCK,
+            LONG_PER_SCALE=LONG_BLOCK, FIELDS=_FIELDS, ROW=ROW_FIELDS, ENTRY=TABLE_FIELDS, BLOCK=_BLOCK,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return infinite
 
@@ -92,8 +95,9 @@ def supports(dtype: torch.dtype) -> bool:
 @triton.jit(do_not_specialize=["slot", "num_sources"])
 def _compose(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but for the constants
     targets, tiles, slot, phi, sources, factors, num_sources, infinite,  # noqa: ANN001
-    DTYPE: tl.constexpr, INT8_KIND: tl.constexpr, BF16_KIND: tl.constexpr, CODES_PER_SCALE: tl.constexpr,
-    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, INT8_KIND: tl.constexpr, BF16_KIND: tl.constexpr, FACTORS_KIND: tl.constexpr,
+    CODES_PER_SCALE: tl.constexpr, LONG_PER_SCALE: tl.constexpr, FIELDS: tl.constexpr, ROW: tl.constexpr,
+    ENTRY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     target = targets + tl.load(tiles + 2 * tile) * FIELDS
@@ -107,15 +111,34 @@ def _compose(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but 
     value = tl.load(phi + source, mask=mask, other=0.0)
     for k in range(num_sources):
         step = tl.load(factors + k)
-        kind = tl.load(sources + 3 * k)
-        address = tl.load(sources + 3 * k + 1)
+        kind = tl.load(sources + ROW * k)
+        address = tl.load(sources + ROW * k + 1)
         if kind == INT8_KIND:
             codes = tl.load(address.to(tl.pointer_type(tl.int8)) + source, mask=mask, other=0).to(tl.float32)
-            scales = tl.load(sources + 3 * k + 2).to(tl.pointer_type(tl.float32))
+            scales = tl.load(sources + ROW * k + 2).to(tl.pointer_type(tl.float32))
             value -= step * (codes * tl.load(scales + source // CODES_PER_SCALE, mask=mask, other=0.0))
         elif kind == BF16_KIND:
             halves = tl.load(address.to(tl.pointer_type(tl.uint16)) + source, mask=mask, other=0)
             value -= step * (halves.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        elif kind == FACTORS_KIND:
+            scales = tl.load(sources + ROW * k + 2).to(tl.pointer_type(tl.float32))
+            shorts = tl.load(sources + ROW * k + 3).to(tl.pointer_type(tl.float32))
+            entry = tl.load(sources + ROW * k + 4).to(tl.pointer_type(tl.int64)) + tl.load(target + 8) * ENTRY
+            place = source - tl.load(entry)
+            i, j = place // tl.load(entry + 1), place % tl.load(entry + 1)
+            if tl.load(entry + 3) == 0:  # the long side is the rows
+                i, j = j, i
+            length, width = tl.load(entry + 7), tl.load(entry + 8)
+            blocks = (length + LONG_PER_SCALE - 1) // LONG_PER_SCALE
+            codes = address.to(tl.pointer_type(tl.int8)) + tl.load(entry + 4)
+            scales += tl.load(entry + 5)
+            shorts += tl.load(entry + 6)
+            delta = (source * 0).to(tl.float32)
+            for c in range(tl.load(entry + 2)):
+                code = tl.load(codes + c * length + j, mask=mask, other=0).to(tl.float32)
+                scale = tl.load(scales + c * blocks + j // LONG_PER_SCALE, mask=mask, other=0.0)
+                delta += tl.load(shorts + c * width + i, mask=mask, other=0.0) * (code * scale)
+            value -= step * delta
         else:
             value -= step * tl.load(address.to(tl.pointer_type(tl.float32)) + source, mask=mask, other=0.0)
     if tl.load(target + 7) != 0:

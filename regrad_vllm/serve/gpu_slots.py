@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from regrad_vllm.adapt.document_cache import read_payload
-from regrad_vllm.adapt.stored_gradient import StoredGradient
+from regrad_vllm.adapt.stored_gradient import ROW_FIELDS, StoredGradient
 from regrad_vllm.adapt.triton_compose import LaunchTable, Target, launch
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams
@@ -76,14 +76,14 @@ class GpuSlots:
 
         Its copy may be under way: only the own stream may read it, and does so after it.
         """
-        kind, values, scales, num_bytes = read_payload(arena, digest, self._learner.spec)
+        payload = read_payload(arena, digest, self._learner.spec)
         with torch.cuda.stream(self._own_stream):
-            copies = self._staging.copied(values) if scales is None else self._staging.copied(values, scales)
-        return StoredGradient(kind, *copies), num_bytes
+            copies = self._staging.copied(*payload.arrays)
+        return StoredGradient(payload.kind, copies), payload.num_bytes
 
     def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
         """φ* − Σ steps[k] δ_k with the scaling in B; whether it is finite in the slot's type. Waits for the device."""
-        rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, 3)
+        rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, ROW_FIELDS)
         numbers = np.array([*steps, self._learner.scaling], np.float32)
         with torch.cuda.stream(self._own_stream):
             sources, factors = self._staging.copied(rows, numbers)  # first: it needn't wait for the engine's stream
@@ -91,7 +91,7 @@ class GpuSlots:
                 self._own_stream.wait_stream(self._engine_stream)
             self._foreign.clear(slot)
             infinite = launch(
-                self._table, slot, self._dtype, self._phi, sources.view(torch.int64).view(-1, 3),
+                self._table, slot, self._dtype, self._phi, sources.view(torch.int64).view(-1, ROW_FIELDS),
                 factors.view(torch.float32),
             )  # fmt: skip
             if self._own_stream is not None:
@@ -109,9 +109,9 @@ class GpuSlots:
             Target(
                 first=tensor.offset + shard.rows.start * tensor.shape[1] + shard.columns.start,
                 stride=tensor.shape[1], stack=stacks[key], rows=len(shard.rows), columns=len(shard.columns),
-                scaled=tensor.part == "B",
+                scaled=tensor.part == "B", tensor=index,
             )
-            for tensor in self._learner.layout.tensors
+            for index, tensor in enumerate(self._learner.layout.tensors)
             if (shard := held.get(key := (tensor.module, tensor.part))) is not None
         ]  # fmt: skip
         assert len(targets) == len(held), "a shard would not be composed"

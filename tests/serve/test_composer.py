@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bank_service.wire.codec import (
+    CODECS,
     GradientFormatError,
     WrongLearnerError,
     decode_gradient,
@@ -44,7 +45,7 @@ def prepared(worker: Worker, recipe: Recipe) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("codec", ["int8", "bf16"])
+@pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize("num_documents", [0, 1, 3])
 def test_a_slot_has_the_formulas_bits(
     arena: Arena, learner: Learner, dtype: torch.dtype, codec: str, num_documents: int

@@ -16,7 +16,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
-from regrad_vllm.adapt import document_cache
+from regrad_vllm.adapt import stored_gradient
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.layout import Layout
@@ -126,7 +126,7 @@ def stored(arena: Arena, learner: Learner, codecs: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("codecs", [[], ["int8"], ["bf16"], ["int8", "bf16", "int8"]])
+@pytest.mark.parametrize("codecs", [[], ["int8", "bf16", "int8"], ["lowrank64", "fp32", "int4", "lowrank128"]])
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("rank", [RANK, 8])
 def test_every_worker_has_the_formulas_bits_in_its_shard(
@@ -167,7 +167,7 @@ def test_a_codec_that_the_kernel_does_not_read_is_decoded(
     slots = gpu_slots.GpuSlots(manager_of(modules, monkeypatch), learner)
     (digest,) = stored(arena, learner, ["int8"])
     delta = decode_gradient(read_record(arena.folder, digest), learner.spec)
-    payload = (document_cache.FLOAT32, delta, None, delta.nbytes)
+    payload = stored_gradient.Payload(stored_gradient.FLOAT32, delta)
     monkeypatch.setattr(gpu_slots, "read_payload", lambda *args: payload)
     gradient, num_bytes = slots.load("", "")
     assert num_bytes == delta.nbytes
@@ -250,7 +250,7 @@ def test_one_compilation_does_for_every_slot_and_number_of_gradients() -> None:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     pointer = SimpleNamespace(dtype=torch.int64, data_ptr=lambda: 256)
-    constants = dict.fromkeys(("DTYPE", "INT8_KIND", "BF16_KIND", "CODES_PER_SCALE", "FIELDS", "BLOCK"), 1)
+    constants = {param.name: 1 for param in kernel.params if param.is_constexpr}
     keys = {
         str(bind(pointer, pointer, slot, *[pointer] * 3, num_sources, pointer, **constants, debug=False)[1])
         for slot in (0, 1, 2, 16, 33)

@@ -16,42 +16,64 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from regrad_vllm.adapt.loops.factors import expand
 from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, f32_array, i8_array, u16_array
 from regrad_vllm.adapt.slot_table import SlotTable
-from regrad_vllm.adapt.stored_gradient import BF16, INT8, StoredGradient
+from regrad_vllm.adapt.stored_gradient import (
+    BF16,
+    FACTORS,
+    INT8,
+    KIND,
+    ROW_FIELDS,
+    SCALES,
+    VALUES,
+    StoredGradient,
+)
 
 _TILE = 1024  # values that are composed in one thread's cache
-_KIND, _VALUES, _SCALES = range(3)
 
 _load_bf16 = FLOAT_TYPES[torch.bfloat16].load
 
 
 @numba.njit(nogil=True)
-def _tile(out: Any, phi: Any, start: Any, size: Any, gradients: Any, steps: Any, num_values: Any) -> None:
-    """out[:size] = φ* − Σ steps[k] δ_k for the flat values from ``start``."""
+def _subtract_int8(out: Any, gradient: Any, step: Any, start: Any, num_values: Any) -> None:
+    size = len(out)
+    codes = i8_array(gradient[VALUES], num_values)[start : start + size]
+    scales = f32_array(gradient[SCALES], (num_values + 63) // 64)
+    first = 0
+    while first < size:
+        last = min(size, ((start + first) // 64 + 1) * 64 - start)
+        scale = scales[(start + first) // 64]
+        block, block_codes = out[first:last], codes[first:last]
+        for j in range(last - first):
+            block[j] -= step * (np.float32(block_codes[j]) * scale)
+        first = last
+
+
+@numba.njit(nogil=True)
+def _tile(
+    out: Any, delta: Any, phi: Any, tensor: Any, start: Any, size: Any, gradients: Any, steps: Any, num_values: Any,
+) -> None:  # fmt: skip
+    """out[:size] = φ* − Σ steps[k] δ_k for the flat values from ``start``, all of one tensor of the layout: a part of
+    a row, or whole rows. ``delta`` is room to work in."""
     # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
     base = phi[start : start + size]
     for j in range(size):
         out[j] = base[j]
     for k in range(len(steps)):
         step = steps[k]
-        if gradients[k, _KIND] == INT8:
-            codes = i8_array(gradients[k, _VALUES], num_values)[start : start + size]
-            scales = f32_array(gradients[k, _SCALES], (num_values + 63) // 64)
-            first = 0
-            while first < size:
-                last = min(size, ((start + first) // 64 + 1) * 64 - start)
-                scale = scales[(start + first) // 64]
-                block, block_codes = out[first:last], codes[first:last]
-                for j in range(last - first):
-                    block[j] -= step * (np.float32(block_codes[j]) * scale)
-                first = last
-        elif gradients[k, _KIND] == BF16:
-            halves = u16_array(gradients[k, _VALUES], num_values)[start : start + size]
+        if gradients[k, KIND] == INT8:
+            _subtract_int8(out[:size], gradients[k], step, start, num_values)
+        elif gradients[k, KIND] == FACTORS:
+            expand(delta[:size], gradients[k], tensor, start)
+            for j in range(size):
+                out[j] -= step * delta[j]
+        elif gradients[k, KIND] == BF16:
+            halves = u16_array(gradients[k, VALUES], num_values)[start : start + size]
             for j in range(size):
                 out[j] -= step * _load_bf16(halves[j])
         else:
-            values = f32_array(gradients[k, _VALUES], num_values)[start : start + size]
+            values = f32_array(gradients[k, VALUES], num_values)[start : start + size]
             for j in range(size):
                 out[j] -= step * values[j]
 
@@ -65,15 +87,16 @@ def _loop(dtype: torch.dtype) -> Any:
     def loop(address: Any, slot_values: Any, phi: Any, table: Any, gradients: Any, steps: Any, scaling: Any) -> Any:
         """Whether all values are finite in the slot's type."""
         target = array(address, slot_values)
-        out = np.empty(_TILE, np.float32)
+        out, delta = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
         infinite = 0
         for t in range(len(table)):
-            first, stride, rows, columns, offset, transposed = table[t]
+            first, stride, rows, columns, offset, transposed, tensor = table[t]
             if transposed:  # rows of a few columns: several at a time
                 several = max(1, _TILE // columns)
                 for row in range(0, rows, several):
                     count = min(several, rows - row)
-                    _tile(out, phi, first + row * stride, count * columns, gradients, steps, len(phi))
+                    start = first + row * stride
+                    _tile(out, delta, phi, tensor, start, count * columns, gradients, steps, len(phi))
                     values = out[: count * columns].reshape(count, columns)
                     for c in range(columns):
                         place = target[offset + c * rows + row : offset + c * rows + row + count]
@@ -85,7 +108,8 @@ def _loop(dtype: torch.dtype) -> Any:
                 for row in range(rows):
                     for column in range(0, columns, _TILE):
                         count = min(_TILE, columns - column)
-                        _tile(out, phi, first + row * stride + column, count, gradients, steps, len(phi))
+                        start = first + row * stride + column
+                        _tile(out, delta, phi, tensor, start, count, gradients, steps, len(phi))
                         place = target[offset + row * columns + column : offset + row * columns + column + count]
                         for i in range(count):
                             value = store(out[i])
@@ -113,7 +137,7 @@ def compose_slot(
     9.7 ms on two, and the step takes 13 ms longer with either.
     """
     loop = _loop(slot.dtype)
-    rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, 3)
+    rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, ROW_FIELDS)
     return bool(
         loop(slot.data_ptr(), slot.numel(), phi, table.rows, rows, np.array(steps, np.float32), np.float32(scaling))
     )

@@ -1,0 +1,125 @@
+"""Codecs that keep every value by itself: float32, bfloat16, and blocks of int8 codes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from bank_service.wire.codecs.base import FloatArray, GradientFormatError, GradientSpec, check_length, slices
+
+INT8_BLOCK = 64
+MAX_INT8_SCALE = 2.0**121  # 127 times as much is still finite in float32
+
+
+class Fp32Codec:
+    """The values themselves. 4 bytes a value: for figures to be held against."""
+
+    name = "fp32"
+
+    def max_payload_bytes(self, spec: GradientSpec) -> int:
+        return 4 * spec.num_values
+
+    def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
+        return values.astype("<f4").tobytes()
+
+    def check(self, payload: memoryview, spec: GradientSpec) -> None:
+        check_length(self.name, payload, self.max_payload_bytes(spec))
+        values = np.frombuffer(payload, dtype="<f4")
+        for part in slices(spec.num_values):
+            if not bool(np.isfinite(values[part]).all()):
+                raise GradientFormatError("values must be finite in fp32, got NaN or infinity")
+
+    def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
+        out[:] = np.frombuffer(payload, dtype="<f4")
+
+
+class Bf16Codec:
+    """The upper half of each float32, rounded to nearest, ties to even. 2 bytes a value."""
+
+    name = "bf16"
+
+    def max_payload_bytes(self, spec: GradientSpec) -> int:
+        return 2 * spec.num_values
+
+    def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
+        halves = np.empty(spec.num_values, dtype="<u2")
+        for part in slices(spec.num_values):
+            bits = values[part].view(np.uint32)
+            halves[part] = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))) >> 16
+        payload = halves.tobytes()
+        self.check(memoryview(payload), spec)  # the largest float32 values round to infinity
+        return payload
+
+    def check(self, payload: memoryview, spec: GradientSpec) -> None:
+        check_length(self.name, payload, self.max_payload_bytes(spec))
+        halves = np.frombuffer(payload, dtype="<u2")
+        for part in slices(spec.num_values):
+            if bool(((halves[part] & 0x7F80) == 0x7F80).any()):
+                raise GradientFormatError("values must be finite in bf16, got NaN, infinity or more than 3.39e38")
+
+    def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
+        halves = np.frombuffer(payload, dtype="<u2")
+        for part in slices(spec.num_values):
+            np.left_shift(halves[part], 16, out=out[part].view(np.uint32), dtype=np.uint32)
+
+
+class Int8Codec:
+    """Blocks of 64 values: one float32 scale, 64 codes in -127..127; value = scale · code. 1.0625 bytes a value.
+
+    A block's scale is the smallest float32 s with 127·s ≥ max|value|, its codes are value / s rounded to
+    nearest, ties to even: no value is off by more than s/2 (but for the product's own float32 rounding).
+    Payload: all scales, then all codes.
+    """
+
+    name = "int8"
+
+    def max_payload_bytes(self, spec: GradientSpec) -> int:
+        return 4 * self._num_blocks(spec) + spec.num_values
+
+    def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
+        scales = np.empty(self._num_blocks(spec), dtype="<f4")
+        codes = np.empty(spec.num_values, dtype=np.int8)
+        for part in slices(spec.num_values):
+            blocks = self._blocks(values[part].astype(np.float64))
+            largest = np.abs(blocks).max(axis=1)
+            scale = (largest / 127.0).astype(np.float32)
+            # Rounding may have made the scale too small for its largest value; subnormal scales by far.
+            scale = np.where(scale.astype(np.float64) * 127.0 < largest, np.nextafter(scale, np.float32(np.inf)), scale)
+            scales[part.start // INT8_BLOCK : part.start // INT8_BLOCK + len(scale)] = scale
+            divisor = np.where(scale > 0, scale.astype(np.float64), 1.0)
+            blocks /= divisor[:, np.newaxis]
+            codes[part] = np.rint(blocks).reshape(-1)[: part.stop - part.start]
+        payload = scales.tobytes() + codes.tobytes()
+        self.check(memoryview(payload), spec)
+        return payload
+
+    def check(self, payload: memoryview, spec: GradientSpec) -> None:
+        check_length(self.name, payload, self.max_payload_bytes(spec))
+        scales, codes = self._parts(payload, spec)
+        for part in slices(len(scales)):
+            # Not "scale > limit": NaN must fail too.
+            if not bool(((scales[part] >= 0) & (scales[part] <= MAX_INT8_SCALE)).all()):
+                raise GradientFormatError("int8 scales must be in 0..2**121 (values below 3.37e38), got others")
+        for part in slices(spec.num_values):
+            if bool((codes[part] == -128).any()):
+                raise GradientFormatError("int8 codes must be in -127..127, got -128")
+
+    def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
+        scales, codes = self._parts(payload, spec)
+        whole = spec.num_values // INT8_BLOCK * INT8_BLOCK
+        blocks = out[:whole].reshape(-1, INT8_BLOCK)
+        np.multiply(codes[:whole].reshape(-1, INT8_BLOCK), scales[: len(blocks), np.newaxis], out=blocks)
+        if whole < spec.num_values:
+            np.multiply(codes[whole:], scales[-1], out=out[whole:])
+
+    def _num_blocks(self, spec: GradientSpec) -> int:
+        return -(-spec.num_values // INT8_BLOCK)
+
+    def _parts(self, payload: memoryview, spec: GradientSpec) -> tuple[FloatArray, npt.NDArray[np.int8]]:
+        num_blocks = self._num_blocks(spec)
+        scales = np.frombuffer(payload, dtype="<f4", count=num_blocks)
+        return scales, np.frombuffer(payload, dtype=np.int8, offset=4 * num_blocks)
+
+    def _blocks(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """``values`` as (blocks, 64), the last block filled with zeros."""
+        return np.pad(values, (0, -len(values) % INT8_BLOCK)).reshape(-1, INT8_BLOCK)

@@ -1,0 +1,153 @@
+"""Codecs of four bits and of low rank: what they keep, and what they refuse."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bank_service.wire.codec import (
+    HEADER_BYTES,
+    FloatArray,
+    GradientFormatError,
+    GradientSpec,
+    decode_gradient,
+    encode_gradient,
+    verify_record,
+)
+from bank_service.wire.codecs import nibbles
+from bank_service.wire.codecs.int4 import INT4_BLOCK
+from tests.bank.hash_encoder import spec_of
+from tests.bank.test_codec import random_values, resealed
+
+SPEC = spec_of()
+# As a learner's: A (rank, in), then B (out, rank), of two modules.
+LEARNERS = GradientSpec(SPEC.fingerprint, SPEC.layout_id, ((16, 576), (1536, 16), (16, 1536), (576, 16)))
+
+
+def of_rank(rank: int, seed: int = 0, noise: float = 0.0) -> FloatArray:
+    """Every tensor a sum of ``rank`` products, each of a tenth of the energy of the one before it."""
+    random = np.random.default_rng(seed)
+    parts = []
+    for rows, columns in LEARNERS.shapes:
+        tensor = noise * random.standard_normal((rows, columns))
+        for number in range(rank):
+            scale = 0.1 ** (number / 2)
+            tensor += scale * np.outer(random.standard_normal(rows), random.standard_normal(columns))
+        parts.append(tensor.reshape(-1))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def error(values: FloatArray, codec: str) -> float:
+    """Relative, of the whole vector."""
+    decoded = decode_gradient(encode_gradient(values, LEARNERS, codec), LEARNERS)
+    return float(np.linalg.norm(decoded - values) / np.linalg.norm(values))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=200))
+def test_int4_is_off_by_at_most_half_a_step_of_its_block(numbers: list[float]) -> None:
+    values = np.array(numbers, dtype=np.float32)
+    spec = GradientSpec(SPEC.fingerprint, SPEC.layout_id, ((1, len(values)),))
+    decoded = decode_gradient(encode_gradient(values, spec, "int4"), spec).astype(np.float64)
+    for start in range(0, len(values), INT4_BLOCK):
+        block = values[start : start + INT4_BLOCK].astype(np.float64)
+        largest = np.abs(block).max()
+        step = max(largest / 7 * (1 + 2.0**-23), largest / 7 + 2.0**-149 if largest else 0.0)
+        assert np.abs(decoded[start : start + INT4_BLOCK] - block).max() <= step * (0.5 + 7 * 2.0**-24)
+
+
+@given(st.lists(st.integers(-7, 7), max_size=40))
+def test_codes_of_four_bits_come_back(codes: list[int]) -> None:
+    packed = nibbles.pack(np.array(codes, np.int8))
+    assert len(packed) == nibbles.num_bytes(len(codes))
+    nibbles.check(packed, len(codes))
+    assert nibbles.unpack(packed, len(codes)).tolist() == codes
+
+
+@pytest.mark.parametrize(("codec", "share"), [("lowrank64", 64), ("lowrank128", 128), ("lowrank256", 256)])
+def test_a_low_rank_record_keeps_its_promise_of_size_whatever_the_gradient(codec: str, share: int) -> None:
+    for values in (of_rank(1), of_rank(16), random_values(LEARNERS), np.zeros(LEARNERS.num_values, np.float32)):
+        assert len(encode_gradient(values, LEARNERS, codec)) <= 4 * LEARNERS.num_values // share
+
+
+def test_what_is_of_low_rank_is_kept_and_the_budget_goes_to_the_most_energy() -> None:
+    assert error(of_rank(1), "lowrank64") < 0.12, "four bits a value of the long side"
+    assert error(of_rank(1, noise=0.05), "lowrank64") < 0.14
+    values = of_rank(1)
+    values[: 16 * 576] *= 100.0  # nearly all the energy is in the first tensor
+    assert error(values, "lowrank256") < 0.12
+    decoded = decode_gradient(encode_gradient(values, LEARNERS, "lowrank256"), LEARNERS)
+    kept = [bool(tensor.any()) for tensor in np.split(decoded, np.cumsum([16 * 576, 1536 * 16, 16 * 1536]))]
+    assert kept[0] and not all(kept), "not everything fits, and the first tensor comes first"
+    assert error(of_rank(3), "lowrank64") < error(of_rank(3), "lowrank128") < error(of_rank(3), "lowrank256") < 1
+
+
+def test_short_vectors_are_fitted_to_what_the_long_ones_became() -> None:
+    """No multiple of a decoded component would have been closer: the error is at right angles to it, but for bf16."""
+    values = of_rank(1, noise=0.1)
+    decoded = decode_gradient(encode_gradient(values, LEARNERS, "lowrank64"), LEARNERS).astype(np.float64)
+    start = 0
+    for rows, columns in LEARNERS.shapes:
+        part = slice(start, start + rows * columns)
+        energy = float(decoded[part] @ decoded[part])
+        if energy:
+            assert abs(float(decoded[part] @ (values[part] - decoded[part]))) < 0.01 * energy
+        start = part.stop
+
+
+def test_a_gradient_of_nothing_is_nothing() -> None:
+    zero = np.zeros(LEARNERS.num_values, np.float32)
+    record = encode_gradient(zero, LEARNERS, "lowrank64")
+    assert len(record) == HEADER_BYTES + 4, "no component at all"
+    assert not decode_gradient(record, LEARNERS).any()
+
+
+def test_a_diverged_gradient_is_refused() -> None:
+    with pytest.raises(GradientFormatError, match=r"2\*\*60"):
+        encode_gradient(np.full(LEARNERS.num_values, 1e19, np.float32), LEARNERS, "lowrank64")
+
+
+def record_of(ranks: bytes, rest: bytes) -> bytes:
+    """A record for LEARNERS with a right checksum and a payload of one's own."""
+    payload = ranks + rest
+    head = bytearray(encode_gradient(of_rank(1), LEARNERS, "lowrank64")[:HEADER_BYTES])
+    head[72:80] = len(payload).to_bytes(8, "little")
+    body = bytes(head) + payload
+    return body[:80] + hashlib.sha256(body[:80] + payload).digest() + body[112:]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rest", "message"),
+    [
+        (bytes([17, 0, 0, 0]), b"", "tensor 0 must have at most 16 components"),
+        (bytes([1, 0, 0, 0]), b"", "must be 334 bytes, got 4"),
+        (bytes([8, 8, 8, 8]), bytes(5000), r"must be 4\.\.4096"),
+        (bytes([0, 0, 0]), b"", "must be 4"),
+        (bytes([1, 0, 0, 0]), b"\xc0\x7f" + bytes(40) + b"\x88" * 288, "finite"),
+        (bytes([1, 0, 0, 0]), b"\x80\xbf" + bytes(40) + b"\x88" * 288, "scales"),
+        (bytes([1, 0, 0, 0]), bytes(42) + b"\x80" * 288, "-8"),
+    ],
+)  # fmt: skip
+def test_a_low_rank_payload_that_can_not_be_is_refused_though_the_checksum_is_right(
+    ranks: bytes, rest: bytes, message: str
+) -> None:
+    with pytest.raises(GradientFormatError, match=message):
+        verify_record(record_of(ranks, rest), LEARNERS)
+
+
+def test_the_helper_makes_sound_records() -> None:
+    record = record_of(bytes([1, 0, 0, 0]), bytes(42) + b"\x88" * 288)
+    assert not decode_gradient(record, LEARNERS).any()
+    assert resealed(record, {}) == record
+
+
+def test_an_odd_long_side_ends_with_an_empty_half_byte() -> None:
+    spec = GradientSpec(SPEC.fingerprint, SPEC.layout_id, ((4, 7),))
+    record = encode_gradient(random_values(spec), spec, "lowrank64")
+    assert record[-1] >> 4 == 8
+    with pytest.raises(GradientFormatError, match="upper half"):
+        verify_record(resealed(record, {len(record) - 1: bytes([record[-1] & 15 | 16])}), spec)
