@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-train bench-identity bench-soak model redis
+.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-ability: .venv/.made model  ## perplexity of neutral text with ReGrad off 
 
 bench-encode: .venv/.made model  ## documents/s of the batched encoder over one by one
 	@$(PY) -m benchmarks.encode $(ARGS)
+
+bench-codec: .venv/.made model  ## bytes of a stored gradient against answers and speed, by codec
+	@$(PY) -m benchmarks.codec $(ARGS)
 
 bench-train: .venv/.made model  ## meta-training tasks/s over the loop over tasks
 	@$(PY) -m benchmarks.train $(ARGS)

@@ -60,8 +60,8 @@ class InProcess:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._base, self._tokenizer = load_base_model(model_folder, dtype=dtype, device=device)
         self._model = AdaptedModel(self._base, learner.layout, learner.scaling)
-        self._builder = PromptBuilder(self._tokenizer, learner.config.prompts)
-        self._encoder = GradientEncoder(self._model, self._builder, learner)
+        self.builder = PromptBuilder(self._tokenizer, learner.config.prompts)
+        self.encoder = GradientEncoder(self._model, self.builder, learner)
         self._learner = learner
         self._own = own
         self._settings = settings or RivalSettings()
@@ -81,7 +81,7 @@ class InProcess:
         if any(method.per_document for method in methods):
             documents = [(document.title, document.text) for document in data.documents]
             rate = self._settings.prag_learning_rate
-            fitted = fit_each(self._model, self._builder, self._learner, documents, learning_rate=rate)
+            fitted = fit_each(self._model, self.builder, self._learner, documents, learning_rate=rate)
             self._fitted = {data.documents[index].id: self._record(delta) for index, delta in fitted}
         records: list[Record] = []
         bar = tqdm(total=len(questions) * len(methods), unit="answer", desc="eval in process")
@@ -114,7 +114,7 @@ class InProcess:
     def ask(self, questions: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
         """Any number of questions under one method, in their order. ``gamma``: the learner's where None."""
         prompts = [
-            self._builder.question(asked.question.question, shown(asked, method, self._builder.prompts))
+            self.builder.question(asked.question.question, shown(asked, method, self.builder.prompts))
             for asked in questions
         ]
         self._encode(questions, method)
@@ -159,7 +159,7 @@ class InProcess:
         missing = [key for key in keys if key not in self._deltas]
         for start in range(0, len(missing), _ENCODED_AT_ONCE):
             some = missing[start : start + _ENCODED_AT_ONCE]
-            for key, encoded in zip(some, self._encoder.encode([self._texts[key] for key in some]), strict=True):
+            for key, encoded in zip(some, self.encoder.encode([self._texts[key] for key in some]), strict=True):
                 self._deltas[key] = self._record(encoded.values)
 
     def _record(self, delta: NDArray[np.float32]) -> bytes:

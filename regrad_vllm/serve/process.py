@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -17,15 +16,3 @@ def process_figures(role: str) -> dict[str, int | str]:
     except FileNotFoundError:
         pass
     return figures
-
-
-def return_free_memory() -> bool:
-    """Gives the C library's free heap back to the system; False where the C library can't (only glibc can).
-
-    An adapter is a few buffers of megabytes between small objects that live longer, and glibc keeps the holes:
-    measured, a worker grew by 1.5 GB over 3,000 adapters, all of it free memory.
-    """
-    try:
-        return bool(ctypes.CDLL(None).malloc_trim(0))
-    except (AttributeError, OSError):
-        return False

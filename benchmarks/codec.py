@@ -1,0 +1,220 @@
+"""Codecs: bytes, answers and speed, on questions whose documents were in no training.
+
+    make bench-codec           (python -m benchmarks.codec [--data FOLDER --split validation] [--questions N] …)
+
+Each question is answered under the gradient of the passage that holds its answer, once for each codec: encoded,
+decoded, composed with φ*, greedy, all codecs from the same float32 gradient and in the same batches. So a difference is
+the codec's alone. EM and F1 in percent with 95% bootstrap intervals over documents; "f1_delta" is paired with fp32, over
+all lengths. A document of 512 tokens is two passages, as in a bank: a gradient is one passage's. Without --data: the
+sample that ships and invented facts of the test split.
+
+Speeds are MB/s of float32 values on one thread, and ms to compose a slot from three gradients as a worker does, codecs
+in turns, medians with least and greatest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bank_service.wire.codec import CODECS, DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
+from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.adapt.compose import compose
+from regrad_vllm.adapt.document_cache import load_gradient
+from regrad_vllm.adapt.loops.compose import compose_slot
+from regrad_vllm.adapt.slot_table import SlotTable, whole
+from regrad_vllm.arguments import whole as whole_number
+from regrad_vllm.data.questions import Question
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
+from regrad_vllm.encode.encoder import GradientEncoder
+from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
+from regrad_vllm.evaluate.growth import sized
+from regrad_vllm.evaluate.in_process import InProcess
+from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, score
+from regrad_vllm.evaluate.run import SAMPLE, load_clean
+from regrad_vllm.learner import Learner
+from regrad_vllm.load.corpora import filling
+from regrad_vllm.local.machine import describe, spread
+
+_REFERENCE = "fp32"
+_BATCH = 16
+_TIMED = 12  # gradients
+_DOCUMENTS = 3  # of a composed slot
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    started = time.monotonic()
+    codecs = [_REFERENCE, *(name for name in args.codecs if name != _REFERENCE)]
+    learner = Learner.load(shipped_learner())
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    runner = InProcess(ensure_default_model(), learner, {}, dtype=dtype)
+    data, others = _data(args), filling(args.data or SAMPLE, args.split)
+    lengths: dict[str, Any] = {}
+    scores: dict[str, list[tuple[float, float, str]]] = {name: [] for name in codecs}  # EM, F1, document
+    speeds: dict[str, Any] = {}
+    for length in args.lengths:
+        at = sized(data, length, others, args.seed)
+        deltas = _gradients(runner.encoder, at)
+        found = {name: _answered(runner, learner, at.questions, deltas, name) for name in codecs}
+        lengths[f"{length} tokens"] = {name: _row(own, found[_REFERENCE]) for name, own in found.items()}
+        for name, own in found.items():
+            scores[name] += own
+        errors = {name: _error(list(deltas.values())[:_TIMED], learner, name) for name in codecs}
+        for name, error in errors.items():
+            lengths[f"{length} tokens"][name]["relative_error"] = error
+        speeds = _speeds(list(deltas.values())[:_TIMED], learner, codecs, args.repeats)
+        sys.stdout.write(json.dumps({f"{length} tokens": lengths[f"{length} tokens"]}, indent=1) + "\n")
+        sys.stdout.flush()
+    table = {name: {**speeds[name], **_row(scores[name], scores[_REFERENCE])} for name in codecs}
+    report = {
+        "machine": describe("torch", "transformers", "numpy"), "learner": learner.fingerprint[:16], "dtype": args.dtype,
+        "seed": args.seed, "split": args.split, "by_length": lengths, "all": table,
+        "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+    last = {
+        "default_codec": DEFAULT_CODEC,
+        "bytes_ratio_to_fp32": table[DEFAULT_CODEC]["bytes_ratio_to_fp32"],
+        "f1_delta": table[DEFAULT_CODEC]["f1_delta"][0],
+        "table": {
+            name: {key: row[key] for key in ("bytes", "bytes_ratio_to_fp32", "em", "f1", "f1_delta", "questions")}
+            for name, row in table.items()
+        },
+    }
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(last) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, metavar="FOLDER", help="see regrad_vllm/data/questions.py")
+    made.add_argument("--split", choices=("validation", "test"), default="test")
+    made.add_argument("--sets", nargs="+", default=["squad", "nq", "qamr"])
+    made.add_argument("--questions", type=whole_number(1), default=40, help="of each set, at each length")
+    made.add_argument("--fresh", type=whole_number(0), default=180, help="questions about invented facts, besides")
+    made.add_argument("--lengths", type=whole_number(8), nargs="+", default=[32, 128, 512], help="tokens")
+    made.add_argument("--codecs", nargs="+", choices=sorted(CODECS), default=list(CODECS))
+    made.add_argument("--repeats", type=whole_number(5), default=5, help="of the timing")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def _data(args: argparse.Namespace) -> EvalData:
+    real = question_sets(load_clean(args.data or SAMPLE, args.split), args.sets, args.questions, 0, args.seed)
+    return fresh_facts(args.fresh, args.seed, args.split).merged(real)
+
+
+def _gradients(encoder: GradientEncoder, data: EvalData) -> dict[str, NDArray[np.float32]]:
+    """Passage → its float32 δ, for those that answer a question."""
+    wanted = {question.documents[0] for question in data.questions}
+    documents = [document for document in data.documents if document.id in wanted]
+    made = encoder.encode([(document.title, document.text) for document in documents])
+    return {document.id: encoded.values for document, encoded in zip(documents, made, strict=True)}
+
+
+def _answered(
+    runner: InProcess, learner: Learner, questions: Sequence[Question], deltas: Mapping[str, NDArray[np.float32]],
+    codec: str,
+) -> list[tuple[float, float, str]]:  # fmt: skip
+    """EM, F1 and document of each question."""
+    prompts = [runner.builder.question(question.question) for question in questions]
+    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))  # little padding
+    found: dict[int, tuple[float, float, str]] = {}
+    for start in range(0, len(order), _BATCH):
+        some = order[start : start + _BATCH]
+        adapters = []
+        for index in some:
+            record = encode_gradient(deltas[questions[index].documents[0]], learner.spec, codec)
+            delta = decode_gradient(record, learner.spec)
+            adapters.append(compose(learner.phi, [delta], learner.config.weights([1.0]), learner.config.gamma))
+        for index, text in zip(some, runner.generate([prompts[index] for index in some], adapters), strict=True):
+            asked = questions[index]
+            em, f1 = exact_match(text, asked.answers), score(text, asked.answers, asked.kind)
+            found[index] = (100 * em, 100 * f1, asked.documents[0])
+    return [found[index] for index in range(len(questions))]
+
+
+def _row(own: Sequence[tuple[float, float, str]], reference: Sequence[tuple[float, float, str]]) -> dict[str, Any]:
+    clusters = [document for _, _, document in own]
+
+    def interval(values: list[float]) -> list[float]:
+        found = bootstrap_interval(values, clusters)
+        return [round(value, 2) for value in (found.mean, found.low, found.high)]
+
+    return {
+        "em": interval([em for em, _, _ in own]),
+        "f1": interval([f1 for _, f1, _ in own]),
+        "f1_delta": interval([mine[1] - other[1] for mine, other in zip(own, reference, strict=True)]),
+        "questions": len(own),
+    }
+
+
+def _error(deltas: Sequence[NDArray[np.float32]], learner: Learner, codec: str) -> float:
+    """Median of ‖decoded − δ‖ / ‖δ‖."""
+    decoded = [decode_gradient(encode_gradient(delta, learner.spec, codec), learner.spec) for delta in deltas]
+    found = [np.linalg.norm(own - delta) / np.linalg.norm(delta) for own, delta in zip(decoded, deltas, strict=True)]
+    return round(float(np.median(found)), 4)
+
+
+def _speeds(
+    deltas: Sequence[NDArray[np.float32]], learner: Learner, codecs: Sequence[str], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Of each codec: bytes of a record, and encoding, decoding and composing in turns with the others."""
+    import tempfile
+
+    spec = learner.spec
+    records = {name: [encode_gradient(delta, spec, name) for delta in deltas] for name in codecs}
+    table = SlotTable.build(learner.layout, whole(learner.layout), learner.layout.rank)
+    slot = torch.empty(table.num_values, dtype=torch.bfloat16)
+    ms: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": [], "compose": []} for name in codecs}
+    with tempfile.TemporaryDirectory() as folder:
+        arena = Arena.open(Path(folder), 2**30)
+        try:
+            stored = {name: _stored(arena, own[:_DOCUMENTS], learner) for name, own in records.items()}
+            for repeat in range(repeats + 1):  # the first warms up
+                for name in codecs if repeat % 2 else list(reversed(codecs)):
+                    times = [time.perf_counter()]
+                    for delta in deltas:
+                        encode_gradient(delta, spec, name)
+                    times.append(time.perf_counter())
+                    for record in records[name]:
+                        decode_gradient(record, spec)
+                    times.append(time.perf_counter())
+                    compose_slot(slot, learner.phi, stored[name], [1.0] * _DOCUMENTS, table, learner.scaling)
+                    times.append(time.perf_counter())
+                    if repeat:
+                        for what, seconds in zip(ms[name], np.diff(times), strict=True):
+                            ms[name][what].append(1000 * float(seconds))
+        finally:
+            arena.close()
+    megabytes = 4 * spec.num_values * len(deltas) / 1e6
+    return {
+        name: {
+            "bytes": round(sum(map(len, own)) / len(own)),
+            "bytes_ratio_to_fp32": round(len(own[0]) / (4 * spec.num_values), 5),
+            "encode_mb_s": spread([1000 * megabytes / value for value in ms[name]["encode"]]),
+            "decode_mb_s": spread([1000 * megabytes / value for value in ms[name]["decode"]]),
+            "compose_ms": spread(ms[name]["compose"]),
+        }
+        for name, own in records.items()
+    }
+
+
+def _stored(arena: Arena, records: Sequence[bytes], learner: Learner) -> list[Any]:
+    lease = arena.lease()
+    for record in records:
+        lease.put(record_digest(record), record)
+    return [load_gradient(str(arena.folder), record_digest(record), learner.spec)[0] for record in records]
+
+
+if __name__ == "__main__":
+    main()
