@@ -28,7 +28,7 @@ from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
-from regrad_vllm.evaluate.growth import Grower, Point
+from regrad_vllm.evaluate.growth import LENGTHS, Grower, Point
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.report import rounded
 from regrad_vllm.evaluate.run import SAMPLE, load_clean
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         "documents": lambda: grower.over_documents(others, args.counts),
         "k": grower.over_top_k,
         "gamma": grower.over_gamma,
-        "length": lambda: grower.over_length(others),
+        "length": lambda: grower.over_length(others, args.lengths),
         "corpus": lambda: grower.over_corpus(others, CORPUS_COUNTS),
         "history": lambda: grower.over_history(fresh_facts(NUM_HISTORY, args.seed, args.split)),
     }
@@ -168,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-fresh", type=whole(0), default=40, help="documents of invented facts")
     parser.add_argument("--num-questions", type=whole(0), default=40, help="of each real set")
     parser.add_argument("--curves", nargs="+", choices=_CURVES, default=_CURVES)
+    parser.add_argument("--lengths", type=whole(8), nargs="+", default=LENGTHS, help="of documents, in tokens")
     parser.add_argument(
         "--counts", nargs="+", type=whole(1), default=list(DOCUMENT_COUNTS), help="documents in the bank"
     )
