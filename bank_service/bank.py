@@ -18,7 +18,7 @@ import numpy as np
 from bank_service import __version__
 from bank_service.background import Background
 from bank_service.blob_store import BlobStore
-from bank_service.catalog import Catalog, CollectionIdentity, DeleteResult, document_not_found
+from bank_service.catalog import Catalog, CollectionIdentity, DeleteResult, document_not_found, stored_codec
 from bank_service.catalog_view import ListEntry, Totals
 from bank_service.config import BankConfig
 from bank_service.documents import (
@@ -44,7 +44,7 @@ from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.usearch_index import UsearchIndex
 from bank_service.wire import limits
-from bank_service.wire.codec import GradientSpec
+from bank_service.wire.codec import DEFAULT_CODEC, GradientSpec
 from bank_service.wire.tracing import span
 from bank_service.writer import Writer
 
@@ -77,9 +77,9 @@ class Bank:
         """Opens what needs no event loop. CollectionMismatchError where the folder holds another collection."""
         spec = encoder.spec
         self.spec: GradientSpec = spec
-        self.identity = CollectionIdentity(
-            spec.fingerprint, spec.layout_id, config.codec, embedder.name, embedder.dimension
-        )
+        path = config.data_dir / "catalog.sqlite"
+        codec = config.codec or stored_codec(path) or DEFAULT_CODEC
+        self.identity = CollectionIdentity(spec.fingerprint, spec.layout_id, codec, embedder.name, embedder.dimension)
         self._embedder = embedder
         self._pools = Pools(
             reads=ThreadPoolExecutor(NUM_IO_THREADS, "bank-read"),
@@ -88,7 +88,7 @@ class Bank:
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
         )
         reads = self._pools.reads
-        catalog = Catalog(config.data_dir / "catalog.sqlite", self.identity)
+        catalog = Catalog(path, self.identity)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
@@ -96,7 +96,7 @@ class Bank:
         index = UsearchIndex(embedder.dimension)
         self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
         self._searcher = Searcher(catalog, index, self._follower, reads)
-        self._encodes = EncodeQueue(encoder, config.codec, config.encode_batch_size, config.encode_wait_ms, metrics)
+        self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
             self._pools,
@@ -104,7 +104,7 @@ class Bank:
             self._encodes,
             embedder,
             spec,
-            config.codec,
+            codec,
             config.max_pending_documents,
             metrics,
             self._acknowledge,

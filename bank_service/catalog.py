@@ -97,6 +97,20 @@ class Catalog:
         return str(row["uuid"])
 
 
+def stored_codec(path: Path) -> str | None:
+    """The codec of the collection in a catalog's file; None where there is none yet."""
+    if not path.exists():
+        return None
+    engine = _engine(path)
+    try:
+        with engine.begin() as connection:
+            if not sa.inspect(connection).has_table(collection.name):
+                return None
+            return connection.execute(sa.select(collection.c.codec)).scalar_one_or_none()
+    finally:
+        engine.dispose()
+
+
 def _engine(path: Path) -> sa.Engine:
     engine = sa.create_engine(
         f"sqlite:///{path}",

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bank_service.wire.codec import CODECS, DEFAULT_CODEC
+from bank_service.wire.codec import CODECS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class BankConfig:
     port: int = 0  # 0: the kernel chooses
     metrics_port: int | None = None  # Prometheus; None: off, 0: the kernel chooses
     redis_url: str | None = None  # None: an embedded server
-    codec: str = DEFAULT_CODEC  # of gradients that the bank's own encoder computes
+    codec: str | None = None  # of a new collection's gradients, None: int8; one that exists keeps its own
     cache_bytes: int = 256 * 2**20  # the embedded server's budget; a server by URL has its own
     cache_timeout_ms: int = 250  # a slower cache is a miss
     cache_ttl_seconds: int = 86_400  # a cached gradient goes so long after it was written
@@ -42,7 +42,7 @@ class BankConfig:
         object.__setattr__(self, "data_dir", Path(self.data_dir).absolute())
         if self.embed_threads == 0:
             object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
-        if self.codec not in CODECS:
+        if self.codec is not None and self.codec not in CODECS:
             raise ValueError(f"codec must be one of {', '.join(sorted(CODECS))}, got {self.codec!r}")
         if not self.host:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")

@@ -5,8 +5,8 @@
 Each question is answered under the gradient of the passage that holds its answer, once for each codec: encoded,
 decoded, composed with φ*, greedy, all codecs from the same float32 gradient and in the same batches. So a difference is
 the codec's alone. EM and F1 in percent with 95% bootstrap intervals over documents; "f1_delta" is paired with fp32,
-over all lengths. A document of 512 tokens is two passages, as in a bank: a gradient is one passage's. Without --data: the
-sample that ships and invented facts of the test split.
+over all lengths. A document of 512 tokens is two passages, as in a bank: a gradient is one passage's. Without --data:
+the sample that ships and invented facts of the test split.
 
 Speeds are MB/s of float32 values on one thread, and ms to compose a slot from three gradients as a worker does, codecs
 in turns, medians with least and greatest.

@@ -11,7 +11,7 @@ from regrad_vllm.load.contenders import CONTENDERS
 from regrad_vllm.load.plan import CONDITIONS, GrowthPoint
 from regrad_vllm.load.popularity import zipf_exponent
 
-_GROWTH = ("1x64", "3x150", "6x150", "2x512")
+_GROWTH = ("1x64", "3x150", "2x512")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,14 +54,14 @@ def _what(made: argparse.ArgumentParser) -> None:
     group.add_argument("--split", choices=("validation", "test"), default="test")
     group.add_argument("--sets", nargs="+", default=["squad", "nq"], help="of the data (squad nq)")
     group.add_argument("--num-questions", type=whole(1), default=20, help="of each set (%(default)s)")
-    group.add_argument("--num-distractors", type=whole(0), default=20, help="of the sets, besides (%(default)s)")
+    group.add_argument("--num-distractors", type=whole(0), default=10, help="of the sets, besides (%(default)s)")
     group.add_argument("--haystack", type=whole(0), default=0, help="of the data's haystack, besides (%(default)s)")
     group.add_argument("--top-k", type=whole(1), default=3, help="documents a request (%(default)s)")
     group.add_argument(
         "--growth", nargs="*", type=GrowthPoint.parse, default=[GrowthPoint.parse(text) for text in _GROWTH],
         metavar="KxTOKENS", help=f"documents a request × tokens of each ({' '.join(_GROWTH)})",
     )  # fmt: skip
-    group.add_argument("--growth-documents", type=whole(1), default=6, help="of each length, at least (%(default)s)")
+    group.add_argument("--growth-documents", type=whole(1), default=4, help="of each length, at least (%(default)s)")
 
 
 def _how(made: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def _how(made: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=whole(1), default=4, help="requests at a time (%(default)s)")
     group.add_argument("--requests", type=whole(1), default=8, help="of a cell (%(default)s)")
     group.add_argument(
-        "--alone-requests", type=whole(1), default=3, help="of a cell of the published way, of the same (%(default)s)"
+        "--alone-requests", type=whole(1), default=2, help="of a cell of the published way, of the same (%(default)s)"
     )
     group.add_argument("--output-tokens", type=whole(2), default=32, help="of each, for cost (%(default)s)")
     group.add_argument("--repeats", type=whole(1), default=3, help="of each cell of the comparisons (%(default)s)")

@@ -16,7 +16,7 @@ from bank_service.wire.codec import CODECS
         ({"port": 65536}, "port must be"),
         ({"metrics_port": 65536}, "metrics_port must be"),
         ({"host": ""}, "host must not be empty"),
-        ({"codec": "zip"}, "codec must be one of bf16, int8, got 'zip'"),
+        ({"codec": "zip"}, f"codec must be one of {', '.join(sorted(CODECS))}, got 'zip'"),
         ({"redis_url": "localhost:6379"}, "redis_url must start with redis://"),
         ({"cache_bytes": 0}, "cache_bytes must be in 1048576"),
         ({"encode_wait_ms": float("nan")}, "encode_wait_ms must be in 0..1000, got nan"),

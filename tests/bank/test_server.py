@@ -18,6 +18,7 @@ from bank_service.embedder import MiniLmEmbedder
 from bank_service.encoder import EncodedDocument
 from bank_service.errors import BankInUseError, CollectionMismatchError
 from bank_service.server import BankServer
+from bank_service.wire.codec import read_header
 from bank_service.wire.errors import UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client
@@ -85,6 +86,17 @@ async def test_another_learners_bank_is_not_opened_and_both_fingerprints_are_nam
         await BankServer(BankConfig(data_dir=data_dir, codec="bf16"), HashEncoder(), embedder).start()
     async with BankServer(config, HashEncoder(), embedder):
         pass  # the failed starts let go of the directory
+
+
+@pytest.mark.asyncio
+async def test_a_collection_keeps_its_codec_without_being_told(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+    for codec in ("lowrank64", None):
+        async with BankServer(BankConfig(data_dir=data_dir, codec=codec), HashEncoder(), embedder) as server:
+            async with Client(server.address.target) as client:
+                stored = await client.put(f"made with {codec}", f"a text for {codec}")
+                assert (await client.stats()).codec == "lowrank64"
+                ((_, record),) = await client.fetch([stored.gradient_digest])
+                assert read_header(record).codec == "lowrank64"
 
 
 @pytest.mark.asyncio
