@@ -19,6 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from bank_service.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog_view import CatalogView, collection, documents, metadata, to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult
 from bank_service.errors import CollectionMismatchError, NotFoundError, VersionConflictError
@@ -51,12 +52,16 @@ class Catalog:
     """One collection in one SQLite file. Reads are snapshots; writes are grouped by one thread."""
 
     def __init__(self, path: Path, identity: CollectionIdentity) -> None:
-        """Opens or creates. CollectionMismatchError where the file holds another collection."""
+        """Opens or creates. CollectionMismatchError where the file holds another collection, CatalogDamagedError."""
+        if path.exists():
+            check_catalog(path)
         self._engine = _engine(path)
         try:
             self.collection_id = self._claim(path, identity)  # changes with the file, not with the collection's content
-        except BaseException:
+        except BaseException as error:
             self._engine.dispose()
+            if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
+                raise damaged(path, str(error.orig)) from error
             raise
         self._writer = GroupCommit(self._engine)
 
@@ -85,6 +90,7 @@ class Catalog:
             metadata.create_all(connection)
             row = connection.execute(sa.select(collection)).mappings().one_or_none()
             if row is None:
+                check_not_lost(path)
                 created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
                 connection.execute(sa.insert(collection).values(**created, **wanted))
                 return str(created["uuid"])

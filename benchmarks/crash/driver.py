@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from benchmarks.crash.check import check
 from benchmarks.crash.load import work_until_killed
 from benchmarks.crash.model import Model, Verdict
-from benchmarks.crash.process import Nursery, Process, end
+from benchmarks.crash.process import END_SECONDS, Nursery, Process, end, has_ended
 from tests.bank.client import Client
 from tests.bank.faults import POINTS, Fault
 
@@ -71,5 +69,6 @@ async def kill_again_and_again(
 
 
 def _check_children(process: Process, verdict: Verdict) -> None:
-    if not process.children or psutil.wait_procs(process.children, 10)[1]:
+    ended = [has_ended(child, END_SECONDS, is_zombie_enough=True) for child in process.children]
+    if not ended or not all(ended):
         verdict.wrong.append("the embedded Redis server must run with its bank and end with it")

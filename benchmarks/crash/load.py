@@ -66,9 +66,7 @@ async def _write(client: Client, name: str, model: Model, verdict: Verdict, gene
             await _read_own(client, id, model, verdict)
 
 
-async def _put(
-    client: Client, id: str, now: Content | None, wanted: Content, model: Model, verdict: Verdict
-) -> None:
+async def _put(client: Client, id: str, now: Content | None, wanted: Content, model: Model, verdict: Verdict) -> None:
     model.states[id] = [now, wanted]
     document = wanted.document(id)
     if wanted.title == "uploaded":

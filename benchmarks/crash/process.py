@@ -21,6 +21,7 @@ from tests.bank.faults import Fault
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60
+END_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,28 @@ class Process:
 
     def wait(self, seconds: float) -> bool:
         """It has ended by itself, at once or within ``seconds``."""
-        return not psutil.wait_procs([self.handle], seconds)[1]
+        return has_ended(self.handle, seconds)
 
 
 def end(handle: psutil.Process) -> None:
     """Kills a process without a chance to say goodbye."""
     with contextlib.suppress(psutil.NoSuchProcess):
         handle.send_signal(signal.SIGKILL)
-    handle.wait(10)
+    has_ended(handle, END_SECONDS)
+
+
+def has_ended(handle: psutil.Process, seconds: float, *, is_zombie_enough: bool = False) -> bool:
+    """Within ``seconds``. A zombie may still have threads, and the locks of its files; nobody may ever reap it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if handle.status() == psutil.STATUS_ZOMBIE and is_zombie_enough:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
 
 
 class Nursery:
