@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -40,8 +40,10 @@ from bank_service.index_follower import IndexFollower
 from bank_service.metrics import BankMetrics
 from bank_service.record_reader import RecordReader
 from bank_service.repair import Repairer
-from bank_service.scrub import ScrubCounts, Scrubber
+from bank_service.scrub import Scrubber, ScrubCounts
 from bank_service.searcher import Searcher
+from bank_service.snapshot import Progress
+from bank_service.snapshotter import Snapshotter
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.usearch_index import UsearchIndex
@@ -112,6 +114,7 @@ class Bank:
         )
         repair = Repairer(self._stores, self._writer, self._background, reads, metrics).repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repair)
+        self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
         self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
 
     @classmethod
@@ -243,6 +246,10 @@ class Bank:
             records = await self._records.read(group)
             for digest in group:
                 yield digest, records[digest]
+
+    def snapshot(self, target: str) -> AsyncGenerator[Progress, None]:
+        """Writes a snapshot of the bank as it is now; see Snapshotter."""
+        return self._snapshotter.create(target)
 
     async def scrub(self) -> ScrubCounts:
         """Verifies every gradient and repairs what can be."""

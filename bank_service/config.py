@@ -29,6 +29,7 @@ class BankConfig:
     embed_threads: int = 0  # 0: as many as CPUs, at most 4
     snapshot_every: int = 10_000  # changes between two snapshots of the vector index
     scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
+    snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
     drain_seconds: float = 10.0  # for calls under way when the bank stops
 
     @property

@@ -23,9 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from bank_service import __version__
 from benchmarks.crash.driver import START, WORK, Run, kill_again_and_again
 from benchmarks.crash.process import Nursery
-from bank_service import __version__
 from regrad_vllm.local.machine import describe
 from tests.bank.faults import POINTS
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.load import MAX_HITS
 from benchmarks.crash.model import Content, Model, Verdict, is_right
-from bank_service.wire.errors import BankError, NotFoundError
 from tests.bank.client import Client
 
 SWEEP_SECONDS = 20  # the sweep runs beside the first calls

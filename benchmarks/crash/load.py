@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 
+from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
 from benchmarks.crash.model import Content, Model, Verdict, is_right, record_of
 from benchmarks.crash.process import Process, end
-from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
 from tests.bank.client import Client, upload_of
 
 IDS_PER_WRITER = 6
