@@ -81,17 +81,17 @@ class ForgetfulEncoder(HashEncoder):
 async def test_where_the_encoder_gives_another_gradient_the_document_gets_it_as_a_new_version(
     data_dir: Path, embedder: MiniLmEmbedder
 ) -> None:
-    async with BankServer(BankConfig(data_dir=data_dir), ForgetfulEncoder(), embedder) as server:
-        async with Client(server.address.target) as client:
-            put = await client.put("a", "a text")
-            await _flush(server)
-            blob(data_dir, put.gradient_digest).unlink()
-            await client.refused(client.fetch([put.gradient_digest]), NotFoundError)
-            got = await client.get("a")
-            assert got.version == 2 and got.gradient_digest != put.gradient_digest
-            ((digest, record),) = await client.fetch([got.gradient_digest])
-            assert record_digest(record) == digest
-            assert (await client.query(text="a text", top_k=1)).hits[0].gradient_digest == digest
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, ForgetfulEncoder(), embedder) as server, Client(server.address.target) as client:
+        put = await client.put("a", "a text")
+        await _flush(server)
+        blob(data_dir, put.gradient_digest).unlink()
+        await client.refused(client.fetch([put.gradient_digest]), NotFoundError)
+        got = await client.get("a")
+        assert got.version == 2 and got.gradient_digest != put.gradient_digest
+        ((digest, record),) = await client.fetch([got.gradient_digest])
+        assert record_digest(record) == digest
+        assert (await client.query(text="a text", top_k=1)).hits[0].gradient_digest == digest
 
 
 @pytest.mark.asyncio

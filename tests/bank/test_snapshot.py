@@ -187,10 +187,10 @@ async def test_a_target_that_holds_something_else_and_a_folder_that_is_not_empty
     await snapshot(client, tmp_path / "target")
     with pytest.raises(SnapshotError, match="must be absent or an empty folder"):
         restored(tmp_path / "target", other)
-    async with BankServer(BankConfig(data_dir=tmp_path / "b2"), HashEncoder(), embedder) as second:
-        async with Client(second.address.target) as another:
-            error = await client.refused(snapshot(another, tmp_path / "target"), InvalidArgumentError)
-            assert "collection" in error.message
+    config = BankConfig(data_dir=tmp_path / "b2")
+    async with BankServer(config, HashEncoder(), embedder) as second, Client(second.address.target) as another:
+        error = await client.refused(snapshot(another, tmp_path / "target"), InvalidArgumentError)
+        assert "collection" in error.message
 
 
 @pytest.mark.asyncio
