@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from bank_service.blob_store import BlobStore
+from bank_service.catalog_file import CATALOG_FILE
+from bank_service.errors import SnapshotError
+from bank_service.restore import restore
+from bank_service.snapshot import MANIFEST
 from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.load import MAX_HITS
 from benchmarks.crash.model import Content, Model, Verdict, is_right
@@ -82,3 +90,22 @@ async def _check_orphans(client: Client, data_dir: Path, verdict: Verdict) -> No
             verdict.wrong.append(f"{count} blobs for {num_gradients} gradients, {SWEEP_SECONDS} s after the start")
             return
         await asyncio.sleep(0.02)
+
+
+def check_snapshot(target: Path, verdict: Verdict) -> None:
+    """What lies at the target is a whole snapshot, whatever became of the last one; or none was finished yet."""
+    if not (target / MANIFEST).exists():
+        return
+    with tempfile.TemporaryDirectory(prefix="restored-", dir=target.parent) as folder:
+        restored = Path(folder, "bank")
+        try:
+            list(restore(str(target), restored))
+        except (SnapshotError, OSError) as error:
+            verdict.wrong.append(f"a snapshot that says it is whole can't be restored: {error}")
+            return
+        blobs = BlobStore(restored / "blobs")
+        with closing(sqlite3.connect(restored / CATALOG_FILE)) as catalog:
+            rows = catalog.execute("SELECT id, title, text, gradient_digest FROM documents WHERE NOT deleted")
+            for id, title, text, digest in rows:
+                if not is_right(digest, blobs.get(digest), title, text):
+                    verdict.wrong.append(f"{id} in a snapshot: a gradient that its text does not give")

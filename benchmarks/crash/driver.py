@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.crash.check import check
+from benchmarks.crash.check import check, check_snapshot
 from benchmarks.crash.load import work_until_killed
 from benchmarks.crash.model import Model, Verdict
 from benchmarks.crash.process import END_SECONDS, Nursery, Process, end, has_ended
@@ -19,7 +19,7 @@ NUM_WRITERS = 8
 LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment
 LONGEST_START_SECONDS = 0.5
 MAX_PASSES = 8  # of a fault's point before the bank dies there
-RARE = tuple(point for point in POINTS if "index snapshot" in point)
+RARE = tuple(point for point in POINTS if "snapshot" in point)
 WORK, START = "at work", "while it starts"  # kills at a random moment
 
 
@@ -45,6 +45,7 @@ async def kill_again_and_again(
     progress: Callable[[Run], None] = lambda _: None,
 ) -> Run:
     """A kill for each of ``kills``, WORK, START or a point of ``tests.bank.faults``, with a check after each."""
+    target = data_dir.parent / "snapshot"
     run = Run({f"writer{number}": Model() for number in range(NUM_WRITERS)})
     for kill in kills:
         if kill == START:
@@ -57,9 +58,10 @@ async def kill_again_and_again(
             async with Client(process.address.target) as client:
                 await check(client, data_dir, run.models, run.verdict)
             seconds = None if fault else generator.uniform(0.02, LONGEST_WORK_SECONDS)
-            if not await work_until_killed(process, run.models, run.verdict, generator, seconds):
+            if not await work_until_killed(process, run.models, run.verdict, generator, seconds, target):
                 raise RuntimeError(f"the bank must come to its fault {kill!r}, it did not in time")
             await asyncio.to_thread(_check_children, process, run.verdict)
+            await asyncio.to_thread(check_snapshot, target, run.verdict)
         run.kills[kill] = run.kills.get(kill, 0) + 1
         progress(run)
     process = await asyncio.to_thread(nursery.start, data_dir, None, plant)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 
 from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
+from bank_service.wire.generated import bank_pb2 as pb
 from benchmarks.crash.model import Content, Model, Verdict, is_right, record_of
 from benchmarks.crash.process import Process, end
-from tests.bank.client import Client, upload_of
+from tests.bank.client import Client, own_errors, upload_of
 
 IDS_PER_WRITER = 6
 MAX_HITS = 64  # of one query: all documents of all writers
+SNAPSHOT_SECONDS = 0.2  # between the end of one and the next
 FAULT_SECONDS = 20  # for a bank to come to its fault
 
 
 async def work_until_killed(
-    process: Process, models: dict[str, Model], verdict: Verdict, generator: random.Random, seconds: float | None
+    process: Process,
+    models: dict[str, Model],
+    verdict: Verdict,
+    generator: random.Random,
+    seconds: float | None,
+    target: Path,
 ) -> bool:
-    """Loads the bank and kills it after ``seconds`` (None: it kills itself). False: it did not, and was killed."""
+    """Loads the bank, has it write snapshots to ``target``, and kills it after ``seconds`` (None: it kills itself). False: it did not, and was killed."""
     async with Client(process.address.target) as client:
         tasks = [
             asyncio.create_task(_write(client, name, model, verdict, random.Random(generator.random())))
             for name, model in models.items()
         ]
         tasks += [asyncio.create_task(_read(client, verdict)) for _ in range(2)]
+        tasks.append(asyncio.create_task(_snapshot(client, target)))
         if seconds is None:
             process.arm()
             died = await asyncio.to_thread(process.wait, FAULT_SECONDS)
@@ -116,6 +125,15 @@ async def _read_own(client: Client, id: str, model: Model, verdict: Verdict) -> 
     hit = hits.get(id)
     if hit is None or (hit.version, hit.title, hit.text) != (model.versions[id], content.title, content.text):
         verdict.wrong.append(f"{id}: a query after version {model.versions[id]} was acknowledged found {hit}")
+
+
+async def _snapshot(client: Client, target: Path) -> None:
+    """Snapshots to one target, each over the one before."""
+    while True:
+        async with own_errors():
+            async for _ in client.stub.CreateSnapshot(pb.CreateSnapshotRequest(target=str(target))):
+                pass
+        await asyncio.sleep(SNAPSHOT_SECONDS)
 
 
 async def _read(client: Client, verdict: Verdict) -> None:

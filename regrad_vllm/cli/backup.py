@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from bank_service.snapshot import Progress
 
 _SNAPSHOT = """A snapshot of a whole bank, while it runs: one consistent state of its catalog and every gradient that it
-names, to a folder or to a URL that fsspec can open (s3://… with the package s3fs, …). Again to the same target, it copies
-only what is new. Until it is whole, the snapshot before stays what is restored."""
+names, to a folder or to a URL that fsspec can open (s3://… with the package s3fs, …). Again to the same target, it
+copies only what is new. Until it is whole, the snapshot before stays what is restored."""
 _RESTORE = """A new bank's folder out of a snapshot, every byte verified by its digest; all of it or nothing."""
 _SCRUB = """Reads every gradient of a bank that does not run, and makes damaged ones again from the texts of their
 documents. Gradients that were uploaded can't be made again: they are counted as lost. A bank that runs mends what it
@@ -45,20 +45,24 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 def _snapshot(args: argparse.Namespace) -> int:
     from bank_service.data_dir import read_address
+    from bank_service.errors import BankInUseError
+    from bank_service.snapshot import snapshot_folder
 
-    data_dir = (args.data_dir or _data_dir()).absolute()
-    address = args.bank
-    if address is None:
-        running = read_address(data_dir)
-        address = running.target if running is not None else None
     target = _absolute(args.target)
-    if address is not None:
-        _online(address, target)
-    else:
-        from bank_service.snapshot import snapshot_folder
-
+    if args.bank is not None:
+        _online(args.bank, target)
+        return 0
+    data_dir = (args.data_dir or _data_dir()).absolute()
+    try:
         last = _followed(snapshot_folder(data_dir, target))
-        _report(target, last.num_copied, last.num_gradients, last.manifest.sequence if last.manifest else 0)
+    except BankInUseError as error:
+        # Asked in this order because a bank that was killed leaves its address behind, but not its lock.
+        running = read_address(data_dir)
+        if running is None:
+            raise CommandError(f"{error}; it is starting, try again when it is ready") from error
+        _online(running.target, target)
+        return 0
+    _report(target, last.num_copied, last.num_gradients, last.manifest.sequence if last.manifest else 0)
     return 0
 
 
@@ -117,14 +121,14 @@ def _scrub(args: argparse.Namespace) -> int:
 
 def _followed(steps: Iterator[Progress]) -> Progress:
     """The last of ``steps``. CommandError where there is none to come."""
-    from bank_service.errors import BankInUseError, CatalogDamagedError, SnapshotError
+    from bank_service.errors import CatalogDamagedError, SnapshotError
 
     last: Progress | None = None
     try:
         for step in steps:
             _note_progress(last.num_done if last else 0, step.num_done, step.num_gradients)
             last = step
-    except (BankInUseError, CatalogDamagedError, SnapshotError) as error:
+    except (CatalogDamagedError, SnapshotError) as error:
         raise CommandError(str(error)) from error
     assert last is not None
     return last

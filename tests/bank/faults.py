@@ -20,6 +20,8 @@ from bank_service.encoder import EncodedDocument
 from bank_service.gradient_cache import GradientCache
 from bank_service.group_commit import GroupCommit
 from bank_service.searcher import Searcher
+from bank_service.snapshot import SnapshotWriter
+from bank_service.snapshot_store import FolderStore
 from bank_service.usearch_index import UsearchIndex
 from bank_service.writer import Writer
 from tests.bank.hash_encoder import HashEncoder
@@ -36,6 +38,8 @@ POINTS: dict[str, tuple[Any, str]] = {
     "between the old and the new index snapshot": (bank_service.usearch_index, "os.replace"),
     "in a sweep, before anything is removed": (Writer, "_references"),
     "after a sweep, before the cache": (GradientCache, "remove"),
+    "in a bank snapshot": (SnapshotWriter, "copy"),
+    "before a bank snapshot's manifest": (FolderStore, "write"),
 }
 
 

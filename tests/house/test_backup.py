@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bank_service.config import BankConfig
+from bank_service.data_dir import DataDir
 from bank_service.server import BankServer
 from regrad_vllm.cli import main
 from tests.bank.client import Client
@@ -25,6 +26,7 @@ async def test_a_running_banks_snapshot_is_restored_by_one_command_each(
     config = BankConfig(data_dir=tmp_path / "bank")
     async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
         await client.ingest({"id": "a", "text": "one"}, {"id": "b", "text": "two"})
+        server_address = server.address
         assert await asyncio.to_thread(regrad, "snapshot", tmp_path / "s", "--data-dir", config.data_dir) == 0
         assert "snapshot at change 2, 2 gradients, 2 of them copied" in capsys.readouterr().out
         await client.put("c", "three")
@@ -32,6 +34,7 @@ async def test_a_running_banks_snapshot_is_restored_by_one_command_each(
         assert "snapshot at change 3, 3 gradients, 1 of them copied" in capsys.readouterr().out
         assert await asyncio.to_thread(regrad, "snapshot", tmp_path, "--bank", server.address.target) == 1
         assert "must be empty or a snapshot of this bank" in capsys.readouterr().err
+    DataDir(config.data_dir).announce(server_address)  # as a bank that was killed leaves it
     assert regrad("snapshot", tmp_path / "s", "--data-dir", config.data_dir) == 0
     assert "3 gradients, 0 of them copied" in capsys.readouterr().out
     assert regrad("restore", tmp_path / "s", "--data-dir", tmp_path / "elsewhere") == 0
