@@ -26,7 +26,10 @@ async def work_until_killed(
     seconds: float | None,
     target: Path,
 ) -> bool:
-    """Loads the bank, has it write snapshots to ``target``, and kills it after ``seconds`` (None: it kills itself). False: it did not, and was killed."""
+    """Loads the bank, has it write snapshots to ``target``, and kills it after ``seconds``.
+
+    None: it kills itself; false where it did not, and was killed.
+    """
     async with Client(process.address.target) as client:
         tasks = [
             asyncio.create_task(_write(client, name, model, verdict, random.Random(generator.random())))
