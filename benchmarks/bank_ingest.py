@@ -4,8 +4,8 @@
 
 Both are told of a gradient when it would survive a crash. The bank gets it by gRPC, verifies it, stores it with its
 document's text and embedding (given, not computed), commits the catalog and acknowledges; the files are written to a
-temporary name, fsynced, renamed, and their folder is fsynced, as many threads at once as the bank has streams. They take
-turns on the same disk; a repeat's ratio is bank MB/s over file MB/s. Text embeddings and gradients are random.
+temporary name, fsynced, renamed, and their folder is fsynced, as many threads at once as the bank has streams. They
+take turns on the same disk; a repeat's ratio is bank MB/s over file MB/s. Embeddings and gradients are random.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ def main() -> None:
         encoder.spec = spec
         asyncio.run(serve(BankConfig(data_dir=args.serve), encoder, embedder=HashEmbedder()))
         return
-    with tempfile.TemporaryDirectory(prefix="ingest-", dir=args.folder) as folder:
-        with _bank(Path(folder, "bank"), args.values) as target:
-            seconds = asyncio.run(_measure(target, Path(folder, "files"), spec, args))
+    with (
+        tempfile.TemporaryDirectory(prefix="ingest-", dir=args.folder) as folder,
+        _bank(Path(folder, "bank"), args.values) as target,
+    ):
+        seconds = asyncio.run(_measure(target, Path(folder, "files"), spec, args))
     record_bytes = len(_records(spec, 1, 0)[0])
     num_bytes = args.documents * record_bytes
     ratios = [files / bank for bank, files in zip(seconds["bank"], seconds["files"], strict=True)]
