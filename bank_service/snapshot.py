@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -26,6 +26,7 @@ from bank_service.snapshot_store import SnapshotStore, open_store
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WORK_FOLDER = "snapshot.new"  # in the bank's folder, while a snapshot is written
 BATCH = 64  # gradients copied between two reports of progress
 
 
@@ -85,9 +86,11 @@ class SnapshotWriter:
         """Takes the catalog as it is now. SnapshotError where ``target`` holds something else; OSError."""
         self._blobs = blobs
         self._store = open_store(target)
-        self._folder = tempfile.TemporaryDirectory(prefix="snapshot-", dir=data_dir)
+        self._folder = data_dir / WORK_FOLDER
+        remove_leftovers(data_dir)
+        self._folder.mkdir(mode=0o700)
         try:
-            self._catalog = Path(self._folder.name, CATALOG_FILE)
+            self._catalog = self._folder / CATALOG_FILE
             copy_catalog(data_dir / CATALOG_FILE, self._catalog)
             self._sizes = gradients_of(self._catalog)
             self._manifest = _describe(self._catalog, self._sizes)
@@ -128,7 +131,7 @@ class SnapshotWriter:
         return self._progress(self._manifest)
 
     def close(self) -> None:
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _progress(self, manifest: Manifest | None = None) -> Progress:
         return Progress(len(self._sizes), self._num_done, self._num_copied, self._copied_bytes, manifest)
@@ -158,6 +161,11 @@ def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
             yield writer.finish()
     finally:
         owner.release()
+
+
+def remove_leftovers(data_dir: Path) -> None:
+    """What a snapshot that was killed left in the bank's folder. No snapshot may be under way."""
+    shutil.rmtree(data_dir / WORK_FOLDER, ignore_errors=True)
 
 
 def blob_name(digest: str) -> str:

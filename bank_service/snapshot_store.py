@@ -11,12 +11,14 @@ from typing import Any, Protocol
 from bank_service.blob_store import fsync_folder
 from bank_service.errors import SnapshotError
 
+_BLOBS = "blobs"  # the one folder in a snapshot
+
 
 class SnapshotStore(Protocol):
     """Files by name (``blobs/ab/cdef…``). OSError, or the object store's own errors, where it fails."""
 
     def sizes(self) -> dict[str, int]:
-        """Name → bytes of all files."""
+        """Name → bytes of all files, and what else is there."""
 
     def read(self, name: str) -> bytes:
         """FileNotFoundError."""
@@ -68,9 +70,16 @@ class FolderStore:
         self._unflushed: set[Path] = set()
 
     def sizes(self) -> dict[str, int]:
-        return {
-            str(path.relative_to(self._root)): path.stat().st_size for path in self._root.rglob("*") if path.is_file()
-        }
+        found: dict[str, int] = {}
+        if self._root.exists():
+            for entry in os.scandir(self._root):
+                if entry.is_dir() and entry.name != _BLOBS:
+                    found[entry.name + "/"] = 0  # somebody's, and not walked through
+                elif entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+            for path in (self._root / _BLOBS).glob("*/*"):
+                found[str(path.relative_to(self._root))] = path.stat().st_size
+        return found
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()

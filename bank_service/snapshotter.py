@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import Executor
 from pathlib import Path, PurePosixPath
+from typing import ParamSpec, TypeVar
 
 from bank_service.config import BankConfig
 from bank_service.errors import DataLossError, InvalidArgumentError, SnapshotError, UnavailableError
-from bank_service.snapshot import Progress, SnapshotWriter
+from bank_service.snapshot import Progress, SnapshotWriter, remove_leftovers
 from bank_service.stores import Stores
 from bank_service.threads import in_thread
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Snapshotter:
@@ -32,6 +37,7 @@ class Snapshotter:
         self._repair = repair
         self._discard = discard
         self._turn = asyncio.Lock()
+        remove_leftovers(config.data_dir)
 
     async def create(self, target: str) -> AsyncGenerator[Progress, None]:
         """Writes a snapshot; the last progress has its manifest.
@@ -56,25 +62,42 @@ class Snapshotter:
 
     async def _write(self, target: str) -> AsyncGenerator[Progress, None]:
         data_dir = self._config.data_dir
-        writer = await in_thread(self._pool, SnapshotWriter, data_dir, self._blobs, target)
+        writer = await self._finished(SnapshotWriter, data_dir, self._blobs, target)
         try:
             for digests in writer.batches():
-                try:
-                    yield await in_thread(self._pool, writer.copy, digests)
-                except DataLossError as error:
-                    if not await self._repair(error.digest):
-                        raise
-                    yield await in_thread(self._pool, writer.copy, digests)
-            yield await in_thread(self._pool, writer.finish)
+                yield await self._copy(writer, digests)
+            yield await self._finished(writer.finish)
         finally:
-            await in_thread(self._pool, writer.close)
+            await self._finished(writer.close)
+
+    async def _copy(self, writer: SnapshotWriter, digests: list[str]) -> Progress:
+        repaired: set[str] = set()
+        while True:
+            try:
+                return await self._finished(writer.copy, digests)
+            except DataLossError as error:
+                # Once each: the document may have got another gradient, which this snapshot's catalog does not know.
+                if error.digest in repaired or not await self._repair(error.digest):
+                    raise
+                repaired.add(error.digest)
+
+    async def _finished(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``step`` in a thread, also waited for where the caller goes: the next snapshot must not meet it."""
+        task = asyncio.ensure_future(in_thread(self._pool, step, *args, **kwargs))
+        try:
+            return await asyncio.shield(task)
+        finally:
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
 
 
 def check_target(config: BankConfig, target: str) -> None:
     """InvalidArgumentError where a caller may not have the bank write there."""
     url = target.removeprefix("file://")
     path = PurePosixPath(url.split("://", 1)[-1])
-    if ("://" not in url and not path.is_absolute()) or ".." in path.parts or not path.parts:
+    is_named = path.is_absolute() and len(path.parts) > 1 if "://" not in url else bool(path.parts)
+    if not is_named or ".." in path.parts:
         raise InvalidArgumentError(
             f"target must be an absolute folder of the bank's machine or a URL, without .., got {target[:200]!r}",
             field="target",
