@@ -38,7 +38,7 @@ def restore(source: str, data_dir: Path) -> Iterator[Progress]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     yield Progress(
-        manifest.numgradients_of, manifest.numgradients_of, manifest.numgradients_of, manifest.gradient_bytes, manifest
+        manifest.num_gradients, manifest.num_gradients, manifest.num_gradients, manifest.gradient_bytes, manifest
     )
 
 

@@ -117,7 +117,8 @@ class FolderStore:
         """The file's place until it is whole; what a killed snapshot left there is gone."""
         path = self._root / name
         if path.parent not in self._unflushed:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # texts are for this user alone
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._unflushed |= {path.parent, path.parent.parent}
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from bank_service.blob_store import BlobStore
 from bank_service.catalog_file import CATALOG_FILE
 from bank_service.errors import SnapshotError
 from bank_service.restore import restore
-from bank_service.snapshot import MANIFEST
+from bank_service.snapshot import MANIFEST, WORK_FOLDER
 from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.load import MAX_HITS
 from benchmarks.crash.model import Content, Model, Verdict, is_right
@@ -83,6 +83,8 @@ async def _check_search(client: Client, alive: dict[str, Any], verdict: Verdict)
 
 async def _check_orphans(client: Client, data_dir: Path, verdict: Verdict) -> None:
     """Sooner or later there is no blob that the catalog does not name; one that is missing was found before."""
+    if (data_dir / WORK_FOLDER).exists():
+        verdict.wrong.append("a snapshot that was killed left its work folder")
     num_gradients = (await client.stats()).num_gradients
     deadline = time.monotonic() + SWEEP_SECONDS
     while (count := len(list((data_dir / "blobs").glob("??/*")))) > num_gradients:

@@ -116,6 +116,7 @@ async def test_a_snapshot_again_copies_what_is_new_and_drops_what_went(
     target = tmp_path / "target"
     digests = await ingested(client, 5)
     assert (await snapshot(client, target)).num_copied == 5
+    assert target.stat().st_mode & 0o077 == 0
     assert (target / "blobs" / digests[0][:2] / digests[0][2:]).samefile(blob(data_dir, digests[0]))
     await client.delete("d0")
     await client.put("new", "something new")
