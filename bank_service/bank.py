@@ -139,6 +139,7 @@ class Bank:
     async def close(self) -> None:
         """Finishes what is under way and closes everything."""
         await self._scrubber.stop()
+        await self._snapshotter.stop()
         await self._background.drain()
         await self._follower.stop()
         await asyncio.to_thread(self._encodes.close)

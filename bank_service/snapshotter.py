@@ -60,6 +60,11 @@ class Snapshotter:
             finally:
                 await self._discard(self._blobs.take_spared())
 
+    async def stop(self) -> None:
+        """Returns when the one under way has ended, as it does with its call. No other may begin."""
+        async with self._turn:
+            pass
+
     async def _write(self, target: str) -> AsyncGenerator[Progress, None]:
         data_dir = self._config.data_dir
         writer = await self._finished(SnapshotWriter, data_dir, self._blobs, target)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from bank_service.config import BankConfig
@@ -99,7 +100,7 @@ async def test_what_goes_during_a_snapshot_is_kept_for_it_and_removed_after_it(
     for number in range(0, 300, 30):
         await client.delete(f"d{number}")
     parts = [first]
-    async for part in call:
+    while (part := await call.read()) is not grpc.aio.EOF:
         parts.append(part)
     assert parts[-1].is_whole and parts[-1].num_gradients == 300
     assert [part.num_done for part in parts] == sorted(part.num_done for part in parts)
@@ -107,6 +108,20 @@ async def test_what_goes_during_a_snapshot_is_kept_for_it_and_removed_after_it(
     assert all(blob(tmp_path / "elsewhere", digest).exists() for digest in digests)
     while sum(blob(data_dir, digest).exists() for digest in digests[::30]):  # the test's own limit ends it
         await client.stats()
+
+
+@pytest.mark.asyncio
+async def test_a_bank_that_stops_ends_a_snapshot_that_nobody_reads_any_more(
+    data_dir: Path, embedder: MiniLmEmbedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = BankConfig(data_dir=data_dir, drain_seconds=0)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await ingested(client, 300)
+        call = client.stub.CreateSnapshot(pb.CreateSnapshotRequest(target=str(tmp_path / "target")))
+        assert not (await call.read()).is_whole
+        await server.stop()
+        assert "failed" not in caplog.text
+    assert not (data_dir / "snapshot.new").exists()
 
 
 @pytest.mark.asyncio
