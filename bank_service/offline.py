@@ -28,8 +28,9 @@ async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None
         redis = EmbeddedRedis(config.data_dir, config.cache_bytes)
         stack.push_async_callback(redis.stop)
         await redis.start()
-        found = embedder or await asyncio.to_thread(MiniLmEmbedder.installed)
-        bank = await Bank.open(config, encoder, found, redis.url, BankMetrics())
+        if embedder is None:
+            embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
+        bank = await Bank.open(config, encoder, embedder, redis.url, BankMetrics())
         stack.push_async_callback(bank.close)
         yield bank
 

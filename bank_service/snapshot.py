@@ -185,10 +185,12 @@ def gradients_of(catalog: Path) -> dict[str, int]:
 
 def _describe(catalog: Path, sizes: dict[str, int]) -> Manifest:
     with closing(sqlite3.connect(catalog)) as connection:
-        row = connection.execute("SELECT uuid, learner_fingerprint, sequence FROM collection").fetchone()
+        (row,) = connection.execute("SELECT uuid, learner_fingerprint, sequence FROM collection")
     return Manifest(
-        FORMAT,
-        *row,
+        format=FORMAT,
+        collection_id=row[0],
+        learner_fingerprint=row[1],
+        sequence=row[2],
         catalog_digest=file_digest(catalog),
         catalog_bytes=catalog.stat().st_size,
         num_gradients=len(sizes),
