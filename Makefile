@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak model redis
+.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest crash-test model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,12 @@ bench-train: .venv/.made model  ## meta-training tasks/s over the loop over task
 
 bench-soak: .venv/.made model  ## memory, files, adapters and base weights over 2,000 requests
 	@$(PY) -m benchmarks.soak $(ARGS)
+
+crash-test: .venv/.made  ## kill -9 of a bank at 350 moments under load, every promise checked after each
+	@$(PY) -m benchmarks.crash $(ARGS)
+
+bench-ingest: .venv/.made  ## durable ingest of gradients against writing the same bytes to files with fsync
+	@$(PY) -m benchmarks.bank_ingest $(ARGS)
 
 bench-identity: .venv/.made model  ## greedy tokens of the server against Hugging Face PEFT, one at a time
 	@$(PY) -m benchmarks.identity $(ARGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,7 +39,11 @@ from bank_service.gradient_cache import GradientCache
 from bank_service.index_follower import IndexFollower
 from bank_service.metrics import BankMetrics
 from bank_service.record_reader import RecordReader
+from bank_service.repair import Repairer
+from bank_service.scrub import Scrubber, ScrubCounts
 from bank_service.searcher import Searcher
+from bank_service.snapshot import Progress
+from bank_service.snapshotter import Snapshotter
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.usearch_index import UsearchIndex
@@ -92,7 +96,6 @@ class Bank:
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
-        self._records = RecordReader(self._stores, self._background, reads, metrics)
         index = UsearchIndex(embedder.dimension)
         self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
         self._searcher = Searcher(catalog, index, self._follower, reads)
@@ -109,6 +112,10 @@ class Bank:
             metrics,
             self._acknowledge,
         )
+        repair = Repairer(self._stores, self._writer, self._background, reads, metrics).repair
+        self._records = RecordReader(self._stores, self._background, reads, metrics, repair)
+        self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
+        self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
 
     @classmethod
     async def open(
@@ -123,6 +130,7 @@ class Bank:
             raise
         bank._searcher.acknowledge(bank._follower.sequence)
         bank._background.run(bank._writer.sweep())
+        bank._scrubber.start()
         if config.redis_url is not None:
             bank._background.run(bank._stores.cache.warn_where_unlimited())
         bank._publish(metrics)
@@ -130,6 +138,8 @@ class Bank:
 
     async def close(self) -> None:
         """Finishes what is under way and closes everything."""
+        await self._scrubber.stop()
+        await self._snapshotter.stop()
         await self._background.drain()
         await self._follower.stop()
         await asyncio.to_thread(self._encodes.close)
@@ -237,6 +247,14 @@ class Bank:
             records = await self._records.read(group)
             for digest in group:
                 yield digest, records[digest]
+
+    def snapshot(self, target: str) -> AsyncGenerator[Progress, None]:
+        """Writes a snapshot of the bank as it is now; see Snapshotter."""
+        return self._snapshotter.create(target)
+
+    async def scrub(self) -> ScrubCounts:
+        """Verifies every gradient and repairs what can be."""
+        return await self._scrubber.run_once()
 
     async def stats(self) -> BankStats:
         def read() -> tuple[Totals, int]:

@@ -33,14 +33,16 @@ class BlobStore:
         self._temporary = folder / "tmp"
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
+        self._num_keeping = 0  # of those who want all records kept
+        self._spared: set[str] = set()  # by sweeps meanwhile
         self._num_temporary = 0
         self._temporary.mkdir(parents=True, exist_ok=True)
         for path in self._temporary.iterdir():
             path.unlink()
         for byte in range(256):
             (folder / f"{byte:02x}").mkdir(exist_ok=True)
-        _fsync(folder)
-        _fsync(folder.parent)
+        fsync_folder(folder)
+        fsync_folder(folder.parent)
 
     @contextlib.contextmanager
     def hold(self, digest: str) -> Iterator[None]:
@@ -54,9 +56,26 @@ class BlobStore:
                 self._held[digest] -= 1
                 self._held += Counter()  # drops the zeros
 
+    @contextlib.contextmanager
+    def keep_all(self) -> Iterator[None]:
+        """No sweep removes anything meanwhile. What they spared is for ``take_spared`` to say, and to sweep anew."""
+        with self._lock:
+            self._num_keeping += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_keeping -= 1
+
+    def take_spared(self) -> set[str]:
+        """What sweeps would have removed and did not, since the last call."""
+        with self._lock:
+            spared, self._spared = self._spared, set()
+            return spared
+
     def put(self, digest: str, record: bytes) -> None:
         """Makes the record durable; free of writes where a sound copy is there. Call it inside ``hold``."""
-        path = self._path(digest)
+        path = self.path(digest)
         if not self.is_sound(digest):
             with self._lock:
                 self._num_temporary += 1
@@ -70,12 +89,12 @@ class BlobStore:
             finally:
                 temporary.unlink(missing_ok=True)
         # Also for a copy that was there: whoever renamed it may not have come to this line yet.
-        _fsync(path.parent)
+        fsync_folder(path.parent)
 
     def get(self, digest: str) -> bytes:
         """The record, checked against its digest. DataLossError where it is missing or corrupt."""
         try:
-            record = self._path(digest).read_bytes()
+            record = self.path(digest).read_bytes()
         except FileNotFoundError:
             raise DataLossError(
                 f"gradient {digest} is missing from the blob store; ingest its document again", digest=digest
@@ -89,7 +108,7 @@ class BlobStore:
     def is_sound(self, digest: str) -> bool:
         """The record is there and matches its digest."""
         try:
-            return record_digest(self._path(digest).read_bytes()) == digest
+            return record_digest(self.path(digest).read_bytes()) == digest
         except FileNotFoundError:
             return False
 
@@ -102,9 +121,13 @@ class BlobStore:
             # is either in the catalog or nobody's.
             with self._lock:
                 idle = [digest for digest in batch if digest not in self._held]
-                for digest in set(idle) - references(idle):
+                unwanted = set(idle) - references(idle)
+                if self._num_keeping:
+                    self._spared |= unwanted
+                    continue
+                for digest in unwanted:
                     with contextlib.suppress(FileNotFoundError):
-                        self._path(digest).unlink()
+                        self.path(digest).unlink()
                         removed += 1
         return removed
 
@@ -114,13 +137,14 @@ class BlobStore:
                 names = [entry.name for entry in entries]
             yield from (f"{byte:02x}{name}" for name in names if _DIGEST.fullmatch(f"{byte:02x}{name}"))
 
-    def _path(self, digest: str) -> Path:
+    def path(self, digest: str) -> Path:
+        """Where the record lies or would. ValueError for a name that is no digest."""
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"digest must be 64 lower-case hex digits, got {digest[:80]!r}")
         return self._folder / digest[:2] / digest[2:]
 
 
-def _fsync(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Makes a folder's entries durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from bank_service.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog_view import CatalogView, collection, documents, metadata, to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult
 from bank_service.errors import CollectionMismatchError, NotFoundError, VersionConflictError
@@ -51,12 +54,16 @@ class Catalog:
     """One collection in one SQLite file. Reads are snapshots; writes are grouped by one thread."""
 
     def __init__(self, path: Path, identity: CollectionIdentity) -> None:
-        """Opens or creates. CollectionMismatchError where the file holds another collection."""
+        """Opens or creates. CollectionMismatchError where the file holds another collection, CatalogDamagedError."""
+        if path.exists():
+            check_catalog(path)
         self._engine = _engine(path)
         try:
             self.collection_id = self._claim(path, identity)  # changes with the file, not with the collection's content
-        except BaseException:
+        except BaseException as error:
             self._engine.dispose()
+            if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
+                raise damaged(path, str(error.orig)) from error
             raise
         self._writer = GroupCommit(self._engine)
 
@@ -85,6 +92,7 @@ class Catalog:
             metadata.create_all(connection)
             row = connection.execute(sa.select(collection)).mappings().one_or_none()
             if row is None:
+                check_not_lost(path)
                 created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
                 connection.execute(sa.insert(collection).values(**created, **wanted))
                 return str(created["uuid"])
@@ -98,17 +106,14 @@ class Catalog:
 
 
 def stored_codec(path: Path) -> str | None:
-    """The codec of the collection in a catalog's file; None where there is none yet."""
-    if not path.exists():
-        return None
-    engine = _engine(path)
+    """The codec of the collection in a catalog's file; None where there is none yet, or none that can be read, which
+    ``Catalog`` then says. Changes nothing."""
     try:
-        with engine.begin() as connection:
-            if not sa.inspect(connection).has_table(collection.name):
-                return None
-            return connection.execute(sa.select(collection.c.codec)).scalar_one_or_none()
-    finally:
-        engine.dispose()
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT codec FROM collection").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])
 
 
 def _engine(path: Path) -> sa.Engine:

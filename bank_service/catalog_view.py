@@ -189,6 +189,23 @@ class CatalogView:
         )
         return {digest: int(size) for digest, size in self._connection.execute(query)}
 
+    def gradients(self, after_digest: str, limit: int) -> dict[str, int]:
+        """digest → bytes of up to ``limit`` after ``after_digest``, in order of digest."""
+        columns = documents.c
+        query = (
+            sa.select(columns.gradient_digest, sa.func.max(columns.gradient_bytes))
+            .where(columns.gradient_digest > after_digest)
+            .group_by(columns.gradient_digest)
+            .order_by(columns.gradient_digest)
+            .limit(limit)
+        )
+        return {digest: int(size) for digest, size in self._connection.execute(query)}
+
+    def owners(self, digest: str, limit: int) -> list[StoredDocument]:
+        """Up to ``limit`` documents that have this gradient."""
+        query = sa.select(documents).where(documents.c.gradient_digest == digest).limit(limit)
+        return [to_stored(row) for row in self._connection.execute(query).mappings()]
+
     def totals(self) -> Totals:
         columns = documents.c
         alive = sa.func.sum(sa.case((columns.deleted, 0), else_=1))

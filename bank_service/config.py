@@ -28,6 +28,8 @@ class BankConfig:
     max_pending_documents: int = 64  # being encoded and stored at once, all streams together
     embed_threads: int = 0  # 0: as many as CPUs, at most 4
     snapshot_every: int = 10_000  # changes between two snapshots of the vector index
+    scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
+    snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
     drain_seconds: float = 10.0  # for calls under way when the bank stops
 
     @property
@@ -59,6 +61,7 @@ class BankConfig:
             ("max_pending_documents", 1, 1024),
             ("embed_threads", 1, 256),
             ("snapshot_every", 1, 2**40),
+            ("scrub_mib_per_second", 0, 2**20),
             ("drain_seconds", 0, 3600),
         ):
             value = getattr(self, name)

@@ -37,8 +37,15 @@ class DataDir:
 
     def claim(self) -> None:
         """Creates the folder where needed. BankInUseError where another bank has it."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (self.path / "lock").open("a+")
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path} must be a folder that this user can write, got {error.strerror}; "
+                "mend that or use another data directory",
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -108,3 +108,11 @@ class CollectionMismatchError(Exception):
 
 class BankInUseError(Exception):
     """Another bank owns the data directory."""
+
+
+class CatalogDamagedError(Exception):
+    """The catalog's file is not whole, so the bank's truth is not known."""
+
+
+class SnapshotError(Exception):
+    """A snapshot that can't be written, or is not whole."""

@@ -27,6 +27,9 @@ class BankMetrics:
         )
         self._swept = Counter("regrad_bank_swept_gradients", "Gradients removed as orphans", registry=self.registry)
         self._data_loss = Counter("regrad_bank_data_loss", "Gradients found missing or corrupt", registry=self.registry)
+        self._repaired = Counter(
+            "regrad_bank_repaired_gradients", "Damaged gradients made again from their text", registry=self.registry
+        )
         self.sequence = Gauge("regrad_bank_sequence", "Last acknowledged change", registry=self.registry)
         self.indexed_sequence = Gauge(
             "regrad_bank_indexed_sequence", "Change that the vector index reflects", registry=self.registry
@@ -51,3 +54,6 @@ class BankMetrics:
 
     def lost(self) -> None:
         self._data_loss.inc()
+
+    def repaired(self) -> None:
+        self._repaired.inc()

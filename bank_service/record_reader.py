@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
 from bank_service.background import Background
@@ -17,13 +17,22 @@ from bank_service.wire.tracing import span
 class RecordReader:
     """Reads records by digest. The catalog says which exist: a deleted document's record is not found anywhere."""
 
-    def __init__(self, stores: Stores, background: Background, pool: Executor, metrics: BankMetrics) -> None:
+    def __init__(
+        self,
+        stores: Stores,
+        background: Background,
+        pool: Executor,
+        metrics: BankMetrics,
+        repair: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        """``repair``: makes a damaged record sound again, where it can."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._cache = stores.cache
         self._background = background
         self._pool = pool
         self._metrics = metrics
+        self._repair = repair
 
     async def check(self, digests: Sequence[str]) -> None:
         """NotFoundError for the first digest that no document has."""
@@ -42,11 +51,19 @@ class RecordReader:
         missing = [digest for digest in wanted if digest not in records]
         if missing:
             with span("blobs.get", num_gradients=len(missing)):
-                read = await asyncio.gather(*(in_thread(self._pool, self._read_blob, digest) for digest in missing))
+                read = await asyncio.gather(*(self._read(digest) for digest in missing))
             fresh = dict(zip(missing, read, strict=True))
             self._background.run(self._cache.put(fresh))
             records.update(fresh)
         return records
+
+    async def _read(self, digest: str) -> bytes:
+        try:
+            return await in_thread(self._pool, self._read_blob, digest)
+        except DataLossError:
+            if not await self._repair(digest):
+                raise
+        return await in_thread(self._pool, self._read_blob, digest)
 
     def _read_blob(self, digest: str) -> bytes:
         try:

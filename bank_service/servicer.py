@@ -8,7 +8,7 @@ import binascii
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -18,6 +18,7 @@ from bank_service.documents import Document, Outcome, PutResult, Query, QueryRes
 from bank_service.errors import BankError, InternalError, InvalidArgumentError
 from bank_service.ingest_stream import acknowledge_in_order, uploads
 from bank_service.metrics import BankMetrics
+from bank_service.snapshot import Progress
 from bank_service.wire import limits
 from bank_service.wire.codec import max_record_bytes
 from bank_service.wire.errors import abort, status_code
@@ -165,6 +166,12 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                 version=stats.version,
             )
 
+    async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> None:
+        answering = self._answering(context, "CreateSnapshot")
+        async with answering, aclosing(self._bank.snapshot(request.target)) as snapshot:
+            async for progress in snapshot:
+                await context.write(_snapshot_progress(progress))
+
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[None]:
         """Around a call: its span, its metrics, and its errors as statuses."""
@@ -228,6 +235,19 @@ def _found(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
         for hit in result.hits
     ]
     return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
+
+
+def _snapshot_progress(progress: Progress) -> pb.CreateSnapshotResponse:
+    manifest = progress.manifest
+    return pb.CreateSnapshotResponse(
+        num_gradients=progress.num_gradients,
+        num_done=progress.num_done,
+        num_copied=progress.num_copied,
+        copied_bytes=progress.copied_bytes,
+        is_whole=manifest is not None,
+        sequence=manifest.sequence if manifest else 0,
+        catalog_digest=manifest.catalog_digest if manifest else "",
+    )
 
 
 def _token_of_id(id: str) -> str:

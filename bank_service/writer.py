@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +142,11 @@ class Writer:
         if removed:
             self._metrics.swept(removed)
             logger.info("removed %d gradients that no document names (left by a crash)", removed)
+
+    async def discard(self, digests: Iterable[str]) -> None:
+        """Removes those that no document names any more."""
+        for digest in digests:
+            await self._discard(digest)
 
     async def _current(self, document: Document, expected_version: int | None) -> _Standing:
         """What the catalog has of the document now. VersionConflictError, before any work."""

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 def run(args: argparse.Namespace) -> int:
     config = BankConfig(**(defaults() | given(args, BankConfig)))
 
-    from bank_service.errors import BankInUseError, CollectionMismatchError
+    from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
     from bank_service.server import run_bank
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.encoder import GradientEncoder
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     encoder = GradientEncoder.load(model, learner)
     try:
         run_bank(config, encoder, ready=lambda address: say(READY + address.target))
-    except (BankInUseError, CollectionMismatchError) as error:
+    except (BankInUseError, CatalogDamagedError, CollectionMismatchError) as error:
         raise CommandError(str(error)) from error
     return 0
 

@@ -1,4 +1,4 @@
-"""An encoder that needs no model: values drawn from a generator that the text seeds."""
+"""An encoder and an embedder that need no model: values drawn from a generator that the text seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from bank_service.encoder import EncodedDocument
-from bank_service.wire.codec import GradientSpec
+from bank_service.vector_index import unit
+from bank_service.wire.codec import FloatArray, GradientSpec
 
 SHAPES = ((4, 8), (16, 4), (4, 7))  # 124 values: the last int8 block is not full
 MAX_WORDS = 100
@@ -41,3 +42,14 @@ class HashEncoder:
         values = np.random.default_rng(seed).standard_normal(self.spec.num_values).astype(np.float32)
         words = len(text.split())
         return EncodedDocument(values, min(words, MAX_WORDS), words > MAX_WORDS)
+
+
+class HashEmbedder:
+    """The sum of a vector for each word."""
+
+    name = "hash"
+    dimension = 32
+
+    def embed(self, text: str) -> FloatArray:
+        vectors = [np.random.default_rng(list(word.encode())).standard_normal(self.dimension) for word in text.split()]
+        return unit(np.sum(vectors, axis=0).astype(np.float32))

@@ -19,7 +19,7 @@ from bank_service.embedder import MiniLmEmbedder
 from bank_service.gradient_cache import KEY_PREFIX
 from bank_service.server import BankServer
 from bank_service.wire.codec import GradientSpec, record_digest
-from bank_service.wire.errors import DataLossError, NotFoundError
+from bank_service.wire.errors import NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder
@@ -69,27 +69,6 @@ async def test_a_large_record_comes_in_chunks_of_at_most_1_mib(data_dir: Path, e
         hits = (await client.query(text="large", top_k=12, include_gradients=True)).hits
         inline = [bool(hit.gradient) for hit in hits]
         assert inline == [True] * 11 + [False] and hits[11].gradient_bytes > 3_000_000
-
-
-@pytest.mark.asyncio
-async def test_a_missing_or_corrupt_blob_is_a_data_loss_that_names_the_digest_and_ingesting_again_heals_it(
-    server: BankServer, client: Client, data_dir: Path
-) -> None:
-    missing, corrupt, fine = await ingested(client, 3)
-    await _flush(server)
-    blob(data_dir, missing).unlink()
-    blob(data_dir, corrupt).write_bytes(b"x" * 300)
-    for digest, id in ((missing, "d0"), (corrupt, "d1")):
-        error = await client.refused(client.fetch([fine, digest]), DataLossError)
-        assert error.digest == digest
-        error = await client.refused(client.query(document_ids=[id], include_gradients=True), DataLossError)
-        assert error.digest == digest
-    await whole(client, [fine])
-    for number, digest in enumerate((missing, corrupt)):
-        put = await client.put(f"d{number}", f"text number {number}")
-        assert (put.version, put.gradient_digest) == (1, digest)
-    await _flush(server)
-    await whole(client, [missing, corrupt, fine])
 
 
 @pytest.mark.asyncio

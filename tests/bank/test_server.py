@@ -91,12 +91,12 @@ async def test_another_learners_bank_is_not_opened_and_both_fingerprints_are_nam
 @pytest.mark.asyncio
 async def test_a_collection_keeps_its_codec_without_being_told(data_dir: Path, embedder: MiniLmEmbedder) -> None:
     for codec in ("lowrank64", None):
-        async with BankServer(BankConfig(data_dir=data_dir, codec=codec), HashEncoder(), embedder) as server:
-            async with Client(server.address.target) as client:
-                stored = await client.put(f"made with {codec}", f"a text for {codec}")
-                assert (await client.stats()).codec == "lowrank64"
-                ((_, record),) = await client.fetch([stored.gradient_digest])
-                assert read_header(record).codec == "lowrank64"
+        config = BankConfig(data_dir=data_dir, codec=codec)
+        async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+            stored = await client.put(f"made with {codec}", f"a text for {codec}")
+            assert (await client.stats()).codec == "lowrank64"
+            ((_, record),) = await client.fetch([stored.gradient_digest])
+            assert read_header(record).codec == "lowrank64"
 
 
 @pytest.mark.asyncio

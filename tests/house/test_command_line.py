@@ -30,7 +30,20 @@ def test_help_loads_neither_torch_nor_vllm_nor_grpc() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stderr == "[]"
-    for command in ("demo", "bank", "serve", "ingest", "query", "delete", "stats", "export", "model", "train", "eval"):
+    for command in (
+        "demo",
+        "bank",
+        "snapshot",
+        "restore",
+        "scrub",
+        "serve",
+        "ingest",
+        "query",
+        "delete",
+        "stats",
+        "export",
+        "train",
+    ):
         assert re.search(rf"^\s+{command}\s", result.stdout, re.MULTILINE), f"{command} is not in the help"
 
 

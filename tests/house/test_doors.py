@@ -26,7 +26,15 @@ FORBIDDEN = {
 }
 # What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
 OPEN_TO_ALL = ("bank_service.wire", "bank_service.encoder", "bank_service.embedder", "bank_service.errors")
-OPEN_TO_COMMAND_LINE = ("bank_service.config", "bank_service.documents", "bank_service.server")
+OPEN_TO_COMMAND_LINE = (
+    "bank_service.config",
+    "bank_service.data_dir",
+    "bank_service.documents",
+    "bank_service.offline",
+    "bank_service.restore",
+    "bank_service.server",
+    "bank_service.snapshot",
+)
 
 
 def _imports(path: Path) -> Iterator[str]:

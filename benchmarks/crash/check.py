@@ -1,0 +1,113 @@
+"""What must hold of a bank that was started after a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from bank_service.blob_store import BlobStore
+from bank_service.catalog_file import CATALOG_FILE
+from bank_service.errors import SnapshotError
+from bank_service.restore import restore
+from bank_service.snapshot import MANIFEST, WORK_FOLDER
+from bank_service.wire.errors import BankError, NotFoundError
+from benchmarks.crash.load import MAX_HITS
+from benchmarks.crash.model import Content, Model, Verdict, is_right
+from tests.bank.client import Client
+
+SWEEP_SECONDS = 20  # the sweep runs beside the first calls
+
+
+async def check(client: Client, data_dir: Path, models: dict[str, Model], verdict: Verdict) -> None:
+    """The bank's state is one that the models allow; then the models know it."""
+    alive: dict[str, Any] = {}
+    for model in models.values():
+        for id in model.states:
+            answer = await _check_one(client, id, model, verdict)
+            if answer is not None:
+                alive[id] = answer
+    await _check_gradients(client, alive, verdict)
+    await _check_search(client, alive, verdict)
+    stats = await client.stats()
+    newest = max((model.sequence for model in models.values()), default=0)
+    if not newest <= stats.sequence == stats.indexed_sequence or stats.num_documents != len(alive):
+        verdict.wrong.append(f"{len(alive)} documents, sequence {newest} acknowledged, but stats are {stats}")
+    await _check_orphans(client, data_dir, verdict)
+
+
+async def _check_one(client: Client, id: str, model: Model, verdict: Verdict) -> Any:
+    """The bank's answer for a document that is there."""
+    states = model.states[id]
+    answer, content = None, None
+    try:
+        answer = await client.get(id)
+        content = Content.of(answer.document)
+        if answer.version < model.versions.get(id, 0):
+            verdict.lost.append(f"{id}: version {answer.version}, acknowledged was {model.versions[id]}")
+        model.versions[id] = answer.version
+    except NotFoundError:
+        pass
+    if content not in states:
+        half = content is not None and any(state is not None and state.text == content.text for state in states)
+        found = f"{id} is {content}, acknowledged or sent were {states}"
+        (verdict.wrong if half else verdict.lost).append(found)
+    model.states[id] = [content]
+    return answer
+
+
+async def _check_gradients(client: Client, alive: dict[str, Any], verdict: Verdict) -> None:
+    for id, answer in alive.items():
+        digest = answer.gradient_digest
+        try:
+            ((_, record),) = await client.fetch([digest])
+        except BankError as error:
+            verdict.lost.append(f"{id}: its gradient is not there: {error}")
+            continue
+        if not is_right(digest, record, answer.document.title, answer.document.text):
+            verdict.wrong.append(f"{id}: a gradient that its text does not give")
+
+
+async def _check_search(client: Client, alive: dict[str, Any], verdict: Verdict) -> None:
+    listed = {entry.id: entry.version for entry in (await client.list(page_size=1000)).documents}
+    found = {hit.id: hit.version for hit in (await client.query(text="says", top_k=MAX_HITS)).hits}
+    wanted = {id: answer.version for id, answer in alive.items()}
+    for name, got in (("a list", listed), ("a search", found)):
+        if got != wanted:
+            verdict.wrong.append(f"{name} must have {wanted}, got {got}")
+
+
+async def _check_orphans(client: Client, data_dir: Path, verdict: Verdict) -> None:
+    """Sooner or later there is no blob that the catalog does not name; one that is missing was found before."""
+    if (data_dir / WORK_FOLDER).exists():
+        verdict.wrong.append("a snapshot that was killed left its work folder")
+    num_gradients = (await client.stats()).num_gradients
+    deadline = time.monotonic() + SWEEP_SECONDS
+    while (count := len(list((data_dir / "blobs").glob("??/*")))) > num_gradients:
+        if time.monotonic() > deadline:
+            verdict.wrong.append(f"{count} blobs for {num_gradients} gradients, {SWEEP_SECONDS} s after the start")
+            return
+        await asyncio.sleep(0.02)
+
+
+def check_snapshot(target: Path, verdict: Verdict) -> None:
+    """What lies at the target is a whole snapshot, whatever became of the last one; or none was finished yet."""
+    if not (target / MANIFEST).exists():
+        return
+    with tempfile.TemporaryDirectory(prefix="restored-", dir=target.parent) as folder:
+        restored = Path(folder, "bank")
+        try:
+            list(restore(str(target), restored))
+        except (SnapshotError, OSError) as error:
+            verdict.wrong.append(f"a snapshot that says it is whole can't be restored: {error}")
+            return
+        blobs = BlobStore(restored / "blobs")
+        with closing(sqlite3.connect(restored / CATALOG_FILE)) as catalog:
+            rows = catalog.execute("SELECT id, title, text, gradient_digest FROM documents WHERE NOT deleted")
+            for id, title, text, digest in rows:
+                if not is_right(digest, blobs.get(digest), title, text):
+                    verdict.wrong.append(f"{id} in a snapshot: a gradient that its text does not give")

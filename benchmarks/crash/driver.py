@@ -1,0 +1,76 @@
+"""Kill, restart, check; again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.crash.check import check, check_snapshot
+from benchmarks.crash.load import work_until_killed
+from benchmarks.crash.model import Model, Verdict
+from benchmarks.crash.process import END_SECONDS, Nursery, Process, end, has_ended
+from tests.bank.client import Client
+from tests.bank.faults import POINTS, Fault
+
+NUM_WRITERS = 8
+LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment
+LONGEST_START_SECONDS = 0.5
+MAX_PASSES = 8  # of a fault's point before the bank dies there
+RARE = tuple(point for point in POINTS if "snapshot" in point)
+WORK, START = "at work", "while it starts"  # kills at a random moment
+
+
+@dataclass(slots=True)
+class Run:
+    """What was done, and what it showed."""
+
+    models: dict[str, Model]
+    verdict: Verdict = field(default_factory=Verdict)
+    kills: dict[str, int] = field(default_factory=dict)  # when → how many
+
+    @property
+    def num_acknowledged(self) -> int:
+        return sum(model.num_acknowledged for model in self.models.values())
+
+
+async def kill_again_and_again(
+    nursery: Nursery,
+    data_dir: Path,
+    kills: Sequence[str],
+    generator: random.Random,
+    plant: str | None = None,
+    progress: Callable[[Run], None] = lambda _: None,
+) -> Run:
+    """A kill for each of ``kills``, WORK, START or a point of ``tests.bank.faults``, with a check after each."""
+    target = data_dir.parent / "snapshot"
+    run = Run({f"writer{number}": Model() for number in range(NUM_WRITERS)})
+    for kill in kills:
+        if kill == START:
+            handle = await asyncio.to_thread(nursery.fork, data_dir, None, plant)
+            await asyncio.sleep(generator.uniform(0, LONGEST_START_SECONDS))
+            await asyncio.to_thread(end, handle)
+        else:
+            fault = Fault(kill, 1 if kill in RARE else generator.randint(1, MAX_PASSES)) if kill in POINTS else None
+            process = await asyncio.to_thread(nursery.start, data_dir, fault, plant)
+            async with Client(process.address.target) as client:
+                await check(client, data_dir, run.models, run.verdict)
+            seconds = None if fault else generator.uniform(0.02, LONGEST_WORK_SECONDS)
+            if not await work_until_killed(process, run.models, run.verdict, generator, seconds, target):
+                raise RuntimeError(f"the bank must come to its fault {kill!r}, it did not in time")
+            await asyncio.to_thread(_check_children, process, run.verdict)
+            await asyncio.to_thread(check_snapshot, target, run.verdict)
+        run.kills[kill] = run.kills.get(kill, 0) + 1
+        progress(run)
+    process = await asyncio.to_thread(nursery.start, data_dir, None, plant)
+    async with Client(process.address.target) as client:
+        await check(client, data_dir, run.models, run.verdict)
+    return run
+
+
+def _check_children(process: Process, verdict: Verdict) -> None:
+    ended = [has_ended(child, END_SECONDS, is_zombie_enough=True) for child in process.children]
+    if not ended or not all(ended):
+        verdict.wrong.append("the embedded Redis server must run with its bank and end with it")

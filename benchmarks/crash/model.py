@@ -1,0 +1,54 @@
+"""What the bank may hold, as its clients know it; and the record that each document must have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bank_service.wire.codec import encode_gradient, record_digest
+from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.hash_encoder import HashEncoder, spec_of
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A document's content. All of it is drawn anew with ``text`` but ``note``, which may change alone."""
+
+    title: str
+    text: str
+    note: str
+
+    @classmethod
+    def of(cls, document: pb.Document) -> Content:
+        return cls(document.title, document.text, document.metadata["note"])
+
+    def document(self, id: str) -> pb.Document:
+        return pb.Document(id=id, title=self.title, text=self.text, metadata={"note": self.note})
+
+
+def record_of(title: str, text: str) -> bytes:
+    """The gradient record of a document, uploaded or made by the bank: both are of the same encoder."""
+    return encode_gradient(HashEncoder().encode([(title, text)])[0].values, spec_of(), "int8")
+
+
+def is_right(digest: str, record: bytes, title: str, text: str) -> bool:
+    """The record is what the document's encoder gives, and has the digest that it goes by."""
+    return record == record_of(title, text) and record_digest(record) == digest
+
+
+@dataclass(slots=True)
+class Model:
+    """What one writer knows of its documents. Nobody else writes them."""
+
+    # id → states that the bank may be in; the first is the last one acknowledged. None: no such document.
+    states: dict[str, list[Content | None]] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)  # the last one acknowledged or seen
+    sequence: int = 0  # of the last change acknowledged
+    num_acknowledged: int = 0
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What went against the promises."""
+
+    lost: list[str] = field(default_factory=list)  # acknowledged, and not there
+    wrong: list[str] = field(default_factory=list)  # everything else

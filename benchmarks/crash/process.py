@@ -1,0 +1,122 @@
+"""Bank processes that can be killed, on one folder after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from bank_service.data_dir import ADDRESS_FILE, BankAddress, read_address
+from tests.bank.faults import Fault
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 60
+END_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A running bank."""
+
+    handle: psutil.Process
+    address: BankAddress
+    children: list[psutil.Process]  # its Redis server
+
+    def arm(self) -> None:
+        """From now on its fault is there."""
+        self.handle.send_signal(signal.SIGUSR1)
+
+    def wait(self, seconds: float) -> bool:
+        """It has ended by itself, at once or within ``seconds``."""
+        return has_ended(self.handle, seconds)
+
+
+def end(handle: psutil.Process) -> None:
+    """Kills a process without a chance to say goodbye."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        handle.send_signal(signal.SIGKILL)
+    has_ended(handle, END_SECONDS)
+
+
+def has_ended(handle: psutil.Process, seconds: float, *, is_zombie_enough: bool = False) -> bool:
+    """Within ``seconds``. A zombie may still have threads, and the locks of its files; nobody may ever reap it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if handle.status() == psutil.STATUS_ZOMBIE and is_zombie_enough:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+
+
+class Nursery:
+    """Forks banks from a process that has imported everything and started nothing."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._started: list[psutil.Process] = []
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "tests.bank.bank_nursery"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for process in self._started:
+            end(process)
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        self._popen.stdin.close()
+        self._popen.wait(20)
+        self._popen.stdout.close()
+
+    def fork(self, data_dir: Path, fault: Fault | None = None, plant: str | None = None) -> psutil.Process:
+        """A bank that starts. The fault waits for ``arm``."""
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        asked = None if fault is None else {"point": fault.point, "passes": fault.passes}
+        order = {"data_dir": str(data_dir), "log": str(self._log), "fault": asked, "plant": plant}
+        self._popen.stdin.write(json.dumps(order) + "\n")
+        self._popen.stdin.flush()
+        handle = psutil.Process(int(self._popen.stdout.readline()))
+        self._started = [process for process in self._started if process.is_running()]
+        self._started.append(handle)
+        return handle
+
+    def start(self, data_dir: Path, fault: Fault | None = None, plant: str | None = None) -> Process:
+        """A bank that answers. RuntimeError with the end of its log where it doesn't come up."""
+        handle = self.fork(data_dir, fault, plant)
+        deadline = time.monotonic() + START_SECONDS
+        while not _is_announced(data_dir, handle.pid):
+            if not handle.is_running() or time.monotonic() > deadline:
+                raise RuntimeError(f"the bank must start, got: {self._log.read_text()[-3000:]}")
+            time.sleep(0.01)
+        address = read_address(data_dir)
+        assert address is not None
+        return Process(handle, address, handle.children(recursive=True))
+
+
+def _is_announced(data_dir: Path, pid: int) -> bool:
+    try:
+        return bool(json.loads((data_dir / ADDRESS_FILE).read_text())["pid"] == pid)
+    except FileNotFoundError:
+        return False

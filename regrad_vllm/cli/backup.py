@@ -1,0 +1,148 @@
+"""What keeps a bank's documents: `regrad snapshot`, `regrad restore`, `regrad scrub`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bank_service.config import BankConfig
+from regrad_vllm.cli.bank import defaults
+from regrad_vllm.cli.connection import connect
+from regrad_vllm.cli.console import CommandError, count, note, say
+
+if TYPE_CHECKING:
+    from bank_service.snapshot import Progress
+
+_SNAPSHOT = """A snapshot of a whole bank, while it runs: one consistent state of its catalog and every gradient that it
+names, to a folder or to a URL that fsspec can open (s3://… with the package s3fs, …). Again to the same target, it
+copies only what is new. Until it is whole, the snapshot before stays what is restored."""
+_RESTORE = """A new bank's folder out of a snapshot, every byte verified by its digest; all of it or nothing."""
+_SCRUB = """Reads every gradient of a bank that does not run, and makes damaged ones again from the texts of their
+documents. Gradients that were uploaded can't be made again: they are counted as lost. A bank that runs mends what it
+meets, and with --scrub-mib-per-second looks for it."""
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    parser = commands.add_parser("snapshot", help="a copy of a whole bank, while it runs", description=_SNAPSHOT)
+    parser.add_argument("target", metavar="TARGET", help="folder or URL, as the bank's machine has it")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--data-dir", type=Path, help=f"a bank's folder ({_data_dir()})")
+    where.add_argument("--bank", metavar="HOST:PORT", help="a running bank, instead")
+    parser.set_defaults(run=_snapshot)
+    parser = commands.add_parser("restore", help="a bank out of a snapshot", description=_RESTORE)
+    parser.add_argument("source", metavar="SOURCE", help="folder or URL of a snapshot")
+    parser.add_argument("--data-dir", type=Path, default=_data_dir(), help="absent or empty (%(default)s)")
+    parser.set_defaults(run=_restore)
+    parser = commands.add_parser("scrub", help="verify and mend a bank's gradients", description=_SCRUB)
+    parser.add_argument("--data-dir", type=Path, default=_data_dir(), help="a bank's folder (%(default)s)")
+    parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
+    parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
+    parser.set_defaults(run=_scrub)
+
+
+def _snapshot(args: argparse.Namespace) -> int:
+    from bank_service.data_dir import read_address
+    from bank_service.errors import BankInUseError
+    from bank_service.snapshot import snapshot_folder
+
+    target = _absolute(args.target)
+    if args.bank is not None:
+        _online(args.bank, target)
+        return 0
+    data_dir = (args.data_dir or _data_dir()).absolute()
+    try:
+        last = _followed(snapshot_folder(data_dir, target))
+    except BankInUseError as error:
+        # Asked in this order because a bank that was killed leaves its address behind, but not its lock.
+        running = read_address(data_dir)
+        if running is None:
+            raise CommandError(f"{error}; it is starting, try again when it is ready") from error
+        _online(running.target, target)
+        return 0
+    _report(target, last.num_copied, last.num_gradients, last.manifest.sequence if last.manifest else 0)
+    return 0
+
+
+def _online(address: str, target: str) -> None:
+    from bank_service.wire.generated import bank_pb2 as pb
+
+    last = pb.CreateSnapshotResponse()
+    with connect(address) as stub:
+        for part in stub.CreateSnapshot(pb.CreateSnapshotRequest(target=target)):
+            _note_progress(last.num_done, part.num_done, part.num_gradients)
+            last = part
+    if not last.is_whole:
+        raise CommandError(f"the snapshot at {target} must be whole, the bank ended before it was; try again")
+    _report(target, last.num_copied, last.num_gradients, last.sequence)
+
+
+def _report(target: str, num_copied: int, num_gradients: int, sequence: int) -> None:
+    say(f"{target}: snapshot at change {sequence:,}, {count(num_gradients, 'gradient')}, {num_copied:,} of them copied")
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from bank_service.restore import restore
+
+    data_dir = args.data_dir.absolute()
+    last = _followed(restore(_absolute(args.source), data_dir))
+    assert last.manifest is not None
+    say(
+        f"{data_dir}: restored at change {last.manifest.sequence:,}, {count(last.num_gradients, 'gradient')}; "
+        f"start it with `regrad bank --data-dir {data_dir}`"
+    )
+    return 0
+
+
+def _scrub(args: argparse.Namespace) -> int:
+    from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
+    from bank_service.offline import scrub
+    from regrad_vllm.default_model import resolve_model, shipped_learner
+    from regrad_vllm.encode.encoder import GradientEncoder
+
+    config = BankConfig(data_dir=args.data_dir)
+    if not config.data_dir.is_dir():
+        raise CommandError(
+            f"{config.data_dir} must be the folder of a bank, it does not exist; name it with --data-dir"
+        )
+    encoder = GradientEncoder.load(resolve_model(args.model), args.learner or shipped_learner())
+    try:
+        counts = asyncio.run(scrub(config, encoder))
+    except (BankInUseError, CatalogDamagedError, CollectionMismatchError) as error:
+        raise CommandError(str(error)) from error
+    say(
+        f"{config.data_dir}: {count(counts.num_gradients, 'gradient')} read, {counts.num_repaired:,} made again, "
+        f"{counts.num_lost:,} lost"
+    )
+    return 1 if counts.num_lost else 0
+
+
+def _followed(steps: Iterator[Progress]) -> Progress:
+    """The last of ``steps``. CommandError where there is none to come."""
+    from bank_service.errors import CatalogDamagedError, SnapshotError
+
+    last: Progress | None = None
+    try:
+        for step in steps:
+            _note_progress(last.num_done if last else 0, step.num_done, step.num_gradients)
+            last = step
+    except (CatalogDamagedError, SnapshotError) as error:
+        raise CommandError(str(error)) from error
+    assert last is not None
+    return last
+
+
+def _note_progress(before: int, done: int, total: int) -> None:
+    """A line at each tenth."""
+    if total and done * 10 // total > before * 10 // total:
+        note(f"{done:,} of {total:,} gradients")
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).absolute())
+
+
+def _data_dir() -> Path:
+    return Path(defaults()["data_dir"])

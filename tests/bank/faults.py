@@ -1,0 +1,128 @@
+"""Deaths at chosen places of a bank process, and bugs planted in one. Patches for processes of tests alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import bank_service.blob_store
+import bank_service.catalog
+import bank_service.usearch_index
+from bank_service.blob_store import BlobStore
+from bank_service.catalog import Catalog
+from bank_service.encoder import EncodedDocument
+from bank_service.gradient_cache import GradientCache
+from bank_service.group_commit import GroupCommit
+from bank_service.searcher import Searcher
+from bank_service.snapshot import SnapshotWriter
+from bank_service.snapshot_store import FolderStore
+from bank_service.usearch_index import UsearchIndex
+from bank_service.writer import Writer
+from tests.bank.hash_encoder import HashEncoder
+
+# Where → what is called there.
+POINTS: dict[str, tuple[Any, str]] = {
+    "in the write of a blob": (bank_service.blob_store, "os.fsync"),
+    "before a blob gets its name": (bank_service.blob_store, "os.replace"),
+    "between blob and catalog": (Catalog, "put"),
+    "in a transaction of the catalog": (bank_service.catalog, "_next_sequence"),
+    "between commit and acknowledgement": (Searcher, "acknowledge"),
+    "in a deletion": (Catalog, "delete"),
+    "at the start of an index snapshot": (UsearchIndex, "save"),
+    "between the old and the new index snapshot": (bank_service.usearch_index, "os.replace"),
+    "in a sweep, before anything is removed": (Writer, "_references"),
+    "after a sweep, before the cache": (GradientCache, "remove"),
+    "in a bank snapshot": (SnapshotWriter, "copy"),
+    "before a bank snapshot's manifest": (FolderStore, "write"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The process kills itself when it comes to ``point`` for the ``passes``-th time."""
+
+    point: str
+    passes: int = 1
+
+    def arm(self) -> None:
+        owner, name = POINTS[self.point]
+        if name.startswith("os."):
+            name = name.removeprefix("os.")
+            owner.os = owner = _Proxy(owner.os)
+        setattr(owner, name, self._dying(getattr(owner, name)))
+
+    def _dying(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        left = self.passes
+        lock = threading.Lock()
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            with lock:
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+class _Proxy:
+    """A module as one other module sees it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def plant(bug: str, encoder: HashEncoder) -> None:
+    """Puts one of ``BUGS`` into this process."""
+    BUGS[bug](encoder)
+
+
+def _acknowledge_early(_: HashEncoder) -> None:
+    def commit(self: GroupCommit, batch: list[tuple[Callable[[Any], Any], Any]]) -> None:
+        with self._engine.begin() as connection:
+            for operation, future in batch:
+                try:
+                    with connection.begin_nested():
+                        result = operation(connection)
+                except Exception as error:  # noqa: BLE001 - as the commit itself does
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            time.sleep(0.1)
+
+    GroupCommit._commit = commit  # type: ignore[method-assign]
+
+
+def _commit_before_the_blob(_: HashEncoder) -> None:
+    put = BlobStore.put
+
+    def put_later(self: BlobStore, digest: str, record: bytes) -> None:
+        threading.Timer(0.1, put, (self, digest, record)).start()
+
+    BlobStore.put = put_later  # type: ignore[method-assign]
+
+
+def _give_the_neighbours_gradient(encoder: HashEncoder) -> None:
+    honest = encoder.encode
+
+    def encode(documents: list[tuple[str, str]]) -> list[EncodedDocument]:
+        return honest(documents)[::-1]
+
+    encoder.encode = encode  # type: ignore[method-assign, assignment]
+
+
+BUGS: dict[str, Callable[[HashEncoder], None]] = {
+    "acknowledged before the commit": _acknowledge_early,
+    "committed before the blob is durable": _commit_before_the_blob,
+    "a neighbour's gradient": _give_the_neighbours_gradient,
+}

@@ -1,0 +1,122 @@
+"""Disks that are full, read-only or rotten: a clear error, no half-done write, and everything else goes on."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bank_service.config import BankConfig
+from bank_service.embedder import MiniLmEmbedder
+from bank_service.errors import CatalogDamagedError
+from bank_service.server import BankServer
+from bank_service.wire.errors import UnavailableError
+from tests.bank.client import Client
+from tests.bank.hash_encoder import HashEncoder
+from tests.bank.test_fetch import ingested, whole
+
+DISK_MIB = 4
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of this test's own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, timeout=10).returncode:
+        pytest.skip("mounting a disk needs root and a kernel that lets it")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=10)
+
+
+def fill(disk: Path) -> Path:
+    """Takes all that is free."""
+    filler = disk / "filler"
+    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_refuses_writes_and_serves_reads_and_takes_writes_again_once_there_is_room(
+    disk: Path, embedder: MiniLmEmbedder
+) -> None:
+    config = BankConfig(data_dir=disk / "bank")
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        digests = await ingested(client, 3)
+        filler = fill(disk)
+        error = await client.refused(client.put("new", "a new text " * 2000), UnavailableError)
+        assert "No space left" in error.message or "disk is full" in error.message
+        await whole(client, digests)
+        assert len((await client.query(text="text number", top_k=5)).hits) == 3
+        assert len(list((config.data_dir / "blobs" / "tmp").iterdir())) == 0
+        filler.unlink()
+        put = await client.put("new", "a new text " * 2000)
+        await whole(client, [*digests, put.gradient_digest])
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await whole(client, [*digests, put.gradient_digest])
+
+
+@pytest.mark.asyncio
+async def test_a_catalog_without_room_refuses_the_document_whole(disk: Path, embedder: MiniLmEmbedder) -> None:
+    """There is room for the gradient, but not for the text."""
+    config = BankConfig(data_dir=disk / "bank")
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        digests = await ingested(client, 3)
+        filler = fill(disk)
+        filler.write_bytes(bytes(filler.stat().st_size - 64 * 1024))
+        error = await client.refused(client.put("new", "a new text " * 50_000), UnavailableError)
+        assert "the catalog must be writable" in error.message and "is the disk full?" in error.message
+        assert {entry.id for entry in (await client.list()).documents} == {"d0", "d1", "d2"}
+        filler.unlink()
+        put = await client.put("new", "a new text " * 50_000)
+        assert put.version == 1
+        await whole(client, [*digests, put.gradient_digest])
+
+
+@pytest.mark.asyncio
+async def test_a_folder_on_a_read_only_disk_is_not_opened(disk: Path, embedder: MiniLmEmbedder) -> None:
+    config = BankConfig(data_dir=disk / "bank")
+    async with BankServer(config, HashEncoder(), embedder):
+        pass
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, timeout=10)
+    with pytest.raises(OSError, match="must be a folder that this user can write, got Read-only file system"):
+        await BankServer(config, HashEncoder(), embedder).start()
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwritten(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4096:12288] = b"\xa5" * 8192
+    path.write_bytes(content)
+
+
+CATALOG_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b"") and None,
+    "text": lambda path: path.write_text("this was a database once " * 400) and None,
+    "truncated": truncated,
+    "overwritten": overwritten,
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("damage", CATALOG_DAMAGES)
+async def test_a_damaged_catalog_is_not_opened_and_costs_no_gradient(
+    data_dir: Path, embedder: MiniLmEmbedder, damage: str
+) -> None:
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await ingested(client, 40)
+    CATALOG_DAMAGES[damage](data_dir / "catalog.sqlite")
+    for _ in range(2):  # the refused start changes nothing
+        with pytest.raises(CatalogDamagedError, match=r"catalog.sqlite must be whole.*regrad restore"):
+            await BankServer(config, HashEncoder(), embedder).start()
+    assert len(list((data_dir / "blobs").glob("??/*"))) == 40

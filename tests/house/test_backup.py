@@ -1,0 +1,64 @@
+"""`regrad snapshot` and `regrad restore`, on a bank that runs and on one that doesn't."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from bank_service.config import BankConfig
+from bank_service.data_dir import DataDir
+from bank_service.server import BankServer
+from regrad_vllm.cli import main
+from tests.bank.client import Client
+from tests.bank.hash_encoder import HashEmbedder, HashEncoder
+
+
+def regrad(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.asyncio
+async def test_a_running_banks_snapshot_is_restored_by_one_command_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = BankConfig(data_dir=tmp_path / "bank")
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        await client.ingest({"id": "a", "text": "one"}, {"id": "b", "text": "two"})
+        server_address = server.address
+        assert await asyncio.to_thread(regrad, "snapshot", tmp_path / "s", "--data-dir", config.data_dir) == 0
+        assert "snapshot at change 2, 2 gradients, 2 of them copied" in capsys.readouterr().out
+        await client.put("c", "three")
+        assert await asyncio.to_thread(regrad, "snapshot", tmp_path / "s", "--bank", server.address.target) == 0
+        assert "snapshot at change 3, 3 gradients, 1 of them copied" in capsys.readouterr().out
+        assert await asyncio.to_thread(regrad, "snapshot", tmp_path, "--bank", server.address.target) == 1
+        assert "must be empty or a snapshot of this bank" in capsys.readouterr().err
+    DataDir(config.data_dir).announce(server_address)  # as a bank that was killed leaves it
+    assert regrad("snapshot", tmp_path / "s", "--data-dir", config.data_dir) == 0
+    assert "3 gradients, 0 of them copied" in capsys.readouterr().out
+    assert regrad("restore", tmp_path / "s", "--data-dir", tmp_path / "elsewhere") == 0
+    assert "restored at change 3, 3 gradients" in capsys.readouterr().out
+    config = BankConfig(data_dir=tmp_path / "elsewhere")
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        assert (await client.get("c")).document.text == "three"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["restore", "{tmp}", "--data-dir", "{tmp}/new"], "has no manifest.json"),
+        (["restore", "{tmp}", "--data-dir", "{tmp}"], "must be absent or an empty folder"),
+        (["snapshot", "{tmp}/s", "--data-dir", "{tmp}/nowhere"], "must be the folder of a bank"),
+        (["scrub", "--data-dir", "{tmp}/nowhere"], "must be the folder of a bank"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_that_says_why(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "something").write_text("mine")
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"regrad {arguments[0]}: ") and message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["something"]
