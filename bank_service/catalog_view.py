@@ -204,10 +204,10 @@ class CatalogView:
         alive = sa.func.sum(sa.case((columns.deleted, 0), else_=1))
         spaces = sa.select(columns.namespace, alive).group_by(columns.namespace).order_by(columns.namespace)
         counts = {name: int(count) for name, count in self._connection.execute(spaces)}
-        wanted = columns.gradient_digest.is_not(None)
+        wanted: sa.ColumnElement[bool] = columns.gradient_digest.is_not(None)
         if may_see is not None:
             counts = {name: count for name, count in counts.items() if may_see(name)}
-            wanted &= columns.namespace.in_(list(counts))
+            wanted = wanted & columns.namespace.in_(list(counts))
         each = (
             sa.select(sa.func.max(columns.gradient_bytes).label("size"))
             .where(wanted)
