@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from bank_service.catalog import Catalog, CollectionIdentity
@@ -143,6 +144,5 @@ async def test_requests_in_flight_are_bounded_for_each_namespace(data_dir: Path,
         assert (error.limit, error.namespace) == ("max_namespace_requests", "n") and error.retry_after_ms > 0
         await client.put("a", "others have places of their own", namespace="m")
         await stream.done_writing()
-        async for _ in stream:
-            pass
+        assert await stream.read() is grpc.aio.EOF
         await asyncio.wait_for(client.get("a", "n"), 10)
