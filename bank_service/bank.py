@@ -38,7 +38,8 @@ from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotF
 from bank_service.gradient_cache import GradientCache
 from bank_service.index_follower import IndexFollower
 from bank_service.metrics import BankMetrics
-from bank_service.record_reader import RecordReader
+from bank_service.namespace_limits import LimitsOf, unlimited
+from bank_service.record_reader import MayRead, RecordReader
 from bank_service.repair import Repairer
 from bank_service.scrub import Scrubber, ScrubCounts
 from bank_service.searcher import Searcher
@@ -76,7 +77,13 @@ class Bank:
     """One collection of documents and gradients. Made by ``open``, ended by ``close``."""
 
     def __init__(
-        self, config: BankConfig, encoder: Encoder, embedder: Embedder, cache_url: str, metrics: BankMetrics
+        self,
+        config: BankConfig,
+        encoder: Encoder,
+        embedder: Embedder,
+        cache_url: str,
+        metrics: BankMetrics,
+        limits_of: LimitsOf = unlimited,
     ) -> None:
         """Opens what needs no event loop. CollectionMismatchError where the folder holds another collection."""
         spec = encoder.spec
@@ -92,7 +99,7 @@ class Bank:
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
         )
         reads = self._pools.reads
-        catalog = Catalog(path, self.identity)
+        catalog = Catalog(path, self.identity, limits_of)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
@@ -119,10 +126,16 @@ class Bank:
 
     @classmethod
     async def open(
-        cls, config: BankConfig, encoder: Encoder, embedder: Embedder, cache_url: str, metrics: BankMetrics
+        cls,
+        config: BankConfig,
+        encoder: Encoder,
+        embedder: Embedder,
+        cache_url: str,
+        metrics: BankMetrics,
+        limits_of: LimitsOf = unlimited,
     ) -> Bank:
         """Opens or creates the bank of ``config.data_dir``, which nobody else may have open."""
-        bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics)
+        bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics, limits_of)
         try:
             await bank._follower.start()
         except BaseException:
@@ -224,13 +237,17 @@ class Bank:
             if not query.include_gradients:
                 return result
             try:
-                records = await self._records.read(self._searcher.fitting(result.hits))
+                own = query.namespace.__eq__
+                records = await self._records.read(self._searcher.fitting(result.hits), own)
             except NotFoundError:
                 continue  # a hit was updated or deleted after the search: the next search knows
             return QueryResult(result.hits, records, result.sequence)
 
-    async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
-        """Each digest with its verified record, in the order given. NotFoundError before the first; DataLossError."""
+    async def fetch(self, digests: Sequence[str], may_read: MayRead | None = None) -> AsyncIterator[tuple[str, bytes]]:
+        """Each digest with its verified record, in the order given. NotFoundError before the first; DataLossError.
+
+        ``may_read``: only what a document in a namespace that the caller may read has is there.
+        """
         if not 1 <= len(digests) <= limits.MAX_FETCH_DIGESTS:
             raise InvalidArgumentError(
                 f"digests must be 1..{limits.MAX_FETCH_DIGESTS}, got {len(digests)}", field="digests"
@@ -241,10 +258,10 @@ class Bank:
                     f"digests[{index}] must be 64 lower-case hex digits, got {digest[:80]!r}",
                     field=f"digests[{index}]",
                 )
-        await self._records.check(digests)
+        await self._records.check(digests, may_read)
         for start in range(0, len(digests), FETCH_GROUP):
             group = digests[start : start + FETCH_GROUP]
-            records = await self._records.read(group)
+            records = await self._records.read(group, may_read)
             for digest in group:
                 yield digest, records[digest]
 
@@ -256,10 +273,13 @@ class Bank:
         """Verifies every gradient and repairs what can be."""
         return await self._scrubber.run_once()
 
-    async def stats(self) -> BankStats:
+    async def stats(self, may_see: MayRead | None = None) -> BankStats:
+        """``may_see``: the figures as if the other namespaces were not there, and none of the cache's."""
+
         def read() -> tuple[Totals, int]:
             with self._stores.catalog.view() as view:
-                return view.totals(), view.sequence()
+                totals = view.totals(may_see)
+                return totals, view.sequence() if may_see is None else view.sequence_of(totals.num_documents)
 
         totals, sequence = await in_thread(self._pools.reads, read)
         counts = self._stores.cache.counts
@@ -268,9 +288,9 @@ class Bank:
             totals,
             self.identity,
             sequence,
-            self._follower.sequence,
-            counts.hits,
-            counts.misses,
+            self._follower.sequence if may_see is None else min(sequence, self._follower.sequence),
+            counts.hits if may_see is None else 0,
+            counts.misses if may_see is None else 0,
             available,
             __version__,
         )

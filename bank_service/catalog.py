@@ -26,6 +26,8 @@ from bank_service.catalog_view import CatalogView, collection, documents, metada
 from bank_service.documents import Document, Gradient, Outcome, PutResult
 from bank_service.errors import CollectionMismatchError, NotFoundError, VersionConflictError
 from bank_service.group_commit import GroupCommit
+from bank_service.namespace_limits import LimitsOf, unlimited
+from bank_service.quota import create_counters, enforced
 
 SCHEMA_VERSION = 1
 
@@ -53,8 +55,9 @@ class DeleteResult:
 class Catalog:
     """One collection in one SQLite file. Reads are snapshots; writes are grouped by one thread."""
 
-    def __init__(self, path: Path, identity: CollectionIdentity) -> None:
+    def __init__(self, path: Path, identity: CollectionIdentity, limits_of: LimitsOf = unlimited) -> None:
         """Opens or creates. CollectionMismatchError where the file holds another collection, CatalogDamagedError."""
+        self._limits_of = limits_of
         if path.exists():
             check_catalog(path)
         self._engine = _engine(path)
@@ -79,8 +82,14 @@ class Catalog:
             yield CatalogView(connection)
 
     def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
-        """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``."""
-        return self._writer.submit(lambda connection: _put(connection, document, gradient, expected_version))
+        """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``,
+        QuotaExceededError."""
+
+        def operation(connection: sa.Connection) -> PutResult:
+            with enforced(connection, document.namespace, self._limits_of(document.namespace)):
+                return _put(connection, document, gradient, expected_version)
+
+        return self._writer.submit(operation)
 
     def delete(self, namespace: str, id: str, expected_version: int | None) -> Future[DeleteResult]:
         """Deletes a document. NotFoundError, VersionConflictError."""
@@ -90,6 +99,7 @@ class Catalog:
         wanted = asdict(identity)
         with self._engine.begin() as connection:
             metadata.create_all(connection)
+            create_counters(connection)
             row = connection.execute(sa.select(collection)).mappings().one_or_none()
             if row is None:
                 check_not_lost(path)

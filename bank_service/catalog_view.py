@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -206,18 +206,39 @@ class CatalogView:
         query = sa.select(documents).where(documents.c.gradient_digest == digest).limit(limit)
         return [to_stored(row) for row in self._connection.execute(query).mappings()]
 
-    def totals(self) -> Totals:
+    def gradient_namespaces(self, digests: Sequence[str]) -> dict[str, set[str]]:
+        """digest → the namespaces whose documents have it. At most MAX_VARIABLES digests."""
+        columns = documents.c
+        query = sa.select(columns.gradient_digest, columns.namespace).where(columns.gradient_digest.in_(digests))
+        found: dict[str, set[str]] = {}
+        for digest, namespace in self._connection.execute(query.distinct()):
+            found.setdefault(digest, set()).add(namespace)
+        return found
+
+    def totals(self, may_see: Callable[[str], bool] | None = None) -> Totals:
+        """Of all namespaces, or of those that a caller may see as if there were no others."""
         columns = documents.c
         alive = sa.func.sum(sa.case((columns.deleted, 0), else_=1))
         spaces = sa.select(columns.namespace, alive).group_by(columns.namespace).order_by(columns.namespace)
         counts = {name: int(count) for name, count in self._connection.execute(spaces)}
+        wanted: sa.ColumnElement[bool] = columns.gradient_digest.is_not(None)
+        if may_see is not None:
+            counts = {name: count for name, count in counts.items() if may_see(name)}
+            wanted = wanted & columns.namespace.in_(list(counts))
         each = (
             sa.select(sa.func.max(columns.gradient_bytes).label("size"))
-            .where(columns.gradient_digest.is_not(None))
+            .where(wanted)
             .group_by(columns.gradient_digest)
             .subquery()
         )
         row = self._connection.execute(
             sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
         ).one()
-        return Totals({limits.DEFAULT_NAMESPACE: 0, **counts}, int(row[0]), int(row[1]))
+        default = {limits.DEFAULT_NAMESPACE: 0} if may_see is None or may_see(limits.DEFAULT_NAMESPACE) else {}
+        return Totals({**default, **counts}, int(row[0]), int(row[1]))
+
+    def sequence_of(self, namespaces: Collection[str]) -> int:
+        """Of the last change in these namespaces; 0 where there was none."""
+        columns = documents.c
+        query = sa.select(sa.func.max(columns.sequence)).where(columns.namespace.in_(list(namespaces)))
+        return int(self._connection.execute(query).scalar_one() or 0)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from bank_service.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import CODECS
 
 
@@ -31,6 +32,16 @@ class BankConfig:
     scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
     drain_seconds: float = 10.0  # for calls under way when the bank stops
+    tokens_file: Path | None = None  # who may do what, see `regrad token`; None: everybody may do everything
+    tls_cert: Path | None = None  # PEM, with what is between it and its root; None: no TLS
+    tls_key: Path | None = None  # PEM, of tls_cert
+    tls_client_ca: Path | None = None  # PEM; clients must have a certificate that it signed; None: they need none
+    max_namespace_documents: int = 0  # 0: no limit; the tokens file has limits of single namespaces
+    max_namespace_bytes: int = 0  # texts and gradients; 0: no limit
+    max_namespace_requests: int = 0  # in flight, a stream is one; 0: no limit
+    max_calls: int = 1024  # in progress, of all kinds together; more are refused
+    max_ingests: int = 64  # streams in progress; more are refused
+    max_queries: int = 256  # in progress or waiting; more are refused
 
     @property
     def is_loopback(self) -> bool:
@@ -39,6 +50,17 @@ class BankConfig:
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def missing_protection(self) -> tuple[str, ...]:
+        """What callers from other machines would need and this bank does not have."""
+        has_callers = self.tokens_file is not None or self.tls_client_ca is not None
+        return (*(() if has_callers else ("authentication",)), *(("TLS",) if self.tls_cert is None else ()))
+
+    @property
+    def namespace_limits(self) -> NamespaceLimits:
+        """Of a namespace for which the tokens file has no others."""
+        return NamespaceLimits(self.max_namespace_documents, self.max_namespace_bytes, self.max_namespace_requests)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir).absolute())
@@ -50,6 +72,10 @@ class BankConfig:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
         if self.redis_url is not None and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError(f"redis_url must start with redis://, rediss:// or unix://, got {self.redis_url!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together, got one of them")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca must come with tls_cert and tls_key, got it alone")
         for name, low, high in (
             ("port", 0, 65535),
             ("metrics_port", 0, 65535),
@@ -63,6 +89,12 @@ class BankConfig:
             ("snapshot_every", 1, 2**40),
             ("scrub_mib_per_second", 0, 2**20),
             ("drain_seconds", 0, 3600),
+            ("max_namespace_documents", 0, 2**62),
+            ("max_namespace_bytes", 0, 2**62),
+            ("max_namespace_requests", 0, 2**31),
+            ("max_calls", 1, 2**20),
+            ("max_ingests", 1, 2**20),
+            ("max_queries", 1, 2**20),
         ):
             value = getattr(self, name)
             # Not "value < low": NaN must fail too.

@@ -80,6 +80,44 @@ class LimitExceededError(BankError):
         self.limit = limit  # the limit's name, e.g. "max_message_bytes"
 
 
+class UnauthenticatedError(BankError):
+    """The call has no token, or one that the bank doesn't know."""
+
+
+class PermissionDeniedError(BankError):
+    """The token does not allow this. Says nothing of whether the namespace exists."""
+
+    field_names = ("scope", "namespace")
+
+    def __init__(self, message: str, *, scope: str, namespace: str) -> None:
+        super().__init__(message)
+        self.scope = scope  # that is missing
+        self.namespace = namespace
+
+
+class QuotaExceededError(BankError):
+    """A namespace has all that it may have."""
+
+    field_names = ("limit", "namespace", "retry_after_ms")
+
+    def __init__(self, message: str, *, limit: str, namespace: str, retry_after_ms: int | str = 0) -> None:
+        super().__init__(message)
+        self.limit = limit  # the limit's name, e.g. "max_namespace_documents"
+        self.namespace = namespace
+        self.retry_after_ms = int(retry_after_ms)  # 0: trying again changes nothing
+
+
+class OverloadedError(BankError):
+    """The bank has as much to do as it takes on. Nothing was begun; worth another try."""
+
+    field_names = ("limit", "retry_after_ms")
+
+    def __init__(self, message: str, *, limit: str, retry_after_ms: int | str) -> None:
+        super().__init__(message)
+        self.limit = limit  # the limit's name, e.g. "max_calls"
+        self.retry_after_ms = int(retry_after_ms)
+
+
 class DataLossError(BankError):
     """A stored gradient is missing or corrupt."""
 

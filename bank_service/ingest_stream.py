@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from bank_service.documents import PutResult
@@ -59,11 +59,12 @@ async def _start_all(
 
 
 async def uploads(
-    requests: AsyncIterator[pb.IngestGradientsRequest], max_bytes: int
+    requests: AsyncIterator[pb.IngestGradientsRequest], max_bytes: int, check: Callable[[str], None]
 ) -> AsyncIterator[tuple[pb.IngestGradientsRequest.Header, bytes]]:
     """Each header with its whole record. InvalidArgumentError where parts are missing, too large or out of order.
 
-    Memory grows with the bytes that have come, not with those that were announced.
+    ``check`` is asked for each document's namespace before its record is read. Memory grows with the bytes that have
+    come, not with those that were announced.
     """
     header: pb.IngestGradientsRequest.Header | None = None
     record = bytearray()
@@ -73,6 +74,7 @@ async def uploads(
             if header is not None:
                 yield header, _whole(header, record)
             header, record = request.header, bytearray()
+            check(header.document.namespace)
             _check_size(header, max_bytes)
         elif part == "chunk":
             _append(header, record, request.chunk)

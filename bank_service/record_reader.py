@@ -13,6 +13,8 @@ from bank_service.stores import Stores
 from bank_service.threads import in_thread
 from bank_service.wire.tracing import span
 
+MayRead = Callable[[str], bool]  # whether the caller may read a namespace
+
 
 class RecordReader:
     """Reads records by digest. The catalog says which exist: a deleted document's record is not found anywhere."""
@@ -34,49 +36,52 @@ class RecordReader:
         self._metrics = metrics
         self._repair = repair
 
-    async def check(self, digests: Sequence[str]) -> None:
-        """NotFoundError for the first digest that no document has."""
-        known = await in_thread(self._pool, self._sizes, digests)
+    async def check(self, digests: Sequence[str], may_read: MayRead | None = None) -> None:
+        """NotFoundError for the first digest that no document has, of the namespaces that the caller may read."""
+        known = await in_thread(self._pool, self._known, digests, may_read)
         for digest in digests:
             if digest not in known:
                 raise _not_found(digest)
 
-    async def read(self, digests: Sequence[str]) -> dict[str, bytes]:
+    async def read(self, digests: Sequence[str], may_read: MayRead | None = None) -> dict[str, bytes]:
         """All of ``digests``, each once. NotFoundError; DataLossError names a record that is gone or corrupt."""
         wanted = list(dict.fromkeys(digests))
-        await self.check(wanted)
+        await self.check(wanted, may_read)
         with span("cache.get", num_gradients=len(wanted)) as current:
             records = await self._cache.get(wanted)
             current.set_attribute("num_hits", len(records))
         missing = [digest for digest in wanted if digest not in records]
         if missing:
             with span("blobs.get", num_gradients=len(missing)):
-                read = await asyncio.gather(*(self._read(digest) for digest in missing))
+                read = await asyncio.gather(*(self._read(digest, may_read) for digest in missing))
             fresh = dict(zip(missing, read, strict=True))
             self._background.run(self._cache.put(fresh))
             records.update(fresh)
         return records
 
-    async def _read(self, digest: str) -> bytes:
+    async def _read(self, digest: str, may_read: MayRead | None) -> bytes:
         try:
-            return await in_thread(self._pool, self._read_blob, digest)
+            return await in_thread(self._pool, self._read_blob, digest, may_read)
         except DataLossError:
             if not await self._repair(digest):
                 raise
-        return await in_thread(self._pool, self._read_blob, digest)
+        return await in_thread(self._pool, self._read_blob, digest, may_read)
 
-    def _read_blob(self, digest: str) -> bytes:
+    def _read_blob(self, digest: str, may_read: MayRead | None) -> bytes:
         try:
             return self._blobs.get(digest)
         except DataLossError:
-            if digest not in self._sizes([digest]):  # its document went between the check and the read
+            if digest not in self._known([digest], may_read):  # its document went between the check and the read
                 raise _not_found(digest) from None
             self._metrics.lost()
             raise
 
-    def _sizes(self, digests: Sequence[str]) -> dict[str, int]:
+    def _known(self, digests: Sequence[str], may_read: MayRead | None) -> set[str]:
         with self._catalog.view() as view:
-            return view.gradient_sizes(digests)
+            if may_read is None:
+                return set(view.gradient_sizes(digests))
+            found = view.gradient_namespaces(digests)
+        return {digest for digest, namespaces in found.items() if any(map(may_read, namespaces))}
 
 
 def _not_found(digest: str) -> NotFoundError:

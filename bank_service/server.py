@@ -16,6 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from bank_service.access import Authority
+from bank_service.admission import Admission
 from bank_service.bank import Bank
 from bank_service.config import BankConfig
 from bank_service.data_dir import BankAddress, DataDir
@@ -23,7 +25,10 @@ from bank_service.embedded_redis import EmbeddedRedis
 from bank_service.embedder import Embedder, MiniLmEmbedder
 from bank_service.encoder import Encoder
 from bank_service.metrics import BankMetrics
+from bank_service.namespace_limits import NamespaceLimits
 from bank_service.servicer import BankServicer
+from bank_service.tls import server_credentials
+from bank_service.tokens_file import TokensFile
 from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.tracing import configure_tracing
@@ -50,6 +55,7 @@ class BankServer:
         self._health = health_aio.HealthServicer()
         self._stack = AsyncExitStack()
         self._address: BankAddress | None = None
+        self._tokens: TokensFile | None = None
 
     @property
     def address(self) -> BankAddress:
@@ -85,12 +91,15 @@ class BankServer:
 
     async def _start(self) -> None:
         config = self._config
-        if not config.is_loopback:
+        if not config.is_loopback and config.missing_protection:
             logger.warning(
-                "the bank should listen on loopback, got host %s: it has no authentication or TLS, so whoever reaches "
-                "its port reads and changes everything; let only a private network reach it",
+                "the bank should listen on loopback, got host %s: it has no %s, so whoever reaches its port or its "
+                "network may read and change what it holds; let only a private network reach it",
                 config.host,
+                " or ".join(config.missing_protection),
             )
+        self._tokens = None if config.tokens_file is None else TokensFile(config.tokens_file)
+        credentials = server_credentials(config)
         data_dir = DataDir(config.data_dir)
         await asyncio.to_thread(data_dir.claim)
         self._stack.callback(data_dir.release)
@@ -103,21 +112,29 @@ class BankServer:
         embedder = self._embedder
         if embedder is None:
             embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
-        bank = await Bank.open(config, self._encoder, embedder, cache_url, self._metrics)
+        bank = await Bank.open(config, self._encoder, embedder, cache_url, self._metrics, self._limits_of)
         self._stack.push_async_callback(bank.close)
-        port = await self._listen(bank)
+        port = await self._listen(bank, credentials)
         self._address = BankAddress(config.host, port, self._serve_metrics())
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         data_dir.announce(self._address)
         logger.info("bank of learner %s at %s", self._encoder.spec.fingerprint, self._address.target)
 
-    async def _listen(self, bank: Bank) -> int:
+    def _limits_of(self, namespace: str) -> NamespaceLimits:
+        defaults = self._config.namespace_limits
+        return defaults if self._tokens is None else self._tokens.limits(namespace, defaults)
+
+    async def _listen(self, bank: Bank, credentials: grpc.ServerCredentials | None) -> int:
         options = [*limits.channel_options(), ("grpc.so_reuseport", 0)]  # two servers on one port: an error
         server = grpc.aio.server(options=options)
-        bank_pb2_grpc.add_BankServiceServicer_to_server(BankServicer(bank, self._metrics), server)
+        admission = Admission(self._config, self._limits_of)
+        servicer = BankServicer(bank, self._metrics, Authority(self._tokens), admission)
+        bank_pb2_grpc.add_BankServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
-        port = server.add_insecure_port(BankAddress(self._config.host, self._config.port, None).target)
+        target = BankAddress(self._config.host, self._config.port, None).target
+        # Health and reflection have no check of tokens: they tell nothing of documents.
+        port = server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
         await server.start()
 
         async def drain() -> None:

@@ -9,10 +9,13 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 
+from bank_service.access import ALL_NAMESPACES, Authority, Scope
+from bank_service.admission import Admission, Call
 from bank_service.bank import Bank
 from bank_service.documents import Document, Outcome, PutResult, Query, QueryResult
 from bank_service.errors import BankError, InternalError, InvalidArgumentError
@@ -42,41 +45,47 @@ _OUTCOMES = {
 class BankServicer(bank_pb2_grpc.BankServiceServicer):
     """The bank's methods on the wire. Streams are written to by hand, so that each call stays in one task."""
 
-    def __init__(self, bank: Bank, metrics: BankMetrics) -> None:
+    def __init__(self, bank: Bank, metrics: BankMetrics, authority: Authority, admission: Admission) -> None:
         self._bank = bank
         self._metrics = metrics
+        self._authority = authority
+        self._admission = admission
 
     async def IngestDocuments(
         self, request_iterator: AsyncIterator[pb.IngestDocumentsRequest], context: Context
     ) -> None:
-        async def puts() -> AsyncIterator[Any]:
+        async def puts(call: Call) -> AsyncIterator[Any]:
             async for request in request_iterator:
+                call.check(Scope.WRITE, request.document.namespace)
                 document = _document(request.document)
                 yield self._bank.put(document, _expected_version(request))
 
-        async with self._answering(context, "IngestDocuments"):
-            async for result in acknowledge_in_order(puts(), DOCUMENT_WINDOW):
+        async with self._answering(context, "IngestDocuments") as call:
+            async for result in acknowledge_in_order(puts(call), DOCUMENT_WINDOW):
                 await context.write(_ingested(result))
 
     async def IngestGradients(
         self, request_iterator: AsyncIterator[pb.IngestGradientsRequest], context: Context
     ) -> None:
-        async def puts() -> AsyncIterator[Any]:
-            async for header, record in uploads(request_iterator, max_record_bytes(self._bank.spec)):
+        async def puts(call: Call) -> AsyncIterator[Any]:
+            check = partial(call.check, Scope.WRITE)
+            async for header, record in uploads(request_iterator, max_record_bytes(self._bank.spec), check):
                 document = _document(header.document)
                 yield self._bank.put_gradient(document, record, tuple(header.embedding), _expected_version(header))
 
-        async with self._answering(context, "IngestGradients"):
-            async for result in acknowledge_in_order(puts(), UPLOAD_WINDOW):
+        async with self._answering(context, "IngestGradients") as call:
+            async for result in acknowledge_in_order(puts(call), UPLOAD_WINDOW):
                 await context.write(_ingested(result))
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context) -> pb.DeleteDocumentResponse:
-        async with self._answering(context, "DeleteDocument"):
+        async with self._answering(context, "DeleteDocument") as call:
+            call.check(Scope.WRITE, request.namespace)
             result = await self._bank.delete(request.namespace, request.id, _expected_version(request))
             return pb.DeleteDocumentResponse(version=result.version, sequence=result.sequence)
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: Context) -> pb.GetDocumentResponse:
-        async with self._answering(context, "GetDocument"):
+        async with self._answering(context, "GetDocument") as call:
+            call.check(Scope.READ, request.namespace)
             stored = await self._bank.get(request.namespace, request.id)
             document = stored.document
             response = pb.GetDocumentResponse(
@@ -96,7 +105,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             return response
 
     async def ListDocuments(self, request: pb.ListDocumentsRequest, context: Context) -> pb.ListDocumentsResponse:
-        async with self._answering(context, "ListDocuments"):
+        async with self._answering(context, "ListDocuments") as call:
+            call.check(Scope.READ, request.namespace)
             if request.page_size > limits.MAX_PAGE_SIZE:
                 raise InvalidArgumentError(
                     f"page_size must be at most {limits.MAX_PAGE_SIZE}, got {request.page_size}", field="page_size"
@@ -119,7 +129,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             )
 
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
-        async with self._answering(context, "Query"):
+        async with self._answering(context, "Query") as call:
+            call.check(Scope.READ, request.namespace)
             query = Query(
                 namespace=request.namespace,
                 text=request.text,
@@ -134,8 +145,9 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             return _found(await self._bank.query(query), self._bank.identity.learner_fingerprint)
 
     async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
-        async with self._answering(context, "FetchGradients"):
-            async for digest, record in self._bank.fetch(list(request.digests)):
+        async with self._answering(context, "FetchGradients") as call:
+            may_read = None if call.caller.grant.sees_everything else call.caller.may_read
+            async for digest, record in self._bank.fetch(list(request.digests), may_read):
                 for offset in range(0, len(record), limits.MAX_CHUNK_BYTES):
                     chunk = record[offset : offset + limits.MAX_CHUNK_BYTES]
                     await context.write(
@@ -143,8 +155,9 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                     )
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
-        async with self._answering(context, "GetStats"):
-            stats = await self._bank.stats()
+        async with self._answering(context, "GetStats") as call:
+            may_see = None if call.caller.grant.sees_everything else call.caller.may_read
+            stats = await self._bank.stats(may_see)
             counts = stats.totals.num_documents
             return pb.GetStatsResponse(
                 namespaces=[
@@ -167,19 +180,21 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             )
 
     async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> None:
-        answering = self._answering(context, "CreateSnapshot")
-        async with answering, aclosing(self._bank.snapshot(request.target)) as snapshot:
-            async for progress in snapshot:
-                await context.write(_snapshot_progress(progress))
+        async with self._answering(context, "CreateSnapshot") as call:
+            call.check(Scope.ADMIN, ALL_NAMESPACES)
+            async with aclosing(self._bank.snapshot(request.target)) as snapshot:
+                async for progress in snapshot:
+                    await context.write(_snapshot_progress(progress))
 
     @asynccontextmanager
-    async def _answering(self, context: Context, method: str) -> AsyncIterator[None]:
-        """Around a call: its span, its metrics, and its errors as statuses."""
+    async def _answering(self, context: Context, method: str) -> AsyncIterator[Call]:
+        """Around a call: its caller and its place, its span, its metrics, and its errors as statuses."""
         started = time.monotonic()
         code = grpc.StatusCode.OK
         try:
-            with span(f"bank.{method}", extract(context.invocation_metadata())):
-                yield
+            metadata = context.invocation_metadata()
+            with span(f"bank.{method}", extract(metadata)), self._admission.admitted(method) as place:
+                yield Call(self._authority.caller(metadata), place)
         except BankError as error:
             code = status_code(error)
             if isinstance(error, InternalError):

@@ -23,7 +23,7 @@ from bank_service.documents import (
 )
 from bank_service.embedder import Embedder, embedded_text
 from bank_service.encode_queue import EncodeQueue
-from bank_service.errors import InvalidArgumentError, LearnerMismatchError, UnavailableError
+from bank_service.errors import BankError, InvalidArgumentError, LearnerMismatchError, UnavailableError
 from bank_service.metrics import BankMetrics
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
@@ -185,7 +185,12 @@ class Writer:
     async def _commit(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
-        result = await in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
+        try:
+            result = await in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
+        except BankError:
+            if record is not None:  # written before the catalog refused it: else refused uploads would fill the disk
+                self._background.run(self._discard(gradient.digest))
+            raise
         self._acknowledge(result.stored.sequence)
         if record is not None:
             self._background.run(self._cache.put({gradient.digest: record}))

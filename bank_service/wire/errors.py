@@ -25,6 +25,10 @@ from bank_service.errors import (
     LearnerMismatchError,
     LimitExceededError,
     NotFoundError,
+    OverloadedError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnauthenticatedError,
     UnavailableError,
     VersionConflictError,
 )
@@ -38,10 +42,15 @@ __all__ = [
     "LearnerMismatchError",
     "LimitExceededError",
     "NotFoundError",
+    "OverloadedError",
+    "PermissionDeniedError",
+    "QuotaExceededError",
+    "UnauthenticatedError",
     "UnavailableError",
     "VersionConflictError",
     "abort",
     "from_rpc_error",
+    "retry_after_ms",
     "to_status",
 ]
 
@@ -49,6 +58,7 @@ DOMAIN = "bank.regrad"
 DETAILS_KEY = "grpc-status-details-bin"
 # gRPC's default limit for all metadata is 8 KiB, and details repeat the message.
 MAX_MESSAGE_CHARS = 1000
+_UNAVAILABLE_MS = 200  # before another try
 
 
 def _bad_request(error: InvalidArgumentError) -> Message:
@@ -74,10 +84,24 @@ def _quota_failure(error: LimitExceededError) -> Message:
     return cast(Message, details.QuotaFailure(violations=[violation]))
 
 
+def _namespace_quota(error: QuotaExceededError) -> Message:
+    violation = details.QuotaFailure.Violation(subject=f"namespace:{error.namespace}", description=error.message)
+    return cast(Message, details.QuotaFailure(violations=[violation]))
+
+
 def _retry_info(error: BankError) -> Message:
     info = details.RetryInfo()
-    info.retry_delay.FromMilliseconds(200)
+    info.retry_delay.FromMilliseconds(retry_after_ms(error) or 0)
     return cast(Message, info)
+
+
+def retry_after_ms(error: BankError) -> int | None:
+    """How long to wait before another try; None where one changes nothing."""
+    if isinstance(error, UnavailableError):
+        return _UNAVAILABLE_MS
+    if isinstance(error, OverloadedError | QuotaExceededError):
+        return error.retry_after_ms or None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +118,10 @@ _TABLE = MappingProxyType(
         "VERSION_CONFLICT": _Row(VersionConflictError, grpc.StatusCode.ABORTED),
         "LEARNER_MISMATCH": _Row(LearnerMismatchError, grpc.StatusCode.FAILED_PRECONDITION, _precondition_failure),
         "LIMIT_EXCEEDED": _Row(LimitExceededError, grpc.StatusCode.RESOURCE_EXHAUSTED, _quota_failure),
+        "UNAUTHENTICATED": _Row(UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+        "PERMISSION_DENIED": _Row(PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
+        "QUOTA_EXCEEDED": _Row(QuotaExceededError, grpc.StatusCode.RESOURCE_EXHAUSTED, _namespace_quota),
+        "OVERLOADED": _Row(OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_info),
         "DATA_LOSS": _Row(DataLossError, grpc.StatusCode.DATA_LOSS),
         "UNAVAILABLE": _Row(UnavailableError, grpc.StatusCode.UNAVAILABLE, _retry_info),
         "DEADLINE_EXCEEDED": _Row(DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -116,6 +144,8 @@ def to_status(error: BankError) -> status_pb2.Status:
     status = status_pb2.Status(code=row.code.value[0], message=error.message[:MAX_MESSAGE_CHARS])
     for detail in (row.detail(error),) if row.detail else ():
         status.details.add().Pack(detail)
+    if row.detail is not _retry_info and retry_after_ms(error) is not None:
+        status.details.add().Pack(_retry_info(error))
     status.details.add().Pack(info)
     return status
 
@@ -140,6 +170,8 @@ def from_rpc_error(error: grpc.RpcError) -> BankError:
     message = f"the bank's call failed with {call.code().name}: {call.details()}"
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError(message)
+    if call.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return UnauthenticatedError(message)
     if call.code() is grpc.StatusCode.UNAVAILABLE:
         return UnavailableError(message)
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:

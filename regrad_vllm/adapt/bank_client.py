@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import grpc
 
+from bank_service.wire.channel import BankCredentials, open_aio_channel
 from bank_service.wire.codec import GradientSpec, max_record_bytes, verify_record
 from bank_service.wire.errors import DataLossError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from bank_service.wire.limits import channel_options
 from bank_service.wire.tracing import inject
 
 
@@ -50,11 +50,14 @@ class Query:
 class BankClient:
     """One channel to one bank. Made and used in one event loop."""
 
-    def __init__(self, address: str, spec: GradientSpec, timeout_ms: int) -> None:
+    def __init__(
+        self, address: str, spec: GradientSpec, timeout_ms: int, credentials: BankCredentials | None = None
+    ) -> None:
+        """Without ``credentials``, as the environment says. OSError, ValueError where their files can't be used."""
         self._address = address
         self._spec = spec
         self._timeout_s = timeout_ms / 1000
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self._channel = open_aio_channel(address, credentials)
         self._stub = bank_pb2_grpc.BankServiceStub(self._channel)
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.cli.console import CommandError
@@ -14,13 +16,32 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 50061
 DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"
+_CREDENTIALS = {
+    "token_file": "file with the token for the bank",
+    "ca": "PEM of who signed the bank's certificate, 'system' for the well-known ones; switches TLS on",
+    "cert": "PEM of your certificate, where the bank asks for one",
+    "key": "PEM of its key",
+}
 
 
 def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -> None:
     """--bank and --namespace, for every command that talks to a bank."""
     parser.add_argument("--bank", default=DEFAULT_BANK, metavar="HOST:PORT", help="a running bank (%(default)s)")
+    for name, what in _CREDENTIALS.items():
+        flag = f"--bank-{name.replace('_', '-')}"
+        variable = f"REGRAD_BANK_{name.upper()}"
+        parser.add_argument(
+            flag, action=_Export, const=variable, type=Path, metavar="FILE", help=f"{what} (${variable})"
+        )
     if namespace:
         parser.add_argument("--namespace", default="default", help="whose documents (%(default)s)")
+
+
+class _Export(argparse.Action):
+    """A flag for a variable of the environment, where this process and its children look when they make a channel."""
+
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
+        os.environ[str(self.const)] = str(values)
 
 
 @contextmanager
@@ -28,11 +49,11 @@ def connect(address: str) -> Iterator[Any]:
     """A stub of the bank's service; a failed call inside is a CommandError that says what the bank said."""
     import grpc
 
+    from bank_service.wire.channel import open_channel
     from bank_service.wire.errors import from_rpc_error
     from bank_service.wire.generated.bank_pb2_grpc import BankServiceStub
-    from bank_service.wire.limits import channel_options
 
-    with grpc.insecure_channel(address, options=channel_options()) as channel:
+    with open_channel(address) as channel:
         try:
             yield BankServiceStub(channel)
         except grpc.RpcError as error:

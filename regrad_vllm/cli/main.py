@@ -8,7 +8,20 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from bank_service.errors import BankError
-from regrad_vllm.cli import backup, bank, bench, demo, documents, export, ingest, learning, model, questions, serve
+from regrad_vllm.cli import (
+    backup,
+    bank,
+    bench,
+    demo,
+    documents,
+    export,
+    ingest,
+    learning,
+    model,
+    questions,
+    serve,
+    token,
+)  # fmt: skip
 from regrad_vllm.cli.console import CommandError, note
 
 _INTERRUPTED = 130
@@ -70,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"regrad {_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, bank, backup, serve, ingest, documents, export, model, questions, learning, bench):
+    for module in (demo, bank, token, backup, serve, ingest, documents, export, model, questions, learning, bench):
         module.add(commands)
     return parser
 

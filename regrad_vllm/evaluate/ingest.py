@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bank_service.wire.codec import DEFAULT_CODEC, encode_gradient
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from bank_service.wire.limits import MAX_CHUNK_BYTES, channel_options
+from bank_service.wire.limits import MAX_CHUNK_BYTES
 from regrad_vllm.data.questions import SourceDocument
 from regrad_vllm.learner import Learner
 
@@ -36,9 +36,9 @@ def upload(
     namespace: str,
 ) -> None:
     """Stores documents with deltas that were computed here, int8, one stream. grpc.RpcError where one is refused."""
-    import grpc
+    from bank_service.wire.channel import open_channel
 
-    with grpc.insecure_channel(bank, options=channel_options()) as channel:
+    with open_channel(bank) as channel:
         stub = bank_pb2_grpc.BankServiceStub(channel)
         for _ in stub.IngestGradients(_messages(documents, deltas, learner, namespace)):
             pass

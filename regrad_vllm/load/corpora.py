@@ -11,7 +11,6 @@ from pathlib import Path
 
 from bank_service.wire.errors import NotFoundError
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from bank_service.wire.limits import channel_options
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import Question, SourceDocument, load_documents
@@ -122,9 +121,9 @@ def put(corpus: Corpus, bank: str, learner: Learner, folder: Path) -> Ingested:
 
 def remove(corpus: Corpus, bank: str) -> None:
     """Deletes a corpus's documents again. grpc.RpcError."""
-    import grpc
+    from bank_service.wire.channel import open_channel
 
-    with grpc.insecure_channel(bank, options=channel_options()) as channel:
+    with open_channel(bank) as channel:
         stub = bank_pb2_grpc.BankServiceStub(channel)
         for document in corpus.data.documents:
             stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=corpus.name, id=document.id))

@@ -71,7 +71,7 @@ class RegradEndpoint:
         warn_of_small_budgets(settings, learner, engine_client.vllm_config.scheduler_config.max_num_seqs)
         arena = Arena.open(settings.arena_dir, settings.arena_bytes)
         atexit.register(arena.close)
-        bank = BankClient(settings.bank, learner.spec, settings.bank_timeout_ms)
+        bank = BankClient(settings.bank, learner.spec, settings.bank_timeout_ms, settings.bank_credentials)
         metrics = _metrics()
         models = state.openai_serving_models
         planner = Planner(settings, learner, tuple(path.name for path in models.base_model_paths))

@@ -18,11 +18,14 @@ _MAX_SHOWN_CHARS = 80
 class RequestError(Exception):
     """A request that can't be served with ReGrad."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, *, retry_after_ms: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status  # HTTP
         self.message = message
         self.param = param  # the field at fault
+        self.retry_after_ms = retry_after_ms  # for the header Retry-After
 
     @classmethod
     def bad(cls, field: str, rule: str, got: object) -> RequestError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -273,5 +274,7 @@ def _scope_for(scope: Scope, num_bytes: int) -> Scope:
 async def _send_error(send: Send, error: RequestError) -> None:
     body = error.body()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.retry_after_ms is not None:
+        headers.append((b"retry-after", str(math.ceil(error.retry_after_ms / 1000)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -18,6 +18,7 @@ from bank_service.wire.errors import (
     LearnerMismatchError,
     LimitExceededError,
     NotFoundError,
+    retry_after_ms,
 )
 from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
@@ -191,4 +192,5 @@ def as_request_error(error: Exception, bank: str) -> RequestError:
         )
     if isinstance(error, ArenaError):
         return RequestError(503, str(error))
-    return RequestError(503, f"the gradient bank at {bank} can't answer: {error}")
+    retry = retry_after_ms(error) if isinstance(error, BankError) else None
+    return RequestError(503, f"the gradient bank at {bank} can't answer: {error}", retry_after_ms=retry)

@@ -10,7 +10,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from bank_service.wire.channel import BankCredentials
 
 PREFIX = "REGRAD_"
 OnError = Literal["fail_open", "fail_closed"]
@@ -41,6 +44,10 @@ class Settings:
     worker_bytes: int = 256 * 2**20  # gradients that a worker keeps ready for composing, for each worker
     waiting_slots: int | None = None  # besides --max-loras, for adapters that wait for their turn; None: a 16th of it
     bank_timeout_ms: int = 5000  # for each call to the bank
+    bank_token_file: Path | None = None  # the token for the bank, which has a --tokens-file; None: no token
+    bank_ca: Path | None = None  # PEM of who signed the bank's certificate, "system" for gRPC's own list; None: no TLS
+    bank_cert: Path | None = None  # PEM of the certificate to show to the bank, where it asks for one
+    bank_key: Path | None = None  # PEM of its key
     bank_concurrency: int = 8  # requests that ask the bank at a time; the others wait for their turn
     check_base: bool = True  # compare the base model's files with the learner's base at the start
     kept_requests: int = 1000  # that GET /v1/regrad/requests can tell about
@@ -100,6 +107,18 @@ class Settings:
     def waiting_slots_of(self, max_loras: int) -> int:
         """Slots besides ``max_loras``; at least two, so that one is composed while another waits."""
         return self.waiting_slots or max(2, max_loras // 16)
+
+    @property
+    def bank_credentials(self) -> BankCredentials:
+        """SettingsError where they don't go together."""
+        from bank_service.wire.channel import BankCredentials
+
+        try:
+            return BankCredentials(
+                token_file=self.bank_token_file, ca=self.bank_ca, cert=self.bank_cert, key=self.bank_key
+            )
+        except ValueError as error:
+            raise SettingsError(f"{error}; see REGRAD_BANK_CA, REGRAD_BANK_CERT, REGRAD_BANK_KEY") from None
 
     def environment(self) -> dict[str, str]:
         """The variables that make these settings."""
@@ -164,6 +183,10 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "worker_bytes": _integer,
     "waiting_slots": _integer,
     "bank_timeout_ms": _integer,
+    "bank_token_file": Path,
+    "bank_ca": Path,
+    "bank_cert": Path,
+    "bank_key": Path,
     "bank_concurrency": _integer,
     "check_base": _switch,
     "kept_requests": _integer,

@@ -8,16 +8,16 @@ from typing import Any, Self
 
 import grpc
 
+from bank_service.wire.channel import BankCredentials, open_aio_channel
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
-from bank_service.wire.limits import channel_options
 
 
 class Client:
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, credentials: BankCredentials | None = None) -> None:
         self.target = target
-        self.channel = grpc.aio.insecure_channel(target, options=channel_options())
+        self.channel = open_aio_channel(target, credentials or BankCredentials())
         self.stub = bank_pb2_grpc.BankServiceStub(self.channel)
 
     async def __aenter__(self) -> Self:

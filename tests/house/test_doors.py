@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[2]
 # Room → packages that no file in it may import, not even inside a function.
 FORBIDDEN = {
     "bank_service": ("regrad_vllm", "torch", "vllm", "transformers", "peft"),
-    "regrad_vllm/learn": ("grpc", "vllm", "regrad_vllm.serve", "regrad_vllm.adapt.bank_client", "bank_service.server"),
+    "regrad_vllm/learn": (
+        "grpc",
+        "vllm",
+        "regrad_vllm.serve",
+        "regrad_vllm.adapt.bank_client",
+        "bank_service.server",
+        "bank_service.tokens_file",
+    ),
     "regrad_vllm/encode": ("grpc", "vllm", "regrad_vllm.serve", "regrad_vllm.adapt.bank_client", "bank_service.server"),
     "regrad_vllm/adapt": ("vllm", "regrad_vllm.serve", "regrad_vllm.cli"),
     "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo"),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bank_service.wire.channel import BankCredentials
+from regrad_vllm.serve.launch import command_line
 from regrad_vllm.serve.settings import Settings, SettingsError
 
 LEARNER = {"REGRAD_LEARNER": "/some/folder"}
@@ -30,6 +32,26 @@ def test_all_that_is_given_is_used() -> None:
 def test_settings_survive_the_way_through_the_environment() -> None:
     settings = Settings(learner=Path("/l"), bank="h:2", min_score=-0.25, default=True, arena_dir=Path("/a"))
     assert Settings.from_environment(settings.environment()) == settings
+
+
+def test_what_the_bank_asks_for_is_named_by_files_whose_content_no_setting_shows(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("regrad_secret")
+    given = {"REGRAD_BANK_TOKEN_FILE": str(token), "REGRAD_BANK_CA": "/ca", "REGRAD_BANK_CERT": "/c",
+             "REGRAD_BANK_KEY": "/k"}  # fmt: skip
+    settings = Settings.from_environment({**LEARNER, **given})
+    assert settings is not None and settings.bank_credentials == BankCredentials.from_environment(given)
+    assert settings.bank_credentials.token() == "regrad_secret"
+    shown = command_line(settings.environment(), ["vllm", "serve"])
+    assert str(token) in shown and "regrad_secret" not in shown + repr(settings) + repr(settings.bank_credentials)
+
+
+@pytest.mark.parametrize("alone", ["CERT", "KEY"])
+def test_half_a_client_certificate_is_refused(alone: str) -> None:
+    settings = Settings.from_environment({**LEARNER, "REGRAD_BANK_CA": "/ca", f"REGRAD_BANK_{alone}": "/x"})
+    assert settings is not None
+    with pytest.raises(SettingsError, match="must be given together.*REGRAD_BANK_KEY"):
+        _ = settings.bank_credentials
 
 
 def test_top_k_must_not_be_more_than_a_request_may_have() -> None:

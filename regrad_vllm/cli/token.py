@@ -1,0 +1,31 @@
+"""`regrad token`: a new token for a bank's --tokens-file. The file gets its digest, its bearer the secret."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from regrad_vllm.cli.console import note, say
+
+_SCOPES = ("read", "write", "admin")
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    parser = commands.add_parser("token", help="a new token for a bank", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="whose it is; shown to its bearer where it is refused")
+    parser.add_argument(
+        "--scope", action="append", choices=_SCOPES, required=True, help="what it allows; repeat for several"
+    )
+    parser.add_argument("--namespace", action="append", required=True, help="where; '*' for all; repeat for several")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from bank_service.tokens_file import new_token
+
+    secret, line = new_token(args.name, args.scope, args.namespace)
+    note("the token, which is not shown again; keep it in a file that only its bearer reads:")
+    say(secret)
+    note("a line for the bank's --tokens-file:")
+    say(line)
+    return 0

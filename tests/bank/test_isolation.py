@@ -1,0 +1,173 @@
+"""Two bearers of one bank, over random sequences of calls: neither learns anything of the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bank_service.config import BankConfig
+from bank_service.embedder import MiniLmEmbedder
+from bank_service.server import BankServer
+from bank_service.wire.codec import encode_gradient, record_digest
+from bank_service.wire.errors import NotFoundError, PermissionDeniedError
+from tests.bank.client import Client
+from tests.bank.hash_encoder import HashEncoder
+from tests.bank.tokens import Tokens
+
+TEXTS = ("the same in both", "another text", "a third one")
+IDS = ("a", "b")
+
+
+def digest_of(text: str) -> str:
+    encoder = HashEncoder()
+    return record_digest(encode_gradient(encoder.encode([("", text)])[0].values, encoder.spec, "int8"))
+
+
+DIGESTS = {text: digest_of(text) for text in TEXTS}
+
+
+@dataclass
+class Bearer:
+    """A caller, and what it must see: a function of its own calls alone."""
+
+    client: Client
+    namespace: str
+    documents: dict[str, str] = field(default_factory=dict)  # id → text
+    sequence: int = 0  # of its last change
+
+    async def put(self, id: str, text: str) -> None:
+        (answer,) = await self.client.ingest({"namespace": self.namespace, "id": id, "text": text})
+        assert answer.gradient_digest == DIGESTS[text]
+        self.documents[id] = text
+        self.sequence = max(self.sequence, answer.sequence)
+
+    async def delete(self, id: str, _text: str) -> None:
+        if id in self.documents:
+            self.sequence = (await self.client.delete(id, self.namespace)).sequence
+            del self.documents[id]
+        elif self.sequence:
+            await self.client.refused(self.client.delete(id, self.namespace), NotFoundError)
+
+    async def query(self, id: str, text: str) -> None:
+        if not self.sequence:
+            await self.client.refused(self.client.query(namespace=self.namespace, text=text, top_k=1), NotFoundError)
+            return
+        answer = await self.client.query(
+            namespace=self.namespace, text=text, top_k=64, include_text=True, include_gradients=True
+        )
+        assert {hit.id: hit.text for hit in answer.hits} == self.documents
+        assert all(record_digest(hit.gradient) == hit.gradient_digest == DIGESTS[hit.text] for hit in answer.hits)
+        assert (
+            (await self.client.get(id, self.namespace)).document.text == self.documents[id]
+            if (id in self.documents)
+            else True
+        )
+
+    async def fetch(self, _id: str, text: str) -> None:
+        fetching = self.client.fetch([DIGESTS[text]])
+        if text in self.documents.values():
+            ((digest, record),) = await fetching
+            assert record_digest(record) == digest == DIGESTS[text]
+        else:
+            error = await self.client.refused(fetching, NotFoundError)
+            assert (error.kind, error.name) == ("gradient", DIGESTS[text])
+
+    async def list(self, _id: str, _text: str) -> None:
+        if self.sequence:
+            answer = await self.client.list(namespace=self.namespace)
+            assert {entry.id: entry.gradient_digest for entry in answer.documents} == {
+                id: DIGESTS[text] for id, text in self.documents.items()
+            }
+
+    async def stats(self, _id: str, _text: str) -> None:
+        stats = await self.client.stats()
+        assert {entry.namespace: entry.num_documents for entry in stats.namespaces} == (
+            {self.namespace: len(self.documents)} if self.sequence else {}
+        )
+        assert (stats.num_documents, stats.num_gradients) == (len(self.documents), len({*self.documents.values()}))
+        assert (stats.sequence, stats.cache_hits, stats.cache_misses) == (self.sequence, 0, 0)
+
+    async def pry(self, id: str, text: str, namespace: str) -> None:
+        """Every way into the other's namespace is shut, with one answer whatever there is."""
+        client = self.client
+        for call in (
+            client.get(id, namespace),
+            client.list(namespace=namespace),
+            client.query(namespace=namespace, text=text, top_k=1),
+            client.query(namespace=namespace, document_ids=[id], include_gradients=True),
+            client.delete(id, namespace),
+            client.ingest({"namespace": namespace, "id": id, "text": text}),
+        ):
+            error = await client.refused(call, PermissionDeniedError)
+            assert error.fields().keys() == {"scope", "namespace"} and "exist" not in error.message
+            assert id not in error.message.split("'") and text not in error.message
+
+
+class Harness:
+    """A bank in an event loop of its own, with two new bearers for each sequence."""
+
+    def __init__(self, folder: Path, embedder: MiniLmEmbedder, runner: asyncio.Runner) -> None:
+        self.runner = runner
+        self.tokens = Tokens(folder)
+        self.server = BankServer(
+            BankConfig(data_dir=folder / "bank", tokens_file=self.tokens.path), HashEncoder(), embedder
+        )
+        self._numbers = itertools.count()
+
+    async def play(self, steps: list[tuple[int, str, str, str]]) -> None:
+        names = [f"{side}-{next(self._numbers)}" for side in ("left", "right")]
+        credentials = [self.tokens.add(name, "read write", name) for name in names]
+        target = self.server.address.target
+        async with Client(target, credentials[0]) as left, Client(target, credentials[1]) as right:
+            bearers = [Bearer(left, names[0]), Bearer(right, names[1])]
+            for place, verb, id, text in steps:
+                if verb == "pry":
+                    await bearers[place].pry(id, text, names[1 - place])
+                else:
+                    await getattr(bearers[place], verb)(id, text)
+            for bearer in bearers:
+                for verb in ("query", "list", "stats"):
+                    await getattr(bearer, verb)(IDS[0], TEXTS[0])
+                for text in TEXTS:
+                    await bearer.fetch("", text)
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder) -> Iterator[Harness]:
+    with asyncio.Runner() as runner:
+        made = Harness(tmp_path_factory.mktemp("isolation"), embedder, runner)
+        runner.run(made.server.start())
+        yield made
+        runner.run(made.server.stop())
+
+
+STEP = st.tuples(
+    st.sampled_from((0, 1)),
+    st.sampled_from(("put", "put", "delete", "query", "fetch", "list", "stats", "pry")),
+    st.sampled_from(IDS),
+    st.sampled_from(TEXTS),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(STEP, min_size=4, max_size=14))
+def test_nothing_of_another_namespace_is_seen_inferred_or_fetched(
+    harness: Harness, steps: list[tuple[int, str, str, str]]
+) -> None:
+    harness.runner.run(harness.play(steps))
+
+
+def test_a_shared_record_stays_until_its_last_owner_deletes_it(harness: Harness) -> None:
+    """The sequence that matters most, always played: equal texts, one blob, deletions on both sides."""
+    same = TEXTS[0]
+    steps = [(0, "put", "a", same), (1, "fetch", "a", same), (1, "put", "b", same), (1, "fetch", "b", same)]
+    steps += [(0, "delete", "a", same), (0, "fetch", "a", same), (1, "fetch", "b", same), (1, "query", "b", same)]
+    steps += [(1, "put", "b", TEXTS[1]), (1, "fetch", "b", same), (0, "pry", "b", same)]
+    harness.runner.run(harness.play(steps))

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from bank_service.catalog import Catalog, CollectionIdentity
+from bank_service.config import BankConfig
+from bank_service.documents import Document, Gradient
+from bank_service.embedder import MiniLmEmbedder
+from bank_service.errors import QuotaExceededError
+from bank_service.namespace_limits import NamespaceLimits
+from bank_service.server import BankServer
+from bank_service.wire.codec import encode_gradient
+from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.client import Client, upload_of
+from tests.bank.hash_encoder import HashEncoder
+from tests.bank.tokens import Tokens
+
+IDENTITY = CollectionIdentity("f", "l", "int8", "e", 1)
+
+
+def put(catalog: Catalog, id: str, text: str, namespace: str = "n", gradient_bytes: int = 100) -> Future[Any]:
+    gradient = Gradient(f"{id}{text}", gradient_bytes, 1, False, b"\0\0\0\0")
+    return catalog.put(Document(namespace, id, "", text), gradient, None)
+
+
+def counted(path: Path) -> dict[str, tuple[int, int]]:
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT namespace, num_documents, num_bytes FROM namespace_usage")
+        return {name: (documents, size) for name, documents, size in rows}
+
+
+def summed(path: Path) -> dict[str, tuple[int, int]]:
+    """What the counters must say, the slow way."""
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT namespace, deleted, text, gradient_bytes FROM documents").fetchall()
+    sums: dict[str, tuple[int, int]] = {}
+    for namespace, deleted, text, gradient_bytes in rows:
+        documents, size = sums.get(namespace, (0, 0))
+        sums[namespace] = (documents + (not deleted), size + len(text.encode()) + gradient_bytes)
+    return sums
+
+
+def test_the_counters_follow_every_kind_of_change(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(path, IDENTITY)
+    for id, text in (("a", "one"), ("b", "zwölf"), ("a", "longer than one"), ("c", "three")):
+        put(catalog, id, text).result()
+    put(catalog, "a", "elsewhere", "m").result()
+    catalog.delete("n", "b", None).result()
+    put(catalog, "b", "back again", gradient_bytes=7).result()
+    catalog.delete("n", "c", None).result()
+    catalog.delete("m", "a", None).result()
+    assert counted(path) == summed(path) == {"n": (2, 15 + 100 + 10 + 7), "m": (0, 0)}
+    catalog.close()
+
+
+def test_a_catalog_made_before_there_were_counters_is_counted_when_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(path, IDENTITY)
+    for id in "abc":
+        put(catalog, id, f"text {id}").result()
+    catalog.delete("n", "b", None).result()
+    catalog.close()
+    with sqlite3.connect(path) as connection:
+        for event in ("insert", "update", "delete"):
+            connection.execute(f"DROP TRIGGER documents_{event}_usage")
+        connection.execute("DROP TABLE namespace_usage")
+    for _ in range(2):  # made once, and found the next time
+        Catalog(path, IDENTITY).close()
+        assert counted(path) == summed(path) == {"n": (2, 2 * (6 + 100))}
+    catalog = Catalog(path, IDENTITY, lambda _: NamespaceLimits(max_documents=2))
+    with pytest.raises(QuotaExceededError, match="'n' must have at most 2 documents"):
+        put(catalog, "d", "x").result()
+    put(catalog, "a", "changed").result()  # no more documents than before
+    catalog.close()
+
+
+def test_writers_at_once_do_not_share_the_last_place(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_documents=5))
+    puts = [put(catalog, str(number), "x") for number in range(40)]  # many of them in one transaction
+    outcomes = [future.exception() for future in puts]
+    assert sum(error is None for error in outcomes) == 5
+    assert all(isinstance(error, QuotaExceededError) for error in outcomes if error is not None)
+    assert counted(tmp_path / "catalog.sqlite") == {"n": (5, 5 * 101)}
+    put(catalog, "0", "an update goes through").result()
+    catalog.delete("n", "0", None).result()
+    put(catalog, "new", "in its place").result()
+    catalog.close()
+
+
+def test_bytes_are_those_of_texts_and_gradients_and_a_smaller_one_always_fits(tmp_path: Path) -> None:
+    most = [210]
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_bytes=most[0]))
+    put(catalog, "a", "12345").result()
+    put(catalog, "b", "12345").result()
+    for id, text in (("c", "1"), ("a", "123456")):
+        with pytest.raises(QuotaExceededError, match="max_namespace_bytes"):
+            put(catalog, id, text).result()
+    most[0] = 50  # lowered below what is there
+    put(catalog, "a", "1234").result()
+    put(catalog, "c", "x", "elsewhere", gradient_bytes=1).result()  # each namespace for itself
+    catalog.close()
+
+
+@pytest.mark.asyncio
+async def test_a_refused_document_names_the_limit_and_leaves_nothing_behind(
+    data_dir: Path, tmp_path: Path, embedder: MiniLmEmbedder
+) -> None:
+    tokens = Tokens(tmp_path)
+    everybody = tokens.add("everybody", "read write", "*")
+    tokens.write(tokens.path.read_text() + 'limits."small" = { max_documents = 1 }\n')
+    config = BankConfig(data_dir=data_dir, tokens_file=tokens.path, max_namespace_documents=2)
+    encoder = HashEncoder()
+    record = encode_gradient(encoder.encode([("", "c")])[0].values, encoder.spec, "int8")
+    async with BankServer(config, encoder, embedder) as server, Client(server.address.target, everybody) as client:
+        for namespace, most in (("small", 1), ("other", 2)):
+            documents = [{"namespace": namespace, "id": id, "text": f"{id} {namespace}"} for id in "abc"[: most + 1]]
+            error = await client.refused(client.ingest(*documents), QuotaExceededError)
+            assert (error.limit, error.namespace, error.index) == ("max_namespace_documents", namespace, most)
+            assert f"at most {most} documents" in error.message
+        over = pb.Document(namespace="other", id="z", text="c")
+        await client.refused(client.upload(*upload_of(over, record)), QuotaExceededError)
+        assert (await client.stats()).num_documents == 3
+    # The bank has closed, so that what it does after an answer is done.
+    assert len([*(data_dir / "blobs").glob("??/*")]) == 3
+
+
+@pytest.mark.asyncio
+async def test_requests_in_flight_are_bounded_for_each_namespace(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+    config = BankConfig(data_dir=data_dir, max_namespace_requests=1)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        stream = client.stub.IngestDocuments()  # one request, however many documents
+        for id in "ab":
+            await stream.write(pb.IngestDocumentsRequest(document=pb.Document(namespace="n", id=id, text="x")))
+            await stream.read()
+        error = await client.refused(client.get("a", "n"), QuotaExceededError)
+        assert (error.limit, error.namespace) == ("max_namespace_requests", "n") and error.retry_after_ms > 0
+        await client.put("a", "others have places of their own", namespace="m")
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        await asyncio.wait_for(client.get("a", "n"), 10)
