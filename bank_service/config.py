@@ -28,6 +28,7 @@ class BankConfig:
     max_pending_documents: int = 64  # being encoded and stored at once, all streams together
     embed_threads: int = 0  # 0: as many as CPUs, at most 4
     snapshot_every: int = 10_000  # changes between two snapshots of the vector index
+    exact_below: int = 2_000  # documents; a namespace with no more is searched exactly, vector by vector
     drain_seconds: float = 10.0  # for calls under way when the bank stops
 
     @property
@@ -59,6 +60,7 @@ class BankConfig:
             ("max_pending_documents", 1, 1024),
             ("embed_threads", 1, 256),
             ("snapshot_every", 1, 2**40),
+            ("exact_below", 0, 100_000),
             ("drain_seconds", 0, 3600),
         ):
             value = getattr(self, name)

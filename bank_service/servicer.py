@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import grpc
 
 from bank_service.bank import Bank
-from bank_service.documents import Document, Outcome, PutResult, Query, QueryResult
+from bank_service.documents import Document, Outcome, PutResult
 from bank_service.errors import BankError, InternalError, InvalidArgumentError
 from bank_service.ingest_stream import acknowledge_in_order, uploads
 from bank_service.metrics import BankMetrics
+from bank_service.query_messages import queries_of, query_of, response_of
 from bank_service.wire import limits
 from bank_service.wire.codec import max_record_bytes
 from bank_service.wire.errors import abort, status_code
@@ -119,18 +120,14 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
 
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
         async with self._answering(context, "Query"):
-            query = Query(
-                namespace=request.namespace,
-                text=request.text,
-                vector=tuple(request.vector),
-                document_ids=tuple(request.document_ids),
-                top_k=request.top_k,
-                min_score=request.min_score if request.HasField("min_score") else -1.0,
-                learner_fingerprint=request.learner_fingerprint,
-                include_gradients=request.include_gradients,
-                include_text=request.include_text,
-            )
-            return _found(await self._bank.query(query), self._bank.identity.learner_fingerprint)
+            result = await self._bank.query(query_of(request))
+            return response_of(result, self._bank.identity.learner_fingerprint)
+
+    async def BatchQuery(self, request: pb.BatchQueryRequest, context: Context) -> pb.BatchQueryResponse:
+        async with self._answering(context, "BatchQuery"):
+            results = await self._bank.query_batch(queries_of(request))
+            fingerprint = self._bank.identity.learner_fingerprint
+            return pb.BatchQueryResponse(responses=[response_of(result, fingerprint) for result in results])
 
     async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
         async with self._answering(context, "FetchGradients"):
@@ -211,23 +208,6 @@ def _ingested(result: PutResult) -> pb.IngestDocumentsResponse:
         truncated=stored.gradient.truncated,
         sequence=stored.sequence,
     )
-
-
-def _found(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
-    hits = [
-        pb.QueryResponse.Hit(
-            id=hit.id,
-            version=hit.version,
-            score=hit.score,
-            gradient_digest=hit.gradient_digest,
-            gradient_bytes=hit.gradient_bytes,
-            gradient=result.records.get(hit.gradient_digest, b""),
-            title=hit.title,
-            text=hit.text,
-        )
-        for hit in result.hits
-    ]
-    return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
 
 
 def _token_of_id(id: str) -> str:
