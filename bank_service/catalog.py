@@ -7,6 +7,7 @@ and every follower learns of the deletion by its sequence number.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -23,12 +24,13 @@ import sqlalchemy as sa
 from bank_service.attributes import fill_attributes, put_attributes
 from bank_service.catalog_view import CatalogView, collection, documents, metadata, to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult
-from bank_service.errors import CollectionMismatchError, NotFoundError, VersionConflictError
+from bank_service.errors import BankError, CollectionMismatchError, NotFoundError, VersionConflictError
 from bank_service.group_commit import GroupCommit
-from bank_service.lexical import clean_step, fill_words, put_words, remove_words
+from bank_service.lexical import clean_step, fill_words, put_words, remove_words, uncleaned
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 3.0
 SCHEMA_VERSION = 2  # 1 had no tables for filters and lexical retrieval
 
 
@@ -66,7 +68,9 @@ class Catalog:
         self._writer = GroupCommit(self._engine)
 
     def close(self) -> None:
-        """Commits what is queued, then closes."""
+        """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
+        with contextlib.suppress(BankError):  # a disk that fails; the next start goes on
+            self._clean_all(time.monotonic() + CLOSE_SECONDS)
         self._writer.close()
         self._engine.dispose()
 
@@ -87,6 +91,14 @@ class Catalog:
     def clean_words(self, number: int, num_removed: int, *, first: bool) -> Future[bool]:
         """One ``lexical.clean_step``."""
         return self._writer.submit(lambda connection: clean_step(connection, number, num_removed, first=first))
+
+    def _clean_all(self, deadline: float) -> None:
+        with self.view() as view:
+            tables = uncleaned(view.connection)
+        for number, num_removed in tables.items():
+            first = True
+            while time.monotonic() < deadline and not self.clean_words(number, num_removed, first=first).result():
+                first = False
 
     def _claim(self, path: Path, identity: CollectionIdentity) -> str:
         wanted = asdict(identity)

@@ -136,7 +136,8 @@ class Retriever:
         )
 
     def _weights(self, hits: tuple[Hit, ...]) -> tuple[float, ...]:
-        return self._learner.config.weights([hit.score for hit in hits])
+        # Not the score: the learner's temperature was learnt on cosines, and BM25 or fused ranks are none.
+        return self._learner.config.weights([hit.cosine for hit in hits])
 
     def _used(self, plan: Plan, hits: tuple[Hit, ...], recipe: Recipe | None, timings: dict[str, float]) -> Used:
         return Used(
