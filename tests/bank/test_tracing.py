@@ -73,7 +73,7 @@ async def test_a_calls_spans_go_from_server_to_bank_to_store_under_the_callers_t
         (spans,) = [
             [item for item in collector.spans if item[0] == child and item[1] == TRACE_ID],
         ]
-        assert len(spans) == 1 and names[spans[0][3]] == "bank.Query", child
+        assert len(spans) == 1 and names[spans[0][3]] == above, child
     for child, above in (("catalog.put", "bank.store"), ("blobs.put", "bank.store")):
         assert names[parents[child][1]] == above
         assert parents[child][0] != TRACE_ID
