@@ -217,7 +217,7 @@ class Bank:
                 continue  # a hit was updated or deleted after the search: the next search knows
             return QueryResult(result.hits, records, result.sequence)
 
-    async def query_batch(self, queries: Sequence[Query]) -> list[QueryResult]:
+    async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
         """A result for each query, each on a state of its own, no older than what was acknowledged before the call.
 
         The errors of ``query``, with the query's place; LimitExceededError where texts and gradients don't fit one

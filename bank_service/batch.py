@@ -23,7 +23,7 @@ async def answer_batch(
     vector_of: Callable[[Query], Awaitable[FloatArray | None]],
     searcher: Searcher,
     records: RecordReader,
-) -> list[QueryResult]:
+) -> tuple[QueryResult, ...]:
     """A result for each query, in order. The error of the first that fails, with its place; LimitExceededError."""
     turns = asyncio.Semaphore(CONCURRENCY)
 
@@ -45,10 +45,12 @@ async def answer_batch(
             results.append(found)
         _check_size(queries, results)
         try:
-            return [
-                QueryResult(result.hits, await records.read(_digests(query, result)), result.sequence)
-                for query, result in zip(queries, results, strict=True)
-            ]
+            return tuple(
+                [
+                    QueryResult(result.hits, await records.read(_digests(query, result)), result.sequence)
+                    for query, result in zip(queries, results, strict=True)
+                ]
+            )
         except NotFoundError:  # a hit was updated or deleted after the search: the next search knows
             if last_try:
                 raise

@@ -71,7 +71,7 @@ def best_words(
     if table is None or not expression:
         return {}
     found = sa.table(table, sa.column("rowid"), sa.column(table))
-    score = sa.literal_column(f"-bm25({table})").label("score")
+    score: sa.Label[float] = sa.literal_column(f"-bm25({table})").label("score")
     query = (
         sa.select(found.c.rowid, score)
         .join_from(found, documents, documents.c.key == found.c.rowid)

@@ -74,7 +74,7 @@ class BankClient:
             min_score=query.min_score,
             learner_fingerprint=self._spec.fingerprint,
             include_text=query.with_text,
-            retrieval=bank_pb2.DENSE if query.document_ids else bank_pb2.Retrieval.Value(query.retrieval.upper()),
+            retrieval="DENSE" if query.document_ids else query.retrieval.upper(),
         )
         try:
             response = await self._stub.Query(request, timeout=self._timeout_s, metadata=tuple(inject()))

@@ -44,7 +44,7 @@ def run_query(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         min_score=args.min_score,
         include_text=True,
-        retrieval=bank_pb2.Retrieval.Value(args.retrieval.upper()),
+        retrieval=args.retrieval.upper(),
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)
