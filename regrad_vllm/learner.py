@@ -109,11 +109,10 @@ class LearnerConfig:
             raise LearnerError(f"score_temperature must be at least 0, got {self.score_temperature}")
 
     def weights(self, scores: Sequence[float]) -> tuple[float, ...]:
-        """w_k of documents with these cosines to the query, in any order: 1 for the nearest."""
+        """w_k of documents with these retrieval scores, best first."""
         if not self.score_temperature:
             return (1.0,) * len(scores)
-        best = max(scores, default=0.0)
-        return tuple(math.exp((score - best) / self.score_temperature) for score in scores)
+        return tuple(math.exp(min(0.0, score - scores[0]) / self.score_temperature) for score in scores)
 
 
 @dataclass(frozen=True)
