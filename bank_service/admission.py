@@ -17,7 +17,7 @@ from bank_service.namespace_limits import LimitsOf
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 
 RETRY_AFTER_MS = 1000
-_KINDS = {"IngestDocuments": "ingests", "IngestGradients": "ingests", "Query": "queries"}
+_KINDS = {"IngestDocuments": "ingests", "IngestGradients": "ingests", "Query": "queries", "BatchQuery": "queries"}
 
 
 class Admission:

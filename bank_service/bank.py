@@ -17,9 +17,11 @@ import numpy as np
 
 from bank_service import __version__
 from bank_service.background import Background
+from bank_service.batch import answer_batch
 from bank_service.blob_store import BlobStore
 from bank_service.catalog import Catalog, CollectionIdentity, DeleteResult, document_not_found, stored_codec
 from bank_service.catalog_view import ListEntry, Totals
+from bank_service.compaction import Compactor
 from bank_service.config import BankConfig
 from bank_service.documents import (
     Document,
@@ -35,12 +37,15 @@ from bank_service.embedder import Embedder
 from bank_service.encode_queue import EncodeQueue
 from bank_service.encoder import Encoder
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError
+from bank_service.exact_vectors import ExactVectors
 from bank_service.gradient_cache import GradientCache
 from bank_service.index_follower import IndexFollower
+from bank_service.lexical_cleaner import LexicalCleaner
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import LimitsOf, unlimited
 from bank_service.record_reader import MayRead, RecordReader
 from bank_service.repair import Repairer
+from bank_service.retrieval import Retriever
 from bank_service.scrub import Scrubber, ScrubCounts
 from bank_service.searcher import Searcher
 from bank_service.snapshot import Progress
@@ -49,7 +54,7 @@ from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.usearch_index import UsearchIndex
 from bank_service.wire import limits
-from bank_service.wire.codec import DEFAULT_CODEC, GradientSpec
+from bank_service.wire.codec import DEFAULT_CODEC, FloatArray, GradientSpec
 from bank_service.wire.tracing import span
 from bank_service.writer import Writer
 
@@ -105,7 +110,10 @@ class Bank:
         self._background = Background()
         index = UsearchIndex(embedder.dimension)
         self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
-        self._searcher = Searcher(catalog, index, self._follower, reads)
+        self._compactor = Compactor(catalog, index, self._follower, reads)
+        self._cleaner = LexicalCleaner(catalog, reads)
+        retriever = Retriever(index, ExactVectors(embedder.dimension), config.exact_below)
+        self._searcher = Searcher(catalog, retriever, self._follower, reads)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
@@ -142,6 +150,8 @@ class Bank:
             await bank.close()
             raise
         bank._searcher.acknowledge(bank._follower.sequence)
+        bank._compactor.start()
+        bank._cleaner.start()
         bank._background.run(bank._writer.sweep())
         bank._scrubber.start()
         if config.redis_url is not None:
@@ -154,6 +164,8 @@ class Bank:
         await self._scrubber.stop()
         await self._snapshotter.stop()
         await self._background.drain()
+        await self._cleaner.stop()
+        await self._compactor.stop()
         await self._follower.stop()
         await asyncio.to_thread(self._encodes.close)
         for pool in (self._pools.query_embeds, self._pools.document_embeds, self._pools.writes, self._pools.reads):
@@ -217,21 +229,7 @@ class Bank:
         InvalidArgumentError, NotFoundError, LearnerMismatchError; LimitExceededError where the texts asked for
         don't fit one message; DataLossError where a gradient asked for is lost.
         """
-        fingerprint = self.identity.learner_fingerprint
-        if query.learner_fingerprint and query.learner_fingerprint != fingerprint:
-            raise LearnerMismatchError(
-                f"learner_fingerprint must be the collection's {fingerprint}, got {query.learner_fingerprint[:80]}",
-                expected=fingerprint,
-                actual=query.learner_fingerprint[:80],
-            )
-        await self._searcher.check_namespace(query.namespace)
-        vector = None
-        if query.vector:
-            check_vector(query.vector, self.identity.embedding_dimension, "vector")
-            vector = np.asarray(query.vector, dtype=np.float32)
-        elif query.text:
-            with span("bank.embed"):
-                vector = await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
+        vector = await self._vector(query)
         while True:
             result = await self._searcher.search(query, vector)
             if not query.include_gradients:
@@ -242,6 +240,32 @@ class Bank:
             except NotFoundError:
                 continue  # a hit was updated or deleted after the search: the next search knows
             return QueryResult(result.hits, records, result.sequence)
+
+    async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
+        """A result for each query, each on a state of its own, no older than what was acknowledged before the call.
+
+        The errors of ``query``, with the query's place; LimitExceededError where texts and gradients don't fit one
+        message together.
+        """
+        return await answer_batch(queries, self._vector, self._searcher, self._records)
+
+    async def _vector(self, query: Query) -> FloatArray | None:
+        """Checks the query against the collection; what to search for, None where documents are named."""
+        fingerprint = self.identity.learner_fingerprint
+        if query.learner_fingerprint and query.learner_fingerprint != fingerprint:
+            raise LearnerMismatchError(
+                f"learner_fingerprint must be the collection's {fingerprint}, got {query.learner_fingerprint[:80]}",
+                expected=fingerprint,
+                actual=query.learner_fingerprint[:80],
+            )
+        await self._searcher.check_namespace(query.namespace)
+        if query.vector:
+            check_vector(query.vector, self.identity.embedding_dimension, "vector")
+            return np.asarray(query.vector, dtype=np.float32)
+        if not query.text:
+            return None
+        with span("bank.embed"):
+            return await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
 
     async def fetch(self, digests: Sequence[str], may_read: MayRead | None = None) -> AsyncIterator[tuple[str, bytes]]:
         """Each digest with its verified record, in the order given. NotFoundError before the first; DataLossError.

@@ -7,7 +7,9 @@ and every follower learns of the deletion by its sequence number.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import secrets
 import sqlite3
 import time
@@ -21,15 +23,20 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from bank_service.attributes import fill_attributes, put_attributes
 from bank_service.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog_view import CatalogView, collection, documents, metadata, to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult
-from bank_service.errors import CollectionMismatchError, NotFoundError, VersionConflictError
+from bank_service.errors import BankError, CollectionMismatchError, NotFoundError, VersionConflictError
 from bank_service.group_commit import GroupCommit
+from bank_service.lexical import clean_step, fill_words, put_words, remove_words, uncleaned
 from bank_service.namespace_limits import LimitsOf, unlimited
 from bank_service.quota import create_counters, enforced
 
-SCHEMA_VERSION = 1
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 3.0
+SCHEMA_VERSION = 2  # 1 had no tables for filters and lexical retrieval
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,9 @@ class Catalog:
         self._writer = GroupCommit(self._engine)
 
     def close(self) -> None:
-        """Commits what is queued, then closes."""
+        """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
+        with contextlib.suppress(BankError):  # a disk that fails; the next start goes on
+            self._clean_all(time.monotonic() + CLOSE_SECONDS)
         self._writer.close()
         self._engine.dispose()
 
@@ -95,6 +104,18 @@ class Catalog:
         """Deletes a document. NotFoundError, VersionConflictError."""
         return self._writer.submit(lambda connection: _delete(connection, namespace, id, expected_version))
 
+    def clean_words(self, number: int, num_removed: int, *, first: bool) -> Future[bool]:
+        """One ``lexical.clean_step``."""
+        return self._writer.submit(lambda connection: clean_step(connection, number, num_removed, first=first))
+
+    def _clean_all(self, deadline: float) -> None:
+        with self.view() as view:
+            tables = uncleaned(view.connection)
+        for number, num_removed in tables.items():
+            first = True
+            while time.monotonic() < deadline and not self.clean_words(number, num_removed, first=first).result():
+                first = False
+
     def _claim(self, path: Path, identity: CollectionIdentity) -> str:
         wanted = asdict(identity)
         with self._engine.begin() as connection:
@@ -106,6 +127,8 @@ class Catalog:
                 created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
                 connection.execute(sa.insert(collection).values(**created, **wanted))
                 return str(created["uuid"])
+            if row["schema_version"] == 1:
+                row = _upgrade(connection, path)
         for name, value in {"schema_version": SCHEMA_VERSION, **wanted}.items():
             if row[name] != value:
                 raise CollectionMismatchError(
@@ -113,6 +136,17 @@ class Catalog:
                     "a collection keeps its learner, codec and embedder: use another data directory"
                 )
         return str(row["uuid"])
+
+
+def _upgrade(connection: sa.Connection, path: Path) -> sa.RowMapping:
+    """From schema 1, whole or not at all: makes what filters and lexical retrieval need of the documents."""
+    logger.info("making the tables for filters and lexical retrieval in %s; minutes for a million documents", path)
+    for index in documents.indexes:
+        index.create(connection, checkfirst=True)
+    fill_attributes(connection)
+    fill_words(connection)
+    connection.execute(sa.update(collection).values(schema_version=SCHEMA_VERSION))
+    return connection.execute(sa.select(collection)).mappings().one()
 
 
 def stored_codec(path: Path) -> str | None:
@@ -217,6 +251,11 @@ def _put(connection: sa.Connection, document: Document, gradient: Gradient, expe
     else:
         statement = sa.update(documents).where(documents.c.key == row["key"]).values(**values)
     written = connection.execute(statement.returning(*documents.c)).mappings().one()
+    put_attributes(connection, written["key"], document.namespace, document.metadata)
+    if row is None or not alive or (row["title"], row["text"]) != (document.title, document.text):
+        if row is not None and alive:
+            remove_words(connection, row["key"], document.namespace, row["title"], row["text"])
+        put_words(connection, written["key"], document.namespace, document.title, document.text)
     outcome = Outcome.UPDATED if alive else Outcome.CREATED
     return PutResult(to_stored(written), outcome, replaced if replaced != gradient.digest else None)
 
@@ -241,4 +280,6 @@ def _delete(connection: sa.Connection, namespace: str, id: str, expected_version
         "embedding": None,
     }
     connection.execute(sa.update(documents).where(documents.c.key == row["key"]).values(**emptied))
+    put_attributes(connection, row["key"], namespace, {})
+    remove_words(connection, row["key"], namespace, row["title"], row["text"])
     return DeleteResult(row["version"], sequence, row["gradient_digest"])

@@ -52,6 +52,7 @@ documents = sa.Table(
     sa.Column("text", sa.Text, nullable=False),  # last: SQLite reads a row from its start
     sa.UniqueConstraint("namespace", "id"),
     sa.Index("documents_by_sequence", "sequence", unique=True),
+    sa.Index("documents_by_namespace", "namespace", "sequence"),
     sqlite_autoincrement=True,
 )
 
@@ -74,6 +75,14 @@ class Candidate:
     id: str
     sequence: int
     embedding: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a document answers a query."""
+
+    value: float  # what hits are ordered by
+    cosine: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,11 @@ class CatalogView:
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
+
+    @property
+    def connection(self) -> sa.Connection:
+        """For reads of tables that have a module of their own."""
+        return self._connection
 
     def sequence(self) -> int:
         """Of the last change in this state."""
@@ -160,6 +174,17 @@ class CatalogView:
         )
         return [Change(*row) for row in self._connection.execute(query)]
 
+    def changes_of(self, namespace: str, after_sequence: int, limit: int | None = None) -> list[Change]:
+        """Like ``changes``, of one namespace; all of them without a limit."""
+        columns = documents.c
+        query = (
+            sa.select(columns.sequence, columns.key, columns.namespace, columns.embedding)
+            .where(columns.namespace == namespace, columns.sequence > after_sequence)
+            .order_by(columns.sequence)
+            .limit(limit)
+        )
+        return [Change(*row) for row in self._connection.execute(query)]
+
     def candidates(self, keys: Sequence[int]) -> list[Candidate]:
         """Those of ``keys`` that are not deleted, in any order. At most MAX_VARIABLES keys."""
         columns = documents.c
@@ -168,7 +193,7 @@ class CatalogView:
         )
         return [Candidate(*row) for row in self._connection.execute(query)]
 
-    def hits(self, scores: dict[int, float], include_text: bool) -> list[Hit]:
+    def hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:
         """A hit for each key in ``scores``, in its order; all must be in ``candidates``."""
         columns = documents.c
         wanted = [columns.key, columns.id, columns.version, columns.gradient_digest, columns.gradient_bytes]
@@ -177,7 +202,7 @@ class CatalogView:
         query = sa.select(*wanted).where(columns.key.in_(list(scores)))
         rows = {row[0]: row for row in self._connection.execute(query)}
         found = [(rows[key], score) for key, score in scores.items()]
-        return [Hit(row[1], row[2], score, row[3], row[4], *row[5:]) for row, score in found]
+        return [Hit(row[1], row[2], score.value, score.cosine, *row[3:]) for row, score in found]
 
     def gradient_sizes(self, digests: Sequence[str]) -> dict[str, int]:
         """digest → bytes of those that a document has. At most MAX_VARIABLES digests."""

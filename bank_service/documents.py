@@ -15,6 +15,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from bank_service.errors import InvalidArgumentError
+from bank_service.filters import Condition, check_filter
 from bank_service.wire import limits
 
 _NAMESPACE = re.compile(rf"[a-zA-Z0-9._-]{{1,{limits.MAX_NAMESPACE_CHARS}}}")
@@ -148,6 +149,14 @@ class PutResult:
     replaced_digest: str | None = None  # of the gradient that the document no longer has
 
 
+class Retrieval(Enum):
+    """How a text finds documents."""
+
+    DENSE = 1  # by the cosine of the embeddings
+    LEXICAL = 2  # by BM25
+    HYBRID = 3  # by both
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """What to look for: exactly one of text, vector, document_ids."""
@@ -161,6 +170,8 @@ class Query:
     learner_fingerprint: str = ""
     include_gradients: bool = False
     include_text: bool = False
+    retrieval: Retrieval = Retrieval.DENSE
+    conditions: tuple[Condition, ...] = ()  # all must hold of a document's metadata
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "namespace", check_namespace(self.namespace))
@@ -179,6 +190,16 @@ class Query:
             raise InvalidArgumentError(f"min_score must be a cosine in -1..1, got {self.min_score}", field="min_score")
         if self.text:
             self._check_text()
+        elif self.retrieval is not Retrieval.DENSE:
+            raise InvalidArgumentError(
+                f"retrieval must be DENSE without text, got {self.retrieval.name}; it goes by the text's words",
+                field="retrieval",
+            )
+        check_filter(self.conditions)
+        if self.conditions and self.document_ids:
+            raise InvalidArgumentError(
+                "filter must be absent with document_ids: they choose themselves", field="filter"
+            )
         if len(self.document_ids) > limits.MAX_QUERY_IDS:
             raise InvalidArgumentError(
                 f"document_ids must be at most {limits.MAX_QUERY_IDS}, got {len(self.document_ids)}",
@@ -214,7 +235,8 @@ class Hit:
 
     id: str
     version: int
-    score: float  # cosine; 1 for a document named by id
+    score: float  # of the query's retrieval, see ``retrieval.py``; 1 for a document named by id
+    cosine: float  # of the embeddings; 1 for a document named by id
     gradient_digest: str
     gradient_bytes: int
     title: str = ""  # title and text where asked for

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class IndexFollower:
         self._pool = pool
         self._snapshot_every = snapshot_every
         self._moved = asyncio.Condition()
+        self._stepping = asyncio.Lock()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._saved_sequence = 0
@@ -69,6 +71,12 @@ class IndexFollower:
     def wake(self) -> None:
         """The catalog has changed."""
         self._wake.set()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nobody changes or saves the index inside."""
+        async with self._stepping:
+            yield
 
     async def reach(self, sequence: int) -> None:
         """Returns once the index reflects ``sequence``.
@@ -115,6 +123,10 @@ class IndexFollower:
 
     async def _step(self) -> bool:
         """Applies the next changes; false where there are none."""
+        async with self._stepping:
+            return await self._step_alone()
+
+    async def _step_alone(self) -> bool:
         sequence = await in_thread(self._pool, self._advance, self.sequence)
         if sequence == self.sequence:
             return False

@@ -6,15 +6,13 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-import numpy as np
-
 from bank_service.catalog import Catalog, document_not_found
-from bank_service.catalog_view import Candidate
+from bank_service.catalog_view import Score
 from bank_service.documents import Hit, Query, QueryResult
 from bank_service.errors import LimitExceededError
 from bank_service.index_follower import IndexFollower
+from bank_service.retrieval import Retriever
 from bank_service.threads import in_thread
-from bank_service.vector_index import VectorIndex, unit
 from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
@@ -33,9 +31,9 @@ class _Attempt:
 class Searcher:
     """Finds documents. Reflects at least every change that was acknowledged before the search."""
 
-    def __init__(self, catalog: Catalog, index: VectorIndex, follower: IndexFollower, pool: Executor) -> None:
+    def __init__(self, catalog: Catalog, retriever: Retriever, follower: IndexFollower, pool: Executor) -> None:
         self._catalog = catalog
-        self._index = index
+        self._retriever = retriever
         self._follower = follower
         self._pool = pool
         self.acknowledged = 0  # sequence of the last change that a caller was told of
@@ -62,7 +60,7 @@ class Searcher:
                 result = await in_thread(self._pool, self._named, query)
         else:
             result = await self._nearest(query, vector)
-        text_bytes = _text_bytes(result.hits)
+        text_bytes = text_bytes_of(result.hits)
         if text_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:
             raise LimitExceededError(
                 f"the hits' texts must fit a message of {limits.MAX_MESSAGE_BYTES} bytes, got {text_bytes}; "
@@ -74,7 +72,7 @@ class Searcher:
     def fitting(self, hits: Iterable[Hit]) -> list[str]:
         """Digests of the first hits whose gradients fit one message together with the texts."""
         hits = tuple(hits)
-        room = limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES - _text_bytes(hits)
+        room = limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES - text_bytes_of(hits)
         digests: list[str] = []
         for hit in hits:
             room -= hit.gradient_bytes
@@ -97,14 +95,10 @@ class Searcher:
 
     def _attempt(self, query: Query, vector: FloatArray) -> _Attempt:
         indexed = self._follower.sequence
-        # More than asked for: float16 may misplace neighbours, and the graph may miss some.
-        with span("index.search"):
-            keys, _ = self._index.search(query.namespace, vector, 2 * query.top_k + 16)
         with span("catalog.read"), self._catalog.view() as view:
-            candidates = view.candidates(keys.tolist())
-            is_stale = len(candidates) < len(keys) or any(item.sequence > indexed for item in candidates)
-            hits = tuple(view.hits(_ranked(candidates, query, vector), query.include_text))
-            return _Attempt(QueryResult(hits, {}, indexed), is_stale, view.sequence())
+            found = self._retriever.find(view, query, vector, indexed)
+            hits = tuple(view.hits(found.scores, query.include_text))
+            return _Attempt(QueryResult(hits, {}, found.sequence), found.is_stale, view.sequence())
 
     def _named(self, query: Query) -> QueryResult:
         with self._catalog.view() as view:
@@ -112,19 +106,9 @@ class Searcher:
             for id in query.document_ids:
                 if id not in keys:
                     raise document_not_found(query.namespace, id)
-            hits = view.hits({keys[id]: 1.0 for id in query.document_ids}, query.include_text)
+            hits = view.hits({keys[id]: Score(1.0, 1.0) for id in query.document_ids}, query.include_text)
             return QueryResult(tuple(hits), {}, view.sequence())
 
 
-def _ranked(candidates: list[Candidate], query: Query, vector: FloatArray) -> dict[int, float]:
-    """key → cosine of the best ``top_k`` at or above ``min_score``, best first, ties by id."""
-    if not candidates:
-        return {}
-    vectors = np.stack([np.frombuffer(candidate.embedding, dtype="<f4") for candidate in candidates])
-    cosines = np.clip(vectors @ unit(vector), -1.0, 1.0)
-    best = sorted(zip(cosines.tolist(), candidates, strict=True), key=lambda pair: (-pair[0], pair[1].id))
-    return {candidate.key: score for score, candidate in best[: query.top_k] if score >= query.min_score}
-
-
-def _text_bytes(hits: Iterable[Hit]) -> int:
+def text_bytes_of(hits: Iterable[Hit]) -> int:
     return sum(len(hit.title.encode()) + len(hit.text.encode()) for hit in hits)

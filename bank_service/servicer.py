@@ -17,10 +17,11 @@ import grpc
 from bank_service.access import ALL_NAMESPACES, Authority, Scope
 from bank_service.admission import Admission, Call
 from bank_service.bank import Bank
-from bank_service.documents import Document, Outcome, PutResult, Query, QueryResult
+from bank_service.documents import Document, Outcome, PutResult
 from bank_service.errors import BankError, InternalError, InvalidArgumentError
 from bank_service.ingest_stream import acknowledge_in_order, uploads
 from bank_service.metrics import BankMetrics
+from bank_service.query_messages import queries_of, query_of, response_of
 from bank_service.snapshot import Progress
 from bank_service.wire import limits
 from bank_service.wire.codec import max_record_bytes
@@ -131,18 +132,16 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
         async with self._answering(context, "Query") as call:
             call.check(Scope.READ, request.namespace)
-            query = Query(
-                namespace=request.namespace,
-                text=request.text,
-                vector=tuple(request.vector),
-                document_ids=tuple(request.document_ids),
-                top_k=request.top_k,
-                min_score=request.min_score if request.HasField("min_score") else -1.0,
-                learner_fingerprint=request.learner_fingerprint,
-                include_gradients=request.include_gradients,
-                include_text=request.include_text,
-            )
-            return _found(await self._bank.query(query), self._bank.identity.learner_fingerprint)
+            result = await self._bank.query(query_of(request))
+            return response_of(result, self._bank.identity.learner_fingerprint)
+
+    async def BatchQuery(self, request: pb.BatchQueryRequest, context: Context) -> pb.BatchQueryResponse:
+        async with self._answering(context, "BatchQuery") as call:
+            for query in request.queries:
+                call.check(Scope.READ, query.namespace)
+            results = await self._bank.query_batch(queries_of(request))
+            fingerprint = self._bank.identity.learner_fingerprint
+            return pb.BatchQueryResponse(responses=[response_of(result, fingerprint) for result in results])
 
     async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
         async with self._answering(context, "FetchGradients") as call:
@@ -233,23 +232,6 @@ def _ingested(result: PutResult) -> pb.IngestDocumentsResponse:
         truncated=stored.gradient.truncated,
         sequence=stored.sequence,
     )
-
-
-def _found(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
-    hits = [
-        pb.QueryResponse.Hit(
-            id=hit.id,
-            version=hit.version,
-            score=hit.score,
-            gradient_digest=hit.gradient_digest,
-            gradient_bytes=hit.gradient_bytes,
-            gradient=result.records.get(hit.gradient_digest, b""),
-            title=hit.title,
-            text=hit.text,
-        )
-        for hit in result.hits
-    ]
-    return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
 
 
 def _snapshot_progress(progress: Progress) -> pb.CreateSnapshotResponse:

@@ -56,6 +56,26 @@ class UsearchIndex:
         space = self._space(namespace)
         return 0 if space is None else space.size()
 
+    def wasteful(self, share: float, least: int) -> list[str]:
+        """Namespaces of whose places more than ``share``, and at least ``least``, are of removed vectors."""
+        with self._lock:
+            spaces = dict(self._spaces)
+        return [name for name, space in spaces.items() if space.num_dead() > max(share * space.num_places(), least - 1)]
+
+    def empty_like(self) -> UsearchIndex:
+        """An empty index for the same vectors."""
+        return UsearchIndex(self._dimension)
+
+    def take(self, namespace: str, other: UsearchIndex) -> None:
+        """Replaces a namespace by ``other``'s, which is not to be used after. Searches under way end on the old one."""
+        with other._lock:
+            space = other._spaces.get(namespace)
+        with self._lock:
+            if space is None:
+                self._spaces.pop(namespace, None)
+            else:
+                self._spaces[namespace] = space
+
     def save(self, folder: Path, collection_id: str, sequence: int) -> None:
         """Replaces the snapshot by one that reflects ``sequence``. No ``put`` or ``remove`` meanwhile."""
         temporary = folder.with_name(folder.name + ".new")
@@ -126,6 +146,16 @@ class _Space:
     def size(self) -> int:
         with self._lock:
             return len(self._index)
+
+    def num_places(self) -> int:
+        """Of vectors that are there and of removed ones, whose places the graph keeps until new ones fill them."""
+        with self._lock:
+            return int(self._index.stats.nodes)
+
+    def num_dead(self) -> int:
+        """Places of removed vectors."""
+        with self._lock:
+            return int(self._index.stats.nodes) - len(self._index)
 
     def content(self) -> bytes:
         with self._lock:

@@ -10,9 +10,12 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 ADAPTER_PREFIX = "regrad-"
 MODEL_SUFFIX = "-regrad"
+Retrieval = Literal["dense", "lexical", "hybrid"]  # how a text finds documents; the bank's contract says more
+RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
 
 
 def digest_json(value: object) -> str:

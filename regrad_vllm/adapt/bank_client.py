@@ -16,6 +16,7 @@ from bank_service.wire.codec import GradientSpec, max_record_bytes, verify_recor
 from bank_service.wire.errors import DataLossError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.tracing import inject
+from regrad_vllm.naming import Retrieval
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Hit:
 
     id: str
     version: int
-    score: float  # cosine; 1 for a document named by id
+    score: float  # what the bank ordered by: a cosine, BM25 or fused ranks; 1 for a document named by id
+    cosine: float  # of the embeddings, in every retrieval: what weights are made of; 1 for a document named by id
     gradient_digest: str  # 64 hex digits
     gradient_bytes: int
     title: str  # empty unless the query asked for texts
@@ -41,6 +43,7 @@ class Query:
     top_k: int = 3
     min_score: float | None = None
     with_text: bool = False
+    retrieval: Retrieval = "dense"
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.document_ids):
@@ -74,6 +77,7 @@ class BankClient:
             min_score=query.min_score,
             learner_fingerprint=self._spec.fingerprint,
             include_text=query.with_text,
+            retrieval="DENSE" if query.document_ids else query.retrieval.upper(),
         )
         try:
             response = await self._stub.Query(request, timeout=self._timeout_s, metadata=tuple(inject()))
@@ -84,6 +88,7 @@ class BankClient:
                 id=hit.id,
                 version=hit.version,
                 score=hit.score,
+                cosine=hit.cosine if hit.HasField("cosine") else hit.score,  # a bank from before: dense only
                 gradient_digest=hit.gradient_digest,
                 gradient_bytes=hit.gradient_bytes,
                 title=hit.title,

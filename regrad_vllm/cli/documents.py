@@ -8,6 +8,7 @@ from typing import Any
 
 from regrad_vllm.cli.connection import add_bank_flags, connect
 from regrad_vllm.cli.console import CommandError, count, say
+from regrad_vllm.naming import RETRIEVALS
 
 _SHOWN_CHARACTERS = 80
 
@@ -17,6 +18,9 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     query.add_argument("text")
     query.add_argument("--top-k", type=int, default=3, help="documents at most (%(default)s)")
     query.add_argument("--min-score", type=float, help="leave out documents below this cosine")
+    query.add_argument(
+        "--retrieval", choices=RETRIEVALS, default="dense", help="by embedding, by words (BM25), or both (%(default)s)"
+    )
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
     query.set_defaults(run=run_query)
@@ -35,13 +39,18 @@ def run_query(args: argparse.Namespace) -> int:
     from bank_service.wire.generated import bank_pb2
 
     request = bank_pb2.QueryRequest(
-        namespace=args.namespace, text=args.text, top_k=args.top_k, min_score=args.min_score, include_text=True
+        namespace=args.namespace,
+        text=args.text,
+        top_k=args.top_k,
+        min_score=args.min_score,
+        include_text=True,
+        retrieval=args.retrieval.upper(),
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)
     for hit in answer.hits:
         if args.json:
-            found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4)}
+            found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4), "cosine": round(hit.cosine, 4)}
             say(json.dumps(found | {"title": hit.title, "text": hit.text}, ensure_ascii=False))
         else:
             text = " ".join(f"{hit.title}: {hit.text}".split() if hit.title else hit.text.split())

@@ -52,7 +52,7 @@ class Gradients:
     def _compose(self, hits: Sequence[Hit], records: dict[str, bytes]) -> NDArray[np.float32]:
         learner = self._learner
         deltas = [decode_gradient(records[hit.gradient_digest], learner.spec) for hit in hits]
-        weights = learner.config.weights([hit.score for hit in hits])
+        weights = learner.config.weights([hit.cosine for hit in hits])
         return compose(learner.phi, deltas, weights, learner.config.gamma)
 
 

@@ -101,6 +101,7 @@ class Planner:
                 top_k=options.top_k or self.settings.top_k or min(learner.top_k, self.settings.max_documents),
                 min_score=None if options.document_ids else _first(options.min_score, self.settings.min_score),
                 with_text=options.mode == "icl",
+                retrieval=options.retrieval or self.settings.retrieval,
             ),
             gamma=gamma,
             mode=options.mode,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from regrad_vllm.naming import RETRIEVALS, Retrieval
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K
 
@@ -33,6 +34,7 @@ class RegradOptions:
     gamma: float | None = None
     min_score: float | None = None
     mode: Mode = "blind"
+    retrieval: Retrieval | None = None
 
     @classmethod
     def parse(cls, value: object) -> RegradOptions:
@@ -47,7 +49,7 @@ class RegradOptions:
             fields[name] = _PARSERS[name](f"regrad.{name}", raw)
         options = cls(**fields)
         if options.document_ids is not None:
-            for name in ("query", "top_k", "min_score"):
+            for name in ("query", "top_k", "min_score", "retrieval"):
                 if name in fields:
                     raise RequestError.bad(
                         f"regrad.{name}", "absent where regrad.document_ids names the documents", fields[name]
@@ -119,6 +121,13 @@ def _mode(field: str, value: object) -> Mode:
     raise RequestError.bad(field, f"one of {', '.join(MODES)}", value)
 
 
+def _retrieval(field: str, value: object) -> Retrieval:
+    for retrieval in RETRIEVALS:
+        if value == retrieval:
+            return retrieval
+    raise RequestError.bad(field, f"one of {', '.join(RETRIEVALS)}", value)
+
+
 _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "enabled": _boolean,
     "query": _text(MAX_QUERY_BYTES),
@@ -127,5 +136,6 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "top_k": _top_k,
     "gamma": _number(-MAX_GAMMA, MAX_GAMMA),
     "min_score": _number(-1, 1),
+    "retrieval": _retrieval,
     "mode": _mode,
 }

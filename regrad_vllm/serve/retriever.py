@@ -137,7 +137,9 @@ class Retriever:
         )
 
     def _weights(self, hits: tuple[Hit, ...]) -> tuple[float, ...]:
-        return self._learner.config.weights([hit.score for hit in hits])
+        # Not the score: the learner's temperature was learnt on cosines, and BM25 or fused ranks are none. The first
+        # hit counts 1 in each retrieval, and so does one that is nearer than it.
+        return self._learner.config.weights([hit.cosine for hit in hits])
 
     def _used(self, plan: Plan, hits: tuple[Hit, ...], recipe: Recipe | None, timings: dict[str, float]) -> Used:
         return Used(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from bank_service.wire.channel import BankCredentials
 
+from regrad_vllm.naming import RETRIEVALS, Retrieval
+
 PREFIX = "REGRAD_"
 OnError = Literal["fail_open", "fail_closed"]
 MAX_TOP_K = 64
@@ -36,6 +38,7 @@ class Settings:
     max_documents: int = 16  # of one request: the most for regrad.top_k and regrad.document_ids
     gamma: float | None = None  # None: the learner's
     min_score: float | None = None  # None: all hits count
+    retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
     default: bool = False  # ReGrad for requests to the base model's name that don't mention it
     on_error: OnError = "fail_open"  # for requests that have ReGrad by default only
     system_prompt: bool = True  # add the learner's where a request brings none
@@ -167,6 +170,13 @@ def _on_error(text: str) -> OnError:
     raise ValueError("fail_open or fail_closed")
 
 
+def _retrieval(text: str) -> Retrieval:
+    for retrieval in RETRIEVALS:
+        if text == retrieval:
+            return retrieval
+    raise ValueError(f"one of {', '.join(RETRIEVALS)}")
+
+
 _PARSERS: Mapping[str, Callable[[str], object]] = {
     "learner": Path,
     "bank": str,
@@ -175,6 +185,7 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "max_documents": _integer,
     "gamma": _number,
     "min_score": _number,
+    "retrieval": _retrieval,
     "default": _switch,
     "on_error": _on_error,
     "system_prompt": _switch,

@@ -72,6 +72,11 @@ class Client:
         async with own_errors():
             return await self.stub.Query(pb.QueryRequest(**fields))
 
+    async def query_batch(self, *queries: dict[str, Any]) -> Any:
+        request = pb.BatchQueryRequest(queries=[pb.QueryRequest(**fields) for fields in queries])
+        async with own_errors():
+            return (await self.stub.BatchQuery(request)).responses
+
     async def fetch(self, digests: Sequence[str]) -> list[tuple[str, bytes]]:
         """Records in the order in which they came, put together from their chunks."""
         records: list[tuple[str, bytearray]] = []

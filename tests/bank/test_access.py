@@ -33,6 +33,12 @@ REQUESTS: dict[str, Any] = {
     "GetDocument": pb.GetDocumentRequest(namespace="theirs", id="a"),
     "ListDocuments": pb.ListDocumentsRequest(namespace="theirs"),
     "Query": pb.QueryRequest(namespace="theirs", text="a text", top_k=1),
+    "BatchQuery": pb.BatchQueryRequest(
+        queries=[
+            pb.QueryRequest(namespace="theirs", document_ids=["a"]),
+            pb.QueryRequest(namespace="theirs", document_ids=["a"]),
+        ]
+    ),
     "FetchGradients": pb.FetchGradientsRequest(digests=["0" * 64]),
     "GetStats": pb.GetStatsRequest(),
     "CreateSnapshot": pb.CreateSnapshotRequest(target="no/absolute/path"),
@@ -108,9 +114,9 @@ async def test_no_method_reaches_into_a_namespace_that_the_token_does_not_name(
 @pytest.mark.parametrize(
     ("scopes", "allowed"),
     [
-        ("read", {"GetDocument", "ListDocuments", "Query"}),
+        ("read", {"GetDocument", "ListDocuments", "Query", "BatchQuery"}),
         ("write", {"IngestDocuments", "DeleteDocument"}),
-        ("admin", {"GetDocument", "ListDocuments", "Query", "IngestDocuments", "DeleteDocument"}),
+        ("admin", {"GetDocument", "ListDocuments", "Query", "BatchQuery", "IngestDocuments", "DeleteDocument"}),
     ],
 )
 @pytest.mark.parametrize("namespace", ["theirs", "*"])

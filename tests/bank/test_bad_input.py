@@ -30,6 +30,11 @@ NAN = float("nan")
 INF = float("inf")
 
 
+def condition(times: int = 1, **changed: Any) -> pb.Filter:
+    fields = {"key": "k", "operator": pb.Filter.Condition.EQUALS, "values": ["v"]} | changed
+    return pb.Filter(conditions=[pb.Filter.Condition(**fields)] * times)
+
+
 @pytest_asyncio.fixture(loop_scope="module")
 async def bank(shared_client: Client) -> AsyncIterator[Client]:
     """The shared bank, which must serve others while a test is at it and afterwards."""
@@ -139,6 +144,20 @@ async def test_a_stream_without_requests_ends_well(bank: Client) -> None:
         ({"document_ids": ["always", "always"]}, "document_ids", "distinct"),
         ({"document_ids": ["always", ""]}, "document_ids[1]", "not be empty"),
         ({"text": "x", "top_k": 1, "namespace": "a/b"}, "namespace", "got 'a/b'"),
+        ({"text": "x", "top_k": 1, "retrieval": 9}, "retrieval", "one of DENSE, LEXICAL, HYBRID, got 9"),
+        ({"vector": [1.0] * 384, "top_k": 1, "retrieval": pb.HYBRID}, "retrieval", "DENSE without text, got HYBRID"),
+        ({"document_ids": ["always"], "filter": condition()}, "filter", "absent with document_ids"),
+        ({"text": "x", "top_k": 1, "filter": condition(times=17)}, "filter.conditions", "at most 16, got 17"),
+        ({"text": "x", "top_k": 1, "filter": condition(operator=0)}, "filter.conditions[0].operator", "EQUALS.*got 0"),
+        ({"text": "x", "top_k": 1, "filter": condition(values=[])}, "filter.conditions[0].values", r"1\.\.64.*got 0"),
+        ({"text": "x", "top_k": 1, "filter": condition(values=["v"] * 65)}, "filter.conditions[0].values", "got 65"),
+        (
+            {"text": "x", "top_k": 1, "filter": condition(operator=3)},
+            "filter.conditions[0].values",
+            "none with PRESENT",
+        ),
+        ({"text": "x", "top_k": 1, "filter": condition(key="k" * 4097)}, "filter.conditions[0].key", "at most 4096"),
+        ({"text": "x", "top_k": 1, "filter": condition(values=["v" * 4097])}, "filter.conditions[0].values", "4096"),
     ],
 )
 async def test_a_query_out_of_its_limits_is_refused(

@@ -21,6 +21,7 @@ from bank_service.wire.codec import CODECS
         ({"cache_bytes": 0}, "cache_bytes must be in 1048576"),
         ({"encode_wait_ms": float("nan")}, "encode_wait_ms must be in 0..1000, got nan"),
         ({"encode_batch_size": 0}, "encode_batch_size must be"),
+        ({"exact_below": 100_001}, r"exact_below must be in 0\.\.100000"),
         ({"drain_seconds": -1}, "drain_seconds must be"),
     ],
 )

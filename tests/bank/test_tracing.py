@@ -69,11 +69,16 @@ async def test_a_calls_spans_go_from_server_to_bank_to_store_under_the_callers_t
     parents = {name: (trace_id, parent_id) for name, trace_id, _, parent_id in collector.spans}
     names = {span_id: name for name, _, span_id, _ in collector.spans}
     assert parents["bank.Query"] == (TRACE_ID, PARENT_ID)
-    for child in ("bank.embed", "index.search", "catalog.read", "cache.get"):
+    for child, above in (
+        ("bank.embed", "bank.Query"),
+        ("catalog.read", "bank.Query"),
+        ("exact.search", "catalog.read"),
+        ("cache.get", "bank.Query"),
+    ):
         (spans,) = [
             [item for item in collector.spans if item[0] == child and item[1] == TRACE_ID],
         ]
-        assert len(spans) == 1 and names[spans[0][3]] == "bank.Query", child
+        assert len(spans) == 1 and names[spans[0][3]] == above, child
     for child, above in (("catalog.put", "bank.store"), ("blobs.put", "bank.store")):
         assert names[parents[child][1]] == above
         assert parents[child][0] != TRACE_ID

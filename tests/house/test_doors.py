@@ -41,6 +41,7 @@ OPEN_TO_COMMAND_LINE = (
     "bank_service.restore",
     "bank_service.server",
     "bank_service.snapshot",
+    "bank_service.tokens_file",
 )
 
 

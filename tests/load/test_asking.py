@@ -37,7 +37,7 @@ class Bank:
         self.asked.append(query)
         found = query.document_ids or (("a", "b") if query.namespace == "natural" else ("a#2", "a#1", "b"))
         limit = len(found) if query.document_ids else query.top_k
-        return tuple(Hit(id, 1, 0.9, "0" * 64, 5, "T", f"text of {id}") for id in found[:limit])
+        return tuple(Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}") for id in found[:limit])
 
 
 def sent(name: str, own: Condition, adapter: str | None = "regrad-x") -> tuple[dict[str, Any], Attempt, Bank]:

@@ -64,6 +64,11 @@ def test_the_requests_values_come_before_the_servers_before_the_learners(planner
     assert isinstance(plan, Plan)
     assert (plan.query.top_k, plan.gamma, plan.query.min_score) == (7, 2.0, -1.0)
     assert (plan.query.namespace, plan.query.text) == ("r", "q")
+    assert plan.query.retrieval == "dense"
+    hybrid = replace(planner, settings=replace(planner.settings, retrieval="hybrid"))
+    for regrad, retrieval in (({}, "hybrid"), ({"retrieval": "lexical"}, "lexical")):
+        plan = plan_of(hybrid, regrad=regrad)
+        assert isinstance(plan, Plan) and plan.query.retrieval == retrieval
     plan = plan_of(planner, regrad={"document_ids": ["a"]})
     assert isinstance(plan, Plan)
     assert (plan.query.document_ids, plan.query.text, plan.query.min_score) == (("a",), "", None)

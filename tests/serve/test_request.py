@@ -19,9 +19,10 @@ def test_an_empty_object_turns_regrad_on_with_the_defaults() -> None:
 
 def test_every_field_is_taken() -> None:
     options = RegradOptions.parse(
-        {"enabled": True, "query": "who?", "namespace": "n", "top_k": 64, "gamma": -16, "min_score": 1, "mode": "icl"}
-    )
-    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl")
+        {"enabled": True, "query": "who?", "namespace": "n", "top_k": 64, "gamma": -16, "min_score": 1, "mode": "icl",
+         "retrieval": "hybrid"}
+    )  # fmt: skip
+    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid")
     assert RegradOptions.parse({"document_ids": ["b", "a"]}).document_ids == ("b", "a")
 
 
@@ -47,6 +48,7 @@ def test_what_is_not_an_object_is_refused(value: object) -> None:
         ("gamma", math.nan), ("gamma", math.inf), ("gamma", -math.inf), ("gamma", 1e9), ("gamma", 16.01),
         ("gamma", True), ("gamma", "1"), ("gamma", 10**400),
         ("min_score", -1.01), ("min_score", 1.01), ("min_score", math.nan), ("min_score", []),
+        ("retrieval", "bm25"), ("retrieval", None), ("retrieval", []),
         ("mode", "both"), ("mode", None), ("mode", ["icl"]),
         ("document_ids", []), ("document_ids", "a"), ("document_ids", [str(n) for n in range(65)]),
     ],
@@ -71,7 +73,7 @@ def test_an_unknown_field_is_told_the_known_ones() -> None:
     assert caught.value.param == "regrad.topk"
 
 
-@pytest.mark.parametrize("extra", [{"query": "x"}, {"top_k": 1}, {"min_score": 0}])
+@pytest.mark.parametrize("extra", [{"query": "x"}, {"top_k": 1}, {"min_score": 0}, {"retrieval": "lexical"}])
 def test_named_documents_leave_nothing_to_search_for(extra: dict[str, object]) -> None:
     with pytest.raises(RequestError) as caught:
         RegradOptions.parse({"document_ids": ["a"], **extra})

@@ -30,7 +30,7 @@ def test_all_that_is_given_is_used() -> None:
 
 
 def test_settings_survive_the_way_through_the_environment() -> None:
-    settings = Settings(learner=Path("/l"), bank="h:2", min_score=-0.25, default=True, arena_dir=Path("/a"))
+    settings = Settings(learner=Path("/l"), bank="h:2", min_score=-0.25, default=True, retrieval="hybrid")
     assert Settings.from_environment(settings.environment()) == settings
 
 
@@ -70,7 +70,7 @@ def test_an_unknown_key_is_told_the_known_ones() -> None:
         ("BANK", "nowhere"), ("BANK", "host:0"), ("BANK", "host:99999"), ("TOP_K", "0"), ("TOP_K", "65"),
         ("TOP_K", "many"), ("GAMMA", "nan"), ("GAMMA", "17"), ("MIN_SCORE", "2"), ("DEFAULT", "maybe"),
         ("MAX_DOCUMENTS", "65"), ("ON_ERROR", "fail"), ("ARENA_BYTES", "0"),
-        ("BANK_TIMEOUT_MS", "-1"), ("BANK_CONCURRENCY", "0"),
+        ("BANK_TIMEOUT_MS", "-1"), ("RETRIEVAL", "bm25"), ("BANK_CONCURRENCY", "0"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key: str, value: str) -> None:

@@ -10,6 +10,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Retrieval(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RETRIEVAL_UNSPECIFIED: _ClassVar[Retrieval]
+    DENSE: _ClassVar[Retrieval]
+    LEXICAL: _ClassVar[Retrieval]
+    HYBRID: _ClassVar[Retrieval]
+RETRIEVAL_UNSPECIFIED: Retrieval
+DENSE: Retrieval
+LEXICAL: Retrieval
+HYBRID: Retrieval
+
 class Document(_message.Message):
     __slots__ = ("namespace", "id", "title", "text", "metadata")
     class MetadataEntry(_message.Message):
@@ -161,8 +172,35 @@ class ListDocumentsResponse(_message.Message):
     next_page_token: str
     def __init__(self, documents: _Optional[_Iterable[_Union[ListDocumentsResponse.Entry, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
+class Filter(_message.Message):
+    __slots__ = ("conditions",)
+    class Condition(_message.Message):
+        __slots__ = ("key", "operator", "values")
+        class Operator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+            __slots__ = ()
+            OPERATOR_UNSPECIFIED: _ClassVar[Filter.Condition.Operator]
+            EQUALS: _ClassVar[Filter.Condition.Operator]
+            NOT_EQUALS: _ClassVar[Filter.Condition.Operator]
+            PRESENT: _ClassVar[Filter.Condition.Operator]
+            ABSENT: _ClassVar[Filter.Condition.Operator]
+        OPERATOR_UNSPECIFIED: Filter.Condition.Operator
+        EQUALS: Filter.Condition.Operator
+        NOT_EQUALS: Filter.Condition.Operator
+        PRESENT: Filter.Condition.Operator
+        ABSENT: Filter.Condition.Operator
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        OPERATOR_FIELD_NUMBER: _ClassVar[int]
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        operator: Filter.Condition.Operator
+        values: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, key: _Optional[str] = ..., operator: _Optional[_Union[Filter.Condition.Operator, str]] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
+    CONDITIONS_FIELD_NUMBER: _ClassVar[int]
+    conditions: _containers.RepeatedCompositeFieldContainer[Filter.Condition]
+    def __init__(self, conditions: _Optional[_Iterable[_Union[Filter.Condition, _Mapping]]] = ...) -> None: ...
+
 class QueryRequest(_message.Message):
-    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text")
+    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text", "retrieval", "filter")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +210,8 @@ class QueryRequest(_message.Message):
     LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_TEXT_FIELD_NUMBER: _ClassVar[int]
+    RETRIEVAL_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     text: str
     vector: _containers.RepeatedScalarFieldContainer[float]
@@ -181,12 +221,14 @@ class QueryRequest(_message.Message):
     learner_fingerprint: str
     include_gradients: bool
     include_text: bool
-    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ...) -> None: ...
+    retrieval: Retrieval
+    filter: Filter
+    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ..., retrieval: _Optional[_Union[Retrieval, str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
 
 class QueryResponse(_message.Message):
     __slots__ = ("hits", "learner_fingerprint", "sequence")
     class Hit(_message.Message):
-        __slots__ = ("id", "version", "score", "gradient_digest", "gradient_bytes", "gradient", "title", "text")
+        __slots__ = ("id", "version", "score", "gradient_digest", "gradient_bytes", "gradient", "title", "text", "cosine")
         ID_FIELD_NUMBER: _ClassVar[int]
         VERSION_FIELD_NUMBER: _ClassVar[int]
         SCORE_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +237,7 @@ class QueryResponse(_message.Message):
         GRADIENT_FIELD_NUMBER: _ClassVar[int]
         TITLE_FIELD_NUMBER: _ClassVar[int]
         TEXT_FIELD_NUMBER: _ClassVar[int]
+        COSINE_FIELD_NUMBER: _ClassVar[int]
         id: str
         version: int
         score: float
@@ -203,7 +246,8 @@ class QueryResponse(_message.Message):
         gradient: bytes
         title: str
         text: str
-        def __init__(self, id: _Optional[str] = ..., version: _Optional[int] = ..., score: _Optional[float] = ..., gradient_digest: _Optional[str] = ..., gradient_bytes: _Optional[int] = ..., gradient: _Optional[bytes] = ..., title: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+        cosine: float
+        def __init__(self, id: _Optional[str] = ..., version: _Optional[int] = ..., score: _Optional[float] = ..., gradient_digest: _Optional[str] = ..., gradient_bytes: _Optional[int] = ..., gradient: _Optional[bytes] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., cosine: _Optional[float] = ...) -> None: ...
     HITS_FIELD_NUMBER: _ClassVar[int]
     LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +255,18 @@ class QueryResponse(_message.Message):
     learner_fingerprint: str
     sequence: int
     def __init__(self, hits: _Optional[_Iterable[_Union[QueryResponse.Hit, _Mapping]]] = ..., learner_fingerprint: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class BatchQueryRequest(_message.Message):
+    __slots__ = ("queries",)
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    queries: _containers.RepeatedCompositeFieldContainer[QueryRequest]
+    def __init__(self, queries: _Optional[_Iterable[_Union[QueryRequest, _Mapping]]] = ...) -> None: ...
+
+class BatchQueryResponse(_message.Message):
+    __slots__ = ("responses",)
+    RESPONSES_FIELD_NUMBER: _ClassVar[int]
+    responses: _containers.RepeatedCompositeFieldContainer[QueryResponse]
+    def __init__(self, responses: _Optional[_Iterable[_Union[QueryResponse, _Mapping]]] = ...) -> None: ...
 
 class FetchGradientsRequest(_message.Message):
     __slots__ = ("digests",)

@@ -64,6 +64,11 @@ class BankServiceStub:
                 request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.QueryRequest.SerializeToString,
                 response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.QueryResponse.FromString,
                 _registered_method=True)
+        self.BatchQuery = channel.unary_unary(
+                '/regrad.bank.v1.BankService/BatchQuery',
+                request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.BatchQueryRequest.SerializeToString,
+                response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.BatchQueryResponse.FromString,
+                _registered_method=True)
         self.FetchGradients = channel.unary_stream(
                 '/regrad.bank.v1.BankService/FetchGradients',
                 request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.FetchGradientsRequest.SerializeToString,
@@ -128,6 +133,15 @@ class BankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchQuery(self, request, context):
+        """Several queries in one call, answered in their order. Each sees every change acknowledged before the call and
+        says by its own sequence which state it reflects; changes during the call may show in some answers only. Where
+        one query can't be answered none is: the error's field starts with "queries[i]", its index is i.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FetchGradients(self, request, context):
         """Streams gradient records, whole and verified, in the order asked for. A record may span several messages.
         """
@@ -181,6 +195,11 @@ def add_BankServiceServicer_to_server(servicer, server):
                     servicer.Query,
                     request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.QueryRequest.FromString,
                     response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.QueryResponse.SerializeToString,
+            ),
+            'BatchQuery': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchQuery,
+                    request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.BatchQueryRequest.FromString,
+                    response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.BatchQueryResponse.SerializeToString,
             ),
             'FetchGradients': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchGradients,
@@ -360,6 +379,33 @@ class BankService:
             '/regrad.bank.v1.BankService/Query',
             regrad_dot_bank_dot_v1_dot_bank__pb2.QueryRequest.SerializeToString,
             regrad_dot_bank_dot_v1_dot_bank__pb2.QueryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchQuery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regrad.bank.v1.BankService/BatchQuery',
+            regrad_dot_bank_dot_v1_dot_bank__pb2.BatchQueryRequest.SerializeToString,
+            regrad_dot_bank_dot_v1_dot_bank__pb2.BatchQueryResponse.FromString,
             options,
             channel_credentials,
             insecure,

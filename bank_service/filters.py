@@ -1,0 +1,58 @@
+"""Filters on metadata: conditions that must all hold. ``attributes.py`` answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from bank_service.errors import InvalidArgumentError
+from bank_service.wire import limits
+
+
+class Operator(Enum):
+    """How a condition compares."""
+
+    EQUALS = 1  # the key is there and its value is one of ``values``
+    NOT_EQUALS = 2  # the key is absent or its value is none of ``values``
+    PRESENT = 3
+    ABSENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What one key of a document's metadata must be. InvalidArgumentError names its part."""
+
+    key: str
+    operator: Operator
+    values: tuple[str, ...] = ()
+
+    def check(self, field: str) -> None:
+        """``field``: the condition's own path within the request."""
+        # The empty key is one that metadata can have.
+        for path, text in ((f"{field}.key", self.key), *((f"{field}.values", value) for value in self.values)):
+            if len(text.encode()) > limits.MAX_METADATA_BYTES:
+                raise InvalidArgumentError(
+                    f"{path} must be at most {limits.MAX_METADATA_BYTES} bytes, as metadata is, "
+                    f"got {len(text.encode())}",
+                    field=path,
+                )
+        takes_values = self.operator in (Operator.EQUALS, Operator.NOT_EQUALS)
+        lowest, highest = (1, limits.MAX_CONDITION_VALUES) if takes_values else (0, 0)
+        if not lowest <= len(self.values) <= highest:
+            rule = f"{lowest}..{highest}" if takes_values else "none"
+            raise InvalidArgumentError(
+                f"{field}.values must be {rule} with {self.operator.name}, got {len(self.values)}",
+                field=f"{field}.values",
+            )
+
+
+def check_filter(conditions: Sequence[Condition]) -> None:
+    """InvalidArgumentError names the condition and its part."""
+    if len(conditions) > limits.MAX_CONDITIONS:
+        raise InvalidArgumentError(
+            f"filter.conditions must be at most {limits.MAX_CONDITIONS}, got {len(conditions)}",
+            field="filter.conditions",
+        )
+    for index, condition in enumerate(conditions):
+        condition.check(f"filter.conditions[{index}]")

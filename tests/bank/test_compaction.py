@@ -1,0 +1,139 @@
+"""An index that gives the places of removed vectors back, while others search and change it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bank_service import compaction
+from bank_service.catalog import Catalog
+from bank_service.compaction import Compactor
+from bank_service.documents import Document, Gradient, Query
+from bank_service.exact_vectors import ExactVectors
+from bank_service.index_follower import IndexFollower
+from bank_service.retrieval import Retriever
+from bank_service.searcher import Searcher
+from bank_service.usearch_index import UsearchIndex
+from tests.bank.test_catalog import IDENTITY
+
+NUM_DOCUMENTS = 300
+
+
+class Parts:
+    """Catalog, index and follower as a bank has them, with changes that wait for the index."""
+
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
+        self.catalog = Catalog(folder / "catalog.sqlite", IDENTITY)
+        self.index = UsearchIndex(IDENTITY.embedding_dimension)
+        self.follower = IndexFollower(self.catalog, self.index, folder / "index", pool, 10**6)
+        self.compactor = Compactor(self.catalog, self.index, self.follower, pool, every=0.01)
+        retriever = Retriever(self.index, ExactVectors(IDENTITY.embedding_dimension), 0)
+        self.searcher = Searcher(self.catalog, retriever, self.follower, pool)
+        self._generator = np.random.default_rng(0)
+
+    async def put(self, *ids: str) -> None:
+        futures = []
+        for id in ids:
+            vector = self._generator.standard_normal(IDENTITY.embedding_dimension)
+            gradient = Gradient("0" * 64, 1, 1, False, (vector / np.linalg.norm(vector)).astype("<f4").tobytes())
+            futures.append(self.catalog.put(Document("n", id, "", id), gradient, None))
+        await self._reach([(await asyncio.wrap_future(future)).stored.sequence for future in futures])
+
+    async def delete(self, *ids: str) -> None:
+        futures = [self.catalog.delete("n", id, None) for id in ids]
+        await self._reach([(await asyncio.wrap_future(future)).sequence for future in futures])
+
+    async def _reach(self, sequences: list[int]) -> None:
+        self.searcher.acknowledge(max(sequences))
+        self.follower.wake()
+        await self.follower.reach(max(sequences))
+
+    async def ids(self, top_k: int = 64) -> set[str]:
+        vector = np.asarray([1, 0, 0, 0], np.float32)
+        found = await self.searcher.search(Query("n", vector=(1.0,), top_k=top_k), vector)
+        return {hit.id for hit in found.hits}
+
+
+@asynccontextmanager
+async def parts_in(folder: Path, pool: ThreadPoolExecutor) -> AsyncIterator[Parts]:
+    parts = Parts(folder, pool)
+    await parts.follower.start()
+    try:
+        yield parts
+    finally:
+        await parts.compactor.stop()
+        await parts.follower.stop()
+        parts.catalog.close()
+
+
+def names(numbers: range) -> list[str]:
+    return [f"doc {number}" for number in numbers]
+
+
+@pytest.mark.asyncio
+async def test_a_namespace_is_wasteful_from_the_share_and_the_number_on(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with parts_in(tmp_path, pool) as parts:
+        await parts.put(*names(range(100)))
+        await parts.delete(*names(range(30)))
+        assert parts.index.wasteful(0.3, 1) == []
+        await parts.delete("doc 30")
+        assert parts.index.wasteful(0.3, 31) == ["n"]
+        assert parts.index.wasteful(0.3, 32) == []
+        parts.index.save(tmp_path / "saved", "c", 1)
+        loaded = UsearchIndex(IDENTITY.embedding_dimension)
+        assert loaded.load(tmp_path / "saved", "c") == 1
+        assert loaded.wasteful(0.3, 31) == ["n"], "a restart must not forget what is dead"
+        await parts.compactor.compact("n")
+        assert parts.index.wasteful(0.0, 1) == [] and parts.index.size("n") == 69
+        assert await parts.ids() <= set(names(range(31, 100)))
+
+
+@pytest.mark.asyncio
+async def test_queries_and_changes_go_on_while_the_index_is_compacted(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MIN_DEAD", 20)
+    monkeypatch.setattr(compaction, "DEAD_SHARE", 0.1)
+    async with parts_in(tmp_path, pool) as parts:
+        await parts.put(*names(range(NUM_DOCUMENTS)))
+        parts.compactor.start()
+        living = set(names(range(NUM_DOCUMENTS)))
+        stop = asyncio.Event()
+
+        async def search() -> int:
+            count = 0
+            while not stop.is_set():
+                before = set(living)
+                found = await parts.ids()
+                # What was deleted before the query began is never found, and the answer is always full.
+                assert len(found) == 64 and {id for id in found if id.startswith("doc")} <= before
+                count += 1
+            return count
+
+        searching = asyncio.create_task(search())
+        async with asyncio.timeout(60):
+            for start in range(0, 200, 10):
+                gone = names(range(start, start + 10))
+                await parts.delete(*gone)
+                living -= set(gone)
+                if start % 50 == 0:
+                    await parts.put(f"new {start}")
+                    await parts.delete(f"new {start}")
+                await asyncio.sleep(0)
+            while parts.index.wasteful(0.1, 20):
+                await asyncio.sleep(0.01)
+        stop.set()
+        assert await searching > 0 and parts.compactor.num_compacted >= 1
+        await parts.compactor.stop()
+        assert parts.index.size("n") == len(living) == 100
+        keys, _ = parts.index.search("n", np.asarray([1, 0, 0, 0], np.float32), 1000)
+        with parts.catalog.view() as view:
+            assert {item.id for item in view.candidates(keys.tolist())} == living

@@ -1,0 +1,74 @@
+"""Small namespaces are searched vector by vector: nothing is missed, whatever was done to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bank_service.catalog import Catalog
+from bank_service.documents import Document, Gradient, Query
+from bank_service.exact_vectors import ExactVectors
+from bank_service.retrieval import Retriever
+from bank_service.usearch_index import UsearchIndex
+from bank_service.wire.codec import FloatArray
+from tests.bank.test_catalog import IDENTITY
+
+DIMENSION = IDENTITY.embedding_dimension
+
+
+def put(catalog: Catalog, id: str, vector: FloatArray, namespace: str = "n") -> int:
+    content = (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
+    document = Document(namespace, id, "", content.hex())
+    return catalog.put(document, Gradient("0" * 64, 1, 1, False, content), None).result().stored.key
+
+
+def test_neighbours_that_float16_can_not_tell_apart_come_in_their_true_order(tmp_path: Path) -> None:
+    """Far more of them than the index is asked for: by float16 alone the nearest are found by luck."""
+    catalog, index = Catalog(tmp_path / "catalog.sqlite", IDENTITY), UsearchIndex(DIMENSION)
+    target = np.asarray([1, 0, 0, 0], np.float32)
+    for number in np.random.default_rng(0).permutation(400).tolist():
+        angle = np.pi / 4 + 7e-7 * number
+        vector = np.asarray([np.cos(angle), np.sin(angle), 0, 0], np.float32)
+        index.put("n", [put(catalog, f"{number:03}", vector)], vector[None])
+
+    def found(exact_below: int) -> list[str]:
+        retriever = Retriever(index, ExactVectors(DIMENSION), exact_below)
+        with catalog.view() as view:
+            answer = retriever.find(view, Query("n", vector=(1.0,), top_k=3), target, 400)
+            return [hit.id for hit in view.hits(answer.scores, include_text=False)]
+
+    right = ["000", "001", "002"]
+    assert found(399) != right, "else this test shows nothing"
+    assert found(400) == right
+    catalog.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_the_vectors_are_the_catalogs_after_any_changes(
+    tmp_path_factory: object, steps: list[tuple[bool, int]], seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    folder: Path = tmp_path_factory.mktemp("catalog")  # type: ignore[attr-defined]
+    catalog, exact = Catalog(folder / "catalog.sqlite", IDENTITY), ExactVectors(DIMENSION, max_vectors=5)
+    alive: dict[str, FloatArray] = {}
+    target = generator.standard_normal(DIMENSION).astype(np.float32)
+    for number, (is_put, id) in enumerate(steps):
+        if is_put:
+            alive[str(id)] = generator.standard_normal(DIMENSION).astype(np.float32)
+            put(catalog, str(id), alive[str(id)])
+        elif alive.pop(str(id), None) is not None:
+            catalog.delete("n", str(id), None).result()
+        if number % 3 == 0:
+            put(catalog, str(id), target, namespace="other")  # another that takes the first one's room
+            with catalog.view() as view:
+                exact.search(view, "other", target, 5)
+        with catalog.view() as view:
+            keys = exact.search(view, "n", target, 5)
+            ids = {item.key: item.id for item in view.candidates(keys)}
+        scores = {id: vector @ target / np.linalg.norm(vector) for id, vector in alive.items()}
+        assert [ids[key] for key in keys] == sorted(scores, key=lambda id: -scores[id])[:5]
+    catalog.close()
