@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from bank_service.index_follower import IndexFollower
 from bank_service.lexical_cleaner import LexicalCleaner
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import LimitsOf, unlimited
+from bank_service.recode import RecodeProgress, Recoder
 from bank_service.record_reader import MayRead, RecordReader
 from bank_service.repair import Repairer
 from bank_service.retrieval import Retriever
@@ -130,6 +131,7 @@ class Bank:
         repair = Repairer(self._stores, self._writer, self._background, reads, metrics).repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repair)
         self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
+        self._recoder = Recoder(self._stores, self._writer, reads)
         self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
 
     @classmethod
@@ -154,6 +156,7 @@ class Bank:
         bank._cleaner.start()
         bank._background.run(bank._writer.sweep())
         bank._scrubber.start()
+        bank._recoder.resume()
         if config.redis_url is not None:
             bank._background.run(bank._stores.cache.warn_where_unlimited())
         bank._publish(metrics)
@@ -161,6 +164,7 @@ class Bank:
 
     async def close(self) -> None:
         """Finishes what is under way and closes everything."""
+        await self._recoder.stop()
         await self._scrubber.stop()
         await self._snapshotter.stop()
         await self._background.drain()
@@ -293,6 +297,10 @@ class Bank:
         """Writes a snapshot of the bank as it is now; see Snapshotter."""
         return self._snapshotter.create(target)
 
+    def recode(self, codec: str) -> AsyncGenerator[RecodeProgress, None]:
+        """Gives every gradient another codec, while the bank serves; see Recoder."""
+        return self._recoder.run(codec)
+
     async def scrub(self) -> ScrubCounts:
         """Verifies every gradient and repairs what can be."""
         return await self._scrubber.run_once()
@@ -310,7 +318,7 @@ class Bank:
         available = await self._stores.cache.is_available()
         return BankStats(
             totals,
-            self.identity,
+            replace(self.identity, codec=self._writer.codec),
             sequence,
             self._follower.sequence if may_see is None else min(sequence, self._follower.sequence),
             counts.hits if may_see is None else 0,

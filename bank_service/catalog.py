@@ -25,7 +25,7 @@ import sqlalchemy as sa
 
 from bank_service.attributes import fill_attributes, put_attributes
 from bank_service.catalog_file import check_catalog, check_not_lost, damaged
-from bank_service.catalog_view import CatalogView, collection, documents, metadata, to_stored
+from bank_service.catalog_view import CatalogView, collection, documents, metadata, recoding, to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult
 from bank_service.errors import BankError, CollectionMismatchError, NotFoundError, VersionConflictError
 from bank_service.group_commit import GroupCommit
@@ -116,6 +116,14 @@ class Catalog:
             while time.monotonic() < deadline and not self.clean_words(number, num_removed, first=first).result():
                 first = False
 
+    def begin_recoding(self, codec: str) -> Future[None]:
+        """The collection has another codec from now on, and gradients that may not have it yet."""
+        return self._writer.submit(lambda connection: _begin_recoding(connection, codec))
+
+    def end_recoding(self) -> Future[None]:
+        """All gradients have the collection's codec."""
+        return self._writer.submit(_end_recoding)
+
     def _claim(self, path: Path, identity: CollectionIdentity) -> str:
         wanted = asdict(identity)
         with self._engine.begin() as connection:
@@ -133,7 +141,7 @@ class Catalog:
             if row[name] != value:
                 raise CollectionMismatchError(
                     f"{name} of the collection in {path.parent} must be {row[name]}, got {value}; "
-                    "a collection keeps its learner, codec and embedder: use another data directory"
+                    "use another data directory (learner and embedder stay as they are; `regrad recode` changes a codec)"
                 )
         return str(row["uuid"])
 
@@ -147,6 +155,16 @@ def _upgrade(connection: sa.Connection, path: Path) -> sa.RowMapping:
     fill_words(connection)
     connection.execute(sa.update(collection).values(schema_version=SCHEMA_VERSION))
     return connection.execute(sa.select(collection)).mappings().one()
+
+
+def _begin_recoding(connection: sa.Connection, codec: str) -> None:
+    connection.execute(sa.update(collection).values(codec=codec))
+    connection.execute(sa.delete(recoding))
+    connection.execute(sa.insert(recoding).values(id=1))
+
+
+def _end_recoding(connection: sa.Connection) -> None:
+    connection.execute(sa.delete(recoding))
 
 
 def stored_codec(path: Path) -> str | None:

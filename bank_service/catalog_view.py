@@ -57,6 +57,11 @@ documents = sa.Table(
 )
 
 
+recoding = sa.Table(  # a row while the gradients are on their way to the collection's codec
+    "recoding", metadata, sa.Column("id", sa.Integer, primary_key=True)
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """The latest change of one document."""
@@ -225,6 +230,20 @@ class CatalogView:
             .limit(limit)
         )
         return {digest: int(size) for digest, size in self._connection.execute(query)}
+
+    def is_recoding(self) -> bool:
+        """Gradients may have another codec than the collection."""
+        return self._connection.execute(sa.select(recoding)).first() is not None
+
+    def after_key(self, key: int, limit: int) -> list[StoredDocument]:
+        """Up to ``limit`` documents of all namespaces after a key, in order of key."""
+        query = (
+            sa.select(documents)
+            .where(documents.c.key > key, sa.not_(documents.c.deleted))
+            .order_by(documents.c.key)
+            .limit(limit)
+        )
+        return [to_stored(row) for row in self._connection.execute(query).mappings()]
 
     def owners(self, digest: str, limit: int) -> list[StoredDocument]:
         """Up to ``limit`` documents that have this gradient."""

@@ -35,7 +35,7 @@ class EncodeQueue:
 
     def __init__(self, encoder: Encoder, codec: str, batch_size: int, wait_ms: float, metrics: BankMetrics) -> None:
         self._encoder = encoder
-        self._codec = codec
+        self.codec = codec  # of the records that are made from now on
         self._batch_size = batch_size
         self._wait_seconds = wait_ms / 1000
         self._metrics = metrics
@@ -106,7 +106,7 @@ class EncodeQueue:
 
     def _finish(self, job: _Job, document: EncodedDocument) -> None:
         try:
-            record = encode_gradient(document.values, self._encoder.spec, self._codec)
+            record = encode_gradient(document.values, self._encoder.spec, self.codec)
         except GradientFormatError as error:
             job.future.set_exception(InternalError(f"the encoder's gradient is unusable: {error}"))
         except Exception as error:  # noqa: BLE001 - else the thread ends, and every ingest waits for ever

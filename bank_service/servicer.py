@@ -185,6 +185,21 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                 async for progress in snapshot:
                     await context.write(_snapshot_progress(progress))
 
+    async def RecodeCollection(self, request: pb.RecodeCollectionRequest, context: Context) -> None:
+        async with self._answering(context, "RecodeCollection") as call:
+            call.check(Scope.ADMIN, ALL_NAMESPACES)
+            async with aclosing(self._bank.recode(request.codec)) as recoding:
+                async for progress in recoding:
+                    await context.write(
+                        pb.RecodeCollectionResponse(
+                            num_documents=progress.num_documents,
+                            num_done=progress.num_done,
+                            num_recoded=progress.num_recoded,
+                            num_failed=progress.num_failed,
+                            finished=progress.finished,
+                        )
+                    )
+
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Call]:
         """Around a call: its caller and its place, its span, its metrics, and its errors as statuses."""

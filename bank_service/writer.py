@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,16 @@ from bank_service.metrics import BankMetrics
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.vector_index import unit
-from bank_service.wire.codec import GradientFormatError, GradientSpec, WrongLearnerError, record_digest, verify_record
+from bank_service.wire.codec import (
+    GradientFormatError,
+    GradientSpec,
+    WrongLearnerError,
+    decode_gradient,
+    encode_gradient,
+    read_header,
+    record_digest,
+    verify_record,
+)
 from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
@@ -78,11 +87,12 @@ class Writer:
         self._encodes = encodes
         self._embedder = embedder
         self._spec = spec
-        self._codec = codec
+        self.codec = codec
         self._metrics = metrics
         self._acknowledge = acknowledge
         self._locks = KeyedLocks()
         self._pending = asyncio.Semaphore(max_pending)
+        self._storing: set[asyncio.Task[PutResult]] = set()
 
     async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
         """Stores a document with the gradient that the bank's encoder computes; durable on return.
@@ -136,6 +146,26 @@ class Writer:
             task = self._background.run(self._commit_deletion(namespace, id, expected_version))
             return await asyncio.shield(task)
 
+    async def change_codec(self, codec: str) -> None:
+        """Returns when nothing can be stored in another codec any more."""
+        self.codec = self._encodes.codec = codec
+        storing = list(self._storing)
+        if storing:
+            await asyncio.wait(storing)
+
+    async def recode(self, stored: StoredDocument) -> bool:
+        """Gives a document its gradient in the collection's codec, as a new version; False where it has that, or isn't
+        at this version any more. DataLossError, QuotaExceededError."""
+        document = stored.document
+        async with self._locks.hold((document.namespace, document.id)), self._pending:
+            if await in_thread(self._pools.reads, self._version, document) != stored.version:
+                return False  # written meanwhile, with the new codec, or deleted
+            record = await in_thread(self._pools.reads, self._blobs.get, stored.gradient.digest)
+            if read_header(record).codec == self.codec:
+                return False
+            await self._store(document, stored.gradient, record, stored.version)
+            return True
+
     async def sweep(self) -> None:
         """Removes gradients that no document names: what a crash between blob and catalog leaves."""
         removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references)
@@ -147,6 +177,11 @@ class Writer:
         """Removes those that no document names any more."""
         for digest in digests:
             await self._discard(digest)
+
+    def _version(self, document: Document) -> int | None:
+        with self._catalog.view() as view:
+            stored = view.get(document.namespace, document.id)
+        return None if stored is None else stored.version
 
     async def _current(self, document: Document, expected_version: int | None) -> _Standing:
         """What the catalog has of the document now. VersionConflictError, before any work."""
@@ -180,12 +215,18 @@ class Writer:
         # A caller that goes away stops nothing from here on: what is committed must reach the index.
         with span("bank.store"):
             task = self._background.run(self._commit(document, gradient, record, expected_version))
+            self._storing.add(task)
+            task.add_done_callback(self._storing.discard)
             return await asyncio.shield(task)
 
     async def _commit(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
         try:
+            while record is not None and read_header(record).codec != (codec := self.codec):
+                # Made before the collection's codec changed.
+                record = await in_thread(self._pools.writes, _recoded, record, self._spec, codec)
+                gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
             result = await in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
         except BankError:
             if record is not None:  # written before the catalog refused it: else refused uploads would fill the disk
@@ -244,11 +285,15 @@ class Writer:
             raise LearnerMismatchError(str(error), expected=error.expected, actual=error.actual) from error
         except GradientFormatError as error:
             raise InvalidArgumentError(f"the gradient record is malformed: {error}", field="chunk") from error
-        if header.codec != self._codec:
+        if header.codec != self.codec:
             raise InvalidArgumentError(
-                f"the gradient record's codec must be the collection's {self._codec}, got {header.codec}",
+                f"the gradient record's codec must be the collection's {self.codec}, got {header.codec}",
                 field="chunk",
             )
+
+
+def _recoded(record: bytes, spec: GradientSpec, codec: str) -> bytes:
+    return encode_gradient(decode_gradient(record, spec), spec, codec)
 
 
 def _gradient(record: bytes, embedding: bytes, num_tokens: int, truncated: bool) -> Gradient:

@@ -19,6 +19,7 @@ from regrad_vllm.cli import (
     learning,
     model,
     questions,
+    recode,
     serve,
     token,
 )  # fmt: skip
@@ -83,7 +84,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"regrad {_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, bank, token, backup, serve, ingest, documents, export, model, questions, learning, bench):
+    for module in (
+        demo,
+        bank,
+        token,
+        backup,
+        recode,
+        serve,
+        ingest,
+        documents,
+        export,
+        model,
+        questions,
+        learning,
+        bench,
+    ):
         module.add(commands)
     return parser
 

@@ -41,9 +41,10 @@ REQUESTS: dict[str, Any] = {
     ),
     "FetchGradients": pb.FetchGradientsRequest(digests=["0" * 64]),
     "GetStats": pb.GetStatsRequest(),
+    "RecodeCollection": pb.RecodeCollectionRequest(codec="int8"),
     "CreateSnapshot": pb.CreateSnapshotRequest(target="no/absolute/path"),
 }
-WITHOUT_NAMESPACE = {"FetchGradients", "GetStats", "CreateSnapshot"}
+WITHOUT_NAMESPACE = {"FetchGradients", "GetStats", "CreateSnapshot", "RecodeCollection"}
 METHODS = {method.name: method for method in pb.DESCRIPTOR.services_by_name["BankService"].methods}
 
 
@@ -139,16 +140,18 @@ async def test_a_scope_allows_its_methods_and_no_others(
 
 
 @pytest.mark.asyncio
-async def test_a_snapshot_of_everything_is_for_the_admin_of_everything(
+async def test_what_concerns_everything_is_for_the_admin_of_everything(
     guarded: BankServer, tokens: Tokens, tmp_path: Path
 ) -> None:
     request = pb.CreateSnapshotRequest(target=str(tmp_path / "snapshot"))
     for scopes, namespace in (("admin", "ours"), ("read write", "*")):
         async with of(guarded, tokens.add(f"{scopes} {namespace}", scopes, namespace)) as client:
             await client.refused(own(client.stub.CreateSnapshot(request)), PermissionDeniedError)
+            await client.refused(call(client, "RecodeCollection"), PermissionDeniedError)
     assert not (tmp_path / "snapshot").exists()
     async with of(guarded, tokens.add("operator", "admin", "*")) as operator:
         await own(operator.stub.CreateSnapshot(request))
+        await call(operator, "RecodeCollection")
     assert (tmp_path / "snapshot").exists()
 
 

@@ -16,7 +16,7 @@ def _registry(*codecs: Codec) -> Mapping[str, Codec]:
 
 
 CODECS: Mapping[str, Codec] = _registry(
-    Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), LowRankCodec(64), LowRankCodec(128), LowRankCodec(256)
+    Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), *map(LowRankCodec, (32, 64, 128, 256))
 )
 DEFAULT_CODEC = Int8Codec.name
 

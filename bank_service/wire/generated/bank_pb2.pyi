@@ -354,3 +354,23 @@ class CreateSnapshotResponse(_message.Message):
     sequence: int
     catalog_digest: str
     def __init__(self, num_gradients: _Optional[int] = ..., num_done: _Optional[int] = ..., num_copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., is_whole: _Optional[bool] = ..., sequence: _Optional[int] = ..., catalog_digest: _Optional[str] = ...) -> None: ...
+
+class RecodeCollectionRequest(_message.Message):
+    __slots__ = ("codec",)
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    def __init__(self, codec: _Optional[str] = ...) -> None: ...
+
+class RecodeCollectionResponse(_message.Message):
+    __slots__ = ("num_documents", "num_done", "num_recoded", "num_failed", "finished")
+    NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DONE_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECODED_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    num_documents: int
+    num_done: int
+    num_recoded: int
+    num_failed: int
+    finished: bool
+    def __init__(self, num_documents: _Optional[int] = ..., num_done: _Optional[int] = ..., num_recoded: _Optional[int] = ..., num_failed: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...

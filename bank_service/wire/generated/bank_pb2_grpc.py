@@ -84,6 +84,11 @@ class BankServiceStub:
                 request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotRequest.SerializeToString,
                 response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotResponse.FromString,
                 _registered_method=True)
+        self.RecodeCollection = channel.unary_stream(
+                '/regrad.bank.v1.BankService/RecodeCollection',
+                request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionRequest.SerializeToString,
+                response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionResponse.FromString,
+                _registered_method=True)
 
 
 class BankServiceServicer:
@@ -163,6 +168,14 @@ class BankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecodeCollection(self, request, context):
+        """Gives every gradient of the collection another codec, while the bank serves; what is stored from now on has it at
+        once. Reports progress until it is done; goes on where nobody listens, and after a restart.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BankServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -215,6 +228,11 @@ def add_BankServiceServicer_to_server(servicer, server):
                     servicer.CreateSnapshot,
                     request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotRequest.FromString,
                     response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotResponse.SerializeToString,
+            ),
+            'RecodeCollection': grpc.unary_stream_rpc_method_handler(
+                    servicer.RecodeCollection,
+                    request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionRequest.FromString,
+                    response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -487,6 +505,33 @@ class BankService:
             '/regrad.bank.v1.BankService/CreateSnapshot',
             regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotRequest.SerializeToString,
             regrad_dot_bank_dot_v1_dot_bank__pb2.CreateSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecodeCollection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/regrad.bank.v1.BankService/RecodeCollection',
+            regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionRequest.SerializeToString,
+            regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionResponse.FromString,
             options,
             channel_credentials,
             insecure,

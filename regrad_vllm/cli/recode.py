@@ -1,0 +1,35 @@
+"""`regrad recode`: every gradient of a running bank in another codec."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from regrad_vllm.cli.connection import add_bank_flags, connect
+from regrad_vllm.cli.console import CommandError, count, note, say
+
+_DESCRIPTION = """Gives every gradient of a running bank another codec, while it serves; each document gets a new
+version. What is stored from now on has the new codec at once. Goes on in the bank where this command is interrupted,
+and after a restart; the same command again shows how far it is. What a coarser codec has lost doesn't come back in a
+finer one."""
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    parser = commands.add_parser("recode", help="a bank's gradients in another codec", description=_DESCRIPTION)
+    parser.add_argument("codec", metavar="CODEC", help="such as lowrank64; a wrong one is answered with all")
+    add_bank_flags(parser, namespace=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 1 where a gradient kept its codec."""
+    from bank_service.wire.generated import bank_pb2 as pb
+
+    last = pb.RecodeCollectionResponse()
+    with connect(args.bank) as stub:
+        for last in stub.RecodeCollection(pb.RecodeCollectionRequest(codec=args.codec)):
+            note(f"{last.num_done:,} of {count(last.num_documents, 'document')}")
+    if not last.finished:
+        raise CommandError("the bank ended before it was done; it goes on when it is started again")
+    say(f"{args.codec}: {last.num_recoded:,} of {count(last.num_done, 'gradient')} recoded, {last.num_failed:,} kept")
+    return int(bool(last.num_failed))

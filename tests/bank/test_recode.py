@@ -1,0 +1,136 @@
+"""A collection from one codec to another, in a real bank, while documents come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bank_service.config import BankConfig
+from bank_service.embedder import MiniLmEmbedder
+from bank_service.encoder import EncodedDocument
+from bank_service.errors import InvalidArgumentError, UnavailableError
+from bank_service.server import BankServer
+from bank_service.wire.codec import decode_gradient, encode_gradient, read_header
+from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.client import Client, own_errors, upload_of
+from tests.bank.hash_encoder import HashEncoder, spec_of
+
+NUM_DOCUMENTS = 150
+
+
+def stream(client: Client, codec: str) -> Any:
+    return client.stub.RecodeCollection(pb.RecodeCollectionRequest(codec=codec))
+
+
+async def recoded(client: Client, codec: str) -> Any:
+    """The last message."""
+    async with own_errors():
+        return [progress async for progress in stream(client, codec)][-1]
+
+
+async def codecs(client: Client) -> dict[str, str]:
+    """Document → its record's codec; every record is what its text gives, as far as its codec keeps it."""
+    listed = (await client.list(page_size=1000)).documents
+    found, encoder = {}, HashEncoder()
+    for start in range(0, len(listed), 50):
+        part = listed[start : start + 50]
+        records = dict(await client.fetch([entry.gradient_digest for entry in part]))
+        for entry in part:
+            record = records[entry.gradient_digest]
+            found[entry.id] = read_header(record).codec
+            text = (await client.get(entry.id)).document.text
+            exact = encoder.encode([("", text)])[0].values
+            assert np.abs(decode_gradient(record, spec_of()) - exact).max() < 0.5, "of four bits, and of this text"
+    return found
+
+
+@pytest.mark.asyncio
+async def test_every_gradient_gets_the_new_codec_while_the_bank_serves(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
+        before = (await client.stats()).gradient_bytes
+        running = asyncio.create_task(recoded(client, "int4"))
+        for n in range(40):  # meanwhile: an update, a deletion, something new, a question
+            await client.put(f"d{n}", f"another text {n}")
+            await client.delete(f"d{NUM_DOCUMENTS - 1 - n}")
+            await client.put(f"new {n}", f"a new text {n}")
+            assert (await client.query(text=f"text {n}", top_k=1, include_gradients=True)).hits[0].gradient
+        last = await running
+        assert last.finished and not last.num_failed and last.num_recoded <= last.num_done
+        found = await codecs(client)
+        assert len(found) == NUM_DOCUMENTS and set(found.values()) == {"int4"}
+        stats = await client.stats()
+        assert stats.codec == "int4" and stats.gradient_bytes < 0.9 * before
+        assert stats.num_gradients == len(found), "the old records are gone"
+        assert (await client.get("d100")).version == 2
+        old = encode_gradient(HashEncoder().encode([("", "x")])[0].values, spec_of(), "int8")
+        await client.refused(client.upload(*upload_of(pb.Document(id="x", text="x"), old)), InvalidArgumentError)
+        again = await recoded(client, "int4")
+        assert (again.num_done, again.num_recoded) == (NUM_DOCUMENTS, 0)
+
+
+@pytest.mark.asyncio
+async def test_a_bank_that_was_stopped_on_the_way_goes_on(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
+        async for progress in stream(client, "bf16"):
+            assert not progress.finished
+            break
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        last = await recoded(client, "bf16")  # joins what is under way
+        assert last.finished and 0 < last.num_recoded <= NUM_DOCUMENTS
+        assert set((await codecs(client)).values()) == {"bf16"}
+
+
+class Waiting(HashEncoder):
+    """Encodes when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+        self.begun.set()
+        self.go.wait(20)
+        return super().encode(documents)
+
+
+@pytest.mark.asyncio
+async def test_what_was_being_encoded_when_the_codec_changed_has_the_new_one(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    encoder = Waiting()
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:
+        putting = asyncio.create_task(client.put("slow", "a text"))
+        await asyncio.to_thread(encoder.begun.wait, 20)
+        assert (await recoded(client, "int4")).finished
+        encoder.go.set()
+        await putting
+        assert await codecs(client) == {"slow": "int4"}
+
+
+@pytest.mark.asyncio
+async def test_an_unknown_codec_and_a_second_one_meanwhile_are_refused(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await client.refused(recoded(client, "zip"), InvalidArgumentError)
+        assert (await client.stats()).codec == "int8"
+        await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
+        async for progress in stream(client, "bf16"):
+            assert not progress.finished
+            await client.refused(recoded(client, "int4"), UnavailableError)
+            break
+        assert (await recoded(client, "bf16")).finished
