@@ -141,7 +141,7 @@ class Catalog:
             if row[name] != value:
                 raise CollectionMismatchError(
                     f"{name} of the collection in {path.parent} must be {row[name]}, got {value}; "
-                    "use another data directory (learner and embedder stay as they are; `regrad recode` changes a codec)"
+                    "use another data directory (learner and embedder stay; `regrad recode` changes a codec)"
                 )
         return str(row["uuid"])
 
