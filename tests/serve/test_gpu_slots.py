@@ -16,6 +16,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
+from bank_service.wire.codecs import lowrank
 from regrad_vllm.adapt import stored_gradient
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
@@ -23,6 +24,7 @@ from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, Prompts
 from regrad_vllm.serve import vllm_seams
 from tests.serve.test_cpu_kernels import merged, row_parallel
+from tests.serve.test_factors import payloads
 
 INPUTS, INNER, RANK, SLOTS = 72, 136, 4, 3
 
@@ -175,6 +177,23 @@ def test_a_codec_that_the_kernel_does_not_read_is_decoded(
     first = learner.layout.tensors[0]
     right = compose(learner.phi, [delta], [1.0], 0.5)[first.slice].reshape(first.shape)
     assert np.array_equal(values_of(modules, first.module, "A", 0).numpy(), right)
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1])
+def test_several_components_of_every_tensor_are_summed_up(
+    gpu_slots: Any, monkeypatch: pytest.MonkeyPatch, tp_rank: int
+) -> None:
+    learner = small_learner()
+    factors, decoded = payloads(learner.layout, seed=4)
+    assert factors.table is not None and (factors.table[:, lowrank.RANK] > 1).all()
+    found = []
+    for payload in (factors, decoded):
+        modules = layers(torch.float32, tp_rank=tp_rank, tp_size=2)
+        slots = gpu_slots.GpuSlots(manager_of(modules, monkeypatch), learner)
+        monkeypatch.setattr(gpu_slots, "read_payload", lambda *args, own=payload: own)
+        assert slots.compose(1, [slots.load("", "")[0]], [0.5])
+        found.append([stack for _, layer in modules for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter computes with numpy

@@ -32,7 +32,7 @@ from bank_service.wire.codecs.base import FloatArray, GradientFormatError, Gradi
 LONG_BLOCK = 128
 FIRST, COLUMNS, RANK, LONG_IS_COLUMNS, CODE, SCALE, SHORT, LONG_LENGTH, SHORT_LENGTH = range(9)
 TABLE_FIELDS = 9
-_LIMIT = 2.0**60  # of scales and short values: the sum of 255 products with 7 times one is finite in float32
+_LIMIT = 2.0**58  # of scales and short values: the sum of 255 products with 7 times one is finite in float32
 _FP32_BYTES = 4
 _RECORD_HEADER_BYTES = 128  # counted in: the promise is about the record
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest value in a block, tried for its step
@@ -72,7 +72,7 @@ class LowRankCodec:
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
         if float(np.abs(values).max()) > _LIMIT:
-            raise GradientFormatError(f"values must be at most 2**60 in {self.name}; the gradient diverged")
+            raise GradientFormatError(f"values must be at most 2**58 in {self.name}; the gradient diverged")
         sides = [_short_first(values, start, shape) for start, shape in zip(_starts(spec), spec.shapes, strict=True)]
         directions = [_directions(side) for side in sides]
         ranks = self._ranks([energy for energy, _ in directions], spec)
@@ -110,7 +110,7 @@ class LowRankCodec:
         numbers = _from_bf16(halves)
         # Not "number > limit": NaN must fail too.
         if not bool((np.abs(numbers) <= _LIMIT).all()) or bool((numbers[: plan.num_scales] < 0).any()):
-            raise GradientFormatError(f"scales and short values of {self.name} must be finite and at most 2**60")
+            raise GradientFormatError(f"scales and short values of {self.name} must be finite and at most 2**58")
         for start, length in plan.rows:
             nibbles.check(packed[start : start + nibbles.num_bytes(length)], length)
 

@@ -25,40 +25,44 @@ from regrad_vllm.adapt.stored_gradient import SCALES, SHORTS, TABLE, VALUES
 
 
 @numba.njit(nogil=True)
+def _add_along(part: Any, short: Any, codes: Any, scales: Any, column: Any) -> None:
+    """part += short · (scale · code) from ``column`` of a long vector on."""
+    first, size = 0, len(part)
+    while first < size:
+        block = (column + first) // LONG_BLOCK
+        last = min(size, (block + 1) * LONG_BLOCK - column)
+        scale = scales[block]
+        # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
+        piece, piece_codes = part[first:last], codes[column + first : column + last]
+        for j in range(last - first):
+            piece[j] += short * (np.float32(piece_codes[j]) * scale)
+        first = last
+
+
+@numba.njit(nogil=True)
 def expand(delta: Any, gradient: Any, tensor: Any, start: Any) -> None:
-    """delta = the values of a gradient from the flat vector's ``start`` on, all of one tensor of the layout: a part of
-    a row, or whole rows."""
+    """delta = the values of a gradient from the flat vector's ``start`` on, all of one tensor of the layout: parts of a
+    row or whole rows, whichever of its sides is the long one."""
     entry = i64_array(gradient[TABLE], (tensor + 1) * TABLE_FIELDS)[tensor * TABLE_FIELDS :]
-    length, rank, width = entry[LONG_LENGTH], entry[RANK], entry[SHORT_LENGTH]
+    length, rank, width, columns = entry[LONG_LENGTH], entry[RANK], entry[SHORT_LENGTH], entry[COLUMNS]
     blocks = (length + LONG_BLOCK - 1) // LONG_BLOCK
     codes = i8_array(gradient[VALUES], entry[CODE] + rank * length)[entry[CODE] :]
     scales = f32_array(gradient[SCALES], entry[SCALE] + rank * blocks)[entry[SCALE] :]
     shorts = f32_array(gradient[SHORTS], entry[SHORT] + rank * width)[entry[SHORT] :]
-    row, column = (start - entry[FIRST]) // entry[COLUMNS], (start - entry[FIRST]) % entry[COLUMNS]
-    if entry[LONG_IS_COLUMNS]:
-        size = len(delta)
-        for j in range(size):
-            delta[j] = np.float32(0)
+    row, column = (start - entry[FIRST]) // columns, (start - entry[FIRST]) % columns
+    first = 0
+    while first < len(delta):
+        count = min(columns - column, len(delta) - first)
+        part = delta[first : first + count]
+        for j in range(count):
+            part[j] = np.float32(0)
         for c in range(rank):
-            short = shorts[c * width + row]
-            first = 0
-            while first < size:
-                block = (column + first) // LONG_BLOCK
-                last = min(size, (block + 1) * LONG_BLOCK - column)
-                scale = scales[c * blocks + block]
-                # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
-                part = delta[first:last]
-                part_codes = codes[c * length + column + first : c * length + column + last]
-                for j in range(last - first):
-                    part[j] += short * (np.float32(part_codes[j]) * scale)
-                first = last
-        return
-    for i in range(len(delta) // width):
-        place = delta[i * width : (i + 1) * width]
-        for j in range(width):
-            place[j] = np.float32(0)
-        for c in range(rank):
-            long = np.float32(codes[c * length + row + i]) * scales[c * blocks + (row + i) // LONG_BLOCK]
-            short_vector = shorts[c * width : (c + 1) * width]
-            for j in range(width):
-                place[j] += short_vector[j] * long
+            own_codes, own_scales = codes[c * length : (c + 1) * length], scales[c * blocks : (c + 1) * blocks]
+            if entry[LONG_IS_COLUMNS]:
+                _add_along(part, shorts[c * width + row], own_codes, own_scales, column)
+            else:
+                long = np.float32(own_codes[row]) * own_scales[row // LONG_BLOCK]
+                short = shorts[c * width + column : c * width + column + count]
+                for j in range(count):
+                    part[j] += short[j] * long
+        first, row, column = first + count, row + 1, 0
