@@ -76,6 +76,17 @@ class Caller:
                 namespace=namespace,
             )
 
+    def check_anywhere(self, scope: Scope) -> None:
+        """Whether there is a namespace at all in which the caller has the scope: before a stream names one.
+        UnauthenticatedError, PermissionDeniedError."""
+        grant = self.grant
+        if not any(grant.allows(scope, namespace) for namespace in grant.namespaces):
+            raise PermissionDeniedError(
+                f"the token {grant.name!r} must have scope {scope.value}; ask the bank's operator, or use another",
+                scope=scope.value,
+                namespace="",
+            )
+
     def may_read(self, namespace: str) -> bool:
         return self.grant.allows(Scope.READ, namespace)
 

@@ -55,7 +55,7 @@ from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.usearch_index import UsearchIndex
 from bank_service.wire import limits
-from bank_service.wire.codec import DEFAULT_CODEC, FloatArray, GradientSpec
+from bank_service.wire.codec import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
 from bank_service.wire.tracing import span
 from bank_service.writer import Writer
 
@@ -133,6 +133,11 @@ class Bank:
         self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
         self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """No gradient record in the collection's codec is larger."""
+        return HEADER_BYTES + codec_named(self._writer.codec).max_payload_bytes(self.spec)
 
     @classmethod
     async def open(
@@ -240,10 +245,11 @@ class Bank:
                 return result
             try:
                 own = query.namespace.__eq__
-                records = await self._records.read(self._searcher.fitting(result.hits), own)
+                fitting = self._searcher.fitting(result.hits)
+                records = await self._records.read(fitting, own)
             except NotFoundError:
                 continue  # a hit was updated or deleted after the search: the next search knows
-            return QueryResult(result.hits, records, result.sequence)
+            return QueryResult(result.hits, records, result.sequence, len(fitting))
 
     async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
         """A result for each query, each on a state of its own, no older than what was acknowledged before the call.

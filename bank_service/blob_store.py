@@ -7,6 +7,7 @@ ingest holds it; everything else is an orphan and is swept.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -19,6 +20,8 @@ from bank_service.errors import DataLossError
 from bank_service.wire.codec import record_digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+# Errors of a read that say nothing of the file: too many open, or not allowed.
+_NOT_THE_DISK = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 SWEEP_BATCH = 256  # digests checked while holds have to wait
 
 References = Callable[[list[str]], Set[str]]  # which of these digests the catalog names
@@ -99,6 +102,13 @@ class BlobStore:
             raise DataLossError(
                 f"gradient {digest} is missing from the blob store; ingest its document again", digest=digest
             ) from None
+        except OSError as error:
+            if error.errno in _NOT_THE_DISK:
+                raise
+            raise DataLossError(
+                f"gradient {digest} can't be read from the blob store ({error}); ingest its document again",
+                digest=digest,
+            ) from error
         if record_digest(record) != digest:
             raise DataLossError(
                 f"gradient {digest} is corrupt in the blob store; ingest its document again", digest=digest
@@ -108,9 +118,10 @@ class BlobStore:
     def is_sound(self, digest: str) -> bool:
         """The record is there and matches its digest."""
         try:
-            return record_digest(self.path(digest).read_bytes()) == digest
-        except FileNotFoundError:
+            self.get(digest)
+        except DataLossError:
             return False
+        return True
 
     def sweep(self, references: References, digests: Iterable[str] | None = None) -> int:
         """Removes those of ``digests`` (all files where None) that are neither held nor referenced; how many."""

@@ -250,3 +250,4 @@ class QueryResult:
     hits: tuple[Hit, ...]
     records: Mapping[str, bytes]  # digest → gradient record, where asked for and where it fits the message
     sequence: int
+    num_with_record: int | None = None  # so many hits, the first, get theirs: two may have the same; None: all

@@ -26,12 +26,16 @@ def query_of(request: pb.QueryRequest) -> Query:
     )
 
 
-def queries_of(request: pb.BatchQueryRequest) -> list[Query]:
-    """InvalidArgumentError names the field as ``queries[i].field``."""
+def check_batch(request: pb.BatchQueryRequest) -> None:
+    """InvalidArgumentError where there are too many queries, before anything is done for each."""
     if not 1 <= len(request.queries) <= limits.MAX_BATCH_QUERIES:
         raise InvalidArgumentError(
             f"queries must be 1..{limits.MAX_BATCH_QUERIES}, got {len(request.queries)}", field="queries"
         )
+
+
+def queries_of(request: pb.BatchQueryRequest) -> list[Query]:
+    """InvalidArgumentError names the field as ``queries[i].field``."""
     queries = []
     for index, item in enumerate(request.queries):
         try:
@@ -51,6 +55,7 @@ def placed(error: BankError, index: int) -> BankError:
 
 
 def response_of(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
+    num_whole = len(result.hits) if result.num_with_record is None else result.num_with_record
     hits = [
         pb.QueryResponse.Hit(
             id=hit.id,
@@ -58,12 +63,12 @@ def response_of(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
             score=hit.score,
             gradient_digest=hit.gradient_digest,
             gradient_bytes=hit.gradient_bytes,
-            gradient=result.records.get(hit.gradient_digest, b""),
+            gradient=result.records.get(hit.gradient_digest, b"") if index < num_whole else b"",
             title=hit.title,
             text=hit.text,
             cosine=hit.cosine,
         )
-        for hit in result.hits
+        for index, hit in enumerate(result.hits)
     ]
     return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
 

@@ -49,6 +49,7 @@ class Recoder:
         self._writer = writer
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
+        self._beginning = asyncio.Lock()  # two callers at once must not begin twice
         self._progress = RecodeProgress(writer.codec)
 
     def resume(self) -> None:
@@ -71,16 +72,16 @@ class Recoder:
             raise InvalidArgumentError(
                 f"codec must be one of {', '.join(sorted(CODECS))}, got {codec[:80]!r}", field="codec"
             )
-        if self._task is not None and not self._task.done():
-            if codec != self._writer.codec:
+        async with self._beginning:
+            if self._task is None or self._task.done():
+                await in_thread(self._pool, lambda: self._stores.catalog.begin_recoding(codec).result())
+                await self._writer.change_codec(codec)
+                self._start()
+            elif codec != self._writer.codec:
                 raise UnavailableError(
                     f"the collection is on its way to {self._writer.codec}; try again when it is there"
                 )
-        else:
-            await in_thread(self._pool, lambda: self._stores.catalog.begin_recoding(codec).result())
-            await self._writer.change_codec(codec)
-            self._start()
-        task = self._task
+            task = self._task
         assert task is not None
         while not task.done():
             yield self._progress
@@ -107,7 +108,7 @@ class Recoder:
     async def _one(self, stored: StoredDocument) -> None:
         recoded = failed = False
         try:
-            recoded = await self._writer.recode(stored)
+            recoded = await self._writer.recode(stored.document.namespace, stored.document.id)
         except DataLossError as error:  # the next reader has it repaired, in the new codec
             failed = True
             logger.error("document %r keeps its gradient: %s", stored.document.id, error)

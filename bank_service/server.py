@@ -37,6 +37,7 @@ __all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
 
 logger = logging.getLogger(__name__)
 
+_SPARE_CALLS = 256  # health, reflection, and calls that are told why they are refused
 SERVICE = bank_pb2.DESCRIPTOR.services_by_name["BankService"].full_name
 
 
@@ -125,8 +126,13 @@ class BankServer:
         return defaults if self._tokens is None else self._tokens.limits(namespace, defaults)
 
     async def _listen(self, bank: Bank, credentials: grpc.ServerCredentials | None) -> int:
-        options = [*limits.channel_options(), ("grpc.so_reuseport", 0)]  # two servers on one port: an error
-        server = grpc.aio.server(options=options)
+        options = [
+            ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", limits.MAX_REQUEST_BYTES),
+            ("grpc.so_reuseport", 0),  # two servers on one port: an error
+        ]
+        # Beyond what admission refuses with a reason, gRPC refuses before it reads anything.
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._config.max_calls + _SPARE_CALLS)
         admission = Admission(self._config, self._limits_of)
         servicer = BankServicer(bank, self._metrics, Authority(self._tokens), admission)
         bank_pb2_grpc.add_BankServiceServicer_to_server(servicer, server)

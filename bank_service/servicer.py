@@ -21,10 +21,9 @@ from bank_service.documents import Document, Outcome, PutResult
 from bank_service.errors import BankError, InternalError, InvalidArgumentError
 from bank_service.ingest_stream import acknowledge_in_order, uploads
 from bank_service.metrics import BankMetrics
-from bank_service.query_messages import queries_of, query_of, response_of
+from bank_service.query_messages import check_batch, queries_of, query_of, response_of
 from bank_service.snapshot import Progress
 from bank_service.wire import limits
-from bank_service.wire.codec import max_record_bytes
 from bank_service.wire.errors import abort, status_code
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
@@ -62,6 +61,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                 yield self._bank.put(document, _expected_version(request))
 
         async with self._answering(context, "IngestDocuments") as call:
+            call.caller.check_anywhere(Scope.WRITE)
             async for result in acknowledge_in_order(puts(call), DOCUMENT_WINDOW):
                 await context.write(_ingested(result))
 
@@ -70,11 +70,12 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     ) -> None:
         async def puts(call: Call) -> AsyncIterator[Any]:
             check = partial(call.check, Scope.WRITE)
-            async for header, record in uploads(request_iterator, max_record_bytes(self._bank.spec), check):
+            async for header, record in uploads(request_iterator, self._bank.max_upload_bytes, check):
                 document = _document(header.document)
                 yield self._bank.put_gradient(document, record, tuple(header.embedding), _expected_version(header))
 
         async with self._answering(context, "IngestGradients") as call:
+            call.caller.check_anywhere(Scope.WRITE)
             async for result in acknowledge_in_order(puts(call), UPLOAD_WINDOW):
                 await context.write(_ingested(result))
 
@@ -137,6 +138,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
 
     async def BatchQuery(self, request: pb.BatchQueryRequest, context: Context) -> pb.BatchQueryResponse:
         async with self._answering(context, "BatchQuery") as call:
+            check_batch(request)
             for query in request.queries:
                 call.check(Scope.READ, query.namespace)
             results = await self._bank.query_batch(queries_of(request))

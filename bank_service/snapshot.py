@@ -111,9 +111,10 @@ class SnapshotWriter:
         """Copies those that are not there, each verified. DataLossError; may be called again with the same."""
         for digest in digests:
             name = blob_name(digest)
-            if self._there.get(name) != self._sizes[digest]:
+            path = self._blobs.path(digest)
+            if self._there.get(name) != self._sizes[digest] or not self._store.is_sound(name, path, digest):
                 self._copied_bytes += len(self._blobs.get(digest))
-                self._store.put(name, self._blobs.path(digest))
+                self._store.put(name, path)
                 self._there[name] = self._sizes[digest]
                 self._num_copied += 1
         self._num_done += len(digests)

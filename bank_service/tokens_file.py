@@ -75,12 +75,15 @@ class TokensFile:
         with self._lock:
             stamp = self._stamp_now()
             if stamp != self._stamp:
-                self._stamp = stamp
                 try:
                     self._contents = _read(self._path)
-                except (OSError, ValueError) as error:
+                except OSError as error:  # perhaps not the file's fault: read again at the next call
+                    logger.error("%s; the bank goes on with the tokens that it had read before", error)
+                except ValueError as error:
+                    self._stamp = stamp
                     logger.error("%s; the bank goes on with the tokens that it had read before", error)
                 else:
+                    self._stamp = stamp
                     logger.info("read %s again: %d tokens", self._path, len(self._contents.grants))
             return self._contents
 

@@ -153,17 +153,17 @@ class Writer:
         if storing:
             await asyncio.wait(storing)
 
-    async def recode(self, stored: StoredDocument) -> bool:
-        """Gives a document its gradient in the collection's codec, as a new version; False where it has that, or isn't
-        at this version any more. DataLossError, QuotaExceededError."""
-        document = stored.document
-        async with self._locks.hold((document.namespace, document.id)), self._pending:
-            if await in_thread(self._pools.reads, self._version, document) != stored.version:
-                return False  # written meanwhile, with the new codec, or deleted
+    async def recode(self, namespace: str, id: str) -> bool:
+        """Gives a document its gradient in the collection's codec, as a new version; False where it has that, or is
+        gone. DataLossError, QuotaExceededError."""
+        async with self._locks.hold((namespace, id)), self._pending:
+            stored = await in_thread(self._pools.reads, self._stored, namespace, id)
+            if stored is None:
+                return False
             record = await in_thread(self._pools.reads, self._blobs.get, stored.gradient.digest)
             if read_header(record).codec == self.codec:
                 return False
-            await self._store(document, stored.gradient, record, stored.version)
+            await self._store(stored.document, stored.gradient, record, stored.version)
             return True
 
     async def sweep(self) -> None:
@@ -178,10 +178,9 @@ class Writer:
         for digest in digests:
             await self._discard(digest)
 
-    def _version(self, document: Document) -> int | None:
+    def _stored(self, namespace: str, id: str) -> StoredDocument | None:
         with self._catalog.view() as view:
-            stored = view.get(document.namespace, document.id)
-        return None if stored is None else stored.version
+            return view.get(namespace, id)
 
     async def _current(self, document: Document, expected_version: int | None) -> _Standing:
         """What the catalog has of the document now. VersionConflictError, before any work."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-MAX_MESSAGE_BYTES = 32 * 2**20  # one gRPC message, either way
+MAX_MESSAGE_BYTES = 32 * 2**20  # one answer of the bank
+MAX_REQUEST_BYTES = 4 * 2**20  # one message to the bank: parsed before anybody knows who sends it
 MAX_CHUNK_BYTES = 2**20  # one piece of a gradient record
 MAX_NAMESPACE_CHARS = 64
 MAX_ID_BYTES = 256

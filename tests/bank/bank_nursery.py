@@ -31,8 +31,8 @@ def run(order: dict[str, Any]) -> None:
     encoder = HashEncoder()
     if order.get("plant"):
         plant(order["plant"], encoder)
-    # Small numbers, so that a short test meets snapshots and full batches.
-    config = BankConfig(data_dir=Path(order["data_dir"]), snapshot_every=40, drain_seconds=5)
+    # Small numbers, so that a short test meets snapshots and full batches, and the index that they are of.
+    config = BankConfig(data_dir=Path(order["data_dir"]), snapshot_every=40, exact_below=0, drain_seconds=5)
     asyncio.run(serve(config, encoder, embedder=HashEmbedder()))
 
 

@@ -135,7 +135,7 @@ async def test_a_scope_allows_its_methods_and_no_others(
                 await call(caller, name)
                 passed.add(name)
             except PermissionDeniedError as error:
-                assert error.scope in ("read", "write") and error.namespace == "theirs"
+                assert error.scope in ("read", "write") and error.namespace in ("theirs", "")
     assert passed == allowed
 
 
@@ -232,6 +232,18 @@ async def test_stats_and_pages_are_those_of_a_bank_without_the_others(guarded: B
         assert base64.urlsafe_b64decode(page.next_page_token) == b"a"
         rest = await ours.list(namespace="ours", page_token=page.next_page_token)
         assert [entry.id for entry in rest.documents] == ["b"]
+
+
+@pytest.mark.asyncio
+async def test_a_stream_of_documents_is_not_opened_to_who_may_write_nothing(
+    guarded: BankServer, tokens: Tokens
+) -> None:
+    async with of(guarded, tokens.add("reader", "read", "*")) as reader:
+        for open_stream in (reader.stub.IngestDocuments, reader.stub.IngestGradients):
+            stream = open_stream()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()  # without having sent anything
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 @pytest.mark.asyncio

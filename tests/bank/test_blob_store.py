@@ -55,6 +55,17 @@ def test_a_corrupt_record_is_a_loss_and_putting_it_again_heals_it(tmp_path: Path
     assert blobs.get(digest) == b"one"
 
 
+def test_a_record_that_the_disk_does_not_give_is_a_loss(tmp_path: Path) -> None:
+    """A folder in its place: the read fails as one of a bad sector does, with an OSError of another kind."""
+    blobs = BlobStore(tmp_path)
+    digest = put(blobs, b"one")
+    path_of(tmp_path, digest).unlink()
+    path_of(tmp_path, digest).mkdir()
+    with pytest.raises(DataLossError, match="can't be read"):
+        blobs.get(digest)
+    assert not blobs.is_sound(digest)
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
     put(BlobStore(tmp_path), b"one")
     (tmp_path / "tmp" / "17").write_bytes(b"half a rec")

@@ -92,6 +92,30 @@ async def test_a_bank_that_was_stopped_on_the_way_goes_on(data_dir: Path, embedd
         assert set((await codecs(client)).values()) == {"bf16"}
 
 
+@pytest.mark.asyncio
+async def test_a_change_of_metadata_meanwhile_keeps_no_old_record(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
+        running = asyncio.create_task(recoded(client, "int4"))
+        for n in range(NUM_DOCUMENTS):
+            await client.put(f"d{n}", f"text {n}", metadata={"n": str(n)})
+        assert not (await running).num_failed
+        assert set((await codecs(client)).values()) == {"int4"}
+
+
+@pytest.mark.asyncio
+async def test_of_two_that_begin_at_once_one_is_refused_or_both_are_one(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    config = BankConfig(data_dir=data_dir)
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
+        found = await asyncio.gather(recoded(client, "bf16"), recoded(client, "int4"), return_exceptions=True)
+        assert sum(isinstance(one, UnavailableError) for one in found) == 1
+        assert set((await codecs(client)).values()) == {(await client.stats()).codec}
+
+
 class Waiting(HashEncoder):
     """Encodes when it is told to."""
 

@@ -159,6 +159,25 @@ async def test_a_damaged_gradient_is_mended_on_the_way_into_a_snapshot_or_stops_
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.asyncio
+async def test_what_was_linked_while_it_was_damaged_is_copied_anew_when_the_bank_has_mended_it(
+    client: Client, data_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    digests = await ingested(client, 3)
+    await snapshot(client, target)
+    with blob(data_dir, digests[1]).open("r+b") as file:  # in place: the snapshot has the same file
+        file.write(b"rot")
+    assert (await snapshot(client, target)).num_copied == 0, "nobody knows yet"
+    await client.fetch(digests)
+    report = await snapshot(client, target)
+    while not report.num_copied:  # the cache had it: the next one finds the bank's own mended
+        blob(data_dir, digests[1]).unlink()
+        report = await snapshot(client, target)
+    assert (report.is_whole, report.num_copied) == (True, 1)
+    restored(target, tmp_path / "elsewhere")
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a gradient is missing": ("blobs/??/*", Path.unlink),
     "a gradient of the snapshot must match|gradient .* damaged": ("blobs/??/*", lambda path: path.write_bytes(b"rot")),

@@ -34,6 +34,17 @@ def test_a_line_of_the_command_lets_its_secret_in_and_does_not_hold_it(
     assert capsys.readouterr().out.splitlines()[0] != secret
 
 
+def test_a_read_that_failed_is_tried_again(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens.add("old", "read", "a")
+    known = TokensFile(tokens.path)
+    tokens.remove("old")
+    tokens.add("new", "read", "a")
+    with monkeypatch.context() as full:
+        full.setattr(Path, "read_text", lambda *args: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        assert known.find(tokens.secrets["old"]) is not None
+    assert known.find(tokens.secrets["old"]) is None and known.find(tokens.secrets["new"]) is not None
+
+
 def test_limits_of_a_namespace_go_before_the_defaults(tokens: Tokens) -> None:
     tokens.write('limits."a.b" = { max_documents = 5, max_requests = 0 }\n')
     limits = TokensFile(tokens.path).limits
