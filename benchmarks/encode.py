@@ -1,6 +1,6 @@
 """Documents/s of the batched encoder over the one-by-one autograd loop, on one machine in one run.
 
-    make bench-encode          (python -m benchmarks.encode [--repeats N] [--num-documents N])
+    make bench-encode          (python -m benchmarks.encode [--repeats N] [--tokens N])
 
 The loop is what the method's published scripts do: Hugging Face PEFT holds φ*, one document at a time, forward,
 ``torch.autograd.grad``. Both are warmed up, then take turns on the same documents; a repeat's ratio is

@@ -1,6 +1,6 @@
 """kill -9 of a real bank process under load, at random moments and at chosen places; every promise checked after it.
 
-    make crash-test          (python -m benchmarks.crash [--kills N] [--seed N] [--seconds N])
+    make crash-test          (python -m benchmarks.crash [--kills N] [--seed N])
 
 Eight writers put, update, delete and upload, two readers search and fetch, one snapshot follows the other. After each
 kill the bank is started on the same folder and compared with what its clients were told: an acknowledged write is

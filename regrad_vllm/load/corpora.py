@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bank_service.wire.channel import open_channel
 from bank_service.wire.errors import NotFoundError
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.adapt.bank_client import BankClient, Query
@@ -105,28 +108,39 @@ def _name(kind: str, data: EvalData) -> str:
     return f"{kind}-" + digest_json([[document.id, document.title, document.text] for document in data.documents])[:12]
 
 
-def put(corpus: Corpus, bank: str, learner: Learner, folder: Path) -> Ingested:
-    """Ingests a corpus into its namespace. RuntimeError where the bank refuses it, BankError."""
+@contextmanager
+def ingested(corpus: Corpus, bank: str, learner: Learner, folder: Path, *, keep: bool) -> Iterator[Ingested]:
+    """A corpus in its namespace. What wasn't there before goes when the context ends, unless ``keep``, also where the
+    ingest broke off. RuntimeError where the bank refuses it, BankError."""
     ids = [document.id for document in corpus.data.documents]
     try:
         asyncio.run(_stored_bytes(bank, learner, corpus.name, ids))
         is_there = True
     except NotFoundError:
         is_there = False
-    start = time.perf_counter()
-    ingest(corpus.data.documents, bank, corpus.name, folder)
-    seconds = None if is_there else time.perf_counter() - start
-    return Ingested(len(ids), seconds, asyncio.run(_stored_bytes(bank, learner, corpus.name, ids)))
+    try:
+        start = time.perf_counter()
+        ingest(corpus.data.documents, bank, corpus.name, folder)
+        seconds = None if is_there else time.perf_counter() - start
+        yield Ingested(len(ids), seconds, asyncio.run(_stored_bytes(bank, learner, corpus.name, ids)))
+    finally:
+        if not keep and not is_there:
+            _remove(corpus, bank)
 
 
-def remove(corpus: Corpus, bank: str) -> None:
-    """Deletes a corpus's documents again. grpc.RpcError."""
-    from bank_service.wire.channel import open_channel
+def _remove(corpus: Corpus, bank: str) -> None:
+    """Deletes a corpus's documents, as far as the bank lets: what was measured is worth more than an error here."""
+    import grpc
 
     with open_channel(bank) as channel:
         stub = bank_pb2_grpc.BankServiceStub(channel)
         for document in corpus.data.documents:
-            stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=corpus.name, id=document.id))
+            try:
+                stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=corpus.name, id=document.id))
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    sys.stdout.write(f"namespace {corpus.name} of the bank keeps documents: {error.details()}\n")
+                    return
 
 
 async def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[str]) -> int:

@@ -122,9 +122,12 @@ class Results:
     @property
     def is_small(self) -> bool:
         """Whether the main comparison is a look at what a run prints rather than a measurement."""
-        own = [(found.completed, found.requests_s.repeats) for name, found in self.main.figures.items()
-               if CONTENDERS[name].engine != "alone"]  # fmt: skip
-        return any(repeats < _FEWEST_REPEATS or completed < _FEWEST_REQUESTS for completed, repeats in own)
+        own = [
+            (found.completed + found.failed + found.incomplete, found.requests_s.repeats)
+            for name, found in self.main.figures.items()
+            if CONTENDERS[name].engine != "alone"
+        ]
+        return any(repeats < _FEWEST_REPEATS or asked < _FEWEST_REQUESTS for asked, repeats in own)
 
     def break_even(self) -> float | None:
         """Requests a document after which ReGrad's encoding has paid off against the RAG that it is compared with."""

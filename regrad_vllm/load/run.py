@@ -25,7 +25,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from regrad_vllm.evaluate.run import SAMPLE, load_clean
 from regrad_vllm.learner import Learner
 from regrad_vllm.load.arrivals import load_trace
 from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.corpora import Corpus, filling, natural, of_length, put, remove
+from regrad_vllm.load.corpora import Corpus, filling, ingested, natural, of_length
 from regrad_vllm.load.engines import Place, Settings, cannot_be_asked, opened, started
 from regrad_vllm.load.measure import Measurer
 from regrad_vllm.load.options import parser
@@ -65,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
     corpora = _corpora(args)
     trace = load_trace(args.trace) if args.trace else []
     plan = Plan(args, contenders, corpora, trace)
-    with _place(args, contenders, model, learner_folder, learner, dtype, out) as place:
-        ingested = [put(corpus, place.bank, learner, out) for corpus in corpora]
+    keep = args.keep_documents or not args.server  # else they are put into somebody's bank
+    with _place(args, contenders, model, learner_folder, learner, dtype, out) as place, ExitStack() as stack:
+        found = [stack.enter_context(ingested(c, place.bank, learner, out, keep=keep)) for c in corpora]
         run: dict[str, Any] = {
             "facts": {
                 "command": shlex.join(["regrad", "bench", "load", *argv]),
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
                     "seconds": i.seconds,
                     "gradient_bytes": i.gradient_bytes,
                 }
-                for c, i in zip(corpora, ingested, strict=True)
+                for c, i in zip(corpora, found, strict=True)
             ],
             "conditions": {},
         }
@@ -103,16 +104,10 @@ def main(argv: Sequence[str]) -> int:
 
         async def measure() -> None:
             engines = {CONTENDERS[name].engine for name in contenders}
-            async with opened(place, learner, model, dtype, corpora, engines) as found:
-                await Measurer(found, plan, out, args.seed, args.cell_seconds, trace).run(phases)
+            async with opened(place, learner, model, dtype, corpora, engines) as running:
+                await Measurer(running, plan, out, args.seed, args.cell_seconds, trace).run(phases)
 
-        try:
-            asyncio.run(measure())
-        finally:
-            if args.server and not args.keep_documents:  # they were put into somebody's bank
-                for corpus, found in zip(corpora, ingested, strict=True):
-                    if found.seconds is not None:
-                        remove(corpus, place.bank)
+        asyncio.run(measure())
     run["facts"]["seconds"] = round(time.monotonic() - begun, 1)
     _write(out / RUN, run)
     return write_report(out)

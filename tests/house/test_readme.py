@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.demo import by_hand
@@ -174,6 +176,14 @@ def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_d
     assert figures["regrad_over_rag_learner"] is None
     assert figures["regrad_over_rag"] > 0 and figures["regrad_over_base"] > 0
     assert all(figures[name]["failed"] == 0 and figures[name]["requests_s"] > 0 for name in ("base", "regrad"))
+    with grpc.insecure_channel(house.bank) as channel:
+        stats = bank_pb2_grpc.BankServiceStub(channel).GetStats(bank_pb2.GetStatsRequest())
+    own = [space for space in stats.namespaces if space.namespace.startswith(("natural-", "tokens-"))]
+    assert own and not any(space.num_documents for space in own), "they were there, and are gone again"
+    command = [sys.executable, "-m", "regrad_vllm.cli", "bench", "load", "--server", f"http://{house.server}"]
+    command += ["--bank", house.bank, "--model-name", "smollm2", "--contenders", "rag_learner"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode and "needs φ* as the adapter phi-star" in refused.stderr
     out = tmp_path / "load-first-look"
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert {group["same_documents"] for group in report["groups"] if group["same_documents"] is not None} == {1.0}
