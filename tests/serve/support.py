@@ -43,6 +43,7 @@ from regrad_vllm.serve.composer import Composer
 from regrad_vllm.serve.door import Door
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.slots import Slots
+from tests.bank.client import upload_of
 
 API_KEY = "tests-only"
 BASE = "base"  # the name under which the tests' server serves the default model
@@ -203,6 +204,15 @@ class BankThread:
         with grpc.insecure_channel(self.address, options=channel_options()) as channel:
             stub = bank_pb2_grpc.BankServiceStub(channel)
             return [answer.gradient_digest for answer in stub.IngestDocuments(iter(messages), timeout=120)]
+
+    def upload(self, id: str, text: str) -> str:
+        """Stores a document with a gradient that the bank did not make, and could not make again; its digest."""
+        record = encode_gradient(self._encoder.encode([("", text)])[0].values, self._encoder.spec, "int8")
+        document = bank_pb2.Document(id=id, text=text)
+        with grpc.insecure_channel(self.address) as channel:
+            stub = bank_pb2_grpc.BankServiceStub(channel)
+            (stored,) = stub.IngestGradients(iter(upload_of(document, record, chunk_bytes=2**20)))
+            return str(stored.gradient_digest)
 
     def redis(self) -> Redis:
         """A client of the server that caches for this bank."""

@@ -183,9 +183,13 @@ def test_an_emptied_or_killed_redis_of_the_bank_costs_no_answer(server: VllmServ
             bank.delete(id)
 
 
-def test_a_gradient_that_the_bank_lost_is_a_503_that_names_it(server: VllmServer, bank: BankThread) -> None:
-    (digest,) = bank.ingest([("lost", "What the disk lost.")])
-    bank.lose(digest)
+def test_a_gradient_that_the_bank_lost_is_made_again_or_a_503_that_names_it(
+    server: VllmServer, bank: BankThread
+) -> None:
+    (own,) = bank.ingest([("own", "What the disk lost and the bank can make again.")])
+    digest = bank.upload("lost", "What the disk lost.")
+    for lost in (own, digest):
+        bank.lose(lost)
 
     def emptied() -> bool:  # the server may be starting anew after another test
         try:
@@ -202,8 +206,10 @@ def test_a_gradient_that_the_bank_lost_is_a_503_that_names_it(server: VllmServer
             error = error_of(post_raw(server, body), 503)
             assert beside.result()["regrad"]["adapter"]
         assert digest in error["message"]
+        assert server.complete("x", {"document_ids": ["own"]})["regrad"]["documents"][0]["gradient_digest"] == own
     finally:
         bank.delete("lost")
+        bank.delete("own")
     assert server.status()["arena"]["num_leases"] == 0
 
 
