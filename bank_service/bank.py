@@ -128,8 +128,9 @@ class Bank:
             metrics,
             self._acknowledge,
         )
-        repair = Repairer(self._stores, self._writer, self._background, reads, metrics).repair
-        self._records = RecordReader(self._stores, self._background, reads, metrics, repair)
+        repairer = Repairer(self._stores, self._writer, self._background, reads, metrics)
+        repair = repairer.repair
+        self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
         self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
         self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)

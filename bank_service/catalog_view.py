@@ -179,8 +179,10 @@ class CatalogView:
         )
         return [Change(*row) for row in self._connection.execute(query)]
 
-    def changes_of(self, namespace: str, after_sequence: int, limit: int | None = None) -> list[Change]:
-        """Like ``changes``, of one namespace; all of them without a limit."""
+    def changes_of(
+        self, namespace: str, after_sequence: int, limit: int | None = None, *, alive: bool = False
+    ) -> list[Change]:
+        """Like ``changes``, of one namespace; all of them without a limit. ``alive``: without deletions."""
         columns = documents.c
         query = (
             sa.select(columns.sequence, columns.key, columns.namespace, columns.embedding)
@@ -188,6 +190,8 @@ class CatalogView:
             .order_by(columns.sequence)
             .limit(limit)
         )
+        if alive:
+            query = query.where(sa.not_(columns.deleted))
         return [Change(*row) for row in self._connection.execute(query)]
 
     def candidates(self, keys: Sequence[int]) -> list[Candidate]:

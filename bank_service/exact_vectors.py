@@ -16,7 +16,7 @@ from bank_service.catalog_view import CatalogView
 from bank_service.vector_index import KeyArray, unit
 from bank_service.wire.codec import FloatArray
 
-MAX_VECTORS = 100_000  # of all namespaces together: 150 MB at 384 dimensions
+MAX_VECTORS = 100_000  # of all namespaces together, with the room they have: 150 MB at 384 dimensions
 
 
 class ExactVectors:
@@ -48,7 +48,7 @@ class ExactVectors:
             space.follow(view, namespace)
             found = space.search(unit(vector), count, None if keep is None else keep())
         with self._lock:
-            while len(self._spaces) > 1 and sum(space.size for space in self._spaces.values()) > self._max_vectors:
+            while len(self._spaces) > 1 and sum(space.room for space in self._spaces.values()) > self._max_vectors:
                 self._spaces.popitem(last=False)
         return found
 
@@ -64,8 +64,13 @@ class _Space:
         self._keys: KeyArray = np.empty(16, np.int64)
         self._vectors: FloatArray = np.empty((16, dimension), np.float32)
 
+    @property
+    def room(self) -> int:
+        """Vectors that there is memory for."""
+        return len(self._keys)
+
     def follow(self, view: CatalogView, namespace: str) -> None:
-        for change in view.changes_of(namespace, self._sequence):
+        for change in view.changes_of(namespace, self._sequence, alive=not self._sequence):
             if change.embedding is None:
                 self._remove(change.key)
             else:

@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 
 from bank_service.background import Background
 from bank_service.documents import StoredDocument
-from bank_service.errors import BankError, VersionConflictError
+from bank_service.errors import BankError, UnavailableError, VersionConflictError
 from bank_service.metrics import BankMetrics
 from bank_service.stores import Stores
 from bank_service.threads import in_thread
@@ -38,16 +38,23 @@ class Repairer:
         self._metrics = metrics
         self._running: dict[str, asyncio.Task[bool]] = {}
 
+    async def repair_for_reader(self, digest: str) -> bool:
+        """Like ``repair``; UnavailableError where it takes longer than WAIT_SECONDS, and goes on."""
+        try:
+            return await asyncio.wait_for(self.repair(digest), WAIT_SECONDS)
+        except TimeoutError:
+            raise UnavailableError(
+                f"gradient {digest} was damaged and is being made again from its document's text; try again later"
+            ) from None
+
     async def repair(self, digest: str) -> bool:
-        """The record is there and sound again, or no document names it any more. False where that can't be, or
-        takes longer than WAIT_SECONDS."""
+        """The record is there and sound again, or no document names it any more. False where that can't be."""
         task = self._running.get(digest)
         if task is None:
             task = self._background.run(self._repair(digest))
             self._running[digest] = task
             task.add_done_callback(lambda _: self._running.pop(digest, None))
-        done, _ = await asyncio.wait([task], timeout=WAIT_SECONDS)
-        return bool(done) and task.result()
+        return await asyncio.shield(task)
 
     async def _repair(self, digest: str) -> bool:
         owners = await in_thread(self._pool, self._owners, digest)

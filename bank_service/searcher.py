@@ -98,7 +98,9 @@ class Searcher:
         with span("catalog.read"), self._catalog.view() as view:
             found = self._retriever.find(view, query, vector, indexed)
             hits = tuple(view.hits(found.scores, query.include_text))
-            return _Attempt(QueryResult(hits, {}, found.sequence), found.is_stale, view.sequence())
+            # Where a filter was read from the view before the index was searched, the index may be ahead of the view.
+            is_ahead = bool(query.conditions) and self._follower.sequence > view.sequence()
+            return _Attempt(QueryResult(hits, {}, found.sequence), found.is_stale or is_ahead, view.sequence())
 
     def _named(self, query: Query) -> QueryResult:
         with self._catalog.view() as view:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from bank_service import repair
 from bank_service.config import BankConfig
 from bank_service.embedder import MiniLmEmbedder
 from bank_service.encoder import EncodedDocument
 from bank_service.offline import scrub
 from bank_service.server import BankServer
 from bank_service.wire.codec import encode_gradient, record_digest
-from bank_service.wire.errors import DataLossError, NotFoundError
+from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, upload_of
 from tests.bank.hash_encoder import HashEncoder, spec_of
@@ -92,6 +95,38 @@ async def test_where_the_encoder_gives_another_gradient_the_document_gets_it_as_
         ((digest, record),) = await client.fetch([got.gradient_digest])
         assert record_digest(record) == digest
         assert (await client.query(text="a text", top_k=1)).hits[0].gradient_digest == digest
+
+
+class Slow(HashEncoder):
+    """Takes its time when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.go.set()
+
+    def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+        assert self.go.wait(20)
+        return super().encode(documents)
+
+
+@pytest.mark.asyncio
+async def test_a_reader_waits_a_while_for_a_repair_which_goes_on_without_it(
+    data_dir: Path, embedder: MiniLmEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "WAIT_SECONDS", 0.2)
+    encoder, config = Slow(), BankConfig(data_dir=data_dir)
+    async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:
+        put = await client.put("a", "a text")
+        await _flush(server)
+        blob(data_dir, put.gradient_digest).unlink()
+        encoder.go.clear()
+        error = await client.refused(client.fetch([put.gradient_digest]), UnavailableError)
+        assert "being made again" in error.message
+        encoder.go.set()
+        while repaired(server) != 1:  # the test's own limit ends it
+            await client.stats()
+        assert len(await client.fetch([put.gradient_digest])) == 1
 
 
 @pytest.mark.asyncio
