@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bank_service.config import BankConfig
 from regrad_vllm.cli.bank import defaults
-from regrad_vllm.cli.connection import connect
+from regrad_vllm.cli.connection import add_credential_flags, connect
 from regrad_vllm.cli.console import CommandError, count, note, say
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--data-dir", type=Path, help=f"a bank's folder ({_data_dir()})")
     where.add_argument("--bank", metavar="HOST:PORT", help="a running bank, instead")
+    add_credential_flags(parser)
     parser.set_defaults(run=_snapshot)
     parser = commands.add_parser("restore", help="a bank out of a snapshot", description=_RESTORE)
     parser.add_argument("source", metavar="SOURCE", help="folder or URL of a snapshot")

@@ -27,14 +27,19 @@ _CREDENTIALS = {
 def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -> None:
     """--bank and --namespace, for every command that talks to a bank."""
     parser.add_argument("--bank", default=DEFAULT_BANK, metavar="HOST:PORT", help="a running bank (%(default)s)")
+    add_credential_flags(parser)
+    if namespace:
+        parser.add_argument("--namespace", default="default", help="whose documents (%(default)s)")
+
+
+def add_credential_flags(parser: argparse.ArgumentParser) -> None:
+    """What a bank may ask of its clients."""
     for name, what in _CREDENTIALS.items():
         flag = f"--bank-{name.replace('_', '-')}"
         variable = f"REGRAD_BANK_{name.upper()}"
         parser.add_argument(
             flag, action=_Export, const=variable, type=Path, metavar="FILE", help=f"{what} (${variable})"
         )
-    if namespace:
-        parser.add_argument("--namespace", default="default", help="whose documents (%(default)s)")
 
 
 class _Export(argparse.Action):
@@ -62,8 +67,10 @@ def connect(address: str) -> Iterator[Any]:
 
 def describe_failure(address: str, error: BankError) -> str:
     """One line for a failed call."""
-    from bank_service.wire.errors import UnavailableError
+    from bank_service.wire.errors import UnauthenticatedError, UnavailableError
 
+    if isinstance(error, UnauthenticatedError):
+        return f"{error.message}; name a file with the token: --bank-token-file or REGRAD_BANK_TOKEN_FILE"
     if isinstance(error, UnavailableError):
         advice = "start one with `regrad bank` or name it with --bank"
         reason = "no connection" if "failed to connect" in error.message else error.message

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import note, say
+from regrad_vllm.cli.console import CommandError, note, say
 
 _SCOPES = ("read", "write", "admin")
 
@@ -17,6 +19,12 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--scope", action="append", choices=_SCOPES, required=True, help="what it allows; repeat for several"
     )
     parser.add_argument("--namespace", action="append", required=True, help="where; '*' for all; repeat for several")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="new file for the token, in place of showing it; as clients take it",
+    )
     parser.set_defaults(run=run)
 
 
@@ -24,8 +32,15 @@ def run(args: argparse.Namespace) -> int:
     from bank_service.tokens_file import new_token
 
     secret, line = new_token(args.name, args.scope, args.namespace)
-    note("the token, which is not shown again; keep it in a file that only its bearer reads:")
-    say(secret)
+    if args.token_file is None:
+        note("the token, which is not shown again; keep it in a file that only its bearer reads:")
+        say(secret)
+    else:
+        try:
+            with open(os.open(args.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secret + "\n")
+        except OSError as error:
+            raise CommandError(f"--token-file must be a new file, got {args.token_file}: {error.strerror}") from error
     note("a line for the bank's --tokens-file:")
     say(line)
     return 0

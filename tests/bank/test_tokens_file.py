@@ -34,6 +34,18 @@ def test_a_line_of_the_command_lets_its_secret_in_and_does_not_hold_it(
     assert capsys.readouterr().out.splitlines()[0] != secret
 
 
+def test_the_command_writes_a_token_to_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "reader.token"
+    command = ["token", "reader", "--scope", "read", "--namespace", "a", "--token-file", str(file)]
+    assert main(command) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    secret = file.read_text().strip()
+    assert file.stat().st_mode & 0o077 == 0
+    assert hashlib.sha256(secret.encode()).hexdigest() in line and secret not in line
+    assert main(command) == 1
+    assert "must be a new file" in capsys.readouterr().err and file.read_text().strip() == secret
+
+
 def test_a_read_that_failed_is_tried_again(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens.add("old", "read", "a")
     known = TokensFile(tokens.path)
