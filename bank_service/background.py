@@ -41,6 +41,13 @@ class Background:
             logger.error("background work failed", exc_info=error)
 
 
+async def cancelled(task: asyncio.Task[Any] | None) -> None:
+    """Ends a task, and returns when it has ended, however; None is one that never began."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 @dataclass(slots=True)
 class _Entry:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -8,12 +8,12 @@ the old one, brought up to the last change, and put in its place.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from concurrent.futures import Executor
 
 import numpy as np
 
+from bank_service.background import cancelled
 from bank_service.catalog import Catalog
 from bank_service.catalog_view import Change
 from bank_service.index_follower import IndexFollower
@@ -52,11 +52,8 @@ class Compactor:
 
     async def stop(self) -> None:
         """A rebuild under way is given up."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await cancelled(self._task)
+        self._task = None
 
     async def compact(self, namespace: str) -> None:
         """Rebuilds one namespace and puts it in the old one's place."""

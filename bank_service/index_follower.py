@@ -7,7 +7,6 @@ order. Queries wait until it has come to what was acknowledged before them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bank_service.background import cancelled
 from bank_service.catalog import Catalog
 from bank_service.catalog_view import Change
 from bank_service.errors import UnavailableError
@@ -62,9 +62,7 @@ class IndexFollower:
     async def stop(self) -> None:
         """Ends following and saves a snapshot."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await cancelled(self._task)
             self._task = None
             await in_thread(self._pool, self._save)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from concurrent.futures import Executor
 
+from bank_service.background import cancelled
 from bank_service.catalog import Catalog
 from bank_service.lexical import uncleaned
 from bank_service.threads import in_thread
@@ -30,11 +30,8 @@ class LexicalCleaner:
         self._task = asyncio.create_task(self._run(), name="bank-lexical-cleaner")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await cancelled(self._task)
+        self._task = None
 
     async def clean(self) -> int:
         """Merges every table that has to be; how many."""

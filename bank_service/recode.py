@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+from bank_service.background import cancelled
 from bank_service.documents import StoredDocument
 from bank_service.errors import BankError, DataLossError, InvalidArgumentError, UnavailableError
 from bank_service.stores import Stores
@@ -61,9 +62,7 @@ class Recoder:
 
     async def stop(self) -> None:
         """What is left is done when the bank opens again."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await cancelled(self._task)
 
     async def run(self, codec: str) -> AsyncGenerator[RecodeProgress, None]:
         """Begins, or joins what is under way to the same codec, and tells how it goes until it is done. Nobody needs to

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from bank_service.background import cancelled
 from bank_service.errors import DataLossError
 from bank_service.stores import Stores
 from bank_service.threads import in_thread
@@ -46,10 +47,8 @@ class Scrubber:
             self._task = asyncio.create_task(self._run(), name="bank-scrubber")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await cancelled(self._task)
+        self._task = None
 
     async def run_once(self) -> ScrubCounts:
         """One pass. What is written or deleted meanwhile may be missed."""

@@ -6,8 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bank_service.wire.codecs.base import FloatArray, GradientFormatError, GradientSpec, check_length, slices
+from bank_service.wire.codecs.blocks import BLOCK, from_blocks, num_blocks, to_bf16, to_blocks
 
-INT8_BLOCK = 64
+INT8_BLOCK = BLOCK
+_MAX_INT8_CODE = 127
 MAX_INT8_SCALE = 2.0**121  # 127 times as much is still finite in float32
 
 
@@ -44,8 +46,7 @@ class Bf16Codec:
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
         halves = np.empty(spec.num_values, dtype="<u2")
         for part in slices(spec.num_values):
-            bits = values[part].view(np.uint32)
-            halves[part] = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))) >> 16
+            halves[part] = to_bf16(values[part])
         payload = halves.tobytes()
         self.check(memoryview(payload), spec)  # the largest float32 values round to infinity
         return payload
@@ -74,21 +75,10 @@ class Int8Codec:
     name = "int8"
 
     def max_payload_bytes(self, spec: GradientSpec) -> int:
-        return 4 * self._num_blocks(spec) + spec.num_values
+        return 4 * num_blocks(spec.num_values) + spec.num_values
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
-        scales = np.empty(self._num_blocks(spec), dtype="<f4")
-        codes = np.empty(spec.num_values, dtype=np.int8)
-        for part in slices(spec.num_values):
-            blocks = self._blocks(values[part].astype(np.float64))
-            largest = np.abs(blocks).max(axis=1)
-            scale = (largest / 127.0).astype(np.float32)
-            # Rounding may have made the scale too small for its largest value; subnormal scales by far.
-            scale = np.where(scale.astype(np.float64) * 127.0 < largest, np.nextafter(scale, np.float32(np.inf)), scale)
-            scales[part.start // INT8_BLOCK : part.start // INT8_BLOCK + len(scale)] = scale
-            divisor = np.where(scale > 0, scale.astype(np.float64), 1.0)
-            blocks /= divisor[:, np.newaxis]
-            codes[part] = np.rint(blocks).reshape(-1)[: part.stop - part.start]
+        scales, codes = to_blocks(values, _MAX_INT8_CODE)
         payload = scales.tobytes() + codes.tobytes()
         self.check(memoryview(payload), spec)
         return payload
@@ -105,21 +95,8 @@ class Int8Codec:
                 raise GradientFormatError("int8 codes must be in -127..127, got -128")
 
     def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
-        scales, codes = self._parts(payload, spec)
-        whole = spec.num_values // INT8_BLOCK * INT8_BLOCK
-        blocks = out[:whole].reshape(-1, INT8_BLOCK)
-        np.multiply(codes[:whole].reshape(-1, INT8_BLOCK), scales[: len(blocks), np.newaxis], out=blocks)
-        if whole < spec.num_values:
-            np.multiply(codes[whole:], scales[-1], out=out[whole:])
-
-    def _num_blocks(self, spec: GradientSpec) -> int:
-        return -(-spec.num_values // INT8_BLOCK)
+        from_blocks(*self._parts(payload, spec), out)
 
     def _parts(self, payload: memoryview, spec: GradientSpec) -> tuple[FloatArray, npt.NDArray[np.int8]]:
-        num_blocks = self._num_blocks(spec)
-        scales = np.frombuffer(payload, dtype="<f4", count=num_blocks)
-        return scales, np.frombuffer(payload, dtype=np.int8, offset=4 * num_blocks)
-
-    def _blocks(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """``values`` as (blocks, 64), the last block filled with zeros."""
-        return np.pad(values, (0, -len(values) % INT8_BLOCK)).reshape(-1, INT8_BLOCK)
+        scales = np.frombuffer(payload, dtype="<f4", count=num_blocks(spec.num_values))
+        return scales, np.frombuffer(payload, dtype=np.int8, offset=scales.nbytes)

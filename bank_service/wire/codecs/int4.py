@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bank_service.wire.codecs import nibbles
-from bank_service.wire.codecs.base import FloatArray, GradientFormatError, GradientSpec, check_length, slices
+from bank_service.wire.codecs.base import FloatArray, GradientFormatError, GradientSpec, check_length
+from bank_service.wire.codecs.blocks import BLOCK, from_blocks, num_blocks, to_blocks
 
-INT4_BLOCK = 64
+INT4_BLOCK = BLOCK
 MAX_INT4_SCALE = 2.0**124  # 7 times as much is still finite in float32
 
 
@@ -22,22 +23,10 @@ class Int4Codec:
     name = "int4"
 
     def max_payload_bytes(self, spec: GradientSpec) -> int:
-        return 4 * _num_blocks(spec) + nibbles.num_bytes(spec.num_values)
+        return 4 * num_blocks(spec.num_values) + nibbles.num_bytes(spec.num_values)
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
-        scales = np.empty(_num_blocks(spec), dtype="<f4")
-        codes = np.empty(spec.num_values, dtype=np.int8)
-        for part in slices(spec.num_values):
-            exact = values[part].astype(np.float64)
-            blocks = np.pad(exact, (0, -len(exact) % INT4_BLOCK)).reshape(-1, INT4_BLOCK)
-            largest = np.abs(blocks).max(axis=1)
-            scale = (largest / nibbles.MAX_CODE).astype(np.float32)
-            # Rounding may have made the scale too small for its largest value; subnormal scales by far.
-            short = scale.astype(np.float64) * nibbles.MAX_CODE < largest
-            scale = np.where(short, np.nextafter(scale, np.float32(np.inf)), scale)
-            scales[part.start // INT4_BLOCK : part.start // INT4_BLOCK + len(scale)] = scale
-            blocks /= np.where(scale > 0, scale.astype(np.float64), 1.0)[:, np.newaxis]
-            codes[part] = np.rint(blocks).reshape(-1)[: part.stop - part.start]
+        scales, codes = to_blocks(values, nibbles.MAX_CODE)
         payload = scales.tobytes() + nibbles.pack(codes).tobytes()
         self.check(memoryview(payload), spec)
         return payload
@@ -52,11 +41,7 @@ class Int4Codec:
 
     def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
         codes, scales = int4_codes(payload, spec)
-        whole = spec.num_values // INT4_BLOCK * INT4_BLOCK
-        blocks = out[:whole].reshape(-1, INT4_BLOCK)
-        np.multiply(codes[:whole].reshape(-1, INT4_BLOCK), scales[: len(blocks), np.newaxis], out=blocks)
-        if whole < spec.num_values:
-            np.multiply(codes[whole:], scales[-1], out=out[whole:])
+        from_blocks(scales, codes, out)
 
 
 def int4_codes(payload: memoryview, spec: GradientSpec) -> tuple[npt.NDArray[np.int8], FloatArray]:
@@ -65,10 +50,6 @@ def int4_codes(payload: memoryview, spec: GradientSpec) -> tuple[npt.NDArray[np.
     return nibbles.unpack(packed, spec.num_values), scales
 
 
-def _num_blocks(spec: GradientSpec) -> int:
-    return -(-spec.num_values // INT4_BLOCK)
-
-
 def _parts(payload: memoryview, spec: GradientSpec) -> tuple[FloatArray, npt.NDArray[np.uint8]]:
-    scales = np.frombuffer(payload, dtype="<f4", count=_num_blocks(spec))
+    scales = np.frombuffer(payload, dtype="<f4", count=num_blocks(spec.num_values))
     return scales, np.frombuffer(payload, dtype=np.uint8, offset=4 * len(scales))

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from bank_service.wire.codecs import nibbles
 from bank_service.wire.codecs.base import FloatArray, GradientFormatError, GradientSpec
+from bank_service.wire.codecs.blocks import from_bf16, to_bf16
 
 LONG_BLOCK = 128
 FIRST, COLUMNS, RANK, LONG_IS_COLUMNS, CODE, SCALE, SHORT, LONG_LENGTH, SHORT_LENGTH = range(9)
@@ -81,8 +82,8 @@ class LowRankCodec:
             if rank:
                 long = vectors[:rank] @ side
                 own_scales, own_codes = _quantised(long)
-                shorts.append(_to_bf16(_fitted(side, _long_values(own_codes, own_scales))).reshape(-1))
-                scales.append(_to_bf16(own_scales).reshape(-1))
+                shorts.append(_bf16(_fitted(side, _long_values(own_codes, own_scales))).reshape(-1))
+                scales.append(_bf16(own_scales).reshape(-1))
                 codes += [nibbles.pack(row) for row in own_codes]
         halves: npt.NDArray[np.uint16] = np.concatenate([*scales, *shorts]) if scales else np.empty(0, np.uint16)
         packed = np.concatenate(codes) if codes else np.empty(0, np.uint8)
@@ -107,7 +108,7 @@ class LowRankCodec:
                 f"a {self.name} payload of these ranks must be {plan.num_bytes} bytes, got {payload.nbytes}"
             )
         halves, packed = _parts(payload, plan)
-        numbers = _from_bf16(halves)
+        numbers = from_bf16(halves)
         # Not "number > limit": NaN must fail too.
         if not bool((np.abs(numbers) <= _LIMIT).all()) or bool((numbers[: plan.num_scales] < 0).any()):
             raise GradientFormatError(f"scales and short values of {self.name} must be finite and at most 2**58")
@@ -147,7 +148,7 @@ def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:
     """A checked payload as it is composed from."""
     plan = _plan(bytes(payload[: len(spec.shapes)]), spec.shapes)
     halves, packed = _parts(payload, plan)
-    numbers = _from_bf16(halves)
+    numbers = from_bf16(halves)
     codes = [nibbles.unpack(packed[start : start + nibbles.num_bytes(length)], length) for start, length in plan.rows]
     return Factors(
         codes=np.concatenate(codes) if codes else np.empty(0, np.int8),
@@ -231,7 +232,7 @@ def _quantised(long: Float64Array) -> tuple[FloatArray, npt.NDArray[np.int8]]:
     best_scale = np.zeros(largest.shape, np.float32)
     best_codes = np.zeros(blocks.shape, np.int8)
     for clip in _CLIPS:
-        scale = _from_bf16(_to_bf16((largest * clip / nibbles.MAX_CODE).astype(np.float32)))
+        scale = from_bf16(_bf16((largest * clip / nibbles.MAX_CODE).astype(np.float32)))
         divisor = np.where(scale > 0, scale, 1.0).astype(np.float64)[..., np.newaxis]
         codes = np.clip(np.rint(blocks / divisor), -nibbles.MAX_CODE, nibbles.MAX_CODE)
         error = ((codes * scale[..., np.newaxis] - blocks) ** 2).sum(axis=2)
@@ -253,14 +254,5 @@ def _fitted(side: Float64Array, long: Float64Array) -> Float64Array:
     return np.asarray(np.linalg.lstsq(long @ long.T, long @ side.T, rcond=None)[0], np.float64)
 
 
-def _to_bf16(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
-    bits = values.astype(np.float32).view(np.uint32)
-    halves: npt.NDArray[np.uint16] = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))) >> 16).astype(
-        np.uint16
-    )
-    return halves
-
-
-def _from_bf16(halves: npt.NDArray[np.uint16]) -> FloatArray:
-    values: FloatArray = (halves.astype(np.uint32) << 16).view(np.float32)
-    return values
+def _bf16(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
+    return to_bf16(values.astype(np.float32))
