@@ -25,12 +25,20 @@ attributes = sa.Table(
 )
 
 
+_INSERT = sa.insert(attributes)
+_DELETE = sa.delete(attributes).where(attributes.c.key == sa.bindparam("document"))
+
+
 def put_attributes(connection: sa.Connection, key: int, namespace: str, pairs: Mapping[str, str]) -> None:
-    """Replaces what the table has of a document."""
-    connection.execute(sa.delete(attributes).where(attributes.c.key == key))
+    """Adds the pairs of a document that has none."""
     if pairs:
         rows = [{"key": key, "name": name, "namespace": namespace, "value": pairs[name]} for name in pairs]
-        connection.execute(sa.insert(attributes), rows)
+        connection.execute(_INSERT, rows)
+
+
+def remove_attributes(connection: sa.Connection, key: int) -> None:
+    """Takes all pairs of a document out."""
+    connection.execute(_DELETE, {"document": key})
 
 
 def fill_attributes(connection: sa.Connection) -> None:

@@ -1,8 +1,9 @@
 """The bank: documents in, gradients out; keeps catalog, blobs, index and cache consistent.
 
-Write order: blob (durable) → catalog commit → acknowledgement → index → cache. What follows the acknowledgement
-can be lost and is made again from what comes before it. A query waits for the index to reflect everything that
-was acknowledged before it began.
+Write order: blob (durable) → catalog commit → acknowledgement → index. What follows the acknowledgement can be lost
+and is made again from what comes before it; the cache is filled by reads alone, so that an ingest of many documents
+does not put out what queries ask for. A query waits for the index to reflect everything that was acknowledged before
+it began.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
-from bank_service.attributes import fill_attributes, put_attributes
+from bank_service.attributes import fill_attributes, put_attributes, remove_attributes
 from bank_service.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog_view import CatalogView, collection, documents, metadata, recoding, to_stored
-from bank_service.documents import Document, Gradient, Outcome, PutResult
+from bank_service.documents import Document, Gradient, Outcome, PutResult, StoredDocument
 from bank_service.errors import BankError, CollectionMismatchError, NotFoundError, VersionConflictError
 from bank_service.group_commit import GroupCommit
 from bank_service.lexical import clean_step, fill_words, put_words, remove_words, uncleaned
@@ -201,9 +201,17 @@ def _engine(path: Path) -> sa.Engine:
     return engine
 
 
+# Built once: to build a statement and its cache key costs SQLAlchemy more than SQLite takes to run it.
+_CURRENT = sa.select(documents).where(
+    documents.c.namespace == sa.bindparam("namespace"), documents.c.id == sa.bindparam("id")
+)
+_NEXT_SEQUENCE = sa.update(collection).values(sequence=collection.c.sequence + 1).returning(collection.c.sequence)
+_INSERT = sa.insert(documents).returning(documents.c.key)
+_UPDATE = sa.update(documents).where(documents.c.key == sa.bindparam("row_key"))
+
+
 def _current(connection: sa.Connection, namespace: str, id: str) -> sa.RowMapping | None:
-    query = sa.select(documents).where(documents.c.namespace == namespace, documents.c.id == id)
-    return connection.execute(query).mappings().one_or_none()
+    return connection.execute(_CURRENT, {"namespace": namespace, "id": id}).mappings().one_or_none()
 
 
 def _check_version(row: sa.RowMapping | None, namespace: str, id: str, expected: int | None) -> None:
@@ -229,8 +237,7 @@ def document_not_found(namespace: str, id: str) -> NotFoundError:
 
 
 def _next_sequence(connection: sa.Connection) -> int:
-    update = sa.update(collection).values(sequence=collection.c.sequence + 1).returning(collection.c.sequence)
-    return int(connection.execute(update).scalar_one())
+    return int(connection.execute(_NEXT_SEQUENCE).scalar_one())
 
 
 def _put(connection: sa.Connection, document: Document, gradient: Gradient, expected_version: int | None) -> PutResult:
@@ -246,7 +253,7 @@ def _put(connection: sa.Connection, document: Document, gradient: Gradient, expe
     )
     if row is not None and same_gradient and row["content_digest"] == content_digest:
         return PutResult(to_stored(row), Outcome.UNCHANGED)
-    values = {
+    values: dict[str, Any] = {
         "version": 1 if row is None else row["version"] + 1,
         "sequence": _next_sequence(connection),
         "deleted": False,
@@ -263,19 +270,20 @@ def _put(connection: sa.Connection, document: Document, gradient: Gradient, expe
         "embedding": gradient.embedding,
     }
     if row is None:
-        statement: sa.Insert | sa.Update = sa.insert(documents).values(
-            namespace=document.namespace, id=document.id, **values
-        )
+        new = {"namespace": document.namespace, "id": document.id, **values}
+        key = int(connection.execute(_INSERT, new).scalar_one())
     else:
-        statement = sa.update(documents).where(documents.c.key == row["key"]).values(**values)
-    written = connection.execute(statement.returning(*documents.c)).mappings().one()
-    put_attributes(connection, written["key"], document.namespace, document.metadata)
+        key = row["key"]
+        connection.execute(_UPDATE, {"row_key": key, **values})
+        remove_attributes(connection, key)
+    put_attributes(connection, key, document.namespace, document.metadata)
     if row is None or not alive or (row["title"], row["text"]) != (document.title, document.text):
         if row is not None and alive:
             remove_words(connection, row["key"], document.namespace, row["title"], row["text"])
-        put_words(connection, written["key"], document.namespace, document.title, document.text)
+        put_words(connection, key, document.namespace, document.title, document.text)
     outcome = Outcome.UPDATED if alive else Outcome.CREATED
-    return PutResult(to_stored(written), outcome, replaced if replaced != gradient.digest else None)
+    stored = StoredDocument(key, document, gradient, values["version"], values["sequence"], values["updated_us"])
+    return PutResult(stored, outcome, replaced if replaced != gradient.digest else None)
 
 
 def _delete(connection: sa.Connection, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
@@ -297,7 +305,7 @@ def _delete(connection: sa.Connection, namespace: str, id: str, expected_version
         "gradient_bytes": 0,
         "embedding": None,
     }
-    connection.execute(sa.update(documents).where(documents.c.key == row["key"]).values(**emptied))
-    put_attributes(connection, row["key"], namespace, {})
+    connection.execute(_UPDATE, {"row_key": row["key"], **emptied})
+    remove_attributes(connection, row["key"])
     remove_words(connection, row["key"], namespace, row["title"], row["text"])
     return DeleteResult(row["version"], sequence, row["gradient_digest"])

@@ -62,6 +62,13 @@ recoding = sa.Table(  # a row while the gradients are on their way to the collec
 )
 
 
+_LIVING = sa.select(documents).where(  # built once, for a read with every write
+    documents.c.namespace == sa.bindparam("namespace"),
+    documents.c.id == sa.bindparam("id"),
+    sa.not_(documents.c.deleted),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """The latest change of one document."""
@@ -144,10 +151,7 @@ class CatalogView:
             raise NotFoundError(f"namespace {namespace!r} has no documents", kind="namespace", name=namespace)
 
     def get(self, namespace: str, id: str) -> StoredDocument | None:
-        query = sa.select(documents).where(
-            documents.c.namespace == namespace, documents.c.id == id, sa.not_(documents.c.deleted)
-        )
-        row = self._connection.execute(query).mappings().one_or_none()
+        row = self._connection.execute(_LIVING, {"namespace": namespace, "id": id}).mappings().one_or_none()
         return None if row is None else to_stored(row)
 
     def keys(self, namespace: str, ids: Sequence[str]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,19 +14,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from bank_service.errors import BankError, InternalError, UnavailableError
 
 T = TypeVar("T")
+Item: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]  # an operation, and who waits for it
 MAX_BATCH = 256  # operations in one transaction
 
 
 class GroupCommit:
-    """Runs write operations one after the other, each in a savepoint of a shared transaction.
+    """Runs write operations one after the other in a shared transaction.
 
     An operation's future is resolved after the commit, never before; a failing operation leaves no trace and
     does not touch its neighbours. Where the commit itself fails, each of its operations gets an UnavailableError.
+    An operation may be run twice: where one of a transaction fails, the transaction is rolled back and run anew with
+    a savepoint around each.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._queue: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no operation may follow the end mark
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="bank-catalog-writer", daemon=True)
@@ -59,18 +62,12 @@ class GroupCommit:
             if batch[-1] is None:
                 return
 
-    def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
-        done: list[tuple[Future[Any], Any]] = []
+    def _commit(self, batch: list[Item]) -> None:
         try:
-            with self._engine.begin() as connection:
-                for operation, future in batch:
-                    try:
-                        with connection.begin_nested():
-                            result = operation(connection)
-                    except BankError as error:
-                        future.set_exception(error)
-                    else:
-                        done.append((future, result))
+            try:
+                done = self._together(batch)
+            except BankError:
+                done = self._apart(batch)
         except SQLAlchemyError as error:
             self._fail(batch, UnavailableError, f"the catalog must be writable, got {error}; is the disk full?", error)
         except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
@@ -80,9 +77,28 @@ class GroupCommit:
             for future, result in done:
                 future.set_result(result)
 
+    def _together(self, batch: list[Item]) -> list[tuple[Future[Any], Any]]:
+        """Each future with its operation's result. The first BankError of an operation, and no trace of any."""
+        with self._engine.begin() as connection:
+            return [(future, operation(connection)) for operation, future in batch]
+
+    def _apart(self, batch: list[Item]) -> list[tuple[Future[Any], Any]]:
+        """The same, but an operation that fails is told so, and left out."""
+        done: list[tuple[Future[Any], Any]] = []
+        with self._engine.begin() as connection:
+            for operation, future in batch:
+                try:
+                    with connection.begin_nested():
+                        result = operation(connection)
+                except BankError as error:
+                    future.set_exception(error)
+                else:
+                    done.append((future, result))
+        return done
+
     def _fail(
         self,
-        batch: list[tuple[Callable[[Connection], Any], Future[Any]]],
+        batch: list[Item],
         kind: type[BankError],
         message: str,
         cause: Exception,

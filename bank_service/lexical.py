@@ -32,21 +32,27 @@ lexical_spaces = sa.Table(
     sa.Column("num_removed", sa.Integer, nullable=False),  # documents whose words are still in the table's segments
 )
 
+_NUMBER = sa.select(lexical_spaces.c.number).where(lexical_spaces.c.namespace == sa.bindparam("namespace"))
+_COUNT_REMOVED = (
+    sa.update(lexical_spaces)
+    .where(lexical_spaces.c.namespace == sa.bindparam("space"))
+    .values(num_removed=lexical_spaces.c.num_removed + 1)
+)
+
 
 def put_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Makes a document found by its words."""
     table = _table(connection, namespace) or _create(connection, namespace)
-    row = {"key": key, "text": embedded_text(title, text)}
-    connection.execute(sa.text(f"INSERT INTO {table}(rowid, text) VALUES (:key, :text)"), row)
+    values = (key, embedded_text(title, text))
+    connection.exec_driver_sql(f"INSERT INTO {table}(rowid, text) VALUES (?, ?)", values)
 
 
 def remove_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Takes a document out. ``title`` and ``text`` must be what was put."""
     table = _table(connection, namespace)
-    row = {"key": key, "text": embedded_text(title, text)}
-    connection.execute(sa.text(f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', :key, :text)"), row)
-    removed = sa.update(lexical_spaces).where(lexical_spaces.c.namespace == namespace)
-    connection.execute(removed.values(num_removed=lexical_spaces.c.num_removed + 1))
+    values = (key, embedded_text(title, text))
+    connection.exec_driver_sql(f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
+    connection.execute(_COUNT_REMOVED, {"space": namespace})
 
 
 def fill_words(connection: sa.Connection) -> None:
@@ -119,8 +125,7 @@ def _expression(text: str) -> str:
 
 
 def _table(connection: sa.Connection, namespace: str) -> str | None:
-    query = sa.select(lexical_spaces.c.number).where(lexical_spaces.c.namespace == namespace)
-    number = connection.execute(query).scalar_one_or_none()
+    number = connection.execute(_NUMBER, {"namespace": namespace}).scalar_one_or_none()
     return None if number is None else _name(number)
 
 

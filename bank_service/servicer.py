@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext"
 DOCUMENT_WINDOW = 32  # documents of one stream under way
-UPLOAD_WINDOW = 4  # with their records, which are larger
+UPLOAD_WINDOW_BYTES = 32 * 2**20  # of records, of one stream under way
 
 _OUTCOMES = {
     Outcome.CREATED: pb.IngestDocumentsResponse.CREATED,
@@ -76,7 +76,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
 
         async with self._answering(context, "IngestGradients") as call:
             call.caller.check_anywhere(Scope.WRITE)
-            async for result in acknowledge_in_order(puts(call), UPLOAD_WINDOW):
+            window = min(DOCUMENT_WINDOW, max(2, UPLOAD_WINDOW_BYTES // self._bank.max_upload_bytes))
+            async for result in acknowledge_in_order(puts(call), window):
                 await context.write(_ingested(result))
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context) -> pb.DeleteDocumentResponse:

@@ -102,7 +102,7 @@ class Writer:
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
         async with self._locks.hold((document.namespace, document.id)), self._pending:
-            current = await self._current(document, expected_version)
+            current = await in_thread(self._pools.reads, self._standing, document, expected_version)
             if current.has_content and current.is_encoded:
                 return self._unchanged(current.stored)
             if current.has_text and current.is_encoded and current.stored is not None:
@@ -127,14 +127,17 @@ class Writer:
         """
         if embedding:
             check_vector(embedding, self._embedder.dimension, "header.embedding")
-        await in_thread(self._pools.reads, self._check_record, record)
+
+        def check() -> tuple[str, _Standing]:
+            return self._check_record(record), self._standing(document, expected_version)
+
         async with self._locks.hold((document.namespace, document.id)), self._pending:
-            current = await self._current(document, expected_version)
+            digest, current = await in_thread(self._pools.reads, check)
             if embedding:
                 vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
             else:
                 vector = await in_thread(self._pools.document_embeds, self._embed_document, document)
-            gradient = await in_thread(self._pools.reads, _gradient, record, vector, UPLOADED, False)
+            gradient = Gradient(digest, len(record), UPLOADED, False, vector)
             if current.has_content and current.has_gradient(gradient):
                 return self._unchanged(current.stored)
             return await self._store(document, gradient, record, expected_version)
@@ -182,26 +185,21 @@ class Writer:
         with self._catalog.view() as view:
             return view.get(namespace, id)
 
-    async def _current(self, document: Document, expected_version: int | None) -> _Standing:
+    def _standing(self, document: Document, expected_version: int | None) -> _Standing:
         """What the catalog has of the document now. VersionConflictError, before any work."""
-
-        def read() -> _Standing:
-            with self._catalog.view() as view:
-                stored = view.get(document.namespace, document.id)
-            version = 0 if stored is None else stored.version
-            if expected_version is not None and version != expected_version:
-                raise version_conflict(document.namespace, document.id, expected_version, version)
-            # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
-            if stored is None or not self._blobs.is_sound(stored.gradient.digest):
-                return _Standing(None, is_encoded=False, has_text=False, has_content=False)
-            return _Standing(
-                stored,
-                is_encoded=stored.gradient.num_tokens != UPLOADED,
-                has_text=stored.document.text_digest == document.text_digest,
-                has_content=stored.document.content_digest == document.content_digest,
-            )
-
-        return await in_thread(self._pools.reads, read)
+        stored = self._stored(document.namespace, document.id)
+        version = 0 if stored is None else stored.version
+        if expected_version is not None and version != expected_version:
+            raise version_conflict(document.namespace, document.id, expected_version, version)
+        # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
+        if stored is None or not self._blobs.is_sound(stored.gradient.digest):
+            return _Standing(None, is_encoded=False, has_text=False, has_content=False)
+        return _Standing(
+            stored,
+            is_encoded=stored.gradient.num_tokens != UPLOADED,
+            has_text=stored.document.text_digest == document.text_digest,
+            has_content=stored.document.content_digest == document.content_digest,
+        )
 
     def _unchanged(self, stored: StoredDocument | None) -> PutResult:
         assert stored is not None
@@ -226,14 +224,12 @@ class Writer:
                 # Made before the collection's codec changed.
                 record = await in_thread(self._pools.writes, _recoded, record, self._spec, codec)
                 gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
-            result = await in_thread(self._pools.writes, self._write, document, gradient, record, expected_version)
+            result = await self._write(document, gradient, record, expected_version)
         except BankError:
             if record is not None:  # written before the catalog refused it: else refused uploads would fill the disk
                 self._background.run(self._discard(gradient.digest))
             raise
         self._acknowledge(result.stored.sequence)
-        if record is not None:
-            self._background.run(self._cache.put({gradient.digest: record}))
         if result.replaced_digest is not None:
             self._background.run(self._discard(result.replaced_digest))
         return result
@@ -244,18 +240,22 @@ class Writer:
         self._background.run(self._discard(result.digest))
         return result
 
-    def _write(
+    async def _write(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
         with self._blobs.hold(gradient.digest):
             if record is not None:
-                with span("blobs.put", record_bytes=len(record)):
-                    try:
-                        self._blobs.put(gradient.digest, record)
-                    except OSError as error:
-                        raise UnavailableError(f"the blob store must be writable, got {error}") from error
+                await in_thread(self._pools.writes, self._write_blob, gradient.digest, record)
+            # No thread waits for the commit: as many writes share one as there are on the way.
             with span("catalog.put"):
-                return self._catalog.put(document, gradient, expected_version).result()
+                return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version))
+
+    def _write_blob(self, digest: str, record: bytes) -> None:
+        with span("blobs.put", record_bytes=len(record)):
+            try:
+                self._blobs.put(digest, record)
+            except OSError as error:
+                raise UnavailableError(f"the blob store must be writable, got {error}") from error
 
     def _delete(self, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
         with self._catalog.view() as view:
@@ -277,7 +277,8 @@ class Writer:
         with span("bank.embed"):
             return self._embedder.embed(embedded_text(document.title, document.text)).astype("<f4").tobytes()
 
-    def _check_record(self, record: bytes) -> None:
+    def _check_record(self, record: bytes) -> str:
+        """The digest of a sound record of this collection."""
         try:
             header = verify_record(record, self._spec)
         except WrongLearnerError as error:
@@ -289,6 +290,7 @@ class Writer:
                 f"the gradient record's codec must be the collection's {self.codec}, got {header.codec}",
                 field="chunk",
             )
+        return record_digest(record)
 
 
 def _recoded(record: bytes, spec: GradientSpec, codec: str) -> bytes:

@@ -76,7 +76,7 @@ async def test_a_cached_record_is_served_without_its_blob_until_its_document_goe
     client: Client, data_dir: Path
 ) -> None:
     digests = await ingested(client, 2)
-    await whole(client, digests)
+    await _cached(client, digests)
     blob(data_dir, digests[0]).unlink()
     await whole(client, digests)
     assert (await client.stats()).cache_hits >= 2
@@ -100,14 +100,29 @@ async def test_an_emptied_cache_is_filled_again(server: BankServer, client: Clie
     digests = await ingested(client)
     await _flush(server)
     await whole(client, digests)
-    before = await client.stats()
-    assert before.cache_misses >= 10
-    for _ in range(50):  # the cache is filled after the answer
+    assert (await client.stats()).cache_misses >= 10
+    await _cached(client, digests)
+
+
+async def _cached(client: Client, digests: list[str]) -> None:
+    """Reads the records until all come from the cache, which is filled after an answer."""
+    for _ in range(100):
+        before = await client.stats()
         await whole(client, digests)
-        after = await client.stats()
-        if after.cache_hits - before.cache_hits >= 10:
+        if (await client.stats()).cache_hits - before.cache_hits == len(digests):
             return
+        await asyncio.sleep(0.02)
     raise AssertionError("the cache was not filled")
+
+
+@pytest.mark.asyncio
+async def test_what_is_stored_takes_no_place_in_the_cache_before_it_is_read(server: BankServer, client: Client) -> None:
+    digests = await ingested(client)
+    redis = Redis.from_url(_redis_url(server))
+    assert await redis.dbsize() == 0
+    await _cached(client, digests[:3])
+    assert await redis.dbsize() == 3
+    await redis.aclose()
 
 
 @pytest.mark.asyncio
@@ -152,10 +167,7 @@ async def test_a_real_redis_server_by_url_serves_as_the_cache(
         assert not (data_dir / "redis").exists()
         digests = await ingested(client)
         redis = Redis.from_url(redis_server)
-        for _ in range(100):
-            if await redis.dbsize() == 10:
-                break
-            await asyncio.sleep(0.02)
+        await _cached(client, digests)
         before = await client.stats()
         await whole(client, digests)
         after = await client.stats()
@@ -177,7 +189,7 @@ async def test_every_cached_record_expires_and_a_redis_server_without_a_limit_is
     redis = Redis.from_url(redis_server)
     config = BankConfig(data_dir=data_dir, redis_url=redis_server, cache_ttl_seconds=50, cache_timeout_ms=5000)
     async with running(config, embedder) as client:
-        await ingested(client)
+        await whole(client, await ingested(client))
     # Closed, the bank has written what it had to.
     assert "maxmemory" not in caplog.text, "64 MiB is a limit"
     times = [await redis.ttl(key) async for key in redis.scan_iter(KEY_PREFIX + "*")]
