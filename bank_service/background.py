@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Hashable
 from contextlib import asynccontextmanager
@@ -46,6 +47,17 @@ async def cancelled(task: asyncio.Task[Any] | None) -> None:
     if task is not None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def finished(task: asyncio.Task[T]) -> T:
+    """The task's result. Where the caller is cancelled the task goes on, and the caller ends when it has."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
 
 
 @dataclass(slots=True)

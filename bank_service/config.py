@@ -28,7 +28,7 @@ class BankConfig:
     encode_wait_ms: float = 5.0  # for a batch to fill up
     max_pending_documents: int = 64  # being encoded and stored at once, all streams together
     embed_threads: int = 0  # 0: as many as CPUs, at most 4
-    snapshot_every: int = 10_000  # changes between two snapshots of the vector index
+    snapshot_every: int = 10_000  # changes between two snapshots of the vector index; a tenth of its vectors if more
     scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
     exact_below: int = 2_000  # documents; a namespace with no more is searched exactly, vector by vector

@@ -25,6 +25,7 @@ from bank_service.usearch_index import UsearchIndex
 logger = logging.getLogger(__name__)
 
 CHANGES_PER_STEP = 512
+SNAPSHOT_SHARE = 0.1  # changes between two snapshots over vectors, where that is more than ``snapshot_every``
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
 WAIT_SECONDS = 10.0  # of a query for the index
@@ -131,7 +132,9 @@ class IndexFollower:
         async with self._moved:
             self.sequence = sequence
             self._moved.notify_all()
-        if self.sequence - self._saved_sequence >= self._snapshot_every:
+        # A share of a large index, or writing it whole again and again would be most of the work.
+        enough = max(self._snapshot_every, SNAPSHOT_SHARE * self._index.num_vectors())
+        if self.sequence - self._saved_sequence >= enough:
             await in_thread(self._pool, self._save)
         return True
 

@@ -13,7 +13,8 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from bank_service.wire.codec import FloatArray
 logger = logging.getLogger(__name__)
 
 EXHAUSTIVE_SIZE = 5_000  # vectors; as fast as the graph up to there
+VECTORS_PER_HOLD = 16  # of a ``put``; searches wait so long, a millisecond each in a graph of a million
 MANIFEST = "manifest.json"
 
 
@@ -51,6 +53,11 @@ class UsearchIndex:
         if space is None:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         return space.search(unit(vector), count)
+
+    def num_vectors(self) -> int:
+        """Of all namespaces."""
+        with self._lock:
+            return sum(space.size() for space in self._spaces.values())
 
     def size(self, namespace: str) -> int:
         space = self._space(namespace)
@@ -85,9 +92,9 @@ class UsearchIndex:
             spaces = dict(self._spaces)
         files = {}
         for number, (namespace, space) in enumerate(spaces.items()):
-            content = space.content()
-            (temporary / f"{number}.usearch").write_bytes(content)
-            files[namespace] = [f"{number}.usearch", hashlib.sha256(content).hexdigest()]
+            path = temporary / f"{number}.usearch"
+            space.save(path)
+            files[namespace] = [path.name, _checksum(path)]
         manifest = {"collection_id": collection_id, "sequence": sequence, "dimension": self._dimension, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest))
         # No fsync: a snapshot that a crash has torn fails its checksums and is rebuilt.
@@ -117,24 +124,30 @@ class UsearchIndex:
 
 
 class _Space:
-    """One namespace. usearch tolerates concurrent searches, but not a search during a removal."""
+    """One namespace. usearch bears neither a search during a removal nor two that it counts as one thread's."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        self._size = len(index)
         self._lock = threading.Lock()
+        self._next = threading.Lock()  # of who has the lock next
 
     def put(self, keys: KeyArray | np.ndarray, vectors: FloatArray) -> None:
-        with self._lock:
-            self._remove(keys)
-            self._index.add(keys, vectors, threads=1)
+        for start in range(0, len(keys), VECTORS_PER_HOLD):
+            part = slice(start, start + VECTORS_PER_HOLD)
+            with self._turn():
+                self._remove(keys[part])
+                self._index.add(keys[part], vectors[part], threads=1)
+                self._size = len(self._index)
 
     def remove(self, keys: np.ndarray) -> None:
-        with self._lock:
+        with self._turn():
             self._remove(keys)
+            self._size = len(self._index)
 
     def search(self, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
-        with self._lock:
-            size = len(self._index)
+        with self._turn():
+            size = self._size
             wanted = min(count, size)
             if not wanted:
                 return np.empty(0, np.int64), np.empty(0, np.float32)
@@ -144,24 +157,32 @@ class _Space:
             return found.keys.astype(np.int64), (1.0 - found.distances).astype(np.float32)
 
     def size(self) -> int:
-        with self._lock:
-            return len(self._index)
+        """Does not wait for the lock: a ``put`` under way may show in part."""
+        return self._size
 
     def num_places(self) -> int:
         """Of vectors that are there and of removed ones, whose places the graph keeps until new ones fill them."""
-        with self._lock:
+        with self._turn():
             return int(self._index.stats.nodes)
 
     def num_dead(self) -> int:
         """Places of removed vectors."""
-        with self._lock:
+        with self._turn():
             return int(self._index.stats.nodes) - len(self._index)
 
-    def content(self) -> bytes:
-        with self._lock:
-            content = self._index.save()
-        assert content is not None  # without a path, save returns it
-        return bytes(content)
+    def save(self, path: Path) -> None:
+        with self._turn():
+            self._index.save(str(path))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The lock, for who waited: a lock alone would go back to a ``put`` that asks again at once."""
+        with self._next:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _remove(self, keys: np.ndarray) -> None:
         present = keys[np.atleast_1d(self._index.contains(keys))]
@@ -173,16 +194,20 @@ def _new_index(dimension: int) -> Index:
     return Index(ndim=dimension, metric="cos", dtype="f16", connectivity=16, expansion_search=128)
 
 
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_snapshot(folder: Path, collection_id: str, dimension: int) -> tuple[int, dict[str, _Space]]:
     manifest = json.loads((folder / MANIFEST).read_text())
     if (manifest["collection_id"], manifest["dimension"]) != (collection_id, dimension):
         raise ValueError("it belongs to another collection")
     spaces = {}
     for namespace, (name, checksum) in manifest["files"].items():
-        content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != checksum:
+        if _checksum(folder / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
         index = _new_index(dimension)
-        index.load(content)
+        index.load(str(folder / name))
         spaces[namespace] = _Space(index)
     return int(manifest["sequence"]), spaces

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bank_service.background import Background, KeyedLocks
+from bank_service.background import Background, KeyedLocks, finished
 from bank_service.catalog import DeleteResult, version_conflict
 from bank_service.documents import (
     Document,
@@ -146,8 +146,7 @@ class Writer:
         """Deletes a document; durable on return. NotFoundError, VersionConflictError."""
         namespace, id = check_namespace(namespace), check_id(id)
         async with self._locks.hold((namespace, id)):
-            task = self._background.run(self._commit_deletion(namespace, id, expected_version))
-            return await asyncio.shield(task)
+            return await finished(self._background.run(self._commit_deletion(namespace, id, expected_version)))
 
     async def change_codec(self, codec: str) -> None:
         """Returns when nothing can be stored in another codec any more."""
@@ -209,12 +208,13 @@ class Writer:
     async def _store(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
-        # A caller that goes away stops nothing from here on: what is committed must reach the index.
+        # A caller that goes away stops nothing from here on: what is committed must reach the index, and the next
+        # write of the document, which waits for its lock, must come after it.
         with span("bank.store"):
             task = self._background.run(self._commit(document, gradient, record, expected_version))
             self._storing.add(task)
             task.add_done_callback(self._storing.discard)
-            return await asyncio.shield(task)
+            return await finished(task)
 
     async def _commit(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def test_a_namespace_never_sees_anothers_keys(index: VectorIndex) -> None:
     assert min(index.search("many", vectors(1)[0], 100)[0].tolist()) == 100
     assert len(index.search("none", vectors(1)[0], 5)[0]) == 0
     assert (index.size("few"), index.size("many"), index.size("none")) == (2, 100, 0)
+
+
+def test_a_search_has_its_turn_while_many_vectors_are_put(usearch: UsearchIndex) -> None:
+    usearch.put("n", list(range(1000)), vectors(1000))
+    put = threading.Thread(target=usearch.put, args=("n", list(range(1000, 9_000)), vectors(8_000)))
+    put.start()
+    num_searches = 0
+    while put.is_alive():
+        usearch.search("n", vectors(1)[0], 5)
+        num_searches += put.is_alive()
+    assert num_searches > 20 and usearch.size("n") == 9_000
 
 
 def test_a_key_put_again_has_its_new_vector_only(index: VectorIndex) -> None:
