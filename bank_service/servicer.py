@@ -148,7 +148,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
         async with self._answering(context, "FetchGradients") as call:
             may_read = None if call.caller.grant.sees_everything else call.caller.may_read
-            async for digest, record in self._bank.fetch(list(request.digests), may_read):
+            async for digest, record in self._bank.fetch(list(request.digests), may_read, call.enter):
                 for offset in range(0, len(record), limits.MAX_CHUNK_BYTES):
                     chunk = record[offset : offset + limits.MAX_CHUNK_BYTES]
                     await context.write(
