@@ -75,7 +75,8 @@ class Catalog:
             if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
                 raise damaged(path, str(error.orig)) from error
             raise
-        self._writer = GroupCommit(self._engine)
+        # Connections of its own: what a reader opened while the disk was read-only never writes again.
+        self._writer = GroupCommit(_engine(path))
 
     def close(self) -> None:
         """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
