@@ -86,4 +86,8 @@ class Call:
     def check(self, scope: Scope, namespace: str) -> None:
         """UnauthenticatedError, PermissionDeniedError; QuotaExceededError where too many are in flight."""
         self.caller.check(scope, namespace)
-        self._place.enter(namespace or DEFAULT_NAMESPACE)
+        self.enter(namespace or DEFAULT_NAMESPACE)
+
+    def enter(self, namespace: str) -> None:
+        """Counts the call in a namespace that it names by nothing but its content. QuotaExceededError."""
+        self._place.enter(namespace)

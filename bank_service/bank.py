@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,7 @@ from bank_service.documents import (
     Query,
     QueryResult,
     StoredDocument,
+    check_digests,
     check_id,
     check_namespace,
     check_vector,
@@ -37,7 +38,7 @@ from bank_service.documents import (
 from bank_service.embedder import Embedder
 from bank_service.encode_queue import EncodeQueue
 from bank_service.encoder import Encoder
-from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError
+from bank_service.errors import LearnerMismatchError, NotFoundError
 from bank_service.exact_vectors import ExactVectors
 from bank_service.gradient_cache import GradientCache
 from bank_service.index_follower import IndexFollower
@@ -55,7 +56,6 @@ from bank_service.snapshotter import Snapshotter
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.usearch_index import UsearchIndex
-from bank_service.wire import limits
 from bank_service.wire.codec import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
 from bank_service.wire.tracing import span
 from bank_service.writer import Writer
@@ -279,22 +279,19 @@ class Bank:
         with span("bank.embed"):
             return await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
 
-    async def fetch(self, digests: Sequence[str], may_read: MayRead | None = None) -> AsyncIterator[tuple[str, bytes]]:
+    async def fetch(
+        self, digests: Sequence[str], may_read: MayRead | None = None, enter: Callable[[str], None] | None = None
+    ) -> AsyncIterator[tuple[str, bytes]]:
         """Each digest with its verified record, in the order given. NotFoundError before the first; DataLossError.
 
-        ``may_read``: only what a document in a namespace that the caller may read has is there.
+        ``may_read``: only what a document in a namespace that the caller may read has is there. ``enter`` is told each
+        such namespace before anything is read; what it raises ends the fetch.
         """
-        if not 1 <= len(digests) <= limits.MAX_FETCH_DIGESTS:
-            raise InvalidArgumentError(
-                f"digests must be 1..{limits.MAX_FETCH_DIGESTS}, got {len(digests)}", field="digests"
-            )
-        for index, digest in enumerate(digests):
-            if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-                raise InvalidArgumentError(
-                    f"digests[{index}] must be 64 lower-case hex digits, got {digest[:80]!r}",
-                    field=f"digests[{index}]",
-                )
-        await self._records.check(digests, may_read)
+        check_digests(digests)
+        namespaces = await self._records.check(digests, may_read)
+        if enter is not None:
+            for namespace in sorted(namespaces):
+                enter(namespace)
         for start in range(0, len(digests), FETCH_GROUP):
             group = digests[start : start + FETCH_GROUP]
             records = await self._records.read(group, may_read)

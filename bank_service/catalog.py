@@ -31,7 +31,7 @@ from bank_service.errors import BankError, CollectionMismatchError, NotFoundErro
 from bank_service.group_commit import GroupCommit
 from bank_service.lexical import clean_step, fill_words, put_words, remove_words, uncleaned
 from bank_service.namespace_limits import LimitsOf, unlimited
-from bank_service.quota import create_counters, enforced
+from bank_service.quota import Usage, check_room, create_counters, enforced
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ class Catalog:
             if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
                 raise damaged(path, str(error.orig)) from error
             raise
-        self._writer = GroupCommit(self._engine)
+        # Connections of its own: what a reader opened while the disk was read-only never writes again.
+        self._writer = GroupCommit(_engine(path))
 
     def close(self) -> None:
         """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
@@ -89,6 +90,17 @@ class Catalog:
         """Reads of one committed state, unmoved by later writes."""
         with self._engine.begin() as connection:
             yield CatalogView(connection)
+
+    def check_room(self, view: CatalogView, document: Document, stored: StoredDocument | None) -> None:
+        """QuotaExceededError where ``put`` has no room for the text alone, in the place of what is ``stored``.
+
+        For before the work is done. Only ``put`` itself, which is alone then, finds all that has no room.
+        """
+        num_bytes = len(document.text.encode())
+        if stored is not None:
+            num_bytes -= len(stored.document.text.encode()) + stored.gradient.num_bytes
+        more = Usage(0 if stored else 1, num_bytes)
+        check_room(view.connection, document.namespace, self._limits_of(document.namespace), more)
 
     def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
         """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``,

@@ -218,6 +218,19 @@ class Query:
             )
 
 
+def check_digests(digests: Sequence[str]) -> None:
+    """As many as a fetch takes, each a gradient's name."""
+    if not 1 <= len(digests) <= limits.MAX_FETCH_DIGESTS:
+        raise InvalidArgumentError(
+            f"digests must be 1..{limits.MAX_FETCH_DIGESTS}, got {len(digests)}", field="digests"
+        )
+    for index, digest in enumerate(digests):
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise InvalidArgumentError(
+                f"digests[{index}] must be 64 lower-case hex digits, got {digest[:80]!r}", field=f"digests[{index}]"
+            )
+
+
 def check_vector(vector: Sequence[float], dimension: int, field: str) -> None:
     """Of the embedder's dimension, finite and not zero."""
     if len(vector) != dimension:

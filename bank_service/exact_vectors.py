@@ -27,6 +27,7 @@ class ExactVectors:
         self._max_vectors = max_vectors
         self._lock = threading.Lock()  # of the table below
         self._spaces: OrderedDict[str, _Space] = OrderedDict()
+        self._num_places = 0  # the sum of the spaces' ``counted``, kept: summing takes longer with each
 
     def search(
         self,
@@ -48,9 +49,16 @@ class ExactVectors:
             space.follow(view, namespace)
             found = space.search(unit(vector), count, None if keep is None else keep())
         with self._lock:
-            while len(self._spaces) > 1 and sum(space.room for space in self._spaces.values()) > self._max_vectors:
-                self._spaces.popitem(last=False)
+            self._count(namespace, space)
+            while len(self._spaces) > 1 and self._num_places > self._max_vectors:
+                self._num_places -= self._spaces.popitem(last=False)[1].counted
         return found
+
+    def _count(self, namespace: str, space: _Space) -> None:
+        """Brings the sum up to the space's room, unless the space was forgotten meanwhile. Call it with the lock."""
+        if self._spaces.get(namespace) is space:
+            self._num_places += space.room - space.counted
+            space.counted = space.room
 
 
 class _Space:
@@ -59,6 +67,7 @@ class _Space:
     def __init__(self, dimension: int) -> None:
         self.lock = threading.Lock()
         self.size = 0
+        self.counted = 0  # places of the table's sum that are this space's
         self._sequence = 0  # of the view that it was last brought up to
         self._rows: dict[int, int] = {}  # key → row
         self._keys: KeyArray = np.empty(16, np.int64)

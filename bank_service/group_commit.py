@@ -28,6 +28,7 @@ class GroupCommit:
     """
 
     def __init__(self, engine: Engine) -> None:
+        """``engine`` is its own from now on."""
         self._engine = engine
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no operation may follow the end mark
@@ -52,6 +53,7 @@ class GroupCommit:
                 self._closed = True
                 self._queue.put(None)
         self._thread.join()
+        self._engine.dispose()
 
     def _run(self) -> None:
         while True:
@@ -69,6 +71,7 @@ class GroupCommit:
             except BankError:
                 done = self._apart(batch)
         except SQLAlchemyError as error:
+            self._engine.dispose()  # SQLite opens a file for reading where it must, and then it stays at that
             self._fail(batch, UnavailableError, f"the catalog must be writable, got {error}; is the disk full?", error)
         except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
             message = f"an operation of the catalog failed: {type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ from bank_service.background import cancelled
 from bank_service.catalog import Catalog
 from bank_service.catalog_view import Change
 from bank_service.errors import UnavailableError
-from bank_service.threads import in_thread
+from bank_service.threads import ended_in_thread, in_thread
 from bank_service.usearch_index import UsearchIndex
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ class IndexFollower:
             return await self._step_alone()
 
     async def _step_alone(self) -> bool:
-        sequence = await in_thread(self._pool, self._advance, self.sequence)
+        # Ended, not left behind: ``stop`` saves next, and nothing else may change or save the index then.
+        sequence = await ended_in_thread(self._pool, self._advance, self.sequence)
         if sequence == self.sequence:
             return False
         async with self._moved:
@@ -135,7 +136,7 @@ class IndexFollower:
         # A share of a large index, or writing it whole again and again would be most of the work.
         enough = max(self._snapshot_every, SNAPSHOT_SHARE * self._index.num_vectors())
         if self.sequence - self._saved_sequence >= enough:
-            await in_thread(self._pool, self._save)
+            await ended_in_thread(self._pool, self._save)
         return True
 
     def _advance(self, after_sequence: int) -> int:

@@ -3,33 +3,68 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from bank_service.documents import PutResult
-from bank_service.errors import BankError, InvalidArgumentError
+from bank_service.errors import BankError, DeadlineExceededError, InvalidArgumentError
 from bank_service.wire import limits
 from bank_service.wire.codec import HEADER_BYTES
 from bank_service.wire.generated import bank_pb2 as pb
 
 Put = Coroutine[Any, Any, PutResult]
+T = TypeVar("T")
 
 
-async def acknowledge_in_order(puts: AsyncIterator[Put], window: int) -> AsyncIterator[PutResult]:
+class Patience:
+    """How long a stream waits for its client. One that nobody uses holds a place that others need."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+
+    async def heard(self, requests: AsyncIterator[T]) -> AsyncIterator[T]:
+        """``requests``, each of which says that the client is there."""
+        async for request in requests:
+            self.renew()
+            yield request
+
+    def renew(self) -> None:
+        self._since = self._loop.time()
+
+    async def of(self, waiting: Callable[[], Awaitable[T]]) -> T:
+        """What ``waiting`` gives. DeadlineExceededError where that takes longer than the client is silent for."""
+        while True:
+            try:
+                async with asyncio.timeout_at(self._since + self._seconds):
+                    return await waiting()
+            except TimeoutError:
+                if self._loop.time() < self._since + self._seconds:
+                    continue  # parts of a record came meanwhile
+                raise DeadlineExceededError(
+                    f"an ingest stream must send something or end within {self._seconds:g} s (ingest_idle_seconds) of "
+                    "the last answer, got nothing; what was acknowledged is stored, send the rest on another stream"
+                ) from None
+
+
+async def acknowledge_in_order(puts: AsyncIterator[Put], window: int, patience: Patience) -> AsyncIterator[PutResult]:
     """Results of ``puts`` in order, up to ``window`` running at once.
 
     The first error, of a put or of ``puts`` itself, is raised in its turn, after the results before it; it
     carries its index. What was started after it is cancelled; it may or may not have been stored.
+    ``patience`` is for the client alone: it does not run out while a put is under way.
     """
     started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None] = asyncio.Queue(window)
     tasks: set[asyncio.Task[PutResult]] = set()
     reader = asyncio.create_task(_start_all(puts, started, tasks))
     index = 0
     try:
-        while (item := await started.get()) is not None:
+        while (item := await patience.of(started.get)) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield await item
+            patience.renew()
             tasks.discard(item)
             index += 1
     except BankError as error:

@@ -71,7 +71,18 @@ def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits)
         return
     before = usage(connection, namespace)
     yield
-    after = usage(connection, namespace)
+    _compare(namespace, limits, before, usage(connection, namespace))
+
+
+def check_room(connection: sa.Connection, namespace: str, limits: NamespaceLimits, more: Usage) -> None:
+    """QuotaExceededError where a write that adds ``more``, or more than that, could not be ``enforced`` now."""
+    if limits.max_documents or limits.max_bytes:
+        before = usage(connection, namespace)
+        after = Usage(before.num_documents + more.num_documents, before.num_bytes + more.num_bytes)
+        _compare(namespace, limits, before, after)
+
+
+def _compare(namespace: str, limits: NamespaceLimits, before: Usage, after: Usage) -> None:
     for what, limit, old, new in (
         ("documents", limits.max_documents, before.num_documents, after.num_documents),
         ("bytes", limits.max_bytes, before.num_bytes, after.num_bytes),

@@ -36,12 +36,14 @@ class RecordReader:
         self._metrics = metrics
         self._repair = repair
 
-    async def check(self, digests: Sequence[str], may_read: MayRead | None = None) -> None:
-        """NotFoundError for the first digest that no document has, of the namespaces that the caller may read."""
+    async def check(self, digests: Sequence[str], may_read: MayRead | None = None) -> set[str]:
+        """The namespaces whose documents have the digests, of those that the caller may read. NotFoundError for the
+        first digest that no document there has."""
         known = await in_thread(self._pool, self._known, digests, may_read)
         for digest in digests:
             if digest not in known:
                 raise _not_found(digest)
+        return set().union(*known.values())
 
     async def read(self, digests: Sequence[str], may_read: MayRead | None = None) -> dict[str, bytes]:
         """All of ``digests``, each once. NotFoundError; DataLossError names a record that is gone or corrupt."""
@@ -76,12 +78,14 @@ class RecordReader:
             self._metrics.lost()
             raise
 
-    def _known(self, digests: Sequence[str], may_read: MayRead | None) -> set[str]:
+    def _known(self, digests: Sequence[str], may_read: MayRead | None) -> dict[str, set[str]]:
+        """digest → the namespaces in which the caller may read it, where there is one."""
         with self._catalog.view() as view:
-            if may_read is None:
-                return set(view.gradient_sizes(digests))
             found = view.gradient_namespaces(digests)
-        return {digest for digest, namespaces in found.items() if any(map(may_read, namespaces))}
+        if may_read is None:
+            return found
+        readable = {digest: set(filter(may_read, namespaces)) for digest, namespaces in found.items()}
+        return {digest: namespaces for digest, namespaces in readable.items() if namespaces}
 
 
 def _not_found(digest: str) -> NotFoundError:

@@ -19,7 +19,7 @@ from bank_service.admission import Admission, Call
 from bank_service.bank import Bank
 from bank_service.documents import Document, Outcome, PutResult
 from bank_service.errors import BankError, InternalError, InvalidArgumentError
-from bank_service.ingest_stream import acknowledge_in_order, uploads
+from bank_service.ingest_stream import Patience, acknowledge_in_order, uploads
 from bank_service.metrics import BankMetrics
 from bank_service.query_messages import check_batch, queries_of, query_of, response_of
 from bank_service.snapshot import Progress
@@ -45,8 +45,12 @@ _OUTCOMES = {
 class BankServicer(bank_pb2_grpc.BankServiceServicer):
     """The bank's methods on the wire. Streams are written to by hand, so that each call stays in one task."""
 
-    def __init__(self, bank: Bank, metrics: BankMetrics, authority: Authority, admission: Admission) -> None:
+    def __init__(
+        self, bank: Bank, metrics: BankMetrics, authority: Authority, admission: Admission, idle_seconds: float
+    ) -> None:
+        """``idle_seconds``: of an ingest stream whose client does nothing."""
         self._bank = bank
+        self._idle_seconds = idle_seconds
         self._metrics = metrics
         self._authority = authority
         self._admission = admission
@@ -54,30 +58,35 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     async def IngestDocuments(
         self, request_iterator: AsyncIterator[pb.IngestDocumentsRequest], context: Context
     ) -> None:
+        patience = Patience(self._idle_seconds)
+
         async def puts(call: Call) -> AsyncIterator[Any]:
-            async for request in request_iterator:
+            async for request in patience.heard(request_iterator):
                 call.check(Scope.WRITE, request.document.namespace)
                 document = _document(request.document)
                 yield self._bank.put(document, _expected_version(request))
 
         async with self._answering(context, "IngestDocuments") as call:
             call.caller.check_anywhere(Scope.WRITE)
-            async for result in acknowledge_in_order(puts(call), DOCUMENT_WINDOW):
+            async for result in acknowledge_in_order(puts(call), DOCUMENT_WINDOW, patience):
                 await context.write(_ingested(result))
 
     async def IngestGradients(
         self, request_iterator: AsyncIterator[pb.IngestGradientsRequest], context: Context
     ) -> None:
+        patience = Patience(self._idle_seconds)
+
         async def puts(call: Call) -> AsyncIterator[Any]:
             check = partial(call.check, Scope.WRITE)
-            async for header, record in uploads(request_iterator, self._bank.max_upload_bytes, check):
+            parts = patience.heard(request_iterator)
+            async for header, record in uploads(parts, self._bank.max_upload_bytes, check):
                 document = _document(header.document)
                 yield self._bank.put_gradient(document, record, tuple(header.embedding), _expected_version(header))
 
         async with self._answering(context, "IngestGradients") as call:
             call.caller.check_anywhere(Scope.WRITE)
             window = min(DOCUMENT_WINDOW, max(2, UPLOAD_WINDOW_BYTES // self._bank.max_upload_bytes))
-            async for result in acknowledge_in_order(puts(call), window):
+            async for result in acknowledge_in_order(puts(call), window, patience):
                 await context.write(_ingested(result))
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context) -> pb.DeleteDocumentResponse:
@@ -149,7 +158,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
         async with self._answering(context, "FetchGradients") as call:
             may_read = None if call.caller.grant.sees_everything else call.caller.may_read
-            async for digest, record in self._bank.fetch(list(request.digests), may_read):
+            async for digest, record in self._bank.fetch(list(request.digests), may_read, call.enter):
                 for offset in range(0, len(record), limits.MAX_CHUNK_BYTES):
                     chunk = record[offset : offset + limits.MAX_CHUNK_BYTES]
                     await context.write(

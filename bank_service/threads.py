@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -17,3 +18,15 @@ async def in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, 
     context = contextvars.copy_context()
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(pool, lambda: context.run(function, *args, **kwargs))
+
+
+async def ended_in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """As ``in_thread``, but a cancelled caller goes on only when the function has ended."""
+    work = asyncio.ensure_future(in_thread(pool, function, *args, **kwargs))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):  # cancelled once more: still not before it has ended
+                await asyncio.wait([work])
+        raise

@@ -33,6 +33,7 @@ from bank_service.private_file import check_private
 logger = logging.getLogger(__name__)
 
 PREFIX = "regrad_"  # by which scanners for leaked secrets find one
+_SECRET = re.compile(rf"{PREFIX}[\w-]{{43}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TOKEN_KEYS = {"sha256", "scopes", "namespaces"}
 
@@ -113,7 +114,7 @@ def _read(path: Path) -> _Contents:
     check_private(path, "tokens_file")
     try:
         parsed = tomllib.loads(path.read_text("utf-8"))
-        unknown = set(parsed) - {"tokens", "limits"}
+        unknown = {_SECRET.sub("a token", name) for name in set(parsed) - {"tokens", "limits"}}
         if unknown:
             raise ValueError(f"the only tables must be tokens and limits, got {', '.join(sorted(unknown))}")
         grants: dict[bytes, Grant] = {}
@@ -139,6 +140,8 @@ def _grant(name: str, entry: Mapping[str, Any]) -> Grant:
     # No value is shown: somebody may have put a secret where its digest belongs.
     if not name.isprintable() or not 1 <= len(name) <= 64:
         raise ValueError("a token's name must have 1..64 printable characters")
+    if _SECRET.fullmatch(name):
+        raise ValueError("a token's name must not be a token itself: names are told in errors")
     if set(entry) != _TOKEN_KEYS:
         raise ValueError(f"tokens.{name} must have {', '.join(sorted(_TOKEN_KEYS))} and nothing else")
     if not isinstance(entry["sha256"], str) or not _DIGEST.fullmatch(entry["sha256"]):

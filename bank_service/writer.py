@@ -185,11 +185,13 @@ class Writer:
             return view.get(namespace, id)
 
     def _standing(self, document: Document, expected_version: int | None) -> _Standing:
-        """What the catalog has of the document now. VersionConflictError, before any work."""
-        stored = self._stored(document.namespace, document.id)
-        version = 0 if stored is None else stored.version
-        if expected_version is not None and version != expected_version:
-            raise version_conflict(document.namespace, document.id, expected_version, version)
+        """What the catalog has of the document now. VersionConflictError, QuotaExceededError, before any work."""
+        with self._catalog.view() as view:
+            stored = view.get(document.namespace, document.id)
+            version = 0 if stored is None else stored.version
+            if expected_version is not None and version != expected_version:
+                raise version_conflict(document.namespace, document.id, expected_version, version)
+            self._catalog.check_room(view, document, stored)
         # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
         if stored is None or not self._blobs.is_sound(stored.gradient.digest):
             return _Standing(None, is_encoded=False, has_text=False, has_content=False)

@@ -16,6 +16,9 @@ ADAPTER_PREFIX = "regrad-"
 MODEL_SUFFIX = "-regrad"
 Retrieval = Literal["dense", "lexical", "hybrid"]  # how a text finds documents; the bank's contract says more
 RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
+Operator = Literal["equals", "not_equals", "present", "absent"]  # of a condition on a document's metadata
+OPERATORS: tuple[Operator, ...] = ("equals", "not_equals", "present", "absent")
+OPERATORS_WITH_VALUES: tuple[Operator, ...] = ("equals", "not_equals")
 
 
 def digest_json(value: object) -> str:

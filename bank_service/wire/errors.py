@@ -59,6 +59,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 # gRPC's default limit for all metadata is 8 KiB, and details repeat the message.
 MAX_MESSAGE_CHARS = 1000
 _UNAVAILABLE_MS = 200  # before another try
+_OVERLOADED_MS = 1000  # where gRPC refused a call: it gives no time
+_TOO_LARGE = "larger than max"  # how gRPC says of a message that it doesn't take it
 
 
 def _bad_request(error: InvalidArgumentError) -> Message:
@@ -174,8 +176,10 @@ def from_rpc_error(error: grpc.RpcError) -> BankError:
         return UnauthenticatedError(message)
     if call.code() is grpc.StatusCode.UNAVAILABLE:
         return UnavailableError(message)
-    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return LimitExceededError(message, limit="max_message_bytes")  # gRPC's own check, before any of the bank's
+    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own checks, before any of the bank's
+        if _TOO_LARGE in (call.details() or ""):
+            return LimitExceededError(message, limit="max_message_bytes")
+        return OverloadedError(message, limit="max_calls", retry_after_ms=_OVERLOADED_MS)
     return InternalError(message)
 
 

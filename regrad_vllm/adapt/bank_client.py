@@ -16,7 +16,7 @@ from bank_service.wire.codec import GradientSpec, max_record_bytes, verify_recor
 from bank_service.wire.errors import DataLossError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.tracing import inject
-from regrad_vllm.naming import Retrieval
+from regrad_vllm.naming import Operator, Retrieval
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,15 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """What one key of a document's metadata must be."""
+
+    key: str
+    operator: Operator
+    values: tuple[str, ...] = ()  # one of them, or none of them; empty for present and absent
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """What to look for. Exactly one of ``text`` and ``document_ids`` is set."""
 
@@ -44,6 +53,7 @@ class Query:
     min_score: float | None = None
     with_text: bool = False
     retrieval: Retrieval = "dense"
+    conditions: tuple[Condition, ...] = ()  # all must hold; none with document_ids
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.document_ids):
@@ -78,6 +88,7 @@ class BankClient:
             learner_fingerprint=self._spec.fingerprint,
             include_text=query.with_text,
             retrieval="DENSE" if query.document_ids else query.retrieval.upper(),
+            filter=_filter_of(query.conditions),
         )
         try:
             response = await self._stub.Query(request, timeout=self._timeout_s, metadata=tuple(inject()))
@@ -140,6 +151,15 @@ class BankClient:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def _filter_of(conditions: Sequence[Condition]) -> bank_pb2.Filter | None:
+    if not conditions:
+        return None
+    kind = bank_pb2.Filter.Condition
+    return bank_pb2.Filter(
+        conditions=[kind(key=item.key, operator=item.operator.upper(), values=item.values) for item in conditions]
+    )
 
 
 def _broken(digest: str, what: str) -> DataLossError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from regrad_vllm.cli.connection import add_bank_flags, connect
 from regrad_vllm.cli.console import CommandError, count, say
+from regrad_vllm.cli.filters import HELP, METAVAR, filter_flag, filter_of
 from regrad_vllm.naming import RETRIEVALS
 
 _SHOWN_CHARACTERS = 80
@@ -21,6 +22,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     query.add_argument(
         "--retrieval", choices=RETRIEVALS, default="dense", help="by embedding, by words (BM25), or both (%(default)s)"
     )
+    query.add_argument("--filter", action="append", type=filter_flag, default=[], metavar=METAVAR, help=HELP)
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
     query.set_defaults(run=run_query)
@@ -45,6 +47,7 @@ def run_query(args: argparse.Namespace) -> int:
         min_score=args.min_score,
         include_text=True,
         retrieval=args.retrieval.upper(),
+        filter=filter_of(args.filter),
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)

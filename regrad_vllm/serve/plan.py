@@ -102,6 +102,7 @@ class Planner:
                 min_score=None if options.document_ids else _first(options.min_score, self.settings.min_score),
                 with_text=options.mode == "icl",
                 retrieval=options.retrieval or self.settings.retrieval,
+                conditions=options.filter,
             ),
             gamma=gamma,
             mode=options.mode,

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from regrad_vllm.naming import RETRIEVALS, Retrieval
+from bank_service.wire.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_METADATA_BYTES
+from regrad_vllm.adapt.bank_client import Condition
+from regrad_vllm.naming import OPERATORS, OPERATORS_WITH_VALUES, RETRIEVALS, Retrieval
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K
 
@@ -35,6 +37,7 @@ class RegradOptions:
     min_score: float | None = None
     mode: Mode = "blind"
     retrieval: Retrieval | None = None
+    filter: tuple[Condition, ...] = ()
 
     @classmethod
     def parse(cls, value: object) -> RegradOptions:
@@ -49,7 +52,7 @@ class RegradOptions:
             fields[name] = _PARSERS[name](f"regrad.{name}", raw)
         options = cls(**fields)
         if options.document_ids is not None:
-            for name in ("query", "top_k", "min_score", "retrieval"):
+            for name in ("query", "top_k", "min_score", "retrieval", "filter"):
                 if name in fields:
                     raise RequestError.bad(
                         f"regrad.{name}", "absent where regrad.document_ids names the documents", fields[name]
@@ -128,6 +131,41 @@ def _retrieval(field: str, value: object) -> Retrieval:
     raise RequestError.bad(field, f"one of {', '.join(RETRIEVALS)}", value)
 
 
+def _filter(field: str, value: object) -> tuple[Condition, ...]:
+    if not isinstance(value, list) or len(value) > MAX_CONDITIONS:
+        raise RequestError.bad(field, f"a list of at most {MAX_CONDITIONS} conditions", value)
+    return tuple(_condition(f"{field}[{index}]", item) for index, item in enumerate(value))
+
+
+def _condition(field: str, value: object) -> Condition:
+    known = ("key", "operator", "values")
+    if not isinstance(value, Mapping):
+        raise RequestError.bad(field, f"an object of {', '.join(known)}", value)
+    for name in value:
+        if name not in known:
+            raise RequestError.bad(f"{field}.{name}", f"one of {', '.join(known)}", name)
+    operator = next((name for name in OPERATORS if value.get("operator") == name), None)
+    if operator is None:
+        raise RequestError.bad(f"{field}.operator", f"one of {', '.join(OPERATORS)}", value.get("operator"))
+    key = _metadata_text(f"{field}.key", value.get("key"))
+    values = value.get("values", [])
+    lowest, highest = (1, MAX_CONDITION_VALUES) if operator in OPERATORS_WITH_VALUES else (0, 0)
+    if not isinstance(values, list) or not lowest <= len(values) <= highest:
+        rule = f"a list of {lowest} to {highest} texts" if highest else "absent or empty"
+        raise RequestError.bad(f"{field}.values", f"{rule} with {operator}", values)
+    texts = tuple(_metadata_text(f"{field}.values[{index}]", item) for index, item in enumerate(values))
+    return Condition(key, operator, texts)
+
+
+def _metadata_text(field: str, value: object) -> str:
+    """Also the empty one: metadata can have that."""
+    if value == "":
+        return ""
+    if not isinstance(value, str) or not 1 <= _num_utf8_bytes(value) <= MAX_METADATA_BYTES:
+        raise RequestError.bad(field, f"text of at most {MAX_METADATA_BYTES} bytes, as metadata is", value)
+    return value
+
+
 _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "enabled": _boolean,
     "query": _text(MAX_QUERY_BYTES),
@@ -137,5 +175,6 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "gamma": _number(-MAX_GAMMA, MAX_GAMMA),
     "min_score": _number(-1, 1),
     "retrieval": _retrieval,
+    "filter": _filter,
     "mode": _mode,
 }

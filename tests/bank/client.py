@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import grpc
 
-from bank_service.wire.channel import BankCredentials, open_aio_channel
+from bank_service.wire.channel import BankCredentials, open_aio_channel, open_channel
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
@@ -17,7 +18,8 @@ from bank_service.wire.generated import bank_pb2_grpc
 class Client:
     def __init__(self, target: str, credentials: BankCredentials | None = None) -> None:
         self.target = target
-        self.channel = open_aio_channel(target, credentials or BankCredentials())
+        self.credentials = credentials or BankCredentials()
+        self.channel = open_aio_channel(target, self.credentials)
         self.stub = bank_pb2_grpc.BankServiceStub(self.channel)
 
     async def __aenter__(self) -> Self:
@@ -45,15 +47,14 @@ class Client:
         return (await self.ingest_requests(request))[0]
 
     async def upload(self, *parts: pb.IngestGradientsRequest) -> list[pb.IngestDocumentsResponse]:
-        for last_try in (False, False, True):
-            try:
-                return [response async for response in self.stub.IngestGradients(_stream(parts))]
-            except grpc.RpcError as error:
-                # grpc.aio's own race: it sends while the server ends the call, and says so instead of the server's
-                # status. Nothing was stored then: only refused uploads end before they were read.
-                if last_try or 'Failed "execute_batch"' not in (error.debug_error_string() or ""):
-                    raise from_rpc_error(error) from error
-        raise AssertionError("unreachable")
+        """By the blocking client: grpc.aio, where it still sends when the server ends the call, makes an INTERNAL of
+        its own of that ('Failed "execute_batch"') and loses the server's status."""
+        async with own_errors():
+            return await asyncio.to_thread(self._upload, parts)
+
+    def _upload(self, parts: Sequence[pb.IngestGradientsRequest]) -> list[pb.IngestDocumentsResponse]:
+        with open_channel(self.target, self.credentials) as channel:
+            return list(bank_pb2_grpc.BankServiceStub(channel).IngestGradients(iter(parts)))
 
     async def delete(self, id: str, namespace: str = "", expected_version: int | None = None) -> Any:
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, expected_version=expected_version)

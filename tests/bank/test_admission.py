@@ -12,9 +12,10 @@ from bank_service.config import BankConfig
 from bank_service.embedder import MiniLmEmbedder
 from bank_service.encoder import EncodedDocument
 from bank_service.server import BankServer
+from bank_service.wire.codec import FloatArray, encode_gradient
 from bank_service.wire.errors import DeadlineExceededError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, own_errors
+from tests.bank.client import Client, own_errors, upload_of
 from tests.bank.hash_encoder import HashEncoder
 
 
@@ -30,6 +31,9 @@ class GatedEncoder(HashEncoder):
         self.entered.set()
         assert self.gate.wait(10)
         return super().encode(documents)
+
+    def encode_now(self, text: str) -> FloatArray:
+        return super().encode([("", text)])[0].values
 
     @property
     def texts(self) -> set[str]:
@@ -121,3 +125,55 @@ async def test_queries_beyond_what_the_bank_takes_on_are_told_when_to_come_back(
         await client.stats()  # another kind of call has room
         gated.gate.set()
         assert len([task for task in outcomes if task not in refused and not (await task).hits]) == 2
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("method", ["IngestDocuments", "IngestGradients"])
+async def test_a_stream_that_nobody_uses_loses_its_place_and_keeps_what_was_acknowledged(
+    data_dir: Path, embedder: MiniLmEmbedder, method: str
+) -> None:
+    config = BankConfig(data_dir=data_dir, max_ingests=1, ingest_idle_seconds=0.5)
+    encoder = HashEncoder()
+    document = pb.Document(id="before", text="the silence")
+    record = encode_gradient(encoder.encode([("", document.text)])[0].values, encoder.spec, "int8")
+    if method == "IngestDocuments":
+        sent = [pb.IngestDocumentsRequest(document=document)]
+    else:  # the second header says that the first record is whole
+        sent = [*upload_of(document, record), *upload_of(pb.Document(id="half", text="x"), record)[:2]]
+    async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:
+        for silent_from_the_start in (True, False):
+            stream = getattr(client.stub, method)()
+            if not silent_from_the_start:
+                for part in sent:
+                    await stream.write(part)
+                assert (await stream.read()).id == "before"
+                await client.refused(client.put("over", "x"), OverloadedError)
+            with pytest.raises(DeadlineExceededError, match=r"within 0.5 s \(ingest_idle_seconds\)") as caught:
+                async with own_errors():
+                    await stream.read()
+            assert caught.value.index == (0 if silent_from_the_start else 1)
+            assert (await client.put("next", "the place is free again")).id == "next"
+        assert {entry.id for entry in (await client.list()).documents} == {"before", "next"}
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_waits_for_its_answer_or_sends_slowly_is_not_idle(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    encoder = GatedEncoder()
+    config = BankConfig(data_dir=data_dir, ingest_idle_seconds=0.5)
+    record = encode_gradient(encoder.encode_now("slow"), encoder.spec, "int8")
+    async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:
+        stream = client.stub.IngestDocuments()
+        await stream.write(pb.IngestDocumentsRequest(document=pb.Document(id="patient", text="long in the encoder")))
+        await asyncio.sleep(1.2)
+        encoder.gate.set()
+        assert (await stream.read()).id == "patient"
+        await stream.done_writing()
+        parts = upload_of(pb.Document(id="slow", text="slow"), record, chunk_bytes=len(record) // 6)
+        upload = client.stub.IngestGradients()
+        for part in parts:
+            await upload.write(part)
+            await asyncio.sleep(0.2)
+        await upload.done_writing()
+        assert (await upload.read()).id == "slow"

@@ -23,6 +23,7 @@ from bank_service.wire.codec import CODECS
         ({"encode_batch_size": 0}, "encode_batch_size must be"),
         ({"exact_below": 100_001}, r"exact_below must be in 0\.\.100000"),
         ({"drain_seconds": -1}, "drain_seconds must be"),
+        ({"ingest_idle_seconds": 0}, r"ingest_idle_seconds must be in 0\.1\.\.86400, got 0"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

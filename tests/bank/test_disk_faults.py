@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import resource
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bank_service.config import BankConfig
+from bank_service.data_dir import read_address
 from bank_service.embedder import MiniLmEmbedder
 from bank_service.errors import CatalogDamagedError
 from bank_service.server import BankServer
@@ -86,6 +91,59 @@ async def test_a_folder_on_a_read_only_disk_is_not_opened(disk: Path, embedder: 
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, timeout=10)
     with pytest.raises(OSError, match="must be a folder that this user can write, got Read-only file system"):
         await BankServer(config, HashEncoder(), embedder).start()
+
+
+@contextmanager
+def read_only(folder: Path, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """As a kernel leaves a disk that had errors: no file below ``folder`` opens for writing, no write goes through.
+
+    A remount does not do it: the kernel refuses one while files are open for writing. So the folder is covered by a
+    read-only view of itself, and the process, whose open files that doesn't touch, may write no byte to any file.
+    """
+    for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]):
+        if subprocess.run(command, capture_output=True, timeout=10).returncode:
+            pytest.skip("mounting needs root and a kernel that lets it")
+    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, unlimited[1]))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True, timeout=10)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+
+
+@pytest.mark.asyncio
+async def test_a_disk_that_turns_read_only_under_a_bank_costs_it_writes_alone_and_no_restart(data_dir: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.bank.bank_process", str(data_dir)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while (address := read_address(data_dir)) is None:
+            assert process.poll() is None
+            await asyncio.sleep(0.05)
+        async with Client(address.target) as client:
+            digests = await ingested(client, 3)
+            with read_only(data_dir, process):
+                for _ in range(3):
+                    for write in (client.put("new", "a new text"), client.put("d0", "changed"), client.delete("d1")):
+                        error = await client.refused(write, UnavailableError)
+                        assert "must be writable" in error.message
+                    # Many at once, so that the bank opens the catalog's file anew: for reading is all that it gets.
+                    queries = [client.query(text=f"text number {n}", top_k=5) for n in range(16)]
+                    assert all(len(answer.hits) == 3 for answer in await asyncio.gather(*queries))
+                    await whole(client, digests)
+            await client.put("new", "a new text")
+            put = await client.put("d0", "changed")
+            await client.delete("d1")
+            assert {hit.id for hit in (await client.query(text="text", top_k=5)).hits} == {"new", "d0", "d2"}
+            await whole(client, [digests[2], put.gradient_digest])
+    finally:
+        process.terminate()
+        status = await asyncio.to_thread(process.wait, 30)
+    assert status == 0
 
 
 def truncated(path: Path) -> None:

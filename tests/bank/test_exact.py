@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bank_service.catalog import Catalog
 from bank_service.documents import Document, Gradient, Query
-from bank_service.exact_vectors import ExactVectors
+from bank_service.exact_vectors import ExactVectors, _Space
 from bank_service.retrieval import Retriever
 from bank_service.usearch_index import UsearchIndex
 from bank_service.wire.codec import FloatArray
@@ -71,4 +72,39 @@ def test_the_vectors_are_the_catalogs_after_any_changes(
             ids = {item.key: item.id for item in view.candidates(keys)}
         scores = {id: vector @ target / np.linalg.norm(vector) for id, vector in alive.items()}
         assert [ids[key] for key in keys] == sorted(scores, key=lambda id: -scores[id])[:5]
+    catalog.close()
+
+
+def test_a_search_looks_at_its_own_namespace_alone_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, exact = Catalog(tmp_path / "catalog.sqlite", IDENTITY), ExactVectors(DIMENSION, max_vectors=30 * 16)
+    vector = np.ones(DIMENSION, np.float32)
+    room = _Space.room.fget
+    assert room is not None
+    asked: list[_Space] = []
+
+    def counted(space: _Space) -> int:
+        asked.append(space)
+        return int(room(space))
+
+    monkeypatch.setattr(_Space, "room", property(counted))
+
+    def search(namespace: str) -> None:
+        asked.clear()
+        with catalog.view() as view:
+            assert len(exact.search(view, namespace, vector, 1)) == 1
+        assert len(set(map(id, asked))) <= 1
+
+    for number in range(50):
+        put(catalog, "d", vector, f"n{number}")
+    for number in range(50):
+        search(f"n{number}")
+        assert exact._num_places == sum(map(room, exact._spaces.values()))
+    assert list(exact._spaces) == [f"n{number}" for number in range(20, 50)], "the longest unused ones are forgotten"
+    for number in range(40):  # one that grows, out of its first room and again
+        put(catalog, str(number), np.eye(DIMENSION, dtype=np.float32)[number % DIMENSION], "n49")
+        search("n49")
+        assert exact._num_places == sum(map(room, exact._spaces.values())) <= 30 * 16
+    assert len(exact._spaces) == 27 and room(exact._spaces["n49"]) == 64
     catalog.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -51,4 +53,63 @@ async def test_a_fault_that_nobody_foresaw_is_logged_told_and_tried_again(
         await follower.reach(sequence)
     assert caplog.text.count("can't follow the catalog") == failures
     await follower.stop()
+    catalog.close()
+
+
+class GatedIndex(UsearchIndex):
+    """Holds what it is told to before the gate, and counts how many are at work at once."""
+
+    def __init__(self, dimension: int, held: str) -> None:
+        super().__init__(dimension)
+        self._held = held
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self.most_inside = 0
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+
+    def put(self, namespace: str, keys: Sequence[int], vectors: np.ndarray) -> None:
+        with self._counted("put"):
+            super().put(namespace, keys, vectors)
+
+    def save(self, folder: Path, collection_id: str, sequence: int) -> None:
+        with self._counted("save"):
+            super().save(folder, collection_id, sequence)
+
+    @contextmanager
+    def _counted(self, method: str) -> Iterator[None]:
+        with self._lock:
+            self._num_inside += 1
+            self.most_inside = max(self.most_inside, self._num_inside)
+        if method == self._held:
+            self.entered.set()
+            assert self.gate.wait(30)
+        yield
+        with self._lock:
+            self._num_inside -= 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("held", ["save", "put"])
+async def test_a_follower_that_stops_saves_after_what_it_had_under_way_and_not_beside_it(
+    tmp_path: Path, pool: ThreadPoolExecutor, held: str
+) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    index = GatedIndex(IDENTITY.embedding_dimension, held)
+    # Without a snapshot at each change, the one at the end is the first.
+    follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1 if held == "save" else 1000)
+    await follower.start()
+    sequence = catalog.put(document(), gradient(), None).result().stored.sequence
+    follower.wake()
+    assert await asyncio.to_thread(index.entered.wait, 30)
+    stopping = asyncio.create_task(follower.stop())
+    done, _ = await asyncio.wait([stopping], timeout=0.3)
+    assert not done, "it stopped while a thread was still at the index"
+    index.gate.set()
+    await stopping
+    assert index.most_inside == 1
+    again = IndexFollower(catalog, UsearchIndex(IDENTITY.embedding_dimension), tmp_path / "index", pool, 1000)
+    await again.start()
+    assert again.sequence == sequence
+    await again.stop()
     catalog.close()

@@ -147,3 +147,53 @@ async def test_requests_in_flight_are_bounded_for_each_namespace(data_dir: Path,
         await stream.done_writing()
         assert await stream.read() is grpc.aio.EOF
         await asyncio.wait_for(client.get("a", "n"), 10)
+
+
+@pytest.mark.asyncio
+async def test_a_fetch_counts_in_the_namespaces_whose_gradients_it_asks_for(
+    data_dir: Path, tmp_path: Path, embedder: MiniLmEmbedder
+) -> None:
+    tokens = Tokens(tmp_path)
+    everybody, reader = tokens.add("everybody", "read write", "*"), tokens.add("reader", "read", "m")
+    config = BankConfig(data_dir=data_dir, tokens_file=tokens.path, max_namespace_requests=1)
+    async with (
+        BankServer(config, HashEncoder(), embedder) as server,
+        Client(server.address.target, everybody) as client,
+        Client(server.address.target, reader) as of_m,
+    ):
+        both = [(await client.put("same", "in two", namespace=name)).gradient_digest for name in ("n", "m")][0]
+        alone = (await client.put("own", "in one", namespace="m")).gradient_digest
+        stream = client.stub.IngestDocuments()
+        await stream.write(pb.IngestDocumentsRequest(document=pb.Document(namespace="n", id="a", text="x")))
+        taken = (await stream.read()).gradient_digest
+        for digests in ([taken], [alone, both]):
+            error = await client.refused(client.fetch(digests), QuotaExceededError)
+            assert (error.limit, error.namespace) == ("max_namespace_requests", "n") and error.retry_after_ms > 0
+        assert [digest for digest, _ in await client.fetch([alone])] == [alone]
+        # Where the caller may not read, its call does not count either: it could tell that the gradient is there.
+        assert [digest for digest, _ in await of_m.fetch([both])] == [both]
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        for _ in range(2):  # and it gives its places back
+            assert len(await client.fetch([taken, both, alone])) == 3
+
+
+@pytest.mark.asyncio
+async def test_a_document_that_has_no_room_is_refused_before_it_is_encoded(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    encoder = HashEncoder()
+    config = BankConfig(data_dir=data_dir, max_namespace_documents=2, max_namespace_bytes=20_000)
+    async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:
+        for id in "ab":
+            await client.put(id, f"text {id}")
+        num_batches = len(encoder.batches)
+        error = await client.refused(client.put("c", "one too many"), QuotaExceededError)
+        assert (error.limit, error.index) == ("max_namespace_documents", 0)
+        error = await client.refused(client.put("a", "much " * 4_000), QuotaExceededError)
+        assert error.limit == "max_namespace_bytes"
+        assert len(encoder.batches) == num_batches
+        assert (await client.put("a", "another text")).version == 2, "an update takes no more room"
+        await client.delete("b")
+        assert (await client.put("c", "in its place")).version == 1
+        assert len(encoder.batches) == num_batches + 2

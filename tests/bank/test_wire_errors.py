@@ -106,7 +106,7 @@ def test_every_error_of_the_bank_has_its_row() -> None:
     [
         (grpc.StatusCode.UNAVAILABLE, UnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, LimitExceededError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
         (grpc.StatusCode.UNIMPLEMENTED, InternalError),
     ],
 )
@@ -115,6 +115,14 @@ def test_a_failure_of_the_network_is_the_nearest_error(
 ) -> None:
     error = from_rpc_error(failed_call(code, "the wire broke", metadata))
     assert type(error) is kind and "the wire broke" in error.message
+
+
+def test_what_grpc_itself_refuses_is_a_message_too_large_or_a_call_too_many() -> None:
+    for text, kind in (
+        ("CLIENT: Received message larger than max (5000000 vs. 4194304)", LimitExceededError),
+        ("Concurrent RPC limit exceeded!", OverloadedError),
+    ):
+        assert type(from_rpc_error(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, text, None))) is kind
 
 
 def test_a_long_message_fits_the_metadata_limit() -> None:

@@ -11,6 +11,7 @@ from bank_service.config import BankConfig
 from bank_service.data_dir import DataDir
 from bank_service.server import BankServer
 from regrad_vllm.cli import main
+from regrad_vllm.cli.backup import _absolute
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 
@@ -42,6 +43,21 @@ async def test_a_running_banks_snapshot_is_restored_by_one_command_each(
     config = BankConfig(data_dir=tmp_path / "elsewhere")
     async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
         assert (await client.get("c")).document.text == "three"
+
+
+@pytest.mark.asyncio
+async def test_a_relative_place_is_meant_from_where_the_command_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    config = BankConfig(data_dir=tmp_path / "bank")
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        await client.put("a", "one")
+        assert await asyncio.to_thread(regrad, "snapshot", "../s", "--bank", server.address.target) == 0
+        assert (tmp_path / "s" / "manifest.json").exists()
+    assert regrad("restore", "../below/../s", "--data-dir", tmp_path / "elsewhere") == 0
+    assert _absolute("file:///x/../y") == "file:///x/../y" and _absolute("memory://s") == "memory://s"
 
 
 @pytest.mark.parametrize(

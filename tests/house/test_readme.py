@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import grpc
@@ -27,6 +27,7 @@ from regrad_vllm.demo.run import base_weights
 from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import wait_for_bank, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
+from regrad_vllm.serve.request import RegradOptions
 from tests.house.readme import README, examples, num_code_blocks
 from tests.house.settings_table import with_tables
 
@@ -246,3 +247,9 @@ def test_what_the_demo_prints_to_go_on_by_hand_are_the_readmes_examples(capsys: 
         for line in examples()[name].code.splitlines():
             if line.startswith(("regrad", "bank =", "client =")):
                 assert " ".join(line.split()) in shown
+
+
+def test_the_table_of_a_requests_fields_has_each_of_them() -> None:
+    text = README.read_text("utf-8").split("The `regrad` object, all fields optional:")[1]
+    rows = re.findall(r"^\| `(\w+)` \|", text.split("An answer's own")[0], re.MULTILINE)
+    assert sorted(rows) == sorted(field.name for field in fields(RegradOptions))

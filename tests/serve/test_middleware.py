@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from fastapi import FastAPI, Request
@@ -18,7 +19,16 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
-from bank_service.wire.errors import LimitExceededError
+from bank_service.wire.errors import (
+    BankError,
+    LimitExceededError,
+    OverloadedError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnavailableError,
+    abort,
+)
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
@@ -151,6 +161,66 @@ def test_a_body_of_any_other_route_is_not_read(settings: Settings, learner: Lear
 def test_texts_too_large_for_a_message_are_the_requests_own_fault() -> None:
     error = as_request_error(LimitExceededError("too much", limit="max_message_bytes"), "bank:1")
     assert (error.status, error.param) == (400, "regrad.mode") and "regrad.top_k" in error.message
+
+
+class RefusingBank(bank_pb2_grpc.BankServiceServicer):
+    """Answers each query with ``error``; or, where that is for the ``fetch``, with a document that can't be had."""
+
+    def __init__(self, error: BankError | grpc.StatusCode, *, fetch: bool) -> None:
+        self._error = error
+        self._fetch = fetch
+
+    async def Query(self, request: bank_pb2.QueryRequest, context: Any) -> bank_pb2.QueryResponse:  # noqa: N802
+        if not self._fetch:
+            await self._refuse(context)
+        return bank_pb2.QueryResponse(hits=[bank_pb2.QueryResponse.Hit(id="a", score=1, gradient_digest="0" * 64)])
+
+    async def FetchGradients(self, request: bank_pb2.FetchGradientsRequest, context: Any) -> None:  # noqa: N802
+        await self._refuse(context)
+
+    async def _refuse(self, context: Any) -> None:
+        if isinstance(self._error, BankError):
+            await abort(context, self._error)
+        await context.abort(self._error, "Concurrent RPC limit exceeded!")  # as gRPC does by itself
+
+
+@pytest.mark.parametrize("fetch", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (OverloadedError("busy", limit="max_queries", retry_after_ms=1000), 503, "1"),
+        (OverloadedError("busy", limit="max_queries", retry_after_ms=2001), 503, "3"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 503, "1"),
+        (QuotaExceededError("n", limit="max_namespace_requests", namespace="n", retry_after_ms=1000), 503, "1"),
+        (QuotaExceededError("n", limit="max_namespace_bytes", namespace="n"), 503, None),
+        (UnavailableError("stopping"), 503, "1"),
+        (PermissionDeniedError("no", scope="read", namespace="n"), 503, None),
+        (LimitExceededError("too much", limit="max_message_bytes"), 400, None),
+    ],
+)
+def test_when_the_bank_says_when_to_come_back_the_client_is_told(
+    settings: Settings,
+    learner: Learner,
+    arena: Arena,
+    error: BankError | grpc.StatusCode,
+    status: int,
+    retry_after: str | None,
+    fetch: bool,
+) -> None:
+    async def run() -> httpx.Response:
+        server = grpc.aio.server()
+        bank_pb2_grpc.add_BankServiceServicer_to_server(RefusingBank(error, fetch=fetch), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            body = {"model": "base-regrad", "prompt": "x"}
+            return await ask(replace(settings, bank=f"127.0.0.1:{port}"), learner, arena, body)
+        finally:
+            await server.stop(None)
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.headers.get("retry-after")) == (status, retry_after)
+    assert answer.json()["error"]["code"] == status and arena.figures().num_leases == 0
 
 
 def test_spans_belong_to_the_requests_own_trace(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from regrad_vllm.adapt.bank_client import Condition
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.plan import Plan, Planner
@@ -69,8 +70,10 @@ def test_the_requests_values_come_before_the_servers_before_the_learners(planner
     for regrad, retrieval in (({}, "hybrid"), ({"retrieval": "lexical"}, "lexical")):
         plan = plan_of(hybrid, regrad=regrad)
         assert isinstance(plan, Plan) and plan.query.retrieval == retrieval
+    plan = plan_of(planner, regrad={"filter": [{"key": "k", "operator": "present"}]})
+    assert isinstance(plan, Plan) and plan.query.conditions == (Condition("k", "present"),)
     plan = plan_of(planner, regrad={"document_ids": ["a"]})
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, Plan) and plan.query.conditions == ()
     assert (plan.query.document_ids, plan.query.text, plan.query.min_score) == (("a",), "", None)
 
 

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from regrad_vllm.adapt.bank_client import Condition
 from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.request import RegradOptions
+
+EQUALS = {"key": "lang", "operator": "equals", "values": ["de"]}
 
 
 def test_an_empty_object_turns_regrad_on_with_the_defaults() -> None:
@@ -20,9 +23,12 @@ def test_an_empty_object_turns_regrad_on_with_the_defaults() -> None:
 def test_every_field_is_taken() -> None:
     options = RegradOptions.parse(
         {"enabled": True, "query": "who?", "namespace": "n", "top_k": 64, "gamma": -16, "min_score": 1, "mode": "icl",
-         "retrieval": "hybrid"}
+         "retrieval": "hybrid", "filter": [{"key": "lang", "operator": "equals", "values": ["de", ""]},
+                                           {"key": "", "operator": "absent"}]}
     )  # fmt: skip
-    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid")
+    conditions = (Condition("lang", "equals", ("de", "")), Condition("", "absent"))
+    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid", conditions)
+    assert RegradOptions.parse({"filter": []}) == RegradOptions()
     assert RegradOptions.parse({"document_ids": ["b", "a"]}).document_ids == ("b", "a")
 
 
@@ -49,6 +55,7 @@ def test_what_is_not_an_object_is_refused(value: object) -> None:
         ("gamma", True), ("gamma", "1"), ("gamma", 10**400),
         ("min_score", -1.01), ("min_score", 1.01), ("min_score", math.nan), ("min_score", []),
         ("retrieval", "bm25"), ("retrieval", None), ("retrieval", []),
+        ("filter", None), ("filter", {}), ("filter", "lang=de"), ("filter", [EQUALS] * 17),
         ("mode", "both"), ("mode", None), ("mode", ["icl"]),
         ("document_ids", []), ("document_ids", "a"), ("document_ids", [str(n) for n in range(65)]),
     ],
@@ -58,6 +65,26 @@ def test_a_bad_value_names_its_field(field: str, value: object) -> None:
         RegradOptions.parse({field: value})
     assert (caught.value.status, caught.value.param) == (400, f"regrad.{field}")
     assert json.loads(caught.value.body())["error"]["code"] == 400
+
+
+@pytest.mark.parametrize(
+    ("condition", "part"),
+    [
+        (None, ""), ([], ""), ("lang=de", ""),
+        ({}, ".operator"), ({**EQUALS, "operator": "EQUALS"}, ".operator"), ({**EQUALS, "operator": 1}, ".operator"),
+        ({**EQUALS, "operator": []}, ".operator"), ({**EQUALS, "value": "v"}, ".value"),
+        ({"operator": "present"}, ".key"), ({**EQUALS, "key": None}, ".key"), ({**EQUALS, "key": "k" * 4097}, ".key"),
+        ({**EQUALS, "key": "\ud800"}, ".key"),
+        ({"key": "k", "operator": "equals"}, ".values"), ({**EQUALS, "values": []}, ".values"),
+        ({**EQUALS, "values": "v"}, ".values"), ({**EQUALS, "values": ["v"] * 65}, ".values"),
+        ({**EQUALS, "operator": "absent"}, ".values"), ({**EQUALS, "values": ["v", 1]}, ".values[1]"),
+        ({**EQUALS, "values": ["v" * 4097]}, ".values[0]"),
+    ],
+)  # fmt: skip
+def test_a_bad_condition_is_named_by_its_place_and_part(condition: object, part: str) -> None:
+    with pytest.raises(RequestError, match=r"regrad\.filter\[1\]\S* must be ") as caught:
+        RegradOptions.parse({"filter": [EQUALS, condition]})
+    assert (caught.value.status, caught.value.param) == (400, f"regrad.filter[1]{part}")
 
 
 @pytest.mark.parametrize("ids", [[""], [1], ["x" * 257], ["a", "b", "a"], [None]])
@@ -73,7 +100,9 @@ def test_an_unknown_field_is_told_the_known_ones() -> None:
     assert caught.value.param == "regrad.topk"
 
 
-@pytest.mark.parametrize("extra", [{"query": "x"}, {"top_k": 1}, {"min_score": 0}, {"retrieval": "lexical"}])
+@pytest.mark.parametrize(
+    "extra", [{"query": "x"}, {"top_k": 1}, {"min_score": 0}, {"retrieval": "lexical"}, {"filter": []}]
+)
 def test_named_documents_leave_nothing_to_search_for(extra: dict[str, object]) -> None:
     with pytest.raises(RequestError) as caught:
         RegradOptions.parse({"document_ids": ["a"], **extra})
@@ -88,7 +117,7 @@ JSON = st.recursive(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
-@given(st.dictionaries(st.sampled_from(["enabled", "query", "document_ids", "top_k", "gamma", "mode"]), JSON))
+@given(st.dictionaries(st.sampled_from(["enabled", "query", "document_ids", "top_k", "gamma", "mode", "filter"]), JSON))
 def test_any_json_is_options_or_a_request_error(value: dict[str, object]) -> None:
     try:
         options = RegradOptions.parse(value)

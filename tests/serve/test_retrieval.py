@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from fastapi.responses import JSONResponse
 
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import Retrieval
@@ -43,5 +45,39 @@ def test_weights_are_made_of_cosines_where_scores_are_none(
             expected = math.exp(min(0.0, hit.cosine - hits[0].cosine) / learner.config.score_temperature)
             assert document["weight"] == pytest.approx(expected, abs=1e-5)
             assert document["score"] == pytest.approx(hit.score, abs=1e-5)
+
+    asyncio.run(run())
+
+
+def test_a_filter_in_the_request_keeps_to_the_documents_that_match(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    with grpc.insecure_channel(bank.address) as channel:
+        stub = bank_pb2_grpc.BankServiceStub(channel)
+        documents = [
+            bank_pb2.Document(namespace="filtered", id=lang, text=f"{QUESTION} in {lang}", metadata={"lang": lang})
+            for lang in ("de", "fr", "en")
+        ]
+        requests = [bank_pb2.IngestDocumentsRequest(document=document) for document in documents]
+        assert len(list(stub.IngestDocuments(iter(requests), timeout=120))) == 3
+
+    async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+        return JSONResponse({"adapter": lora_name})
+
+    async def run() -> None:
+        adapters = {}
+        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, _, _):
+            for operator, values, ids in (
+                ("equals", ["de", "fr"], {"de", "fr"}),
+                ("not_equals", ["de", "fr"], {"en"}),
+                ("present", [], {"de", "fr", "en"}),
+            ):
+                condition = {"key": "lang", "operator": operator, "values": values}
+                regrad = {"namespace": "filtered", "query": QUESTION, "top_k": 3, "filter": [condition]}
+                answer = await http.post("/v1/completions", json={"model": "base", "prompt": "x", "regrad": regrad})
+                assert answer.status_code == 200, answer.text
+                assert {document["id"] for document in answer.json()["regrad"]["documents"]} == ids
+                adapters[operator] = answer.json()["adapter"]
+        assert len(set(adapters.values())) == 3, "other documents, another adapter"
 
     asyncio.run(run())

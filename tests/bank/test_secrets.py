@@ -1,0 +1,113 @@
+"""A token is known to its bearer and to nobody else: not to logs, spans, errors, figures or the bank's own files."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from pathlib import Path
+from urllib.request import urlopen
+
+import grpc
+import pytest
+from google.protobuf import text_format
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from bank_service.config import BankConfig
+from bank_service.server import BankServer
+from bank_service.wire.channel import BankCredentials, open_channel
+from bank_service.wire.errors import BankError, from_rpc_error
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from tests.bank.client import Client
+from tests.bank.hash_encoder import BROKEN, HashEmbedder, HashEncoder
+from tests.bank.test_access import METHODS, call
+from tests.bank.tokens import Tokens
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Of bank and client, which are both of this process."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    return exporter
+
+
+async def said_to(client: Client) -> list[str]:
+    """Everything that the bank answers to a call of each method, as text."""
+    answers = []
+    for name in METHODS:
+        try:
+            await call(client, name)
+        except BankError as error:
+            cause = error.__cause__
+            assert isinstance(cause, grpc.aio.AioRpcError)
+            answers += [str(error), repr(error.fields()), repr(cause), repr(tuple(cause.trailing_metadata() or ()))]
+    return answers
+
+
+def said_by_the_blocking_client(target: str, credentials: BankCredentials) -> str:
+    with open_channel(target, credentials) as channel:
+        stub = bank_pb2_grpc.BankServiceStub(channel)
+        try:
+            stub.GetStats(bank_pb2.GetStatsRequest())
+        except grpc.RpcError as error:
+            return f"{error!r} {error} {from_rpc_error(error)}"
+    return repr(channel)
+
+
+@pytest.mark.asyncio
+async def test_a_token_shows_nowhere(
+    tmp_path: Path, data_dir: Path, caplog: pytest.LogCaptureFixture, spans: InMemorySpanExporter
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    tokens = Tokens(tmp_path)
+    bearers = [
+        tokens.add("operator", "admin", "*"),
+        tokens.add("reader", "read", "theirs"),
+        tokens.add("elsewhere", "read write", "ours"),
+    ]
+    unknown = tmp_path / "unknown.token"
+    tokens.secrets["unknown"] = "regrad_" + secrets.token_urlsafe(32)
+    unknown.write_text(tokens.secrets["unknown"])
+    bearers.append(BankCredentials(token_file=unknown))
+    config = BankConfig(data_dir=data_dir, tokens_file=tokens.path, metrics_port=0)
+    said: list[str] = []
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server:
+        target = server.address.target
+        for credentials in bearers:
+            async with Client(target, credentials) as client:
+                said += [repr(client.channel), repr(credentials), *(await said_to(client))]
+            said.append(await asyncio.to_thread(said_by_the_blocking_client, target, credentials))
+        async with Client(target, bearers[0]) as client:
+            await client.refused(client.put("broken", BROKEN), BankError)  # an error of the bank, with its traceback
+            said.append(text_format.MessageToString(await client.stats()))
+        # A slip of the pen: the secret where its digest belongs, or as if it were a table.
+        good = tokens.path.read_text()
+        for line in (
+            f'tokens."x" = {{ sha256 = "{tokens.secrets["operator"]}", scopes = ["read"], namespaces = ["a"] }}\n',
+            f"tokens.{tokens.secrets['operator']} = {{ sha256 = '', scopes = [], namespaces = [] }}\n",
+            f"{tokens.secrets['operator']} = 1\n",
+            f"{tokens.secrets['operator']}\n",
+        ):
+            tokens.write(line + good)
+            async with Client(target, bearers[0]) as client:
+                await client.stats()
+        with urlopen(f"http://127.0.0.1:{server.address.metrics_port}/metrics") as answer:
+            said.append(answer.read().decode())
+    said += [span.to_json() for span in spans.get_finished_spans()]
+    said += [f"{record.getMessage()} {record.exc_text} {record.args}" for record in caplog.records]
+    said.append(caplog.text)
+    files = [path.read_bytes().decode("latin-1") for path in data_dir.rglob("*") if path.is_file()]
+
+    everything = "\n".join([*said, *files])
+    for expected in ("bank.Query", "UnauthenticatedError", "must have scope write", "out of memory", "tokens.x.sha256"):
+        assert expected in everything, "else this test looks at the wrong things"
+    assert caplog.text.count("the bank goes on with the tokens") == 4
+    for name, secret in tokens.secrets.items():
+        assert secret not in everything, f"the token {name!r} shows"
+        assert secret.removeprefix("regrad_") not in everything

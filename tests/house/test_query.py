@@ -1,0 +1,93 @@
+"""`regrad query`: each retrieval and filter, against a real bank."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from bank_service.config import BankConfig
+from bank_service.server import BankServer
+from regrad_vllm.cli import main
+from regrad_vllm.cli.filters import FilterFlag, filter_flag
+from tests.bank.client import Client
+from tests.bank.hash_encoder import HashEmbedder, HashEncoder
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DOCUMENTS = {
+    "de": ("the harbour of Orlen", {"lang": "de", "draft": ""}),
+    "fr": ("the harbour of Brest", {"lang": "fr"}),
+    "en": ("a lighthouse far away", {"lang": "en", "note": "a=b"}),
+    "none": ("a lighthouse nearby", {}),
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def target(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    config = BankConfig(data_dir=tmp_path_factory.mktemp("bank"))
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        for id, (text, metadata) in DOCUMENTS.items():
+            await client.put(id, text, metadata=metadata)
+        yield client.target
+
+
+async def found(target: str, capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, object]]:
+    command = ["query", "the harbour of Orlen", "--bank", target, "--json", "--top-k", "10", *flags]
+    assert await asyncio.to_thread(main, command) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        (["lang=de"], {"de"}),
+        (["lang=de", "lang=fr"], {"de", "fr"}),
+        (["lang!=de"], {"fr", "en", "none"}),
+        (["lang!=de", "lang!=fr"], {"en", "none"}),
+        (["lang"], {"de", "fr", "en"}),
+        (["!lang"], {"none"}),
+        (["draft="], {"de"}),
+        (["note=a=b"], {"en"}),
+        (["lang", "!draft", "lang!=en"], {"fr"}),
+        (["lang=nowhere"], set()),
+    ],
+)
+async def test_a_filter_keeps_to_the_documents_that_match(
+    target: str, capsys: pytest.CaptureFixture[str], filters: list[str], ids: set[str]
+) -> None:
+    flags = [word for text in filters for word in ("--filter", text)]
+    assert {hit["id"] for hit in await found(target, capsys, *flags)} == ids
+
+
+async def test_the_retrieval_chosen_is_the_one_that_answers(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {name: await found(target, capsys, "--retrieval", name) for name in ("dense", "lexical", "hybrid")}
+    assert {name: len(hits) for name, hits in answers.items()} == {"dense": 4, "lexical": 2, "hybrid": 4}
+    assert all(hit["score"] == hit["cosine"] for hit in answers["dense"])
+    assert all(hit["score"] != hit["cosine"] for hit in answers["lexical"])
+    assert answers["hybrid"][0]["score"] == round(2 / 61, 4)
+    (only,) = await found(target, capsys, "--retrieval", "lexical", "--filter", "lang=fr")
+    assert only["id"] == "fr"
+
+
+async def test_too_many_conditions_are_one_line_that_says_so(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [word for number in range(17) for word in ("--filter", f"key{number}")]
+    assert await asyncio.to_thread(main, ["query", "x", "--bank", target, *flags]) == 1
+    assert "filter.conditions must be at most 16, got 17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "!", "!!x", "!x=y", "!x!=y"])
+async def test_what_is_no_filter_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["query", "x", "--filter", text])
+    assert raised.value.code == 2
+    assert f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY, got {text!r}" in capsys.readouterr().err
+
+
+async def test_the_first_comparison_divides_key_and_value() -> None:
+    assert filter_flag("a!=b=c") == FilterFlag("a", "not_equals", "b=c")
+    assert filter_flag("a=b!=c") == FilterFlag("a", "equals", "b!=c")
+    assert filter_flag("a=line\nline") == FilterFlag("a", "equals", "line\nline")
