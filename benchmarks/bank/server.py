@@ -97,6 +97,11 @@ class BankProcess:
             "redis": 0.0 if redis is None else _mib(redis.memory_info().rss),
         }
 
+    def cpu_seconds(self) -> float:
+        """Of the bank's own process, so far."""
+        times = self.handle.cpu_times()
+        return float(times.user + times.system)
+
     def stop(self) -> float:
         """SIGTERM; seconds until it is gone. SystemExit where it ends with an error."""
         started = time.perf_counter()
