@@ -55,16 +55,18 @@ def main() -> None:
 class BankProcess:
     """A running bank."""
 
-    def __init__(self, data_dir: Path, *flags: str) -> None:
-        """Returns when it answers. SystemExit where it doesn't come up."""
+    def __init__(self, data_dir: Path, *flags: str, log: Path | None = None) -> None:
+        """Returns when it answers. Its log is added to ``log``. SystemExit where it doesn't come up."""
         self.data_dir = data_dir
         self.started = time.perf_counter()
         command = [sys.executable, "-m", "benchmarks.bank.server", str(data_dir), *flags]
-        self._process = subprocess.Popen(command, cwd=ROOT)
+        with contextlib.ExitStack() as stack:
+            output = None if log is None else stack.enter_context(log.open("ab"))
+            self._process = subprocess.Popen(command, cwd=ROOT, stderr=output)
         try:
             while (address := read_address(data_dir)) is None or not self._is_its_own():
                 if self._process.poll() is not None or time.perf_counter() - self.started > START_SECONDS:
-                    raise SystemExit("the bank must start; its error is above")
+                    raise SystemExit("the bank must start; its error is above, or in its log")
                 time.sleep(0.01)
         except BaseException:
             self.kill()
@@ -122,9 +124,9 @@ class BankProcess:
 
 
 @contextlib.contextmanager
-def running_bank(data_dir: Path, *flags: str) -> Iterator[BankProcess]:
+def running_bank(data_dir: Path, *flags: str, log: Path | None = None) -> Iterator[BankProcess]:
     """A bank that is gone at the end, however that comes."""
-    process = BankProcess(data_dir, *flags)
+    process = BankProcess(data_dir, *flags, log=log)
     try:
         yield process
         if process.is_running:
