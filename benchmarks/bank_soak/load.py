@@ -38,14 +38,24 @@ class Writer:
     """Changes its own ids in one namespace, and knows what each must be."""
 
     def __init__(
-        self, client: Client, space: Space, number: int, spec: GradientSpec, dimension: int, log: Log, seed: int
+        self,
+        client: Client,
+        space: Space,
+        number: int,
+        spec: GradientSpec,
+        dimension: int,
+        log: Log,
+        seed: int,
+        given_up: float,
     ) -> None:
+        """``given_up``: the share of the changes of documents that are given up on their way first."""
         self._client = client
         self._space = space
         self._spec = spec
         self._dimension = dimension
         self._log = log
         self._random = random.Random(seed)
+        self._given_up_share = given_up
         self._ids = [f"{space.name}/{number}/{index}" for index in range(round(space.target * IDS_PER_DOCUMENT))]
 
     async def fill(self) -> None:
@@ -73,7 +83,7 @@ class Writer:
             async with self._log.call("version_conflict", ABORTED):
                 await self._client.delete(id, self._space.name, expected_version=stored.version + 1)
                 self._log.is_wrong(f"{id} was deleted past the version expected")
-        elif choice < 0.55:
+        elif choice < 0.45 + self._given_up_share:
             await self._given_up(id)
         else:
             await self._put("update", id, self._new_content(), "UPDATED")
