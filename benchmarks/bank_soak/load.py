@@ -12,6 +12,7 @@ import grpc
 
 from bank_service.wire.codec import GradientSpec, record_digest
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.limits import MAX_FETCH_DIGESTS
 from benchmarks.bank_soak.model import PAIRS, Content, Log, Space, Stored, digest_of
 from tests.bank.client import Client, own_errors
 
@@ -218,7 +219,7 @@ class Reader:
             self._log.is_wrong(f"{kind}: a document of another namespace than {self._space.name}")
         if kind in ("dense", "list") and not entries:
             self._log.is_wrong(f"{kind}: nothing was found in {self._space.name}")
-        self._digests = [entry.gradient_digest for entry in entries] or self._digests
+        self._digests = [entry.gradient_digest for entry in entries[:MAX_FETCH_DIGESTS]] or self._digests
 
 
 async def snapshots(client: Client, target: Path, every: float, log: Log) -> None:
