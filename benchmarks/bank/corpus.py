@@ -1,0 +1,156 @@
+"""Made-up documents, the same for the same seed, block by block.
+
+Vectors: unit vectors of the embedder's dimension around some thousand centres; centres and what is added to them have
+a falling spectrum (the i-th axis has a standard deviation of i^-0.35), which gives them about as many directions that
+matter as embeddings of texts have (participation ratio of 583 of them 96, of as many paragraphs by MiniLM 105). A
+document has a cosine of about 0.78 with its centre, a question of about 0.82 with its document. Texts: about 30 words
+of a vocabulary of 50,000 by Zipf's law, so that the commonest stand in most documents, as in a language; no stop words
+are left out. A vector has nothing to do with its text. Gradients: random values, few of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bank_service.vector_index import unit
+from bank_service.wire.codec import FloatArray, GradientSpec, encode_gradient
+from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.client import upload_of
+
+BLOCK = 500  # documents made, and uploaded by one stream, at a time
+NUM_CENTRES = 3_000
+VOCABULARY = 50_000
+SELECTIVITIES = {"shelf": 10, "topic": 1_000, "author": 100_000}  # metadata: one in so many documents has the value
+QUESTIONS_PER_BLOCK = 20
+DOCUMENT_NOISE, QUESTION_NOISE = 0.8, 0.7
+_SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvwz" for vowel in "aeiou"]
+_ENGLISH = (
+    "what when where which who why how the a of in on for with was is are did does that which city river year first "
+    "last people built found called name between after before during house king paper film music school war team "
+    "player record company island bridge station church book author scientist theory number large small old new"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of the bank, near one of its documents."""
+
+    number: int  # of that document
+    vector: FloatArray  # (dimension,)
+    words: str  # eight of the document's own, common ones among them
+    english: str  # 20 common words of a language, for the embedder
+    metadata: dict[str, str]  # the document's
+
+
+class Corpus:
+    """``num_documents`` documents."""
+
+    def __init__(self, num_documents: int, dimension: int, spec: GradientSpec, seed: int = 0) -> None:
+        self.num_documents = num_documents
+        self.dimension = dimension
+        self.spec = spec
+        self.seed = seed
+        self._spectrum = (np.arange(1, dimension + 1) ** -0.35).astype(np.float32)
+        self._spectrum /= np.linalg.norm(self._spectrum)
+        self._centres = unit(self._noise(np.random.default_rng([seed, 7]), NUM_CENTRES))
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_documents // BLOCK)
+
+    def block_size(self, block: int) -> int:
+        return min(BLOCK, self.num_documents - block * BLOCK)
+
+    def vectors(self, block: int) -> FloatArray:
+        """(block_size, dimension) of the block's documents."""
+        generator = self._generator(block, 0)
+        size = self.block_size(block)
+        centres = self._centres[generator.integers(0, NUM_CENTRES, size)]
+        return unit(centres + DOCUMENT_NOISE * self._noise(generator, size))
+
+    def uploads(self, block: int, note: str = "") -> list[pb.IngestGradientsRequest]:
+        """The messages that store the block's documents; ``note``, where given, is one more pair of their metadata."""
+        generator = self._generator(block, 2)
+        vectors, texts, pairs = self.vectors(block), self._texts(block), self._metadata(block)
+        parts: list[pb.IngestGradientsRequest] = []
+        for place, text in enumerate(texts):
+            values = generator.standard_normal(self.spec.num_values, np.float32)
+            record = encode_gradient(values, self.spec, "int8")
+            metadata = {**pairs[place], "note": note} if note else pairs[place]
+            document = pb.Document(id=id_of(block * BLOCK + place), text=text, metadata=metadata)
+            parts += upload_of(document, record, embedding=vectors[place].tolist(), chunk_bytes=2**20)
+        return parts
+
+    def questions(self, count: int) -> list[Question]:
+        """Near documents of blocks all over the corpus."""
+        generator = np.random.default_rng([self.seed, 8])
+        num_blocks = min(self.num_blocks, -(-count // QUESTIONS_PER_BLOCK))
+        blocks = generator.choice(self.num_blocks, num_blocks, replace=False)
+        questions: list[Question] = []
+        for number, block in enumerate(map(int, blocks)):
+            wanted = (count - len(questions)) // (num_blocks - number)
+            vectors, texts, pairs = self.vectors(block), self._texts(block), self._metadata(block)
+            for place in map(int, generator.integers(0, len(texts), wanted)):
+                vector = unit(vectors[place] + QUESTION_NOISE * self._noise(generator, 1)[0])
+                words = " ".join(generator.choice(texts[place].split(), 8))
+                english = " ".join(generator.choice(_ENGLISH.split(), 20))
+                questions.append(Question(block * BLOCK + place, vector, words, english, pairs[place]))
+        return questions
+
+    def nearest(self, questions: list[Question], count: int) -> np.ndarray:
+        """(len(questions), count) numbers of the nearest documents, by comparing with each in float32."""
+        wanted = np.stack([question.vector for question in questions])
+        best = np.full((len(questions), count), -2.0, np.float32)
+        numbers = np.full((len(questions), count), -1, np.int64)
+        for block in range(self.num_blocks):
+            scores = np.concatenate([best, wanted @ self.vectors(block).T], axis=1)
+            own = np.arange(block * BLOCK, block * BLOCK + self.block_size(block))
+            candidates = np.concatenate([numbers, np.broadcast_to(own, (len(questions), len(own)))], axis=1)
+            order = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+            best, numbers = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+        return numbers
+
+    def _texts(self, block: int) -> list[str]:
+        generator = self._generator(block, 1)
+        lengths = generator.integers(20, 41, self.block_size(block))
+        ranks = np.searchsorted(self._cumulated, generator.random(int(lengths.sum())))
+        words = [word_of(int(rank)) for rank in ranks]
+        ends = np.cumsum(lengths)
+        return [" ".join(words[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+    def _metadata(self, block: int) -> list[dict[str, str]]:
+        generator = self._generator(block, 3)
+        size = self.block_size(block)
+        columns = {name: generator.integers(0, one_in, size).tolist() for name, one_in in SELECTIVITIES.items()}
+        return [{name: str(values[place]) for name, values in columns.items()} for place in range(size)]
+
+    def _noise(self, generator: np.random.Generator, count: int) -> FloatArray:
+        noise: FloatArray = generator.standard_normal((count, self.dimension), np.float32) * self._spectrum
+        return noise
+
+    def _generator(self, block: int, what: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, block, what])
+
+    @cached_property
+    def _cumulated(self) -> np.ndarray:
+        weights = 1 / (np.arange(VOCABULARY) + 2.7)
+        return np.cumsum(weights / weights.sum())[:-1]
+
+
+def id_of(number: int) -> str:
+    return f"d{number:08d}"
+
+
+def number_of(id: str) -> int:
+    return int(id[1:])
+
+
+def word_of(rank: int) -> str:
+    """A word of one syllable for the commonest, of up to three for the rarest."""
+    syllables = _SYLLABLES[rank % len(_SYLLABLES)]
+    while rank := rank // len(_SYLLABLES):
+        syllables += _SYLLABLES[rank % len(_SYLLABLES)]
+    return syllables

@@ -1,0 +1,51 @@
+"""Seconds until a bank answers again: after SIGTERM, and after kill -9 with changes that its index snapshot lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bank_service.config import BankConfig
+from benchmarks.bank.build import touch
+from benchmarks.bank.corpus import BLOCK, Corpus
+from benchmarks.bank.server import BankProcess, running_bank
+from tests.bank.client import Client
+
+
+def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[str, Any]:
+    """The bank must be stopped, and is stopped after: its index snapshot is then of all that it holds."""
+    question = corpus.questions(1)[0].vector
+    with running_bank(data_dir, *flags) as process:
+        clean = _answered(process, question)
+        # At most just before the bank would save a snapshot of its index by itself.
+        unsaved = min(BankConfig(data_dir=data_dir).snapshot_every * 9 // 10, max(corpus.num_documents // 10, BLOCK))
+        asyncio.run(touch(process, corpus, unsaved, f"at {time.time()}"))
+        process.kill()
+    with running_bank(data_dir, *flags) as process:
+        killed = _answered(process, question)
+        stop_seconds = process.stop()
+    return {
+        "after_sigterm": clean,
+        "after_kill": {**killed, "unsaved_changes": unsaved},
+        "stop_seconds": round(stop_seconds, 2),
+    }
+
+
+def _answered(process: BankProcess, vector: np.ndarray) -> dict[str, Any]:
+    """Since the process was made: the imports of Python are in it."""
+
+    async def ask() -> None:
+        async with Client(process.target) as client:
+            await client.query(vector=vector.tolist(), top_k=10)
+
+    ready = time.perf_counter() - process.started
+    asyncio.run(ask())
+    return {
+        "ready_seconds": round(ready, 2),
+        "first_answer_seconds": round(time.perf_counter() - process.started, 2),
+        "memory_mib": process.memory_mib(),
+    }

@@ -1,0 +1,63 @@
+"""Times of calls, one at a time and many in flight, and what is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from regrad_vllm.local.machine import spread
+
+T = TypeVar("T")
+WIDTH = 8  # calls in flight
+PASS_SECONDS = 60.0  # of one pass; a slow kind of call is measured on fewer items, and its count says so
+
+
+async def one_at_a_time(
+    call: Callable[[T], Awaitable[Any]], items: Sequence[T], seconds: float = PASS_SECONDS
+) -> tuple[list[float], list[Any]]:
+    """Milliseconds of each call, and what it returned."""
+    times, results = [], []
+    end = time.perf_counter() + seconds
+    for item in items:
+        started = time.perf_counter()
+        results.append(await call(item))
+        times.append(1e3 * (time.perf_counter() - started))
+        if time.perf_counter() > end:
+            break
+    return times, results
+
+
+async def in_flight(call: Callable[[T], Awaitable[Any]], items: Sequence[T]) -> tuple[list[float], float]:
+    """Milliseconds of each call with WIDTH of them at once, and calls/s."""
+    times: list[float] = []
+    rest = iter(items)
+    end = time.perf_counter() + PASS_SECONDS
+
+    async def worker() -> None:
+        for item in rest:
+            started = time.perf_counter()
+            await call(item)
+            times.append(1e3 * (time.perf_counter() - started))
+            if time.perf_counter() > end:
+                return
+
+    started = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(WIDTH)))
+    return times, len(times) / (time.perf_counter() - started)
+
+
+def quantiles(passes: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """p50 and p99 of each pass, as median and spread over the passes, and how many calls the smallest pass had."""
+    return {
+        "p50_ms": spread([percentile(times, 50) for times in passes]),
+        "p99_ms": spread([percentile(times, 99) for times in passes]),
+        "calls": min(map(len, passes)),
+    }
+
+
+def percentile(times: Sequence[float], percent: float) -> float:
+    return float(np.percentile(times, percent))

@@ -1,0 +1,112 @@
+"""The bank's benchmarks run, in small, and their figures can be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.bank.corpus import BLOCK, Corpus, number_of
+from benchmarks.bank_ingest import spec_with
+from benchmarks.bank_soak.__main__ import Soak
+from benchmarks.bank_soak.model import Content, Stored
+from benchmarks.bank_soak.sampling import growth
+from benchmarks.crash.process import ROOT
+
+SMALL = (
+    "--documents 100 --queries 24 --repeats 1 --fetches 4 --fetch-values 9000 --ingest-documents 8 --ingest-values 900"
+)
+
+
+def _run(module: str, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report and the figures that a benchmark prints."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report, figures = done.stdout.strip().rsplit("\n", 1)
+    return json.loads(report), json.loads(figures)
+
+
+def test_the_bank_is_measured_beside_what_it_stands_on(tmp_path: Path) -> None:
+    report, figures = _run("benchmarks.bank", *SMALL.split(), "--keep", str(tmp_path / "kept"))
+    assert set(figures) == {
+        "query_p50_ms_over_raw", "recall_at_10", "fetch_mb_s_ratio_redis", "ingest_ratio_fsync", "documents",
+    }  # fmt: skip
+    assert figures["documents"] == 100 == report["build"]["stored"] == report["folder_bytes"]["num_blobs"]
+    assert 0.9 < figures["recall_at_10"] <= 1 and 0.9 < report["query"]["recall_at_10_raw"] <= 1
+    assert figures["query_p50_ms_over_raw"] > 0 and figures["ingest_ratio_fsync"] > 0
+    assert figures["fetch_mb_s_ratio_redis"] > 0 and report["fetch"]["hit_share_bank_redis"] > 0.5
+    assert report["restart"]["after_kill"]["first_answer_seconds"] > 0
+    kinds = {"filter_1_in_10", "filter_1_in_1000", "filter_1_in_100000", "lexical", "hybrid", "dense_by_text"}
+    assert all(report["other_queries"][kind]["p50_ms"]["median"] > 0 for kind in kinds)
+    assert json.loads((tmp_path / "kept" / "build.json").read_text()).items() <= report["build"].items()
+
+
+def test_a_bank_is_measured_again_only_as_it_was_built(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"documents": 200, "values": 256}))
+    command = [sys.executable, "-m", "benchmarks.bank", "--documents", "300"]
+    for option, reason in (("--reuse", "same --documents"), ("--keep", "new or empty")):
+        refused = subprocess.run([*command, option, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode and reason in refused.stderr
+
+
+def test_a_corpus_is_the_same_each_time_and_its_nearest_are_those_of_a_comparison_with_each() -> None:
+    corpus = Corpus(BLOCK + 100, 32, spec_with(8))
+    assert [part.SerializeToString(deterministic=True) for part in corpus.uploads(1)] == [
+        part.SerializeToString(deterministic=True) for part in Corpus(BLOCK + 100, 32, spec_with(8)).uploads(1)
+    ]
+    headers = [part.header for block in range(2) for part in corpus.uploads(block) if part.HasField("header")]
+    assert [number_of(header.document.id) for header in headers] == list(range(BLOCK + 100))
+    vectors = np.array([header.embedding for header in headers], np.float32)
+    questions = corpus.questions(30)
+    assert len(questions) == 30
+    for question, nearest in zip(questions, corpus.nearest(questions, 10).tolist(), strict=True):
+        scores = vectors @ question.vector
+        assert set(nearest) == set(np.argsort(-scores)[:10].tolist())
+        document = headers[question.number].document
+        assert dict(document.metadata) == question.metadata and set(question.words.split()) <= set(
+            document.text.split()
+        )
+
+
+@pytest.mark.timeout(120)
+def test_a_bank_under_load_for_ten_seconds_makes_no_error_and_holds_what_it_acknowledged(tmp_path: Path) -> None:
+    words = "--minutes 0.1667 --documents 150 --values 500 --rate 30 --given-up-writes 0"
+    report, figures = _run("benchmarks.bank_soak", *words.split(), "--folder", str(tmp_path))
+    assert (figures["errors"], figures["inconsistencies"]) == (0, 0)
+    assert figures["operations"] > 100 and report["samples"] > 10
+    assert report["expected"]["foreign_namespace PERMISSION_DENIED"], "calls that must be refused were made"
+    assert {"create", "update", "unchanged", "delete", "dense", "filtered", "fetch", "snapshot"} <= set(report["calls"])
+    assert 0.8 < report["growth"]["documents"]["last_third"] / 150 < 1.2
+
+
+def test_the_soak_sees_a_document_that_is_not_what_it_should_be(tmp_path: Path) -> None:
+    args = Namespace(minutes=0.03, documents=60, values=500, rate=30.0, seed=0, given_up_writes=0.0)
+    soak = Soak(tmp_path, args)
+    load = soak._load
+
+    async def load_and_forget(process: Any) -> Any:
+        samples = await load(process)
+        documents = soak._spaces[0].documents
+        first, second, *_ = documents
+        documents[first] = Stored(Content(1), documents[first].version, documents[second].digest)
+        del documents[second]
+        return samples
+
+    soak._load = load_and_forget  # type: ignore[method-assign]
+    assert len(soak.run()["inconsistencies"]) >= 4, "of each document, before and after the restart"
+
+
+def test_growth_is_the_slope_after_the_first_third() -> None:
+    samples = [
+        {"seconds": float(t), "files": 40.0 + (t - 1200 if t > 1200 else 5000 - t) / 60} for t in range(0, 3600, 10)
+    ]
+    found = growth(samples, 3600)["files"]
+    assert found["per_hour"] == pytest.approx(60, rel=1e-3) and found["interval"][0] > 59
+    assert found["first_third"] > found["last_third"]

@@ -1,0 +1,44 @@
+"""A write that its client has given up, and the next one of the same document."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from bank_service.blob_store import BlobStore
+from bank_service.wire.codec import record_digest
+from benchmarks.bank_soak.model import Content
+from tests.bank.client import Client
+from tests.bank.hash_encoder import spec_of
+
+
+@pytest.mark.xfail(strict=True, reason="the lock of a document is let go of while a write that was given up goes on")
+@pytest.mark.asyncio
+async def test_a_write_given_up_does_not_replace_one_that_was_acknowledged_after_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up, kept = Content(1), Content(2)
+    slow = record_digest(given_up.record(spec_of()))
+    reached, may_go_on = threading.Event(), threading.Event()
+    put = BlobStore.put
+
+    def put_slowly(store: BlobStore, digest: str, record: bytes) -> None:
+        if digest == slow:
+            reached.set()
+            may_go_on.wait(2)
+        put(store, digest, record)
+
+    monkeypatch.setattr(BlobStore, "put", put_slowly)
+    await client.upload(*Content(0).upload("n", "x", spec_of(), 384))
+    write = asyncio.create_task(client.upload(*given_up.upload("n", "x", spec_of(), 384)))
+    assert await asyncio.to_thread(reached.wait, 10)
+    write.cancel()
+    await asyncio.gather(write, return_exceptions=True)
+    await asyncio.sleep(0.2)  # the bank has learned of it
+    (acknowledged,) = await client.upload(*kept.upload("n", "x", spec_of(), 384))
+    may_go_on.set()
+    await asyncio.sleep(0.5)
+    found = await client.get("x", "n")
+    assert (found.document.text, found.version) == (kept.text, acknowledged.version)
