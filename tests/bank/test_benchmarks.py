@@ -77,7 +77,7 @@ def test_a_corpus_is_the_same_each_time_and_its_nearest_are_those_of_a_compariso
 
 @pytest.mark.timeout(120)
 def test_a_bank_under_load_for_ten_seconds_makes_no_error_and_holds_what_it_acknowledged(tmp_path: Path) -> None:
-    words = "--minutes 0.1667 --documents 150 --values 500 --rate 30 --given-up-writes 0"
+    words = "--minutes 0.1667 --documents 150 --values 500 --rate 30"
     report, figures = _run("benchmarks.bank_soak", *words.split(), "--folder", str(tmp_path))
     assert (figures["errors"], figures["inconsistencies"]) == (0, 0)
     assert figures["operations"] > 100 and report["samples"] > 10

@@ -14,7 +14,6 @@ from tests.bank.client import Client
 from tests.bank.hash_encoder import spec_of
 
 
-@pytest.mark.xfail(strict=True, reason="the lock of a document is let go of while a write that was given up goes on")
 @pytest.mark.asyncio
 async def test_a_write_given_up_does_not_replace_one_that_was_acknowledged_after_it(
     client: Client, monkeypatch: pytest.MonkeyPatch
