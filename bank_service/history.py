@@ -118,11 +118,13 @@ def named(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: 
     """id → where the version that it had at ``as_of`` began; without those that did not exist."""
     current, past = documents.c, history.c
     chosen = [current.namespace == namespace, current.id.in_(ids)]
-    living = sa.select(current.id, current.sequence).where(*chosen, sa.not_(current.deleted), current.sequence <= as_of)
+    # Not by ``sequence`` in SQL: SQLite would go through the whole namespace in its order.
+    living = sa.select(current.id, current.sequence).where(*chosen, sa.not_(current.deleted))
+    found = {id: int(began) for id, began in connection.execute(living) if began <= as_of}
     ended = sa.select(past.id, past.began).where(
         past.key.in_(sa.select(current.key).where(*chosen)), past.began <= as_of, past.ended > as_of
     )
-    return {id: int(began) for query in (living, ended) for id, began in connection.execute(query)}
+    return found | {id: int(began) for id, began in connection.execute(ended)}
 
 
 def hits(connection: sa.Connection, scores: dict[int, Score], include_text: bool) -> list[Hit]:

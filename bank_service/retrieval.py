@@ -132,7 +132,8 @@ def cosines_of(candidates: dict[int, Candidate], vector: FloatArray) -> dict[int
     if not candidates:
         return {}
     vectors = np.stack([np.frombuffer(candidate.embedding, dtype="<f4") for candidate in candidates.values()])
-    cosines = np.clip(vectors @ unit(vector), -1.0, 1.0)
+    # Not by ``@``, whose last bits depend on where a row stands: a score must be the same whatever else is compared.
+    cosines = np.clip(np.einsum("ij,j->i", vectors, unit(vector)), -1.0, 1.0)
     return dict(zip(candidates, cosines.tolist(), strict=True))
 
 

@@ -55,8 +55,10 @@ class Client:
                     raise from_rpc_error(error) from error
         raise AssertionError("unreachable")
 
-    async def delete(self, id: str, namespace: str = "", expected_version: int | None = None) -> Any:
-        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, expected_version=expected_version)
+    async def delete(
+        self, id: str, namespace: str = "", expected_version: int | None = None, purge: bool = False
+    ) -> Any:
+        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, expected_version=expected_version, purge=purge)
         async with own_errors():
             return await self.stub.DeleteDocument(request)
 
