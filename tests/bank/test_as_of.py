@@ -151,7 +151,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
     life = Life(random.Random(way))
     for _ in range(3):
         async with open_bank(tmp_path / "bank", exact_below=exact_below) as bank:
-            for _ in range(20):
+            for _ in range(16):
                 await life.step(bank)
             for namespace in SPACES:
                 await bank._compactor.compact(namespace)

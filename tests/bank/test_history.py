@@ -18,6 +18,7 @@ from bank_service.encoder import EncodedDocument
 from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
 from bank_service.namespace_limits import NamespaceLimits
 from bank_service.restore import restore
+from bank_service.snapshot import gradients_of
 from bank_service.wire.codec import read_header, record_digest
 from tests.bank.hash_encoder import HashEncoder
 from tests.bank.test_as_of import open_bank
@@ -266,6 +267,7 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
         connection.execute("UPDATE collection SET schema_version = 2")
         connection.commit()
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
+    assert gradients_of(path) == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
     for _ in range(2):  # upgraded once, and found so the next time
         catalog = Catalog(path, IDENTITY, keeps_history=True)
         with catalog.view() as view:
