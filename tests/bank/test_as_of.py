@@ -156,10 +156,10 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
             for namespace in SPACES:
                 await bank._compactor.compact(namespace)
             await life.check(bank, life.sequence - 10)
-    assert life.purged and sum(map(bool, life.answers.values())) > 100, "else this test shows little"
+    assert life.purged and sum(map(bool, life.answers.values())) > 80, "else this test shows little"
     async with open_bank(tmp_path / "bank", exact_below=exact_below) as bank:
         await life.check(bank)
-        assert (await bank.stats()).totals.num_past_versions > 20
+        assert (await bank.stats()).totals.num_past_versions > 8
     # The same without the history: the bank says that it doesn't know, or is right.
     async with open_bank(tmp_path / "bank", exact_below=exact_below, history_seconds=0) as bank:
         await bank._history_cleaner.clean()
