@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
-from bank_service.catalog_view import MAX_VARIABLES, documents, metadata
+from bank_service.catalog_view import MAX_VARIABLES
 from bank_service.filters import Condition, Operator
+from bank_service.tables import documents, metadata
 
 attributes = sa.Table(
     "attributes",
@@ -52,9 +53,16 @@ def fill_attributes(connection: sa.Connection) -> None:
 
 
 def matching(
-    connection: sa.Connection, namespace: str, conditions: Sequence[Condition], limit: int | None = None
+    connection: sa.Connection,
+    namespace: str,
+    conditions: Sequence[Condition],
+    limit: int | None = None,
+    as_of: int | None = None,
 ) -> list[int]:
-    """Keys of the namespace's documents that match, in order of key; at most ``limit`` of them."""
+    """Keys of the namespace's documents that match, in order of key; at most ``limit`` of them.
+
+    ``as_of``: only those that have not changed since.
+    """
     driver = _rarest(connection, namespace, conditions, limit)
     if driver is None:
         query = sa.select(documents.c.key).where(documents.c.namespace == namespace, sa.not_(documents.c.deleted))
@@ -62,14 +70,18 @@ def matching(
     else:
         query = sa.select(attributes.c.key).where(_pair(attributes, driver), attributes.c.namespace == namespace)
         key = attributes.c.key
+    if as_of is not None:
+        query = query.where(_unchanged_since(as_of, key, is_joined=driver is None))
     query = query.where(*(holds(condition, key) for condition in conditions if condition is not driver))
     if limit is not None:
         query = query.limit(limit)
     return sorted(connection.execute(query).scalars())
 
 
-def among(connection: sa.Connection, keys: Sequence[int], conditions: Sequence[Condition]) -> set[int]:
-    """Those of ``keys`` whose documents match."""
+def among(
+    connection: sa.Connection, keys: Sequence[int], conditions: Sequence[Condition], as_of: int | None = None
+) -> set[int]:
+    """Those of ``keys`` whose documents match. ``as_of``: and have not changed since."""
     found: set[int] = set()
     for start in range(0, len(keys), MAX_VARIABLES):
         query = sa.select(documents.c.key).where(
@@ -77,6 +89,8 @@ def among(connection: sa.Connection, keys: Sequence[int], conditions: Sequence[C
             sa.not_(documents.c.deleted),
             *(holds(condition, documents.c.key) for condition in conditions),
         )
+        if as_of is not None:
+            query = query.where(documents.c.sequence <= as_of)
         found.update(connection.execute(query).scalars())
     return found
 
@@ -86,6 +100,14 @@ def holds(condition: Condition, key: sa.ColumnElement[int]) -> sa.ColumnElement[
     table = attributes.alias()
     found = sa.exists().where(table.c.key == key, _pair(table, condition))
     return found if condition.operator in (Operator.EQUALS, Operator.PRESENT) else sa.not_(found)
+
+
+def _unchanged_since(as_of: int, key: sa.ColumnElement[int], *, is_joined: bool) -> sa.ColumnElement[bool]:
+    """``is_joined``: ``key`` is a row of ``documents`` already."""
+    if is_joined:
+        return documents.c.sequence <= as_of
+    table = documents.alias()
+    return sa.exists().where(table.c.key == key, table.c.sequence <= as_of)
 
 
 def _pair(table: sa.FromClause, condition: Condition) -> sa.ColumnElement[bool]:

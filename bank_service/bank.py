@@ -12,16 +12,17 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from bank_service import __version__
 from bank_service.background import Background
+from bank_service.bank_stats import BankStats, read_stats
 from bank_service.batch import answer_batch
 from bank_service.blob_store import BlobStore
-from bank_service.catalog import Catalog, CollectionIdentity, DeleteResult, document_not_found, stored_codec
-from bank_service.catalog_view import ListEntry, Totals
+from bank_service.catalog import Catalog, CollectionIdentity, stored_codec
+from bank_service.catalog_view import ListEntry
+from bank_service.catalog_writes import DeleteResult, document_not_found
 from bank_service.compaction import Compactor
 from bank_service.config import BankConfig
 from bank_service.documents import (
@@ -41,10 +42,12 @@ from bank_service.encoder import Encoder
 from bank_service.errors import LearnerMismatchError, NotFoundError
 from bank_service.exact_vectors import ExactVectors
 from bank_service.gradient_cache import GradientCache
+from bank_service.history_cleaner import HistoryCleaner
 from bank_service.index_follower import IndexFollower
 from bank_service.lexical_cleaner import LexicalCleaner
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import LimitsOf, unlimited
+from bank_service.past import PastRetriever
 from bank_service.recode import RecodeProgress, Recoder
 from bank_service.record_reader import MayRead, RecordReader
 from bank_service.repair import Repairer
@@ -64,20 +67,6 @@ logger = logging.getLogger(__name__)
 
 FETCH_GROUP = 4  # records of one fetch in memory at once
 NUM_IO_THREADS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class BankStats:
-    """What a bank holds and how its cache fares."""
-
-    totals: Totals
-    identity: CollectionIdentity
-    sequence: int
-    indexed_sequence: int
-    cache_hits: int
-    cache_misses: int
-    cache_available: bool
-    version: str
 
 
 class Bank:
@@ -106,7 +95,7 @@ class Bank:
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
         )
         reads = self._pools.reads
-        catalog = Catalog(path, self.identity, limits_of)
+        catalog = Catalog(path, self.identity, limits_of, keeps_history=config.history_seconds > 0)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
@@ -114,8 +103,10 @@ class Bank:
         self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
         self._compactor = Compactor(catalog, index, self._follower, reads)
         self._cleaner = LexicalCleaner(catalog, reads)
-        retriever = Retriever(index, ExactVectors(embedder.dimension), config.exact_below)
-        self._searcher = Searcher(catalog, retriever, self._follower, reads)
+        exact = ExactVectors(embedder.dimension)
+        retriever = Retriever(index, exact, config.exact_below)
+        past = PastRetriever(catalog, index, exact, config.exact_below)
+        self._searcher = Searcher(catalog, retriever, past, self._follower, reads)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
@@ -129,7 +120,8 @@ class Bank:
             metrics,
             self._acknowledge,
         )
-        repairer = Repairer(self._stores, self._writer, self._background, reads, metrics)
+        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard, config.history_seconds)
+        repairer = Repairer(self._stores, self._writer, self._encodes, self._background, reads, metrics)
         repair = repairer.repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
         self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
@@ -161,6 +153,7 @@ class Bank:
         bank._searcher.acknowledge(bank._follower.sequence)
         bank._compactor.start()
         bank._cleaner.start()
+        bank._history_cleaner.start()
         bank._background.run(bank._writer.sweep())
         bank._scrubber.start()
         bank._recoder.resume()
@@ -175,6 +168,7 @@ class Bank:
         await self._scrubber.stop()
         await self._snapshotter.stop()
         await self._background.drain()
+        await self._history_cleaner.stop()
         await self._cleaner.stop()
         await self._compactor.stop()
         await self._follower.stop()
@@ -203,9 +197,11 @@ class Bank:
         """
         return await self._writer.put_gradient(document, record, embedding, expected_version)
 
-    async def delete(self, namespace: str, id: str, expected_version: int | None = None) -> DeleteResult:
-        """Deletes a document; durable on return. NotFoundError, VersionConflictError."""
-        return await self._writer.delete(namespace, id, expected_version)
+    async def delete(
+        self, namespace: str, id: str, expected_version: int | None = None, *, purge: bool = False
+    ) -> DeleteResult:
+        """Deletes a document, with ``purge`` all that it ever was; see Writer. NotFoundError, VersionConflictError."""
+        return await self._writer.delete(namespace, id, expected_version, purge=purge)
 
     # Documents and gradients out
 
@@ -238,7 +234,8 @@ class Bank:
         """Nearest or named documents. Sees every change acknowledged before the call.
 
         InvalidArgumentError, NotFoundError, LearnerMismatchError; LimitExceededError where the texts asked for
-        don't fit one message; DataLossError where a gradient asked for is lost.
+        don't fit one message; DataLossError where a gradient asked for is lost; OutOfRangeError where what it was as
+        of then is no longer known.
         """
         vector = await self._vector(query)
         while True:
@@ -312,25 +309,8 @@ class Bank:
 
     async def stats(self, may_see: MayRead | None = None) -> BankStats:
         """``may_see``: the figures as if the other namespaces were not there, and none of the cache's."""
-
-        def read() -> tuple[Totals, int]:
-            with self._stores.catalog.view() as view:
-                totals = view.totals(may_see)
-                return totals, view.sequence() if may_see is None else view.sequence_of(totals.num_documents)
-
-        totals, sequence = await in_thread(self._pools.reads, read)
-        counts = self._stores.cache.counts
-        available = await self._stores.cache.is_available()
-        return BankStats(
-            totals,
-            replace(self.identity, codec=self._writer.codec),
-            sequence,
-            self._follower.sequence if may_see is None else min(sequence, self._follower.sequence),
-            counts.hits if may_see is None else 0,
-            counts.misses if may_see is None else 0,
-            available,
-            __version__,
-        )
+        identity = replace(self.identity, codec=self._writer.codec)
+        return await read_stats(self._stores, self._pools.reads, identity, self._follower.sequence, may_see)
 
     def _publish(self, metrics: BankMetrics) -> None:
         metrics.sequence.set_function(lambda: self._searcher.acknowledged)

@@ -1,4 +1,4 @@
-"""Reads of the catalog, all on one snapshot; and the tables, which writes share."""
+"""Reads of the catalog, all on one snapshot."""
 
 from __future__ import annotations
 
@@ -10,56 +10,10 @@ import sqlalchemy as sa
 
 from bank_service.documents import Document, Gradient, Hit, StoredDocument
 from bank_service.errors import NotFoundError
+from bank_service.tables import collection, documents, history, horizons, recoding
 from bank_service.wire import limits
 
 MAX_VARIABLES = 500  # in one IN (…); SQLite's own limit was 999 for long
-
-metadata = sa.MetaData()
-
-collection = sa.Table(
-    "collection",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),  # always 1
-    sa.Column("schema_version", sa.Integer, nullable=False),
-    sa.Column("uuid", sa.Text, nullable=False),  # of this file; derived data on disk names it
-    sa.Column("sequence", sa.BigInteger, nullable=False),  # of the last change
-    sa.Column("learner_fingerprint", sa.Text, nullable=False),
-    sa.Column("layout_id", sa.Text, nullable=False),
-    sa.Column("codec", sa.Text, nullable=False),
-    sa.Column("embedder", sa.Text, nullable=False),
-    sa.Column("embedding_dimension", sa.Integer, nullable=False),
-)
-
-documents = sa.Table(
-    "documents",
-    metadata,
-    sa.Column("key", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("namespace", sa.Text, nullable=False),
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("version", sa.BigInteger, nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False),
-    sa.Column("deleted", sa.Boolean, nullable=False),
-    sa.Column("updated_us", sa.BigInteger, nullable=False),
-    sa.Column("content_digest", sa.Text),
-    sa.Column("gradient_digest", sa.Text, index=True),
-    sa.Column("gradient_bytes", sa.BigInteger, nullable=False),
-    sa.Column("num_tokens", sa.Integer, nullable=False),
-    sa.Column("truncated", sa.Boolean, nullable=False),
-    sa.Column("num_text_bytes", sa.Integer, nullable=False),
-    sa.Column("title", sa.Text, nullable=False),
-    sa.Column("metadata", sa.Text, nullable=False),  # JSON object
-    sa.Column("embedding", sa.LargeBinary),  # float32 (embedding_dimension,), L2 norm 1
-    sa.Column("text", sa.Text, nullable=False),  # last: SQLite reads a row from its start
-    sa.UniqueConstraint("namespace", "id"),
-    sa.Index("documents_by_sequence", "sequence", unique=True),
-    sa.Index("documents_by_namespace", "namespace", "sequence"),
-    sqlite_autoincrement=True,
-)
-
-
-recoding = sa.Table(  # a row while the gradients are on their way to the collection's codec
-    "recoding", metadata, sa.Column("id", sa.Integer, primary_key=True)
-)
 
 
 _LIVING = sa.select(documents).where(  # built once, for a read with every write
@@ -113,8 +67,10 @@ class Totals:
     """What the catalog holds."""
 
     num_documents: dict[str, int]  # by namespace, also those that lost their last document
-    num_gradients: int
+    num_gradients: int  # of documents and their past versions
     gradient_bytes: int
+    num_past_versions: int
+    oldest_as_of: int  # from which on every namespace's past is known
 
 
 def to_stored(row: sa.RowMapping) -> StoredDocument:
@@ -218,26 +174,23 @@ class CatalogView:
         return [Hit(row[1], row[2], score.value, score.cosine, *row[3:]) for row, score in found]
 
     def gradient_sizes(self, digests: Sequence[str]) -> dict[str, int]:
-        """digest → bytes of those that a document has. At most MAX_VARIABLES digests."""
-        columns = documents.c
-        query = (
-            sa.select(columns.gradient_digest, sa.func.max(columns.gradient_bytes))
-            .where(columns.gradient_digest.in_(digests))
-            .group_by(columns.gradient_digest)
-        )
-        return {digest: int(size) for digest, size in self._connection.execute(query)}
+        """digest → bytes of those that a document has or had. At most MAX_VARIABLES digests."""
+        found: dict[str, int] = {}
+        for table in (documents, history):
+            digest = table.c.gradient_digest
+            query = sa.select(digest, sa.func.max(table.c.gradient_bytes)).where(digest.in_(digests)).group_by(digest)
+            found.update({name: int(size) for name, size in self._connection.execute(query)})
+        return found
 
     def gradients(self, after_digest: str, limit: int) -> dict[str, int]:
-        """digest → bytes of up to ``limit`` after ``after_digest``, in order of digest."""
-        columns = documents.c
-        query = (
-            sa.select(columns.gradient_digest, sa.func.max(columns.gradient_bytes))
-            .where(columns.gradient_digest > after_digest)
-            .group_by(columns.gradient_digest)
-            .order_by(columns.gradient_digest)
-            .limit(limit)
-        )
-        return {digest: int(size) for digest, size in self._connection.execute(query)}
+        """digest → bytes of up to ``limit`` after ``after_digest``, in order of digest, of documents now and before."""
+        found: dict[str, int] = {}
+        for table in (documents, history):
+            digest = table.c.gradient_digest
+            query = sa.select(digest, sa.func.max(table.c.gradient_bytes)).where(digest > after_digest)
+            page = self._connection.execute(query.group_by(digest).order_by(digest).limit(limit))
+            found.update({name: int(size) for name, size in page})
+        return {name: found[name] for name in sorted(found)[:limit]}
 
     def is_recoding(self) -> bool:
         """Gradients may have another codec than the collection."""
@@ -259,12 +212,12 @@ class CatalogView:
         return [to_stored(row) for row in self._connection.execute(query).mappings()]
 
     def gradient_namespaces(self, digests: Sequence[str]) -> dict[str, set[str]]:
-        """digest → the namespaces whose documents have it. At most MAX_VARIABLES digests."""
-        columns = documents.c
-        query = sa.select(columns.gradient_digest, columns.namespace).where(columns.gradient_digest.in_(digests))
+        """digest → the namespaces whose documents have or had it. At most MAX_VARIABLES digests."""
         found: dict[str, set[str]] = {}
-        for digest, namespace in self._connection.execute(query.distinct()):
-            found.setdefault(digest, set()).add(namespace)
+        for columns in (documents.c, history.c):
+            query = sa.select(columns.gradient_digest, columns.namespace).where(columns.gradient_digest.in_(digests))
+            for digest, namespace in self._connection.execute(query.distinct()):
+                found.setdefault(digest, set()).add(namespace)
         return found
 
     def totals(self, may_see: Callable[[str], bool] | None = None) -> Totals:
@@ -273,21 +226,34 @@ class CatalogView:
         alive = sa.func.sum(sa.case((columns.deleted, 0), else_=1))
         spaces = sa.select(columns.namespace, alive).group_by(columns.namespace).order_by(columns.namespace)
         counts = {name: int(count) for name, count in self._connection.execute(spaces)}
-        wanted: sa.ColumnElement[bool] = columns.gradient_digest.is_not(None)
         if may_see is not None:
             counts = {name: count for name, count in counts.items() if may_see(name)}
-            wanted = wanted & columns.namespace.in_(list(counts))
-        each = (
-            sa.select(sa.func.max(columns.gradient_bytes).label("size"))
-            .where(wanted)
-            .group_by(columns.gradient_digest)
-            .subquery()
-        )
-        row = self._connection.execute(
-            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
-        ).one()
+
+        def seen(table: sa.Table) -> sa.ColumnElement[bool]:
+            return sa.true() if may_see is None else table.c.namespace.in_(list(counts))
+
+        # A gradient counts once, however many documents and past versions have it.
+        named = sa.union_all(
+            *(
+                sa.select(table.c.gradient_digest, table.c.gradient_bytes).where(
+                    table.c.gradient_digest.is_not(None), seen(table)
+                )
+                for table in (documents, history)
+            )
+        ).subquery()
+        each = sa.select(sa.func.max(named.c.gradient_bytes).label("size")).group_by(named.c.gradient_digest).subquery()
+        sizes = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
+        num_gradients, gradient_bytes = self._connection.execute(sizes).one()
+        past = sa.select(sa.func.count()).select_from(history).where(seen(history))
+        oldest = sa.select(sa.func.coalesce(sa.func.max(horizons.c.sequence), 0)).where(seen(horizons))
         default = {limits.DEFAULT_NAMESPACE: 0} if may_see is None or may_see(limits.DEFAULT_NAMESPACE) else {}
-        return Totals({**default, **counts}, int(row[0]), int(row[1]))
+        return Totals(
+            {**default, **counts},
+            int(num_gradients),
+            int(gradient_bytes),
+            int(self._connection.execute(past).scalar_one()),
+            int(self._connection.execute(oldest).scalar_one()),
+        )
 
     def sequence_of(self, namespaces: Collection[str]) -> int:
         """Of the last change in these namespaces; 0 where there was none."""

@@ -32,6 +32,7 @@ class BankConfig:
     scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
     exact_below: int = 2_000  # documents; a namespace with no more is searched exactly, vector by vector
+    history_seconds: int = 0  # keep what documents were for so long after a change, for as_of; 0: not at all
     drain_seconds: float = 10.0  # for calls under way when the bank stops
     tokens_file: Path | None = None  # who may do what, see `regrad token`; None: everybody may do everything
     tls_cert: Path | None = None  # PEM, with what is between it and its root; None: no TLS
@@ -91,6 +92,7 @@ class BankConfig:
             ("snapshot_every", 1, 2**40),
             ("scrub_mib_per_second", 0, 2**20),
             ("exact_below", 0, 100_000),
+            ("history_seconds", 0, 2**31),
             ("drain_seconds", 0, 3600),
             ("max_namespace_documents", 0, 2**62),
             ("max_namespace_bytes", 0, 2**62),

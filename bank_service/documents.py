@@ -172,6 +172,7 @@ class Query:
     include_text: bool = False
     retrieval: Retrieval = Retrieval.DENSE
     conditions: tuple[Condition, ...] = ()  # all must hold of a document's metadata
+    as_of: int | None = None  # a past sequence: as it would have been answered then; None: now
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "namespace", check_namespace(self.namespace))
@@ -190,11 +191,7 @@ class Query:
             raise InvalidArgumentError(f"min_score must be a cosine in -1..1, got {self.min_score}", field="min_score")
         if self.text:
             self._check_text()
-        elif self.retrieval is not Retrieval.DENSE:
-            raise InvalidArgumentError(
-                f"retrieval must be DENSE without text, got {self.retrieval.name}; it goes by the text's words",
-                field="retrieval",
-            )
+        self._check_retrieval()
         check_filter(self.conditions)
         if self.conditions and self.document_ids:
             raise InvalidArgumentError(
@@ -209,6 +206,18 @@ class Query:
             raise InvalidArgumentError("document_ids must be distinct, got one twice", field="document_ids")
         for index, id in enumerate(self.document_ids):
             check_id(id, f"document_ids[{index}]")
+
+    def _check_retrieval(self) -> None:
+        if self.retrieval is Retrieval.DENSE:
+            return
+        for is_refused, rule in (
+            (not self.text, "without text, got {}; it goes by the text's words"),
+            (self.as_of is not None, "with as_of, got {}; the statistics of words that BM25 had then are not kept"),
+        ):
+            if is_refused:
+                raise InvalidArgumentError(
+                    f"retrieval must be DENSE {rule.format(self.retrieval.name)}", field="retrieval"
+                )
 
     def _check_text(self) -> None:
         num_bytes = len(self.text.encode())

@@ -80,6 +80,17 @@ class LimitExceededError(BankError):
         self.limit = limit  # the limit's name, e.g. "max_message_bytes"
 
 
+class OutOfRangeError(BankError):
+    """A well-formed request asks about what the bank knew once."""
+
+    field_names = ("field", "limit")
+
+    def __init__(self, message: str, *, field: str, limit: int | str) -> None:
+        super().__init__(message)
+        self.field = field  # path within the request
+        self.limit = int(limit)  # the lowest that the field may be
+
+
 class UnauthenticatedError(BankError):
     """The call has no token, or one that the bank doesn't know."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -26,6 +26,12 @@ class Condition:
     key: str
     operator: Operator
     values: tuple[str, ...] = ()
+
+    def holds(self, pairs: Mapping[str, str]) -> bool:
+        """Of a document's metadata."""
+        if self.operator in (Operator.PRESENT, Operator.ABSENT):
+            return (self.key in pairs) is (self.operator is Operator.PRESENT)
+        return (pairs.get(self.key) in self.values) is (self.operator is Operator.EQUALS)
 
     def check(self, field: str) -> None:
         """``field``: the condition's own path within the request."""

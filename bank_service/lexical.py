@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from bank_service.attributes import holds
-from bank_service.catalog_view import documents, metadata
 from bank_service.embedder import embedded_text
 from bank_service.filters import Condition
+from bank_service.tables import documents, metadata
 
 MAX_WORDS = 128  # different words of a query that count; each is a list of documents to go through
 MERGE_PAGES = 200  # of one step of a merge: milliseconds in the catalog's one writer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bank_service.documents import Query, QueryResult, Retrieval
-from bank_service.errors import BankError, InvalidArgumentError
+from bank_service.errors import BankError, InvalidArgumentError, OutOfRangeError
 from bank_service.filters import Condition, Operator
 from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2 as pb
@@ -23,6 +23,7 @@ def query_of(request: pb.QueryRequest) -> Query:
         include_text=request.include_text,
         retrieval=_retrieval_of(request.retrieval),
         conditions=_conditions_of(request.filter),
+        as_of=request.as_of if request.HasField("as_of") else None,
     )
 
 
@@ -49,7 +50,7 @@ def placed(error: BankError, index: int) -> BankError:
     """The error of one query of a batch, with its place."""
     error.message = f"queries[{index}]: {error.message}"
     error.index = index
-    if isinstance(error, InvalidArgumentError):
+    if isinstance(error, InvalidArgumentError | OutOfRangeError):
         error.field = f"queries[{index}].{error.field}"
     return error
 

@@ -3,6 +3,9 @@
 The counters are a row per namespace, so that a check reads one row whatever the namespace's size; a sum over an index
 would read all of its documents. Triggers keep them, not the code that writes documents: so they hold for every way
 of writing, also that of an older program on the same file.
+
+Past versions count, in full, towards the bytes: else a namespace could fill the disk with updates of one document.
+Where history is kept, bytes come free when it expires, or at once by a purge.
 """
 
 from __future__ import annotations
@@ -32,11 +35,25 @@ _CHANGES = {
     "delete": "OLD.namespace, OLD.deleted - 1, -OLD.num_text_bytes - OLD.gradient_bytes",
 }
 
+_PAST_CHANGES = {  # a past version had a document before it, so its namespace has a row
+    "insert": ("NEW", "NEW.num_text_bytes + NEW.gradient_bytes"),
+    "update": ("NEW", "NEW.gradient_bytes - OLD.gradient_bytes"),
+    "delete": ("OLD", "-OLD.num_text_bytes - OLD.gradient_bytes"),
+}
+
 
 def create_counters(connection: sa.Connection) -> None:
     """Adds the counters to a catalog that lacks them, and counts what is there. Call it in a transaction."""
-    if sa.inspect(connection).has_table("namespace_usage"):
-        return
+    if not sa.inspect(connection).has_table("namespace_usage"):
+        _count_documents(connection)
+    for event, (row, change) in _PAST_CHANGES.items():
+        connection.exec_driver_sql(
+            f"CREATE TRIGGER IF NOT EXISTS history_{event}_usage AFTER {event.upper()} ON history BEGIN "
+            f"UPDATE namespace_usage SET num_bytes = num_bytes + {change} WHERE namespace = {row}.namespace; END"
+        )
+
+
+def _count_documents(connection: sa.Connection) -> None:
     statements = [
         "CREATE TABLE namespace_usage (namespace TEXT PRIMARY KEY, num_documents BIGINT NOT NULL, "
         "num_bytes BIGINT NOT NULL) WITHOUT ROWID",
@@ -90,7 +107,7 @@ def _compare(namespace: str, limits: NamespaceLimits, before: Usage, after: Usag
         if limit and new > limit and new > old:
             raise QuotaExceededError(
                 f"namespace {namespace!r} must have at most {limit} {what} (max_namespace_{what}), got {new} with "
-                "this document; delete some, or ask the bank's operator",
+                "this document; delete some (with purge where past versions are kept), or ask the bank's operator",
                 limit=f"max_namespace_{what}",
                 namespace=namespace,
             )

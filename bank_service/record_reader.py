@@ -17,7 +17,7 @@ MayRead = Callable[[str], bool]  # whether the caller may read a namespace
 
 
 class RecordReader:
-    """Reads records by digest. The catalog says which exist: a deleted document's record is not found anywhere."""
+    """Reads records by digest. The catalog says which exist: those of documents and of their past versions."""
 
     def __init__(
         self,
@@ -37,8 +37,8 @@ class RecordReader:
         self._repair = repair
 
     async def check(self, digests: Sequence[str], may_read: MayRead | None = None) -> set[str]:
-        """The namespaces whose documents have the digests, of those that the caller may read. NotFoundError for the
-        first digest that no document there has."""
+        """The namespaces whose documents have or had the digests, of those that the caller may read. NotFoundError for
+        the first digest that no document there has or, as far as the catalog knows, had."""
         known = await in_thread(self._pool, self._known, digests, may_read)
         for digest in digests:
             if digest not in known:

@@ -3,6 +3,9 @@
 Only what the bank's own encoder made can be made again: a gradient that was uploaded is its uploader's business.
 Where the encoder gives the same record again, the document stays as it is; where it gives another, the document gets
 that one as a new version, in one commit. A document never has a gradient that its text did not give.
+
+Past versions keep their texts and are repaired likewise, in the collection's codec of now. Where that gives another
+record, ``as_of`` answers with that one: the gradient that was used then is lost, which only its digest can tell.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ import asyncio
 import logging
 from concurrent.futures import Executor
 
+from bank_service import history
 from bank_service.background import Background
-from bank_service.documents import StoredDocument
+from bank_service.documents import Gradient, StoredDocument
+from bank_service.encode_queue import EncodeQueue
 from bank_service.errors import BankError, UnavailableError, VersionConflictError
 from bank_service.metrics import BankMetrics
 from bank_service.stores import Stores
 from bank_service.threads import in_thread
+from bank_service.wire.codec import record_digest
 from bank_service.writer import UPLOADED, Writer
 
 logger = logging.getLogger(__name__)
@@ -29,10 +35,17 @@ class Repairer:
     """Repairs gradients, each once however many find it damaged."""
 
     def __init__(
-        self, stores: Stores, writer: Writer, background: Background, pool: Executor, metrics: BankMetrics
+        self,
+        stores: Stores,
+        writer: Writer,
+        encodes: EncodeQueue,
+        background: Background,
+        pool: Executor,
+        metrics: BankMetrics,
     ) -> None:
         self._stores = stores
         self._writer = writer
+        self._encodes = encodes
         self._background = background
         self._pool = pool
         self._metrics = metrics
@@ -48,7 +61,7 @@ class Repairer:
             ) from None
 
     async def repair(self, digest: str) -> bool:
-        """The record is there and sound again, or no document names it any more. False where that can't be."""
+        """The record is there and sound again, or nobody names it any more. False where that can't be."""
         task = self._running.get(digest)
         if task is None:
             task = self._background.run(self._repair(digest))
@@ -68,19 +81,65 @@ class Repairer:
                 continue  # somebody wrote or deleted it meanwhile
             except BankError as error:
                 logger.error("gradient %s can't be made again from document %r: %s", digest, stored.document.id, error)
+        await self._repair_past(digest)
         left = await in_thread(self._pool, self._owners, digest)
-        if not left or await in_thread(self._pool, self._stores.blobs.is_sound, digest):
+        past = await in_thread(self._pool, self._past_owners, digest)
+        if not (left or past) or await self._is_sound(digest):
             self._metrics.repaired()
             logger.warning("gradient %s was damaged; made again from the text of its document", digest)
             return True
+        owner = (left or past)[0]
         logger.error(
-            "gradient %s is lost; upload it again for document %r in namespace %r",
+            "gradient %s is lost; upload it again for document %r in namespace %r%s",
             digest,
-            left[0].document.id,
-            left[0].document.namespace,
+            owner.document.id,
+            owner.document.namespace,
+            "" if left else f", of which version {owner.version} had it, or purge that document",
         )
         return False
+
+    async def _repair_past(self, digest: str) -> None:
+        for stored in await in_thread(self._pool, self._past_owners, digest):
+            if stored.gradient.num_tokens == UPLOADED or await self._is_sound(digest):
+                continue
+            try:
+                await self._remake(stored)
+            except BankError as error:
+                logger.error(
+                    "gradient %s can't be made again from version %d of document %r: %s",
+                    digest,
+                    stored.version,
+                    stored.document.id,
+                    error,
+                )
+
+    async def _remake(self, stored: StoredDocument) -> None:
+        """Gives a past version the gradient that its text gives now."""
+        encoded = await asyncio.wrap_future(self._encodes.submit(stored.document.title, stored.document.text))
+        record = encoded.record
+        made = Gradient(
+            record_digest(record), len(record), encoded.num_tokens, encoded.truncated, stored.gradient.embedding
+        )
+
+        def write() -> None:
+            with self._stores.blobs.hold(made.digest):
+                try:
+                    self._stores.blobs.put(made.digest, record)
+                except OSError as error:
+                    raise UnavailableError(f"the blob store must be writable, got {error}") from error
+                self._stores.catalog.replace_past_gradient(stored.sequence, stored.gradient.digest, made).result()
+
+        await in_thread(self._pool, write)
+        # The damaged record; and the new one, where the version was purged or has expired meanwhile.
+        await self._writer.discard({stored.gradient.digest, made.digest})
+
+    async def _is_sound(self, digest: str) -> bool:
+        return await in_thread(self._pool, self._stores.blobs.is_sound, digest)
 
     def _owners(self, digest: str) -> list[StoredDocument]:
         with self._stores.catalog.view() as view:
             return view.owners(digest, MAX_OWNERS)
+
+    def _past_owners(self, digest: str) -> list[StoredDocument]:
+        with self._stores.catalog.view() as view:
+            return history.owners(view.connection, digest, MAX_OWNERS)

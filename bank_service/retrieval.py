@@ -50,16 +50,16 @@ class Retriever:
 
         ``indexed``: the sequence that the index reflects at least.
         """
-        depth = _depth(query)
+        depth = depth_of(query)
         keys, sequence = self._dense(view, query, vector, indexed, depth)
         words: dict[int, float] = {}
         if query.retrieval is not Retrieval.DENSE:
             with span("catalog.words"):
                 words = best_words(view.connection, query.namespace, query.text, query.conditions, depth)
-        candidates = _candidates(view, [*keys, *(words.keys() - set(keys))])
+        candidates = candidates_of(view, [*keys, *(words.keys() - set(keys))])
         dense = [candidates[key] for key in keys if key in candidates]
         is_stale = len(dense) < len(keys) or any(candidate.sequence > sequence for candidate in dense)
-        cosines = _cosines(candidates, vector)
+        cosines = cosines_of(candidates, vector)
         nearest = sorted((candidate.key for candidate in dense), key=lambda key: (-cosines[key], candidates[key].id))
         if query.retrieval is Retrieval.DENSE:
             values = {key: cosines[key] for key in nearest}
@@ -115,12 +115,12 @@ class Retriever:
         return None
 
 
-def _depth(query: Query) -> int:
+def depth_of(query: Query) -> int:
     """More than asked for: float16 may misplace neighbours, the graph may miss some, lists are to be fused."""
     return 2 * query.top_k + 16
 
 
-def _candidates(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate]:
+def candidates_of(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate]:
     """By key, those that are not deleted."""
     found: dict[int, Candidate] = {}
     for start in range(0, len(keys), MAX_VARIABLES):
@@ -128,11 +128,12 @@ def _candidates(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate]:
     return found
 
 
-def _cosines(candidates: dict[int, Candidate], vector: FloatArray) -> dict[int, float]:
+def cosines_of(candidates: dict[int, Candidate], vector: FloatArray) -> dict[int, float]:
     if not candidates:
         return {}
     vectors = np.stack([np.frombuffer(candidate.embedding, dtype="<f4") for candidate in candidates.values()])
-    cosines = np.clip(vectors @ unit(vector), -1.0, 1.0)
+    # Not by ``@``, whose last bits depend on where a row stands: a score must be the same whatever else is compared.
+    cosines = np.clip(np.einsum("ij,j->i", vectors, unit(vector)), -1.0, 1.0)
     return dict(zip(candidates, cosines.tolist(), strict=True))
 
 
@@ -140,7 +141,7 @@ def _nearest(view: CatalogView, keys: Sequence[int], vector: FloatArray, count: 
     """The ``count`` nearest of ``keys``, with no more than MAX_VARIABLES vectors in memory."""
     best: list[tuple[float, int]] = []
     for start in range(0, len(keys), MAX_VARIABLES):
-        cosines = _cosines(_candidates(view, keys[start : start + MAX_VARIABLES]), vector)
+        cosines = cosines_of(candidates_of(view, keys[start : start + MAX_VARIABLES]), vector)
         best = heapq.nlargest(count, [*best, *((cosine, key) for key, cosine in cosines.items())])
     return [key for _, key in best]
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from bank_service.catalog import Catalog, document_not_found
+from bank_service.catalog import Catalog
 from bank_service.catalog_view import Score
+from bank_service.catalog_writes import document_not_found
 from bank_service.documents import Hit, Query, QueryResult
 from bank_service.errors import LimitExceededError
 from bank_service.index_follower import IndexFollower
+from bank_service.past import PastRetriever
 from bank_service.retrieval import Retriever
 from bank_service.threads import in_thread
 from bank_service.wire import limits
@@ -31,9 +33,12 @@ class _Attempt:
 class Searcher:
     """Finds documents. Reflects at least every change that was acknowledged before the search."""
 
-    def __init__(self, catalog: Catalog, retriever: Retriever, follower: IndexFollower, pool: Executor) -> None:
+    def __init__(
+        self, catalog: Catalog, retriever: Retriever, past: PastRetriever, follower: IndexFollower, pool: Executor
+    ) -> None:
         self._catalog = catalog
         self._retriever = retriever
+        self._past = past
         self._follower = follower
         self._pool = pool
         self.acknowledged = 0  # sequence of the last change that a caller was told of
@@ -53,9 +58,12 @@ class Searcher:
     async def search(self, query: Query, vector: FloatArray | None) -> QueryResult:
         """Hits for a vector, or, without one, for the query's document_ids, without records.
 
-        NotFoundError names the first unknown id; LimitExceededError where the texts don't fit one message.
+        NotFoundError names the first unknown id; LimitExceededError where the texts don't fit one message. With
+        ``as_of``: InvalidArgumentError, OutOfRangeError.
         """
-        if vector is None:
+        if query.as_of is not None:
+            result = await self._as_of(query, query.as_of, vector)
+        elif vector is None:
             with span("catalog.read"):
                 result = await in_thread(self._pool, self._named, query)
         else:
@@ -80,6 +88,14 @@ class Searcher:
                 break
             digests.append(hit.gradient_digest)
         return digests
+
+    async def _as_of(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
+        await in_thread(self._pool, self._past.check, query)
+        if vector is not None:
+            if sequence > self._follower.sequence:
+                self._follower.wake()
+            await self._follower.reach(sequence)
+        return await in_thread(self._pool, self._past.search, query, vector)
 
     async def _nearest(self, query: Query, vector: FloatArray) -> QueryResult:
         await self._follower.reach(self.acknowledged)

@@ -92,7 +92,9 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context) -> pb.DeleteDocumentResponse:
         async with self._answering(context, "DeleteDocument") as call:
             call.check(Scope.WRITE, request.namespace)
-            result = await self._bank.delete(request.namespace, request.id, _expected_version(request))
+            result = await self._bank.delete(
+                request.namespace, request.id, _expected_version(request), purge=request.purge
+            )
             return pb.DeleteDocumentResponse(version=result.version, sequence=result.sequence)
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: Context) -> pb.GetDocumentResponse:
@@ -188,6 +190,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                 cache_misses=stats.cache_misses,
                 cache_available=stats.cache_available,
                 version=stats.version,
+                num_past_versions=stats.totals.num_past_versions,
+                oldest_as_of=stats.totals.oldest_as_of,
             )
 
     async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> None:

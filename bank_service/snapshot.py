@@ -176,11 +176,11 @@ def blob_name(digest: str) -> str:
 
 def gradients_of(catalog: Path) -> dict[str, int]:
     """digest → bytes of every gradient that a catalog's file names, in order of digest."""
-    query = (
-        "SELECT gradient_digest, max(gradient_bytes) FROM documents WHERE gradient_digest IS NOT NULL "
-        "GROUP BY gradient_digest ORDER BY gradient_digest"
-    )
     with closing(sqlite3.connect(catalog)) as connection:
+        named = "SELECT gradient_digest, gradient_bytes FROM documents WHERE gradient_digest IS NOT NULL"
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'history'").fetchone():  # not in old snapshots
+            named += " UNION ALL SELECT gradient_digest, gradient_bytes FROM history"
+        query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"
         return {str(digest): int(size) for digest, size in connection.execute(query)}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bank_service.background import Background, KeyedLocks, finished
-from bank_service.catalog import DeleteResult, version_conflict
+from bank_service.catalog_writes import DeleteResult, version_conflict
 from bank_service.documents import (
     Document,
     Gradient,
@@ -142,11 +142,16 @@ class Writer:
                 return self._unchanged(current.stored)
             return await self._store(document, gradient, record, expected_version)
 
-    async def delete(self, namespace: str, id: str, expected_version: int | None = None) -> DeleteResult:
-        """Deletes a document; durable on return. NotFoundError, VersionConflictError."""
+    async def delete(
+        self, namespace: str, id: str, expected_version: int | None = None, *, purge: bool = False
+    ) -> DeleteResult:
+        """Deletes a document; durable on return. NotFoundError, VersionConflictError.
+
+        ``purge``: what it was before, too, also where it is deleted already; its gradients are gone on return.
+        """
         namespace, id = check_namespace(namespace), check_id(id)
         async with self._locks.hold((namespace, id)):
-            return await finished(self._background.run(self._commit_deletion(namespace, id, expected_version)))
+            return await finished(self._background.run(self._commit_deletion(namespace, id, expected_version, purge)))
 
     async def change_codec(self, codec: str) -> None:
         """Returns when nothing can be stored in another codec any more."""
@@ -169,14 +174,14 @@ class Writer:
             return True
 
     async def sweep(self) -> None:
-        """Removes gradients that no document names: what a crash between blob and catalog leaves."""
+        """Removes gradients that no document or past version names: what a crash between blob and catalog leaves."""
         removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references)
         if removed:
             self._metrics.swept(removed)
             logger.info("removed %d gradients that no document names (left by a crash)", removed)
 
     async def discard(self, digests: Iterable[str]) -> None:
-        """Removes those that no document names any more."""
+        """Removes those that no document or past version names any more."""
         for digest in digests:
             await self._discard(digest)
 
@@ -236,10 +241,14 @@ class Writer:
             self._background.run(self._discard(result.replaced_digest))
         return result
 
-    async def _commit_deletion(self, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
-        result = await in_thread(self._pools.writes, self._delete, namespace, id, expected_version)
+    async def _commit_deletion(
+        self, namespace: str, id: str, expected_version: int | None, purge: bool
+    ) -> DeleteResult:
+        result = await in_thread(self._pools.writes, self._delete, namespace, id, expected_version, purge)
         self._acknowledge(result.sequence)
-        self._background.run(self._discard(result.digest))
+        discarding = self._background.run(self.discard(result.digests))
+        if purge:
+            await discarding
         return result
 
     async def _write(
@@ -259,14 +268,14 @@ class Writer:
             except OSError as error:
                 raise UnavailableError(f"the blob store must be writable, got {error}") from error
 
-    def _delete(self, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
+    def _delete(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
         with self._catalog.view() as view:
             view.check_namespace(namespace)
         with span("catalog.delete"):
-            return self._catalog.delete(namespace, id, expected_version).result()
+            return self._catalog.delete(namespace, id, expected_version, purge=purge).result()
 
     async def _discard(self, digest: str) -> None:
-        """Removes a gradient that its document no longer has, unless another document has the same."""
+        """Removes a gradient that its document no longer has, unless another or a past version has the same."""
         removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references, [digest])
         if removed:
             await self._cache.remove([digest])

@@ -25,6 +25,7 @@ from bank_service.errors import (
     LearnerMismatchError,
     LimitExceededError,
     NotFoundError,
+    OutOfRangeError,
     OverloadedError,
     PermissionDeniedError,
     QuotaExceededError,
@@ -42,6 +43,7 @@ __all__ = [
     "LearnerMismatchError",
     "LimitExceededError",
     "NotFoundError",
+    "OutOfRangeError",
     "OverloadedError",
     "PermissionDeniedError",
     "QuotaExceededError",
@@ -63,7 +65,7 @@ _OVERLOADED_MS = 1000  # where gRPC refused a call: it gives no time
 _TOO_LARGE = "larger than max"  # how gRPC says of a message that it doesn't take it
 
 
-def _bad_request(error: InvalidArgumentError) -> Message:
+def _bad_request(error: InvalidArgumentError | OutOfRangeError) -> Message:
     violation = details.BadRequest.FieldViolation(field=error.field, description=error.message)
     return cast(Message, details.BadRequest(field_violations=[violation]))
 
@@ -120,6 +122,7 @@ _TABLE = MappingProxyType(
         "VERSION_CONFLICT": _Row(VersionConflictError, grpc.StatusCode.ABORTED),
         "LEARNER_MISMATCH": _Row(LearnerMismatchError, grpc.StatusCode.FAILED_PRECONDITION, _precondition_failure),
         "LIMIT_EXCEEDED": _Row(LimitExceededError, grpc.StatusCode.RESOURCE_EXHAUSTED, _quota_failure),
+        "OUT_OF_RANGE": _Row(OutOfRangeError, grpc.StatusCode.OUT_OF_RANGE, _bad_request),
         "UNAUTHENTICATED": _Row(UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
         "PERMISSION_DENIED": _Row(PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
         "QUOTA_EXCEEDED": _Row(QuotaExceededError, grpc.StatusCode.RESOURCE_EXHAUSTED, _namespace_quota),

@@ -5,7 +5,8 @@
 Eight writers put, update, delete and upload, two readers search and fetch, one snapshot follows the other. After each
 kill the bank is started on the same folder and compared with what its clients were told: an acknowledged write is
 there, one in flight happened whole or not at all, each gradient is what its document's encoder gives, versions and
-sequences have grown, searches show it all, no orphan blob stays, what lies at the snapshots' target can be restored.
+sequences have grown, searches show it all, what was a while ago is still answered as of then, no orphan blob stays,
+what lies at the snapshots' target can be restored.
 ``lost``: acknowledged and not there. ``wrong``: any other broken promise.
 
 The encoder and the embedder are the tests' own, fast and deterministic. A killed process leaves the kernel's page

@@ -20,6 +20,7 @@ from benchmarks.crash.load import MAX_HITS
 from benchmarks.crash.model import Content, Model, Verdict, is_right
 from tests.bank.client import Client
 
+PAST_SECONDS = 5  # half of what the bank keeps history for: a check takes time
 SWEEP_SECONDS = 20  # the sweep runs beside the first calls
 
 
@@ -31,6 +32,7 @@ async def check(client: Client, data_dir: Path, models: dict[str, Model], verdic
             answer = await _check_one(client, id, model, verdict)
             if answer is not None:
                 alive[id] = answer
+        await _check_past(client, model, verdict)
     await _check_gradients(client, alive, verdict)
     await _check_search(client, alive, verdict)
     stats = await client.stats()
@@ -58,6 +60,27 @@ async def _check_one(client: Client, id: str, model: Model, verdict: Verdict) ->
         (verdict.wrong if half else verdict.lost).append(found)
     model.states[id] = [content]
     return answer
+
+
+async def _check_past(client: Client, model: Model, verdict: Verdict) -> None:
+    """What was acknowledged a while ago is still what the bank answers as of then, changed since or not."""
+    for past in model.past:
+        if time.monotonic() - past.acknowledged_s > PAST_SECONDS:
+            continue
+        ask = {"document_ids": [past.id], "as_of": past.sequence, "include_text": True, "include_gradients": True}
+        found = None
+        try:
+            (hit,) = (await client.query(**ask)).hits
+            found = (hit.title, hit.text)
+            if not is_right(hit.gradient_digest, hit.gradient, *found):
+                verdict.wrong.append(f"{past.id} as of {past.sequence}: a gradient that its text does not give")
+        except NotFoundError:
+            pass
+        except BankError as error:
+            verdict.lost.append(f"{past.id} as of {past.sequence}: {error}")
+            continue
+        if found != (past.content and (past.content.title, past.content.text)):
+            verdict.lost.append(f"{past.id} as of {past.sequence} must be {past.content}, got {found}")
 
 
 async def _check_gradients(client: Client, alive: dict[str, Any], verdict: Verdict) -> None:

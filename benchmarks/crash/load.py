@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
-from benchmarks.crash.model import Content, Model, Verdict, is_right, record_of
+from benchmarks.crash.model import Content, Model, Past, Verdict, is_right, record_of
 from benchmarks.crash.process import Process, end
 from tests.bank.client import Client, own_errors, upload_of
 
@@ -118,6 +118,7 @@ def _acknowledged(model: Model, id: str, content: Content | None, sequence: int)
     model.states[id] = [content]
     model.sequence = sequence
     model.num_acknowledged += 1
+    model.past.append(Past(id, content, sequence))
 
 
 async def _read_own(client: Client, id: str, model: Model, verdict: Verdict) -> None:

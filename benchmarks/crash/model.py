@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from bank_service.wire.codec import encode_gradient, record_digest
@@ -35,6 +37,16 @@ def is_right(digest: str, record: bytes, title: str, text: str) -> bool:
     return record == record_of(title, text) and record_digest(record) == digest
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a document was, by an acknowledgement."""
+
+    id: str
+    content: Content | None
+    sequence: int
+    acknowledged_s: float = field(default_factory=time.monotonic)
+
+
 @dataclass(slots=True)
 class Model:
     """What one writer knows of its documents. Nobody else writes them."""
@@ -44,6 +56,7 @@ class Model:
     versions: dict[str, int] = field(default_factory=dict)  # the last one acknowledged or seen
     sequence: int = 0  # of the last change acknowledged
     num_acknowledged: int = 0
+    past: deque[Past] = field(default_factory=lambda: deque(maxlen=16))
 
 
 @dataclass(slots=True)

@@ -23,12 +23,18 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--retrieval", choices=RETRIEVALS, default="dense", help="by embedding, by words (BM25), or both (%(default)s)"
     )
     query.add_argument("--filter", action="append", type=filter_flag, default=[], metavar=METAVAR, help=HELP)
+    query.add_argument(
+        "--as-of", type=int, metavar="SEQUENCE", help="as it was after that change: a sequence number of the past"
+    )
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
     query.set_defaults(run=run_query)
 
     delete = commands.add_parser("delete", help="documents out of a bank")
     delete.add_argument("ids", nargs="+", metavar="ID")
+    delete.add_argument(
+        "--purge", action="store_true", help="erase their past versions, too, also of those that are deleted already"
+    )
     add_bank_flags(delete)
     delete.set_defaults(run=run_delete)
 
@@ -48,6 +54,7 @@ def run_query(args: argparse.Namespace) -> int:
         include_text=True,
         retrieval=args.retrieval.upper(),
         filter=filter_of(args.filter),
+        as_of=args.as_of,
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)
@@ -71,14 +78,15 @@ def run_delete(args: argparse.Namespace) -> int:
     missing = []
     with connect(args.bank) as stub:
         for document_id in args.ids:
+            request = bank_pb2.DeleteDocumentRequest(namespace=args.namespace, id=document_id, purge=args.purge)
             try:
-                answer = stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=args.namespace, id=document_id))
+                answer = stub.DeleteDocument(request)
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.NOT_FOUND:
                     raise
                 missing.append(document_id)
             else:
-                say(f"deleted {document_id} (version {answer.version})")
+                say(f"{'purged' if args.purge else 'deleted'} {document_id} (version {answer.version})")
     if missing:
         raise CommandError(f"{count(len(missing), 'id')} not in namespace {args.namespace!r}: {', '.join(missing)}")
     return 0

@@ -32,7 +32,9 @@ def run(order: dict[str, Any]) -> None:
     if order.get("plant"):
         plant(order["plant"], encoder)
     # Small numbers, so that a short test meets snapshots and full batches, and the index that they are of.
-    config = BankConfig(data_dir=Path(order["data_dir"]), snapshot_every=40, exact_below=0, drain_seconds=5)
+    config = BankConfig(
+        data_dir=Path(order["data_dir"]), snapshot_every=40, exact_below=0, drain_seconds=5, history_seconds=10
+    )
     asyncio.run(serve(config, encoder, embedder=HashEmbedder()))
 
 

@@ -56,8 +56,10 @@ class Client:
         with open_channel(self.target, self.credentials) as channel:
             return list(bank_pb2_grpc.BankServiceStub(channel).IngestGradients(iter(parts)))
 
-    async def delete(self, id: str, namespace: str = "", expected_version: int | None = None) -> Any:
-        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, expected_version=expected_version)
+    async def delete(
+        self, id: str, namespace: str = "", expected_version: int | None = None, purge: bool = False
+    ) -> Any:
+        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, expected_version=expected_version, purge=purge)
         async with own_errors():
             return await self.stub.DeleteDocument(request)
 

@@ -17,6 +17,7 @@ from bank_service.compaction import Compactor
 from bank_service.documents import Document, Gradient, Query
 from bank_service.exact_vectors import ExactVectors
 from bank_service.index_follower import IndexFollower
+from bank_service.past import PastRetriever
 from bank_service.retrieval import Retriever
 from bank_service.searcher import Searcher
 from bank_service.usearch_index import UsearchIndex
@@ -33,8 +34,9 @@ class Parts:
         self.index = UsearchIndex(IDENTITY.embedding_dimension)
         self.follower = IndexFollower(self.catalog, self.index, folder / "index", pool, 10**6)
         self.compactor = Compactor(self.catalog, self.index, self.follower, pool, every=0.01)
-        retriever = Retriever(self.index, ExactVectors(IDENTITY.embedding_dimension), 0)
-        self.searcher = Searcher(self.catalog, retriever, self.follower, pool)
+        exact = ExactVectors(IDENTITY.embedding_dimension)
+        retriever, past = Retriever(self.index, exact, 0), PastRetriever(self.catalog, self.index, exact, 0)
+        self.searcher = Searcher(self.catalog, retriever, past, self.follower, pool)
         self._generator = np.random.default_rng(0)
 
     async def put(self, *ids: str) -> None:

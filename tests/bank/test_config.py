@@ -22,6 +22,7 @@ from bank_service.wire.codec import CODECS
         ({"encode_wait_ms": float("nan")}, "encode_wait_ms must be in 0..1000, got nan"),
         ({"encode_batch_size": 0}, "encode_batch_size must be"),
         ({"exact_below": 100_001}, r"exact_below must be in 0\.\.100000"),
+        ({"history_seconds": -1}, r"history_seconds must be in 0\.\."),
         ({"drain_seconds": -1}, "drain_seconds must be"),
         ({"ingest_idle_seconds": 0}, r"ingest_idle_seconds must be in 0\.1\.\.86400, got 0"),
     ],

@@ -16,7 +16,7 @@ from bank_service.config import BankConfig
 from bank_service.embedder import MiniLmEmbedder
 from bank_service.server import BankServer
 from bank_service.wire.codec import encode_gradient, record_digest
-from bank_service.wire.errors import NotFoundError, PermissionDeniedError
+from bank_service.wire.errors import NotFoundError, OutOfRangeError, PermissionDeniedError
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder
 from tests.bank.tokens import Tokens
@@ -39,21 +39,64 @@ class Bearer:
 
     client: Client
     namespace: str
+    keeps_history: bool
     documents: dict[str, str] = field(default_factory=dict)  # id → text
     sequence: int = 0  # of its last change
+    past: dict[int, dict[str, str]] = field(default_factory=lambda: {0: {}})  # its documents after each change
+    horizon: int = 0  # of its last change of what was there before, where that is not kept
 
     async def put(self, id: str, text: str) -> None:
         (answer,) = await self.client.ingest({"namespace": self.namespace, "id": id, "text": text})
         assert answer.gradient_digest == DIGESTS[text]
-        self.documents[id] = text
-        self.sequence = max(self.sequence, answer.sequence)
+        if self.documents.get(id) != text:
+            self._changed(answer.sequence, self.documents | {id: text}, is_new=id not in self.documents)
 
     async def delete(self, id: str, _text: str) -> None:
         if id in self.documents:
-            self.sequence = (await self.client.delete(id, self.namespace)).sequence
-            del self.documents[id]
+            sequence = (await self.client.delete(id, self.namespace)).sequence
+            left = {other: text for other, text in self.documents.items() if other != id}
+            self._changed(sequence, left, is_new=False)
         elif self.sequence:
             await self.client.refused(self.client.delete(id, self.namespace), NotFoundError)
+
+    async def purge(self, id: str, _text: str) -> None:
+        call = self.client.delete(id, self.namespace, purge=True)
+        was_there = any(id in documents for documents in self.past.values()) if self.keeps_history else False
+        if not (was_there or id in self.documents):
+            if self.sequence:
+                await self.client.refused(call, NotFoundError)
+            else:
+                call.close()
+            return
+        sequence = (await call).sequence
+        for states in self.past, {sequence: self.documents}:
+            self.past |= {when: {other: documents[other] for other in documents if other != id}
+                          for when, documents in states.items()}  # fmt: skip
+        self.documents, self.sequence = self.past[sequence], max(self.sequence, sequence)
+
+    @property
+    def had(self) -> set[str]:
+        """Texts whose gradients it may fetch."""
+        known = self.past.values() if self.keeps_history else (self.documents,)
+        return {text for documents in known for text in documents.values()}
+
+    def _changed(self, sequence: int, documents: dict[str, str], *, is_new: bool) -> None:
+        if not (is_new or self.keeps_history):
+            self.horizon = sequence
+        self.documents, self.sequence, self.past[sequence] = documents, sequence, documents
+
+    async def as_of(self, _id: str, text: str) -> None:
+        """Each of its own states, between its changes, too; where it is refused, for a change of its own."""
+        for sequence, documents in self.past.items() if self.sequence else ():
+            for then in {sequence, min((late for late in self.past if late > sequence), default=sequence + 1) - 1}:
+                query = {"namespace": self.namespace, "text": text, "top_k": 64, "include_text": True, "as_of": then}
+                if then < self.horizon:
+                    error = await self.client.refused(self.client.query(**query), OutOfRangeError)
+                    assert error.limit == self.horizon
+                else:
+                    answer = await self.client.query(**query, include_gradients=True)
+                    assert {hit.id: hit.text for hit in answer.hits} == documents
+                    assert all(record_digest(hit.gradient) == DIGESTS[hit.text] for hit in answer.hits)
 
     async def query(self, id: str, text: str) -> None:
         if not self.sequence:
@@ -72,7 +115,7 @@ class Bearer:
 
     async def fetch(self, _id: str, text: str) -> None:
         fetching = self.client.fetch([DIGESTS[text]])
-        if text in self.documents.values():
+        if text in self.had:
             ((digest, record),) = await fetching
             assert record_digest(record) == digest == DIGESTS[text]
         else:
@@ -91,7 +134,8 @@ class Bearer:
         assert {entry.namespace: entry.num_documents for entry in stats.namespaces} == (
             {self.namespace: len(self.documents)} if self.sequence else {}
         )
-        assert (stats.num_documents, stats.num_gradients) == (len(self.documents), len({*self.documents.values()}))
+        assert (stats.num_documents, stats.num_gradients) == (len(self.documents), len(self.had))
+        assert stats.oldest_as_of == self.horizon
         assert (stats.sequence, stats.cache_hits, stats.cache_misses) == (self.sequence, 0, 0)
 
     async def pry(self, id: str, text: str, namespace: str) -> None:
@@ -102,6 +146,8 @@ class Bearer:
             client.list(namespace=namespace),
             client.query(namespace=namespace, text=text, top_k=1),
             client.query(namespace=namespace, document_ids=[id], include_gradients=True),
+            client.query(namespace=namespace, text=text, top_k=1, as_of=self.sequence),
+            client.delete(id, namespace, purge=True),
             client.delete(id, namespace),
             client.ingest({"namespace": namespace, "id": id, "text": text}),
         ):
@@ -113,12 +159,12 @@ class Bearer:
 class Harness:
     """A bank in an event loop of its own, with two new bearers for each sequence."""
 
-    def __init__(self, folder: Path, embedder: MiniLmEmbedder, runner: asyncio.Runner) -> None:
+    def __init__(self, folder: Path, embedder: MiniLmEmbedder, runner: asyncio.Runner, history_seconds: int) -> None:
         self.runner = runner
         self.tokens = Tokens(folder)
-        self.server = BankServer(
-            BankConfig(data_dir=folder / "bank", tokens_file=self.tokens.path), HashEncoder(), embedder
-        )
+        self.keeps_history = history_seconds > 0
+        config = BankConfig(data_dir=folder / "bank", tokens_file=self.tokens.path, history_seconds=history_seconds)
+        self.server = BankServer(config, HashEncoder(), embedder)
         self._numbers = itertools.count()
 
     async def play(self, steps: list[tuple[int, str, str, str]]) -> None:
@@ -126,23 +172,27 @@ class Harness:
         credentials = [self.tokens.add(name, "read write", name) for name in names]
         target = self.server.address.target
         async with Client(target, credentials[0]) as left, Client(target, credentials[1]) as right:
-            bearers = [Bearer(left, names[0]), Bearer(right, names[1])]
+            bearers = [
+                Bearer(client, name, self.keeps_history) for client, name in zip((left, right), names, strict=True)
+            ]
             for place, verb, id, text in steps:
                 if verb == "pry":
                     await bearers[place].pry(id, text, names[1 - place])
                 else:
                     await getattr(bearers[place], verb)(id, text)
             for bearer in bearers:
-                for verb in ("query", "list", "stats"):
+                for verb in ("query", "list", "stats", "as_of"):
                     await getattr(bearer, verb)(IDS[0], TEXTS[0])
                 for text in TEXTS:
                     await bearer.fetch("", text)
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder) -> Iterator[Harness]:
+@pytest.fixture(scope="module", params=[0, 3600], ids=["no history", "history"])
+def harness(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder
+) -> Iterator[Harness]:
     with asyncio.Runner() as runner:
-        made = Harness(tmp_path_factory.mktemp("isolation"), embedder, runner)
+        made = Harness(tmp_path_factory.mktemp("isolation"), embedder, runner, request.param)
         runner.run(made.server.start())
         yield made
         runner.run(made.server.stop())
@@ -150,7 +200,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder) 
 
 STEP = st.tuples(
     st.sampled_from((0, 1)),
-    st.sampled_from(("put", "put", "delete", "query", "fetch", "list", "stats", "pry")),
+    st.sampled_from(("put", "put", "delete", "query", "fetch", "list", "stats", "pry", "as_of", "purge")),
     st.sampled_from(IDS),
     st.sampled_from(TEXTS),
 )

@@ -15,6 +15,7 @@ from bank_service.errors import (
     LearnerMismatchError,
     LimitExceededError,
     NotFoundError,
+    OutOfRangeError,
     OverloadedError,
     PermissionDeniedError,
     QuotaExceededError,
@@ -31,6 +32,7 @@ ERRORS = [
     (VersionConflictError("moved", namespace="n", id="i", expected_version=3, actual_version=4), "ABORTED"),
     (LearnerMismatchError("another learner", expected="a" * 64, actual="b" * 64), "FAILED_PRECONDITION"),
     (LimitExceededError("too much", limit="max_message_bytes"), "RESOURCE_EXHAUSTED"),
+    (OutOfRangeError("as_of must be at least 7", field="as_of", limit=7), "OUT_OF_RANGE"),
     (DataLossError("gone", digest="c" * 64), "DATA_LOSS"),
     (UnavailableError("stopping"), "UNAVAILABLE"),
     (UnauthenticatedError("who?"), "UNAUTHENTICATED"),
@@ -43,6 +45,7 @@ ERRORS = [
 DETAILS = {
     "INVALID_ARGUMENT": details.BadRequest,
     "NOT_FOUND": details.ResourceInfo,
+    "OUT_OF_RANGE": details.BadRequest,
     "FAILED_PRECONDITION": details.PreconditionFailure,
     "RESOURCE_EXHAUSTED": details.QuotaFailure,
     "UNAVAILABLE": details.RetryInfo,

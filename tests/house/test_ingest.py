@@ -109,6 +109,26 @@ def test_deleting_names_what_was_not_there_and_deletes_the_rest(
     assert [hit["id"] for hit in _query(bank, "deletes", "lighthouse", capsys)] == ["d1"]
 
 
+def test_a_query_as_of_an_earlier_sequence_until_something_is_deleted(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _ingest(bank, "past", _write_lines(tmp_path / "lights.jsonl", 1)) == 0
+    capsys.readouterr()
+    assert main(["stats", "--bank", bank]) == 0
+    sequence = json.loads(capsys.readouterr().out)["sequence"]
+    assert _ingest(bank, "past", _write_lines(tmp_path / "lights.jsonl", 3)) == 0
+    ask = ["query", "lighthouse", "--bank", bank, "--namespace", "past", "--as-of", str(sequence)]
+    capsys.readouterr()
+    assert main([*ask, "--json"]) == 0
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["d0"]
+    assert main(["delete", "d1", "--bank", bank, "--namespace", "past", "--purge"]) == 0
+    assert capsys.readouterr().out == "purged d1 (version 1)\n"
+    assert main(ask) == 0, "a purge takes nobody else's past"
+    assert main(["delete", "d2", "--bank", bank, "--namespace", "past"]) == 0
+    assert main(ask) == 1
+    assert "as_of must be at least" in capsys.readouterr().err
+
+
 def test_stats_are_json_with_numbers(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _ingest(bank, "counted", _write_lines(tmp_path / "lights.jsonl", 2)) == 0
     capsys.readouterr()

@@ -100,14 +100,16 @@ class IngestGradientsRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[IngestGradientsRequest.Header, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class DeleteDocumentRequest(_message.Message):
-    __slots__ = ("namespace", "id", "expected_version")
+    __slots__ = ("namespace", "id", "expected_version", "purge")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PURGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     id: str
     expected_version: int
-    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., expected_version: _Optional[int] = ...) -> None: ...
+    purge: bool
+    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., expected_version: _Optional[int] = ..., purge: _Optional[bool] = ...) -> None: ...
 
 class DeleteDocumentResponse(_message.Message):
     __slots__ = ("version", "sequence")
@@ -200,7 +202,7 @@ class Filter(_message.Message):
     def __init__(self, conditions: _Optional[_Iterable[_Union[Filter.Condition, _Mapping]]] = ...) -> None: ...
 
 class QueryRequest(_message.Message):
-    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text", "retrieval", "filter")
+    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text", "retrieval", "filter", "as_of")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +214,7 @@ class QueryRequest(_message.Message):
     INCLUDE_TEXT_FIELD_NUMBER: _ClassVar[int]
     RETRIEVAL_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
+    AS_OF_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     text: str
     vector: _containers.RepeatedScalarFieldContainer[float]
@@ -223,7 +226,8 @@ class QueryRequest(_message.Message):
     include_text: bool
     retrieval: Retrieval
     filter: Filter
-    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ..., retrieval: _Optional[_Union[Retrieval, str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
+    as_of: int
+    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ..., retrieval: _Optional[_Union[Retrieval, str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., as_of: _Optional[int] = ...) -> None: ...
 
 class QueryResponse(_message.Message):
     __slots__ = ("hits", "learner_fingerprint", "sequence")
@@ -291,7 +295,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version")
+    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version", "num_past_versions", "oldest_as_of")
     class Namespace(_message.Message):
         __slots__ = ("namespace", "num_documents")
         NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +318,8 @@ class GetStatsResponse(_message.Message):
     CACHE_MISSES_FIELD_NUMBER: _ClassVar[int]
     CACHE_AVAILABLE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAST_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_AS_OF_FIELD_NUMBER: _ClassVar[int]
     namespaces: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Namespace]
     num_documents: int
     num_gradients: int
@@ -329,7 +335,9 @@ class GetStatsResponse(_message.Message):
     cache_misses: int
     cache_available: bool
     version: str
-    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
+    num_past_versions: int
+    oldest_as_of: int
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ..., num_past_versions: _Optional[int] = ..., oldest_as_of: _Optional[int] = ...) -> None: ...
 
 class CreateSnapshotRequest(_message.Message):
     __slots__ = ("target",)

@@ -111,7 +111,8 @@ class BankServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDocument(self, request, context):
-        """Deletes one document. Acknowledged means: no later query returns it.
+        """Deletes one document. Acknowledged means: no later query returns it, but for one with as_of where the bank keeps
+        past versions; with `purge`, none at all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,166 @@
+"""The catalog's writes of one document, each one operation of ``GroupCommit``: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from bank_service import history
+from bank_service.attributes import put_attributes, remove_attributes
+from bank_service.catalog_view import to_stored
+from bank_service.documents import Document, Gradient, Outcome, PutResult, StoredDocument
+from bank_service.errors import NotFoundError, VersionConflictError
+from bank_service.lexical import put_words, remove_words
+from bank_service.tables import collection, documents
+
+# Built once: to build a statement and its cache key costs SQLAlchemy more than SQLite takes to run it.
+_CURRENT = sa.select(documents).where(
+    documents.c.namespace == sa.bindparam("namespace"), documents.c.id == sa.bindparam("id")
+)
+_NEXT_SEQUENCE = sa.update(collection).values(sequence=collection.c.sequence + 1).returning(collection.c.sequence)
+_INSERT = sa.insert(documents).returning(documents.c.key)
+_UPDATE = sa.update(documents).where(documents.c.key == sa.bindparam("row_key"))
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """An acknowledged deletion."""
+
+    version: int  # that was deleted
+    sequence: int
+    digests: frozenset[str]  # of gradients that may now belong to nobody
+
+
+def put_document(
+    connection: sa.Connection, document: Document, gradient: Gradient, expected_version: int | None, *, keep: bool
+) -> PutResult:
+    """Stores a version. ``keep``: of the one that it supersedes. VersionConflictError."""
+    row = _current(connection, document.namespace, document.id)
+    _check_version(row, document.namespace, document.id, expected_version)
+    alive = row is not None and not row["deleted"]
+    replaced = row["gradient_digest"] if row is not None and alive else None
+    content_digest = document.content_digest
+    same_gradient = row is not None and (replaced, row["embedding"], row["num_tokens"]) == (
+        gradient.digest,
+        gradient.embedding,
+        gradient.num_tokens,  # differs where the one was uploaded and the other encoded here
+    )
+    if row is not None and same_gradient and row["content_digest"] == content_digest:
+        return PutResult(to_stored(row), Outcome.UNCHANGED)
+    values: dict[str, Any] = {
+        "version": 1 if row is None else row["version"] + 1,
+        "sequence": _next_sequence(connection),
+        "deleted": False,
+        "updated_us": time.time_ns() // 1000,
+        "title": document.title,
+        "text": document.text,
+        "num_text_bytes": len(document.text.encode()),
+        "metadata": json.dumps(dict(document.metadata), sort_keys=True),
+        "content_digest": content_digest,
+        "gradient_digest": gradient.digest,
+        "gradient_bytes": gradient.num_bytes,
+        "num_tokens": gradient.num_tokens,
+        "truncated": gradient.truncated,
+        "embedding": gradient.embedding,
+    }
+    if row is None:
+        new = {"namespace": document.namespace, "id": document.id, **values}
+        key = int(connection.execute(_INSERT, new).scalar_one())
+    else:
+        key = row["key"]
+        connection.execute(_UPDATE, {"row_key": key, **values})
+        remove_attributes(connection, key)
+    if row is not None and alive:
+        history.supersede(connection, row, values["sequence"], keep=keep)
+    put_attributes(connection, key, document.namespace, document.metadata)
+    if row is None or not alive or (row["title"], row["text"]) != (document.title, document.text):
+        if row is not None and alive:
+            remove_words(connection, row["key"], document.namespace, row["title"], row["text"])
+        put_words(connection, key, document.namespace, document.title, document.text)
+    outcome = Outcome.UPDATED if alive else Outcome.CREATED
+    stored = StoredDocument(key, document, gradient, values["version"], values["sequence"], values["updated_us"])
+    return PutResult(stored, outcome, replaced if replaced != gradient.digest else None)
+
+
+def delete_document(
+    connection: sa.Connection, namespace: str, id: str, expected_version: int | None, *, keep: bool
+) -> DeleteResult:
+    """Takes the content out. ``keep``: into the history. NotFoundError, VersionConflictError."""
+    row = _current(connection, namespace, id)
+    if row is None or row["deleted"]:
+        raise document_not_found(namespace, id)
+    _check_version(row, namespace, id, expected_version)
+    sequence = _empty(connection, row)
+    history.supersede(connection, row, sequence, keep=keep)
+    return DeleteResult(row["version"], sequence, frozenset([row["gradient_digest"]]))
+
+
+def purge_document(connection: sa.Connection, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
+    """Takes the content out, and that of all past versions; of a deleted document, that alone. NotFoundError,
+    VersionConflictError. Horizons stay: ``as_of`` answers as if the document had never existed."""
+    row = _current(connection, namespace, id)
+    if row is None:
+        raise document_not_found(namespace, id)
+    digests = history.purge(connection, row["key"])
+    if row["deleted"] and not digests:
+        raise document_not_found(namespace, id)
+    _check_version(row, namespace, id, expected_version)
+    if row["deleted"]:
+        return DeleteResult(row["version"], row["sequence"], frozenset(digests))
+    return DeleteResult(row["version"], _empty(connection, row), frozenset([*digests, row["gradient_digest"]]))
+
+
+def version_conflict(namespace: str, id: str, expected: int, actual: int) -> VersionConflictError:
+    state = f"version {actual}" if actual else "no such document"
+    return VersionConflictError(
+        f"document {id!r} in namespace {namespace!r} must be at version {expected} (0: absent), got {state}; "
+        "read it again and retry",
+        namespace=namespace,
+        id=id,
+        expected_version=expected,
+        actual_version=actual,
+    )
+
+
+def document_not_found(namespace: str, id: str) -> NotFoundError:
+    return NotFoundError(f"document {id!r} is not in namespace {namespace!r}", kind="document", name=id)
+
+
+def _current(connection: sa.Connection, namespace: str, id: str) -> sa.RowMapping | None:
+    return connection.execute(_CURRENT, {"namespace": namespace, "id": id}).mappings().one_or_none()
+
+
+def _check_version(row: sa.RowMapping | None, namespace: str, id: str, expected: int | None) -> None:
+    actual = row["version"] if row is not None and not row["deleted"] else 0
+    if expected is not None and expected != actual:
+        raise version_conflict(namespace, id, expected, actual)
+
+
+def _next_sequence(connection: sa.Connection) -> int:
+    return int(connection.execute(_NEXT_SEQUENCE).scalar_one())
+
+
+def _empty(connection: sa.Connection, row: sa.RowMapping) -> int:
+    """Takes the content out of a living document's row; the sequence of the change."""
+    sequence = _next_sequence(connection)
+    emptied = {
+        "sequence": sequence,
+        "deleted": True,
+        "updated_us": time.time_ns() // 1000,
+        "title": "",
+        "text": "",
+        "num_text_bytes": 0,
+        "metadata": "{}",
+        "content_digest": None,
+        "gradient_digest": None,
+        "gradient_bytes": 0,
+        "embedding": None,
+    }
+    connection.execute(_UPDATE, {"row_key": row["key"], **emptied})
+    remove_attributes(connection, row["key"])
+    remove_words(connection, row["key"], row["namespace"], row["title"], row["text"])
+    return sequence

@@ -1,0 +1,148 @@
+"""Queries ``as_of`` an earlier sequence number: what they would have been answered then.
+
+The past does not change, so each look at the catalog may be at another state of it, as long as the past asked for is
+still known there. That makes the index safe to use while others write: it is searched first and the catalog looked at
+after that, so a document that changed in between stands in the catalog as a past version, and none is missed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable
+
+from bank_service import attributes, history
+from bank_service.catalog import Catalog
+from bank_service.catalog_view import Candidate, CatalogView, Score
+from bank_service.documents import Query, QueryResult
+from bank_service.errors import InvalidArgumentError, NotFoundError, OutOfRangeError
+from bank_service.exact_vectors import ExactVectors
+from bank_service.retrieval import GROWTH, MAX_PROPOSALS, SCAN_SIZE, candidates_of, cosines_of, depth_of
+from bank_service.vector_index import VectorIndex
+from bank_service.wire.codec import FloatArray
+from bank_service.wire.tracing import span
+
+
+class PastRetriever:
+    """Answers queries that have ``as_of``. The index must reflect that sequence."""
+
+    def __init__(self, catalog: Catalog, index: VectorIndex, exact: ExactVectors, exact_below: int) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._exact = exact
+        self._exact_below = exact_below
+
+    def check(self, query: Query) -> None:
+        """InvalidArgumentError for a sequence to come; OutOfRangeError for one that is no longer known."""
+        with self._catalog.view() as view:
+            _as_of(view, query)
+
+    def search(self, query: Query, vector: FloatArray | None) -> QueryResult:
+        """Hits for a vector, or, without one, for the query's document_ids, without records.
+
+        The errors of ``check``; NotFoundError names the first id that did not exist then.
+        """
+        if vector is None:
+            return self._named(query)
+        if self._index.size(query.namespace) <= self._exact_below:
+            with span("exact.search"), self._catalog.view() as view:
+                keys = self._exact.search(
+                    view, query.namespace, vector, depth_of(query), lambda: _unchanged(view, query)
+                )
+                return _best(view, query, vector, candidates_of(view, keys).values())
+        with self._catalog.view() as view:
+            few = _unchanged(view, query, SCAN_SIZE + 1)
+            if len(few) <= SCAN_SIZE:
+                return _scan(view, query, vector, few)
+        return self._proposed(query, vector)
+
+    def _proposed(self, query: Query, vector: FloatArray) -> QueryResult:
+        """By the index, which knows the living documents only; compares with all of them where it would take too many
+        proposals to find enough that have not changed since."""
+        count = depth_of(query) * GROWTH
+        while count <= MAX_PROPOSALS:
+            with span("index.search", count=count):
+                keys = self._index.search(query.namespace, vector, count)[0].tolist()
+            with span("catalog.past"), self._catalog.view() as view:
+                found = attributes.among(view.connection, keys, query.conditions, _as_of(view, query))
+                if len(found) >= depth_of(query):
+                    return _best(view, query, vector, candidates_of(view, list(found)).values())
+            count *= GROWTH
+        with self._catalog.view() as view:
+            return _scan(view, query, vector, _unchanged(view, query))
+
+    def _named(self, query: Query) -> QueryResult:
+        with span("catalog.past"), self._catalog.view() as view:
+            as_of = _as_of(view, query)
+            began = history.named(view.connection, query.namespace, query.document_ids, as_of)
+            for id in query.document_ids:
+                if id not in began:
+                    raise NotFoundError(
+                        f"document {id!r} was not in namespace {query.namespace!r} as of {as_of}",
+                        kind="document",
+                        name=id,
+                    )
+            scores = {began[id]: Score(1.0, 1.0) for id in query.document_ids}
+            return QueryResult(tuple(history.hits(view.connection, scores, query.include_text)), {}, as_of)
+
+
+def _as_of(view: CatalogView, query: Query) -> int:
+    """The query's, which this state of the catalog must still, and already, know."""
+    as_of = query.as_of
+    assert as_of is not None
+    newest = view.sequence()
+    if as_of > newest:
+        raise InvalidArgumentError(
+            f"as_of must be at most {newest}, the sequence of the last change, got {as_of}; leave it out to ask about "
+            "now",
+            field="as_of",
+        )
+    oldest = history.horizon(view.connection, query.namespace)
+    if as_of < oldest:
+        raise OutOfRangeError(
+            f"as_of must be at least {oldest} in namespace {query.namespace!r}, got {as_of}: what some documents were "
+            "before is no longer known; ask about a later state (history_seconds says how long the bank keeps them)",
+            field="as_of",
+            limit=oldest,
+        )
+    return as_of
+
+
+def _unchanged(view: CatalogView, query: Query, limit: int | None = None) -> list[int]:
+    """Keys of the documents that match and are what they were."""
+    return attributes.matching(view.connection, query.namespace, query.conditions, limit, query.as_of)
+
+
+def _scan(view: CatalogView, query: Query, vector: FloatArray, keys: Collection[int]) -> QueryResult:
+    with span("catalog.scan", num_documents=len(keys)):
+        living: list[Candidate] = []
+        rest = list(keys)
+        for start in range(0, len(rest), history.BATCH):
+            living = _nearest(query, vector, living, candidates_of(view, rest[start : start + history.BATCH]).values())
+        return _best(view, query, vector, living)
+
+
+def _best(view: CatalogView, query: Query, vector: FloatArray, living: Iterable[Candidate]) -> QueryResult:
+    """The answer, from living documents among which the nearest unchanged ones are, and all past versions."""
+    as_of = _as_of(view, query)
+    nearest = list(living)
+    for batch in history.candidates(view.connection, query.namespace, as_of, query.conditions):
+        nearest = _nearest(query, vector, nearest, batch)
+    cosines = _cosines(nearest, vector)
+    ids = {candidate.sequence: candidate.id for candidate in nearest}
+    best = sorted(cosines, key=lambda began: (-cosines[began], ids[began]))[: query.top_k]
+    scores = {began: Score(cosines[began], cosines[began]) for began in best if cosines[began] >= query.min_score}
+    return QueryResult(tuple(history.hits(view.connection, scores, query.include_text)), {}, as_of)
+
+
+def _nearest(
+    query: Query, vector: FloatArray, nearest: Iterable[Candidate], more: Iterable[Candidate]
+) -> list[Candidate]:
+    """Of both, as many as are needed to have the best among them."""
+    both = [*nearest, *more]
+    cosines = _cosines(both, vector)
+    return heapq.nlargest(depth_of(query), both, key=lambda candidate: cosines[candidate.sequence])
+
+
+def _cosines(candidates: Iterable[Candidate], vector: FloatArray) -> dict[int, float]:
+    """By where each version began: a key may have a living and a past one."""
+    return cosines_of({candidate.sequence: candidate for candidate in candidates}, vector)

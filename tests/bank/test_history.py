@@ -1,0 +1,282 @@
+"""Past versions: how long they stay, what is left of them, and who takes care of their gradients."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from bank_service import history, history_cleaner
+from bank_service.bank import Bank
+from bank_service.catalog import Catalog
+from bank_service.documents import Document, Query
+from bank_service.encoder import EncodedDocument
+from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
+from bank_service.namespace_limits import NamespaceLimits
+from bank_service.restore import restore
+from bank_service.snapshot import gradients_of
+from bank_service.wire.codec import read_header, record_digest
+from tests.bank.hash_encoder import HashEncoder
+from tests.bank.test_as_of import open_bank
+from tests.bank.test_catalog import IDENTITY, document, gradient
+from tests.bank.test_quota import counted
+
+SECRET = "quilegren"
+
+
+async def put(bank: Bank, id: str, text: str, **pairs: str) -> int:
+    """The sequence of the change."""
+    return (await bank.put(Document("", id, "", text, pairs))).stored.sequence
+
+
+async def texts(bank: Bank, as_of: int | None = None) -> dict[str, str]:
+    answer = await bank.query(Query("", "any text", top_k=64, include_text=True, include_gradients=True, as_of=as_of))
+    for hit in answer.hits:
+        assert record_digest(answer.records[hit.gradient_digest]) == hit.gradient_digest
+    return {hit.id: hit.text for hit in answer.hits}
+
+
+def blobs(folder: Path) -> set[str]:
+    return {path.parent.name + path.name for path in (folder / "blobs").glob("??/*")}
+
+
+def bytes_of(folder: Path) -> bytes:
+    """The catalog's file, with all that was committed in it."""
+    with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return b"".join(path.read_bytes() for path in folder.glob("catalog.sqlite*"))
+
+
+def digest_of(folder: Path, version: int) -> str:
+    """Of a past version."""
+    with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
+        ((digest,),) = connection.execute("SELECT gradient_digest FROM history WHERE version = ?", [version])
+        return str(digest)
+
+
+@pytest.mark.asyncio
+async def test_a_version_goes_when_its_time_is_over_and_its_gradient_with_it(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_cleaner, "CLEAN_SECONDS", 0.05)
+    async with open_bank(data_dir, history_seconds=3600) as bank:
+        first = await put(bank, "a", f"the {SECRET}")
+        await put(bank, "b", "stays")
+        last = await put(bank, "a", "other")
+        await put(bank, "a", "other", colour="red")  # of the same gradient
+        assert await texts(bank, first) == {"a": f"the {SECRET}"}
+        assert len(blobs(data_dir)) == 3 and SECRET.encode() in bytes_of(data_dir)
+    async with open_bank(data_dir, history_seconds=1) as bank:
+        with pytest.raises(OutOfRangeError) as caught:
+            while True:  # the test's own limit ends it
+                await texts(bank, last)
+                await asyncio.sleep(0.05)
+        assert caught.value.limit == last + 1
+        assert await texts(bank, last + 1) == {"a": "other", "b": "stays"}
+        while len(blobs(data_dir)) > 2:
+            await asyncio.sleep(0.02)
+        await bank._cleaner.clean()  # the words of texts, which are not the history's
+        assert SECRET.encode() not in bytes_of(data_dir)
+
+
+@pytest.mark.asyncio
+async def test_a_bank_that_keeps_no_history_any_more_has_none_after_its_start(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        first = await put(bank, "a", f"the {SECRET}")
+        await put(bank, "a", "other")
+    async with open_bank(data_dir, history_seconds=0) as bank:
+        while (await bank.stats()).totals.num_past_versions:
+            await asyncio.sleep(0.01)
+        with pytest.raises(OutOfRangeError):
+            await texts(bank, first)
+        while len(blobs(data_dir)) > 1:
+            await asyncio.sleep(0.01)
+        await put(bank, "a", "a third")
+        await bank._background.drain()
+        assert len(blobs(data_dir)) == 1
+    assert SECRET.encode() not in bytes_of(data_dir)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("history_seconds", [0, 3600])
+async def test_a_purge_leaves_nothing_of_a_document_and_everything_of_the_others(
+    data_dir: Path, history_seconds: int
+) -> None:
+    async with open_bank(data_dir, history_seconds=history_seconds) as bank:
+        kept = await put(bank, "kept", "shared text")
+        for text in (f"the {SECRET}", "shared text", f"again the {SECRET}"):
+            newest = await put(bank, "a", text)
+        with pytest.raises(VersionConflictError):
+            await bank.delete("", "a", 2, purge=True)
+        result = await bank.delete("", "a", 3, purge=True)
+        assert (result.version, result.sequence) == (3, newest + 1)
+        assert len(blobs(data_dir)) == 1, "of the text that the other document has, too"
+        await bank._cleaner.clean()
+        assert SECRET.encode() not in bytes_of(data_dir)
+        oldest = (await bank.stats()).totals.oldest_as_of
+        assert oldest == (0 if history_seconds else newest), "a purge takes nobody else's past"
+        for sequence in range(max(oldest, kept), result.sequence + 1):
+            assert await texts(bank, sequence) == {"kept": "shared text"}
+        with pytest.raises(NotFoundError):
+            await bank.delete("", "a", purge=True)
+        await put(bank, "a", "another life")
+        assert await texts(bank, result.sequence) == {"kept": "shared text"}
+
+
+@pytest.mark.asyncio
+async def test_what_is_deleted_already_can_still_be_purged(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        first = await put(bank, "a", f"the {SECRET}")
+        deleted = await bank.delete("", "a")
+        assert await texts(bank, first) == {"a": f"the {SECRET}"} and await texts(bank) == {}
+        with pytest.raises(NotFoundError):
+            await bank.delete("", "a")
+        with pytest.raises(VersionConflictError):
+            await bank.delete("", "a", 1, purge=True)
+        result = await bank.delete("", "a", 0, purge=True)
+        assert (result.version, result.sequence) == (1, deleted.sequence)
+        assert await texts(bank, first) == {} and not blobs(data_dir)
+        await bank._cleaner.clean()
+        assert SECRET.encode() not in bytes_of(data_dir)
+
+
+@pytest.mark.asyncio
+async def test_a_snapshot_has_the_past_and_its_gradients(data_dir: Path, tmp_path: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        first = await put(bank, "a", "the first")
+        await put(bank, "a", "the second")
+        await bank.delete("", "a")
+        progress = [progress async for progress in bank.snapshot(str(tmp_path / "snapshot"))]
+        assert progress[-1].num_gradients == 2
+    list(restore(str(tmp_path / "snapshot"), tmp_path / "restored"))
+    async with open_bank(tmp_path / "restored") as bank:
+        assert await texts(bank, first) == {"a": "the first"}
+        assert await texts(bank, first + 1) == {"a": "the second"} and await texts(bank) == {}
+
+
+@pytest.mark.asyncio
+async def test_a_past_versions_gradient_is_made_again_from_its_text(data_dir: Path, tmp_path: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        first = await put(bank, "a", "the first")
+        await put(bank, "a", "the first", colour="red")
+        await put(bank, "a", "the second")
+        for damage in (Path.unlink, lambda path: path.write_bytes(b"rot")):
+            digest = digest_of(data_dir, 1)
+            damage(bank._stores.blobs.path(digest))
+            await bank._background.drain()
+            await bank._stores.cache.remove([digest])
+            assert await texts(bank, first) == {"a": "the first"}
+            assert digest_of(data_dir, 1) == digest, "the encoder gives the same"
+        bank._stores.blobs.path(digest).unlink()
+        counts = await bank.scrub()
+        assert (counts.num_gradients, counts.num_repaired, counts.num_lost) == (2, 1, 0)
+        bank._stores.blobs.path(digest).unlink()
+        assert [item async for item in bank.snapshot(str(tmp_path / "snapshot"))][-1].manifest is not None
+
+
+class ForgetfulEncoder(HashEncoder):
+    """Gives each text another gradient each time."""
+
+    def encode(self, documents: list[tuple[str, str]]) -> list[EncodedDocument]:  # type: ignore[override]
+        return super().encode([(f"{len(self.batches)}", text) for _, text in documents])
+
+
+@pytest.mark.asyncio
+async def test_where_the_encoder_gives_another_gradient_the_past_has_that_one(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.bank.test_as_of.HashEncoder", ForgetfulEncoder)
+    async with open_bank(data_dir) as bank:
+        first = await put(bank, "a", "the first")
+        await put(bank, "a", "the second")
+        digest = digest_of(data_dir, 1)
+        bank._stores.blobs.path(digest).write_bytes(b"rot")
+        await bank._background.drain()
+        await bank._stores.cache.remove([digest])
+        assert await texts(bank, first) == {"a": "the first"}
+        assert digest_of(data_dir, 1) != digest and digest not in blobs(data_dir)
+        assert (await bank.get("", "a")).version == 2, "the document has nothing to do with it"
+
+
+@pytest.mark.asyncio
+async def test_the_past_keeps_its_codec_when_the_collection_gets_another(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        first = await put(bank, "a", "a text")
+        progress = [progress async for progress in bank.recode("bf16")]
+        assert progress[-1].finished and progress[-1].num_recoded == 1
+        query = Query("", document_ids=("a",), include_gradients=True, as_of=first)
+        for asked, codec, version in ((query, "int8", 1), (Query("", document_ids=("a",)), "bf16", 2)):
+            (hit,) = (await bank.query(asked)).hits
+            found = [record async for _, record in bank.fetch([hit.gradient_digest])]
+            assert (read_header(found[0]).codec, hit.version) == (codec, version)
+
+
+def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    limits = NamespaceLimits(max_bytes=330)
+    catalog = Catalog(path, IDENTITY, lambda _: limits, keeps_history=True)  # a gradient has 100 bytes
+    for digit in "012":
+        catalog.put(document(text=f"text {digit}"), gradient(digit), None).result()
+    assert counted(path) == {"n": (1, 3 * 106)}
+    with pytest.raises(QuotaExceededError, match="with purge"):
+        catalog.put(document(text="text 3"), gradient("3"), None).result()
+    catalog.delete("n", "a", None).result()
+    assert counted(path) == {"n": (0, 3 * 106)}
+    assert catalog.expire_history(None, 1).result() == ["0" * 64]
+    assert counted(path) == {"n": (0, 2 * 106)}
+    catalog.delete("n", "a", None, purge=True).result()
+    assert counted(path) == {"n": (0, 0)}
+    catalog.close()
+
+
+def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+
+    def horizons(names: Iterable[str] = ("n", "m")) -> list[int]:
+        with catalog.view() as view:
+            return [history.horizon(view.connection, name) for name in names]
+
+    for number in range(3):
+        for namespace in ("n", "m"):
+            catalog.put(document(text=f"text {number}", namespace=namespace), gradient(str(number)), None).result()
+    assert horizons() == [0, 0]
+    assert catalog.expire_history(0, 10).result() is None and horizons() == [0, 0]
+    assert catalog.expire_history(None, 1).result() == ["0" * 64] and horizons() == [3, 0]
+    assert catalog.expire_history(None, 10).result() == ["0" * 64, "1" * 64] and horizons() == [5, 6]
+    assert catalog.expire_history(None, 10).result() is None
+    catalog.close()
+
+
+def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(path, IDENTITY)
+    for namespace in ("new", "changed", "emptied"):
+        for id in "ab":
+            catalog.put(document(id, namespace=namespace), gradient(), None).result()
+    catalog.put(document("a", "other", namespace="changed"), gradient("1"), None).result()
+    catalog.delete("emptied", "b", None).result()
+    catalog.put(document("c", namespace="changed"), gradient(), None).result()
+    catalog.close()
+    with closing(sqlite3.connect(path)) as connection:
+        for table in ("history", "horizons"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("UPDATE collection SET schema_version = 2")
+        connection.commit()
+        assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
+    assert gradients_of(path) == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
+    for _ in range(2):  # upgraded once, and found so the next time
+        catalog = Catalog(path, IDENTITY, keeps_history=True)
+        with catalog.view() as view:
+            found = {name: history.horizon(view.connection, name) for name in ("new", "changed", "emptied", "none")}
+        assert found == {"new": 0, "changed": 7, "emptied": 8, "none": 0}
+        catalog.close()
+    catalog = Catalog(path, IDENTITY, keeps_history=True)
+    catalog.put(document("a", "third", namespace="changed"), gradient("2"), None).result()
+    with catalog.view() as view:
+        assert history.named(view.connection, "changed", ["a", "c"], 9) == {"a": 7, "c": 9}
+    assert counted(path)["changed"] == (3, sum(100 + len(text) for text in ("third", "text", "text", "other")))
+    catalog.close()
