@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from bank_service.catalog_view import MAX_VARIABLES
 from bank_service.filters import Condition, Operator
+from bank_service.prepared import Prepared
 from bank_service.tables import documents, metadata
 
 attributes = sa.Table(
@@ -27,7 +28,7 @@ attributes = sa.Table(
 
 
 _INSERT = sa.insert(attributes)
-_DELETE = sa.delete(attributes).where(attributes.c.key == sa.bindparam("document"))
+_DELETE = Prepared(sa.delete(attributes).where(attributes.c.key == sa.bindparam("document")))
 
 
 def put_attributes(connection: sa.Connection, key: int, namespace: str, pairs: Mapping[str, str]) -> None:
@@ -39,7 +40,7 @@ def put_attributes(connection: sa.Connection, key: int, namespace: str, pairs: M
 
 def remove_attributes(connection: sa.Connection, key: int) -> None:
     """Takes all pairs of a document out."""
-    connection.execute(_DELETE, {"document": key})
+    _DELETE.run(connection, document=key)
 
 
 def fill_attributes(connection: sa.Connection) -> None:

@@ -267,12 +267,12 @@ class Bank:
                 expected=fingerprint,
                 actual=query.learner_fingerprint[:80],
             )
-        await self._searcher.check_namespace(query.namespace)
         if query.vector:
             check_vector(query.vector, self.identity.embedding_dimension, "vector")
             return np.asarray(query.vector, dtype=np.float32)
         if not query.text:
             return None
+        await self._searcher.check_namespace(query.namespace)  # before the work; a search finds out by itself
         with span("bank.embed"):
             return await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
 

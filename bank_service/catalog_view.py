@@ -10,17 +10,58 @@ import sqlalchemy as sa
 
 from bank_service.documents import Document, Gradient, Hit, StoredDocument
 from bank_service.errors import NotFoundError
+from bank_service.prepared import Prepared, among, listed
 from bank_service.tables import collection, documents, history, horizons, recoding
 from bank_service.wire import limits
 
 MAX_VARIABLES = 500  # in one IN (…); SQLite's own limit was 999 for long
 
 
-_LIVING = sa.select(documents).where(  # built once, for a read with every write
-    documents.c.namespace == sa.bindparam("namespace"),
-    documents.c.id == sa.bindparam("id"),
-    sa.not_(documents.c.deleted),
+def _hits(*more: sa.ColumnElement[str]) -> Prepared:
+    columns = documents.c
+    wanted = (columns.key, columns.id, columns.version, columns.gradient_digest, columns.gradient_bytes)
+    return Prepared(sa.select(*wanted, *more).where(columns.key.in_(among("keys"))))
+
+
+_SEQUENCE = Prepared(sa.select(collection.c.sequence))
+_IN_NAMESPACE = Prepared(sa.select(documents.c.key).where(documents.c.namespace == sa.bindparam("namespace")).limit(1))
+_LIVING = Prepared(
+    sa.select(documents).where(
+        documents.c.namespace == sa.bindparam("namespace"),
+        documents.c.id == sa.bindparam("id"),
+        sa.not_(documents.c.deleted),
+    )
 )
+_KEYS = Prepared(
+    sa.select(documents.c.id, documents.c.key).where(
+        documents.c.namespace == sa.bindparam("namespace"),
+        documents.c.id.in_(among("ids")),
+        sa.not_(documents.c.deleted),
+    )
+)
+_CANDIDATES = Prepared(
+    sa.select(documents.c.key, documents.c.id, documents.c.sequence, documents.c.embedding).where(
+        documents.c.key.in_(among("keys")), sa.not_(documents.c.deleted)
+    )
+)
+_HITS = _hits()
+_HITS_WITH_TEXT = _hits(documents.c.title, documents.c.text)
+_SIZES = [
+    Prepared(
+        sa.select(table.c.gradient_digest, sa.func.max(table.c.gradient_bytes))
+        .where(table.c.gradient_digest.in_(among("digests")))
+        .group_by(table.c.gradient_digest)
+    )
+    for table in (documents, history)
+]
+_NAMESPACES = [
+    Prepared(
+        sa.select(table.c.gradient_digest, table.c.namespace)
+        .where(table.c.gradient_digest.in_(among("digests")))
+        .distinct()
+    )
+    for table in (documents, history)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +117,7 @@ class Totals:
 def to_stored(row: sa.RowMapping) -> StoredDocument:
     document = Document(row["namespace"], row["id"], row["title"], row["text"], json.loads(row["metadata"]))
     gradient = Gradient(
-        row["gradient_digest"], row["gradient_bytes"], row["num_tokens"], row["truncated"], row["embedding"]
+        row["gradient_digest"], row["gradient_bytes"], row["num_tokens"], bool(row["truncated"]), row["embedding"]
     )
     return StoredDocument(row["key"], document, gradient, row["version"], row["sequence"], row["updated_us"])
 
@@ -94,12 +135,12 @@ class CatalogView:
 
     def sequence(self) -> int:
         """Of the last change in this state."""
-        return int(self._connection.execute(sa.select(collection.c.sequence)).scalar_one())
+        (row,) = _SEQUENCE.rows(self._connection)
+        return int(row[0])
 
     def has_namespace(self, namespace: str) -> bool:
         """It has or had a document; the default namespace always exists."""
-        query = sa.select(documents.c.key).where(documents.c.namespace == namespace).limit(1)
-        return namespace == limits.DEFAULT_NAMESPACE or self._connection.execute(query).first() is not None
+        return namespace == limits.DEFAULT_NAMESPACE or bool(_IN_NAMESPACE.rows(self._connection, namespace=namespace))
 
     def check_namespace(self, namespace: str) -> None:
         """NotFoundError for one that never had a document."""
@@ -107,15 +148,12 @@ class CatalogView:
             raise NotFoundError(f"namespace {namespace!r} has no documents", kind="namespace", name=namespace)
 
     def get(self, namespace: str, id: str) -> StoredDocument | None:
-        row = self._connection.execute(_LIVING, {"namespace": namespace, "id": id}).mappings().one_or_none()
+        row = _LIVING.one(self._connection, namespace=namespace, id=id)
         return None if row is None else to_stored(row)
 
     def keys(self, namespace: str, ids: Sequence[str]) -> dict[str, int]:
         """id → key of those that exist. At most MAX_VARIABLES ids."""
-        query = sa.select(documents.c.id, documents.c.key).where(
-            documents.c.namespace == namespace, documents.c.id.in_(ids), sa.not_(documents.c.deleted)
-        )
-        return {row.id: row.key for row in self._connection.execute(query)}
+        return {id: key for id, key in _KEYS.rows(self._connection, namespace=namespace, ids=listed(ids))}
 
     def page(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
         """Up to ``size`` documents after ``after_id`` in order of id (of its UTF-8 bytes)."""
@@ -156,30 +194,20 @@ class CatalogView:
 
     def candidates(self, keys: Sequence[int]) -> list[Candidate]:
         """Those of ``keys`` that are not deleted, in any order. At most MAX_VARIABLES keys."""
-        columns = documents.c
-        query = sa.select(columns.key, columns.id, columns.sequence, columns.embedding).where(
-            columns.key.in_(keys), sa.not_(columns.deleted)
-        )
-        return [Candidate(*row) for row in self._connection.execute(query)]
+        return [Candidate(*row) for row in _CANDIDATES.rows(self._connection, keys=listed(keys))]
 
     def hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:
         """A hit for each key in ``scores``, in its order; all must be in ``candidates``."""
-        columns = documents.c
-        wanted = [columns.key, columns.id, columns.version, columns.gradient_digest, columns.gradient_bytes]
-        if include_text:
-            wanted += [columns.title, columns.text]
-        query = sa.select(*wanted).where(columns.key.in_(list(scores)))
-        rows = {row[0]: row for row in self._connection.execute(query)}
+        read = _HITS_WITH_TEXT if include_text else _HITS
+        rows = {row[0]: row for row in read.rows(self._connection, keys=listed(scores))}
         found = [(rows[key], score) for key, score in scores.items()]
         return [Hit(row[1], row[2], score.value, score.cosine, *row[3:]) for row, score in found]
 
     def gradient_sizes(self, digests: Sequence[str]) -> dict[str, int]:
         """digest → bytes of those that a document has or had. At most MAX_VARIABLES digests."""
         found: dict[str, int] = {}
-        for table in (documents, history):
-            digest = table.c.gradient_digest
-            query = sa.select(digest, sa.func.max(table.c.gradient_bytes)).where(digest.in_(digests)).group_by(digest)
-            found.update({name: int(size) for name, size in self._connection.execute(query)})
+        for read in _SIZES:
+            found.update({name: int(size) for name, size in read.rows(self._connection, digests=listed(digests))})
         return found
 
     def gradients(self, after_digest: str, limit: int) -> dict[str, int]:
@@ -214,9 +242,8 @@ class CatalogView:
     def gradient_namespaces(self, digests: Sequence[str]) -> dict[str, set[str]]:
         """digest → the namespaces whose documents have or had it. At most MAX_VARIABLES digests."""
         found: dict[str, set[str]] = {}
-        for columns in (documents.c, history.c):
-            query = sa.select(columns.gradient_digest, columns.namespace).where(columns.gradient_digest.in_(digests))
-            for digest, namespace in self._connection.execute(query.distinct()):
+        for read in _NAMESPACES:
+            for digest, namespace in read.rows(self._connection, digests=listed(digests)):
                 found.setdefault(digest, set()).add(namespace)
         return found
 

@@ -15,14 +15,19 @@ from bank_service.catalog_view import to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult, StoredDocument
 from bank_service.errors import NotFoundError, VersionConflictError
 from bank_service.lexical import put_words, remove_words
+from bank_service.prepared import Prepared
 from bank_service.tables import collection, documents
 
-# Built once: to build a statement and its cache key costs SQLAlchemy more than SQLite takes to run it.
-_CURRENT = sa.select(documents).where(
-    documents.c.namespace == sa.bindparam("namespace"), documents.c.id == sa.bindparam("id")
+_CURRENT = Prepared(
+    sa.select(documents).where(documents.c.namespace == sa.bindparam("namespace"), documents.c.id == sa.bindparam("id"))
 )
-_NEXT_SEQUENCE = sa.update(collection).values(sequence=collection.c.sequence + 1).returning(collection.c.sequence)
-_INSERT = sa.insert(documents).returning(documents.c.key)
+_NEXT_SEQUENCE = Prepared(
+    sa.update(collection).values(sequence=collection.c.sequence + 1).returning(collection.c.sequence)
+)
+_INSERT = Prepared(
+    sa.insert(documents).returning(documents.c.key),
+    [column.name for column in documents.c if column.name != "key"],
+)
 _UPDATE = sa.update(documents).where(documents.c.key == sa.bindparam("row_key"))
 
 
@@ -68,8 +73,8 @@ def put_document(
         "embedding": gradient.embedding,
     }
     if row is None:
-        new = {"namespace": document.namespace, "id": document.id, **values}
-        key = int(connection.execute(_INSERT, new).scalar_one())
+        (created,) = _INSERT.rows(connection, namespace=document.namespace, id=document.id, **values)
+        key = int(created[0])
     else:
         key = row["key"]
         connection.execute(_UPDATE, {"row_key": key, **values})
@@ -131,7 +136,7 @@ def document_not_found(namespace: str, id: str) -> NotFoundError:
 
 
 def _current(connection: sa.Connection, namespace: str, id: str) -> sa.RowMapping | None:
-    return connection.execute(_CURRENT, {"namespace": namespace, "id": id}).mappings().one_or_none()
+    return _CURRENT.one(connection, namespace=namespace, id=id)
 
 
 def _check_version(row: sa.RowMapping | None, namespace: str, id: str, expected: int | None) -> None:
@@ -141,7 +146,8 @@ def _check_version(row: sa.RowMapping | None, namespace: str, id: str, expected:
 
 
 def _next_sequence(connection: sa.Connection) -> int:
-    return int(connection.execute(_NEXT_SEQUENCE).scalar_one())
+    (row,) = _NEXT_SEQUENCE.rows(connection)
+    return int(row[0])
 
 
 def _empty(connection: sa.Connection, row: sa.RowMapping) -> int:

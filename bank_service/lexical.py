@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from bank_service.attributes import holds
 from bank_service.embedder import embedded_text
 from bank_service.filters import Condition
+from bank_service.prepared import Prepared
 from bank_service.tables import documents, metadata
 
 MAX_WORDS = 128  # different words of a query that count; each is a list of documents to go through
@@ -32,8 +33,8 @@ lexical_spaces = sa.Table(
     sa.Column("num_removed", sa.Integer, nullable=False),  # documents whose words are still in the table's segments
 )
 
-_NUMBER = sa.select(lexical_spaces.c.number).where(lexical_spaces.c.namespace == sa.bindparam("namespace"))
-_COUNT_REMOVED = (
+_NUMBER = Prepared(sa.select(lexical_spaces.c.number).where(lexical_spaces.c.namespace == sa.bindparam("namespace")))
+_COUNT_REMOVED = Prepared(
     sa.update(lexical_spaces)
     .where(lexical_spaces.c.namespace == sa.bindparam("space"))
     .values(num_removed=lexical_spaces.c.num_removed + 1)
@@ -52,7 +53,7 @@ def remove_words(connection: sa.Connection, key: int, namespace: str, title: str
     table = _table(connection, namespace)
     values = (key, embedded_text(title, text))
     connection.exec_driver_sql(f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
-    connection.execute(_COUNT_REMOVED, {"space": namespace})
+    _COUNT_REMOVED.run(connection, space=namespace)
 
 
 def fill_words(connection: sa.Connection) -> None:
@@ -125,8 +126,8 @@ def _expression(text: str) -> str:
 
 
 def _table(connection: sa.Connection, namespace: str) -> str | None:
-    number = connection.execute(_NUMBER, {"namespace": namespace}).scalar_one_or_none()
-    return None if number is None else _name(number)
+    row = _NUMBER.one(connection, namespace=namespace)
+    return None if row is None else _name(row["number"])
 
 
 def _name(number: int) -> str:

@@ -32,8 +32,10 @@ class PastRetriever:
         self._exact_below = exact_below
 
     def check(self, query: Query) -> None:
-        """InvalidArgumentError for a sequence to come; OutOfRangeError for one that is no longer known."""
+        """InvalidArgumentError for a sequence to come; OutOfRangeError for one that is no longer known; NotFoundError
+        for a namespace that never had a document."""
         with self._catalog.view() as view:
+            view.check_namespace(query.namespace)
             _as_of(view, query)
 
     def search(self, query: Query, vector: FloatArray | None) -> QueryResult:

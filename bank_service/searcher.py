@@ -27,7 +27,7 @@ MESSAGE_RESERVE_BYTES = 256 * 2**10  # ids, digests, scores and framing of 64 hi
 class _Attempt:
     result: QueryResult
     is_stale: bool  # a document found had changed since the index was read
-    newest_sequence: int  # of the catalog
+    newest_sequence: int  # of the catalog, where it matters
 
 
 class Searcher:
@@ -113,16 +113,20 @@ class Searcher:
         indexed = self._follower.sequence
         with span("catalog.read"), self._catalog.view() as view:
             found = self._retriever.find(view, query, vector, indexed)
+            if not found.scores:
+                view.check_namespace(query.namespace)
             hits = tuple(view.hits(found.scores, query.include_text))
+            newest = view.sequence() if found.is_stale or query.conditions else found.sequence
             # Where a filter was read from the view before the index was searched, the index may be ahead of the view.
-            is_ahead = bool(query.conditions) and self._follower.sequence > view.sequence()
-            return _Attempt(QueryResult(hits, {}, found.sequence), found.is_stale or is_ahead, view.sequence())
+            is_ahead = bool(query.conditions) and self._follower.sequence > newest
+            return _Attempt(QueryResult(hits, {}, found.sequence), found.is_stale or is_ahead, newest)
 
     def _named(self, query: Query) -> QueryResult:
         with self._catalog.view() as view:
             keys = view.keys(query.namespace, query.document_ids)
             for id in query.document_ids:
                 if id not in keys:
+                    view.check_namespace(query.namespace)
                     raise document_not_found(query.namespace, id)
             hits = view.hits({keys[id]: Score(1.0, 1.0) for id in query.document_ids}, query.include_text)
             return QueryResult(tuple(hits), {}, view.sequence())

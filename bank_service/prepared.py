@@ -1,0 +1,55 @@
+"""Statements compiled once.
+
+SQLAlchemy builds a statement, its cache key and its result's description for each call, which takes it several times
+as long as SQLite takes to answer a query by key. What runs with every query or write is built with it too, but
+compiled when the module is loaded, and its text handed to the driver.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+
+
+class Prepared:
+    """``Prepared(statement).rows(connection, name=value)`` for each ``bindparam`` of the statement.
+
+    Values must be as the driver takes and gives them: no column type converts them.
+    """
+
+    def __init__(self, statement: sa.Select[Any] | sa.sql.dml.UpdateBase, columns: Sequence[str] | None = None) -> None:
+        """``columns``: that an INSERT or UPDATE sets, where its ``values`` don't say; each is a parameter."""
+        compiled = statement.compile(dialect=sqlite.dialect(), column_keys=columns)
+        self._sql = str(compiled)
+        self._names: tuple[str, ...] = tuple(compiled.positiontup or ())
+        self._constants: Mapping[str, Any] = {
+            name: value for name, value in compiled.params.items() if type(value) in (int, str)
+        }
+
+    def rows(self, connection: sa.Connection, **values: Any) -> Sequence[Any]:
+        return self._run(connection, values).all()
+
+    def one(self, connection: sa.Connection, **values: Any) -> sa.RowMapping | None:
+        """The only row, or None."""
+        return self._run(connection, values).mappings().one_or_none()
+
+    def run(self, connection: sa.Connection, **values: Any) -> None:
+        """For a statement without rows."""
+        self._run(connection, values)
+
+    def _run(self, connection: sa.Connection, values: Mapping[str, Any]) -> sa.CursorResult[Any]:
+        given = {**self._constants, **values}
+        return connection.exec_driver_sql(self._sql, tuple([given[name] for name in self._names]))
+
+
+def among(name: str) -> sa.Select[Any]:
+    """For ``column.in_(among(name))``: the values of a list that is one parameter, made by ``listed``."""
+    return sa.select(sa.column("value")).select_from(sa.func.json_each(sa.bindparam(name)).table_valued("value"))
+
+
+def listed(values: Iterable[str] | Iterable[int]) -> str:
+    return json.dumps(list(values))
