@@ -33,7 +33,9 @@ from tests.house.settings_table import with_tables
 
 ROOT = README.parent
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
-RUN = {"bank", "server", "ingest", "curl", "openai", "grpc", "export", "eval", "load", "vllm_bench", "questions"}
+RUN = {
+    "bank", "server", "ingest", "curl", "openai", "grpc", "backup", "export", "eval", "load", "vllm_bench", "questions",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,9 @@ class House:
         code = example.code.replace(BANK, self.bank).replace(SERVER, self.server)
         if example.language == "sh":
             # The command line's default bank is the README's; every command that talks to one takes --bank.
-            code = re.sub(r"^(regrad (?:ingest|query|export) .*)$", rf"\1 --bank {self.bank}", code, flags=re.MULTILINE)
+            code = re.sub(
+                r"^(regrad (?:ingest|query|snapshot|export) .*)$", rf"\1 --bank {self.bank}", code, flags=re.MULTILINE
+            )
             command = ["bash", "-euc", code.replace("regrad_vllm/", f"{ROOT}/regrad_vllm/")]
         else:
             command = [sys.executable, "-c", code]
@@ -120,6 +124,16 @@ def test_the_example_of_the_bank_stores_finds_and_deletes(house: House, tmp_path
     lines = house.run("grpc", tmp_path).splitlines()
     assert re.fullmatch(r"harbour 1 [0-9a-f]{64}", lines[0])
     assert lines[1].startswith("harbour 0.")
+
+
+@pytest.mark.timeout(300)
+def test_the_example_of_the_backup_makes_another_bank_of_the_same_documents(house: House, tmp_path: Path) -> None:
+    house.run("ingest", tmp_path)
+    house.run("backup", tmp_path)
+    num_restored = len(list((tmp_path / "bank-restored" / "blobs").glob("[0-9a-f][0-9a-f]/*")))
+    with grpc.insecure_channel(house.bank) as channel:
+        stats = bank_pb2_grpc.BankServiceStub(channel).GetStats(bank_pb2.GetStatsRequest())
+    assert num_restored == stats.num_gradients >= 60
 
 
 @pytest.mark.timeout(300)
