@@ -126,7 +126,7 @@ def test_the_example_of_the_bank_stores_finds_and_deletes(house: House, tmp_path
     assert lines[1].startswith("harbour 0.")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_example_of_the_backup_makes_another_bank_of_the_same_documents(house: House, tmp_path: Path) -> None:
     house.run("ingest", tmp_path)
     house.run("backup", tmp_path)
