@@ -246,7 +246,7 @@ def check_vector(vector: Sequence[float], dimension: int, field: str) -> None:
         raise InvalidArgumentError(
             f"{field} must have the embedder's {dimension} dimensions, got {len(vector)}", field=field
         )
-    norm = math.sqrt(sum(value * value for value in vector))
+    norm = math.hypot(*vector)
     if not (math.isfinite(norm) and norm > 1e-12):
         raise InvalidArgumentError(f"{field} must be finite and not zero, got a norm of {norm}", field=field)
 

@@ -131,7 +131,8 @@ def candidates_of(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate
 def cosines_of(candidates: dict[int, Candidate], vector: FloatArray) -> dict[int, float]:
     if not candidates:
         return {}
-    vectors = np.stack([np.frombuffer(candidate.embedding, dtype="<f4") for candidate in candidates.values()])
+    joined = b"".join([candidate.embedding for candidate in candidates.values()])
+    vectors = np.frombuffer(joined, dtype="<f4").reshape(len(candidates), -1)
     # Not by ``@``, whose last bits depend on where a row stands: a score must be the same whatever else is compared.
     cosines = np.clip(np.einsum("ij,j->i", vectors, unit(vector)), -1.0, 1.0)
     return dict(zip(candidates, cosines.tolist(), strict=True))
