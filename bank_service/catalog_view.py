@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from bank_service.documents import Document, Gradient, Hit, StoredDocument
 from bank_service.errors import NotFoundError
 from bank_service.prepared import Prepared, among, listed
+from bank_service.quota import all_usage
 from bank_service.tables import collection, documents, history, horizons, recoding
 from bank_service.wire import limits
 
@@ -40,9 +41,15 @@ _KEYS = Prepared(
     )
 )
 _CANDIDATES = Prepared(
-    sa.select(documents.c.key, documents.c.id, documents.c.sequence, documents.c.embedding).where(
-        documents.c.key.in_(among("keys")), sa.not_(documents.c.deleted)
-    )
+    sa.select(
+        documents.c.key,
+        documents.c.id,
+        documents.c.sequence,
+        documents.c.embedding,
+        documents.c.version,
+        documents.c.gradient_digest,
+        documents.c.gradient_bytes,
+    ).where(documents.c.key.in_(among("keys")), sa.not_(documents.c.deleted))
 )
 _HITS = _hits()
 _HITS_WITH_TEXT = _hits(documents.c.title, documents.c.text)
@@ -76,12 +83,19 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What a query needs to rank a document."""
+    """What a query needs to rank a document, and what its hit says of it."""
 
     key: int
     id: str
     sequence: int
     embedding: bytes
+    version: int
+    gradient_digest: str
+    gradient_bytes: int
+
+    def hit(self, score: Score) -> Hit:
+        """Without title and text."""
+        return Hit(self.id, self.version, score.value, score.cosine, self.gradient_digest, self.gradient_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,10 +263,7 @@ class CatalogView:
 
     def totals(self, may_see: Callable[[str], bool] | None = None) -> Totals:
         """Of all namespaces, or of those that a caller may see as if there were no others."""
-        columns = documents.c
-        alive = sa.func.sum(sa.case((columns.deleted, 0), else_=1))
-        spaces = sa.select(columns.namespace, alive).group_by(columns.namespace).order_by(columns.namespace)
-        counts = {name: int(count) for name, count in self._connection.execute(spaces)}
+        counts = {name: used.num_documents for name, used in all_usage(self._connection).items()}
         if may_see is not None:
             counts = {name: count for name, count in counts.items() if may_see(name)}
 
@@ -260,24 +271,22 @@ class CatalogView:
             return sa.true() if may_see is None else table.c.namespace.in_(list(counts))
 
         # A gradient counts once, however many documents and past versions have it.
-        named = sa.union_all(
-            *(
-                sa.select(table.c.gradient_digest, table.c.gradient_bytes).where(
-                    table.c.gradient_digest.is_not(None), seen(table)
-                )
-                for table in (documents, history)
-            )
-        ).subquery()
-        each = sa.select(sa.func.max(named.c.gradient_bytes).label("size")).group_by(named.c.gradient_digest).subquery()
-        sizes = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
-        num_gradients, gradient_bytes = self._connection.execute(sizes).one()
+        now, before = documents.c, history.c
+        named = sa.exists().where(now.gradient_digest == before.gradient_digest, seen(documents))
+        num_gradients = gradient_bytes = 0
+        for table, chosen in ((documents, now.gradient_digest.is_not(None)), (history, sa.not_(named))):
+            digest, size = table.c.gradient_digest, sa.func.max(table.c.gradient_bytes).label("size")
+            each = sa.select(size).where(chosen, seen(table)).group_by(digest).subquery()
+            sums = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
+            count, total = self._connection.execute(sums).one()
+            num_gradients, gradient_bytes = num_gradients + int(count), gradient_bytes + int(total)
         past = sa.select(sa.func.count()).select_from(history).where(seen(history))
         oldest = sa.select(sa.func.coalesce(sa.func.max(horizons.c.sequence), 0)).where(seen(horizons))
         default = {limits.DEFAULT_NAMESPACE: 0} if may_see is None or may_see(limits.DEFAULT_NAMESPACE) else {}
         return Totals(
             {**default, **counts},
-            int(num_gradients),
-            int(gradient_bytes),
+            num_gradients,
+            gradient_bytes,
             int(self._connection.execute(past).scalar_one()),
             int(self._connection.execute(oldest).scalar_one()),
         )

@@ -101,7 +101,16 @@ def candidates(
     last = as_of
     while True:
         query = (
-            sa.select(columns.began, columns.id, columns.ended, columns.metadata, columns.embedding)
+            sa.select(
+                columns.began,
+                columns.id,
+                columns.ended,
+                columns.metadata,
+                columns.embedding,
+                columns.version,
+                columns.gradient_digest,
+                columns.gradient_bytes,
+            )
             .where(columns.namespace == namespace, columns.ended > last, columns.began <= as_of)
             .order_by(columns.ended)
             .limit(BATCH)
@@ -111,7 +120,18 @@ def candidates(
             return
         last = rows[-1].ended
         matching = [row for row in rows if _matches(row.metadata, conditions)]
-        yield [Candidate(row.began, row.id, row.began, row.embedding) for row in matching]
+        yield [
+            Candidate(
+                row.began,
+                row.id,
+                row.began,
+                row.embedding,
+                row.version,
+                row.gradient_digest,
+                row.gradient_bytes,
+            )
+            for row in matching
+        ]
 
 
 def named(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: int) -> dict[str, int]:

@@ -61,10 +61,15 @@ class IndexFollower:
         self._task = asyncio.create_task(self._follow(), name="bank-index-follower")
 
     async def stop(self) -> None:
-        """Ends following and saves a snapshot."""
+        """Ends following, catches up with what the catalog has by then and saves a snapshot."""
         if self._task is not None:
             await cancelled(self._task)
             self._task = None
+            try:
+                while await self._step():
+                    pass
+            except Exception:  # nothing is lost; the next start applies it
+                logger.exception("the index can't follow the catalog to its end; the next start goes on from there")
             await in_thread(self._pool, self._save)
 
     def wake(self) -> None:

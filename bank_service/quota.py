@@ -76,6 +76,12 @@ def usage(connection: sa.Connection, namespace: str) -> Usage:
     return Usage() if row is None else Usage(*map(int, row))
 
 
+def all_usage(connection: sa.Connection) -> dict[str, Usage]:
+    """By namespace, in order, also of those that lost their last document."""
+    rows = connection.exec_driver_sql("SELECT namespace, num_documents, num_bytes FROM namespace_usage ORDER BY 1")
+    return {name: Usage(int(num_documents), int(num_bytes)) for name, num_documents, num_bytes in rows}
+
+
 @contextmanager
 def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits) -> Iterator[None]:
     """Around a write: QuotaExceededError where it takes the namespace further above a limit; roll it back then.

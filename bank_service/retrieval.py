@@ -33,6 +33,7 @@ class Found:
     """The documents that answer a query, as they stand in a view."""
 
     scores: dict[int, Score]  # by key, best first
+    candidates: dict[int, Candidate]  # by key, those of ``scores`` among them
     sequence: int  # of the state that was searched
     is_stale: bool  # a document proposed had changed since the index was read
 
@@ -69,7 +70,7 @@ class Retriever:
             values = _fused([nearest[:depth], list(words)])
         best = sorted(values, key=lambda key: (-values[key], candidates[key].id))[: query.top_k]
         scores = {key: Score(values[key], cosines[key]) for key in best if cosines[key] >= query.min_score}
-        return Found(scores, sequence, is_stale)
+        return Found(scores, candidates, sequence, is_stale)
 
     def _dense(
         self, view: CatalogView, query: Query, vector: FloatArray, indexed: int, depth: int

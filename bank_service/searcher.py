@@ -115,7 +115,10 @@ class Searcher:
             found = self._retriever.find(view, query, vector, indexed)
             if not found.scores:
                 view.check_namespace(query.namespace)
-            hits = tuple(view.hits(found.scores, query.include_text))
+            if query.include_text:
+                hits = tuple(view.hits(found.scores, include_text=True))
+            else:
+                hits = tuple(found.candidates[key].hit(score) for key, score in found.scores.items())
             newest = view.sequence() if found.is_stale or query.conditions else found.sequence
             # Where a filter was read from the view before the index was searched, the index may be ahead of the view.
             is_ahead = bool(query.conditions) and self._follower.sequence > newest

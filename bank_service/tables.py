@@ -31,7 +31,7 @@ documents = sa.Table(
     sa.Column("deleted", sa.Boolean, nullable=False),
     sa.Column("updated_us", sa.BigInteger, nullable=False),
     sa.Column("content_digest", sa.Text),
-    sa.Column("gradient_digest", sa.Text, index=True),
+    sa.Column("gradient_digest", sa.Text),
     sa.Column("gradient_bytes", sa.BigInteger, nullable=False),
     sa.Column("num_tokens", sa.Integer, nullable=False),
     sa.Column("truncated", sa.Boolean, nullable=False),
@@ -43,6 +43,8 @@ documents = sa.Table(
     sa.UniqueConstraint("namespace", "id"),
     sa.Index("documents_by_sequence", "sequence", unique=True),
     sa.Index("documents_by_namespace", "namespace", "sequence"),
+    # All that is asked of a gradient: a row is read for none of it.
+    sa.Index("documents_by_gradient", "gradient_digest", "namespace", "gradient_bytes"),
     sqlite_autoincrement=True,
 )
 
@@ -64,7 +66,7 @@ history = sa.Table(
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("updated_us", sa.BigInteger, nullable=False),
     sa.Column("content_digest", sa.Text, nullable=False),
-    sa.Column("gradient_digest", sa.Text, nullable=False, index=True),
+    sa.Column("gradient_digest", sa.Text, nullable=False),
     sa.Column("gradient_bytes", sa.BigInteger, nullable=False),
     sa.Column("num_tokens", sa.Integer, nullable=False),
     sa.Column("truncated", sa.Boolean, nullable=False),
@@ -75,6 +77,7 @@ history = sa.Table(
     sa.Column("text", sa.Text, nullable=False),  # last: SQLite reads a row from its start
     sa.Index("history_by_namespace", "namespace", "ended", "began"),
     sa.Index("history_by_time", "ended_us"),
+    sa.Index("history_by_gradient", "gradient_digest", "namespace", "gradient_bytes"),
 )
 
 horizons = sa.Table(  # of namespaces that lost a version: the oldest sequence whose state is known

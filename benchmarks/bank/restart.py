@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from bank_service.config import BankConfig
+from bank_service.index_follower import SNAPSHOT_SHARE
 from benchmarks.bank.build import touch
 from benchmarks.bank.corpus import BLOCK, Corpus
 from benchmarks.bank.server import BankProcess, running_bank
 from tests.bank.client import Client
+
+MAX_UNSAVED = 20_000  # two minutes of writing; more takes as much longer
 
 
 def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[str, Any]:
@@ -21,8 +24,7 @@ def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[s
     question = corpus.questions(1)[0].vector
     with running_bank(data_dir, *flags) as process:
         clean = _answered(process, question)
-        # At most just before the bank would save a snapshot of its index by itself.
-        unsaved = min(BankConfig(data_dir=data_dir).snapshot_every * 9 // 10, max(corpus.num_documents // 10, BLOCK))
+        unsaved = min(MAX_UNSAVED, max(_unsaved_at_most(data_dir, corpus.num_documents) * 9 // 10, BLOCK))
         asyncio.run(touch(process, corpus, unsaved, f"at {time.time()}"))
         process.kill()
     with running_bank(data_dir, *flags) as process:
@@ -33,6 +35,11 @@ def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[s
         "after_kill": {**killed, "unsaved_changes": unsaved},
         "stop_seconds": round(stop_seconds, 2),
     }
+
+
+def _unsaved_at_most(data_dir: Path, num_vectors: int) -> int:
+    """Changes after which the bank saves a snapshot of its index by itself."""
+    return max(BankConfig(data_dir=data_dir).snapshot_every, int(SNAPSHOT_SHARE * num_vectors))
 
 
 def _answered(process: BankProcess, vector: np.ndarray) -> dict[str, Any]:

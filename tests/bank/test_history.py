@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from bank_service import history, history_cleaner
 from bank_service.bank import Bank
@@ -264,6 +265,8 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
     with closing(sqlite3.connect(path)) as connection:
         for table in ("history", "horizons"):
             connection.execute(f"DROP TABLE {table}")
+        connection.execute("DROP INDEX documents_by_gradient")
+        connection.execute("CREATE INDEX ix_documents_gradient_digest ON documents (gradient_digest)")
         connection.execute("UPDATE collection SET schema_version = 2")
         connection.commit()
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
@@ -272,11 +275,30 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
         catalog = Catalog(path, IDENTITY, keeps_history=True)
         with catalog.view() as view:
             found = {name: history.horizon(view.connection, name) for name in ("new", "changed", "emptied", "none")}
+            indexes = {index["name"] for index in sa.inspect(view.connection).get_indexes("documents")}
         assert found == {"new": 0, "changed": 7, "emptied": 8, "none": 0}
+        assert indexes == {"documents_by_gradient", "documents_by_namespace", "documents_by_sequence"}
         catalog.close()
     catalog = Catalog(path, IDENTITY, keeps_history=True)
     catalog.put(document("a", "third", namespace="changed"), gradient("2"), None).result()
     with catalog.view() as view:
         assert history.named(view.connection, "changed", ["a", "c"], 9) == {"a": 7, "c": 9}
     assert counted(path)["changed"] == (3, sum(100 + len(text) for text in ("third", "text", "text", "other")))
+    catalog.close()
+
+
+def test_a_gradient_counts_once_whoever_has_and_had_it(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+    for namespace, id, digit in (("one", "a", "0"), ("one", "b", "0"), ("two", "a", "0"), ("two", "b", "1")):
+        catalog.put(document(id, namespace=namespace), gradient(digit), None).result()
+    catalog.put(document("b", "later", namespace="two"), gradient("2"), None).result()
+    catalog.put(document("b", "last", namespace="two"), gradient("0"), None).result()
+    catalog.delete("one", "a", None).result()
+    seen: list[Callable[[str], bool] | None] = [None, "one".__eq__, "two".__eq__, "none".__eq__]
+    with catalog.view() as view:
+        totals = [view.totals(may_see) for may_see in seen]
+    assert [item.num_gradients for item in totals] == [3, 1, 3, 0]
+    assert [item.gradient_bytes for item in totals] == [300, 100, 300, 0]
+    assert [item.num_past_versions for item in totals] == [3, 1, 2, 0]
+    assert [item.num_documents for item in totals] == [{"default": 0, "one": 1, "two": 2}, {"one": 1}, {"two": 2}, {}]
     catalog.close()

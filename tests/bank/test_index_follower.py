@@ -113,3 +113,18 @@ async def test_a_follower_that_stops_saves_after_what_it_had_under_way_and_not_b
     assert again.sequence == sequence
     await again.stop()
     catalog.close()
+
+
+@pytest.mark.asyncio
+async def test_a_follower_that_stops_leaves_nothing_for_the_next_start(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    index = UsearchIndex(IDENTITY.embedding_dimension)
+    follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1000)
+    await follower.start()
+    sequence = catalog.put(document(), gradient(), None).result().stored.sequence  # of which nobody has told it
+    await follower.stop()
+    saved = UsearchIndex(IDENTITY.embedding_dimension)
+    assert saved.load(tmp_path / "index", catalog.collection_id) == follower.sequence == sequence
+    catalog.close()
