@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -43,9 +44,14 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
 
 @contextmanager
 def span(name: str, parent: otel_context.Context | None = None, /, **attributes: Attribute) -> Iterator[trace.Span]:
-    """A span around the block, child of ``parent`` or of the current one; an exception marks it failed."""
+    """A span around the block, child of ``parent`` or of the current one; an exception marks it failed, also the one
+    that cancels it."""
     with trace.get_tracer(TRACER).start_as_current_span(name, context=parent, attributes=attributes) as current:
-        yield current
+        try:
+            yield current
+        except asyncio.CancelledError:  # to OpenTelemetry no failure
+            current.set_status(trace.StatusCode.ERROR, "CANCELLED")
+            raise
 
 
 def inject(metadata: Iterable[tuple[str, str]] = ()) -> list[tuple[str, str]]:
