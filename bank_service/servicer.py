@@ -132,6 +132,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                 gradient_digest=stored.gradient.digest,
                 num_tokens=stored.gradient.num_tokens,
                 truncated=stored.gradient.truncated,
+                sequence=stored.sequence,
             )
             response.updated_at.FromMicroseconds(stored.updated_us)
             return response
