@@ -44,7 +44,8 @@ class BankConfig:
     max_calls: int = 1024  # in progress, of all kinds together; more are refused
     max_ingests: int = 64  # streams in progress; more are refused
     max_queries: int = 256  # in progress or waiting; more are refused
-    ingest_idle_seconds: float = 300.0  # an ingest stream with nothing under way that sends nothing for so long ends
+    ingest_idle_seconds: float = 300.0  # an ingest stream, nothing under way, that sends or reads nothing so long ends
+    unread_seconds: float = 300.0  # of fetch, snapshot, recode: ends where its client reads no answer for so long
 
     @property
     def is_loopback(self) -> bool:
@@ -101,6 +102,7 @@ class BankConfig:
             ("max_ingests", 1, 2**20),
             ("max_queries", 1, 2**20),
             ("ingest_idle_seconds", 0.1, 86_400),
+            ("unread_seconds", 0.1, 86_400),
         ):
             value = getattr(self, name)
             # Not "value < low": NaN must fail too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from bank_service.documents import PutResult
@@ -48,7 +48,9 @@ class Patience:
                 ) from None
 
 
-async def acknowledge_in_order(puts: AsyncIterator[Put], window: int, patience: Patience) -> AsyncIterator[PutResult]:
+async def acknowledge_in_order(
+    puts: AsyncIterator[Put], window: int, patience: Patience
+) -> AsyncGenerator[PutResult, None]:
     """Results of ``puts`` in order, up to ``window`` running at once.
 
     The first error, of a put or of ``puts`` itself, is raised in its turn, after the results before it; it

@@ -133,9 +133,12 @@ class BankServer:
         ]
         # Beyond what admission refuses with a reason, gRPC refuses before it reads anything.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._config.max_calls + _SPARE_CALLS)
-        admission = Admission(self._config, self._limits_of)
+        config = self._config
+        admission = Admission(config, self._limits_of)
         authority = Authority(self._tokens)
-        servicer = BankServicer(bank, self._metrics, authority, admission, self._config.ingest_idle_seconds)
+        servicer = BankServicer(
+            bank, self._metrics, authority, admission, config.ingest_idle_seconds, config.unread_seconds
+        )
         bank_pb2_grpc.add_BankServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)

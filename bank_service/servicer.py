@@ -7,10 +7,10 @@ import base64
 import binascii
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
@@ -22,16 +22,17 @@ from bank_service.errors import BankError, InternalError, InvalidArgumentError
 from bank_service.ingest_stream import Patience, acknowledge_in_order, uploads
 from bank_service.metrics import BankMetrics
 from bank_service.query_messages import check_batch, queries_of, query_of, response_of
+from bank_service.recode import RecodeProgress
+from bank_service.sending import Context, end_with, send
 from bank_service.snapshot import Progress
 from bank_service.wire import limits
-from bank_service.wire.errors import abort, status_code
+from bank_service.wire.errors import status_code
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
 from bank_service.wire.tracing import extract, span
 
 logger = logging.getLogger(__name__)
 
-Context: TypeAlias = "grpc.aio.ServicerContext"
 DOCUMENT_WINDOW = 32  # documents of one stream under way
 UPLOAD_WINDOW_BYTES = 32 * 2**20  # of records, of one stream under way
 
@@ -46,11 +47,19 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     """The bank's methods on the wire. Streams are written to by hand, so that each call stays in one task."""
 
     def __init__(
-        self, bank: Bank, metrics: BankMetrics, authority: Authority, admission: Admission, idle_seconds: float
+        self,
+        bank: Bank,
+        metrics: BankMetrics,
+        authority: Authority,
+        admission: Admission,
+        idle_seconds: float,
+        unread_seconds: float,
     ) -> None:
-        """``idle_seconds``: of an ingest stream whose client does nothing."""
+        """``idle_seconds``: of an ingest stream whose client does nothing; ``unread_seconds``: of another stream whose
+        client does not read."""
         self._bank = bank
         self._idle_seconds = idle_seconds
+        self._unread_seconds = unread_seconds
         self._metrics = metrics
         self._authority = authority
         self._admission = admission
@@ -68,8 +77,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
 
         async with self._answering(context, "IngestDocuments") as call:
             call.caller.check_anywhere(Scope.WRITE)
-            async for result in acknowledge_in_order(puts(call), DOCUMENT_WINDOW, patience):
-                await context.write(_ingested(result))
+            await self._acknowledge(context, acknowledge_in_order(puts(call), DOCUMENT_WINDOW, patience))
 
     async def IngestGradients(
         self, request_iterator: AsyncIterator[pb.IngestGradientsRequest], context: Context
@@ -86,8 +94,18 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
         async with self._answering(context, "IngestGradients") as call:
             call.caller.check_anywhere(Scope.WRITE)
             window = min(DOCUMENT_WINDOW, max(2, UPLOAD_WINDOW_BYTES // self._bank.max_upload_bytes))
-            async for result in acknowledge_in_order(puts(call), window, patience):
-                await context.write(_ingested(result))
+            await self._acknowledge(context, acknowledge_in_order(puts(call), window, patience))
+
+    async def _acknowledge(self, context: Context, results: AsyncGenerator[PutResult, None]) -> None:
+        index = 0
+        async with aclosing(results):
+            async for result in results:
+                try:
+                    await send(context, _ingested(result), self._idle_seconds, "ingest_idle_seconds")
+                except BankError as error:
+                    error.index = index
+                    raise
+                index += 1
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context) -> pb.DeleteDocumentResponse:
         async with self._answering(context, "DeleteDocument") as call:
@@ -114,6 +132,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
                 gradient_digest=stored.gradient.digest,
                 num_tokens=stored.gradient.num_tokens,
                 truncated=stored.gradient.truncated,
+                sequence=stored.sequence,
             )
             response.updated_at.FromMicroseconds(stored.updated_us)
             return response
@@ -163,9 +182,10 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             async for digest, record in self._bank.fetch(list(request.digests), may_read, call.enter):
                 for offset in range(0, len(record), limits.MAX_CHUNK_BYTES):
                     chunk = record[offset : offset + limits.MAX_CHUNK_BYTES]
-                    await context.write(
-                        pb.FetchGradientsResponse(digest=digest, record_bytes=len(record), offset=offset, chunk=chunk)
+                    part = pb.FetchGradientsResponse(
+                        digest=digest, record_bytes=len(record), offset=offset, chunk=chunk
                     )
+                    await self._send(context, part)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
         async with self._answering(context, "GetStats") as call:
@@ -199,22 +219,17 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             call.check(Scope.ADMIN, ALL_NAMESPACES)
             async with aclosing(self._bank.snapshot(request.target)) as snapshot:
                 async for progress in snapshot:
-                    await context.write(_snapshot_progress(progress))
+                    await self._send(context, _snapshot_progress(progress))
 
     async def RecodeCollection(self, request: pb.RecodeCollectionRequest, context: Context) -> None:
         async with self._answering(context, "RecodeCollection") as call:
             call.check(Scope.ADMIN, ALL_NAMESPACES)
             async with aclosing(self._bank.recode(request.codec)) as recoding:
                 async for progress in recoding:
-                    await context.write(
-                        pb.RecodeCollectionResponse(
-                            num_documents=progress.num_documents,
-                            num_done=progress.num_done,
-                            num_recoded=progress.num_recoded,
-                            num_failed=progress.num_failed,
-                            finished=progress.finished,
-                        )
-                    )
+                    await self._send(context, _recode_progress(progress))
+
+    async def _send(self, context: Context, answer: Any) -> None:
+        await send(context, answer, self._unread_seconds, "unread_seconds")
 
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Call]:
@@ -229,14 +244,14 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             code = status_code(error)
             if isinstance(error, InternalError):
                 logger.error("%s failed: %s", method, error, exc_info=error.__cause__)
-            await abort(context, error)
+            await end_with(context, error)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception:
             code = grpc.StatusCode.INTERNAL
             logger.exception("%s failed", method)
-            await abort(context, InternalError(f"{method} failed inside the bank; its log has the reason"))
+            await end_with(context, InternalError(f"{method} failed inside the bank; its log has the reason"))
         finally:
             self._metrics.called(method, code.name, time.monotonic() - started)
 
@@ -275,6 +290,16 @@ def _snapshot_progress(progress: Progress) -> pb.CreateSnapshotResponse:
         is_whole=manifest is not None,
         sequence=manifest.sequence if manifest else 0,
         catalog_digest=manifest.catalog_digest if manifest else "",
+    )
+
+
+def _recode_progress(progress: RecodeProgress) -> pb.RecodeCollectionResponse:
+    return pb.RecodeCollectionResponse(
+        num_documents=progress.num_documents,
+        num_done=progress.num_done,
+        num_recoded=progress.num_recoded,
+        num_failed=progress.num_failed,
+        finished=progress.finished,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
@@ -45,12 +46,13 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
 def span(
     name: str, parent: otel_context.Context | None = None, /, **attributes: Attribute
 ) -> AbstractContextManager[trace.Span]:
-    """A span around the block, child of ``parent`` or of the current one; an exception marks it failed.
+    """A span around the block, child of ``parent`` or of the current one; an exception marks it failed, also the one
+    that cancels it.
 
     Where nothing records, which is most of the time, it costs next to nothing; the caller's trace goes on all the same.
     """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return trace.get_tracer(TRACER).start_as_current_span(name, context=parent, attributes=attributes)
+        return _recorded(name, parent, attributes)
     caller = trace.INVALID_SPAN if parent is None else trace.get_current_span(parent)
     return trace.use_span(caller) if caller.get_span_context().is_valid else _UNRECORDED
 
@@ -65,6 +67,18 @@ def inject(metadata: Iterable[tuple[str, str]] = ()) -> list[tuple[str, str]]:
 def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> otel_context.Context:
     """The caller's trace context from a call's metadata; empty where it sent none."""
     return propagate.extract({key: value for key, value in metadata or () if isinstance(value, str)})
+
+
+@contextmanager
+def _recorded(
+    name: str, parent: otel_context.Context | None, attributes: Mapping[str, Attribute]
+) -> Iterator[trace.Span]:
+    with trace.get_tracer(TRACER).start_as_current_span(name, context=parent, attributes=attributes) as current:
+        try:
+            yield current
+        except asyncio.CancelledError:  # to OpenTelemetry no failure
+            current.set_status(trace.StatusCode.ERROR, "CANCELLED")
+            raise
 
 
 def _exporter_class(protocol: str) -> type:

@@ -54,10 +54,19 @@ class Query:
     with_text: bool = False
     retrieval: Retrieval = "dense"
     conditions: tuple[Condition, ...] = ()  # all must hold; none with document_ids
+    as_of: int | None = None  # a past sequence: what would have been answered then; None: now
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.document_ids):
             raise ValueError("a query must have either text or document_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the bank found, and when that was so."""
+
+    hits: tuple[Hit, ...]  # best first; documents named by id in the order named
+    sequence: int  # of the last change that it reflects; as_of where that was given
 
 
 class BankClient:
@@ -78,7 +87,11 @@ class BankClient:
         return self._address
 
     async def query(self, query: Query) -> tuple[Hit, ...]:
-        """Hits, best first; documents named by id in the order named. BankError."""
+        """The hits of ``answer`` alone. BankError."""
+        return (await self.answer(query)).hits
+
+    async def answer(self, query: Query) -> Answer:
+        """What the bank has for the query. BankError."""
         request = bank_pb2.QueryRequest(
             namespace=query.namespace,
             text=query.text,
@@ -89,12 +102,13 @@ class BankClient:
             include_text=query.with_text,
             retrieval="DENSE" if query.document_ids else query.retrieval.upper(),
             filter=_filter_of(query.conditions),
+            as_of=query.as_of,
         )
         try:
             response = await self._stub.Query(request, timeout=self._timeout_s, metadata=tuple(inject()))
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
-        return tuple(
+        hits = tuple(
             Hit(
                 id=hit.id,
                 version=hit.version,
@@ -107,6 +121,7 @@ class BankClient:
             )
             for hit in response.hits
         )
+        return Answer(hits, response.sequence)
 
     async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
         """(digest, record) in the order asked for, each record checked to be one of this learner.

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from regrad_vllm.cli.connection import add_bank_flags, connect
-from regrad_vllm.cli.console import CommandError, count, say
+from regrad_vllm.cli.console import CommandError, count, note, say
 from regrad_vllm.cli.filters import HELP, METAVAR, filter_flag, filter_of
 from regrad_vllm.naming import RETRIEVALS
 
@@ -58,10 +58,12 @@ def run_query(args: argparse.Namespace) -> int:
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)
+    note(f"as of sequence {answer.sequence}")
     for hit in answer.hits:
         if args.json:
             found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4), "cosine": round(hit.cosine, 4)}
-            say(json.dumps(found | {"title": hit.title, "text": hit.text}, ensure_ascii=False))
+            found |= {"title": hit.title, "text": hit.text, "sequence": answer.sequence}
+            say(json.dumps(found, ensure_ascii=False))
         else:
             text = " ".join(f"{hit.title}: {hit.text}".split() if hit.title else hit.text.split())
             cut = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
@@ -86,7 +88,8 @@ def run_delete(args: argparse.Namespace) -> int:
                     raise
                 missing.append(document_id)
             else:
-                say(f"{'purged' if args.purge else 'deleted'} {document_id} (version {answer.version})")
+                done = "purged" if args.purge else "deleted"
+                say(f"{done} {document_id} (version {answer.version}, sequence {answer.sequence})")
     if missing:
         raise CommandError(f"{count(len(missing), 'id')} not in namespace {args.namespace!r}: {', '.join(missing)}")
     return 0

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for item in outcome.refused:
         note(str(item))
     say(outcome.summary())
+    if outcome.sequence:
+        note(f"as of sequence {outcome.sequence}")
     return 1 if outcome.refused or bad else 0
 
 

@@ -24,6 +24,7 @@ class UploadOutcome:
 
     counts: Counter[str]  # by outcome, and "truncated", "removed"
     refused: tuple[BadInput, ...]  # by the bank
+    sequence: int  # the highest that an answer had: there all of them are in; 0: nothing was answered
 
     def summary(self) -> str:
         parts = [f"{self.counts[name]:,} {name.lower()}" for name in _OUTCOMES]
@@ -69,8 +70,8 @@ def upload(
                 raise CommandError(f"{place}{describe_failure(bank, error)} ({done:,} documents before it are in)")
             refused.append(BadInput(document.place, describe_failure(bank, error)))
             bar.update()
-        counts["removed"] = sum(_remove_rest(stub, namespace, file.id, feed.highest) for file in files)
-    return UploadOutcome(counts, tuple(refused))
+        counts["removed"] = sum(_remove_rest(stub, namespace, file.id, feed) for file in files)
+    return UploadOutcome(counts, tuple(refused), feed.sequence)
 
 
 class _Feed:
@@ -81,6 +82,7 @@ class _Feed:
         self._again: deque[CorpusDocument] = deque()  # sent on a stream that failed
         self._sent: deque[CorpusDocument] = deque()
         self._lock = threading.Lock()
+        self.sequence = 0  # the highest of the answers
         self.stream = 0  # the number of the stream that may take
         self.highest: dict[str, int] = {}  # file → its last passage's number, 0 where it is one whole document
 
@@ -94,8 +96,9 @@ class _Feed:
                 self._sent.append(document)
             return document
 
-    def answered(self) -> None:
-        """The oldest one sent is in the bank."""
+    def answered(self, sequence: int) -> None:
+        """The oldest one sent is in the bank, by the change of that number."""
+        self.sequence = max(self.sequence, sequence)
         with self._lock:
             document = self._sent.popleft()
         base, _, number = document.id.rpartition("#")
@@ -141,7 +144,7 @@ def _stream(stub: Any, namespace: str, feed: _Feed, in_flight: int, counts: Coun
     call = stub.IngestDocuments(requests())
     try:
         for answer in call:
-            feed.answered()
+            feed.answered(answer.sequence)
             counts[bank_pb2.IngestDocumentsResponse.Outcome.Name(answer.outcome)] += 1
             counts["truncated"] += answer.truncated
             bar.update()
@@ -154,30 +157,31 @@ def _stream(stub: Any, namespace: str, feed: _Feed, in_flight: int, counts: Coun
     return None
 
 
-def _remove_rest(stub: Any, namespace: str, file_id: str, highest: dict[str, int]) -> int:
+def _remove_rest(stub: Any, namespace: str, file_id: str, feed: _Feed) -> int:
     """Deletes the passages that the file had at an earlier ingest and has no more; returns how many."""
-    if file_id not in highest:
+    if file_id not in feed.highest:
         return 0
-    last = highest[file_id]
+    last = feed.highest[file_id]
     removed = 0
     if last:
-        removed += _delete(stub, namespace, file_id)
-    while _delete(stub, namespace, f"{file_id}#{last + 1}"):
+        removed += _delete(stub, namespace, file_id, feed)
+    while _delete(stub, namespace, f"{file_id}#{last + 1}", feed):
         removed += 1
         last += 1
     return removed
 
 
-def _delete(stub: Any, namespace: str, document_id: str) -> bool:
+def _delete(stub: Any, namespace: str, document_id: str, feed: _Feed) -> bool:
     """False where there is no such document."""
     import grpc
 
     from bank_service.wire.generated import bank_pb2
 
     try:
-        stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=namespace, id=document_id))
+        answer = stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=namespace, id=document_id))
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.NOT_FOUND:
             return False
         raise
+    feed.sequence = max(feed.sequence, answer.sequence)
     return True

@@ -26,6 +26,7 @@ class DoorClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
+        self._closed = False
 
     async def open(self) -> None:
         """Connects. DoorClosed."""
@@ -59,15 +60,24 @@ class DoorClient:
             self._writer.write(json.dumps({"id": number, "op": "release"}).encode() + b"\n")
 
     async def close(self) -> None:
-        """Ends the connection. The worker releases what it still owes."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._reading is not None:
-            await self._reading
+        """Ends the connection, for good. The worker releases what it still owes."""
+        self._closed = True
+        async with self._opening:
+            if self._writer is not None:
+                self._writer.close()
+            await self._read_to_its_end()
+
+    @property
+    def is_open(self) -> bool:
+        """It was connected once and nobody has closed it since."""
+        return self._writer is not None and not self._closed
 
     async def _connected(self) -> asyncio.StreamWriter:
         async with self._opening:
+            if self._closed:
+                raise DoorClosed("the server must not be shutting down, it is; ask another one")
             if self._writer is None or self._writer.is_closing():
+                await self._read_to_its_end()  # what it owed answers must not take the next connection's for its own
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
                     connection.connect("\0" + self._address)  # by hand: uvloop knows no abstract addresses
@@ -79,6 +89,11 @@ class DoorClient:
                     ) from error
                 self._reading = asyncio.get_running_loop().create_task(self._read(reader, self._writer))
             return self._writer
+
+    async def _read_to_its_end(self) -> None:
+        """After the writer was closed. A task that nobody waits for may be collected while it is pending."""
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

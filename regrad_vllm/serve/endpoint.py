@@ -10,7 +10,8 @@ import atexit
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,18 @@ def check_base(model: str, learner: Learner) -> None:
         )
 
 
+@asynccontextmanager
+async def _serving(app: FastAPI) -> AsyncIterator[None]:
+    """While the server runs, inside vLLM's own: what asks the workers ends with it."""
+    runtime: Runtime = app.state.regrad  # vLLM takes the state away when it ends
+    try:
+        yield
+    finally:
+        await runtime.engine.close()
+
+
 def _router() -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(lifespan=_serving)
 
     @router.get("/v1/models")
     async def models(request: Request) -> JSONResponse:

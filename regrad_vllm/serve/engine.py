@@ -67,15 +67,20 @@ class Engine:
                 f"the engine must have LoRA on all modules of the learner, it lacks {len(missing)}, such as "
                 f"{missing[0]}; set --lora-target-modules to the learner's modules (regrad serve does)"
             )
-        doors = [[DoorClient(answer["door"]) for answer in rank] for rank in ranks]
+        engine = cls(client, [[DoorClient(answer["door"]) for answer in rank] for rank in ranks])
         try:
-            await asyncio.gather(*(door.open() for rank in doors for door in rank))
+            await asyncio.gather(*(door.open() for rank in engine._doors for door in rank))
         except DoorClosed as error:
+            await engine.close()
             raise SettingsError(
                 "every worker must run on the API server's machine, in its network namespace; one can't be reached: "
                 f"{error}; start an API server on each machine (--data-parallel-hybrid-lb)"
             ) from error
-        return cls(client, doors), str(answers[0]["dtype"])
+        return engine, str(answers[0]["dtype"])
+
+    async def close(self) -> None:
+        """Ends the connections to the workers."""
+        await asyncio.gather(*(door.close() for rank in self._doors for door in rank))
 
     @property
     def num_ranks(self) -> int:

@@ -103,6 +103,7 @@ class Planner:
                 with_text=options.mode == "icl",
                 retrieval=options.retrieval or self.settings.retrieval,
                 conditions=options.filter,
+                as_of=options.as_of,
             ),
             gamma=gamma,
             mode=options.mode,

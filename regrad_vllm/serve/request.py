@@ -22,6 +22,7 @@ MODES: tuple[Mode, ...] = ("blind", "icl")
 MAX_DOCUMENT_IDS = 64
 MAX_ID_BYTES = 256
 MAX_QUERY_BYTES = 64 * 2**10
+MAX_SEQUENCE = 2**64 - 1  # what a message to the bank has room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class RegradOptions:
     mode: Mode = "blind"
     retrieval: Retrieval | None = None
     filter: tuple[Condition, ...] = ()
+    as_of: int | None = None
 
     @classmethod
     def parse(cls, value: object) -> RegradOptions:
@@ -100,10 +102,13 @@ def _ids(field: str, value: object) -> tuple[str, ...]:
     return ids
 
 
-def _top_k(field: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOP_K:
-        raise RequestError.bad(field, f"a whole number in 1..{MAX_TOP_K}", value)
-    return value
+def _whole(low: int, high: int) -> Callable[[str, object], int]:
+    def parse(field: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise RequestError.bad(field, f"a whole number in {low}..{high}", value)
+        return value
+
+    return parse
 
 
 def _number(low: float, high: float) -> Callable[[str, object], float]:
@@ -171,10 +176,11 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "query": _text(MAX_QUERY_BYTES),
     "document_ids": _ids,
     "namespace": _namespace,
-    "top_k": _top_k,
+    "top_k": _whole(1, MAX_TOP_K),
     "gamma": _number(-MAX_GAMMA, MAX_GAMMA),
     "min_score": _number(-1, 1),
     "retrieval": _retrieval,
     "filter": _filter,
+    "as_of": _whole(0, MAX_SEQUENCE),
     "mode": _mode,
 }

@@ -18,11 +18,12 @@ from bank_service.wire.errors import (
     LearnerMismatchError,
     LimitExceededError,
     NotFoundError,
+    OutOfRangeError,
     retry_after_ms,
 )
 from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
-from regrad_vllm.adapt.bank_client import BankClient, Hit
+from regrad_vllm.adapt.bank_client import Answer, BankClient, Hit
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.engine import AdapterError, Engine, Place
 from regrad_vllm.serve.errors import RequestError
@@ -69,13 +70,14 @@ class Retriever:
         timings: dict[str, float] = {}
         try:
             async with self._bank_calls:
-                hits = await self._find(plan, lease, timings)
+                answer = await self._find(plan, lease, timings)
+            hits = answer.hits
             if not hits:
-                return Prepared(self._used(plan, hits, None, timings), lease, None, ())
+                return Prepared(self._used(plan, answer, None, timings), lease, None, ())
             place = self._engine.place(self._recipe(plan, hits), wanted_rank)
             await self._compose(place, timings)
             texts = tuple((hit.title, hit.text) for hit in hits) if plan.query.with_text else ()
-            return Prepared(self._used(plan, hits, place.recipe, timings), lease, place, texts)
+            return Prepared(self._used(plan, answer, place.recipe, timings), lease, place, texts)
         except AdapterError as error:
             self._engine.release(_made(place))
             lease.release(discard=error.damaged)  # what the workers can't read must not stay
@@ -89,14 +91,14 @@ class Retriever:
             lease.release()
             raise
 
-    async def _find(self, plan: Plan, lease: Lease, timings: dict[str, float]) -> tuple[Hit, ...]:
+    async def _find(self, plan: Plan, lease: Lease, timings: dict[str, float]) -> Answer:
         """Hits with all their gradients pinned in the arena."""
         for last_try in (False, True):
             with self._clock("retrieve", timings), span("regrad.retrieve", namespace=plan.query.namespace):
-                hits = await self._bank.query(plan.query)
+                answer = await self._bank.answer(plan.query)
             try:
-                await self._fetch(hits, lease, timings)
-                return hits
+                await self._fetch(answer.hits, lease, timings)
+                return answer
             except NotFoundError:
                 # A document was updated or deleted between the query and the fetch: the next query knows.
                 if last_try:
@@ -141,7 +143,7 @@ class Retriever:
         # hit counts 1 in each retrieval, and so does one that is nearer than it.
         return self._learner.config.weights([hit.cosine for hit in hits])
 
-    def _used(self, plan: Plan, hits: tuple[Hit, ...], recipe: Recipe | None, timings: dict[str, float]) -> Used:
+    def _used(self, plan: Plan, answer: Answer, recipe: Recipe | None, timings: dict[str, float]) -> Used:
         return Used(
             request_id=plan.request_id,
             namespace=plan.query.namespace,
@@ -149,11 +151,12 @@ class Retriever:
             gamma=plan.gamma,
             documents=tuple(
                 UsedDocument(hit.id, hit.version, hit.score, weight, hit.gradient_digest)
-                for hit, weight in zip(hits, self._weights(hits), strict=True)
+                for hit, weight in zip(answer.hits, self._weights(answer.hits), strict=True)
             ),
             adapter=recipe.name if recipe else None,
             reason=None if recipe else NO_HITS,
             timings_ms=timings,
+            sequence=answer.sequence,
         )
 
     @contextmanager
@@ -176,7 +179,7 @@ def as_request_error(error: Exception, bank: str) -> RequestError:
     if isinstance(error, NotFoundError) and error.kind in ("namespace", "document"):
         param = {"namespace": "regrad.namespace", "document": "regrad.document_ids"}[error.kind]
         return RequestError(404, error.message, param)
-    if isinstance(error, InvalidArgumentError):
+    if isinstance(error, InvalidArgumentError | OutOfRangeError):
         field = "query" if error.field == "text" else error.field
         return RequestError(400, f"regrad.{field} is refused by the bank: {error.message}", f"regrad.{field}")
     if isinstance(error, LimitExceededError):

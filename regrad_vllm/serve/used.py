@@ -36,6 +36,7 @@ class Used:
     fallback: bool = False  # ReGrad was meant to be used and couldn't be
     reason: str | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose, slot_wait
+    sequence: int | None = None  # of the last change of the bank that the documents reflect; None: it was not asked
 
     def as_json(self) -> dict[str, Any]:
         """The ``regrad`` object of an answer."""
@@ -53,6 +54,7 @@ class Used:
                 }
                 for document in self.documents
             ],
+            "sequence": self.sequence,
             "gamma": self.gamma,
             "mode": self.mode,
             "fallback": self.fallback,

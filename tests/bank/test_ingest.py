@@ -68,6 +68,7 @@ async def test_an_update_counts_versions_and_its_old_gradient_goes(server: BankS
     first = await client.put("a", "the first text")
     second = await client.put("a", "the second text")
     assert (second.version, second.outcome, second.sequence) == (2, UPDATED, 2)
+    assert (await client.get("a")).sequence == 2
     await client.refused(client.fetch([first.gradient_digest]), NotFoundError)
     assert [hit.version for hit in (await client.query(text="first", top_k=5)).hits] == [2]
     assert (await client.stats()).num_gradients == 1

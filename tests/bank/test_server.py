@@ -201,6 +201,9 @@ async def test_a_restarted_bank_catches_its_index_up_and_rebuilds_a_corrupt_one(
 
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.ingest(*({"id": str(n), "text": f"number {n}"} for n in range(12)))
+        async with asyncio.timeout(10):
+            while (await client.stats()).indexed_sequence < 12:  # what is not in the index yet isn't in its snapshot
+                await asyncio.sleep(0.01)
     everything = {str(n): 1 for n in range(12)}
     assert json.loads((data_dir / "index" / "manifest.json").read_text())["sequence"] == 12
     assert await hits(put="3", delete="4") == everything

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,11 @@ def test_a_changed_file_updates_and_a_shortened_one_loses_its_rest(
     guide.write_text("".join(sections[:2]).replace("lamps", "ropes", 1))
     capsys.readouterr()
     assert _ingest(bank, "changes", guide) == 0
-    assert capsys.readouterr().out == "0 created, 1 updated, 1 unchanged, 2 removed that their files no longer hold\n"
+    captured = capsys.readouterr()
+    assert captured.out == "0 created, 1 updated, 1 unchanged, 2 removed that their files no longer hold\n"
+    sequence = int(captured.err.rpartition("as of sequence ")[2])  # of the last removal
+    assert main(["stats", "--bank", bank]) == 0
+    assert json.loads(capsys.readouterr().out)["sequence"] == sequence
     found = {hit["id"]: hit["text"] for hit in _query(bank, "changes", "lamps and ropes", capsys)}
     assert found == {
         "guide.md#1": "The part number 1 is about ropes.",
@@ -104,7 +109,10 @@ def test_deleting_names_what_was_not_there_and_deletes_the_rest(
     capsys.readouterr()
     assert main(["delete", "d0", "nobody", "d2", "--bank", bank, "--namespace", "deletes"]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "deleted d0 (version 1)\ndeleted d2 (version 1)\n"
+    deleted = re.fullmatch(
+        r"deleted d0 \(version 1, sequence (\d+)\)\ndeleted d2 \(version 1, sequence (\d+)\)\n", captured.out
+    )
+    assert deleted and int(deleted[2]) == int(deleted[1]) + 1
     assert captured.err == "regrad delete: 1 id not in namespace 'deletes': nobody\n"
     assert [hit["id"] for hit in _query(bank, "deletes", "lighthouse", capsys)] == ["d1"]
 
@@ -113,16 +121,16 @@ def test_a_query_as_of_an_earlier_sequence_until_something_is_deleted(
     bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _ingest(bank, "past", _write_lines(tmp_path / "lights.jsonl", 1)) == 0
-    capsys.readouterr()
+    sequence = int(capsys.readouterr().err.rpartition("as of sequence ")[2])
     assert main(["stats", "--bank", bank]) == 0
-    sequence = json.loads(capsys.readouterr().out)["sequence"]
+    assert json.loads(capsys.readouterr().out)["sequence"] == sequence
     assert _ingest(bank, "past", _write_lines(tmp_path / "lights.jsonl", 3)) == 0
     ask = ["query", "lighthouse", "--bank", bank, "--namespace", "past", "--as-of", str(sequence)]
     capsys.readouterr()
     assert main([*ask, "--json"]) == 0
     assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["d0"]
     assert main(["delete", "d1", "--bank", bank, "--namespace", "past", "--purge"]) == 0
-    assert capsys.readouterr().out == "purged d1 (version 1)\n"
+    assert re.fullmatch(r"purged d1 \(version 1, sequence \d+\)\n", capsys.readouterr().out)
     assert main(ask) == 0, "a purge takes nobody else's past"
     assert main(["delete", "d2", "--bank", bank, "--namespace", "past"]) == 0
     assert main(ask) == 1

@@ -73,6 +73,15 @@ async def test_the_retrieval_chosen_is_the_one_that_answers(target: str, capsys:
     assert only["id"] == "fr"
 
 
+async def test_an_answer_says_the_sequence_that_it_reflects(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {hit["sequence"] for hit in await found(target, capsys)} == {4}
+    (first,) = await found(target, capsys, "--as-of", "1")
+    assert (first["id"], first["sequence"]) == ("de", 1)
+    assert await asyncio.to_thread(main, ["query", "x", "--bank", target, "--as-of", "0"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "as of sequence 0\n")
+
+
 async def test_too_many_conditions_are_one_line_that_says_so(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [word for number in range(17) for word in ("--filter", f"key{number}")]
     assert await asyncio.to_thread(main, ["query", "x", "--bank", target, *flags]) == 1

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
 
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
+from regrad_vllm.serve.door_client import DoorClient
 from tests.serve.collector import Collector
 from tests.serve.support import API_KEY, BASE, MAX_NUM_SEQS, BankThread, VllmServer, default_model, random_learner
 
@@ -98,3 +99,19 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
     made = Arena.open(tmp_path, 2**27)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def doors_are_closed() -> Iterator[None]:
+    """Fails the test that leaves a door open. Else another test fails, in which that is collected."""
+    made: list[DoorClient] = []
+    init = DoorClient.__init__
+
+    def noted(door: DoorClient, address: str) -> None:
+        made.append(door)
+        init(door, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DoorClient, "__init__", noted)
+        yield
+    assert not [door for door in made if door.is_open], "a test must close the doors that it opens"

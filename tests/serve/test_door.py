@@ -8,15 +8,19 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
+from regrad_vllm.serve import endpoint
 from regrad_vllm.serve.door_client import DoorClient, DoorClosed
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.settings import SettingsError
 from tests.serve.support import Worker, stored_recipe
 
 
@@ -178,5 +182,77 @@ def test_two_servers_never_wait_for_each_others_slots_on_two_workers(arena: Aren
 
         async with asyncio.timeout(30):
             await asyncio.gather(*map(request, range(8)))
+        for server in servers:
+            await server.close()
+
+    asyncio.run(run())
+
+
+class _LateEnd:
+    """A connection whose end is heard of late."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+
+    async def readline(self) -> bytes:
+        line = await self._reader.readline()
+        if not line:
+            await asyncio.sleep(0.1)
+        return line
+
+
+class _LateToHear(DoorClient):
+    async def _read(self, reader: Any, writer: asyncio.StreamWriter) -> None:
+        await super()._read(_LateEnd(reader), writer)  # type: ignore[arg-type]
+
+
+def test_a_connection_that_ended_does_not_fail_the_questions_of_the_next(arena: Arena, learner: Learner) -> None:
+    recipe = stored_recipe(arena, learner, ["one"])
+    worker = Worker(learner)
+
+    async def run() -> None:
+        client = _LateToHear(worker.door.address)
+        await client.open()
+        assert client._writer is not None
+        client._writer.close()
+        for slot in range(len(worker.ids)):
+            worker.ids[slot] = -1 - slot  # all in use: the answer takes its time
+        asking = asyncio.create_task(ask(client, recipe))
+        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 1)
+        await asyncio.wait([asking], timeout=0.3)
+        assert not asking.done()
+        await client.close()
+        with pytest.raises(DoorClosed):
+            await asking
+        with pytest.raises(DoorClosed, match="shutting down"):
+            await ask(client, recipe)
+
+    asyncio.run(run())
+
+
+def test_the_server_closes_its_doors_when_it_ends_and_when_it_can_not_start(learner: Learner) -> None:
+    worker = Worker(learner)
+    answer = {"error": "", "learner": learner.fingerprint, "modules": learner.layout.modules, "dtype": "float32"}
+    there = answer | {"door": worker.door.address}
+
+    class Client:
+        def __init__(self, *answers: dict[str, Any]) -> None:
+            self.engine_core = self
+            self._answers = answers
+
+        async def call_utility_all_async(self, method: str, *args: Any) -> list[list[Any]]:
+            return [list(self._answers)]
+
+    async def run() -> None:
+        with pytest.raises(SettingsError, match="can't be reached"):  # the other door is closed again, says the fixture
+            await Engine.connect(Client(there, answer | {"door": "regrad-nobody"}), learner)
+        engine, _ = await Engine.connect(Client(there), learner)
+        app = FastAPI()
+        app.state.regrad = SimpleNamespace(engine=engine)
+        app.include_router(endpoint._router())
+        (door,) = engine._doors[0]
+        async with app.router.lifespan_context(app):
+            assert door.is_open
+        assert not door.is_open
 
     asyncio.run(run())

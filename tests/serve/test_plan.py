@@ -72,8 +72,10 @@ def test_the_requests_values_come_before_the_servers_before_the_learners(planner
         assert isinstance(plan, Plan) and plan.query.retrieval == retrieval
     plan = plan_of(planner, regrad={"filter": [{"key": "k", "operator": "present"}]})
     assert isinstance(plan, Plan) and plan.query.conditions == (Condition("k", "present"),)
+    plan = plan_of(planner, regrad={"as_of": 0})
+    assert isinstance(plan, Plan) and plan.query.as_of == 0
     plan = plan_of(planner, regrad={"document_ids": ["a"]})
-    assert isinstance(plan, Plan) and plan.query.conditions == ()
+    assert isinstance(plan, Plan) and (plan.query.conditions, plan.query.as_of) == ((), None)
     assert (plan.query.document_ids, plan.query.text, plan.query.min_score) == (("a",), "", None)
 
 

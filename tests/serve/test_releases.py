@@ -89,6 +89,7 @@ async def serving(
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
             yield http, runtime, arena, worker
     finally:
+        await workers.close()
         await client.close()
         arena.close()
 

@@ -24,12 +24,13 @@ def test_every_field_is_taken() -> None:
     options = RegradOptions.parse(
         {"enabled": True, "query": "who?", "namespace": "n", "top_k": 64, "gamma": -16, "min_score": 1, "mode": "icl",
          "retrieval": "hybrid", "filter": [{"key": "lang", "operator": "equals", "values": ["de", ""]},
-                                           {"key": "", "operator": "absent"}]}
+                                           {"key": "", "operator": "absent"}], "as_of": 2**64 - 1}
     )  # fmt: skip
     conditions = (Condition("lang", "equals", ("de", "")), Condition("", "absent"))
-    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid", conditions)
+    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid", conditions, 2**64 - 1)
     assert RegradOptions.parse({"filter": []}) == RegradOptions()
-    assert RegradOptions.parse({"document_ids": ["b", "a"]}).document_ids == ("b", "a")
+    named = RegradOptions.parse({"document_ids": ["b", "a"], "as_of": 0})
+    assert (named.document_ids, named.as_of) == (("b", "a"), 0)
 
 
 def test_minus_zero_is_zero_because_the_adapters_are_the_same() -> None:
@@ -56,6 +57,7 @@ def test_what_is_not_an_object_is_refused(value: object) -> None:
         ("min_score", -1.01), ("min_score", 1.01), ("min_score", math.nan), ("min_score", []),
         ("retrieval", "bm25"), ("retrieval", None), ("retrieval", []),
         ("filter", None), ("filter", {}), ("filter", "lang=de"), ("filter", [EQUALS] * 17),
+        ("as_of", -1), ("as_of", 2**64), ("as_of", 1.0), ("as_of", "1"), ("as_of", True), ("as_of", None),
         ("mode", "both"), ("mode", None), ("mode", ["icl"]),
         ("document_ids", []), ("document_ids", "a"), ("document_ids", [str(n) for n in range(65)]),
     ],

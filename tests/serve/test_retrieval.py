@@ -81,3 +81,43 @@ def test_a_filter_in_the_request_keeps_to_the_documents_that_match(
         assert len(set(adapters.values())) == 3, "other documents, another adapter"
 
     asyncio.run(run())
+
+
+def test_a_request_as_of_an_earlier_sequence_gets_the_documents_of_then(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    def put(id: str, text: str) -> int:
+        document = bank_pb2.Document(namespace="times", id=id, text=text)
+        with grpc.insecure_channel(bank.address) as channel:
+            stub = bank_pb2_grpc.BankServiceStub(channel)
+            (stored,) = stub.IngestDocuments(iter([bank_pb2.IngestDocumentsRequest(document=document)]), timeout=120)
+        return int(stored.sequence)
+
+    async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+        return JSONResponse({})
+
+    async def run() -> None:
+        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, _, _):
+
+            async def ask(**regrad: object) -> Any:
+                regrad = {"namespace": "times", "query": QUESTION, "top_k": 3, **regrad}
+                body = {"model": "base", "prompt": "x", "regrad": regrad}
+                return (await http.post("/v1/completions", json=body)).json()
+
+            def used(answer: Any) -> tuple[set[str], int]:
+                return {document["id"] for document in answer["regrad"]["documents"]}, answer["regrad"]["sequence"]
+
+            first, second = put("a", QUESTION), put("b", QUESTION + " again")
+            assert used(await ask()) == ({"a", "b"}, second)
+            assert used(await ask(as_of=first)) == ({"a"}, first)
+            error = (await ask(as_of=second + 1))["error"]
+            assert (error["code"], error["param"]) == (400, "regrad.as_of")
+            assert f"must be at most {second}" in error["message"]
+            error = (await ask(as_of=second, retrieval="hybrid"))["error"]
+            assert (error["code"], error["param"]) == (400, "regrad.retrieval")
+            changed = put("a", "another text")
+            error = (await ask(as_of=first))["error"]
+            assert (error["code"], error["param"]) == (400, "regrad.as_of")
+            assert f"must be at least {changed}" in error["message"]
+
+    asyncio.run(run())
