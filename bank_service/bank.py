@@ -95,7 +95,7 @@ class Bank:
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
         )
         reads = self._pools.reads
-        catalog = Catalog(path, self.identity, limits_of, keeps_history=config.history_seconds > 0)
+        catalog = Catalog(path, self.identity, limits_of, history_seconds=config.history_seconds)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
@@ -120,7 +120,7 @@ class Bank:
             metrics,
             self._acknowledge,
         )
-        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard, config.history_seconds)
+        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard)
         repairer = Repairer(self._stores, self._writer, self._encodes, self._background, reads, metrics)
         repair = repairer.repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
@@ -142,8 +142,11 @@ class Bank:
         cache_url: str,
         metrics: BankMetrics,
         limits_of: LimitsOf = unlimited,
+        *,
+        expires_history: bool = True,
     ) -> Bank:
-        """Opens or creates the bank of ``config.data_dir``, which nobody else may have open."""
+        """Opens or creates the bank of ``config.data_dir``, which nobody else may have open. ``expires_history``: past
+        versions go when their time is over."""
         bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics, limits_of)
         try:
             await bank._follower.start()
@@ -153,7 +156,8 @@ class Bank:
         bank._searcher.acknowledge(bank._follower.sequence)
         bank._compactor.start()
         bank._cleaner.start()
-        bank._history_cleaner.start()
+        if expires_history:
+            bank._history_cleaner.start()
         bank._background.run(bank._writer.sweep())
         bank._scrubber.start()
         bank._recoder.resume()

@@ -49,6 +49,7 @@ async def open_bank(folder: Path, **settings: object) -> AsyncIterator[Bank]:
     folder.mkdir(exist_ok=True)
     config = BankConfig(data_dir=folder, **{"history_seconds": HISTORY_SECONDS, **settings})  # type: ignore[arg-type]
     async with opened(config, HashEncoder(), HashEmbedder()) as bank:
+        bank._history_cleaner.start()  # as where it is served
         yield bank
 
 
@@ -173,7 +174,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
 def test_the_index_proposes_what_has_not_changed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many documents that neither all are proposed nor the first proposals are enough."""
     monkeypatch.setattr(past, "SCAN_SIZE", 3)
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=HISTORY_SECONDS)
     dimension = IDENTITY.embedding_dimension
     index = UsearchIndex(dimension)
     generator, draw = np.random.default_rng(0), random.Random(0)

@@ -218,7 +218,7 @@ async def test_the_past_keeps_its_codec_when_the_collection_gets_another(data_di
 def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     limits = NamespaceLimits(max_bytes=330)
-    catalog = Catalog(path, IDENTITY, lambda _: limits, keeps_history=True)  # a gradient has 100 bytes
+    catalog = Catalog(path, IDENTITY, lambda _: limits, history_seconds=3600)  # a gradient has 100 bytes
     for digit in "012":
         catalog.put(document(text=f"text {digit}"), gradient(digit), None).result()
     assert counted(path) == {"n": (1, 3 * 106)}
@@ -234,7 +234,7 @@ def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
 
 
 def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=3600)
 
     def horizons(names: Iterable[str] = ("n", "m")) -> list[int]:
         with catalog.view() as view:
@@ -262,19 +262,19 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
     catalog.put(document("c", namespace="changed"), gradient(), None).result()
     catalog.close()
     with closing(sqlite3.connect(path)) as connection:
-        for table in ("history", "horizons"):
+        for table in ("history", "horizons", "history_setting"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("UPDATE collection SET schema_version = 2")
         connection.commit()
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
     assert gradients_of(path) == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
     for _ in range(2):  # upgraded once, and found so the next time
-        catalog = Catalog(path, IDENTITY, keeps_history=True)
+        catalog = Catalog(path, IDENTITY, history_seconds=3600)
         with catalog.view() as view:
             found = {name: history.horizon(view.connection, name) for name in ("new", "changed", "emptied", "none")}
         assert found == {"new": 0, "changed": 7, "emptied": 8, "none": 0}
         catalog.close()
-    catalog = Catalog(path, IDENTITY, keeps_history=True)
+    catalog = Catalog(path, IDENTITY, history_seconds=3600)
     catalog.put(document("a", "third", namespace="changed"), gradient("2"), None).result()
     with catalog.view() as view:
         assert history.named(view.connection, "changed", ["a", "c"], 9) == {"a": 7, "c": 9}
