@@ -122,11 +122,10 @@ class Bank:
         )
         self._history_cleaner = HistoryCleaner(catalog, self._writer.discard)
         repairer = Repairer(self._stores, self._writer, self._encodes, self._background, reads, metrics)
-        repair = repairer.repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
-        self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
+        self._snapshotter = Snapshotter(config, self._stores, reads, repairer.repair, self._writer.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
-        self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
+        self._scrubber = Scrubber(self._stores, repairer.mend, reads, config.scrub_mib_per_second)
 
     @property
     def max_upload_bytes(self) -> int:
