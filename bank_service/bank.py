@@ -90,6 +90,7 @@ class Bank:
         self._embedder = embedder
         self._pools = Pools(
             reads=ThreadPoolExecutor(NUM_IO_THREADS, "bank-read"),
+            past_queries=ThreadPoolExecutor(1, "bank-past-query"),
             writes=ThreadPoolExecutor(NUM_IO_THREADS, "bank-write"),
             query_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-query"),
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
@@ -106,7 +107,7 @@ class Bank:
         exact = ExactVectors(embedder.dimension)
         retriever = Retriever(index, exact, config.exact_below)
         past = PastRetriever(catalog, index, exact, config.exact_below)
-        self._searcher = Searcher(catalog, retriever, past, self._follower, reads)
+        self._searcher = Searcher(catalog, retriever, past, self._follower, reads, self._pools.past_queries)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
@@ -176,7 +177,8 @@ class Bank:
         await self._compactor.stop()
         await self._follower.stop()
         await asyncio.to_thread(self._encodes.close)
-        for pool in (self._pools.query_embeds, self._pools.document_embeds, self._pools.writes, self._pools.reads):
+        pools = self._pools
+        for pool in (pools.query_embeds, pools.document_embeds, pools.writes, pools.past_queries, pools.reads):
             await asyncio.to_thread(pool.shutdown)
         await asyncio.to_thread(self._stores.catalog.close)
         await self._stores.cache.close()
