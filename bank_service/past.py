@@ -3,6 +3,9 @@
 The past does not change, so each look at the catalog may be at another state of it, as long as the past asked for is
 still known there. That makes the index safe to use while others write: it is searched first and the catalog looked at
 after that, so a document that changed in between stands in the catalog as a past version, and none is missed.
+
+Equally near documents are cut by their ids, as ``retrieval`` cuts them. Where the index proposed, then or now, which of
+them it proposed is chance, and the answer may have others of them.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ class PastRetriever:
                 keys = self._exact.search(
                     view, query.namespace, vector, depth_of(query), lambda: _unchanged(view, query)
                 )
-                return _best(view, query, vector, candidates_of(view, keys).values(), go_on)
+                return _scan(view, query, vector, keys, go_on)
         with self._catalog.view() as view:
             few = _unchanged(view, query, SCAN_SIZE + 1)
             if len(few) <= SCAN_SIZE:
@@ -152,7 +155,7 @@ def _nearest(
     """Of both, as many as are needed to have the best among them."""
     both = [*nearest, *more]
     cosines = _cosines(both, vector)
-    return heapq.nlargest(depth_of(query), both, key=lambda candidate: cosines[candidate.sequence])
+    return heapq.nsmallest(depth_of(query), both, key=lambda candidate: (-cosines[candidate.sequence], candidate.id))
 
 
 def _cosines(candidates: Iterable[Candidate], vector: FloatArray) -> dict[int, float]:

@@ -208,20 +208,30 @@ async def test_the_past_stands_still_while_others_write(tmp_path: Path, monkeypa
         query = Query("", "owl barn", top_k=10, include_gradients=True)
         expected = await bank.query(query)
 
+        newest = expected.sequence
+
         async def write() -> None:
+            nonlocal newest
             while True:
                 id = f"d{random.randrange(60)}"
-                await bank.put(Document("", id, "", f"owl {random.random()}"))
+                result = await bank.put(Document("", id, "", f"owl {random.random()}"))
+                newest = max(newest, result.stored.sequence)
 
         writers = [asyncio.create_task(write()) for _ in range(4)]
         asked = Query("", "owl barn", top_k=10, include_gradients=True, as_of=expected.sequence)
-        for _ in range(60):
+        num_checks = num_moved = 0
+        while num_checks < 60 or num_moved < 30:  # the test's own limit ends it
+            before = newest
             answer = await bank.query(asked)
+            num_checks, num_moved = num_checks + 1, num_moved + (newest > before)
+            assert not any(writer.done() for writer in writers), "they write all the time"
             assert [hit.id for hit in answer.hits] == [hit.id for hit in expected.hits]
             assert answer.records == expected.records and answer.sequence == expected.sequence
         for writer in writers:
             writer.cancel()
         await asyncio.gather(*writers, return_exceptions=True)
+        assert newest >= expected.sequence + num_moved
+        assert (await bank.stats()).totals.num_past_versions >= num_moved, "of documents that were there"
 
 
 @pytest.mark.asyncio
