@@ -215,6 +215,33 @@ async def test_the_past_keeps_its_codec_when_the_collection_gets_another(data_di
             assert (read_header(found[0]).codec, hit.version) == (codec, version)
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["recoded", "repaired", "repaired with another"])
+@pytest.mark.parametrize("history_seconds", [0, 3600])
+async def test_without_history_the_past_ends_where_a_document_gets_another_gradient(
+    data_dir: Path, way: str, history_seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "repaired with another":
+        monkeypatch.setattr("tests.bank.test_as_of.HashEncoder", ForgetfulEncoder)
+    async with open_bank(data_dir, history_seconds=history_seconds) as bank:
+        first = await put(bank, "a", "a text")
+        if way == "recoded":
+            assert [progress async for progress in bank.recode("bf16")][-1].num_recoded == 1
+        else:
+            (digest,) = blobs(data_dir)
+            bank._stores.blobs.path(digest).unlink()
+            counts = await bank.scrub()
+            assert (counts.num_repaired, counts.num_lost) == (1, 0)
+        changed = (await bank.get("", "a")).sequence
+        assert (changed == first) is (way == "repaired")
+        if history_seconds or way == "repaired":
+            assert await texts(bank, first) == {"a": "a text"}
+        else:
+            with pytest.raises(OutOfRangeError) as caught:
+                await texts(bank, first)
+            assert caught.value.limit == changed
+
+
 def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     limits = NamespaceLimits(max_bytes=330)
