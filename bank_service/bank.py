@@ -90,12 +90,13 @@ class Bank:
         self._embedder = embedder
         self._pools = Pools(
             reads=ThreadPoolExecutor(NUM_IO_THREADS, "bank-read"),
+            past_queries=ThreadPoolExecutor(1, "bank-past-query"),
             writes=ThreadPoolExecutor(NUM_IO_THREADS, "bank-write"),
             query_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-query"),
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
         )
         reads = self._pools.reads
-        catalog = Catalog(path, self.identity, limits_of, keeps_history=config.history_seconds > 0)
+        catalog = Catalog(path, self.identity, limits_of, history_seconds=config.history_seconds)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._background = Background()
@@ -106,7 +107,7 @@ class Bank:
         exact = ExactVectors(embedder.dimension)
         retriever = Retriever(index, exact, config.exact_below)
         past = PastRetriever(catalog, index, exact, config.exact_below)
-        self._searcher = Searcher(catalog, retriever, past, self._follower, reads)
+        self._searcher = Searcher(catalog, retriever, past, self._follower, reads, self._pools.past_queries)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
@@ -120,13 +121,12 @@ class Bank:
             metrics,
             self._acknowledge,
         )
-        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard, config.history_seconds)
+        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard)
         repairer = Repairer(self._stores, self._writer, self._encodes, self._background, reads, metrics)
-        repair = repairer.repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
-        self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
+        self._snapshotter = Snapshotter(config, self._stores, reads, repairer.repair, self._writer.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
-        self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
+        self._scrubber = Scrubber(self._stores, repairer.mend, reads, config.scrub_mib_per_second)
 
     @property
     def max_upload_bytes(self) -> int:
@@ -142,8 +142,11 @@ class Bank:
         cache_url: str,
         metrics: BankMetrics,
         limits_of: LimitsOf = unlimited,
+        *,
+        expires_history: bool = True,
     ) -> Bank:
-        """Opens or creates the bank of ``config.data_dir``, which nobody else may have open."""
+        """Opens or creates the bank of ``config.data_dir``, which nobody else may have open. ``expires_history``: past
+        versions go when their time is over."""
         bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics, limits_of)
         try:
             await bank._follower.start()
@@ -153,7 +156,8 @@ class Bank:
         bank._searcher.acknowledge(bank._follower.sequence)
         bank._compactor.start()
         bank._cleaner.start()
-        bank._history_cleaner.start()
+        if expires_history:
+            bank._history_cleaner.start()
         bank._background.run(bank._writer.sweep())
         bank._scrubber.start()
         bank._recoder.resume()
@@ -173,7 +177,8 @@ class Bank:
         await self._compactor.stop()
         await self._follower.stop()
         await asyncio.to_thread(self._encodes.close)
-        for pool in (self._pools.query_embeds, self._pools.document_embeds, self._pools.writes, self._pools.reads):
+        pools = self._pools
+        for pool in (pools.query_embeds, pools.document_embeds, pools.writes, pools.past_queries, pools.reads):
             await asyncio.to_thread(pool.shutdown)
         await asyncio.to_thread(self._stores.catalog.close)
         await self._stores.cache.close()

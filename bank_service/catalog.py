@@ -58,19 +58,20 @@ class Catalog:
         identity: CollectionIdentity,
         limits_of: LimitsOf = unlimited,
         *,
-        keeps_history: bool = False,
+        history_seconds: int | None = None,
     ) -> None:
         """Opens or creates. CollectionMismatchError where the file holds another collection, CatalogDamagedError.
 
-        ``keeps_history``: of versions that are superseded or deleted from now on.
+        ``history_seconds``: see ``history.seconds_kept``.
         """
         self._limits_of = limits_of
-        self._keeps_history = keeps_history
         if path.exists():
             check_catalog(path)
         self._engine = _engine(path)
         try:
             self.collection_id = self._claim(path, identity)  # changes with the file, not with the collection's content
+            with self._engine.begin() as connection:  # once the collection is known to be the caller's
+                self.history_seconds = history.seconds_kept(connection, history_seconds)
         except BaseException as error:
             self._engine.dispose()
             if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
@@ -109,7 +110,7 @@ class Catalog:
 
         def operation(connection: sa.Connection) -> PutResult:
             with enforced(connection, document.namespace, self._limits_of(document.namespace)):
-                return put_document(connection, document, gradient, expected_version, keep=self._keeps_history)
+                return put_document(connection, document, gradient, expected_version, keep=self.history_seconds > 0)
 
         return self._writer.submit(operation)
 
@@ -120,7 +121,7 @@ class Catalog:
         NotFoundError, VersionConflictError."""
         if purge:
             return self._writer.submit(lambda connection: purge_document(connection, namespace, id, expected_version))
-        keep = self._keeps_history
+        keep = self.history_seconds > 0
         return self._writer.submit(
             lambda connection: delete_document(connection, namespace, id, expected_version, keep=keep)
         )

@@ -32,7 +32,7 @@ class BankConfig:
     scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
     exact_below: int = 2_000  # documents; a namespace with no more is searched exactly, vector by vector
-    history_seconds: int = 0  # keep what documents were for so long after a change, for as_of; 0: not at all
+    history_seconds: int | None = None  # keep what documents were for so long, for as_of; 0: not; None: as last set
     drain_seconds: float = 10.0  # for calls under way when the bank stops
     tokens_file: Path | None = None  # who may do what, see `regrad token`; None: everybody may do everything
     tls_cert: Path | None = None  # PEM, with what is between it and its root; None: no TLS

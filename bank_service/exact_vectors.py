@@ -16,6 +16,7 @@ from bank_service.catalog_view import CatalogView
 from bank_service.vector_index import KeyArray, unit
 from bank_service.wire.codec import FloatArray
 
+TIE = 1e-5  # between the cosines of vectors that are taken as equally near
 MAX_VECTORS = 100_000  # of all namespaces together, with the room they have: 150 MB at 384 dimensions
 
 
@@ -37,7 +38,8 @@ class ExactVectors:
         count: int,
         keep: Callable[[], Collection[int]] | None = None,
     ) -> list[int]:
-        """Keys of the ``count`` nearest documents in the view, of those that ``keep`` gives where it is given.
+        """Keys of the ``count`` nearest documents in the view, of those that ``keep`` gives where it is given, and of
+        all that are as near as the last of them: which of those belong to the nearest is not told by the vectors.
 
         Nothing may have been read from ``view`` before: only from its first read on it stays at one state, which is
         then no older than the vectors.
@@ -92,7 +94,11 @@ class _Space:
         else:
             rows = np.fromiter((self._rows[key] for key in keep if key in self._rows), np.int64)
         scores = self._vectors[rows] @ vector
-        best = np.lexsort((self._keys[rows], -scores))[:count]
+        if count < len(scores):
+            # The last bits of ``@`` depend on where a row stands: equal vectors are equal within that.
+            near = scores >= np.partition(scores, -count)[-count] - TIE
+            rows, scores = rows[near], scores[near]
+        best = np.lexsort((self._keys[rows], -scores))
         return [int(key) for key in self._keys[rows[best]]]
 
     def _put(self, key: int, vector: FloatArray) -> None:

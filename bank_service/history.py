@@ -12,6 +12,7 @@ another's past nor shows in it. A purged document moves none: it is as if it had
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -21,10 +22,31 @@ from sqlalchemy.dialects.sqlite import insert
 from bank_service.catalog_view import Candidate, Score, to_stored
 from bank_service.documents import Gradient, Hit, StoredDocument
 from bank_service.filters import Condition
-from bank_service.tables import documents, history, horizons
+from bank_service.tables import documents, history, history_setting, horizons
 
+logger = logging.getLogger(__name__)
+
+MAX_SECONDS = 2**31  # longer than anything was kept
 BATCH = 500  # past versions in memory at once, without their texts
 _COPIED = [column.name for column in history.c if column.name in documents.c]
+
+
+def seconds_kept(connection: sa.Connection, given: int | None) -> int:
+    """How long past versions are kept: as ``given``, which is remembered, or as it was given last; at first, not.
+
+    A catalog from before it was remembered may have past versions and not know until when they are to stay. Then all
+    stay until somebody says it: what is kept too long can still be dropped.
+    """
+    known = connection.execute(sa.select(history_setting.c.seconds)).scalar_one_or_none()
+    seconds = given if given is not None else known
+    if seconds is None and connection.execute(sa.select(history.c.began).limit(1)).first() is not None:
+        logger.warning("past versions stay until it is said how long: start the bank once with --history-seconds")
+        return MAX_SECONDS
+    seconds = seconds or 0
+    if seconds != known:
+        written = insert(history_setting).values(id=1, seconds=seconds)
+        connection.execute(written.on_conflict_do_update(index_elements=["id"], set_={"seconds": seconds}))
+    return seconds
 
 
 def supersede(connection: sa.Connection, row: sa.RowMapping, sequence: int, *, keep: bool) -> None:

@@ -19,13 +19,10 @@ STEP = 256  # versions dropped in one write, between the catalog's others
 class HistoryCleaner:
     """Drops expired versions, from one task. Gradients that a crash leaves behind are the next start's sweep's."""
 
-    def __init__(
-        self, catalog: Catalog, discard: Callable[[Iterable[str]], Awaitable[None]], history_seconds: int
-    ) -> None:
-        """``discard``: removes gradients that neither a document nor a past version names. 0 seconds: drops all."""
+    def __init__(self, catalog: Catalog, discard: Callable[[Iterable[str]], Awaitable[None]]) -> None:
+        """``discard``: removes gradients that neither a document nor a past version names."""
         self._catalog = catalog
         self._discard = discard
-        self._seconds = history_seconds
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -36,8 +33,9 @@ class HistoryCleaner:
         self._task = None
 
     async def clean(self) -> None:
-        """Drops every version whose time is over."""
-        before_us = (time.time_ns() // 1000 - self._seconds * 1_000_000) if self._seconds else None
+        """Drops every version whose time is over; all where the bank keeps no history."""
+        seconds = self._catalog.history_seconds
+        before_us = (time.time_ns() // 1000 - seconds * 1_000_000) if seconds else None
         while (digests := await asyncio.wrap_future(self._catalog.expire_history(before_us, STEP))) is not None:
             await self._discard(digests)
 
@@ -45,7 +43,7 @@ class HistoryCleaner:
         while True:
             try:
                 await self.clean()
-                if not self._seconds:
+                if not self._catalog.history_seconds:
                     return  # no version will come
             except Exception:  # nothing is lost; it stays longer than it should
                 logger.exception("expired versions could not be dropped; trying again")

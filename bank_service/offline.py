@@ -18,7 +18,10 @@ from bank_service.scrub import ScrubCounts
 
 @asynccontextmanager
 async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> AsyncIterator[Bank]:
-    """The bank of ``config.data_dir``, which must exist. What ``BankServer.start`` raises; FileNotFoundError."""
+    """The bank of ``config.data_dir``, which must exist. What ``BankServer.start`` raises; FileNotFoundError.
+
+    Its past versions stay, also those whose time is over: to drop them is for who serves the bank.
+    """
     if not config.data_dir.is_dir():
         raise FileNotFoundError(f"{config.data_dir} must be the folder of a bank, it does not exist")
     async with AsyncExitStack() as stack:
@@ -30,7 +33,7 @@ async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None
         await redis.start()
         if embedder is None:
             embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
-        bank = await Bank.open(config, encoder, embedder, redis.url, BankMetrics())
+        bank = await Bank.open(config, encoder, embedder, redis.url, BankMetrics(), expires_history=False)
         stack.push_async_callback(bank.close)
         yield bank
 

@@ -3,12 +3,15 @@
 The past does not change, so each look at the catalog may be at another state of it, as long as the past asked for is
 still known there. That makes the index safe to use while others write: it is searched first and the catalog looked at
 after that, so a document that changed in between stands in the catalog as a past version, and none is missed.
+
+Equally near documents are cut by their ids, as ``retrieval`` cuts them. Where the index proposed, then or now, which of
+them it proposed is chance, and the answer may have others of them.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from bank_service import attributes, history
 from bank_service.catalog import Catalog
@@ -20,6 +23,12 @@ from bank_service.retrieval import GROWTH, MAX_PROPOSALS, SCAN_SIZE, candidates_
 from bank_service.vector_index import VectorIndex
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
+
+GoOn = Callable[[], None]  # called between batches; raises where nobody waits for the answer any more
+
+
+def _always() -> None:
+    pass
 
 
 class PastRetriever:
@@ -38,11 +47,12 @@ class PastRetriever:
             view.check_namespace(query.namespace)
             _as_of(view, query)
 
-    def search(self, query: Query, vector: FloatArray | None) -> QueryResult:
+    def search(self, query: Query, vector: FloatArray | None, go_on: GoOn = _always) -> QueryResult:
         """Hits for a vector, or, without one, for the query's document_ids, without records.
 
         The errors of ``check``; NotFoundError names the first id that did not exist then.
         """
+        go_on()
         if vector is None:
             return self._named(query)
         if self._index.size(query.namespace) <= self._exact_below:
@@ -50,27 +60,28 @@ class PastRetriever:
                 keys = self._exact.search(
                     view, query.namespace, vector, depth_of(query), lambda: _unchanged(view, query)
                 )
-                return _best(view, query, vector, candidates_of(view, keys).values())
+                return _scan(view, query, vector, keys, go_on)
         with self._catalog.view() as view:
             few = _unchanged(view, query, SCAN_SIZE + 1)
             if len(few) <= SCAN_SIZE:
-                return _scan(view, query, vector, few)
-        return self._proposed(query, vector)
+                return _scan(view, query, vector, few, go_on)
+        return self._proposed(query, vector, go_on)
 
-    def _proposed(self, query: Query, vector: FloatArray) -> QueryResult:
+    def _proposed(self, query: Query, vector: FloatArray, go_on: GoOn) -> QueryResult:
         """By the index, which knows the living documents only; compares with all of them where it would take too many
         proposals to find enough that have not changed since."""
         count = depth_of(query) * GROWTH
         while count <= MAX_PROPOSALS:
+            go_on()
             with span("index.search", count=count):
                 keys = self._index.search(query.namespace, vector, count)[0].tolist()
             with span("catalog.past"), self._catalog.view() as view:
                 found = attributes.among(view.connection, keys, query.conditions, _as_of(view, query))
                 if len(found) >= depth_of(query):
-                    return _best(view, query, vector, candidates_of(view, list(found)).values())
+                    return _best(view, query, vector, candidates_of(view, list(found)).values(), go_on)
             count *= GROWTH
         with self._catalog.view() as view:
-            return _scan(view, query, vector, _unchanged(view, query))
+            return _scan(view, query, vector, _unchanged(view, query), go_on)
 
     def _named(self, query: Query) -> QueryResult:
         with span("catalog.past"), self._catalog.view() as view:
@@ -114,20 +125,22 @@ def _unchanged(view: CatalogView, query: Query, limit: int | None = None) -> lis
     return attributes.matching(view.connection, query.namespace, query.conditions, limit, query.as_of)
 
 
-def _scan(view: CatalogView, query: Query, vector: FloatArray, keys: Collection[int]) -> QueryResult:
+def _scan(view: CatalogView, query: Query, vector: FloatArray, keys: Collection[int], go_on: GoOn) -> QueryResult:
     with span("catalog.scan", num_documents=len(keys)):
         living: list[Candidate] = []
         rest = list(keys)
         for start in range(0, len(rest), history.BATCH):
+            go_on()
             living = _nearest(query, vector, living, candidates_of(view, rest[start : start + history.BATCH]).values())
-        return _best(view, query, vector, living)
+        return _best(view, query, vector, living, go_on)
 
 
-def _best(view: CatalogView, query: Query, vector: FloatArray, living: Iterable[Candidate]) -> QueryResult:
+def _best(view: CatalogView, query: Query, vector: FloatArray, living: Iterable[Candidate], go_on: GoOn) -> QueryResult:
     """The answer, from living documents among which the nearest unchanged ones are, and all past versions."""
     as_of = _as_of(view, query)
     nearest = list(living)
     for batch in history.candidates(view.connection, query.namespace, as_of, query.conditions):
+        go_on()
         nearest = _nearest(query, vector, nearest, batch)
     cosines = _cosines(nearest, vector)
     ids = {candidate.sequence: candidate.id for candidate in nearest}
@@ -142,7 +155,7 @@ def _nearest(
     """Of both, as many as are needed to have the best among them."""
     both = [*nearest, *more]
     cosines = _cosines(both, vector)
-    return heapq.nlargest(depth_of(query), both, key=lambda candidate: cosines[candidate.sequence])
+    return heapq.nsmallest(depth_of(query), both, key=lambda candidate: (-cosines[candidate.sequence], candidate.id))
 
 
 def _cosines(candidates: Iterable[Candidate], vector: FloatArray) -> dict[int, float]:

@@ -11,6 +11,7 @@ record, ``as_of`` answers with that one: the gradient that was used then is lost
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 from concurrent.futures import Executor
 
@@ -31,6 +32,14 @@ WAIT_SECONDS = 10.0  # of a reader for a repair; it goes on without the reader
 MAX_OWNERS = 64  # documents of one gradient that are written anew; one of them is enough where the record is the same
 
 
+class Mended(enum.Enum):
+    """How a repair ended."""
+
+    MADE = enum.auto()  # the record is there and sound again, or its owners have another in its place
+    GONE = enum.auto()  # nobody names it any more: there was nothing to repair
+    LOST = enum.auto()
+
+
 class Repairer:
     """Repairs gradients, each once however many find it damaged."""
 
@@ -49,7 +58,7 @@ class Repairer:
         self._background = background
         self._pool = pool
         self._metrics = metrics
-        self._running: dict[str, asyncio.Task[bool]] = {}
+        self._running: dict[str, asyncio.Task[Mended]] = {}
 
     async def repair_for_reader(self, digest: str) -> bool:
         """Like ``repair``; UnavailableError where it takes longer than WAIT_SECONDS, and goes on."""
@@ -62,6 +71,10 @@ class Repairer:
 
     async def repair(self, digest: str) -> bool:
         """The record is there and sound again, or nobody names it any more. False where that can't be."""
+        return await self.mend(digest) is not Mended.LOST
+
+    async def mend(self, digest: str) -> Mended:
+        """As ``repair``, for who counts them."""
         task = self._running.get(digest)
         if task is None:
             task = self._background.run(self._repair(digest))
@@ -69,7 +82,8 @@ class Repairer:
             task.add_done_callback(lambda _: self._running.pop(digest, None))
         return await asyncio.shield(task)
 
-    async def _repair(self, digest: str) -> bool:
+    async def _repair(self, digest: str) -> Mended:
+        is_made = False
         owners = await in_thread(self._pool, self._owners, digest)
         for stored in owners:
             if stored.gradient.num_tokens == UPLOADED:
@@ -77,17 +91,20 @@ class Repairer:
             try:
                 # A document whose gradient is not sound is taken as new; see Writer.
                 await self._writer.put(stored.document, stored.version)
+                is_made = True
             except VersionConflictError:
                 continue  # somebody wrote or deleted it meanwhile
             except BankError as error:
                 logger.error("gradient %s can't be made again from document %r: %s", digest, stored.document.id, error)
-        await self._repair_past(digest)
+        is_made |= await self._repair_past(digest)
         left = await in_thread(self._pool, self._owners, digest)
         past = await in_thread(self._pool, self._past_owners, digest)
+        if not (left or past or is_made):  # the last of its documents went before the repair, or while it began
+            return Mended.GONE
         if not (left or past) or await self._is_sound(digest):
             self._metrics.repaired()
             logger.warning("gradient %s was damaged; made again from the text of its document", digest)
-            return True
+            return Mended.MADE
         owner = (left or past)[0]
         logger.error(
             "gradient %s is lost; upload it again for document %r in namespace %r%s",
@@ -96,14 +113,16 @@ class Repairer:
             owner.document.namespace,
             "" if left else f", of which version {owner.version} had it, or purge that document",
         )
-        return False
+        return Mended.LOST
 
-    async def _repair_past(self, digest: str) -> None:
+    async def _repair_past(self, digest: str) -> bool:
+        """Whether a version got its record, or another in its place, anew."""
+        is_made = False
         for stored in await in_thread(self._pool, self._past_owners, digest):
             if stored.gradient.num_tokens == UPLOADED or await self._is_sound(digest):
                 continue
             try:
-                await self._remake(stored)
+                is_made |= await self._remake(stored)
             except BankError as error:
                 logger.error(
                     "gradient %s can't be made again from version %d of document %r: %s",
@@ -112,26 +131,30 @@ class Repairer:
                     stored.document.id,
                     error,
                 )
+        return is_made
 
-    async def _remake(self, stored: StoredDocument) -> None:
-        """Gives a past version the gradient that its text gives now."""
+    async def _remake(self, stored: StoredDocument) -> bool:
+        """Gives a past version the gradient that its text gives now. False where the version is gone."""
         encoded = await asyncio.wrap_future(self._encodes.submit(stored.document.title, stored.document.text))
         record = encoded.record
         made = Gradient(
             record_digest(record), len(record), encoded.num_tokens, encoded.truncated, stored.gradient.embedding
         )
 
-        def write() -> None:
+        def write() -> bool:
             with self._stores.blobs.hold(made.digest):
                 try:
                     self._stores.blobs.put(made.digest, record)
                 except OSError as error:
                     raise UnavailableError(f"the blob store must be writable, got {error}") from error
-                self._stores.catalog.replace_past_gradient(stored.sequence, stored.gradient.digest, made).result()
+                return self._stores.catalog.replace_past_gradient(
+                    stored.sequence, stored.gradient.digest, made
+                ).result()
 
-        await in_thread(self._pool, write)
+        is_made = await in_thread(self._pool, write)
         # The damaged record; and the new one, where the version was purged or has expired meanwhile.
         await self._writer.discard({stored.gradient.digest, made.digest})
+        return is_made
 
     async def _is_sound(self, digest: str) -> bool:
         return await in_thread(self._pool, self._stores.blobs.is_sound, digest)

@@ -3,6 +3,9 @@
 Dense candidates come from where nothing is missed that can be afforded: small namespaces and filters that leave
 few are compared vector by vector; else the index proposes more than are asked for, and where a filter leaves too
 few of them, more again.
+
+Equally near documents come in order of their ids, also where not all of them are among the hits. Only the index
+proposes some of them by chance, where there are more than it is asked for.
 """
 
 from __future__ import annotations
@@ -81,7 +84,8 @@ class Retriever:
         if self._index.size(query.namespace) <= self._exact_below:
             with span("exact.search"):
                 keep = (lambda: self._matching(view, query)) if query.conditions else None
-                return self._exact.search(view, query.namespace, vector, depth, keep), view.sequence()
+                near = self._exact.search(view, query.namespace, vector, depth, keep)
+                return (near if len(near) <= depth else _nearest(view, near, vector, depth)), view.sequence()
         if not query.conditions:
             with span("index.search"):
                 keys, _ = self._index.search(query.namespace, vector, depth)
@@ -141,11 +145,12 @@ def cosines_of(candidates: dict[int, Candidate], vector: FloatArray) -> dict[int
 
 def _nearest(view: CatalogView, keys: Sequence[int], vector: FloatArray, count: int) -> list[int]:
     """The ``count`` nearest of ``keys``, with no more than MAX_VARIABLES vectors in memory."""
-    best: list[tuple[float, int]] = []
+    best: list[tuple[float, str, int]] = []
     for start in range(0, len(keys), MAX_VARIABLES):
-        cosines = cosines_of(candidates_of(view, keys[start : start + MAX_VARIABLES]), vector)
-        best = heapq.nlargest(count, [*best, *((cosine, key) for key, cosine in cosines.items())])
-    return [key for _, key in best]
+        found = candidates_of(view, keys[start : start + MAX_VARIABLES])
+        cosines = cosines_of(found, vector)
+        best = heapq.nsmallest(count, [*best, *((-cosines[key], found[key].id, key) for key in cosines)])
+    return [key for *_, key in best]
 
 
 def _fused(lists: Sequence[Sequence[int]]) -> dict[int, float]:

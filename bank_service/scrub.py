@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bank_service.background import cancelled
 from bank_service.errors import DataLossError
+from bank_service.repair import Mended
 from bank_service.stores import Stores
 from bank_service.threads import in_thread
 
@@ -33,10 +34,10 @@ class Scrubber:
     """Verifies the blobs that the catalog names, at a bounded rate, and has damaged ones repaired."""
 
     def __init__(
-        self, stores: Stores, repair: Callable[[str], Awaitable[bool]], pool: Executor, mib_per_second: float
+        self, stores: Stores, mend: Callable[[str], Awaitable[Mended]], pool: Executor, mib_per_second: float
     ) -> None:
         self._stores = stores
-        self._repair = repair
+        self._mend = mend
         self._pool = pool
         self._bytes_per_second = mib_per_second * 2**20
         self._task: asyncio.Task[None] | None = None
@@ -68,10 +69,9 @@ class Scrubber:
         try:
             await in_thread(self._pool, self._stores.blobs.get, digest)
         except DataLossError:
-            if await self._repair(digest):
-                counts.num_repaired += 1
-            else:
-                counts.num_lost += 1
+            mended = await self._mend(digest)
+            counts.num_repaired += mended is Mended.MADE
+            counts.num_lost += mended is Mended.LOST
 
     async def _run(self) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 from bank_service.catalog import Catalog
 from bank_service.catalog_view import Score
@@ -14,7 +15,7 @@ from bank_service.errors import LimitExceededError
 from bank_service.index_follower import IndexFollower
 from bank_service.past import PastRetriever
 from bank_service.retrieval import Retriever
-from bank_service.threads import in_thread
+from bank_service.threads import in_thread, stoppable_in_thread
 from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
@@ -34,13 +35,21 @@ class Searcher:
     """Finds documents. Reflects at least every change that was acknowledged before the search."""
 
     def __init__(
-        self, catalog: Catalog, retriever: Retriever, past: PastRetriever, follower: IndexFollower, pool: Executor
+        self,
+        catalog: Catalog,
+        retriever: Retriever,
+        past: PastRetriever,
+        follower: IndexFollower,
+        pool: Executor,
+        past_pool: Executor,
     ) -> None:
+        """``past_pool``: for queries as_of, which may take much longer than others and must not hold those up."""
         self._catalog = catalog
         self._retriever = retriever
         self._past = past
         self._follower = follower
         self._pool = pool
+        self._past_pool = past_pool
         self.acknowledged = 0  # sequence of the last change that a caller was told of
 
     def acknowledge(self, sequence: int) -> None:
@@ -95,7 +104,7 @@ class Searcher:
             if sequence > self._follower.sequence:
                 self._follower.wake()
             await self._follower.reach(sequence)
-        return await in_thread(self._pool, self._past.search, query, vector)
+        return await stoppable_in_thread(self._past_pool, partial(self._past.search, query, vector))
 
     async def _nearest(self, query: Query, vector: FloatArray) -> QueryResult:
         await self._follower.reach(self.acknowledged)

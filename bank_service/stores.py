@@ -24,6 +24,7 @@ class Pools:
     """Threads by kind of work, so that one kind does not hold up another."""
 
     reads: Executor
+    past_queries: Executor  # each may compare with all past versions of a namespace
     writes: Executor
     query_embeds: Executor
     document_embeds: Executor

@@ -80,6 +80,13 @@ history = sa.Table(
     sa.Index("history_by_gradient", "gradient_digest", "namespace", "gradient_bytes"),
 )
 
+history_setting = sa.Table(  # a row once somebody, or the creation of the catalog, has said how long history is kept
+    "history_setting",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),  # always 1
+    sa.Column("seconds", sa.BigInteger, nullable=False),
+)
+
 horizons = sa.Table(  # of namespaces that lost a version: the oldest sequence whose state is known
     "horizons",
     metadata,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -18,6 +19,21 @@ async def in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, 
     context = contextvars.copy_context()
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(pool, lambda: context.run(function, *args, **kwargs))
+
+
+async def stoppable_in_thread(pool: Executor, function: Callable[[Callable[[], None]], T]) -> T:
+    """As ``in_thread``, of a function that is to call what it is given now and then: once the caller is cancelled that
+    raises CancelledError there."""
+    stopped = threading.Event()
+
+    def go_on() -> None:
+        if stopped.is_set():
+            raise CancelledError
+
+    try:
+        return await in_thread(pool, function, go_on)
+    finally:
+        stopped.set()
 
 
 async def ended_in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -49,6 +49,7 @@ async def open_bank(folder: Path, **settings: object) -> AsyncIterator[Bank]:
     folder.mkdir(exist_ok=True)
     config = BankConfig(data_dir=folder, **{"history_seconds": HISTORY_SECONDS, **settings})  # type: ignore[arg-type]
     async with opened(config, HashEncoder(), HashEmbedder()) as bank:
+        bank._history_cleaner.start()  # as where it is served
         yield bank
 
 
@@ -173,7 +174,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
 def test_the_index_proposes_what_has_not_changed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many documents that neither all are proposed nor the first proposals are enough."""
     monkeypatch.setattr(past, "SCAN_SIZE", 3)
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=HISTORY_SECONDS)
     dimension = IDENTITY.embedding_dimension
     index = UsearchIndex(dimension)
     generator, draw = np.random.default_rng(0), random.Random(0)
@@ -207,20 +208,30 @@ async def test_the_past_stands_still_while_others_write(tmp_path: Path, monkeypa
         query = Query("", "owl barn", top_k=10, include_gradients=True)
         expected = await bank.query(query)
 
+        newest = expected.sequence
+
         async def write() -> None:
+            nonlocal newest
             while True:
                 id = f"d{random.randrange(60)}"
-                await bank.put(Document("", id, "", f"owl {random.random()}"))
+                result = await bank.put(Document("", id, "", f"owl {random.random()}"))
+                newest = max(newest, result.stored.sequence)
 
         writers = [asyncio.create_task(write()) for _ in range(4)]
         asked = Query("", "owl barn", top_k=10, include_gradients=True, as_of=expected.sequence)
-        for _ in range(60):
+        num_checks = num_moved = 0
+        while num_checks < 60 or num_moved < 30:  # the test's own limit ends it
+            before = newest
             answer = await bank.query(asked)
+            num_checks, num_moved = num_checks + 1, num_moved + (newest > before)
+            assert not any(writer.done() for writer in writers), "they write all the time"
             assert [hit.id for hit in answer.hits] == [hit.id for hit in expected.hits]
             assert answer.records == expected.records and answer.sequence == expected.sequence
         for writer in writers:
             writer.cancel()
         await asyncio.gather(*writers, return_exceptions=True)
+        assert newest >= expected.sequence + num_moved
+        assert (await bank.stats()).totals.num_past_versions >= num_moved, "of documents that were there"
 
 
 @pytest.mark.asyncio

@@ -216,10 +216,37 @@ async def test_the_past_keeps_its_codec_when_the_collection_gets_another(data_di
             assert (read_header(found[0]).codec, hit.version) == (codec, version)
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["recoded", "repaired", "repaired with another"])
+@pytest.mark.parametrize("history_seconds", [0, 3600])
+async def test_without_history_the_past_ends_where_a_document_gets_another_gradient(
+    data_dir: Path, way: str, history_seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "repaired with another":
+        monkeypatch.setattr("tests.bank.test_as_of.HashEncoder", ForgetfulEncoder)
+    async with open_bank(data_dir, history_seconds=history_seconds) as bank:
+        first = await put(bank, "a", "a text")
+        if way == "recoded":
+            assert [progress async for progress in bank.recode("bf16")][-1].num_recoded == 1
+        else:
+            (digest,) = blobs(data_dir)
+            bank._stores.blobs.path(digest).unlink()
+            counts = await bank.scrub()
+            assert (counts.num_repaired, counts.num_lost) == (1, 0)
+        changed = (await bank.get("", "a")).sequence
+        assert (changed == first) is (way == "repaired")
+        if history_seconds or way == "repaired":
+            assert await texts(bank, first) == {"a": "a text"}
+        else:
+            with pytest.raises(OutOfRangeError) as caught:
+                await texts(bank, first)
+            assert caught.value.limit == changed
+
+
 def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     limits = NamespaceLimits(max_bytes=330)
-    catalog = Catalog(path, IDENTITY, lambda _: limits, keeps_history=True)  # a gradient has 100 bytes
+    catalog = Catalog(path, IDENTITY, lambda _: limits, history_seconds=3600)  # a gradient has 100 bytes
     for digit in "012":
         catalog.put(document(text=f"text {digit}"), gradient(digit), None).result()
     assert counted(path) == {"n": (1, 3 * 106)}
@@ -235,7 +262,7 @@ def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
 
 
 def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=3600)
 
     def horizons(names: Iterable[str] = ("n", "m")) -> list[int]:
         with catalog.view() as view:
@@ -263,7 +290,7 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
     catalog.put(document("c", namespace="changed"), gradient(), None).result()
     catalog.close()
     with closing(sqlite3.connect(path)) as connection:
-        for table in ("history", "horizons"):
+        for table in ("history", "horizons", "history_setting"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("DROP INDEX documents_by_gradient")
         connection.execute("CREATE INDEX ix_documents_gradient_digest ON documents (gradient_digest)")
@@ -272,14 +299,14 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
     assert gradients_of(path) == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
     for _ in range(2):  # upgraded once, and found so the next time
-        catalog = Catalog(path, IDENTITY, keeps_history=True)
+        catalog = Catalog(path, IDENTITY, history_seconds=3600)
         with catalog.view() as view:
             found = {name: history.horizon(view.connection, name) for name in ("new", "changed", "emptied", "none")}
             indexes = {index["name"] for index in sa.inspect(view.connection).get_indexes("documents")}
         assert found == {"new": 0, "changed": 7, "emptied": 8, "none": 0}
         assert indexes == {"documents_by_gradient", "documents_by_namespace", "documents_by_sequence"}
         catalog.close()
-    catalog = Catalog(path, IDENTITY, keeps_history=True)
+    catalog = Catalog(path, IDENTITY, history_seconds=3600)
     catalog.put(document("a", "third", namespace="changed"), gradient("2"), None).result()
     with catalog.view() as view:
         assert history.named(view.connection, "changed", ["a", "c"], 9) == {"a": 7, "c": 9}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,17 @@ import pytest
 
 from bank_service import repair
 from bank_service.config import BankConfig
+from bank_service.documents import Document
 from bank_service.embedder import MiniLmEmbedder
 from bank_service.encoder import EncodedDocument
-from bank_service.offline import scrub
+from bank_service.offline import opened, scrub
+from bank_service.scrub import Scrubber
 from bank_service.server import BankServer
 from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, upload_of
-from tests.bank.hash_encoder import HashEncoder, spec_of
+from tests.bank.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from tests.bank.test_fetch import _flush, blob, ingested
 
 DAMAGES = {
@@ -71,6 +74,43 @@ async def test_a_damaged_gradient_that_was_uploaded_is_a_loss_until_it_is_upload
     assert repaired(server) == 0
     await client.upload(*parts)
     assert await client.fetch([put.gradient_digest]) == [(put.gradient_digest, record)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["deleted", "purged", "expired"])
+async def test_a_gradient_that_nobody_names_any_more_is_neither_repaired_nor_lost(
+    data_dir: Path, way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went between the scrub's look at the catalog and its look at the disk."""
+    data_dir.mkdir()
+    config = BankConfig(data_dir=data_dir, history_seconds=0 if way == "deleted" else 3600)
+    async with opened(config, HashEncoder(), HashEmbedder()) as bank:
+        digest = (await bank.put(Document("", "a", "", "a text"))).stored.gradient.digest
+        kept = (await bank.put(Document("", "b", "", "another text"))).stored.gradient.digest
+        if way == "expired":
+            await bank.put(Document("", "a", "", "what it is now"))
+        page = Scrubber._page
+
+        def look(scrubber: Scrubber, after: str) -> dict[str, int]:
+            digests = page(scrubber, after)
+            if not after:
+                assert digest in digests
+                run = asyncio.run_coroutine_threadsafe
+                if way == "expired":
+                    gone = scrubber._stores.catalog.expire_history(None, 10).result()
+                    run(bank._writer.discard(gone or ()), loop).result()
+                else:
+                    run(bank.delete("", "a", purge=way == "purged"), loop).result()
+                    run(bank._background.drain(), loop).result()
+                assert not blob(data_dir, digest).exists()
+                blob(data_dir, kept).unlink()
+            return digests
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(Scrubber, "_page", look)
+        counts = await bank.scrub()
+        assert (counts.num_repaired, counts.num_lost) == (1, 0), "the other's, whose document is there"
+        assert f"gradient {kept} was damaged" in caplog.text and digest not in caplog.text
 
 
 class ForgetfulEncoder(HashEncoder):
