@@ -25,6 +25,7 @@ from bank_service.catalog_view import ListEntry
 from bank_service.catalog_writes import DeleteResult, document_not_found
 from bank_service.compaction import Compactor
 from bank_service.config import BankConfig
+from bank_service.discarder import Discarder
 from bank_service.documents import (
     Document,
     PutResult,
@@ -39,6 +40,7 @@ from bank_service.documents import (
 from bank_service.embedder import Embedder
 from bank_service.encode_queue import EncodeQueue
 from bank_service.encoder import Encoder
+from bank_service.eraser import Eraser
 from bank_service.errors import LearnerMismatchError, NotFoundError
 from bank_service.exact_vectors import ExactVectors
 from bank_service.gradient_cache import GradientCache
@@ -98,11 +100,15 @@ class Bank:
         catalog = Catalog(path, self.identity, limits_of, keeps_history=config.history_seconds > 0)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
+        self._discarder = Discarder(self._stores, self._pools.writes, metrics)
         self._background = Background()
         index = UsearchIndex(embedder.dimension)
         self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
         self._compactor = Compactor(catalog, index, self._follower, reads)
         self._cleaner = LexicalCleaner(catalog, reads)
+        self._eraser = Eraser(
+            self._stores, self._discarder, self._cleaner, index, self._follower, self._compactor, reads
+        )
         exact = ExactVectors(embedder.dimension)
         retriever = Retriever(index, exact, config.exact_below)
         past = PastRetriever(catalog, index, exact, config.exact_below)
@@ -110,6 +116,7 @@ class Bank:
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
+            self._discarder,
             self._pools,
             self._background,
             self._encodes,
@@ -120,11 +127,13 @@ class Bank:
             metrics,
             self._acknowledge,
         )
-        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard, config.history_seconds)
-        repairer = Repairer(self._stores, self._writer, self._encodes, self._background, reads, metrics)
+        self._history_cleaner = HistoryCleaner(catalog, self._discarder.discard, config.history_seconds)
+        repairer = Repairer(
+            self._stores, self._writer, self._discarder, self._encodes, self._background, reads, metrics
+        )
         repair = repairer.repair
         self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
-        self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._writer.discard)
+        self._snapshotter = Snapshotter(config, self._stores, reads, repair, self._discarder.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
         self._scrubber = Scrubber(self._stores, repair, reads, config.scrub_mib_per_second)
 
@@ -154,7 +163,8 @@ class Bank:
         bank._compactor.start()
         bank._cleaner.start()
         bank._history_cleaner.start()
-        bank._background.run(bank._writer.sweep())
+        bank._eraser.start()
+        bank._background.run(bank._discarder.sweep())
         bank._scrubber.start()
         bank._recoder.resume()
         if config.redis_url is not None:
@@ -169,6 +179,7 @@ class Bank:
         await self._snapshotter.stop()
         await self._background.drain()
         await self._history_cleaner.stop()
+        await self._eraser.stop()
         await self._cleaner.stop()
         await self._compactor.stop()
         await self._follower.stop()
