@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from bank_service import history_cleaner
+from bank_service import gradient_cache, history_cleaner
 from bank_service.bank import Bank
 from bank_service.config import BankConfig
 from bank_service.discarder import Discarder
@@ -123,9 +123,10 @@ async def test_a_reader_that_is_late_does_not_bring_a_discarded_gradient_back(
 @pytest.mark.asyncio
 @pytest.mark.parametrize("purge", [False, True])
 async def test_what_a_resting_cache_was_not_told_it_is_told_when_it_is_back(
-    data_dir: Path, redis_server: str, purge: bool
+    data_dir: Path, redis_server: str, purge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bank_with(redis_server, data_dir, cache_timeout_ms=100) as (bank, redis):
+    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 5.0)
+    async with bank_with(redis_server, data_dir, cache_timeout_ms=1000) as (bank, redis):
         for id in ("a", "b"):
             await put(bank, id, f"text of {id}")
         digest, kept = await read(bank, "a", "b")
@@ -149,7 +150,7 @@ async def test_what_a_resting_cache_was_not_told_it_is_told_when_it_is_back(
 async def test_a_put_that_the_server_answered_too_late_leaves_nothing_of_a_discarded_gradient(
     data_dir: Path, redis_server: str
 ) -> None:
-    async with bank_with(redis_server, data_dir, cache_timeout_ms=300) as (bank, redis):
+    async with bank_with(redis_server, data_dir, cache_timeout_ms=1000) as (bank, redis):
         await put(bank, "a", "a text")
         digest = (await bank.get("", "a")).gradient.digest
         record = bank._stores.blobs.get(digest)
