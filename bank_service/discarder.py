@@ -76,7 +76,8 @@ class Discarder:
                 sweep.failed[min(new)],
             )
         # Also those that had no file: it may have gone when the cache could not be asked.
-        await self._cache.remove(sorted(sweep.unwanted))
+        if sweep.unwanted:
+            await self._cache.remove(sorted(sweep.unwanted))
         return sweep.num_removed, next(iter(sweep.failed.values()), None)
 
     def _references(self, digests: list[str]) -> set[str]:

@@ -65,7 +65,8 @@ class RecordReader:
         await self._cache.put(records)
         # A record whose last document went between the read and the put would stay: its removal came before the put.
         known = await in_thread(self._pool, self._known, list(records), None)
-        await self._cache.remove([digest for digest in records if digest not in known])
+        if gone := records.keys() - known:
+            await self._cache.remove(list(gone))
 
     async def _read(self, digest: str, may_read: MayRead | None) -> bytes:
         try:
