@@ -14,6 +14,7 @@ from bank_service.errors import BankError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+CANCEL_SECONDS = 1.0  # between two attempts to end a task
 
 
 class Background:
@@ -45,7 +46,10 @@ class Background:
 async def cancelled(task: asyncio.Task[Any] | None) -> None:
     """Ends a task, and returns when it has ended, however; None is one that never began."""
     if task is not None:
-        task.cancel()
+        while not task.done():
+            # Again where it got lost: before Python 3.12, asyncio.wait_for (in redis-py) may swallow it.
+            task.cancel()
+            await asyncio.wait([task], timeout=CANCEL_SECONDS)
         await asyncio.gather(task, return_exceptions=True)
 
 

@@ -23,8 +23,8 @@ from bank_service.blob_store import BlobStore
 from bank_service.catalog import Catalog, CollectionIdentity, stored_codec
 from bank_service.catalog_view import ListEntry
 from bank_service.catalog_writes import DeleteResult, document_not_found
-from bank_service.compaction import Compactor
 from bank_service.config import BankConfig
+from bank_service.discarder import Discarder
 from bank_service.documents import (
     Document,
     PutResult,
@@ -42,9 +42,7 @@ from bank_service.encoder import Encoder
 from bank_service.errors import LearnerMismatchError, NotFoundError
 from bank_service.exact_vectors import ExactVectors
 from bank_service.gradient_cache import GradientCache
-from bank_service.history_cleaner import HistoryCleaner
 from bank_service.index_follower import IndexFollower
-from bank_service.lexical_cleaner import LexicalCleaner
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import LimitsOf, unlimited
 from bank_service.past import PastRetriever
@@ -58,6 +56,7 @@ from bank_service.snapshot import Progress
 from bank_service.snapshotter import Snapshotter
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
+from bank_service.upkeep import Upkeep
 from bank_service.usearch_index import UsearchIndex
 from bank_service.wire.codec import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
 from bank_service.wire.tracing import span
@@ -99,11 +98,10 @@ class Bank:
         catalog = Catalog(path, self.identity, limits_of, history_seconds=config.history_seconds)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
+        self._discarder = Discarder(self._stores, self._pools.writes, metrics)
         self._background = Background()
         index = UsearchIndex(embedder.dimension)
         self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
-        self._compactor = Compactor(catalog, index, self._follower, reads)
-        self._cleaner = LexicalCleaner(catalog, reads)
         exact = ExactVectors(embedder.dimension)
         retriever = Retriever(index, exact, config.exact_below)
         past = PastRetriever(catalog, index, exact, config.exact_below)
@@ -111,6 +109,7 @@ class Bank:
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,
+            self._discarder,
             self._pools,
             self._background,
             self._encodes,
@@ -121,12 +120,14 @@ class Bank:
             metrics,
             self._acknowledge,
         )
-        self._history_cleaner = HistoryCleaner(catalog, self._writer.discard)
-        repairer = Repairer(self._stores, self._writer, self._encodes, self._background, reads, metrics)
+        repairer = Repairer(
+            self._stores, self._writer, self._discarder, self._encodes, self._background, reads, metrics
+        )
         self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
-        self._snapshotter = Snapshotter(config, self._stores, reads, repairer.repair, self._writer.discard)
+        self._snapshotter = Snapshotter(config, self._stores, reads, repairer.repair, self._discarder.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
         self._scrubber = Scrubber(self._stores, repairer.mend, reads, config.scrub_mib_per_second)
+        self._upkeep = Upkeep(self._stores, self._discarder, index, self._follower, reads)
 
     @property
     def max_upload_bytes(self) -> int:
@@ -154,12 +155,9 @@ class Bank:
             await bank.close()
             raise
         bank._searcher.acknowledge(bank._follower.sequence)
-        bank._compactor.start()
-        bank._cleaner.start()
-        if expires_history:
-            bank._history_cleaner.start()
-        bank._background.run(bank._writer.sweep())
+        bank._upkeep.start(expires_history=expires_history)
         bank._scrubber.start()
+        bank._background.run(bank._discarder.sweep())
         bank._recoder.resume()
         if config.redis_url is not None:
             bank._background.run(bank._stores.cache.warn_where_unlimited())
@@ -172,9 +170,7 @@ class Bank:
         await self._scrubber.stop()
         await self._snapshotter.stop()
         await self._background.drain()
-        await self._history_cleaner.stop()
-        await self._cleaner.stop()
-        await self._compactor.stop()
+        await self._upkeep.stop()
         await self._follower.stop()
         await asyncio.to_thread(self._encodes.close)
         pools = self._pools

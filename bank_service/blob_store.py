@@ -13,6 +13,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +23,18 @@ from bank_service.wire.codec import record_digest
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Errors of a read that say nothing of the file: too many open, or not allowed.
 _NOT_THE_DISK = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
-SWEEP_BATCH = 256  # digests checked while holds have to wait
+SWEEP_BATCH = 256  # digests looked up in the catalog at once
 
 References = Callable[[list[str]], Set[str]]  # which of these digests the catalog names
+
+
+@dataclass(slots=True)
+class Sweep:
+    """What came of one sweep."""
+
+    num_removed: int = 0
+    unwanted: set[str] = field(default_factory=set)  # neither held nor referenced, whether there was a file or not
+    failed: dict[str, OSError] = field(default_factory=dict)  # those whose file could not be removed
 
 
 class BlobStore:
@@ -34,8 +44,12 @@ class BlobStore:
         """Opens or creates. What an earlier process left half-written is removed."""
         self._folder = folder
         self._temporary = folder / "tmp"
+        # Of the fields below, never held over a look at disk or catalog: an event loop takes it.
         self._lock = threading.Lock()
+        self._gone = threading.Condition(self._lock)
         self._held: Counter[str] = Counter()
+        self._held_meanwhile: list[set[str]] = []  # for each sweep that is looking into the catalog
+        self._going: Counter[str] = Counter()  # whose files sweeps are removing
         self._num_keeping = 0  # of those who want all records kept
         self._spared: set[str] = set()  # by sweeps meanwhile
         self._num_temporary = 0
@@ -49,9 +63,11 @@ class BlobStore:
 
     @contextlib.contextmanager
     def hold(self, digest: str) -> Iterator[None]:
-        """Keeps the record from being swept before the catalog names it."""
+        """Keeps the record from being swept before the catalog names it. Waits for no sweep; ``put`` does."""
         with self._lock:
             self._held[digest] += 1
+            for held in self._held_meanwhile:
+                held.add(digest)
         try:
             yield
         finally:
@@ -79,6 +95,8 @@ class BlobStore:
     def put(self, digest: str, record: bytes) -> None:
         """Makes the record durable; free of writes where a sound copy is there. Call it inside ``hold``."""
         path = self.path(digest)
+        with self._gone:
+            self._gone.wait_for(lambda: digest not in self._going)
         if not self.is_sound(digest):
             with self._lock:
                 self._num_temporary += 1
@@ -123,24 +141,51 @@ class BlobStore:
             return False
         return True
 
-    def sweep(self, references: References, digests: Iterable[str] | None = None) -> int:
-        """Removes those of ``digests`` (all files where None) that are neither held nor referenced; how many."""
-        removed = 0
+    def sweep(self, references: References, digests: Iterable[str] | None = None) -> Sweep:
+        """Removes those of ``digests`` (all files where None) that are neither held nor referenced."""
+        sweep = Sweep()
         rest = iter(digests if digests is not None else self._digests())
         while batch := list(islice(rest, SWEEP_BATCH)):
-            # An ingest holds before it writes and lets go after its commit. So under the lock, what is not held
-            # is either in the catalog or nobody's.
-            with self._lock:
-                idle = [digest for digest in batch if digest not in self._held]
-                unwanted = set(idle) - references(idle)
-                if self._num_keeping:
-                    self._spared |= unwanted
-                    continue
-                for digest in unwanted:
-                    with contextlib.suppress(FileNotFoundError):
+            with self._claim(batch, references, sweep) as going:
+                for digest in going:
+                    try:
                         self.path(digest).unlink()
-                        removed += 1
-        return removed
+                        sweep.num_removed += 1
+                    except FileNotFoundError:
+                        pass
+                    except OSError as error:
+                        sweep.failed[digest] = error
+        return sweep
+
+    @contextlib.contextmanager
+    def _claim(self, digests: list[str], references: References, sweep: Sweep) -> Iterator[Set[str]]:
+        """Those of ``digests`` whose files are to go; who wants to ``put`` one of them waits meanwhile.
+
+        An ingest holds before it writes and lets go after its commit. So what is held neither before the look into
+        the catalog nor during it is either in what the catalog said or nobody's.
+        """
+        held_meanwhile: set[str] = set()
+        unwanted: set[str] = set()
+        with self._lock:
+            idle = [digest for digest in digests if digest not in self._held]
+            self._held_meanwhile.append(held_meanwhile)
+        try:
+            unwanted = set(idle) - references(idle)
+        finally:
+            with self._lock:
+                # By identity: another sweep's may be equal.
+                self._held_meanwhile = [held for held in self._held_meanwhile if held is not held_meanwhile]
+                unwanted -= held_meanwhile
+                going = set() if self._num_keeping else unwanted
+                self._spared |= unwanted - going
+                self._going.update(going)
+        sweep.unwanted |= unwanted
+        try:
+            yield going
+        finally:
+            with self._gone:
+                self._going -= Counter(going)
+                self._gone.notify_all()
 
     def _digests(self) -> Iterator[str]:
         for byte in range(256):

@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
-from bank_service import history
+from bank_service import erasures, history
 from bank_service.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog_view import CatalogView
 from bank_service.catalog_writes import DeleteResult, delete_document, purge_document, put_document
@@ -125,6 +125,18 @@ class Catalog:
         return self._writer.submit(
             lambda connection: delete_document(connection, namespace, id, expected_version, keep=keep)
         )
+
+    def acknowledge_purge(self, number: int) -> Future[None]:
+        """One ``erasures.acknowledge``."""
+        return self._writer.submit(lambda connection: erasures.acknowledge(connection, number))
+
+    def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
+        """One ``erasures.finish``."""
+        return self._writer.submit(lambda connection: erasures.finish(connection, numbers))
+
+    def cut_log(self) -> Future[bool]:
+        """One ``GroupCommit.cut_log``."""
+        return self._writer.cut_log()
 
     def expire_history(self, before_us: int | None, limit: int) -> Future[list[str] | None]:
         """One ``history.expire``."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bank_service import history
+from bank_service import erasures, history
 from bank_service.attributes import put_attributes, remove_attributes
 from bank_service.catalog_view import to_stored
 from bank_service.documents import Document, Gradient, Outcome, PutResult, StoredDocument
@@ -38,6 +38,7 @@ class DeleteResult:
     version: int  # that was deleted
     sequence: int
     digests: frozenset[str]  # of gradients that may now belong to nobody
+    erasure: int | None = None  # of a purge
 
 
 def put_document(
@@ -106,17 +107,26 @@ def delete_document(
 
 def purge_document(connection: sa.Connection, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
     """Takes the content out, and that of all past versions; of a deleted document, that alone. NotFoundError,
-    VersionConflictError. Horizons stay: ``as_of`` answers as if the document had never existed."""
+    VersionConflictError. Horizons stay: ``as_of`` answers as if the document had never existed.
+
+    A purge that was not acknowledged may come again, with the version that it expected.
+    """
     row = _current(connection, namespace, id)
     if row is None:
         raise document_not_found(namespace, id)
     digests = history.purge(connection, row["key"])
-    if row["deleted"] and not digests:
+    unfinished = erasures.unacknowledged(connection, row["key"])
+    if row["deleted"] and not digests and unfinished is None:
         raise document_not_found(namespace, id)
-    _check_version(row, namespace, id, expected_version)
-    if row["deleted"]:
-        return DeleteResult(row["version"], row["sequence"], frozenset(digests))
-    return DeleteResult(row["version"], _empty(connection, row), frozenset([*digests, row["gradient_digest"]]))
+    if not row["deleted"] or unfinished is None or expected_version != row["version"]:
+        _check_version(row, namespace, id, expected_version)
+    digests |= unfinished or set()
+    sequence = row["sequence"]
+    if not row["deleted"]:
+        digests.add(row["gradient_digest"])
+        sequence = _empty(connection, row)
+    erasure = erasures.record(connection, row["key"], namespace, digests)
+    return DeleteResult(row["version"], sequence, frozenset(digests), erasure)
 
 
 def version_conflict(namespace: str, id: str, expected: int, actual: int) -> VersionConflictError:

@@ -45,6 +45,7 @@ class Compactor:
         self._pool = pool
         self._every = every
         self._task: asyncio.Task[None] | None = None
+        self.turn = asyncio.Lock()  # of who puts a namespace's graph in another's place
         self.num_compacted = 0  # namespaces rebuilt since the start
 
     def start(self) -> None:
@@ -57,6 +58,10 @@ class Compactor:
 
     async def compact(self, namespace: str) -> None:
         """Rebuilds one namespace and puts it in the old one's place."""
+        async with self.turn:
+            await self._compact(namespace)
+
+    async def _compact(self, namespace: str) -> None:
         fresh = self._index.empty_like()
         sequence = 0
         while (reached := await in_thread(self._pool, self._advance, fresh, namespace, sequence)) != sequence:

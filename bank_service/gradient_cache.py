@@ -1,7 +1,7 @@
 """Hot gradient records in Redis. A cache only: whatever happens to it, a fetch succeeds from the blobs.
 
-Every record expires: a server without a limit of its own does not grow for ever, and a record that a late write
-brings back after its document was deleted goes too.
+Every record expires: a server without a limit of its own does not grow for ever. What could not be removed, because the
+server failed or rested, is removed when it answers again, as far as it has not expired by then.
 
 Every record read is checked against its digest. A server that fails or is slow is left alone for a moment, so
 that each call does not wait for it anew.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 COOL_DOWN_SECONDS = 1.0
 MAX_CONNECTIONS = 8
 KEY_PREFIX = "regrad:gradient:"
+MAX_KEYS = 1000  # in one UNLINK
 
 
 @dataclass(slots=True)
@@ -60,9 +61,11 @@ class GradientCache:
         self._ttl_seconds = ttl_seconds
         self._pool = pool
         self._rest_until = 0.0
+        self._unremoved: dict[str, float] = {}  # digests to remove → when they have expired, on the monotonic clock
         self.counts = CacheCounts()
 
     async def close(self) -> None:
+        await self.retry()
         await self._redis.aclose()
         await self._connections.aclose()
 
@@ -94,16 +97,28 @@ class GradientCache:
         return found
 
     async def put(self, records: Mapping[str, bytes]) -> None:
-        """Offers records; the server may drop any."""
-        if records:
+        """Offers records; the server may drop any. The caller then sees that they are still to be there."""
+        if records and not self._rests():
             pipeline = self._redis.pipeline(transaction=False)
             for digest, record in records.items():
                 pipeline.set(KEY_PREFIX + digest, record, ex=self._ttl_seconds)
-            await self._guarded(pipeline.execute)
+            if await self._guarded(pipeline.execute) is None:
+                self._mark(records)  # the server may still come to them
 
     async def remove(self, digests: Sequence[str]) -> None:
-        if digests:
-            await self._call("UNLINK", *[KEY_PREFIX + digest for digest in digests])
+        """Removes records, now or when the server answers again."""
+        self._mark(digests)
+        await self._unlink(digests)
+
+    async def retry(self) -> None:
+        """Removes what could not be removed before."""
+        now = time.monotonic()
+        self._unremoved = {digest: expired for digest, expired in self._unremoved.items() if expired > now}
+        await self._unlink(list(self._unremoved))
+
+    def may_have(self, digests: Iterable[str]) -> bool:
+        """One of ``digests`` is still to be removed."""
+        return any(digest in self._unremoved for digest in digests)
 
     async def warn_where_unlimited(self) -> None:
         """Logs a warning where the server has no memory limit: then only the expiry keeps it from growing."""
@@ -115,13 +130,27 @@ class GradientCache:
                 self._ttl_seconds,
             )
 
+    def _mark(self, digests: Iterable[str]) -> None:
+        self._unremoved.update(dict.fromkeys(digests, time.monotonic() + self._ttl_seconds))
+
+    async def _unlink(self, digests: Sequence[str]) -> None:
+        for start in range(0, len(digests), MAX_KEYS):
+            part = digests[start : start + MAX_KEYS]
+            if await self._call("UNLINK", *[KEY_PREFIX + digest for digest in part]) is None:
+                return
+            for digest in part:
+                self._unremoved.pop(digest, None)
+
+    def _rests(self) -> bool:
+        return time.monotonic() < self._rest_until
+
     async def _call(self, command: str, *arguments: str) -> object:
         """The server's answer, or None; see ``_guarded``."""
         return await self._guarded(lambda: self._redis.execute_command(command, *arguments))  # type: ignore[no-untyped-call]
 
     async def _guarded(self, ask: Callable[[], Awaitable[object]]) -> object:
         """What ``ask`` gets from the server, or None where that fails, is slow, or rests after a failure."""
-        if time.monotonic() < self._rest_until:
+        if self._rests():
             return None
         try:
             async with asyncio.timeout(self._timeout):

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -16,6 +17,7 @@ from bank_service.errors import BankError, InternalError, UnavailableError
 T = TypeVar("T")
 Item: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]  # an operation, and who waits for it
 MAX_BATCH = 256  # operations in one transaction
+BUSY_MS = 200  # that writes wait at most for readers, once for each ``cut_log``
 
 
 class GroupCommit:
@@ -30,6 +32,7 @@ class GroupCommit:
     def __init__(self, engine: Engine) -> None:
         """``engine`` is its own from now on."""
         self._engine = engine
+        self._cuts: queue.SimpleQueue[Future[bool]] = queue.SimpleQueue()  # asked for, not made yet
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no operation may follow the end mark
         self._closed = False
@@ -46,6 +49,15 @@ class GroupCommit:
             self._queue.put((operation, future))
         return future
 
+    def cut_log(self) -> Future[bool]:
+        """Moves what is committed by now into the database's file and empties its write-ahead log, which still has what
+        the pages were before. False where a reader is at an older state, and keeps it from that: try again."""
+        cut: Future[bool] = Future()
+        cut.set_running_or_notify_cancel()
+        self._cuts.put(cut)
+        self.submit(lambda _: None)  # has the thread come to it
+        return cut
+
     def close(self) -> None:
         """Commits what is queued and ends the thread."""
         with self._lock:
@@ -61,6 +73,8 @@ class GroupCommit:
             while len(batch) < MAX_BATCH and batch[-1] is not None and not self._queue.empty():
                 batch.append(self._queue.get())
             self._commit([item for item in batch if item is not None])
+            while not self._cuts.empty():
+                self._cut(self._cuts.get())
             if batch[-1] is None:
                 return
 
@@ -98,6 +112,22 @@ class GroupCommit:
                 else:
                     done.append((future, result))
         return done
+
+    def _cut(self, cut: Future[bool]) -> None:
+        try:
+            with closing(self._engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
+                ((usual,),) = cursor.execute("PRAGMA busy_timeout").fetchall()
+                cursor.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+                try:
+                    ((busy, _, _),) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                finally:
+                    cursor.execute(f"PRAGMA busy_timeout={usual}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread goes on, and who waits raises it
+            failure = UnavailableError(f"the catalog must be writable, got {error}; is the disk full?")
+            failure.__cause__ = error
+            cut.set_exception(failure)
+        else:
+            cut.set_result(not busy)
 
     def _fail(
         self,

@@ -82,6 +82,11 @@ class IndexFollower:
         async with self._stepping:
             yield
 
+    async def save(self) -> None:
+        """Saves a snapshot of the index as it is now, also where no change came. OSError."""
+        async with self._stepping:
+            await ended_in_thread(self._pool, self._write)
+
     async def reach(self, sequence: int) -> None:
         """Returns once the index reflects ``sequence``.
 
@@ -182,8 +187,10 @@ class IndexFollower:
         if self.sequence == self._saved_sequence:
             return
         try:
-            self._index.save(self._snapshot, self._catalog.collection_id, self.sequence)
+            self._write()
         except OSError:
             logger.exception("the index snapshot could not be written; the next start rebuilds more from the catalog")
-        else:
-            self._saved_sequence = self.sequence
+
+    def _write(self) -> None:
+        self._index.save(self._snapshot, self._catalog.collection_id, self.sequence)
+        self._saved_sequence = self.sequence

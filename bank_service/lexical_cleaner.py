@@ -24,6 +24,7 @@ class LexicalCleaner:
     def __init__(self, catalog: Catalog, pool: Executor) -> None:
         self._catalog = catalog
         self._pool = pool
+        self._turn = asyncio.Lock()  # two at once would count the same removals twice
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -35,12 +36,13 @@ class LexicalCleaner:
 
     async def clean(self) -> int:
         """Merges every table that has to be; how many."""
-        tables = await in_thread(self._pool, self._uncleaned)
-        for number, num_removed in tables.items():
-            first = True
-            while not await asyncio.wrap_future(self._catalog.clean_words(number, num_removed, first=first)):
-                first = False
-        return len(tables)
+        async with self._turn:
+            tables = await in_thread(self._pool, self._uncleaned)
+            for number, num_removed in tables.items():
+                first = True
+                while not await asyncio.wrap_future(self._catalog.clean_words(number, num_removed, first=first)):
+                    first = False
+            return len(tables)
 
     def _uncleaned(self) -> dict[int, int]:
         with self._catalog.view() as view:

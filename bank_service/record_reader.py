@@ -57,9 +57,16 @@ class RecordReader:
             with span("blobs.get", num_gradients=len(missing)):
                 read = await asyncio.gather(*(self._read(digest, may_read) for digest in missing))
             fresh = dict(zip(missing, read, strict=True))
-            self._background.run(self._cache.put(fresh))
+            self._background.run(self._fill_cache(fresh))
             records.update(fresh)
         return records
+
+    async def _fill_cache(self, records: dict[str, bytes]) -> None:
+        await self._cache.put(records)
+        # A record whose last document went between the read and the put would stay: its removal came before the put.
+        known = await in_thread(self._pool, self._known, list(records), None)
+        if gone := records.keys() - known:
+            await self._cache.remove(list(gone))
 
     async def _read(self, digest: str, may_read: MayRead | None) -> bytes:
         try:

@@ -17,6 +17,7 @@ from concurrent.futures import Executor
 
 from bank_service import history
 from bank_service.background import Background
+from bank_service.discarder import Discarder
 from bank_service.documents import Gradient, StoredDocument
 from bank_service.encode_queue import EncodeQueue
 from bank_service.errors import BankError, UnavailableError, VersionConflictError
@@ -47,6 +48,7 @@ class Repairer:
         self,
         stores: Stores,
         writer: Writer,
+        discarder: Discarder,
         encodes: EncodeQueue,
         background: Background,
         pool: Executor,
@@ -54,6 +56,7 @@ class Repairer:
     ) -> None:
         self._stores = stores
         self._writer = writer
+        self._discarder = discarder
         self._encodes = encodes
         self._background = background
         self._pool = pool
@@ -153,7 +156,7 @@ class Repairer:
 
         is_made = await in_thread(self._pool, write)
         # The damaged record; and the new one, where the version was purged or has expired meanwhile.
-        await self._writer.discard({stored.gradient.digest, made.digest})
+        await self._discarder.discard({stored.gradient.digest, made.digest})
         return is_made
 
     async def _is_sound(self, digest: str) -> bool:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 EXHAUSTIVE_SIZE = 5_000  # vectors; as fast as the graph up to there
 VECTORS_PER_HOLD = 16  # of a ``put``; searches wait so long, a millisecond each in a graph of a million
 MANIFEST = "manifest.json"
+FILLER_KEY = 2**63 - 1  # no row of a catalog comes to it
 
 
 class UsearchIndex:
@@ -68,6 +69,18 @@ class UsearchIndex:
         with self._lock:
             spaces = dict(self._spaces)
         return [name for name, space in spaces.items() if space.num_dead() > max(share * space.num_places(), least - 1)]
+
+    def num_dead(self, namespace: str) -> int:
+        """Places of removed vectors, which are kept, and the vectors in them until they are overwritten."""
+        space = self._space(namespace)
+        return 0 if space is None else space.num_dead()
+
+    def overwrite_removed(self, namespace: str, count: int) -> None:
+        """Overwrites ``count`` removed vectors, those that were removed first; 2 ms each. After as many as are dead,
+        nothing is left of what was removed before."""
+        space = self._space(namespace)
+        if space is not None:
+            space.overwrite_removed(count)
 
     def empty_like(self) -> UsearchIndex:
         """An empty index for the same vectors."""
@@ -169,6 +182,19 @@ class _Space:
         """Places of removed vectors."""
         with self._turn():
             return int(self._index.stats.nodes) - len(self._index)
+
+    def overwrite_removed(self, count: int) -> None:
+        """usearch gives a new vector the place of the one that was removed first, and puts the place of one that is
+        removed behind all others. So fillers, each removed at once, come to one place after the other."""
+        generator = np.random.default_rng()
+        key = np.asarray([FILLER_KEY], dtype=np.uint64)
+        for _ in range(count):
+            filler = unit(generator.standard_normal((1, self._index.ndim)).astype(np.float32))
+            with self._turn():
+                # Else it would make a place of its own. What changes meanwhile takes and leaves places likewise.
+                if int(self._index.stats.nodes) > len(self._index):
+                    self._index.add(key, filler, threads=1)
+                    self._index.remove(key)
 
     def save(self, path: Path) -> None:
         with self._turn():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bank_service.background import Background, KeyedLocks, finished
 from bank_service.catalog_writes import DeleteResult, version_conflict
+from bank_service.discarder import Discarder
 from bank_service.documents import (
     Document,
     Gradient,
@@ -68,6 +69,7 @@ class Writer:
     def __init__(
         self,
         stores: Stores,
+        discarder: Discarder,
         pools: Pools,
         background: Background,
         encodes: EncodeQueue,
@@ -81,7 +83,7 @@ class Writer:
         """``acknowledge`` is told the sequence of each change before its caller is."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
-        self._cache = stores.cache
+        self._discarder = discarder
         self._pools = pools
         self._background = background
         self._encodes = encodes
@@ -147,7 +149,8 @@ class Writer:
     ) -> DeleteResult:
         """Deletes a document; durable on return. NotFoundError, VersionConflictError.
 
-        ``purge``: what it was before, too, also where it is deleted already; its gradients are gone on return.
+        ``purge``: what it was before, too, also where it is deleted already; its gradients are gone on return, and what
+        the bank's files still hold of it soon after; see Eraser. UnavailableError where a gradient can't be removed.
         """
         namespace, id = check_namespace(namespace), check_id(id)
         async with self._locks.hold((namespace, id)):
@@ -172,18 +175,6 @@ class Writer:
                 return False
             await self._store(stored.document, stored.gradient, record, stored.version)
             return True
-
-    async def sweep(self) -> None:
-        """Removes gradients that no document or past version names: what a crash between blob and catalog leaves."""
-        removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references)
-        if removed:
-            self._metrics.swept(removed)
-            logger.info("removed %d gradients that no document names (left by a crash)", removed)
-
-    async def discard(self, digests: Iterable[str]) -> None:
-        """Removes those that no document or past version names any more."""
-        for digest in digests:
-            await self._discard(digest)
 
     def _stored(self, namespace: str, id: str) -> StoredDocument | None:
         with self._catalog.view() as view:
@@ -234,11 +225,11 @@ class Writer:
             result = await self._write(document, gradient, record, expected_version)
         except BankError:
             if record is not None:  # written before the catalog refused it: else refused uploads would fill the disk
-                self._background.run(self._discard(gradient.digest))
+                self._background.run(self._discarder.discard([gradient.digest]))
             raise
         self._acknowledge(result.stored.sequence)
         if result.replaced_digest is not None:
-            self._background.run(self._discard(result.replaced_digest))
+            self._background.run(self._discarder.discard([result.replaced_digest]))
         return result
 
     async def _commit_deletion(
@@ -246,9 +237,11 @@ class Writer:
     ) -> DeleteResult:
         result = await in_thread(self._pools.writes, self._delete, namespace, id, expected_version, purge)
         self._acknowledge(result.sequence)
-        discarding = self._background.run(self.discard(result.digests))
-        if purge:
-            await discarding
+        if result.erasure is None:
+            self._background.run(self._discarder.discard(result.digests))
+        else:
+            await self._discarder.erase(result.digests)
+            await asyncio.wrap_future(self._catalog.acknowledge_purge(result.erasure))
         return result
 
     async def _write(
@@ -273,16 +266,6 @@ class Writer:
             view.check_namespace(namespace)
         with span("catalog.delete"):
             return self._catalog.delete(namespace, id, expected_version, purge=purge).result()
-
-    async def _discard(self, digest: str) -> None:
-        """Removes a gradient that its document no longer has, unless another or a past version has the same."""
-        removed = await in_thread(self._pools.writes, self._blobs.sweep, self._references, [digest])
-        if removed:
-            await self._cache.remove([digest])
-
-    def _references(self, digests: list[str]) -> set[str]:
-        with self._catalog.view() as view:
-            return set(view.gradient_sizes(digests))
 
     def _embed_document(self, document: Document) -> bytes:
         with span("bank.embed"):

@@ -16,6 +16,7 @@ import bank_service.catalog
 import bank_service.usearch_index
 from bank_service.blob_store import BlobStore
 from bank_service.catalog import Catalog
+from bank_service.discarder import Discarder
 from bank_service.encoder import EncodedDocument
 from bank_service.gradient_cache import GradientCache
 from bank_service.group_commit import GroupCommit
@@ -23,7 +24,6 @@ from bank_service.searcher import Searcher
 from bank_service.snapshot import SnapshotWriter
 from bank_service.snapshot_store import FolderStore
 from bank_service.usearch_index import UsearchIndex
-from bank_service.writer import Writer
 from tests.bank.hash_encoder import HashEncoder
 
 # Where → what is called there.
@@ -36,7 +36,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "in a deletion": (Catalog, "delete"),
     "at the start of an index snapshot": (UsearchIndex, "save"),
     "between the old and the new index snapshot": (bank_service.usearch_index, "os.replace"),
-    "in a sweep, before anything is removed": (Writer, "_references"),
+    "in a sweep, before anything is removed": (Discarder, "_references"),
     "after a sweep, before the cache": (GradientCache, "remove"),
     "in a bank snapshot": (SnapshotWriter, "copy"),
     "before a bank snapshot's manifest": (FolderStore, "write"),

@@ -49,7 +49,7 @@ async def open_bank(folder: Path, **settings: object) -> AsyncIterator[Bank]:
     folder.mkdir(exist_ok=True)
     config = BankConfig(data_dir=folder, **{"history_seconds": HISTORY_SECONDS, **settings})  # type: ignore[arg-type]
     async with opened(config, HashEncoder(), HashEmbedder()) as bank:
-        bank._history_cleaner.start()  # as where it is served
+        bank._upkeep.history_cleaner.start()  # as where it is served
         yield bank
 
 
@@ -155,7 +155,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
             for _ in range(16):
                 await life.step(bank)
             for namespace in SPACES:
-                await bank._compactor.compact(namespace)
+                await bank._upkeep.compactor.compact(namespace)
             await life.check(bank, life.sequence - 10)
     assert life.purged and sum(map(bool, life.answers.values())) > 80, "else this test shows little"
     async with open_bank(tmp_path / "bank", exact_below=exact_below) as bank:
@@ -163,7 +163,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
         assert (await bank.stats()).totals.num_past_versions > 8
     # The same without the history: the bank says that it doesn't know, or is right.
     async with open_bank(tmp_path / "bank", exact_below=exact_below, history_seconds=0) as bank:
-        await bank._history_cleaner.clean()
+        await bank._upkeep.history_cleaner.clean()
         stats = (await bank.stats()).totals
         assert stats.num_past_versions == 0 and stats.oldest_as_of <= life.sequence
         await life.check(bank, stats.oldest_as_of)

@@ -78,9 +78,9 @@ def test_a_sweep_removes_what_is_neither_referenced_nor_held(tmp_path: Path) -> 
     kept, orphan, held = (put(blobs, name) for name in (b"kept", b"orphan", b"held"))
     (tmp_path / "ab" / "not a digest").write_text("someone's notes")
     with blobs.hold(held), blobs.hold(held):
-        assert blobs.sweep(lambda digests: {kept} & set(digests)) == 1
+        assert blobs.sweep(lambda digests: {kept} & set(digests)).num_removed == 1
     assert blobs.is_sound(kept) and blobs.is_sound(held) and not blobs.is_sound(orphan)
-    assert blobs.sweep(lambda digests: {kept} & set(digests)) == 1
+    assert blobs.sweep(lambda digests: {kept} & set(digests)).num_removed == 1
     assert not blobs.is_sound(held)
     assert (tmp_path / "ab" / "not a digest").exists()
 
@@ -88,7 +88,7 @@ def test_a_sweep_removes_what_is_neither_referenced_nor_held(tmp_path: Path) -> 
 def test_a_sweep_of_named_digests_leaves_the_others_alone(tmp_path: Path) -> None:
     blobs = BlobStore(tmp_path)
     one, two = put(blobs, b"one"), put(blobs, b"two")
-    assert blobs.sweep(lambda digests: set(), [one]) == 1
+    assert blobs.sweep(lambda digests: set(), [one]).num_removed == 1
     assert blobs.is_sound(two) and not blobs.is_sound(one)
 
 
@@ -100,7 +100,7 @@ def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_p
     def sweep() -> int:
         removed = 0
         while not stop.is_set():
-            removed += blobs.sweep(lambda digests: committed & set(digests))
+            removed += blobs.sweep(lambda digests: committed & set(digests)).num_removed
         return removed
 
     def ingest(name: str) -> None:
@@ -128,6 +128,60 @@ def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_p
     blobs.sweep(lambda digests: committed & set(digests))
     assert len(committed) == 30 + 4 * 30 and all(blobs.is_sound(digest) for digest in committed)
     assert not any(blobs.is_sound(digest) for digest in orphans)
+
+
+def test_what_a_sweep_is_removing_can_be_held_at_once_and_is_put_after_it(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = BlobStore(tmp_path)
+    digest = put(blobs, b"one")
+    reached, may_go_on = threading.Event(), threading.Event()
+    unlink = Path.unlink
+
+    def slowly(path: Path, missing_ok: bool = False) -> None:
+        if path == path_of(tmp_path, digest):
+            reached.set()
+            assert may_go_on.wait(30)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", slowly)
+    sweeping = pool.submit(blobs.sweep, lambda digests: set(), [digest])
+    assert reached.wait(30)
+
+    def hold() -> None:
+        with blobs.hold(digest), blobs.keep_all():
+            pass
+
+    pool.submit(hold).result(10)
+    putting = pool.submit(put, blobs, b"one")
+    with pytest.raises(TimeoutError):
+        putting.result(0.3)
+    may_go_on.set()
+    assert sweeping.result().num_removed == 1 and putting.result() == digest
+    assert blobs.is_sound(digest), "a put that finds the file still there would have left it to the sweep"
+
+
+def test_what_was_committed_after_a_sweep_looked_into_the_catalog_stays(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    digest = put(blobs, b"one")
+
+    def outdated(_: list[str]) -> set[str]:
+        put(blobs, b"one")  # held, committed and let go after the look
+        return set()
+
+    assert blobs.sweep(outdated, [digest]).num_removed == 0
+    assert blobs.is_sound(digest)
+    assert blobs.sweep(lambda digests: set(), [digest]).num_removed == 1
+
+
+def test_a_file_that_cannot_be_removed_is_named_and_holds_up_no_other(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    digests = [put(blobs, name) for name in (b"one", b"two", b"three")]
+    path_of(tmp_path, digests[0]).unlink()
+    path_of(tmp_path, digests[0]).mkdir()
+    path_of(tmp_path, digests[1]).unlink()
+    sweep = blobs.sweep(lambda _: set(), digests)
+    assert (sweep.num_removed, sweep.unwanted, sweep.failed.keys()) == (1, set(digests), {digests[0]})
 
 
 def test_a_name_that_is_no_digest_reaches_no_file(tmp_path: Path) -> None:

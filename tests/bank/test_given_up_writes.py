@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import pytest
 
+from bank_service import background
 from bank_service.blob_store import BlobStore
 from bank_service.wire.codec import record_digest
 from benchmarks.bank_soak.model import Content
@@ -41,3 +43,23 @@ async def test_a_write_given_up_does_not_replace_one_that_was_acknowledged_after
     await asyncio.sleep(0.5)
     found = await client.get("x", "n")
     assert (found.document.text, found.version) == (kept.text, acknowledged.version)
+
+
+@pytest.mark.asyncio
+async def test_a_task_that_a_library_kept_from_its_end_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asyncio.wait_for of Python 3.11 does where what it waits for is done when the cancellation comes."""
+    monkeypatch.setattr(background, "CANCEL_SECONDS", 0.05)
+    asleep = asyncio.Event()
+
+    async def work() -> None:
+        asleep.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        while True:
+            await asyncio.sleep(3600)
+
+    task = asyncio.create_task(work())
+    await asleep.wait()
+    async with asyncio.timeout(10):
+        await background.cancelled(task)
+    assert task.cancelled()

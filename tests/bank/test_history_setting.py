@@ -54,7 +54,7 @@ async def test_a_start_without_the_flag_keeps_history_as_it_was_last_said(
     async with open_bank(data_dir, history_seconds=None) as bank:
         assert bank._stores.catalog.history_seconds == 7200
     async with open_bank(data_dir, history_seconds=0) as bank:
-        await bank._history_cleaner.clean()
+        await bank._upkeep.history_cleaner.clean()
     async with open_bank(data_dir, history_seconds=None) as bank:
         assert bank._stores.catalog.history_seconds == 0
         await put(bank, "a", "a third")
@@ -77,7 +77,7 @@ async def test_a_new_bank_keeps_no_history_and_an_offline_tool_drops_none(data_d
         assert (await bank.stats()).totals.num_past_versions == 2
     await asyncio.sleep(1.1)
     async with opened(BankConfig(data_dir=data_dir, history_seconds=1), HashEncoder(), HashEmbedder()) as bank:
-        assert bank._history_cleaner._task is None
+        assert bank._upkeep.history_cleaner._task is None
         assert await texts(bank, first) == {"a": "a fourth"}, "over, but not for a tool to drop"
 
 

@@ -98,7 +98,7 @@ async def test_a_gradient_that_nobody_names_any_more_is_neither_repaired_nor_los
                 run = asyncio.run_coroutine_threadsafe
                 if way == "expired":
                     gone = scrubber._stores.catalog.expire_history(None, 10).result()
-                    run(bank._writer.discard(gone or ()), loop).result()
+                    run(bank._discarder.discard(gone or ()), loop).result()
                 else:
                     run(bank.delete("", "a", purge=way == "purged"), loop).result()
                     run(bank._background.drain(), loop).result()

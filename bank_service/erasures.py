@@ -1,0 +1,74 @@
+"""What purges have still to erase outside of the catalog's rows: written in the purge's own transaction, so that a
+crash forgets none of it.
+
+A row stays until the purge was acknowledged and all is erased. So a purge whose erasing failed, or whose answer was
+lost in a crash, can be repeated, and what it left undone is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from bank_service.tables import collection, metadata
+
+erasures = sa.Table(
+    "erasures",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("key", sa.Integer, nullable=False, index=True),  # of the document's row
+    sa.Column("namespace", sa.Text, nullable=False),
+    sa.Column("digests", sa.Text, nullable=False),  # JSON array, of the gradients that may now belong to nobody
+    sa.Column("acknowledged", sa.Boolean, nullable=False),
+    sa.Column("erased", sa.Boolean, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """A purge whose traces are not all erased yet."""
+
+    number: int
+    namespace: str
+    digests: tuple[str, ...]
+
+
+def record(connection: sa.Connection, key: int, namespace: str, digests: Iterable[str]) -> int:
+    """The number of a new erasure, in the place of what ``unacknowledged`` gave."""
+    connection.execute(sa.delete(erasures).where(erasures.c.key == key, sa.not_(erasures.c.acknowledged)))
+    values = {"key": key, "namespace": namespace, "digests": json.dumps(sorted(digests))}
+    added = sa.insert(erasures).values(**values, acknowledged=False, erased=False).returning(erasures.c.number)
+    return int(connection.execute(added).scalar_one())
+
+
+def unacknowledged(connection: sa.Connection, key: int) -> set[str] | None:
+    """The gradients of a document's purges that nobody was told the success of; None where there is no such purge."""
+    query = sa.select(erasures.c.digests).where(erasures.c.key == key, sa.not_(erasures.c.acknowledged))
+    found = connection.execute(query).scalars().all()
+    return {digest for digests in found for digest in json.loads(digests)} if found else None
+
+
+def acknowledge(connection: sa.Connection, number: int) -> None:
+    """The caller of the purge is told that it succeeded."""
+    _mark(connection, [number], "acknowledged")
+
+
+def finish(connection: sa.Connection, numbers: Collection[int]) -> None:
+    """Nothing of these is left anywhere."""
+    _mark(connection, numbers, "erased")
+
+
+def pending(connection: sa.Connection, limit: int) -> tuple[list[Erasure], int]:
+    """Up to ``limit`` of those that are not finished, and the catalog's sequence."""
+    query = sa.select(erasures).where(sa.not_(erasures.c.erased)).order_by(erasures.c.number).limit(limit)
+    found = [Erasure(row.number, row.namespace, tuple(json.loads(row.digests))) for row in connection.execute(query)]
+    return found, int(connection.execute(sa.select(collection.c.sequence)).scalar_one())
+
+
+def _mark(connection: sa.Connection, numbers: Collection[int], column: str) -> None:
+    connection.execute(sa.update(erasures).where(erasures.c.number.in_(numbers)).values({column: True}))
+    connection.execute(sa.delete(erasures).where(erasures.c.acknowledged, erasures.c.erased))

@@ -1,0 +1,169 @@
+"""Gradients that nobody names any more, and the cache: in batches, in every order of readers, with the server away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from bank_service import gradient_cache, history_cleaner
+from bank_service.bank import Bank
+from bank_service.config import BankConfig
+from bank_service.discarder import Discarder
+from bank_service.documents import Query
+from bank_service.gradient_cache import KEY_PREFIX, GradientCache
+from bank_service.metrics import BankMetrics
+from tests.bank.hash_encoder import HashEmbedder, HashEncoder
+from tests.bank.test_history import blobs, put
+
+
+@asynccontextmanager
+async def bank_with(url: str, folder: Path, **settings: object) -> AsyncIterator[tuple[Bank, Redis]]:
+    """A bank, and its cache's server, which others stop and go on with."""
+    folder.mkdir(exist_ok=True)
+    config = BankConfig(data_dir=folder, redis_url=url, **settings)  # type: ignore[arg-type]
+    bank = await Bank.open(config, HashEncoder(), HashEmbedder(), url, BankMetrics())
+    redis = Redis.from_url(url)
+    try:
+        yield bank, redis
+    finally:
+        await redis.aclose()
+        await bank.close()
+
+
+async def read(bank: Bank, *ids: str) -> list[str]:
+    """The digests of documents whose gradients are in the cache now."""
+    answer = await bank.query(Query("", document_ids=ids, include_gradients=True))
+    await bank._background.drain()
+    return [hit.gradient_digest for hit in answer.hits]
+
+
+async def keys(redis: Redis) -> set[str]:
+    return {key.decode().removeprefix(KEY_PREFIX) async for key in redis.scan_iter()}
+
+
+async def until_gone(redis: Redis, digest: str) -> None:
+    async with asyncio.timeout(15):
+        while digest in await keys(redis):
+            await asyncio.sleep(0.05)
+
+
+async def num_calls(redis: Redis) -> int:
+    return int((await redis.info("commandstats")).get("cmdstat_unlink", {}).get("calls", 0))
+
+
+@pytest.mark.asyncio
+async def test_many_gradients_are_discarded_by_one_look_and_one_unlink(
+    data_dir: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_cleaner, "CLEAN_SECONDS", 3600)  # this test cleans
+    looks: list[int] = []
+    references = Discarder._references
+
+    def counted(discarder: Discarder, digests: list[str]) -> set[str]:
+        looks.append(len(digests))
+        return references(discarder, digests)
+
+    async with bank_with(redis_server, data_dir, history_seconds=1) as (bank, redis):
+        for number in range(40):
+            await put(bank, "a", f"text number {number}")
+            await read(bank, "a")
+        assert len(await keys(redis)) == 40
+        await asyncio.sleep(1.1)
+        monkeypatch.setattr(Discarder, "_references", counted)
+        before = await num_calls(redis)
+        await bank._upkeep.history_cleaner.clean()
+        assert await keys(redis) == blobs(data_dir) and len(blobs(data_dir)) == 1
+        assert looks == [39] and await num_calls(redis) == before + 1
+
+
+@pytest.mark.asyncio
+async def test_a_gradient_goes_from_the_cache_also_where_its_file_went_before(
+    data_dir: Path, redis_server: str
+) -> None:
+    async with bank_with(redis_server, data_dir) as (bank, redis):
+        await put(bank, "a", "a text")
+        (digest,) = await read(bank, "a")
+        assert await keys(redis) == {digest}
+        bank._stores.blobs.path(digest).unlink()
+        await bank.delete("", "a", purge=True)
+        assert not await keys(redis)
+
+
+@pytest.mark.asyncio
+async def test_a_reader_that_is_late_does_not_bring_a_discarded_gradient_back(
+    data_dir: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, may_go_on = asyncio.Event(), asyncio.Event()
+    offer = GradientCache.put
+
+    async def late(cache: GradientCache, records: Mapping[str, bytes]) -> None:
+        reached.set()
+        await may_go_on.wait()
+        await offer(cache, records)
+
+    monkeypatch.setattr(GradientCache, "put", late)
+    async with bank_with(redis_server, data_dir) as (bank, redis):
+        for id in ("a", "b"):
+            await put(bank, id, f"text of {id}")
+        await bank.query(Query("", document_ids=("a", "b"), include_gradients=True))
+        await reached.wait()
+        await bank.delete("", "a", purge=True)
+        may_go_on.set()
+        await bank._background.drain()
+        assert await keys(redis) == blobs(data_dir) and len(blobs(data_dir)) == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("purge", [False, True])
+async def test_what_a_resting_cache_was_not_told_it_is_told_when_it_is_back(
+    data_dir: Path, redis_server: str, purge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 5.0)
+    async with bank_with(redis_server, data_dir, cache_timeout_ms=1000) as (bank, redis):
+        for id in ("a", "b"):
+            await put(bank, id, f"text of {id}")
+        digest, kept = await read(bank, "a", "b")
+        pid = (await redis.info("server"))["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await bank.query(Query("", document_ids=("b",), include_gradients=True))  # it fails, and rests
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await bank.delete("", "a", purge=purge)
+        await bank._background.drain()
+        assert digest in await keys(redis), "else this test shows nothing"
+        await until_gone(redis, digest)
+        assert kept in await keys(redis)
+        async with asyncio.timeout(15):
+            while not await bank._upkeep.eraser.erase():
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.asyncio
+async def test_a_put_that_the_server_answered_too_late_leaves_nothing_of_a_discarded_gradient(
+    data_dir: Path, redis_server: str
+) -> None:
+    async with bank_with(redis_server, data_dir, cache_timeout_ms=1000) as (bank, redis):
+        await put(bank, "a", "a text")
+        digest = (await bank.get("", "a")).gradient.digest
+        record = bank._stores.blobs.get(digest)
+        cache = bank._stores.cache
+        assert await cache.is_available()
+        pid = (await redis.info("server"))["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await cache.put({digest: record})  # times out, the server has it before it
+            assert cache.counts.errors == 1
+            await bank.delete("", "a", purge=True)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until_gone(redis, digest)
+        await asyncio.sleep(1.5)
+        assert digest not in await keys(redis)

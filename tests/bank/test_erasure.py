@@ -1,0 +1,267 @@
+"""What a purge leaves: nothing, in any file under the bank's folder, within the time that is promised."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bank_service import eraser
+from bank_service.bank import Bank
+from bank_service.blob_store import Sweep
+from bank_service.catalog import Catalog
+from bank_service.documents import Document, Gradient
+from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
+from bank_service.usearch_index import UsearchIndex
+from tests.bank.test_as_of import open_bank
+from tests.bank.test_history import SECRET, blobs, put
+
+BOUND_SECONDS = 20.0  # for a bank of a few documents; a few of its own, and what other work takes on a test's machine
+
+
+def traces(folder: Path, embedding: bytes) -> set[str]:
+    """The files that have the secret, or a document's vector as the catalog or as the index has it."""
+    half = np.frombuffer(embedding, "<f4").astype("<f2").tobytes()
+    found = set()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            if any(trace in content for trace in (SECRET.encode(), embedding, half)):
+                found.add(path.name)
+    return found
+
+
+async def within_the_bound(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(BOUND_SECONDS):
+        while not holds():
+            await asyncio.sleep(0.1)
+
+
+def num_erasures(folder: Path) -> int:
+    with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
+        return int(connection.execute("SELECT count(*) FROM erasures").fetchone()[0])
+
+
+async def embedding_of(bank: Bank, id: str) -> bytes:
+    return (await bank.get("", id)).gradient.embedding
+
+
+async def filled(bank: Bank) -> bytes:
+    """Some documents, and one with the secret; that one's embedding."""
+    for number in range(5):
+        await put(bank, f"d{number}", f"text number {number}")
+    await put(bank, "a", f"the {SECRET} " * 500)  # more than a page, so that it has some of its own
+    await put(bank, "a", f"the {SECRET} again")
+    await bank._follower.save()
+    return await embedding_of(bank, "a")
+
+
+@pytest.mark.asyncio
+async def test_after_a_purge_text_and_vector_are_in_no_file(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        assert traces(data_dir, embedding) >= {"catalog.sqlite-wal", "0.usearch"}
+        await bank.delete("", "a", purge=True)
+        await within_the_bound(lambda: not traces(data_dir, embedding))
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        assert len(blobs(data_dir)) == 5
+        with pytest.raises(NotFoundError):
+            await bank.delete("", "a", purge=True)
+
+
+@pytest.mark.asyncio
+async def test_a_bank_that_stops_erases_first(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eraser, "ERASE_SECONDS", 3600)
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        await bank.delete("", "a", purge=True)
+    assert not traces(data_dir, embedding)
+
+
+@pytest.mark.asyncio
+async def test_what_a_crash_leaves_of_a_purge_the_next_start_erases(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashed = tmp_path / "crashed"
+    with monkeypatch.context() as patch:
+        patch.setattr(eraser, "ERASE_SECONDS", 3600)
+        async with open_bank(data_dir) as bank:
+            embedding = await filled(bank)
+            await bank.delete("", "a", purge=True)
+            shutil.copytree(data_dir, crashed, ignore=shutil.ignore_patterns("redis", "lock"))  # as a kill leaves it
+    assert traces(crashed, embedding) >= {"catalog.sqlite-wal", "0.usearch"}
+    async with open_bank(crashed):
+        await within_the_bound(lambda: not traces(crashed, embedding))
+
+
+@pytest.mark.asyncio
+async def test_a_reader_at_an_older_state_holds_up_the_erasing_and_no_write(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        with closing(sqlite3.connect(data_dir / "catalog.sqlite")) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM documents").fetchone()
+            await bank.delete("", "a", purge=True)
+            await within_the_bound(lambda: "0.usearch" not in traces(data_dir, embedding))
+            assert not await bank._upkeep.eraser.erase() and traces(data_dir, embedding)
+            async with asyncio.timeout(10):  # less than SQLite would wait for a reader
+                await put(bank, "b", "written meanwhile")
+        await within_the_bound(lambda: not traces(data_dir, embedding))
+
+
+@pytest.mark.asyncio
+async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, may_go_on = asyncio.Event(), asyncio.Event()
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        # The rebuild stands between its copy of the catalog's state and its taking the old graph's place.
+        advance = bank._upkeep.compactor._advance
+
+        def slowly(fresh: UsearchIndex, namespace: str, after: int) -> int:
+            sequence = advance(fresh, namespace, after)
+            if sequence == after and not reached.is_set():
+                loop.call_soon_threadsafe(reached.set)
+                asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result(30)
+            return sequence
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(bank._upkeep.compactor, "_advance", slowly)
+        rebuild = asyncio.create_task(bank._upkeep.compactor.compact("default"))
+        await reached.wait()
+        await bank.delete("", "a", purge=True)
+        await asyncio.sleep(3 * eraser.ERASE_SECONDS)
+        may_go_on.set()
+        await rebuild
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        await bank._follower.save()
+        assert not traces(data_dir, embedding)
+
+
+def test_a_removed_vector_is_overwritten_in_the_index_and_costs_no_other(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((200, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = UsearchIndex(32)
+    index.put("n", range(1, 201), vectors)
+    index.remove("n", range(1, 41))
+
+    def left(saved: Path) -> int:
+        content = (saved / "0.usearch").read_bytes()
+        return sum(vector.astype("<f2").tobytes() in content for vector in vectors[:40])
+
+    index.save(tmp_path / "before", "c", 1)
+    assert left(tmp_path / "before") == 40, "else this test shows nothing"
+    loaded = UsearchIndex(32)
+    assert loaded.load(tmp_path / "before", "c") == 1
+    for name, erased in (("one", index), ("other", loaded)):
+        erased.overwrite_removed("n", 15)
+        erased.remove("n", [41])
+        erased.overwrite_removed("n", erased.num_dead("n") + 1)
+        erased.save(tmp_path / name, "c", 2)
+        assert left(tmp_path / name) == 0 and erased.num_dead("n") == 41
+        for key in range(42, 201):
+            keys, scores = erased.search("n", vectors[key - 1], 200)
+            assert keys[0] == key and scores[0] > 0.99 and sorted(keys) == list(range(42, 201))
+
+
+# Disks and blobs
+
+
+def unremovable(path: Path) -> None:
+    """A folder takes the file's place: unlinking it fails as on a disk that does not let it."""
+    path.unlink()
+    path.mkdir()
+
+
+def removable(path: Path) -> None:
+    path.rmdir()
+    path.write_bytes(b"of no use, but there")
+
+
+@pytest.mark.asyncio
+async def test_a_purge_that_could_not_remove_a_gradient_says_so_and_its_repeat_finishes_it(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        path = bank._stores.blobs.path((await bank.get("", "a")).gradient.digest)
+        unremovable(path)
+        for expected_version in (2, 2, 0, None):
+            with pytest.raises(UnavailableError, match="purge it again"):
+                await bank.delete("", "a", expected_version, purge=True)
+        await within_the_bound(lambda: not traces(data_dir, embedding))
+        with pytest.raises(VersionConflictError):
+            await bank.delete("", "a", 1, purge=True)
+        with pytest.raises(NotFoundError):
+            await bank.get("", "a")
+    async with open_bank(data_dir) as bank:  # a restart forgets neither
+        with pytest.raises(UnavailableError, match="purge it again"):
+            await bank.delete("", "a", purge=True)
+        removable(path)
+        await within_the_bound(lambda: not path.exists())  # by itself
+        assert (await bank.delete("", "a", 2, purge=True)).version == 2
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        with pytest.raises(NotFoundError):
+            await bank.delete("", "a", purge=True)
+
+
+@pytest.mark.asyncio
+async def test_a_gradient_that_could_not_be_removed_is_removed_later(data_dir: Path) -> None:
+    async with open_bank(data_dir, history_seconds=0) as bank:
+        await put(bank, "a", "a text")
+        path = bank._stores.blobs.path((await bank.get("", "a")).gradient.digest)
+        unremovable(path)
+        await bank.delete("", "a")
+        await bank._background.drain()
+        assert path.is_dir()
+        removable(path)
+        await within_the_bound(lambda: not path.exists())
+
+
+@pytest.mark.asyncio
+async def test_a_write_keeps_its_gradient_from_a_sweep_before_the_catalog_names_it(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_bank(data_dir) as bank:
+        sweeps: list[Sweep] = []
+        commit = Catalog.put
+
+        def swept_first(catalog: Catalog, document: Document, gradient: Gradient, expected: int | None) -> object:
+            # The blob is written, the catalog does not name it yet.
+            assert gradient.digest in blobs(data_dir)
+            sweeps.append(bank._stores.blobs.sweep(bank._discarder._references))
+            return commit(catalog, document, gradient, expected)
+
+        monkeypatch.setattr(Catalog, "put", swept_first)
+        await put(bank, "a", "a text")
+        assert len(sweeps) == 1 and sweeps[0].num_removed == 0
+        assert len(blobs(data_dir)) == 1
+
+
+@pytest.mark.asyncio
+async def test_the_event_loop_waits_for_no_sweep(data_dir: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        await put(bank, "a", "a text")
+        digest = (await bank.get("", "a")).gradient.digest
+        await bank.delete("", "a", purge=True)
+        reached, may_go_on = threading.Event(), threading.Event()
+
+        def slowly(digests: list[str]) -> set[str]:
+            reached.set()
+            assert may_go_on.wait(30)
+            return bank._discarder._references(digests)
+
+        sweeping = asyncio.create_task(asyncio.to_thread(bank._stores.blobs.sweep, slowly, [digest]))
+        assert await asyncio.to_thread(reached.wait, 30)
+        threading.Timer(10, may_go_on.set).start()  # so that a loop that waits fails the test, and does not hang
+        async with asyncio.timeout(9):
+            await put(bank, "a", "a text")
+        assert not may_go_on.is_set(), "the write waited for the sweep"
+        may_go_on.set()
+        assert (await sweeping).num_removed == 0 and blobs(data_dir) == {digest}
