@@ -19,7 +19,7 @@ NUM_WRITERS = 8
 LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment
 LONGEST_START_SECONDS = 0.5
 MAX_PASSES = 8  # of a fault's point before the bank dies there
-RARE = tuple(point for point in POINTS if "snapshot" in point)
+RARE = tuple(point for point in POINTS if "snapshot" in point or "sweep" in point)  # seconds from one pass to the next
 WORK, START = "at work", "while it starts"  # kills at a random moment
 
 

@@ -315,7 +315,7 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
 
 
 def test_a_gradient_counts_once_whoever_has_and_had_it(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, keeps_history=True)
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=60)
     for namespace, id, digit in (("one", "a", "0"), ("one", "b", "0"), ("two", "a", "0"), ("two", "b", "1")):
         catalog.put(document(id, namespace=namespace), gradient(digit), None).result()
     catalog.put(document("b", "later", namespace="two"), gradient("2"), None).result()

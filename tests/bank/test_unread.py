@@ -141,7 +141,7 @@ async def test_clients_that_go_in_the_middle_are_counted_as_cancelled_and_leave_
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     async with running(data_dir) as (server, client, _):
         digest = (await client.put("a", "text")).gradient_digest
         for hangs_up in (True, False):

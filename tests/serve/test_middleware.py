@@ -229,7 +229,7 @@ def test_spans_belong_to_the_requests_own_trace(
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}, traceparent=parent))
     spans: dict[str, Any] = {span.name: span for span in exporter.get_finished_spans()}

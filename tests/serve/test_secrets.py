@@ -39,7 +39,7 @@ def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_log
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     tokens = Tokens(tmp_path)
     writer = tokens.add("writer", "read write", "default")
     other = tokens.add("other", "read", "elsewhere")
