@@ -44,8 +44,14 @@ async def test_kill_9_at_random_moments_and_chosen_places_loses_nothing_acknowle
 @pytest.mark.asyncio
 @pytest.mark.parametrize("bug", BUGS)
 async def test_the_driver_finds_a_planted_bug(data_dir: Path, nursery: Nursery, bug: str) -> None:
-    run = await kill_again_and_again(nursery, data_dir, [WORK] * 3, generator(), plant=bug)
-    assert run.verdict.wrong if "neighbour" in bug else run.verdict.lost
+    random_moments, found = generator(), False
+    for number in range(8):  # where the machine has other work, a bank may be killed before it did any
+        folder = data_dir / str(number)
+        folder.mkdir(parents=True)
+        run = await kill_again_and_again(nursery, folder / "bank", [WORK] * 3, random_moments, plant=bug)
+        if found := bool(run.verdict.wrong if "neighbour" in bug else run.verdict.lost):
+            break
+    assert found
 
 
 def test_a_clean_stop_leaves_nothing_running_and_no_address(data_dir: Path) -> None:
