@@ -14,9 +14,8 @@ from bank_service.access import Caller, Scope
 from bank_service.config import BankConfig
 from bank_service.errors import OverloadedError, QuotaExceededError
 from bank_service.namespace_limits import LimitsOf
-from bank_service.wire.limits import DEFAULT_NAMESPACE
+from bank_service.wire.limits import DEFAULT_NAMESPACE, RETRY_AFTER_MS
 
-RETRY_AFTER_MS = 1000
 _KINDS = {"IngestDocuments": "ingests", "IngestGradients": "ingests", "Query": "queries", "BatchQuery": "queries"}
 
 

@@ -11,7 +11,7 @@ from bank_service.catalog import Catalog
 from bank_service.catalog_view import Score
 from bank_service.catalog_writes import document_not_found
 from bank_service.documents import Hit, Query, QueryResult
-from bank_service.errors import LimitExceededError
+from bank_service.errors import LimitExceededError, OverloadedError
 from bank_service.index_follower import IndexFollower
 from bank_service.past import PastRetriever
 from bank_service.retrieval import Retriever
@@ -20,6 +20,7 @@ from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
 
+MAX_PAST_QUERIES = 64  # waiting for their thread; others must find a place among ``max_queries`` beside them
 MAX_ATTEMPTS = 5  # searches again where documents change under a query
 MESSAGE_RESERVE_BYTES = 256 * 2**10  # ids, digests, scores and framing of 64 hits
 
@@ -50,6 +51,7 @@ class Searcher:
         self._follower = follower
         self._pool = pool
         self._past_pool = past_pool
+        self._num_past = 0  # queries with as_of in progress
         self.acknowledged = 0  # sequence of the last change that a caller was told of
 
     def acknowledge(self, sequence: int) -> None:
@@ -68,7 +70,7 @@ class Searcher:
         """Hits for a vector, or, without one, for the query's document_ids, without records.
 
         NotFoundError names the first unknown id; LimitExceededError where the texts don't fit one message. With
-        ``as_of``: InvalidArgumentError, OutOfRangeError.
+        ``as_of``: InvalidArgumentError, OutOfRangeError, OverloadedError.
         """
         if query.as_of is not None:
             result = await self._as_of(query, query.as_of, vector)
@@ -99,12 +101,22 @@ class Searcher:
         return digests
 
     async def _as_of(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
-        await in_thread(self._pool, self._past.check, query)
-        if vector is not None:
-            if sequence > self._follower.sequence:
-                self._follower.wake()
-            await self._follower.reach(sequence)
-        return await stoppable_in_thread(self._past_pool, partial(self._past.search, query, vector))
+        if self._num_past >= MAX_PAST_QUERIES:
+            raise OverloadedError(
+                f"the bank takes {MAX_PAST_QUERIES} queries with as_of at a time and has as many; try again later",
+                limit="max_past_queries",
+                retry_after_ms=limits.RETRY_AFTER_MS,
+            )
+        self._num_past += 1
+        try:
+            await in_thread(self._pool, self._past.check, query)
+            if vector is not None:
+                if sequence > self._follower.sequence:
+                    self._follower.wake()
+                await self._follower.reach(sequence)
+            return await stoppable_in_thread(self._past_pool, partial(self._past.search, query, vector))
+        finally:
+            self._num_past -= 1
 
     async def _nearest(self, query: Query, vector: FloatArray) -> QueryResult:
         await self._follower.reach(self.acknowledged)

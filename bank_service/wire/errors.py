@@ -33,6 +33,7 @@ from bank_service.errors import (
     UnavailableError,
     VersionConflictError,
 )
+from bank_service.wire.limits import RETRY_AFTER_MS
 
 __all__ = [
     "BankError",
@@ -61,7 +62,6 @@ DETAILS_KEY = "grpc-status-details-bin"
 # gRPC's default limit for all metadata is 8 KiB, and details repeat the message.
 MAX_MESSAGE_CHARS = 1000
 _UNAVAILABLE_MS = 200  # before another try
-_OVERLOADED_MS = 1000  # where gRPC refused a call: it gives no time
 _TOO_LARGE = "larger than max"  # how gRPC says of a message that it doesn't take it
 
 
@@ -182,7 +182,7 @@ def from_rpc_error(error: grpc.RpcError) -> BankError:
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own checks, before any of the bank's
         if _TOO_LARGE in (call.details() or ""):
             return LimitExceededError(message, limit="max_message_bytes")
-        return OverloadedError(message, limit="max_calls", retry_after_ms=_OVERLOADED_MS)
+        return OverloadedError(message, limit="max_calls", retry_after_ms=RETRY_AFTER_MS)  # gRPC itself gives no time
     return InternalError(message)
 
 

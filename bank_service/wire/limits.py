@@ -20,6 +20,7 @@ MAX_FETCH_DIGESTS = 64
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 DEFAULT_NAMESPACE = "default"
+RETRY_AFTER_MS = 1000  # after which what was refused for too much at a time is worth another try
 
 
 def channel_options() -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ from bank_service.bank import NUM_IO_THREADS
 from bank_service.catalog_view import Candidate
 from bank_service.config import BankConfig
 from bank_service.documents import Query, QueryResult
+from bank_service.errors import OverloadedError
 from bank_service.server import BankServer
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.generated import bank_pb2 as pb
@@ -114,6 +115,28 @@ async def test_past_queries_hold_no_others_up_and_stop_when_nobody_waits(
                 await _none_waiting(gate)
             assert [hit.version for hit in (await query(ASKED)).hits] == then, "the next in the same thread"
             assert gate.num_batches == 1 + NUM_BATCHES, way
+
+
+@pytest.mark.asyncio
+async def test_past_queries_beyond_a_number_are_refused_and_take_no_place_from_others(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searcher, "MAX_PAST_QUERIES", 2)
+    config = BankConfig(data_dir=data_dir, history_seconds=3600)
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        for text in ("a text", "another text"):
+            await client.ingest({"id": "a", "text": text})
+        gate, past_query = Gate(monkeypatch), {"text": "a text", "top_k": 1, "as_of": 1}
+        with gate.closed():
+            calls = [asyncio.create_task(client.query(**past_query)) for _ in range(2)]
+            while gate.num_waiting < 2:
+                await asyncio.sleep(0.02)
+            error = await client.refused(client.query(**past_query), OverloadedError)
+            assert error.limit == "max_past_queries" and error.retry_after_ms == 1000
+            assert (await client.query(text="a text", top_k=1)).hits[0].version == 2
+        for call in calls:
+            assert (await call).hits[0].version == 1
+        assert (await client.query(**past_query)).hits[0].version == 1, "there is room again"
 
 
 async def _none_waiting(gate: Gate) -> None:
