@@ -66,6 +66,7 @@ logger = logging.getLogger(__name__)
 
 FETCH_GROUP = 4  # records of one fetch in memory at once
 NUM_IO_THREADS = 8
+PAST_SHARE = 0.25  # of ``max_queries``; the other places are never taken by queries that wait for the past
 
 
 class Bank:
@@ -105,7 +106,8 @@ class Bank:
         exact = ExactVectors(embedder.dimension)
         retriever = Retriever(index, exact, config.exact_below)
         past = PastRetriever(catalog, index, exact, config.exact_below)
-        self._searcher = Searcher(catalog, retriever, past, self._follower, reads, self._pools.past_queries)
+        max_past = max(1, int(PAST_SHARE * config.max_queries))
+        self._searcher = Searcher(catalog, retriever, past, self._follower, reads, self._pools.past_queries, max_past)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         self._writer = Writer(
             self._stores,

@@ -20,7 +20,6 @@ from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
 
-MAX_PAST_QUERIES = 64  # waiting for their thread; others must find a place among ``max_queries`` beside them
 MAX_ATTEMPTS = 5  # searches again where documents change under a query
 MESSAGE_RESERVE_BYTES = 256 * 2**10  # ids, digests, scores and framing of 64 hits
 
@@ -43,14 +42,19 @@ class Searcher:
         follower: IndexFollower,
         pool: Executor,
         past_pool: Executor,
+        max_past: int,
     ) -> None:
-        """``past_pool``: for queries as_of, which may take much longer than others and must not hold those up."""
+        """``past_pool``: for queries as_of, which may take much longer than others and must not hold those up.
+
+        ``max_past``: how many of them may be in progress or waiting.
+        """
         self._catalog = catalog
         self._retriever = retriever
         self._past = past
         self._follower = follower
         self._pool = pool
         self._past_pool = past_pool
+        self._max_past = max_past
         self._num_past = 0  # queries with as_of in progress
         self.acknowledged = 0  # sequence of the last change that a caller was told of
 
@@ -101,9 +105,9 @@ class Searcher:
         return digests
 
     async def _as_of(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
-        if self._num_past >= MAX_PAST_QUERIES:
+        if self._num_past >= self._max_past:
             raise OverloadedError(
-                f"the bank takes {MAX_PAST_QUERIES} queries with as_of at a time and has as many; try again later",
+                f"the bank takes {self._max_past} queries with as_of at a time and has as many; try again later",
                 limit="max_past_queries",
                 retry_after_ms=limits.RETRY_AFTER_MS,
             )

@@ -11,6 +11,8 @@ from typing import Any
 from regrad_vllm.serve.door import MAX_LINE_BYTES
 from regrad_vllm.serve.recipe import Recipe
 
+FLUSH_SECONDS = 1.0  # for what is still to be sent when a connection ends
+
 
 class DoorClosed(RuntimeError):
     """The worker can't be asked; it has probably ended."""
@@ -92,8 +94,11 @@ class DoorClient:
 
     async def _read_to_its_end(self) -> None:
         """After the writer was closed. A task that nobody waits for may be collected while it is pending."""
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
+        if self._reading is not None and self._writer is not None:
+            _, waiting = await asyncio.wait([self._reading], timeout=FLUSH_SECONDS)
+            if waiting:  # the worker reads no more; what is left to say to it would hold the server up for ever
+                self._writer.transport.abort()
+                await asyncio.wait([self._reading])
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

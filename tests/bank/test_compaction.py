@@ -36,7 +36,7 @@ class Parts:
         self.compactor = Compactor(self.catalog, self.index, self.follower, pool, every=0.01)
         exact = ExactVectors(IDENTITY.embedding_dimension)
         retriever, past = Retriever(self.index, exact, 0), PastRetriever(self.catalog, self.index, exact, 0)
-        self.searcher = Searcher(self.catalog, retriever, past, self.follower, pool, pool)
+        self.searcher = Searcher(self.catalog, retriever, past, self.follower, pool, pool, 1)
         self._generator = np.random.default_rng(0)
 
     async def put(self, *ids: str) -> None:

@@ -121,8 +121,7 @@ async def test_past_queries_hold_no_others_up_and_stop_when_nobody_waits(
 async def test_past_queries_beyond_a_number_are_refused_and_take_no_place_from_others(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searcher, "MAX_PAST_QUERIES", 2)
-    config = BankConfig(data_dir=data_dir, history_seconds=3600)
+    config = BankConfig(data_dir=data_dir, history_seconds=3600, max_queries=8)
     async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
         for text in ("a text", "another text"):
             await client.ingest({"id": "a", "text": text})

@@ -256,3 +256,18 @@ def test_the_server_closes_its_doors_when_it_ends_and_when_it_can_not_start(lear
         assert not door.is_open
 
     asyncio.run(run())
+
+
+def test_a_worker_that_reads_no_more_holds_no_server_up() -> None:
+    async def run() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+            silent.bind("\0regrad-silent")
+            silent.listen()
+            client = DoorClient("regrad-silent")
+            await client.open()
+            for _ in range(100_000):  # more than the socket's buffers hold
+                client.release(client.new_question())
+            async with asyncio.timeout(10):
+                await client.close()
+
+    asyncio.run(run())
