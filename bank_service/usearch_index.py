@@ -76,8 +76,8 @@ class UsearchIndex:
         return 0 if space is None else space.num_dead()
 
     def overwrite_removed(self, namespace: str, count: int) -> None:
-        """Overwrites ``count`` removed vectors, those that were removed first; 2 ms each. After as many as are dead,
-        nothing is left of what was removed before."""
+        """Overwrites ``count`` removed vectors, those that were removed first; each takes as long as a new one does.
+        After as many as are dead, nothing is left of what was removed before."""
         space = self._space(namespace)
         if space is not None:
             space.overwrite_removed(count)
@@ -142,6 +142,7 @@ class _Space:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._size = len(index)
+        self._places = int(index.stats.nodes)  # counted from here on: usearch walks through all of them to tell
         self._lock = threading.Lock()
         self._next = threading.Lock()  # of who has the lock next
 
@@ -152,6 +153,7 @@ class _Space:
                 self._remove(keys[part])
                 self._index.add(keys[part], vectors[part], threads=1)
                 self._size = len(self._index)
+                self._places = max(self._places, self._size)  # new vectors fill the places of removed ones first
 
     def remove(self, keys: np.ndarray) -> None:
         with self._turn():
@@ -175,13 +177,11 @@ class _Space:
 
     def num_places(self) -> int:
         """Of vectors that are there and of removed ones, whose places the graph keeps until new ones fill them."""
-        with self._turn():
-            return int(self._index.stats.nodes)
+        return self._places
 
     def num_dead(self) -> int:
-        """Places of removed vectors."""
-        with self._turn():
-            return int(self._index.stats.nodes) - len(self._index)
+        """Places of removed vectors. Does not wait for the lock either."""
+        return max(0, self._places - self._size)
 
     def overwrite_removed(self, count: int) -> None:
         """usearch gives a new vector the place of the one that was removed first, and puts the place of one that is
@@ -192,7 +192,7 @@ class _Space:
             filler = unit(generator.standard_normal((1, self._index.ndim)).astype(np.float32))
             with self._turn():
                 # Else it would make a place of its own. What changes meanwhile takes and leaves places likewise.
-                if int(self._index.stats.nodes) > len(self._index):
+                if self._places > len(self._index):
                     self._index.add(key, filler, threads=1)
                     self._index.remove(key)
 

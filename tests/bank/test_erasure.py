@@ -17,7 +17,7 @@ from bank_service import eraser
 from bank_service.bank import Bank
 from bank_service.blob_store import Sweep
 from bank_service.catalog import Catalog
-from bank_service.documents import Document, Gradient
+from bank_service.documents import Document, Gradient, Query
 from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
 from bank_service.usearch_index import UsearchIndex
 from tests.bank.test_as_of import open_bank
@@ -144,6 +144,26 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
         await within_the_bound(lambda: not num_erasures(data_dir))
         await bank._follower.save()
         assert not traces(data_dir, embedding)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("most", [2, 3])
+async def test_a_purge_overwrites_few_removed_vectors_and_rebuilds_where_they_are_many(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(eraser, "MAX_OVERWRITTEN", most)
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        for number in range(2):
+            await bank.delete("", f"d{number}")
+        deletion = await bank.delete("", "a", purge=True)
+        await bank._follower.reach(deletion.sequence)
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        assert not traces(data_dir, embedding)
+        assert bank._upkeep.compactor.num_compacted == (most == 2)
+        assert bank._upkeep.compactor._index.num_dead("default") == (0 if most == 2 else 3)
+        found = await bank.query(Query("", "text number 4", top_k=64))
+        assert {hit.id for hit in found.hits} == {"d2", "d3", "d4"}
 
 
 def test_a_removed_vector_is_overwritten_in_the_index_and_costs_no_other(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,57 @@ def test_usearch_holds_what_the_oracle_holds_whatever_is_done_to_it(steps: list[
     found, scores = ours.search("n", target, 64)
     assert sorted(found.tolist()) == sorted(expected.tolist())
     np.testing.assert_allclose(np.sort(scores), np.sort(expected_scores), atol=2e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["put", "remove", "overwrite", "reload"]), st.sets(st.integers(0, 40), min_size=1)),
+        max_size=30,
+    )
+)
+def test_the_places_are_those_that_usearch_counts_whatever_is_done_to_it(steps: list[tuple[str, set[int]]]) -> None:
+    index = UsearchIndex(DIMENSION)
+    index.put("n", [1, 2, 3], vectors(3))
+    for number, (action, keys) in enumerate(steps):
+        if action == "put":
+            index.put("n", sorted(keys), vectors(len(keys), seed=number))
+        elif action == "remove":
+            index.remove("n", sorted(keys))
+        elif action == "overwrite":
+            index.overwrite_removed("n", len(keys))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                index.save(Path(folder) / "index", "collection", 1)
+                index = UsearchIndex(DIMENSION)
+                assert index.load(Path(folder) / "index", "collection") == 1
+        space = index._spaces["n"]
+        num_places = int(space._index.stats.nodes)
+        assert (space.num_places(), index.num_dead("n")) == (num_places, num_places - len(space._index))
+
+
+class Uncounted:
+    """An index of usearch that does not count its places: that takes as long as it is large."""
+
+    def __init__(self, index: object) -> None:
+        self._index = index
+
+    def __getattr__(self, name: str) -> object:
+        assert name != "stats"
+        return getattr(self._index, name)
+
+    def __len__(self) -> int:
+        return len(self._index)  # type: ignore[arg-type]
+
+
+def test_overwriting_does_not_walk_through_the_graph_for_each_vector() -> None:
+    index = UsearchIndex(DIMENSION)
+    index.put("n", [1, 2, 3], vectors(3))
+    index._spaces["n"]._index = Uncounted(index._spaces["n"]._index)  # type: ignore[assignment]
+    index.put("n", [3, 4], vectors(2))
+    index.remove("n", [1])
+    index.overwrite_removed("n", index.num_dead("n"))
+    assert index.wasteful(0.1, 1) == ["n"]
 
 
 def test_a_search_is_full_after_most_keys_were_removed(usearch: UsearchIndex) -> None:
