@@ -4,12 +4,12 @@ The catalog overwrites deleted content (``secure_delete``), but words stay in FT
 pages in the write-ahead log until it is emptied, and the vector in the index: in memory and in its snapshot. A round
 erases what all purges before it left; ``erasures`` in the catalog says what is left after a crash.
 
-How long that takes: a round rewrites the namespaces' words and their part of the index's snapshot (about 1 s per GB), and
-overwrites each removed vector whose place is free, in the milliseconds that adding one takes; where they are many, the
-namespace's graph is built anew instead, each vector in it added once. Rounds are a fifth of the time at most, so a purge's traces are gone
-ERASE_SECONDS and six rounds later: seconds in a bank of some thousand documents. What holds a round up is tried again
-in the next: a reader at an older state of the catalog (the bank's own end within seconds), a disk that fails, a rebuild
-of a namespace's index. Gradients that disk or cache refuse hold up nothing else.
+How long that takes: a round rewrites the namespaces' words and their part of the index's snapshot (about 1 s per GB),
+and overwrites each removed vector whose place is free, in the milliseconds that adding one takes; where they are many,
+the namespace's graph is built anew instead, each vector in it added once. Rounds are a fifth of the time at most, so a
+purge's traces are gone ERASE_SECONDS and six rounds later: seconds in a bank of some thousand documents. What holds a
+round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within seconds), a
+disk that fails, a rebuild of a namespace's index. Gradients that disk or cache refuse hold up nothing else.
 """
 
 from __future__ import annotations

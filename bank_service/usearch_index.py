@@ -97,7 +97,7 @@ class UsearchIndex:
                 self._spaces[namespace] = space
 
     def save(self, folder: Path, collection_id: str, sequence: int) -> None:
-        """Replaces the snapshot by one that reflects ``sequence``. No ``put`` or ``remove`` meanwhile."""
+        """Replaces the snapshot by one that reflects ``sequence``. No ``put`` or ``remove`` meanwhile. OSError."""
         temporary = folder.with_name(folder.name + ".new")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -198,7 +198,13 @@ class _Space:
 
     def save(self, path: Path) -> None:
         with self._turn():
-            self._index.save(str(path))
+            try:
+                self._index.save(str(path))
+            except RuntimeError as error:  # usearch's word for a disk that is full
+                raise OSError(f"{path} could not be written: {error}") from error
+            # Of what it still had in a buffer then, it says nothing.
+            if path.stat().st_size != self._index.serialized_length:
+                raise OSError(f"{path} could not be written: its end is missing")
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
