@@ -59,9 +59,10 @@ class Compactor:
     async def compact(self, namespace: str) -> None:
         """Rebuilds one namespace and puts it in the old one's place."""
         async with self.turn:
-            await self._compact(namespace)
+            await self.rebuild(namespace)
 
-    async def _compact(self, namespace: str) -> None:
+    async def rebuild(self, namespace: str) -> None:
+        """As ``compact``, for who has the turn. Of what was removed before, nothing is left in the new graph."""
         fresh = self._index.empty_like()
         sequence = 0
         while (reached := await in_thread(self._pool, self._advance, fresh, namespace, sequence)) != sequence:

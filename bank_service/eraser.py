@@ -4,11 +4,12 @@ The catalog overwrites deleted content (``secure_delete``), but words stay in FT
 pages in the write-ahead log until it is emptied, and the vector in the index: in memory and in its snapshot. A round
 erases what all purges before it left; ``erasures`` in the catalog says what is left after a crash.
 
-How long that takes: a round rewrites the namespaces' words and the index's snapshot (about 1 s per GB), and takes 2 ms
-for each removed vector whose place is free. Rounds are a fifth of the time at most, so a purge's traces are gone
-ERASE_SECONDS and six rounds later: seconds in a bank of some thousand documents. What holds a round up is tried again
-in the next: a reader at an older state of the catalog (the bank's own end within seconds), a disk that fails, a rebuild
-of a namespace's index. Gradients that disk or cache refuse hold up nothing else.
+How long that takes: a round rewrites the namespaces' words and their part of the index's snapshot (about 1 s per GB),
+and overwrites each removed vector whose place is free, in the milliseconds that adding one takes; where they are many,
+the namespace's graph is built anew instead, each vector in it added once. Rounds are a fifth of the time at most, so a
+purge's traces are gone ERASE_SECONDS and six rounds later: seconds in a bank of some thousand documents. What holds a
+round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within seconds), a
+disk that fails, a rebuild of a namespace's index. Gradients that disk or cache refuse hold up nothing else.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ logger = logging.getLogger(__name__)
 ERASE_SECONDS = 1.0  # between two rounds, so that many purges share one
 REST_FACTOR = 4  # a round rewrites whole files: at most a fifth of the time goes into it
 MAX_PER_ROUND = 500  # purges
-OVERWRITE_STEP = 128  # removed vectors; a quarter of a second, for which a bank that stops waits
+OVERWRITE_STEP = 128  # removed vectors; some tenths of a second, for which a bank that stops waits
+MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and with more than the share below, it is rebuilt
+MAX_OVERWRITTEN_SHARE = 0.1  # of its places, so that a rebuild takes ten times as long as overwriting them at most
 STOP_SECONDS = 3.0
 
 
@@ -104,7 +107,11 @@ class Eraser:
         await self._follower.reach(sequence)
         # A rebuild that began before the purge would bring the vector back, in its own removed places.
         async with self._compactor.turn:
+            wasteful = self._index.wasteful(MAX_OVERWRITTEN_SHARE, MAX_OVERWRITTEN + 1)
             for namespace in namespaces:
+                if namespace in wasteful:
+                    await self._compactor.rebuild(namespace)
+                    continue
                 for _ in range(0, self._index.num_dead(namespace), OVERWRITE_STEP):
                     await ended_in_thread(self._pool, self._index.overwrite_removed, namespace, OVERWRITE_STEP)
             await self._follower.save()

@@ -8,6 +8,7 @@ short. The bank ranks what is found once more, by the catalog's float32 vectors.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,7 +29,11 @@ logger = logging.getLogger(__name__)
 EXHAUSTIVE_SIZE = 5_000  # vectors; as fast as the graph up to there
 VECTORS_PER_HOLD = 16  # of a ``put``; searches wait so long, a millisecond each in a graph of a million
 MANIFEST = "manifest.json"
+_VERSIONS = itertools.count()  # of namespaces' graphs; none is given twice
 FILLER_KEY = 2**63 - 1  # no row of a catalog comes to it
+
+
+_Files = dict[str, tuple[str, str]]  # by namespace: the file's name and checksum
 
 
 class UsearchIndex:
@@ -38,6 +43,7 @@ class UsearchIndex:
         self._dimension = dimension
         self._lock = threading.Lock()  # of the table below
         self._spaces: dict[str, _Space] = {}
+        self._saved: dict[str, tuple[int, str]] = {}  # by namespace: the version last saved, its file's checksum
 
     def put(self, namespace: str, keys: Sequence[int], vectors: FloatArray) -> None:
         with self._lock:
@@ -76,8 +82,8 @@ class UsearchIndex:
         return 0 if space is None else space.num_dead()
 
     def overwrite_removed(self, namespace: str, count: int) -> None:
-        """Overwrites ``count`` removed vectors, those that were removed first; 2 ms each. After as many as are dead,
-        nothing is left of what was removed before."""
+        """Overwrites ``count`` removed vectors, those that were removed first; each takes as long as a new one does.
+        After as many as are dead, nothing is left of what was removed before."""
         space = self._space(namespace)
         if space is not None:
             space.overwrite_removed(count)
@@ -97,33 +103,55 @@ class UsearchIndex:
                 self._spaces[namespace] = space
 
     def save(self, folder: Path, collection_id: str, sequence: int) -> None:
-        """Replaces the snapshot by one that reflects ``sequence``. No ``put`` or ``remove`` meanwhile."""
-        temporary = folder.with_name(folder.name + ".new")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        """Replaces the snapshot by one that reflects ``sequence``. No ``put`` or ``remove`` meanwhile. OSError.
+
+        Only namespaces that have changed are written: the files of the others stay, and the new manifest names them.
+        """
+        shutil.rmtree(folder.with_name(folder.name + ".new"), ignore_errors=True)  # of banks before this layout
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unnamed(folder)  # what a crash has left
+        try:
+            files, saved = self._write_changed(folder)
+            manifest = {
+                "collection_id": collection_id, "sequence": sequence, "dimension": self._dimension, "files": files
+            }  # fmt: skip
+            temporary = folder / (MANIFEST + ".new")
+            temporary.write_text(json.dumps(manifest))
+            # No fsync: a snapshot that a crash has torn fails its checksums and is rebuilt.
+            os.replace(temporary, folder / MANIFEST)
+            self._saved = saved
+        finally:
+            _remove_unnamed(folder)
+
+    def _write_changed(self, folder: Path) -> tuple[_Files, dict[str, tuple[int, str]]]:
+        """What the manifest is to name, and which state of each namespace that is."""
+        named = _named(folder)
         with self._lock:
             spaces = dict(self._spaces)
-        files = {}
-        for number, (namespace, space) in enumerate(spaces.items()):
-            path = temporary / f"{number}.usearch"
-            space.save(path)
-            files[namespace] = [path.name, _checksum(path)]
-        manifest = {"collection_id": collection_id, "sequence": sequence, "dimension": self._dimension, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest))
-        # No fsync: a snapshot that a crash has torn fails its checksums and is rebuilt.
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        free = 1 + max((int(path.stem) for path in folder.glob("*.usearch") if path.stem.isdecimal()), default=-1)
+        files, saved = {}, {}
+        for namespace, space in spaces.items():
+            name, checksum = named.get(namespace, ("", ""))
+            version = space.version
+            if self._saved.get(namespace) != (version, checksum) or not (folder / name).is_file():
+                name, free = f"{free}.usearch", free + 1
+                version = space.save(folder / name)
+                checksum = _checksum(folder / name)
+            files[namespace] = (name, checksum)
+            saved[namespace] = (version, checksum)
+        return files, saved
 
     def load(self, folder: Path, collection_id: str) -> int:
         """The sequence that the snapshot reflects, now loaded; 0, and an empty index, where it is of no use."""
         try:
-            sequence, spaces = _read_snapshot(folder, collection_id, self._dimension)
+            sequence, spaces, files = _read_snapshot(folder, collection_id, self._dimension)
         except FileNotFoundError:
             return 0
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             logger.warning("the index snapshot in %s is unusable (%s); rebuilding it from the catalog", folder, error)
             return 0
         self._spaces = spaces
+        self._saved = {namespace: (space.version, files[namespace][1]) for namespace, space in spaces.items()}
         return sequence
 
     def clear(self) -> None:
@@ -142,6 +170,8 @@ class _Space:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._size = len(index)
+        self._places = int(index.stats.nodes)  # counted from here on: usearch walks through all of them to tell
+        self.version = next(_VERSIONS)  # another after each change
         self._lock = threading.Lock()
         self._next = threading.Lock()  # of who has the lock next
 
@@ -149,9 +179,11 @@ class _Space:
         for start in range(0, len(keys), VECTORS_PER_HOLD):
             part = slice(start, start + VECTORS_PER_HOLD)
             with self._turn():
+                self.version = next(_VERSIONS)
                 self._remove(keys[part])
                 self._index.add(keys[part], vectors[part], threads=1)
                 self._size = len(self._index)
+                self._places = max(self._places, self._size)  # new vectors fill the places of removed ones first
 
     def remove(self, keys: np.ndarray) -> None:
         with self._turn():
@@ -175,13 +207,11 @@ class _Space:
 
     def num_places(self) -> int:
         """Of vectors that are there and of removed ones, whose places the graph keeps until new ones fill them."""
-        with self._turn():
-            return int(self._index.stats.nodes)
+        return self._places
 
     def num_dead(self) -> int:
-        """Places of removed vectors."""
-        with self._turn():
-            return int(self._index.stats.nodes) - len(self._index)
+        """Places of removed vectors. Does not wait for the lock either."""
+        return max(0, self._places - self._size)
 
     def overwrite_removed(self, count: int) -> None:
         """usearch gives a new vector the place of the one that was removed first, and puts the place of one that is
@@ -192,13 +222,22 @@ class _Space:
             filler = unit(generator.standard_normal((1, self._index.ndim)).astype(np.float32))
             with self._turn():
                 # Else it would make a place of its own. What changes meanwhile takes and leaves places likewise.
-                if int(self._index.stats.nodes) > len(self._index):
+                if self._places > len(self._index):
+                    self.version = next(_VERSIONS)
                     self._index.add(key, filler, threads=1)
                     self._index.remove(key)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> int:
+        """The version that it saved. OSError."""
         with self._turn():
-            self._index.save(str(path))
+            try:
+                self._index.save(str(path))
+            except RuntimeError as error:  # usearch's word for a disk that is full
+                raise OSError(f"{path} could not be written: {error}") from error
+            # Of what it still had in a buffer then, it says nothing.
+            if path.stat().st_size != self._index.serialized_length:
+                raise OSError(f"{path} could not be written: its end is missing")
+            return self.version
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -213,6 +252,7 @@ class _Space:
     def _remove(self, keys: np.ndarray) -> None:
         present = keys[np.atleast_1d(self._index.contains(keys))]
         if len(present):
+            self.version = next(_VERSIONS)
             self._index.remove(present)
 
 
@@ -225,7 +265,24 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_snapshot(folder: Path, collection_id: str, dimension: int) -> tuple[int, dict[str, _Space]]:
+def _named(folder: Path) -> _Files:
+    """What the folder's manifest names; nothing where there is none, or none that can be read."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {namespace: (str(name), str(checksum)) for namespace, (name, checksum) in files.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Files that the manifest does not name: of the snapshot before, or of one that was not finished."""
+    names = {name for name, _ in _named(folder).values()} | {MANIFEST}
+    for path in folder.iterdir():
+        if path.name not in names and path.is_file():
+            path.unlink()
+
+
+def _read_snapshot(folder: Path, collection_id: str, dimension: int) -> tuple[int, dict[str, _Space], _Files]:
     manifest = json.loads((folder / MANIFEST).read_text())
     if (manifest["collection_id"], manifest["dimension"]) != (collection_id, dimension):
         raise ValueError("it belongs to another collection")
@@ -236,4 +293,4 @@ def _read_snapshot(folder: Path, collection_id: str, dimension: int) -> tuple[in
         index = _new_index(dimension)
         index.load(str(folder / name))
         spaces[namespace] = _Space(index)
-    return int(manifest["sequence"]), spaces
+    return int(manifest["sequence"]), spaces, manifest["files"]

@@ -17,24 +17,25 @@ from bank_service import eraser
 from bank_service.bank import Bank
 from bank_service.blob_store import Sweep
 from bank_service.catalog import Catalog
-from bank_service.documents import Document, Gradient
+from bank_service.documents import Document, Gradient, Query
 from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
 from bank_service.usearch_index import UsearchIndex
 from tests.bank.test_as_of import open_bank
 from tests.bank.test_history import SECRET, blobs, put
 
 BOUND_SECONDS = 20.0  # for a bank of a few documents; a few of its own, and what other work takes on a test's machine
+INDEX = ".usearch"
 
 
 def traces(folder: Path, embedding: bytes) -> set[str]:
-    """The files that have the secret, or a document's vector as the catalog or as the index has it."""
+    """The files that have the secret, or a document's vector as catalog or index has it; INDEX for any of the index."""
     half = np.frombuffer(embedding, "<f4").astype("<f2").tobytes()
     found = set()
     for path in folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             if any(trace in content for trace in (SECRET.encode(), embedding, half)):
-                found.add(path.name)
+                found.add(INDEX if path.suffix == INDEX else path.name)
     return found
 
 
@@ -67,7 +68,7 @@ async def filled(bank: Bank) -> bytes:
 async def test_after_a_purge_text_and_vector_are_in_no_file(data_dir: Path) -> None:
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
-        assert traces(data_dir, embedding) >= {"catalog.sqlite-wal", "0.usearch"}
+        assert traces(data_dir, embedding) >= {"catalog.sqlite-wal", INDEX}
         await bank.delete("", "a", purge=True)
         await within_the_bound(lambda: not traces(data_dir, embedding))
         await within_the_bound(lambda: not num_erasures(data_dir))
@@ -96,7 +97,7 @@ async def test_what_a_crash_leaves_of_a_purge_the_next_start_erases(
             embedding = await filled(bank)
             await bank.delete("", "a", purge=True)
             shutil.copytree(data_dir, crashed, ignore=shutil.ignore_patterns("redis", "lock"))  # as a kill leaves it
-    assert traces(crashed, embedding) >= {"catalog.sqlite-wal", "0.usearch"}
+    assert traces(crashed, embedding) >= {"catalog.sqlite-wal", INDEX}
     async with open_bank(crashed):
         await within_the_bound(lambda: not traces(crashed, embedding))
 
@@ -109,7 +110,7 @@ async def test_a_reader_at_an_older_state_holds_up_the_erasing_and_no_write(data
             reader.execute("BEGIN")
             reader.execute("SELECT count(*) FROM documents").fetchone()
             await bank.delete("", "a", purge=True)
-            await within_the_bound(lambda: "0.usearch" not in traces(data_dir, embedding))
+            await within_the_bound(lambda: INDEX not in traces(data_dir, embedding))
             assert not await bank._upkeep.eraser.erase() and traces(data_dir, embedding)
             async with asyncio.timeout(10):  # less than SQLite would wait for a reader
                 await put(bank, "b", "written meanwhile")
@@ -144,6 +145,26 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
         await within_the_bound(lambda: not num_erasures(data_dir))
         await bank._follower.save()
         assert not traces(data_dir, embedding)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("most", [2, 3])
+async def test_a_purge_overwrites_few_removed_vectors_and_rebuilds_where_they_are_many(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(eraser, "MAX_OVERWRITTEN", most)
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        for number in range(2):
+            await bank.delete("", f"d{number}")
+        deletion = await bank.delete("", "a", purge=True)
+        await bank._follower.reach(deletion.sequence)
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        assert not traces(data_dir, embedding)
+        assert bank._upkeep.compactor.num_compacted == (most == 2)
+        assert bank._upkeep.compactor._index.num_dead("default") == (0 if most == 2 else 3)
+        found = await bank.query(Query("", "text number 4", top_k=64))
+        assert {hit.id for hit in found.hits} == {"d2", "d3", "d4"}
 
 
 def test_a_removed_vector_is_overwritten_in_the_index_and_costs_no_other(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +114,33 @@ async def test_a_follower_that_stops_saves_after_what_it_had_under_way_and_not_b
     await again.start()
     assert again.sequence == sequence
     await again.stop()
+    catalog.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("num_vectors", "num_bytes"), [(1, 64), (1000, 20_000)])  # usearch says nothing of the first
+async def test_a_follower_on_a_full_disk_says_so_and_stops(
+    tmp_path: Path, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture, num_vectors: int, num_bytes: int
+) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    index = UsearchIndex(IDENTITY.embedding_dimension)
+    follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1000)
+    await follower.start()
+    sequence = catalog.put(document(), gradient(), None).result().stored.sequence
+    follower.wake()
+    await follower.reach(sequence)
+    index.put("other", range(num_vectors), np.ones((num_vectors, IDENTITY.embedding_dimension), np.float32))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            await follower.save()
+        await follower.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "the index snapshot could not be written" in caplog.text
     catalog.close()
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bank_service import usearch_index
-from bank_service.usearch_index import MANIFEST, UsearchIndex
+from bank_service.usearch_index import MANIFEST, UsearchIndex, _Space
 from bank_service.vector_index import ExactIndex, VectorIndex
 from bank_service.wire.codec import FloatArray
 
@@ -109,6 +112,57 @@ def test_usearch_holds_what_the_oracle_holds_whatever_is_done_to_it(steps: list[
     np.testing.assert_allclose(np.sort(scores), np.sort(expected_scores), atol=2e-3)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["put", "remove", "overwrite", "reload"]), st.sets(st.integers(0, 40), min_size=1)),
+        max_size=30,
+    )
+)
+def test_the_places_are_those_that_usearch_counts_whatever_is_done_to_it(steps: list[tuple[str, set[int]]]) -> None:
+    index = UsearchIndex(DIMENSION)
+    index.put("n", [1, 2, 3], vectors(3))
+    for number, (action, keys) in enumerate(steps):
+        if action == "put":
+            index.put("n", sorted(keys), vectors(len(keys), seed=number))
+        elif action == "remove":
+            index.remove("n", sorted(keys))
+        elif action == "overwrite":
+            index.overwrite_removed("n", len(keys))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                index.save(Path(folder) / "index", "collection", 1)
+                index = UsearchIndex(DIMENSION)
+                assert index.load(Path(folder) / "index", "collection") == 1
+        space = index._spaces["n"]
+        num_places = int(space._index.stats.nodes)
+        assert (space.num_places(), index.num_dead("n")) == (num_places, num_places - len(space._index))
+
+
+class Uncounted:
+    """An index of usearch that does not count its places: that takes as long as it is large."""
+
+    def __init__(self, index: object) -> None:
+        self._index = index
+
+    def __getattr__(self, name: str) -> object:
+        assert name != "stats"
+        return getattr(self._index, name)
+
+    def __len__(self) -> int:
+        return len(self._index)  # type: ignore[arg-type]
+
+
+def test_overwriting_does_not_walk_through_the_graph_for_each_vector() -> None:
+    index = UsearchIndex(DIMENSION)
+    index.put("n", [1, 2, 3], vectors(3))
+    index._spaces["n"]._index = Uncounted(index._spaces["n"]._index)  # type: ignore[assignment]
+    index.put("n", [3, 4], vectors(2))
+    index.remove("n", [1])
+    index.overwrite_removed("n", index.num_dead("n"))
+    assert index.wasteful(0.1, 1) == ["n"]
+
+
 def test_a_search_is_full_after_most_keys_were_removed(usearch: UsearchIndex) -> None:
     usearch.put("n", list(range(1500)), vectors(1500))
     usearch.remove("n", list(range(1400)))
@@ -142,6 +196,103 @@ def test_a_snapshot_brings_back_every_namespace(tmp_path: Path) -> None:
     assert (loaded.size("a/../b"), loaded.size("c")) == (2, 1)
     loaded.put("c", [5], vectors(1, seed=2))
     assert loaded.size("c") == 2
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+Change = Callable[[UsearchIndex], None]
+CHANGES: dict[str, Change] = {
+    "put": lambda index: index.put("b", [9], vectors(1)),
+    "update": lambda index: index.put("b", [1], vectors(1, seed=5)),
+    "remove": lambda index: index.remove("b", [1]),
+    "overwrite": lambda index: index.overwrite_removed("b", 1),
+    "take": lambda index: index.take("b", small_index()),
+    "nothing": lambda index: index.remove("b", [777]),
+}
+
+
+def small_index() -> UsearchIndex:
+    index = UsearchIndex(DIMENSION)
+    for number, namespace in enumerate("abc"):
+        index.put(namespace, [1, 2, 3], vectors(3, seed=number))
+        index.remove(namespace, [2])
+    return index
+
+
+def answers(index: UsearchIndex) -> list[list[int]]:
+    return [index.search(namespace, vectors(1, seed=7)[0], 9)[0].tolist() for namespace in "abc"]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_a_snapshot_writes_what_has_changed_and_keeps_the_other_files(
+    tmp_path: Path, change: str, loaded: bool
+) -> None:
+    folder, index = tmp_path / "index", small_index()
+    index.save(folder, "collection", 1)
+    if loaded:
+        index = UsearchIndex(DIMENSION)
+        assert index.load(folder, "collection") == 1
+    for sequence in (2, 3):  # the second has files that the first wrote and files that it kept
+        before = files_in(folder)
+        CHANGES[change](index)
+        index.save(folder, "collection", sequence)
+        after = files_in(folder)
+        num_changed = 0 if change == "nothing" or (change, sequence) == ("remove", 3) else 1
+        assert len(after) == 4 and len(after.keys() - before.keys()) == num_changed
+        again = UsearchIndex(DIMENSION)
+        assert again.load(folder, "collection") == sequence and answers(again) == answers(index)
+    index.save(tmp_path / "other", "collection", 4)
+    again = UsearchIndex(DIMENSION)
+    assert again.load(tmp_path / "other", "collection") == 4 and answers(again) == answers(index)
+
+
+@pytest.mark.parametrize("point", ["save", "replace", "unlink"])
+def test_a_crash_in_a_snapshot_leaves_the_one_before_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    folder, crashed, index = tmp_path / "index", tmp_path / "crashed", small_index()
+    index.save(folder, "collection", 1)
+    answer = answers(index)
+    owner = {"save": _Space, "replace": usearch_index.os, "unlink": Path}[point]
+    act = getattr(owner, point)
+
+    def copied_first(*args: object) -> object:
+        if not crashed.exists():
+            shutil.copytree(folder, crashed)  # as a kill leaves it
+        return act(*args)
+
+    index.put("b", [9], vectors(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, point, copied_first)
+        index.save(folder, "collection", 2)
+    again = UsearchIndex(DIMENSION)
+    assert again.load(crashed, "collection") == (2 if point == "unlink" else 1)
+    assert answers(again) == (answers(index) if point == "unlink" else answer)
+    again.put("b", [10], vectors(1))
+    again.save(crashed, "collection", 3)
+    named = json.loads((crashed / MANIFEST).read_text())["files"].values()
+    assert files_in(crashed).keys() == {name for name, _ in named} | {MANIFEST}, "what the crash left is gone"
+    again = UsearchIndex(DIMENSION)
+    assert again.load(crashed, "collection") == 3 and again.size("b") == (4 if point == "unlink" else 3)
+
+
+def test_a_snapshot_that_fails_leaves_the_one_before_and_no_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, index = tmp_path / "index", small_index()
+    index.save(folder, "collection", 1)
+    before = files_in(folder)
+    index.put("a", [9], vectors(1))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no manifest"):
+        patch.setattr(usearch_index.os, "replace", Mock(side_effect=OSError("no manifest")))
+        index.save(folder, "collection", 2)
+    assert files_in(folder) == before
+    index.save(folder, "collection", 3)
+    loaded = UsearchIndex(DIMENSION)
+    assert loaded.load(folder, "collection") == 3 and answers(loaded) == answers(index)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "missing", "collection", "dimension"])
