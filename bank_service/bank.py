@@ -318,6 +318,9 @@ class Bank:
     def _publish(self, metrics: BankMetrics) -> None:
         metrics.sequence.set_function(lambda: self._searcher.acknowledged)
         metrics.indexed_sequence.set_function(lambda: self._follower.sequence)
+        eraser = self._upkeep.eraser
+        metrics.erasures.set_function(lambda: eraser.num_pending)
+        metrics.erasure_seconds.set_function(lambda: eraser.oldest_seconds)
         counts = self._stores.cache.counts
         metrics.cache.labels("hits").set_function(lambda: counts.hits)
         metrics.cache.labels("misses").set_function(lambda: counts.misses)

@@ -34,6 +34,7 @@ class Sweep:
 
     num_removed: int = 0
     unwanted: set[str] = field(default_factory=set)  # neither held nor referenced, whether there was a file or not
+    spared: set[str] = field(default_factory=set)  # of these, because all are to be kept for now
     failed: dict[str, OSError] = field(default_factory=dict)  # those whose file could not be removed
 
 
@@ -85,6 +86,11 @@ class BlobStore:
         finally:
             with self._lock:
                 self._num_keeping -= 1
+
+    @property
+    def is_keeping(self) -> bool:
+        """Somebody wants all records kept."""
+        return self._num_keeping > 0
 
     def take_spared(self) -> set[str]:
         """What sweeps would have removed and did not, since the last call."""
@@ -180,6 +186,7 @@ class BlobStore:
                 self._spared |= unwanted - going
                 self._going.update(going)
         sweep.unwanted |= unwanted
+        sweep.spared |= unwanted - going
         try:
             yield going
         finally:

@@ -89,7 +89,9 @@ class Catalog:
 
     @contextmanager
     def view(self) -> Iterator[CatalogView]:
-        """Reads of one committed state, unmoved by later writes."""
+        """Reads of one committed state, unmoved by later writes. Keep it for no longer than they need: meanwhile no
+        purged text leaves the write-ahead log."""
+        self._writer.wait_for_cut()
         with self._engine.begin() as connection:
             yield CatalogView(connection)
 
@@ -133,6 +135,10 @@ class Catalog:
     def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
         """One ``erasures.finish``."""
         return self._writer.submit(lambda connection: erasures.finish(connection, numbers))
+
+    def forget_erasures(self, numbers: Collection[int]) -> Future[None]:
+        """One ``erasures.forget``."""
+        return self._writer.submit(lambda connection: erasures.forget(connection, numbers))
 
     def cut_log(self) -> Future[bool]:
         """One ``GroupCommit.cut_log``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Executor
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from bank_service.errors import UnavailableError
 from bank_service.metrics import BankMetrics
+from bank_service.seldom import Seldom
 from bank_service.stores import Stores
 from bank_service.threads import in_thread
 
@@ -27,6 +28,9 @@ class Discarder:
         self._pool = pool
         self._metrics = metrics
         self._failed: set[str] = set()
+        self._spared: set[str] = set()  # by a snapshot that is under way
+        self._must_sweep = False  # the last look at all failed
+        self._sweep_failures = Seldom()
 
     async def sweep(self) -> None:
         """Removes gradients that no document or past version names: what a crash between blob and catalog leaves."""
@@ -50,25 +54,35 @@ class Discarder:
                 "of its gradients are erased: mend the disk and purge it again (the bank tries by itself, too)"
             ) from error
 
-    def is_done(self, digests: Iterable[str]) -> bool:
+    def is_done(self, digests: Collection[str]) -> bool:
         """None of ``digests`` is left for ``retry``."""
-        return self._failed.isdisjoint(digests) and not self._cache.may_have(digests)
+        left = (self._failed, self._spared)
+        return all(each.isdisjoint(digests) for each in left) and not self._cache.may_have(digests)
 
     async def retry(self) -> None:
         """Tries again what failed."""
-        await self.discard(self._failed)
+        if self._must_sweep:
+            await self.sweep()
+        if not self._blobs.is_keeping:
+            await self.discard(self._failed | self._spared)
         await self._cache.retry()
 
     async def _remove(self, digests: list[str] | None) -> tuple[int, Exception | None]:
         try:
             sweep = await in_thread(self._pool, self._blobs.sweep, self._references, digests)
         except (OSError, SQLAlchemyError) as error:  # of the look into the folder or the catalog
-            logger.warning("gradients that no document names can't be removed: %s; trying again", error)
+            if self._sweep_failures.is_due():
+                logger.warning("gradients that no document names can't be removed: %s; trying again", error)
             self._failed.update(digests or ())
+            self._must_sweep |= digests is None
             return 0, error
+        if digests is None:
+            self._must_sweep = False
         new = sweep.failed.keys() - self._failed
         self._failed.difference_update(digests or ())
         self._failed.update(sweep.failed)
+        self._spared.difference_update(digests or ())
+        self._spared |= sweep.spared
         if new:
             logger.warning(
                 "%d gradients that no document names can't be removed: %s; trying again",

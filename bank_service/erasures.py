@@ -2,7 +2,7 @@
 crash forgets none of it.
 
 A row stays until the purge was acknowledged and all is erased. So a purge whose erasing failed, or whose answer was
-lost in a crash, can be repeated, and what it left undone is done.
+lost in a crash, can be repeated, and what it left undone is done. ``Eraser`` says when it is too late for that.
 """
 
 from __future__ import annotations
@@ -62,11 +62,26 @@ def finish(connection: sa.Connection, numbers: Collection[int]) -> None:
     _mark(connection, numbers, "erased")
 
 
-def pending(connection: sa.Connection, limit: int) -> tuple[list[Erasure], int]:
-    """Up to ``limit`` of those that are not finished, and the catalog's sequence."""
-    query = sa.select(erasures).where(sa.not_(erasures.c.erased)).order_by(erasures.c.number).limit(limit)
-    found = [Erasure(row.number, row.namespace, tuple(json.loads(row.digests))) for row in connection.execute(query)]
-    return found, int(connection.execute(sa.select(collection.c.sequence)).scalar_one())
+def forget(connection: sa.Connection, numbers: Collection[int]) -> None:
+    """Of these, those that are finished can't be repeated any more."""
+    connection.execute(sa.delete(erasures).where(erasures.c.number.in_(numbers), erasures.c.erased))
+
+
+def unfinished(connection: sa.Connection, after: int, limit: int) -> list[Erasure]:
+    """Up to ``limit`` of those with a number above ``after``, in order."""
+    chosen = sa.select(erasures).where(erasures.c.number > after, sa.not_(erasures.c.erased))
+    rows = connection.execute(chosen.order_by(erasures.c.number).limit(limit))
+    return [Erasure(row.number, row.namespace, tuple(json.loads(row.digests))) for row in rows]
+
+
+def repeatable(connection: sa.Connection) -> set[int]:
+    """Those that are finished and were not acknowledged."""
+    return set(connection.execute(sa.select(erasures.c.number).where(erasures.c.erased)).scalars())
+
+
+def sequence_of(connection: sa.Connection) -> int:
+    """The catalog's: no lower than that of any purge that the connection's transaction sees."""
+    return int(connection.execute(sa.select(collection.c.sequence)).scalar_one())
 
 
 def _mark(connection: sa.Connection, numbers: Collection[int], column: str) -> None:

@@ -21,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from bank_service.seldom import Seldom
 from bank_service.threads import in_thread
 from bank_service.wire.codec import record_digest
 
@@ -61,6 +62,7 @@ class GradientCache:
         self._ttl_seconds = ttl_seconds
         self._pool = pool
         self._rest_until = 0.0
+        self._failures = Seldom()
         self._unremoved: dict[str, float] = {}  # digests to remove → when they have expired, on the monotonic clock
         self.counts = CacheCounts()
 
@@ -102,12 +104,14 @@ class GradientCache:
             pipeline = self._redis.pipeline(transaction=False)
             for digest, record in records.items():
                 pipeline.set(KEY_PREFIX + digest, record, ex=self._ttl_seconds)
-            if await self._guarded(pipeline.execute) is None:
-                self._mark(records)  # the server may still come to them
+            failed = await self._guarded(pipeline.execute) is None  # the server may still come to them
+            expired = time.monotonic() + self._ttl_seconds
+            self._unremoved.update({digest: expired for digest in records if failed or digest in self._unremoved})
 
     async def remove(self, digests: Sequence[str]) -> None:
-        """Removes records, now or when the server answers again."""
-        self._mark(digests)
+        """Removes records, now or when the server answers again, as far as they have not expired by then."""
+        for digest in digests:
+            self._unremoved.setdefault(digest, time.monotonic() + self._ttl_seconds)
         await self._unlink(digests)
 
     async def retry(self) -> None:
@@ -129,9 +133,6 @@ class GradientCache:
                 "%d s; set maxmemory, and maxmemory-policy allkeys-lru",
                 self._ttl_seconds,
             )
-
-    def _mark(self, digests: Iterable[str]) -> None:
-        self._unremoved.update(dict.fromkeys(digests, time.monotonic() + self._ttl_seconds))
 
     async def _unlink(self, digests: Sequence[str]) -> None:
         for start in range(0, len(digests), MAX_KEYS):
@@ -158,7 +159,8 @@ class GradientCache:
         except (RedisError, OSError, TimeoutError) as error:
             self.counts.errors += 1
             self._rest_until = time.monotonic() + COOL_DOWN_SECONDS
-            logger.warning("the gradient cache failed (%s: %s); using the blobs", type(error).__name__, error)
+            if self._failures.is_due():
+                logger.warning("the gradient cache failed (%s: %s); using the blobs", type(error).__name__, error)
             return None
 
 

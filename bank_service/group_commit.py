@@ -17,7 +17,7 @@ from bank_service.errors import BankError, InternalError, UnavailableError
 T = TypeVar("T")
 Item: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]  # an operation, and who waits for it
 MAX_BATCH = 256  # operations in one transaction
-BUSY_MS = 200  # that writes wait at most for readers, once for each ``cut_log``
+BUSY_MS = 500  # that writes wait at most for readers, and readers that begin for writes, once for each ``cut_log``
 
 
 class GroupCommit:
@@ -33,6 +33,8 @@ class GroupCommit:
         """``engine`` is its own from now on."""
         self._engine = engine
         self._cuts: queue.SimpleQueue[Future[bool]] = queue.SimpleQueue()  # asked for, not made yet
+        self._may_read = threading.Event()  # no cut is under way
+        self._may_read.set()
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no operation may follow the end mark
         self._closed = False
@@ -57,6 +59,11 @@ class GroupCommit:
         self._cuts.put(cut)
         self.submit(lambda _: None)  # has the thread come to it
         return cut
+
+    def wait_for_cut(self) -> None:
+        """Readers call it before they begin: did they overlap without end, no cut would find the log unread. It takes
+        no longer than a cut waits for those that are there."""
+        self._may_read.wait(BUSY_MS / 1000)
 
     def close(self) -> None:
         """Commits what is queued and ends the thread."""
@@ -114,6 +121,7 @@ class GroupCommit:
         return done
 
     def _cut(self, cut: Future[bool]) -> None:
+        self._may_read.clear()
         try:
             with closing(self._engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
                 ((usual,),) = cursor.execute("PRAGMA busy_timeout").fetchall()
@@ -128,6 +136,8 @@ class GroupCommit:
             cut.set_exception(failure)
         else:
             cut.set_result(not busy)
+        finally:
+            self._may_read.set()
 
     def _fail(
         self,

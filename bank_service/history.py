@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -113,47 +113,46 @@ def horizon(connection: sa.Connection, namespace: str) -> int:
 
 
 def candidates(
-    connection: sa.Connection, namespace: str, as_of: int, conditions: Sequence[Condition]
-) -> Iterator[list[Candidate]]:
-    """The past versions of which the namespace consisted at ``as_of`` beside its living documents, in batches.
+    connection: sa.Connection, namespace: str, as_of: int, conditions: Sequence[Condition], after: int
+) -> tuple[list[Candidate], int] | None:
+    """The next past versions of which the namespace consisted at ``as_of`` beside its living documents: those that
+    ended after ``after``, at first ``as_of``, and what to give for ``after`` next. None where there are no more.
 
-    Their keys are the sequences at which they began.
+    Their keys are the sequences at which they began. Versions that end between two calls come later than those before.
     """
     columns = history.c
-    last = as_of
-    while True:
-        query = (
-            sa.select(
-                columns.began,
-                columns.id,
-                columns.ended,
-                columns.metadata,
-                columns.embedding,
-                columns.version,
-                columns.gradient_digest,
-                columns.gradient_bytes,
-            )
-            .where(columns.namespace == namespace, columns.ended > last, columns.began <= as_of)
-            .order_by(columns.ended)
-            .limit(BATCH)
+    query = (
+        sa.select(
+            columns.began,
+            columns.id,
+            columns.ended,
+            columns.metadata,
+            columns.embedding,
+            columns.version,
+            columns.gradient_digest,
+            columns.gradient_bytes,
         )
-        rows = connection.execute(query).all()
-        if not rows:
-            return
-        last = rows[-1].ended
-        matching = [row for row in rows if _matches(row.metadata, conditions)]
-        yield [
-            Candidate(
-                row.began,
-                row.id,
-                row.began,
-                row.embedding,
-                row.version,
-                row.gradient_digest,
-                row.gradient_bytes,
-            )
-            for row in matching
-        ]
+        .where(columns.namespace == namespace, columns.ended > after, columns.began <= as_of)
+        .order_by(columns.ended)
+        .limit(BATCH)
+    )
+    rows = connection.execute(query).all()
+    if not rows:
+        return None
+    matching = [row for row in rows if _matches(row.metadata, conditions)]
+    found = [
+        Candidate(
+            row.began,
+            row.id,
+            row.began,
+            row.embedding,
+            row.version,
+            row.gradient_digest,
+            row.gradient_bytes,
+        )
+        for row in matching
+    ]
+    return found, rows[-1].ended
 
 
 def named(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: int) -> dict[str, int]:
@@ -170,7 +169,7 @@ def named(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: 
 
 
 def hits(connection: sa.Connection, scores: dict[int, Score], include_text: bool) -> list[Hit]:
-    """A hit for each version in ``scores``, by where it began, in its order; all must be there."""
+    """A hit for each version in ``scores``, by where it began, in its order; without those that are not there."""
     found = {}
     for table, began in ((documents, documents.c.sequence), (history, history.c.began)):
         columns = [table.c.id, table.c.version, table.c.gradient_digest, table.c.gradient_bytes]
@@ -178,7 +177,7 @@ def hits(connection: sa.Connection, scores: dict[int, Score], include_text: bool
             columns += [table.c.title, table.c.text]
         query = sa.select(began, *columns).where(began.in_(list(scores)))
         found.update({row[0]: row[1:] for row in connection.execute(query)})
-    rows = [(found[key], score) for key, score in scores.items()]
+    rows = [(found[key], score) for key, score in scores.items() if key in found]
     return [Hit(row[0], row[1], score.value, score.cosine, *row[2:]) for row, score in rows]
 
 

@@ -34,6 +34,12 @@ class BankMetrics:
         self.indexed_sequence = Gauge(
             "regrad_bank_indexed_sequence", "Change that the vector index reflects", registry=self.registry
         )
+        self.erasures = Gauge(
+            "regrad_bank_pending_erasures", "Purges of which not all is erased yet", registry=self.registry
+        )
+        self.erasure_seconds = Gauge(
+            "regrad_bank_oldest_erasure_seconds", "How long the oldest of them is known", registry=self.registry
+        )
         self.cache = Gauge(
             "regrad_bank_cache_records",
             "Records asked of the cache since the start",

@@ -1,8 +1,10 @@
 """Queries ``as_of`` an earlier sequence number: what they would have been answered then.
 
 The past does not change, so each look at the catalog may be at another state of it, as long as the past asked for is
-still known there. That makes the index safe to use while others write: it is searched first and the catalog looked at
-after that, so a document that changed in between stands in the catalog as a past version, and none is missed.
+still known there: each batch has a look of its own, so that no state of the catalog is held for long. That makes the
+index safe to use while others write: it is searched first and the catalog looked at after that, the living documents
+before the past versions, so a document that changes in between stands in the catalog as a past version, and none is
+missed. Where one of the answer is purged in between the search begins anew, as if it had never been there.
 
 Equally near documents are cut by their ids, as ``retrieval`` cuts them. Where the index proposed, then or now, which of
 them it proposed is chance, and the answer may have others of them.
@@ -11,7 +13,8 @@ them it proposed is chance, and the answer may have others of them.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 
 from bank_service import attributes, history
 from bank_service.catalog import Catalog
@@ -55,19 +58,26 @@ class PastRetriever:
         go_on()
         if vector is None:
             return self._named(query)
+        while (result := self._attempt(query, vector, go_on)) is None:
+            pass
+        return result
+
+    def _attempt(self, query: Query, vector: FloatArray, go_on: GoOn) -> QueryResult | None:
+        """None where a document of the answer was purged on the way."""
         if self._index.size(query.namespace) <= self._exact_below:
             with span("exact.search"), self._catalog.view() as view:
                 keys = self._exact.search(
                     view, query.namespace, vector, depth_of(query), lambda: _unchanged(view, query)
                 )
-                return _scan(view, query, vector, keys, go_on)
+                living = self._scan(query, vector, keys, go_on, view)  # of the same state: others may be as near
+            return self._best(query, vector, living, go_on)
         with self._catalog.view() as view:
             few = _unchanged(view, query, SCAN_SIZE + 1)
-            if len(few) <= SCAN_SIZE:
-                return _scan(view, query, vector, few, go_on)
+        if len(few) <= SCAN_SIZE:
+            return self._best(query, vector, self._scan(query, vector, few, go_on), go_on)
         return self._proposed(query, vector, go_on)
 
-    def _proposed(self, query: Query, vector: FloatArray, go_on: GoOn) -> QueryResult:
+    def _proposed(self, query: Query, vector: FloatArray, go_on: GoOn) -> QueryResult | None:
         """By the index, which knows the living documents only; compares with all of them where it would take too many
         proposals to find enough that have not changed since."""
         count = depth_of(query) * GROWTH
@@ -77,11 +87,44 @@ class PastRetriever:
                 keys = self._index.search(query.namespace, vector, count)[0].tolist()
             with span("catalog.past"), self._catalog.view() as view:
                 found = attributes.among(view.connection, keys, query.conditions, _as_of(view, query))
-                if len(found) >= depth_of(query):
-                    return _best(view, query, vector, candidates_of(view, list(found)).values(), go_on)
+                living = candidates_of(view, list(found)) if len(found) >= depth_of(query) else None
+            if living is not None:
+                return self._best(query, vector, living.values(), go_on)
             count *= GROWTH
         with self._catalog.view() as view:
-            return _scan(view, query, vector, _unchanged(view, query), go_on)
+            keys = _unchanged(view, query)
+        return self._best(query, vector, self._scan(query, vector, keys, go_on), go_on)
+
+    def _scan(
+        self, query: Query, vector: FloatArray, keys: Sequence[int], go_on: GoOn, view: CatalogView | None = None
+    ) -> list[Candidate]:
+        """The nearest of these; in ``view``, else in one for each batch."""
+        with span("catalog.scan", num_documents=len(keys)):
+            living: list[Candidate] = []
+            for start in range(0, len(keys), history.BATCH):
+                go_on()
+                with nullcontext(view) if view is not None else self._catalog.view() as state:
+                    as_of = _as_of(state, query)
+                    batch = candidates_of(state, keys[start : start + history.BATCH]).values()
+                # Without those that have changed by now: what they were is among the past versions.
+                unchanged = [candidate for candidate in batch if candidate.sequence <= as_of]
+                living = _nearest(query, vector, living, unchanged)
+            return living
+
+    def _best(self, query: Query, vector: FloatArray, living: Iterable[Candidate], go_on: GoOn) -> QueryResult | None:
+        """The answer, from living documents among which the nearest unchanged ones are, and all past versions."""
+        nearest = list(living)
+        after = query.as_of
+        assert after is not None
+        while True:
+            with self._catalog.view() as view:
+                as_of = _as_of(view, query)
+                found = history.candidates(view.connection, query.namespace, as_of, query.conditions, after)
+                if found is None:
+                    return _answer(view, query, vector, nearest)
+            go_on()
+            batch, after = found
+            nearest = _nearest(query, vector, nearest, batch)
 
     def _named(self, query: Query) -> QueryResult:
         with span("catalog.past"), self._catalog.view() as view:
@@ -125,35 +168,22 @@ def _unchanged(view: CatalogView, query: Query, limit: int | None = None) -> lis
     return attributes.matching(view.connection, query.namespace, query.conditions, limit, query.as_of)
 
 
-def _scan(view: CatalogView, query: Query, vector: FloatArray, keys: Collection[int], go_on: GoOn) -> QueryResult:
-    with span("catalog.scan", num_documents=len(keys)):
-        living: list[Candidate] = []
-        rest = list(keys)
-        for start in range(0, len(rest), history.BATCH):
-            go_on()
-            living = _nearest(query, vector, living, candidates_of(view, rest[start : start + history.BATCH]).values())
-        return _best(view, query, vector, living, go_on)
-
-
-def _best(view: CatalogView, query: Query, vector: FloatArray, living: Iterable[Candidate], go_on: GoOn) -> QueryResult:
-    """The answer, from living documents among which the nearest unchanged ones are, and all past versions."""
-    as_of = _as_of(view, query)
-    nearest = list(living)
-    for batch in history.candidates(view.connection, query.namespace, as_of, query.conditions):
-        go_on()
-        nearest = _nearest(query, vector, nearest, batch)
+def _answer(view: CatalogView, query: Query, vector: FloatArray, nearest: list[Candidate]) -> QueryResult | None:
+    """None where the catalog has one of the best no more."""
     cosines = _cosines(nearest, vector)
     ids = {candidate.sequence: candidate.id for candidate in nearest}
     best = sorted(cosines, key=lambda began: (-cosines[began], ids[began]))[: query.top_k]
     scores = {began: Score(cosines[began], cosines[began]) for began in best if cosines[began] >= query.min_score}
-    return QueryResult(tuple(history.hits(view.connection, scores, query.include_text)), {}, as_of)
+    hits = history.hits(view.connection, scores, query.include_text)
+    return QueryResult(tuple(hits), {}, _as_of(view, query)) if len(hits) == len(scores) else None
 
 
 def _nearest(
     query: Query, vector: FloatArray, nearest: Iterable[Candidate], more: Iterable[Candidate]
 ) -> list[Candidate]:
     """Of both, as many as are needed to have the best among them."""
-    both = [*nearest, *more]
+    # Each once: one that changed on the way was found living and is a past version, too.
+    both = list({candidate.sequence: candidate for candidate in (*nearest, *more)}.values())
     cosines = _cosines(both, vector)
     return heapq.nsmallest(depth_of(query), both, key=lambda candidate: (-cosines[candidate.sequence], candidate.id))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,12 +16,14 @@ from redis.asyncio import Redis
 
 from bank_service import gradient_cache, history_cleaner
 from bank_service.bank import Bank
+from bank_service.blob_store import BlobStore
 from bank_service.config import BankConfig
 from bank_service.discarder import Discarder
 from bank_service.documents import Query
 from bank_service.gradient_cache import KEY_PREFIX, GradientCache
 from bank_service.metrics import BankMetrics
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
+from tests.bank.test_as_of import open_bank
 from tests.bank.test_history import blobs, put
 
 
@@ -56,6 +60,28 @@ async def until_gone(redis: Redis, digest: str) -> None:
 
 async def num_calls(redis: Redis) -> int:
     return int((await redis.info("commandstats")).get("cmdstat_unlink", {}).get("calls", 0))
+
+
+@asynccontextmanager
+async def cache_with(url: str, ttl_seconds: int, timeout_ms: int) -> AsyncIterator[GradientCache]:
+    with ThreadPoolExecutor(1) as pool:
+        cache = GradientCache(url, timeout_ms, ttl_seconds, pool)
+        assert await cache.is_available()
+        yield cache
+        await cache.close()
+
+
+@asynccontextmanager
+async def stopped(url: str) -> AsyncIterator[Callable[[], None]]:
+    """The server answers nobody before the end, or a call of what this gives."""
+    redis = Redis.from_url(url)
+    pid = (await redis.info("server"))["process_id"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield lambda: os.kill(pid, signal.SIGCONT)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        await redis.aclose()
 
 
 @pytest.mark.asyncio
@@ -167,3 +193,62 @@ async def test_a_put_that_the_server_answered_too_late_leaves_nothing_of_a_disca
         await until_gone(redis, digest)
         await asyncio.sleep(1.5)
         assert digest not in await keys(redis)
+
+
+@pytest.mark.asyncio
+async def test_a_failed_put_is_remembered_for_as_long_as_the_server_may_have_it(
+    redis_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 0.0)
+    async with cache_with(redis_server, ttl_seconds=60, timeout_ms=200) as cache, stopped(redis_server) as go_on:
+        await cache.put({"a": b"a record"})  # nobody removes it
+        assert cache.may_have(["a"]) and not cache.may_have(["b"])
+        go_on()
+        await cache.retry()
+        assert not cache.may_have(["a"]) and not await cache.get(["a"])
+        await cache.put({"a": b"a record"})
+        assert not cache.may_have(["a"])
+
+
+@pytest.mark.asyncio
+async def test_only_a_write_puts_off_when_an_unremoved_gradient_has_expired(
+    redis_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 0.0)
+    async with cache_with(redis_server, ttl_seconds=2, timeout_ms=100) as cache, stopped(redis_server) as go_on:
+        begun = time.monotonic()
+        while cache.may_have(["a"]) or cache.counts.errors < 3:
+            await cache.remove(["a"])
+            assert time.monotonic() < begun + 15
+            await cache.retry()
+        assert caplog.text.count("the gradient cache failed") == 1, "an outage is said once a minute"
+        await cache.remove(["a"])
+        (expired,) = cache._unremoved.values()
+        go_on()
+        await asyncio.sleep(0.1)
+        await cache.put({"a": b"a record"})
+        (later,) = cache._unremoved.values()
+        assert later > expired
+        await cache.retry()
+        assert not cache._unremoved
+
+
+@pytest.mark.asyncio
+async def test_a_start_sweep_that_failed_is_made_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_bank(data_dir) as bank:
+        path = bank._stores.blobs.path("ab" * 32)
+    path.write_bytes(b"left by a crash")
+    failures = [OSError("the folder can't be read")] * 2
+    listed = BlobStore._digests
+
+    def failing(blobs: BlobStore) -> Iterator[str]:
+        if failures:
+            raise failures.pop()
+        return listed(blobs)
+
+    monkeypatch.setattr(BlobStore, "_digests", failing)
+    async with open_bank(data_dir) as bank:
+        async with asyncio.timeout(15):
+            while path.exists():
+                await asyncio.sleep(0.05)
+        assert not failures and not bank._discarder._must_sweep

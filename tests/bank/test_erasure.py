@@ -27,14 +27,15 @@ BOUND_SECONDS = 20.0  # for a bank of a few documents; a few of its own, and wha
 INDEX = ".usearch"
 
 
-def traces(folder: Path, embedding: bytes) -> set[str]:
-    """The files that have the secret, or a document's vector as catalog or index has it; INDEX for any of the index."""
+def traces(folder: Path, embedding: bytes, *digests: str) -> set[str]:
+    """The files that have the secret, a document's vector as catalog or index has it, or a gradient's digest; INDEX for
+    any of the index."""
     half = np.frombuffer(embedding, "<f4").astype("<f2").tobytes()
     found = set()
     for path in folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            if any(trace in content for trace in (SECRET.encode(), embedding, half)):
+            if any(trace in content for trace in (SECRET.encode(), embedding, half, *map(str.encode, digests))):
                 found.add(INDEX if path.suffix == INDEX else path.name)
     return found
 
@@ -69,9 +70,13 @@ async def test_after_a_purge_text_and_vector_are_in_no_file(data_dir: Path) -> N
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
         assert traces(data_dir, embedding) >= {"catalog.sqlite-wal", INDEX}
+        digests = blobs(data_dir)
         await bank.delete("", "a", purge=True)
+        digests -= blobs(data_dir)
         await within_the_bound(lambda: not traces(data_dir, embedding))
         await within_the_bound(lambda: not num_erasures(data_dir))
+        assert len(digests) == 2
+        await within_the_bound(lambda: not traces(data_dir, embedding, *digests))
         assert len(blobs(data_dir)) == 5
         with pytest.raises(NotFoundError):
             await bank.delete("", "a", purge=True)

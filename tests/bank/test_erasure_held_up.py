@@ -1,0 +1,181 @@
+"""Erasing with a cache, a disk, readers or a snapshot in its way: what ends it, and what goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bank_service import eraser
+from bank_service.bank import Bank
+from bank_service.catalog import Catalog
+from bank_service.errors import NotFoundError, UnavailableError
+from bank_service.metrics import BankMetrics
+from tests.bank.test_as_of import open_bank
+from tests.bank.test_discard import bank_with, read
+from tests.bank.test_erasure import filled, num_erasures, removable, traces, unremovable, within_the_bound
+from tests.bank.test_history import put
+
+
+async def digest_of(bank: Bank, id: str) -> str:
+    return (await bank.get("", id)).gradient.digest
+
+
+@pytest.mark.asyncio
+async def test_a_purge_is_erased_when_the_cached_gradient_has_expired_though_the_cache_stays_away(
+    data_dir: Path, redis_server: str
+) -> None:
+    async with bank_with(redis_server, data_dir, cache_ttl_seconds=4, cache_timeout_ms=200) as (bank, redis):
+        await put(bank, "a", "a text")
+        await read(bank, "a")
+        pid = (await redis.info("server"))["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await bank.delete("", "a", purge=True)
+            purged = time.monotonic()
+            assert not await bank._upkeep.eraser.erase()
+            await within_the_bound(lambda: not num_erasures(data_dir))
+            assert time.monotonic() > purged + 3, "the cache may have it until then"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.asyncio
+async def test_purges_whose_gradients_stay_hold_up_no_other(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eraser, "MAX_PER_ROUND", 3)
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        paths = [bank._stores.blobs.path(await digest_of(bank, f"d{number}")) for number in range(3)]
+        for number, path in enumerate(paths):
+            unremovable(path)
+            with pytest.raises(UnavailableError):
+                await bank.delete("", f"d{number}", purge=True)
+        await asyncio.sleep(2 * eraser.ERASE_SECONDS)
+        await bank.delete("", "a", purge=True)
+        await within_the_bound(lambda: not traces(data_dir, embedding))
+        await within_the_bound(lambda: num_erasures(data_dir) == 3)
+        assert bank._upkeep.eraser.num_pending == 3 and bank._upkeep.eraser.oldest_seconds > eraser.ERASE_SECONDS
+        for path in paths:
+            removable(path)
+        await within_the_bound(lambda: not bank._upkeep.eraser.num_pending)
+        assert not any(path.exists() for path in paths) and bank._upkeep.eraser.oldest_seconds == 0
+
+
+@pytest.mark.asyncio
+async def test_a_bank_closes_whatever_goes_wrong_in_its_last_round(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_bank(data_dir) as bank:
+        await put(bank, "a", "a text")
+
+        async def failing() -> bool:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(bank._upkeep.eraser, "erase", failing)
+    assert not bank._stores.catalog._writer._thread.is_alive()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        bank._pools.reads.submit(int)
+
+
+@pytest.mark.asyncio
+async def test_readers_that_overlap_do_not_keep_a_purged_text_in_the_log(data_dir: Path) -> None:
+    ended = threading.Event()
+    num_reads = []
+
+    def reading(catalog: Catalog, delay: float) -> None:
+        time.sleep(delay)
+        while not ended.is_set():
+            with catalog.view() as view:
+                view.sequence()
+                time.sleep(0.3)
+            num_reads.append(1)
+
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        catalog = bank._stores.catalog
+        readers = [threading.Thread(target=reading, args=(catalog, 0.1 * number)) for number in range(3)]
+        for reader in readers:
+            reader.start()
+        try:
+            await asyncio.sleep(0.5)
+            await bank.delete("", "a", purge=True)
+            await within_the_bound(lambda: not num_erasures(data_dir))
+            assert not traces(data_dir, embedding) and len(num_reads) > 3
+            await put(bank, "b", "a write is made meanwhile")
+        finally:
+            ended.set()
+            for reader in readers:
+                await asyncio.to_thread(reader.join)
+
+
+@pytest.mark.asyncio
+async def test_a_purge_is_not_erased_before_a_snapshot_that_may_have_its_text_has_ended(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        path = bank._stores.blobs.path(await digest_of(bank, "a"))
+        snapshot = bank.snapshot(str(tmp_path / "snapshot"))
+        await anext(snapshot)
+        await bank.delete("", "a", purge=True)
+        for _ in range(2):
+            assert not await bank._upkeep.eraser.erase()
+        assert path.exists() and traces(data_dir, embedding) and num_erasures(data_dir) == 1
+        async for _ in snapshot:
+            pass
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        assert not path.exists() and not traces(data_dir, embedding)
+
+
+@pytest.mark.asyncio
+async def test_a_purge_that_failed_and_is_not_repeated_is_forgotten_with_its_digests(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        digest = await digest_of(bank, "a")
+        path = bank._stores.blobs.path(digest)
+        unremovable(path)
+        with pytest.raises(UnavailableError):
+            await bank.delete("", "a", purge=True)
+        removable(path)
+        await within_the_bound(lambda: not path.exists() and not traces(data_dir, embedding))
+        await within_the_bound(lambda: not bank._upkeep.eraser.num_pending)
+        await asyncio.sleep(2 * eraser.ERASE_SECONDS)
+        assert num_erasures(data_dir) == 1, "it may still be repeated"
+        assert traces(data_dir, embedding, digest) == {"catalog.sqlite"}, "for which it is remembered"
+        monkeypatch.setattr(eraser, "REPEAT_SECONDS", 1.0)
+        await within_the_bound(lambda: not num_erasures(data_dir))
+        await within_the_bound(lambda: not traces(data_dir, embedding, digest))
+        with pytest.raises(NotFoundError):
+            await bank.delete("", "a", purge=True)
+
+
+@pytest.mark.asyncio
+async def test_what_is_not_erased_for_long_is_said_in_the_log_and_in_the_metrics(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(eraser, "LATE_SECONDS", 1.0)
+    monkeypatch.setattr(eraser, "ERASE_SECONDS", 0.1)
+    metrics = BankMetrics()
+    async with open_bank(data_dir) as bank:
+        bank._publish(metrics)
+        await put(bank, "a", "a text")
+        path = bank._stores.blobs.path(await digest_of(bank, "a"))
+        unremovable(path)
+        with pytest.raises(UnavailableError):
+            await bank.delete("", "a", purge=True)
+        await within_the_bound(lambda: "1 purges are not erased yet" in caplog.text)
+        await asyncio.sleep(1)
+        assert caplog.text.count("purges are not erased yet") == 1
+        value = metrics.registry.get_sample_value
+        assert value("regrad_bank_pending_erasures") == 1
+        assert (value("regrad_bank_oldest_erasure_seconds") or 0) > 1
+        removable(path)
+        await within_the_bound(lambda: value("regrad_bank_pending_erasures") == 0)
+        assert value("regrad_bank_oldest_erasure_seconds") == 0
