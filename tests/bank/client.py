@@ -18,8 +18,9 @@ from bank_service.wire.generated import bank_pb2_grpc
 class Client:
     def __init__(self, target: str, credentials: BankCredentials | None = None) -> None:
         self.target = target
-        self.credentials = credentials or BankCredentials()
-        self.channel = open_aio_channel(target, self.credentials)
+        credentials = credentials or BankCredentials()
+        self.channel = open_aio_channel(target, credentials)
+        self._blocking = open_channel(target, credentials)
         self.stub = bank_pb2_grpc.BankServiceStub(self.channel)
 
     async def __aenter__(self) -> Self:
@@ -27,6 +28,7 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self.channel.close()
+        self._blocking.close()
 
     async def ingest(self, *documents: pb.Document | dict[str, Any]) -> list[pb.IngestDocumentsResponse]:
         """Responses in order; raises the error that ended the stream."""
@@ -48,13 +50,14 @@ class Client:
 
     async def upload(self, *parts: pb.IngestGradientsRequest) -> list[pb.IngestDocumentsResponse]:
         """By the blocking client: grpc.aio, where it still sends when the server ends the call, makes an INTERNAL of
-        its own of that ('Failed "execute_batch"') and loses the server's status."""
+        its own of that ('Failed "execute_batch"') and loses the server's status. Where it is cancelled, so is the call.
+        """
+        call = bank_pb2_grpc.BankServiceStub(self._blocking).IngestGradients(iter(parts))
         async with own_errors():
-            return await asyncio.to_thread(self._upload, parts)
-
-    def _upload(self, parts: Sequence[pb.IngestGradientsRequest]) -> list[pb.IngestDocumentsResponse]:
-        with open_channel(self.target, self.credentials) as channel:
-            return list(bank_pb2_grpc.BankServiceStub(channel).IngestGradients(iter(parts)))
+            try:
+                return await asyncio.to_thread(list, call)
+            finally:
+                call.cancel()  # of one that has ended: nothing
 
     async def delete(
         self, id: str, namespace: str = "", expected_version: int | None = None, purge: bool = False
