@@ -286,6 +286,14 @@ def test_a_snapshot_that_fails_leaves_the_one_before_and_no_file_of_its_own(
     index.save(folder, "collection", 1)
     before = files_in(folder)
     index.put("a", [9], vectors(1))
+    (folder / "77.usearch").write_bytes(b"what a crash left: it goes first, as the disk may be full")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+
+        def refused(*args: object) -> None:
+            raise OSError("gone" if files_in(folder) == before else "left")
+
+        patch.setattr(_Space, "save", refused)
+        index.save(folder, "collection", 2)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no manifest"):
         patch.setattr(usearch_index.os, "replace", Mock(side_effect=OSError("no manifest")))
         index.save(folder, "collection", 2)
