@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -256,7 +257,7 @@ def test_a_crash_in_a_snapshot_leaves_the_one_before_or_the_new_one(
     folder, crashed, index = tmp_path / "index", tmp_path / "crashed", small_index()
     index.save(folder, "collection", 1)
     answer = answers(index)
-    owner = {"save": _Space, "replace": usearch_index.os, "unlink": Path}[point]
+    owner = {"save": _Space, "replace": os, "unlink": Path}[point]
     act = getattr(owner, point)
 
     def copied_first(*args: object) -> object:
@@ -286,8 +287,16 @@ def test_a_snapshot_that_fails_leaves_the_one_before_and_no_file_of_its_own(
     index.save(folder, "collection", 1)
     before = files_in(folder)
     index.put("a", [9], vectors(1))
+    (folder / "77.usearch").write_bytes(b"what a crash left: it goes first, as the disk may be full")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+
+        def refused(*args: object) -> None:
+            raise OSError("gone" if files_in(folder) == before else "left")
+
+        patch.setattr(_Space, "save", refused)
+        index.save(folder, "collection", 2)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no manifest"):
-        patch.setattr(usearch_index.os, "replace", Mock(side_effect=OSError("no manifest")))
+        patch.setattr(os, "replace", Mock(side_effect=OSError("no manifest")))
         index.save(folder, "collection", 2)
     assert files_in(folder) == before
     index.save(folder, "collection", 3)
