@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 import time
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from bank_service import eraser
+from bank_service.background import cancelled
 from bank_service.bank import Bank
 from bank_service.catalog import Catalog
 from bank_service.errors import NotFoundError, UnavailableError
@@ -20,6 +22,12 @@ from tests.bank.test_as_of import open_bank
 from tests.bank.test_discard import bank_with, read
 from tests.bank.test_erasure import filled, num_erasures, removable, traces, unremovable, within_the_bound
 from tests.bank.test_history import put
+
+
+async def put_on(bank: Bank) -> None:
+    for number in range(10_000):
+        await put(bank, "b", f"text number {number}")
+        await asyncio.sleep(0.02)
 
 
 async def digest_of(bank: Bank, id: str) -> str:
@@ -92,23 +100,25 @@ async def test_readers_that_overlap_do_not_keep_a_purged_text_in_the_log(data_di
         while not ended.is_set():
             with catalog.view() as view:
                 view.sequence()
-                time.sleep(0.3)
+                time.sleep(0.4)
             num_reads.append(1)
 
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
         catalog = bank._stores.catalog
-        readers = [threading.Thread(target=reading, args=(catalog, 0.1 * number)) for number in range(3)]
+        readers = [threading.Thread(target=reading, args=(catalog, 0.03 * number)) for number in range(12)]
         for reader in readers:
             reader.start()
+        writing = asyncio.create_task(put_on(bank))  # so that no reader finds the log copied
         try:
             await asyncio.sleep(0.5)
             await bank.delete("", "a", purge=True)
             await within_the_bound(lambda: not num_erasures(data_dir))
             assert not traces(data_dir, embedding) and len(num_reads) > 3
-            await put(bank, "b", "a write is made meanwhile")
+            assert not writing.done()
         finally:
             ended.set()
+            await cancelled(writing)
             for reader in readers:
                 await asyncio.to_thread(reader.join)
 
@@ -130,6 +140,25 @@ async def test_a_purge_is_not_erased_before_a_snapshot_that_may_have_its_text_ha
             pass
         await within_the_bound(lambda: not num_erasures(data_dir))
         assert not path.exists() and not traces(data_dir, embedding)
+
+
+@pytest.mark.asyncio
+async def test_nor_is_one_whose_gradients_went_before_the_snapshot_began(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eraser, "ERASE_SECONDS", 3600)
+    async with open_bank(data_dir) as bank:
+        embedding = await filled(bank)
+        await bank.delete("", "a", purge=True)
+        # As where another document has the same gradients; else the snapshot's keeping them would hold it up.
+        monkeypatch.setattr(bank._discarder, "is_done", lambda digests: True)
+        snapshot = bank.snapshot(str(tmp_path / "snapshot"))
+        async with aclosing(snapshot):
+            await anext(snapshot)
+            assert not await bank._upkeep.eraser.erase() and num_erasures(data_dir) == 1
+            assert traces(data_dir / "snapshot.new", embedding), "else this test shows nothing"
+        assert await bank._upkeep.eraser.erase()
+        assert not num_erasures(data_dir) and not traces(data_dir, embedding)
 
 
 @pytest.mark.asyncio
