@@ -15,7 +15,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bank_service.embedder import MiniLmEmbedder
-from bank_service.usearch_index import MANIFEST, _new_index
+from bank_service.usearch_index import MANIFEST, _new_index, expansion_of
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 from benchmarks.bank.corpus import SELECTIVITIES, Question, id_of, number_of
@@ -36,6 +36,7 @@ class RawIndex:
         (name, _) = json.loads((folder / MANIFEST).read_text())["files"][DEFAULT_NAMESPACE]
         self.index = _new_index(dimension)
         self.index.load((folder / name).read_bytes())
+        self.index.expansion_search = expansion_of(len(self.index))
         with closing(sqlite3.connect(f"{(data_dir / 'catalog.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as file:
             rows = file.execute("SELECT key, id FROM documents WHERE namespace = ?", (DEFAULT_NAMESPACE,))
             self._numbers = {int(key): number_of(id) for key, id in rows}
