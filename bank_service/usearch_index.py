@@ -259,8 +259,8 @@ class _Space:
 
 
 def expansion_of(size: int) -> int:
-    """Candidates that a search keeps among ``size`` vectors. In a bank of a million, 128 found 96% of the ten nearest, 256
-    found 98%, for 1.4 times the time (benchmarks/README.md)."""
+    """Candidates that a search keeps among ``size`` vectors. In a bank of a million, 128 found 96% of the ten nearest,
+    256 found 98%, for 1.4 times the time."""
     return 128 if size <= LARGE_SIZE else 256
 
 

@@ -1,6 +1,6 @@
 """A bank of many documents, as its clients have it: queries, fetches and ingest, each beside what it stands on.
 
-    make bench-bank            (python -m benchmarks.bank [--documents N] [--keep FOLDER | --reuse FOLDER])
+    make bench-bank            (python -m benchmarks.bank [--documents N] [--keep FOLDER | --reuse FOLDER] [--parts …])
 
 - Build: made-up documents (see ``corpus.py``) with embeddings and small gradients, by IngestGradients over loopback
   into a bank process; client and bank share the machine. An hour or two for a million. Progress goes to stderr.
@@ -25,7 +25,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,21 @@ from regrad_vllm.local.machine import describe
 SHIPPED_VALUES = 1_520_640  # of a gradient of the shipped learner; 1.6 MB in int8
 
 
+PARTS = ("restart", "query", "fetch", "ingest")
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {  # of the last line: the part, and what of it
+    "query_p50_ms_over_raw": ("query", lambda part: part["p50_ms_over_raw"]["median"]),
+    "recall_at_10": ("query", lambda part: part["recall_at_10_wire"]),
+    "fetch_mb_s_ratio_redis": ("fetch", lambda part: part["mb_s_ratio_redis"]["median"]),
+    "ingest_ratio_fsync": ("ingest", lambda part: part["ratio"]["median"]),
+}
+
+
 def main() -> None:
     args = _arguments()
     with _folder(args) as folder:
         report = measure(folder, args)
-    figures = {
-        "query_p50_ms_over_raw": report["query"]["p50_ms_over_raw"]["median"],
-        "recall_at_10": report["query"]["recall_at_10_wire"],
-        "fetch_mb_s_ratio_redis": report["fetch"]["mb_s_ratio_redis"]["median"],
-        "ingest_ratio_fsync": report["ingest"]["ratio"]["median"],
-        "documents": args.documents,
-    }
+    figures = {name: figure(report[part]) if part in report else None for name, (part, figure) in FIGURES.items()}
+    figures["documents"] = args.documents
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(figures) + "\n")
 
 
@@ -75,32 +79,39 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         report["build"] = asyncio.run(build(process, corpus, folder))
         report["build"]["stop_seconds"] = round(process.stop(), 2)
     report["folder_bytes"] = folder_bytes(data_dir)
-    say("restarting")
-    report["restart"] = measure_restarts(data_dir, flags, corpus)
-    say("comparing with every vector")
-    questions = corpus.questions(args.queries)
-    truth = corpus.nearest(questions, TOP_K)
-    raw = RawIndex(data_dir, corpus.dimension)
-    with running_bank(data_dir, *flags) as process:
-        say("querying")
-        report["query"] = asyncio.run(measure_queries(process, raw, questions, truth, args.repeats))
-        del raw
-        report["other_queries"] = asyncio.run(measure_kinds(process, questions, args.repeats))
-        report["memory_mib_after_queries"] = process.memory_mib()
-    with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
-        say("fetching")
-        report["fetch"] = measure_fetch(Path(scratch, "fetch"), args.fetch_values, args.fetches, args.repeats)
-    say("ingesting")
-    ingest = argparse.Namespace(
-        repeats=args.repeats, documents=args.ingest_documents, values=args.ingest_values, folder=args.folder
-    )
-    report["ingest"] = measure_ingest(ingest)
+    if "restart" in args.parts:
+        say("restarting")
+        report["restart"] = measure_restarts(data_dir, flags, corpus)
+    if "query" in args.parts:
+        say("comparing with every vector")
+        questions = corpus.questions(args.queries)
+        truth = corpus.nearest(questions, TOP_K)
+        raw = RawIndex(data_dir, corpus.dimension)
+        with running_bank(data_dir, *flags) as process:
+            say("querying")
+            report["query"] = asyncio.run(measure_queries(process, raw, questions, truth, args.repeats))
+            del raw
+            report["other_queries"] = asyncio.run(measure_kinds(process, questions, args.repeats))
+            report["memory_mib_after_queries"] = process.memory_mib()
+    if "fetch" in args.parts:
+        with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
+            say("fetching")
+            report["fetch"] = measure_fetch(Path(scratch, "fetch"), args.fetch_values, args.fetches, args.repeats)
+    if "ingest" in args.parts:
+        say("ingesting")
+        ingest = argparse.Namespace(
+            repeats=args.repeats, documents=args.ingest_documents, values=args.ingest_values, folder=args.folder
+        )
+        report["ingest"] = measure_ingest(ingest)
     return report
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="measured once the bank is built (all)"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--values", type=int, default=256, help="of a gradient in the large bank")

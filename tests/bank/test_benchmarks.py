@@ -46,6 +46,9 @@ def test_the_bank_is_measured_beside_what_it_stands_on(tmp_path: Path) -> None:
     kinds = {"filter_1_in_10", "filter_1_in_1000", "filter_1_in_100000", "lexical", "hybrid", "dense_by_text"}
     assert all(report["other_queries"][kind]["p50_ms"]["median"] > 0 for kind in kinds)
     assert json.loads((tmp_path / "kept" / "build.json").read_text()).items() <= report["build"].items()
+    part, figures = _run("benchmarks.bank", *SMALL.split(), "--reuse", str(tmp_path / "kept"), "--parts", "fetch")
+    assert part["build"] == {**report["build"], "stop_seconds": part["build"]["stop_seconds"]}
+    assert figures["fetch_mb_s_ratio_redis"] > 0 and figures["query_p50_ms_over_raw"] is None and "query" not in part
 
 
 def test_a_bank_is_measured_again_only_as_it_was_built(tmp_path: Path) -> None:
