@@ -173,16 +173,17 @@ def test_a_search_is_full_after_most_keys_were_removed(usearch: UsearchIndex) ->
 
 
 def test_a_large_graph_is_searched_wider_as_its_size_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usearch_index, "LARGE_SIZE", 3)
+    monkeypatch.setattr(usearch_index, "LARGE_SIZE", 2)
+    monkeypatch.setattr(usearch_index, "HUGE_SIZE", 3)
     index = UsearchIndex(DIMENSION)
     vectors = np.eye(4, DIMENSION, dtype=np.float32)
     looked_at = []
-    for size in (3, 4, 3):
+    for size in (2, 3, 4, 3):
         index.put("n", list(range(size)), vectors[:size])
         index.remove("n", list(range(size, 4)))
         index.search("n", vectors[0], 1)
         looked_at.append(index._spaces["n"]._index.expansion_search)
-    assert looked_at == [128, 256, 128]
+    assert looked_at == [128, 256, 384, 256]
 
 
 def test_the_graph_finds_nearly_all_true_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
