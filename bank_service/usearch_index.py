@@ -197,7 +197,7 @@ class _Space:
             wanted = min(count, size)
             if not wanted:
                 return np.empty(0, np.int64), np.empty(0, np.float32)
-            self._index.expansion_search = expansion_of(size)
+            self._index.expansion_search = expansion_of(size)  # type: ignore[misc]  # its annotations hide the setter
             found = self._index.search(vector, wanted, threads=1, exact=size <= EXHAUSTIVE_SIZE)
             if len(found) < wanted:
                 found = self._index.search(vector, wanted, threads=1, exact=True)
