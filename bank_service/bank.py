@@ -119,7 +119,6 @@ class Bank:
             spec,
             codec,
             config.max_pending_documents,
-            metrics,
             self._acknowledge,
         )
         repairer = Repairer(

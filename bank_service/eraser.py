@@ -175,7 +175,7 @@ class Eraser:
     def _look(self) -> tuple[list[Erasure], set[int], int]:
         with self._catalog.view() as view:
             fresh = erasures.unfinished(view.connection, self._rewritten, MAX_PER_ROUND)
-            return fresh, erasures.repeatable(view.connection), erasures.sequence_of(view.connection)
+            return fresh, erasures.repeatable(view.connection), view.sequence()
 
     def _unfinished(self, after: int) -> list[Erasure]:
         with self._catalog.view() as view:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from bank_service.tables import collection, metadata
+from bank_service.tables import metadata
 
 erasures = sa.Table(
     "erasures",
@@ -77,11 +77,6 @@ def unfinished(connection: sa.Connection, after: int, limit: int) -> list[Erasur
 def repeatable(connection: sa.Connection) -> set[int]:
     """Those that are finished and were not acknowledged."""
     return set(connection.execute(sa.select(erasures.c.number).where(erasures.c.erased)).scalars())
-
-
-def sequence_of(connection: sa.Connection) -> int:
-    """The catalog's: no lower than that of any purge that the connection's transaction sees."""
-    return int(connection.execute(sa.select(collection.c.sequence)).scalar_one())
 
 
 def _mark(connection: sa.Connection, numbers: Collection[int], column: str) -> None:

@@ -57,7 +57,7 @@ class GroupCommit:
         cut: Future[bool] = Future()
         cut.set_running_or_notify_cancel()
         self._cuts.put(cut)
-        self.submit(lambda _: None)  # has the thread come to it
+        self.submit(_nothing)  # has the thread come to it
         return cut
 
     def wait_for_cut(self) -> None:
@@ -93,7 +93,7 @@ class GroupCommit:
                 done = self._apart(batch)
         except SQLAlchemyError as error:
             self._engine.dispose()  # SQLite opens a file for reading where it must, and then it stays at that
-            self._fail(batch, UnavailableError, f"the catalog must be writable, got {error}; is the disk full?", error)
+            self._fail(batch, UnavailableError, _unwritable(error), error)
         except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
             message = f"an operation of the catalog failed: {type(error).__name__}: {error}"
             self._fail(batch, InternalError, message, error)
@@ -131,9 +131,7 @@ class GroupCommit:
                 finally:
                     cursor.execute(f"PRAGMA busy_timeout={usual}")
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread goes on, and who waits raises it
-            failure = UnavailableError(f"the catalog must be writable, got {error}; is the disk full?")
-            failure.__cause__ = error
-            cut.set_exception(failure)
+            self._fail([(_nothing, cut)], UnavailableError, _unwritable(error), error)
         else:
             cut.set_result(not busy)
         finally:
@@ -152,3 +150,11 @@ class GroupCommit:
                 failure = kind(message)
                 failure.__cause__ = cause
                 future.set_exception(failure)
+
+
+def _nothing(_: Connection) -> None:
+    """An operation without one."""
+
+
+def _unwritable(error: Exception) -> str:
+    return f"the catalog must be writable, got {error}; is the disk full?"

@@ -141,15 +141,7 @@ def candidates(
         return None
     matching = [row for row in rows if _matches(row.metadata, conditions)]
     found = [
-        Candidate(
-            row.began,
-            row.id,
-            row.began,
-            row.embedding,
-            row.version,
-            row.gradient_digest,
-            row.gradient_bytes,
-        )
+        Candidate(row.began, row.id, row.began, row.embedding, row.version, row.gradient_digest, row.gradient_bytes)
         for row in matching
     ]
     return found, rows[-1].ended

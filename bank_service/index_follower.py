@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
@@ -30,6 +31,12 @@ RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
 WAIT_SECONDS = 10.0  # of a query for the index
 MAX_FAILURES = 4  # in a row; after that, queries do not wait for the next attempt
+
+
+def snapshot_after(snapshot_every: int, num_vectors: int) -> int:
+    """Changes after which a snapshot is due: of a large index a share of its vectors, or writing it whole again and
+    again would be most of the work."""
+    return max(snapshot_every, math.ceil(SNAPSHOT_SHARE * num_vectors))
 
 
 class IndexFollower:
@@ -143,9 +150,7 @@ class IndexFollower:
         async with self._moved:
             self.sequence = sequence
             self._moved.notify_all()
-        # A share of a large index, or writing it whole again and again would be most of the work.
-        enough = max(self._snapshot_every, SNAPSHOT_SHARE * self._index.num_vectors())
-        if self.sequence - self._saved_sequence >= enough:
+        if self.sequence - self._saved_sequence >= snapshot_after(self._snapshot_every, self._index.num_vectors()):
             await ended_in_thread(self._pool, self._save)
         return True
 

@@ -25,7 +25,6 @@ from bank_service.documents import (
 from bank_service.embedder import Embedder, embedded_text
 from bank_service.encode_queue import EncodeQueue
 from bank_service.errors import BankError, InvalidArgumentError, LearnerMismatchError, UnavailableError
-from bank_service.metrics import BankMetrics
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.vector_index import unit
@@ -77,7 +76,6 @@ class Writer:
         spec: GradientSpec,
         codec: str,
         max_pending: int,
-        metrics: BankMetrics,
         acknowledge: Callable[[int], None],
     ) -> None:
         """``acknowledge`` is told the sequence of each change before its caller is."""
@@ -90,7 +88,6 @@ class Writer:
         self._embedder = embedder
         self._spec = spec
         self.codec = codec
-        self._metrics = metrics
         self._acknowledge = acknowledge
         self._locks = KeyedLocks()
         self._pending = asyncio.Semaphore(max_pending)

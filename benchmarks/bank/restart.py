@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bank_service.config import BankConfig
-from bank_service.index_follower import SNAPSHOT_SHARE
+from bank_service.index_follower import snapshot_after
 from benchmarks.bank.build import touch
 from benchmarks.bank.corpus import BLOCK, Corpus
 from benchmarks.bank.server import BankProcess, running_bank
@@ -24,7 +24,8 @@ def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[s
     question = corpus.questions(1)[0].vector
     with running_bank(data_dir, *flags) as process:
         clean = _answered(process, question)
-        unsaved = min(MAX_UNSAVED, max(_unsaved_at_most(data_dir, corpus.num_documents) * 9 // 10, BLOCK))
+        due = snapshot_after(BankConfig(data_dir=data_dir).snapshot_every, corpus.num_documents)
+        unsaved = min(MAX_UNSAVED, max(due * 9 // 10, BLOCK))  # the bank has saved none by itself then
         asyncio.run(touch(process, corpus, unsaved, f"at {time.time()}"))
         process.kill()
     with running_bank(data_dir, *flags) as process:
@@ -35,11 +36,6 @@ def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[s
         "after_kill": {**killed, "unsaved_changes": unsaved},
         "stop_seconds": round(stop_seconds, 2),
     }
-
-
-def _unsaved_at_most(data_dir: Path, num_vectors: int) -> int:
-    """Changes after which the bank saves a snapshot of its index by itself."""
-    return max(BankConfig(data_dir=data_dir).snapshot_every, int(SNAPSHOT_SHARE * num_vectors))
 
 
 def _answered(process: BankProcess, vector: np.ndarray) -> dict[str, Any]:

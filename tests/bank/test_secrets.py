@@ -11,9 +11,6 @@ from urllib.request import urlopen
 import grpc
 import pytest
 from google.protobuf import text_format
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bank_service.config import BankConfig
@@ -25,16 +22,13 @@ from tests.bank.client import Client
 from tests.bank.hash_encoder import BROKEN, HashEmbedder, HashEncoder
 from tests.bank.test_access import METHODS, call
 from tests.bank.tokens import Tokens
+from tests.spans import recorded_spans
 
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     """Of bank and client, which are both of this process."""
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
-    return exporter
+    return recorded_spans(monkeypatch)
 
 
 async def said_to(client: Client) -> list[str]:

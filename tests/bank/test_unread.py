@@ -13,9 +13,6 @@ from typing import Any
 import grpc
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bank_service.bank import Bank
 from bank_service.config import BankConfig
@@ -28,6 +25,7 @@ from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
 from tests.bank.client import Client, own_errors
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
+from tests.spans import recorded_spans
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0)]  # 64 KiB unread, where it would grow to some MiB
 
@@ -138,10 +136,7 @@ async def test_clients_that_go_in_the_middle_are_counted_as_cancelled_and_leave_
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    exporter = recorded_spans(monkeypatch)
     async with running(data_dir) as (server, client, _):
         digest = (await client.put("a", "text")).gradient_digest
         for hangs_up in (True, False):

@@ -13,10 +13,6 @@ import grpc
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
 from bank_service.wire.errors import (
@@ -40,6 +36,7 @@ from regrad_vllm.serve.retriever import Retriever, as_request_error
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
 from tests.serve.support import free_port
+from tests.spans import recorded_spans
 
 
 @pytest.fixture
@@ -226,10 +223,7 @@ def test_when_the_bank_says_when_to_come_back_the_client_is_told(
 def test_spans_belong_to_the_requests_own_trace(
     settings: Settings, learner: Learner, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    exporter = recorded_spans(monkeypatch)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}, traceparent=parent))
     spans: dict[str, Any] = {span.name: span for span in exporter.get_finished_spans()}

@@ -13,10 +13,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bank_service.config import BankConfig
 from bank_service.server import BankServer
@@ -29,6 +25,7 @@ from tests.bank.client import Client
 from tests.bank.tokens import Tokens
 from tests.serve.support import BankThread, DrawingEncoder
 from tests.serve.test_releases import EngineLists, serving
+from tests.spans import recorded_spans
 
 
 def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_logs(
@@ -36,10 +33,7 @@ def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_log
 ) -> None:
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.INFO, logger="numba")  # it tells its compiler's every step
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    exporter = recorded_spans(monkeypatch)
     tokens = Tokens(tmp_path)
     writer = tokens.add("writer", "read write", "default")
     other = tokens.add("other", "read", "elsewhere")
