@@ -1,4 +1,4 @@
-"""Lexical retrieval: BM25 by SQLite's FTS5, in the catalog's own file and in each document's own transaction.
+"""The words of documents, for BM25 by SQLite's FTS5, in the catalog's own file and in each document's own transaction.
 
 A table per namespace. FTS5's statistics (how many documents, how many have a word, their mean length) are a
 table's: in one table for all, a namespace's scores would tell how often a word stands in another's documents.
@@ -10,20 +10,13 @@ that took something out, and the catalog's ``secure_delete`` overwrites what the
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 import sqlalchemy as sa
 
-from bank_service.attributes import holds
 from bank_service.embedder import embedded_text
-from bank_service.filters import Condition
 from bank_service.prepared import Prepared
 from bank_service.tables import documents, metadata
 
-MAX_WORDS = 128  # different words of a query that count; each is a list of documents to go through
 MERGE_PAGES = 200  # of one step of a merge: milliseconds in the catalog's one writer
-_WORD = re.compile(r"\w+")
 
 lexical_spaces = sa.Table(
     "lexical_spaces",
@@ -43,14 +36,14 @@ _COUNT_REMOVED = Prepared(
 
 def put_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Makes a document found by its words."""
-    table = _table(connection, namespace) or _create(connection, namespace)
+    table = table_of(connection, namespace) or _create(connection, namespace)
     values = (key, embedded_text(title, text))
     connection.exec_driver_sql(f"INSERT INTO {table}(rowid, text) VALUES (?, ?)", values)
 
 
 def remove_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Takes a document out. ``title`` and ``text`` must be what was put."""
-    table = _table(connection, namespace)
+    table = table_of(connection, namespace)
     values = (key, embedded_text(title, text))
     connection.exec_driver_sql(f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
     _COUNT_REMOVED.run(connection, space=namespace)
@@ -67,27 +60,6 @@ def fill_words(connection: sa.Connection) -> None:
             "FROM documents WHERE namespace = :namespace AND NOT deleted"
         )
         connection.execute(sa.text(copy), {"namespace": namespace})
-
-
-def best_words(
-    connection: sa.Connection, namespace: str, text: str, conditions: Sequence[Condition], count: int
-) -> dict[int, float]:
-    """key → BM25 of up to ``count`` documents that have a word of ``text`` and match, best first, ties by id."""
-    table = _table(connection, namespace)
-    expression = _expression(text)
-    if table is None or not expression:
-        return {}
-    found = sa.table(table, sa.column("rowid"), sa.column(table))
-    score: sa.Label[float] = sa.literal_column(f"-bm25({table})").label("score")
-    query = (
-        sa.select(found.c.rowid, score)
-        .join_from(found, documents, documents.c.key == found.c.rowid)
-        .where(sa.literal_column(table).op("MATCH")(expression))
-        .where(*(holds(condition, documents.c.key) for condition in conditions))
-        .order_by(score.desc(), documents.c.id)
-        .limit(count)
-    )
-    return {int(key): float(value) for key, value in connection.execute(query)}
 
 
 def uncleaned(connection: sa.Connection) -> dict[int, int]:
@@ -119,13 +91,8 @@ def _total_changes(connection: sa.Connection) -> int:
     return int(connection.exec_driver_sql("SELECT total_changes()").scalar_one())
 
 
-def _expression(text: str) -> str:
-    """The words of a user's text, any of them: each quoted, so that none can be an operator of FTS5."""
-    words = dict.fromkeys(match[0].lower() for match in _WORD.finditer(text))
-    return " OR ".join(f'"{word}"' for word in list(words)[:MAX_WORDS])
-
-
-def _table(connection: sa.Connection, namespace: str) -> str | None:
+def table_of(connection: sa.Connection, namespace: str) -> str | None:
+    """The FTS5 table of a namespace; None where it never had a document."""
     row = _NUMBER.one(connection, namespace=namespace)
     return None if row is None else _name(row["number"])
 

@@ -20,7 +20,7 @@ from bank_service import attributes
 from bank_service.catalog_view import MAX_VARIABLES, Candidate, CatalogView, Score
 from bank_service.documents import Query, Retrieval
 from bank_service.exact_vectors import ExactVectors
-from bank_service.lexical import best_words
+from bank_service.lexical_search import best_words
 from bank_service.vector_index import VectorIndex, unit
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span

@@ -1,0 +1,114 @@
+"""BM25 without scoring all documents finds what scoring all of them finds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from bank_service import lexical_search
+from bank_service.catalog import Catalog
+from bank_service.documents import Document
+from bank_service.filters import Condition, Operator
+from bank_service.lexical import table_of
+from bank_service.lexical_search import MAX_WORDS, SPARE, best_words
+from tests.bank.test_catalog import IDENTITY, gradient
+
+VOCABULARY = [f"word{number}" for number in range(60)]
+WEIGHTS = [1 / (number + 1) for number in range(60)]  # the commonest in most documents
+NUM_DOCUMENTS = 500
+NUM_EQUAL = 150  # of a text of their own, more than SPARE and a query's hits
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+    """500 documents by Zipf's law, 150 equal ones, a deleted one and another namespace's."""
+    made = Catalog(tmp_path_factory.mktemp("lexical") / "catalog.sqlite", IDENTITY)
+    rng = random.Random(0)
+    for number in range(NUM_DOCUMENTS):
+        text = " ".join(rng.choices(VOCABULARY, WEIGHTS, k=rng.randint(3, 20)))
+        put(made, f"z{rng.random():.9f}", text, {"half": str(number % 2), "few": str(number % 50)})
+    for number in range(NUM_EQUAL):
+        put(made, f"equal{(number * 37) % NUM_EQUAL:03d}", "word0 same word1", {"half": "0"})
+    put(made, "gone", "word59 word58 word57", {})
+    made.delete("default", "gone", None).result()
+    put(made, "x", "word59 word58", {}, namespace="tenant")
+    yield made
+    made.close()
+
+
+def put(catalog: Catalog, id: str, text: str, metadata: dict[str, str], namespace: str = "default") -> None:
+    catalog.put(Document(namespace, id, "", text, metadata), gradient(), None).result()
+
+
+def all_scored(connection: sa.Connection, text: str, matching: set[int]) -> list[tuple[int, float]]:
+    """Every document that has a word, by FTS5 in its plain form, ties by id."""
+    table = table_of(connection, "default")
+    expression = " OR ".join(f'"{word}"' for word in dict.fromkeys(text.split()))
+    rows = connection.exec_driver_sql(
+        f"SELECT d.key, -bm25({table}) AS score FROM {table} JOIN documents d ON d.key = {table}.rowid "
+        f"WHERE {table} MATCH ? ORDER BY score DESC, d.id",
+        (expression,),
+    )
+    return [(key, score) for key, score in rows if key in matching]
+
+
+@pytest.mark.parametrize("condition", [None, ("half", "1"), ("few", "7"), ("few", "none")])
+def test_the_best_are_those_of_all(catalog: Catalog, condition: tuple[str, str] | None) -> None:
+    rng = random.Random(1)
+    conditions = [] if condition is None else [Condition(condition[0], Operator.EQUALS, (condition[1],))]
+    with catalog.view() as view:
+        matching = {
+            stored.key
+            for stored in view.after_key(0, 1_000)
+            if condition is None or stored.document.metadata.get(condition[0]) == condition[1]
+        }
+        for _ in range(150):
+            # Some by the law of the documents, some as likely as any: the rarest and the commonest meet in both.
+            text = " ".join(
+                rng.choices(VOCABULARY, rng.choice([WEIGHTS, [1.0] * 60]), k=rng.randint(1, 8)) + ["nowhere"]
+            )
+            count = rng.choice([1, 3, 10, 36])
+            expected = all_scored(view.connection, text, matching)[:count]
+            found = best_words(view.connection, "default", text, conditions, count)
+            assert list(found.values()) == pytest.approx([score for _, score in expected], rel=1e-9), text
+            assert set(found) == {key for key, _ in expected}, text
+
+
+def test_of_equal_documents_those_with_the_least_ids(catalog: Catalog) -> None:
+    assert NUM_EQUAL > SPARE + 20
+    with catalog.view() as view:
+        ids = {stored.key: stored.document.id for stored in view.after_key(0, 1_000)}
+        for count in (1, 20, NUM_EQUAL - 1):
+            found = best_words(view.connection, "default", "same word0", [], count)
+            assert [ids[key] for key in found] == [f"equal{number:03d}" for number in range(count)]
+
+
+def test_documents_without_an_essential_word_are_not_scored(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    expressions: list[str] = []
+    plain = lexical_search._expression
+
+    def seen(*args: object) -> str:
+        expressions.append(plain(*args))  # type: ignore[arg-type]
+        return expressions[-1]
+
+    monkeypatch.setattr(lexical_search, "_expression", seen)
+    with catalog.view() as view:
+        best_words(view.connection, "default", "word0 word1 word50 same", [], 3)
+        # Two words that hardly a document has, two that most have, which can't bring a document among the best.
+        assert expressions[-1].partition(" AND ")[2] == '("word50")', expressions
+        best_words(view.connection, "default", "word0 word1", [], 3)
+        assert len(expressions) <= 4  # the second look is always enough
+
+
+def test_as_many_words_as_count(catalog: Catalog) -> None:
+    text = " ".join([f"absent{number}" for number in range(MAX_WORDS - 60)] + VOCABULARY + ["same"])
+    with catalog.view() as view:
+        found = best_words(view.connection, "default", text, [], 5)
+        expected = all_scored(view.connection, text.removesuffix(" same"), set(range(10_000)))[:5]
+        assert list(found) == [key for key, _ in expected]
+        assert list(found.values()) == pytest.approx([score for _, score in expected])
+        # And as many that all are there.
+        assert len(best_words(view.connection, "default", " ".join(VOCABULARY * 3), [], 5)) == 5
