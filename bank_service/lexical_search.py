@@ -98,9 +98,7 @@ def _expression(words: Sequence[_Word], num_essential: int) -> str:
 class _Search:
     """One expression among the documents that match."""
 
-    def __init__(
-        self, connection: sa.Connection, table: str, expression: str, conditions: Sequence[Condition]
-    ) -> None:
+    def __init__(self, connection: sa.Connection, table: str, expression: str, conditions: Sequence[Condition]) -> None:
         self._connection = connection
         self._found = sa.table(table, sa.column("rowid"), sa.column(table))
         score: sa.Label[float] = sa.literal_column(f"-bm25({table}) / 2").label("score")  # each word counts twice
