@@ -27,15 +27,14 @@ attributes = sa.Table(
 )
 
 
-_INSERT = sa.insert(attributes)
+_INSERT = Prepared(sa.insert(attributes), [column.name for column in attributes.c])
 _DELETE = Prepared(sa.delete(attributes).where(attributes.c.key == sa.bindparam("document")))
 
 
 def put_attributes(connection: sa.Connection, key: int, namespace: str, pairs: Mapping[str, str]) -> None:
     """Adds the pairs of a document that has none."""
-    if pairs:
-        rows = [{"key": key, "name": name, "namespace": namespace, "value": pairs[name]} for name in pairs]
-        connection.execute(_INSERT, rows)
+    for name, value in pairs.items():
+        _INSERT.run(connection, key=key, name=name, namespace=namespace, value=value)
 
 
 def remove_attributes(connection: sa.Connection, key: int) -> None:

@@ -31,6 +31,7 @@ from bank_service.errors import BankError, CollectionMismatchError
 from bank_service.group_commit import GroupCommit
 from bank_service.lexical import clean_step, uncleaned
 from bank_service.namespace_limits import LimitsOf, unlimited
+from bank_service.prepared import run_text
 from bank_service.quota import Usage, check_room, create_counters, enforced
 from bank_service.tables import collection, metadata, recoding
 from bank_service.upgrade import SCHEMA_VERSION, upgrade
@@ -221,6 +222,7 @@ def _engine(path: Path) -> sa.Engine:
         pool_size=8,
         max_overflow=-1,  # bounded by the threads that read
         connect_args={"check_same_thread": False, "timeout": 30.0},
+        hide_parameters=True,  # in errors, and so in logs: they are documents
     )
 
     def on_connect(connection: Any, _record: object) -> None:
@@ -231,7 +233,7 @@ def _engine(path: Path) -> sa.Engine:
         cursor.close()
 
     def on_begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+        run_text(connection, "BEGIN")
 
     sa.event.listen(engine, "connect", on_connect)
     sa.event.listen(engine, "begin", on_begin)

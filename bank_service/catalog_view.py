@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -128,7 +129,7 @@ class Totals:
     oldest_as_of: int  # from which on every namespace's past is known
 
 
-def to_stored(row: sa.RowMapping) -> StoredDocument:
+def to_stored(row: Mapping[str, Any] | sa.RowMapping) -> StoredDocument:
     document = Document(row["namespace"], row["id"], row["title"], row["text"], json.loads(row["metadata"]))
     gradient = Gradient(
         row["gradient_digest"], row["gradient_bytes"], row["num_tokens"], bool(row["truncated"]), row["embedding"]

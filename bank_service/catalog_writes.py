@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,20 @@ _INSERT = Prepared(
     sa.insert(documents).returning(documents.c.key),
     [column.name for column in documents.c if column.name != "key"],
 )
-_UPDATE = sa.update(documents).where(documents.c.key == sa.bindparam("row_key"))
+_OF_ROW = sa.update(documents).where(documents.c.key == sa.bindparam("row_key"))
+_REPLACE = Prepared(_OF_ROW, [column.name for column in documents.c if column.name not in ("key", "namespace", "id")])
+_EMPTIED: dict[str, Any] = {
+    "deleted": True,
+    "title": "",
+    "text": "",
+    "num_text_bytes": 0,
+    "metadata": "{}",
+    "content_digest": None,
+    "gradient_digest": None,
+    "gradient_bytes": 0,
+    "embedding": None,
+}
+_EMPTY = Prepared(_OF_ROW, [*_EMPTIED, "sequence", "updated_us"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,7 @@ def put_document(
         key = int(created[0])
     else:
         key = row["key"]
-        connection.execute(_UPDATE, {"row_key": key, **values})
+        _REPLACE.run(connection, row_key=key, **values)
         remove_attributes(connection, key)
     if row is not None and alive:
         history.supersede(connection, row, values["sequence"], keep=keep)
@@ -145,11 +159,11 @@ def document_not_found(namespace: str, id: str) -> NotFoundError:
     return NotFoundError(f"document {id!r} is not in namespace {namespace!r}", kind="document", name=id)
 
 
-def _current(connection: sa.Connection, namespace: str, id: str) -> sa.RowMapping | None:
+def _current(connection: sa.Connection, namespace: str, id: str) -> Mapping[str, Any] | None:
     return _CURRENT.one(connection, namespace=namespace, id=id)
 
 
-def _check_version(row: sa.RowMapping | None, namespace: str, id: str, expected: int | None) -> None:
+def _check_version(row: Mapping[str, Any] | None, namespace: str, id: str, expected: int | None) -> None:
     actual = row["version"] if row is not None and not row["deleted"] else 0
     if expected is not None and expected != actual:
         raise version_conflict(namespace, id, expected, actual)
@@ -160,23 +174,11 @@ def _next_sequence(connection: sa.Connection) -> int:
     return int(row[0])
 
 
-def _empty(connection: sa.Connection, row: sa.RowMapping) -> int:
+def _empty(connection: sa.Connection, row: Mapping[str, Any]) -> int:
     """Takes the content out of a living document's row; the sequence of the change."""
     sequence = _next_sequence(connection)
-    emptied = {
-        "sequence": sequence,
-        "deleted": True,
-        "updated_us": time.time_ns() // 1000,
-        "title": "",
-        "text": "",
-        "num_text_bytes": 0,
-        "metadata": "{}",
-        "content_digest": None,
-        "gradient_digest": None,
-        "gradient_bytes": 0,
-        "embedding": None,
-    }
-    connection.execute(_UPDATE, {"row_key": row["key"], **emptied})
+    changed = {"sequence": sequence, "updated_us": time.time_ns() // 1000}
+    _EMPTY.run(connection, row_key=row["key"], **changed, **_EMPTIED)
     remove_attributes(connection, row["key"])
     remove_words(connection, row["key"], row["namespace"], row["title"], row["text"])
     return sequence

@@ -157,4 +157,5 @@ def _nothing(_: Connection) -> None:
 
 
 def _unwritable(error: Exception) -> str:
-    return f"the catalog must be writable, got {error}; is the disk full?"
+    # Without the statement: what it wrote is not for the others who waited for the same commit.
+    return f"the catalog must be writable, got {getattr(error, 'orig', None) or error}; is the disk full?"

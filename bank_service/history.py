@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -22,12 +23,14 @@ from sqlalchemy.dialects.sqlite import insert
 from bank_service.catalog_view import Candidate, Score, to_stored
 from bank_service.documents import Gradient, Hit, StoredDocument
 from bank_service.filters import Condition
+from bank_service.prepared import Prepared
 from bank_service.tables import documents, history, history_setting, horizons
 
 logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 2**31  # longer than anything was kept
 BATCH = 500  # past versions in memory at once, without their texts
+_INSERT = Prepared(sa.insert(history), [column.name for column in history.c])
 _COPIED = [column.name for column in history.c if column.name in documents.c]
 
 
@@ -49,14 +52,14 @@ def seconds_kept(connection: sa.Connection, given: int | None) -> int:
     return seconds
 
 
-def supersede(connection: sa.Connection, row: sa.RowMapping, sequence: int, *, keep: bool) -> None:
+def supersede(connection: sa.Connection, row: Mapping[str, Any], sequence: int, *, keep: bool) -> None:
     """The version in ``row`` of ``documents`` has ended with the change ``sequence``; it is kept or dropped."""
     if not keep:
         _move_horizon(connection, row["namespace"], sequence)
         return
     copied = {name: row[name] for name in _COPIED}
     ended = {"began": row["sequence"], "ended": sequence, "ended_us": time.time_ns() // 1000}
-    connection.execute(sa.insert(history).values(**copied, **ended))
+    _INSERT.run(connection, **copied, **ended)
 
 
 def purge(connection: sa.Connection, key: int) -> set[str]:

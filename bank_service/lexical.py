@@ -13,7 +13,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from bank_service.embedder import embedded_text
-from bank_service.prepared import Prepared
+from bank_service.prepared import Prepared, run_text
 from bank_service.tables import documents, metadata
 
 MERGE_PAGES = 200  # of one step of a merge: milliseconds in the catalog's one writer
@@ -38,14 +38,14 @@ def put_words(connection: sa.Connection, key: int, namespace: str, title: str, t
     """Makes a document found by its words."""
     table = table_of(connection, namespace) or _create(connection, namespace)
     values = (key, embedded_text(title, text))
-    connection.exec_driver_sql(f"INSERT INTO {table}(rowid, text) VALUES (?, ?)", values)
+    run_text(connection, f"INSERT INTO {table}(rowid, text) VALUES (?, ?)", values)
 
 
 def remove_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Takes a document out. ``title`` and ``text`` must be what was put."""
     table = table_of(connection, namespace)
     values = (key, embedded_text(title, text))
-    connection.exec_driver_sql(f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
+    run_text(connection, f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
     _COUNT_REMOVED.run(connection, space=namespace)
 
 

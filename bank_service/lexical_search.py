@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from bank_service.attributes import holds
 from bank_service.filters import Condition
 from bank_service.lexical import table_of
-from bank_service.prepared import Prepared, among, listed
+from bank_service.prepared import Prepared, among, listed, run_text
 from bank_service.quota import usage
 from bank_service.tables import documents
 
@@ -66,7 +66,7 @@ def _words(connection: sa.Connection, table: str, namespace: str, text: str) -> 
     for text_word in list(dict.fromkeys(match[0].lower() for match in _WORD.finditer(text)))[:MAX_WORDS]:
         quoted = f'"{text_word}"'
         counted = f"SELECT count(*) FROM {table} WHERE {table} MATCH ?"
-        number = int(connection.exec_driver_sql(counted, (quoted,)).scalar_one())
+        ((number,),) = run_text(connection, counted, (quoted,))
         if number:
             # As FTS5 has it, in which a word of more than half of the documents would have none or less.
             idf = max(math.log((total - number + 0.5) / (number + 0.5)), _LEAST_IDF)
