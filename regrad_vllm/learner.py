@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from bank_service.wire.codec import GradientSpec
+from bank_service.wire.codecs.sensitivity import Sensitivity
 from regrad_vllm.layout import Layout
 from regrad_vllm.naming import digest_json, learner_fingerprint
+from regrad_vllm.sensitivity_file import read_sensitivity, write_sensitivity
 
 FORMAT = "regrad.learner.v1"
 StepSizeKind = Literal["tie", "same", "full", "fix"]
@@ -128,6 +130,8 @@ class Learner:
     phi: NDArray[np.float32]
     step_sizes: NDArray[np.float32]
     token_head: NDArray[np.float32] | None = None  # float32 (hidden + 1,), see encode/inner_loss.py
+    # What errors of a gradient cost, for codecs. No part of the fingerprint: without it gradients are the same.
+    sensitivity: Sensitivity | None = None
 
     def __post_init__(self) -> None:
         if self.phi.shape != (self.layout.num_values,) or self.phi.dtype != np.float32:
@@ -156,10 +160,10 @@ class Learner:
         """s = lora_alpha / r."""
         return self.config.lora_alpha / self.layout.rank
 
-    @property
+    @cached_property
     def spec(self) -> GradientSpec:
         """What every gradient of this learner must be."""
-        return GradientSpec(self.fingerprint, self.layout.id, self.layout.shapes)
+        return GradientSpec(self.fingerprint, self.layout.id, self.layout.shapes, self.sensitivity)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -221,7 +225,10 @@ class Learner:
                 f"{folder}: regrad.json states fingerprint {stated}, its files give {learner.fingerprint}; "
                 "a file was changed or belongs to another learner: restore the folder as a whole"
             )
-        return learner
+        try:
+            return replace(learner, sensitivity=read_sensitivity(folder, layout, learner.fingerprint))
+        except ValueError as error:
+            raise LearnerError(str(error)) from error
 
     def save(self, folder: str | Path) -> None:
         """Writes the learner folder; existing files of the same names are replaced."""
@@ -232,6 +239,7 @@ class Learner:
             _save({"token_head": self.token_head}, folder / _HEAD_FILE)
         else:
             (folder / _HEAD_FILE).unlink(missing_ok=True)
+        write_sensitivity(folder, self.layout, self.fingerprint, self.sensitivity)
         document = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bank_service.wire.codecs.dense import INT8_BLOCK
-from bank_service.wire.codecs.lowrank import LONG_BLOCK, TABLE_FIELDS
+from bank_service.wire.codecs.lowrank import TABLE_FIELDS
+from bank_service.wire.codecs.lowrank_fit import LONG_BLOCK
 from regrad_vllm.adapt.stored_gradient import BF16, FACTORS, INT8, ROW_FIELDS
 
 _BLOCK = 2048  # values that one program composes

@@ -126,8 +126,12 @@ class AdaptedModel:
     def token_losses(self, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the counted positions, (counted,), and which they are, bool (rows, length)."""
         counted = targets != -100
-        logits = self._lm_head(final[counted]).float()
+        logits = self.logits(final[counted])
         return nn.functional.cross_entropy(logits, targets[counted], reduction="none"), counted
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Of the next token after each final hidden state, float32 (positions, vocabulary)."""
+        return cast(Tensor, self._lm_head(final).float())
 
     def loss(self, final: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:
         """Sum over the rows of their next-token cross-entropy, each target times its weight (the batch's)."""

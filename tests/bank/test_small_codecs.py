@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,11 +20,14 @@ from bank_service.wire.codec import (
     encode_gradient,
     verify_record,
 )
-from bank_service.wire.codecs import nibbles
+from bank_service.wire.codecs import crumbs, nibbles
 from bank_service.wire.codecs.int4 import INT4_BLOCK
+from bank_service.wire.codecs.lowrank import LowRankCodec
+from bank_service.wire.codecs.sensitivity import Sensitivity
 from tests.bank.hash_encoder import spec_of
 from tests.bank.test_codec import random_values, resealed
 
+Part = Callable[[tuple[FloatArray, ...]], tuple[FloatArray, ...]]
 SPEC = spec_of()
 # As a learner's: A (rank, in), then B (out, rank), of two modules.
 LEARNERS = GradientSpec(SPEC.fingerprint, SPEC.layout_id, ((16, 576), (1536, 16), (16, 1536), (576, 16)))
@@ -68,6 +73,18 @@ def test_codes_of_four_bits_come_back(codes: list[int]) -> None:
     assert nibbles.unpack(packed, len(codes)).tolist() == codes
 
 
+@given(st.lists(st.sampled_from([-3, -1, 1, 3]), min_size=1, max_size=40))
+def test_codes_of_two_bits_come_back(codes: list[int]) -> None:
+    packed = crumbs.pack(np.array(codes, np.int8))
+    assert len(packed) == crumbs.num_bytes(len(codes))
+    crumbs.check(packed, len(codes))
+    assert crumbs.unpack(packed, len(codes)).tolist() == codes
+    if len(codes) % 4:
+        packed[-1] |= 0xC0
+        with pytest.raises(GradientFormatError, match="must be empty"):
+            crumbs.check(packed, len(codes))
+
+
 @pytest.mark.parametrize(("codec", "share"), [("lowrank64", 64), ("lowrank128", 128), ("lowrank256", 256)])
 def test_a_low_rank_record_keeps_its_promise_of_size_whatever_the_gradient(codec: str, share: int) -> None:
     for values in (of_rank(1), of_rank(16), random_values(LEARNERS), np.zeros(LEARNERS.num_values, np.float32)):
@@ -102,7 +119,7 @@ def test_short_vectors_are_fitted_to_what_the_long_ones_became() -> None:
 def test_a_gradient_of_nothing_is_nothing() -> None:
     zero = np.zeros(LEARNERS.num_values, np.float32)
     record = encode_gradient(zero, LEARNERS, "lowrank64")
-    assert len(record) == HEADER_BYTES + 4, "no component at all"
+    assert len(record) == HEADER_BYTES + 1 + 2 * 4, "no component at all"
     assert not decode_gradient(record, LEARNERS).any()
 
 
@@ -111,9 +128,9 @@ def test_a_diverged_gradient_is_refused() -> None:
         encode_gradient(np.full(LEARNERS.num_values, 1e19, np.float32), LEARNERS, "lowrank64")
 
 
-def record_of(ranks: bytes, rest: bytes) -> bytes:
+def record_of(counts: bytes, rest: bytes, version: int = 255) -> bytes:
     """A record for LEARNERS with a right checksum and a payload of one's own."""
-    payload = ranks + rest
+    payload = bytes([version]) + counts + rest
     head = bytearray(encode_gradient(of_rank(1), LEARNERS, "lowrank64")[:HEADER_BYTES])
     head[72:80] = len(payload).to_bytes(8, "little")
     body = bytes(head) + payload
@@ -121,33 +138,107 @@ def record_of(ranks: bytes, rest: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rest", "message"),
+    ("counts", "rest", "message"),
     [
-        (bytes([17, 0, 0, 0]), b"", "tensor 0 must have at most 16 components"),
-        (bytes([1, 0, 0, 0]), b"", "must be 334 bytes, got 4"),
-        (bytes([8, 8, 8, 8]), bytes(5000), r"must be 4\.\.4096"),
-        (bytes([0, 0, 0]), b"", "must be 4"),
-        (bytes([1, 0, 0, 0]), b"\xc0\x7f" + bytes(40) + b"\x88" * 288, "finite"),
-        (bytes([1, 0, 0, 0]), b"\x80\xbf" + bytes(40) + b"\x88" * 288, "scales"),
-        (bytes([1, 0, 0, 0]), bytes(42) + b"\x80" * 288, "-8"),
+        (bytes([9, 8, *bytes(6)]), b"", "tensor 0 must have at most 16 components, got 17"),
+        (bytes([1, *bytes(7)]), b"", "must be 339 bytes, got 9"),
+        (bytes([0, 1, *bytes(6)]), b"", "must be 195 bytes, got 9"),
+        (bytes([8] * 8), bytes(5000), r"must be 9\.\.4096"),
+        (bytes(7), b"", r"must be 9\.\."),
+        (bytes([1, *bytes(7)]), b"\xc0\x7f" + bytes(40) + b"\x88" * 288, "finite"),
+        (bytes([1, *bytes(7)]), b"\x80\xbf" + bytes(40) + b"\x88" * 288, "scales"),
+        (bytes([1, *bytes(7)]), bytes(42) + b"\x80" * 288, "-8"),
     ],
 )  # fmt: skip
 def test_a_low_rank_payload_that_can_not_be_is_refused_though_the_checksum_is_right(
-    ranks: bytes, rest: bytes, message: str
+    counts: bytes, rest: bytes, message: str
 ) -> None:
     with pytest.raises(GradientFormatError, match=message):
-        verify_record(record_of(ranks, rest), LEARNERS)
+        verify_record(record_of(counts, rest), LEARNERS)
+
+
+def test_a_payload_from_before_there_was_a_version_is_refused() -> None:
+    with pytest.raises(GradientFormatError, match="version 255, got 1: an older program made it; ingest"):
+        verify_record(record_of(bytes(8), b"", version=1), LEARNERS)
 
 
 def test_the_helper_makes_sound_records() -> None:
-    record = record_of(bytes([1, 0, 0, 0]), bytes(42) + b"\x88" * 288)
+    record = record_of(bytes([1, *bytes(7)]), bytes(42) + b"\x88" * 288)
     assert not decode_gradient(record, LEARNERS).any()
     assert resealed(record, {}) == record
 
 
-def test_an_odd_long_side_ends_with_an_empty_half_byte() -> None:
-    spec = GradientSpec(SPEC.fingerprint, SPEC.layout_id, ((4, 7),))
-    record = encode_gradient(random_values(spec), spec, "lowrank64")
-    assert record[-1] >> 4 == 8
-    with pytest.raises(GradientFormatError, match="upper half"):
-        verify_record(resealed(record, {len(record) - 1: bytes([record[-1] & 15 | 16])}), spec)
+def test_what_is_left_of_a_components_last_byte_is_empty() -> None:
+    spec = GradientSpec(SPEC.fingerprint, SPEC.layout_id, ((4, 201),))
+    values = random_values(spec)
+    for codec, bits in ((LowRankCodec(1), 4), (LowRankCodec(10_000), 2)):  # all fits; hardly anything does
+        payload = bytearray(codec.encode(values, spec))
+        assert payload[1:3] == (bytes([4, 0]) if bits == 4 else bytes([0, 1]))
+        codec.check(memoryview(payload), spec)
+        payload[-1] ^= 1 << 6
+        with pytest.raises(GradientFormatError, match="must be empty"):
+            codec.check(memoryview(payload), spec)
+
+
+def some_sensitivity(seed: int = 1) -> Sensitivity:
+    """One in which a few directions matter most, as they do to a learner."""
+    random = np.random.default_rng(seed)
+    short, long = [], []
+    for shape in LEARNERS.shapes:
+        factor = random.standard_normal((min(shape), min(shape))) * 0.5 ** np.arange(min(shape))
+        short.append((factor @ factor.T).astype(np.float32))
+        long.append(np.exp(random.standard_normal(max(shape))).astype(np.float32))
+    return Sensitivity(tuple(short), tuple(long))
+
+
+def cost(error: FloatArray, sensitivity: Sensitivity) -> float:
+    """By the definition, without damping."""
+    total, start = 0.0, 0
+    for (rows, columns), short, long in zip(LEARNERS.shapes, sensitivity.short, sensitivity.long, strict=True):
+        tensor = error[start : start + rows * columns].reshape(rows, columns).astype(np.float64)
+        side = tensor if columns >= rows else tensor.T
+        total += float(np.einsum("ij,ik,kl,jl->", side, short, side, np.diag(long), optimize=True))
+        start += rows * columns
+    return total
+
+
+@pytest.mark.parametrize("codec", ["lowrank64", "lowrank256"])
+def test_a_sensitivity_decides_which_errors_are_made(codec: str) -> None:
+    sensitivity = some_sensitivity()
+    weighted = replace(LEARNERS, sensitivity=sensitivity)
+    values = of_rank(16, noise=0.3)
+    plain, chosen = (encode_gradient(values, spec, codec) for spec in (LEARNERS, weighted))
+    assert len(chosen) <= 4 * LEARNERS.num_values // int(codec.removeprefix("lowrank"))
+    errors = [decode_gradient(record, LEARNERS) - values for record in (plain, chosen)]  # a reader needs none
+    assert cost(errors[1], sensitivity) < 0.8 * cost(errors[0], sensitivity)
+    assert np.linalg.norm(errors[0]) < np.linalg.norm(errors[1])
+    assert encode_gradient(values, weighted, codec) == chosen
+    assert weighted == LEARNERS, "a gradient fits, whether or not it was made with one"
+
+
+def test_directions_that_do_not_matter_are_left_out() -> None:
+    plain = some_sensitivity()
+    nothing = Sensitivity((np.zeros((16, 16), np.float32), *plain.short[1:]), plain.long)
+    record = encode_gradient(of_rank(16), replace(LEARNERS, sensitivity=nothing), "lowrank64")
+    assert record[HEADER_BYTES + 1 : HEADER_BYTES + 3] == bytes(2)
+    assert not decode_gradient(record, LEARNERS)[: 16 * 576].any()
+    blind = np.zeros(576, np.float32)
+    record = encode_gradient(
+        of_rank(16), replace(LEARNERS, sensitivity=Sensitivity(plain.short, (blind, *plain.long[1:]))), "lowrank64"
+    )
+    assert not decode_gradient(record, LEARNERS)[: 16 * 576].any()
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "message"),
+    [
+        (lambda each: each[1:], lambda each: each, "must have 4 tensors, got 3, 4"),
+        (lambda each: each, lambda each: (each[0][1:], *each[1:]), "tensor 0 .* must have sides 16 and 576"),
+        (lambda each: (each[0] * np.nan, *each[1:]), lambda each: each, "tensor 0 .* finite"),
+        (lambda each: each, lambda each: (*each[:3], -each[3]), "tensor 3 .* not negative"),
+    ],
+)
+def test_a_sensitivity_of_something_else_is_refused(short: Part, long: Part, message: str) -> None:
+    own = some_sensitivity()
+    with pytest.raises(ValueError, match=message):
+        replace(LEARNERS, sensitivity=Sensitivity(short(own.short), long(own.long)))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from bank_service.wire.codecs.sensitivity import Sensitivity
 
 FloatArray = npt.NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview
@@ -28,6 +30,8 @@ class GradientSpec:
     fingerprint: str  # of the learner, 64 hex digits
     layout_id: str  # 16 hex digits
     shapes: tuple[tuple[int, int], ...]  # of each tensor in layout order, for codecs that work per tensor
+    # Which errors matter to this learner; for encoding alone, no reader needs it.
+    sensitivity: Sensitivity | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, digits in (("fingerprint", self.fingerprint, 64), ("layout_id", self.layout_id, 16)):
@@ -37,6 +41,8 @@ class GradientSpec:
             raise ValueError(f"shapes must be pairs of positive sizes, got {self.shapes!r:.200}")
         if self.num_values > MAX_VALUES:
             raise ValueError(f"num_values must be at most {MAX_VALUES}, got {self.num_values}")
+        if self.sensitivity is not None:
+            self.sensitivity.check(self.shapes)
 
     @property
     def num_values(self) -> int:

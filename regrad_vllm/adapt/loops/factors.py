@@ -11,7 +11,6 @@ from bank_service.wire.codecs.lowrank import (
     CODE,
     COLUMNS,
     FIRST,
-    LONG_BLOCK,
     LONG_IS_COLUMNS,
     LONG_LENGTH,
     RANK,
@@ -20,6 +19,7 @@ from bank_service.wire.codecs.lowrank import (
     SHORT_LENGTH,
     TABLE_FIELDS,
 )
+from bank_service.wire.codecs.lowrank_fit import LONG_BLOCK
 from regrad_vllm.adapt.loops.memory import f32_array, i8_array, i64_array
 from regrad_vllm.adapt.stored_gradient import SCALES, SHORTS, TABLE, VALUES
 

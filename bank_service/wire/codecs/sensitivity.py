@@ -1,0 +1,60 @@
+"""What an error in a gradient costs, for codecs that choose which error to make.
+
+How far answers move from those that a document's gradient leads to is, for a small error of the gradient, a quadratic
+form of it: the Fisher information of the answers. As one matrix it would have as many rows as a gradient has values, so
+each tensor has a Kronecker-factored one, as in K-FAC (Martens and Grosse, 2015): a matrix over its short side, the
+rank, and a diagonal over its long side. An error E (short side, long side) of a tensor costs tr(S · E · diag(l) · Eᵀ).
+
+It belongs to a learner, is measured once (``regrad sensitivity``), and is needed to encode well. Nothing needs it to
+decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+DAMPING = 0.1  # of the mean, added to every direction: what the questions measured never asked for is not free
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Of each tensor in layout order: ``short``, float32 (short side, short side), symmetric; ``long``, float32 (long
+    side,)."""
+
+    short: tuple[FloatArray, ...]
+    long: tuple[FloatArray, ...]
+
+    def check(self, shapes: tuple[tuple[int, int], ...]) -> None:
+        """ValueError where it can't be of tensors of these shapes."""
+        if not len(self.short) == len(self.long) == len(shapes):
+            raise ValueError(f"a sensitivity must have {len(shapes)} tensors, got {len(self.short)}, {len(self.long)}")
+        for index, (short, long, shape) in enumerate(zip(self.short, self.long, shapes, strict=True)):
+            if short.shape != (min(shape),) * 2 or long.shape != (max(shape),):
+                raise ValueError(
+                    f"tensor {index} of a sensitivity must have sides {min(shape)} and {max(shape)}, "
+                    f"got {short.shape} and {long.shape}"
+                )
+            if not (np.isfinite(short).all() and np.isfinite(long).all() and (long >= 0).all()):
+                raise ValueError(f"tensor {index} of a sensitivity must be finite, its long side not negative")
+
+    @cached_property
+    def roots(self) -> tuple[tuple[Float64Array, Float64Array], ...]:
+        """Of each tensor (H, d): an error E costs ‖H · E · diag(d)‖²."""
+        return tuple(_root(short, long) for short, long in zip(self.short, self.long, strict=True))
+
+
+def _root(short: FloatArray, long: FloatArray) -> tuple[Float64Array, Float64Array]:
+    matrix = short.astype(np.float64)
+    matrix = (matrix + matrix.T) / 2
+    damped = matrix + np.eye(len(matrix)) * (DAMPING * np.trace(matrix) / len(matrix))
+    values, vectors = np.linalg.eigh(damped)
+    weights = long.astype(np.float64)
+    weights = (1 - DAMPING) * weights + DAMPING * weights.mean()
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T, np.sqrt(weights)

@@ -1,0 +1,120 @@
+"""A learner's sensitivity, measured: how far answers move when a document's gradient is a little off.
+
+For each question the adapter is that of its own document, φ* − γ δ. The Fisher information is that of the model's own
+answers: at each place of the known answer a token is drawn from what the model expects there, and the gradient of its
+log likelihood, by every LoRA tensor, is what is summed up (squared, over each side). Drawn, not the known answer's own
+tokens: what is asked is how much the distribution changes, not whether it is right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from bank_service.wire.codecs.sensitivity import Sensitivity
+from regrad_vllm.adapt.compose import compose
+from regrad_vllm.base_model import load_base_model
+from regrad_vllm.data.questions import Question
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.encoder import GradientEncoder, check_base
+from regrad_vllm.encode.prompting import PromptBuilder
+from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.learner import Learner
+
+_ROWS = 8  # questions in one backward pass, each with an adapter of its own
+_DOCUMENTS = 16  # encoded at once
+
+
+def measure_sensitivity(learner: Learner, model_folder: Path, data: EvalData, seed: int) -> Sensitivity:
+    """Over all questions of ``data``, each under the gradient of the first of its documents.
+
+    LearnerError for another base model; ValueError where there are no questions.
+    """
+    if not data.questions:
+        raise ValueError("there must be a question to measure a sensitivity by, got none")
+    check_base(learner, model_folder)
+    base, tokenizer = load_base_model(model_folder, dtype=torch.float32, device="cpu")
+    model = AdaptedModel(base, learner.layout, learner.scaling)
+    builder = PromptBuilder(tokenizer, learner.config.prompts)
+    encoder = GradientEncoder(model, builder, learner)
+    sums = _Sums(learner)
+    generator = torch.Generator().manual_seed(seed)
+    asked: dict[str, list[Question]] = {}
+    for question in data.questions:
+        asked.setdefault(question.documents[0], []).append(question)
+    documents = [document for document in data.documents if document.id in asked]
+    for start in tqdm(range(0, len(documents), _DOCUMENTS), unit="batch", desc="sensitivity"):
+        some = documents[start : start + _DOCUMENTS]
+        encoded = encoder.encode([(document.title, document.text) for document in some])
+        weights = learner.config.weights([1.0])
+        rows = [
+            (builder.question(question.question), builder.answer(question.answers[0]), index)
+            for index, document in enumerate(some)
+            for question in asked[document.id]
+        ]
+        adapters = [compose(learner.phi, [each.values], weights, learner.config.gamma) for each in encoded]
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # little padding
+        for first in range(0, len(rows), _ROWS):
+            chosen = rows[first : first + _ROWS]
+            batch = TokenBatch.pad([(prompt + answer, len(prompt)) for prompt, answer, _ in chosen])
+            sums.add(model, batch, np.stack([adapters[index] for *_, index in chosen]), generator)
+    return sums.sensitivity()
+
+
+class _Sums:
+    """Of each tensor's gradients G (short side, long side), one a question: Σ G Gᵀ and Σ of G² along the short side."""
+
+    def __init__(self, learner: Learner) -> None:
+        shapes = learner.layout.shapes
+        self._short = [np.zeros((min(shape),) * 2) for shape in shapes]
+        self._long = [np.zeros(max(shape)) for shape in shapes]
+        self._count = 0
+
+    def add(
+        self, model: AdaptedModel, batch: TokenBatch, adapters: NDArray[np.float32], generator: torch.Generator
+    ) -> None:
+        """``adapters``: (rows, num_values)."""
+        leaves = [part.detach().requires_grad_() for part in model.split(torch.from_numpy(adapters))]
+        final = model.upper(model.lower(batch), leaves, batch)
+        counted = batch.targets != -100
+        logits = model.logits(final[counted])
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")  # each row's own part has its own leaves
+        for index, gradient in enumerate(torch.autograd.grad(loss, leaves)):
+            for own in gradient.double().numpy():
+                side = own if own.shape[1] >= own.shape[0] else own.T
+                self._short[index] += side @ side.T
+                self._long[index] += (side * side).sum(axis=0)
+        self._count += len(adapters)
+
+    def sensitivity(self) -> Sensitivity:
+        """Both factors have the trace of the whole: the long side is given relative to its mean, the short side has
+        the scale."""
+        short = [total / (self._count * len(long)) for total, long in zip(self._short, self._long, strict=True)]
+        return Sensitivity(
+            tuple(each.astype(np.float32) for each in short),
+            tuple(_relative(each).astype(np.float32) for each in self._long),
+        )
+
+
+def _relative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    mean = float(values.mean())
+    return values / mean if mean else values
+
+
+def about(data: EvalData, seed: int) -> dict[str, str]:
+    """What made a sensitivity, for the file."""
+    counts = Counter(question.set_name for question in data.questions)
+    return {
+        "questions": ", ".join(f"{count} of {name}" for name, count in sorted(counts.items())),
+        "seed": str(seed),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
