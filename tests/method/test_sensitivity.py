@@ -139,9 +139,9 @@ def test_the_command_measures_the_learner_that_ships(tmp_path: Path) -> None:
     assert learner.sensitivity is not None and learner.spec.sensitivity is not None
     shipped = Learner.load(shipped_learner())
     assert shipped.sensitivity is not None
-    for layer in (0, -1):  # of a like size and shape
+    for layer in (0, -1):  # of a like shape; less of it, as invented facts are answered with certainty
         mine, theirs = learner.sensitivity.short[layer], shipped.sensitivity.short[layer]
-        assert np.trace(mine) > 0.05 * np.trace(theirs)
+        assert 0 < np.trace(mine) < np.trace(theirs)
         assert np.vdot(mine, theirs) > 0.2 * np.linalg.norm(mine) * np.linalg.norm(theirs)
     assert len(load_file(folder / FILE)) == 2 * len(learner.layout.tensors)
     assert len(fresh_facts(2, 0, "train").questions) == 2
