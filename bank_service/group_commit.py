@@ -157,5 +157,7 @@ def _nothing(_: Connection) -> None:
 
 
 def _unwritable(error: Exception) -> str:
-    # Without the statement: what it wrote is not for the others who waited for the same commit.
-    return f"the catalog must be writable, got {getattr(error, 'orig', None) or error}; is the disk full?"
+    # By SQLite's name for it alone: its own words may have some of a document, and others waited for the same commit.
+    cause = getattr(error, "orig", None) or error
+    name = getattr(cause, "sqlite_errorname", None) or type(cause).__name__
+    return f"the catalog must be writable, got {name}; is the disk full?"

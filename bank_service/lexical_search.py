@@ -4,7 +4,9 @@ FTS5 scores every document that has any of the words, and the common words of a 
 namespace. But a word adds at most (k1 + 1) · idf to a score, little for a common one. So the **essential** words are
 found, the rarest, so many that documents with none of them can't reach the best ``count``; only documents with an
 essential word are scored, by all words. Nothing is missed by it: MaxScore (Turtle and Flood, 1995) with a query's words
-as the lists.
+as the lists. Where that would leave few out, all are scored.
+
+Scores are rounded: in which order a sum is taken must not decide between documents that are equally good.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from bank_service.quota import usage
 from bank_service.tables import documents
 
 MAX_WORDS = 128  # different words of a query that count; each is a list of documents to go through
+WORTHWHILE = 0.25  # of all the lists' entries: where more documents would be scored all the same, all are
 SPARE = 64  # scored more than asked for, to see whether the last ones are equally good as others left out
 _SATURATION = 2.2  # k1 + 1 of FTS5's BM25: the most by which a word's count multiplies its idf
 _LEAST_IDF = 1e-6  # FTS5's, of a word that half of the documents have
+_DIGITS = 9  # of a score, behind the point; FTS5's sums are right to about 14
+_ROUNDING = 10.0**-_DIGITS
 _WORD = re.compile(r"\w+")
 
 _IDS = Prepared(sa.select(documents.c.key, documents.c.id).where(documents.c.key.in_(among("keys"))))
@@ -47,13 +52,14 @@ def best_words(
     words = [] if table is None else _words(connection, table, namespace, text)
     if table is None or not words:
         return {}
-    num_essential = _first_guess(words, count)
+    num_essential = _guess(words, count)
     while True:
-        search = _Search(connection, table, _expression(words, num_essential), conditions)
-        found = search.best(count)
-        # Documents that are as good as the last one may be among those that were not scored: "<", not "<=".
-        least = min(found.values()) if len(found) == count else 0.0
-        needed = next((n for n in range(len(words)) if sum(word.bound for word in words[n:]) < least), len(words))
+        if sum(word.num_documents for word in words[:num_essential]) > WORTHWHILE * _postings(words):
+            num_essential = len(words)
+        found = _Search(connection, table, words, num_essential, conditions).best(count)
+        # Documents that are as good as the last one may be among those that were not scored.
+        least = min(found.values()) - 2 * _ROUNDING if len(found) == count else 0.0
+        needed = _needed(words, least)
         if needed <= num_essential:
             return found
         num_essential = needed
@@ -74,34 +80,46 @@ def _words(connection: sa.Connection, table: str, namespace: str, text: str) -> 
     return sorted(words, key=lambda word: word.num_documents)
 
 
-def _first_guess(words: Sequence[_Word], count: int) -> int:
-    """The rarest words, until enough documents may have one."""
+def _needed(words: Sequence[_Word], least: float) -> int:
+    """How many of the rarest words are essential, where a document must have at least this score."""
+    return next((n for n in range(len(words)) if sum(word.bound for word in words[n:]) < least), len(words))
+
+
+def _guess(words: Sequence[_Word], count: int) -> int:
+    """So many that ``count`` documents have one, and as if the last of these had nothing else, and that once in a text
+    of mean length: a guess that saves a second look, no more."""
     reached = 0
     for index, word in enumerate(words, 1):
         reached += word.num_documents
         if reached >= count:
-            return index
+            return max(index, _needed(words, word.bound / _SATURATION))
     return len(words)
 
 
-def _expression(words: Sequence[_Word], num_essential: int) -> str:
-    """Documents with one of the first words, in which each word counts twice.
-
-    FTS5 scores by all that stands in an expression, as often as it stands there, and has nothing that counts and need
-    not be there.
-    """
-    must = [word.quoted for word in words[:num_essential]]
-    may = [word.quoted for word in words[num_essential:]]
-    return f"({' OR '.join([*must, *may, *may])}) AND ({' OR '.join(must)})"
+def _postings(words: Sequence[_Word]) -> int:
+    return sum(word.num_documents for word in words)
 
 
 class _Search:
-    """One expression among the documents that match."""
+    """The documents that match and have one of the first ``num_essential`` words, scored by all."""
 
-    def __init__(self, connection: sa.Connection, table: str, expression: str, conditions: Sequence[Condition]) -> None:
+    def __init__(
+        self,
+        connection: sa.Connection,
+        table: str,
+        words: Sequence[_Word],
+        num_essential: int,
+        conditions: Sequence[Condition],
+    ) -> None:
         self._connection = connection
         self._found = sa.table(table, sa.column("rowid"), sa.column(table))
-        score: sa.Label[float] = sa.literal_column(f"-bm25({table}) / 2").label("score")  # each word counts twice
+        must, may = ([word.quoted for word in part] for part in (words[:num_essential], words[num_essential:]))
+        expression, times = " OR ".join(must), 1
+        if may:
+            # FTS5 scores by all that stands in an expression, as often as it stands there, and has nothing that counts
+            # and need not be there. So what must be there counts twice, and with it all else.
+            expression, times = f"({' OR '.join([*must, *may, *may])}) AND ({expression})", 2
+        score: sa.Label[float] = sa.literal_column(f"round(-bm25({table}) / {times}, {_DIGITS})").label("score")
         self._scored = (
             sa.select(self._found.c.rowid, score)
             .where(sa.literal_column(table).op("MATCH")(expression))
@@ -117,6 +135,6 @@ class _Search:
             joined = self._scored.join_from(self._found, documents, documents.c.key == self._found.c.rowid)
             rows = self._connection.execute(joined.order_by(documents.c.id).limit(count)).all()
         keys = [int(row.rowid) for row in rows]
-        ids = dict(tuple(row) for row in _IDS.rows(self._connection, keys=listed(keys)))
+        ids = dict(_IDS.rows(self._connection, keys=listed(keys)))
         ordered = sorted(rows, key=lambda row: (-row.score, ids[row.rowid]))
         return {int(row.rowid): float(row.score) for row in ordered[:count]}

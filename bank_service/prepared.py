@@ -34,7 +34,8 @@ class Prepared:
         }
 
     def rows(self, connection: sa.Connection, **values: Any) -> list[tuple[Any, ...]]:
-        return self._run(connection, values).fetchall()
+        given = {**self._constants, **values}
+        return run_text(connection, self._sql, tuple([given[name] for name in self._names]))
 
     def one(self, connection: sa.Connection, **values: Any) -> Mapping[str, Any] | None:
         """The only row, by column, or None."""
@@ -43,21 +44,18 @@ class Prepared:
 
     def run(self, connection: sa.Connection, **values: Any) -> None:
         """For a statement without rows."""
-        self._run(connection, values)
-
-    def _run(self, connection: sa.Connection, values: Mapping[str, Any]) -> sqlite3.Cursor:
-        given = {**self._constants, **values}
-        return run_text(connection, self._sql, tuple([given[name] for name in self._names]))
+        self.rows(connection, **values)
 
 
-def run_text(connection: sa.Connection, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-    """A statement of SQLite's own, in the connection's transaction; errors are SQLAlchemy's, without the values.
+def run_text(connection: sa.Connection, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    """A statement of SQLite's own, in the transaction that the connection must be in, and all its rows; errors are
+    SQLAlchemy's, without the values.
 
     By the driver: SQLAlchemy takes ten times as long for what it does around a statement of a few microseconds.
     """
     driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
     try:
-        return driver.execute(sql, values)
+        return driver.execute(sql, values).fetchall()  # many an error comes with a row
     except sqlite3.Error as error:
         raise sa.exc.DBAPIError.instance(
             sql, None, error, sqlite3.Error, hide_parameters=True, dialect=connection.dialect

@@ -24,7 +24,7 @@ from bank_service.documents import (
 )
 from bank_service.embedder import Embedder, embedded_text
 from bank_service.encode_queue import EncodeQueue
-from bank_service.errors import BankError, InvalidArgumentError, LearnerMismatchError, UnavailableError
+from bank_service.errors import BankError, DataLossError, InvalidArgumentError, LearnerMismatchError, UnavailableError
 from bank_service.stores import Pools, Stores
 from bank_service.threads import in_thread
 from bank_service.vector_index import unit
@@ -285,7 +285,13 @@ class Writer:
 
 
 def _recoded(record: bytes, spec: GradientSpec, codec: str) -> bytes:
-    return encode_gradient(decode_gradient(record, spec), spec, codec)
+    try:
+        return encode_gradient(decode_gradient(record, spec), spec, codec)
+    except GradientFormatError as error:
+        raise DataLossError(
+            f"a stored gradient can't be given the codec {codec}: {error}; ingest its document again",
+            digest=record_digest(record),
+        ) from error
 
 
 def _gradient(record: bytes, embedding: bytes, num_tokens: int, truncated: bool) -> Gradient:

@@ -56,16 +56,20 @@ def write_sensitivity(
     sensitivity: Sensitivity | None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Replaces what is there; nothing stays where there is none. ``about``: what made it, for its readers."""
+    """Replaces what is there, whole or not at all; nothing stays where there is none. ``about``: what made it, for its
+    readers. ValueError for one that can't be used."""
     path = folder / FILE
     if sensitivity is None:
         path.unlink(missing_ok=True)
         return
+    sensitivity.check(layout.shapes)
     tensors = {}
     for tensor, short, long in zip(layout.tensors, sensitivity.short, sensitivity.long, strict=True):
         tensors[f"{_name(tensor)}.short"], tensors[f"{_name(tensor)}.long"] = short, long
-    save_file(tensors, path, metadata={**(about or {}), "learner": fingerprint})
-    path.chmod(0o644)  # the library makes it private, the files beside it are not
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={**(about or {}), "learner": fingerprint})
+    part.chmod(0o644)  # the library makes it private, the files beside it are not
+    part.replace(path)
 
 
 def _name(tensor: LoraTensor) -> str:

@@ -8,13 +8,14 @@ learner's Fisher information (``sensitivity``), as in FWSVD (Hsu et al., 2022), 
 it, its square.
 
 Payload, little-endian:
-    version  u8, 255: what it was first had no version, and began with a number of components
+    version  u8, 255
     counts   u8, u8 for each tensor: its components of four and of two bits
     scales   bf16, one for each 128 values of a component's long vector
     shorts   bf16, the short vectors
     codes    four or two bits a value of the long vectors, each component from a new byte
 Value (i, j) of a tensor is Σ short[c, i] · (scale · code)[c, j] over its components in order, in float32, i along the
-short side.
+short side. Before there were two bits and a version a payload began with a byte for each tensor, its components of four
+bits; such payloads are still read.
 
 Error, beside the components left out: long vectors are rounded to a step of their block, chosen for the least cost
 among some, and the short vectors are then fitted anew to the rounded ones, so that no other short vectors would have
@@ -23,6 +24,7 @@ been better, before they are rounded to 8 bits of mantissa.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -38,7 +40,8 @@ from bank_service.wire.codecs.lowrank_fit import LONG_BLOCK, chosen, component_b
 FIRST, COLUMNS, RANK, LONG_IS_COLUMNS, CODE, SCALE, SHORT, LONG_LENGTH, SHORT_LENGTH = range(9)
 TABLE_FIELDS = 9
 _VERSION = 255
-_LIMIT = 2.0**58  # of scales and short values: the sum of 255 products with 7 times one is finite in float32
+_LIMIT = 2.0**58  # of scales and short values: the sum of 510 products with 7 times one is finite in float32
+_LARGEST_VALUE = 2.0**50  # of a gradient: its short values keep below the limit
 _FP32_BYTES = 4
 _RECORD_HEADER_BYTES = 128  # counted in: the promise is about the record
 
@@ -68,17 +71,17 @@ class LowRankCodec:
         self._share = share
 
     def max_payload_bytes(self, spec: GradientSpec) -> int:
-        fixed = _fixed_bytes(spec)
+        fixed = _fixed_bytes(spec.shapes)
         budget = _FP32_BYTES * spec.num_values // self._share - _RECORD_HEADER_BYTES - fixed
         everything = sum(min(shape) * component_bytes(shape, 4) for shape in spec.shapes)
         # A learner so small that no component fits still gets the smallest.
         return fixed + min(max(budget, min(component_bytes(shape, 2) for shape in spec.shapes)), everything)
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
-        if float(np.abs(values).max()) > _LIMIT:
-            raise GradientFormatError(f"values must be at most 2**58 in {self.name}; the gradient diverged")
+        if float(np.abs(values).max()) > _LARGEST_VALUE:
+            raise GradientFormatError(f"values must be at most 2**50 in {self.name}; the gradient diverged")
         directions = directions_of(values, spec)
-        counts = chosen(directions, spec.shapes, self.max_payload_bytes(spec) - _fixed_bytes(spec))
+        counts = chosen(directions, spec.shapes, self.max_payload_bytes(spec) - _fixed_bytes(spec.shapes))
         scales, shorts, codes = [], [], []
         for own, count in zip(directions, counts, strict=True):
             for place, component in enumerate(own.components(count)):
@@ -93,25 +96,22 @@ class LowRankCodec:
         return payload
 
     def check(self, payload: memoryview, spec: GradientSpec) -> None:
-        least, largest = _fixed_bytes(spec), self.max_payload_bytes(spec)
+        least, largest = len(spec.shapes), self.max_payload_bytes(spec)
         if not least <= payload.nbytes <= largest:
             raise GradientFormatError(
                 f"a {self.name} payload must be {least}..{largest} bytes for this layout, got {payload.nbytes}"
             )
-        if payload[0] != _VERSION:
-            raise GradientFormatError(
-                f"a {self.name} payload must have version {_VERSION}, got {payload[0]}: an older program made it; "
-                "ingest the document again"
-            )
-        head = bytes(payload[1:least])
-        for index, (four, two, shape) in enumerate(zip(head[::2], head[1::2], spec.shapes, strict=True)):
+        counts = _counts(payload, spec.shapes)
+        num_bytes = counts.num_head
+        for index, (four, two, shape) in enumerate(zip(counts.four, counts.two, spec.shapes, strict=True)):
             if four + two > min(shape):
                 raise GradientFormatError(f"tensor {index} must have at most {min(shape)} components, got {four + two}")
-        plan = _plan(head, spec.shapes)
-        if payload.nbytes != plan.num_bytes:
+            num_bytes += four * component_bytes(shape, 4) + two * component_bytes(shape, 2)
+        if payload.nbytes != num_bytes:  # before a plan is made, which is kept
             raise GradientFormatError(
-                f"a {self.name} payload of these counts must be {plan.num_bytes} bytes, got {payload.nbytes}"
+                f"a {self.name} payload of these counts must be {num_bytes} bytes, got {payload.nbytes}"
             )
+        plan = _plan(counts, spec.shapes)
         halves, packed = _parts(payload, plan)
         numbers = from_bf16(halves)
         # Not "number > limit": NaN must fail too.
@@ -137,7 +137,7 @@ class LowRankCodec:
 
 def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:
     """A checked payload as it is composed from."""
-    plan = _plan(bytes(payload[1 : _fixed_bytes(spec)]), spec.shapes)
+    plan = _plan(_counts(payload, spec.shapes), spec.shapes)
     halves, packed = _parts(payload, plan)
     numbers = from_bf16(halves)
     codes = [row.kind.unpack(packed[row.start : row.end], row.num_codes) for row in plan.rows]
@@ -171,15 +171,33 @@ class _Plan:
     num_head: int
     num_scales: int
     num_shorts: int
-    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of each tensor's components, and the bytes that say so."""
+
+    four: bytes
+    two: bytes
+    num_head: int
+
+
+def _counts(payload: memoryview, shapes: Sequence[tuple[int, int]]) -> _Counts:
+    """GradientFormatError where the payload is too short for them."""
+    if payload[0] != _VERSION:
+        return _Counts(bytes(payload[: len(shapes)]), bytes(len(shapes)), len(shapes))
+    num_head = _fixed_bytes(shapes)
+    if payload.nbytes < num_head:
+        raise GradientFormatError(f"a low-rank payload must begin with {num_head} bytes, got {payload.nbytes}")
+    return _Counts(bytes(payload[1:num_head:2]), bytes(payload[2:num_head:2]), num_head)
 
 
 @lru_cache(maxsize=256)
-def _plan(head: bytes, shapes: tuple[tuple[int, int], ...]) -> _Plan:
+def _plan(counts: _Counts, shapes: tuple[tuple[int, int], ...]) -> _Plan:
     table = np.zeros((len(shapes), TABLE_FIELDS), np.int64)
     rows: list[_Row] = []
     value = code = scale = short = code_bytes = 0
-    for index, (four, two, shape) in enumerate(zip(head[::2], head[1::2], shapes, strict=True)):
+    for index, (four, two, shape) in enumerate(zip(counts.four, counts.two, shapes, strict=True)):
         length, rank = max(shape), four + two
         table[index] = value, shape[1], rank, long_is_columns(shape), code, scale, short, length, min(shape)
         for place in range(rank):
@@ -190,8 +208,7 @@ def _plan(head: bytes, shapes: tuple[tuple[int, int], ...]) -> _Plan:
         scale += rank * -(-length // LONG_BLOCK)
         short += rank * min(shape)
     table.setflags(write=False)  # it is shared
-    num_head = 1 + len(head)
-    return _Plan(table, tuple(rows), num_head, scale, short, num_head + 2 * (scale + short) + code_bytes)
+    return _Plan(table, tuple(rows), counts.num_head, scale, short)
 
 
 def _parts(payload: memoryview, plan: _Plan) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
@@ -200,6 +217,6 @@ def _parts(payload: memoryview, plan: _Plan) -> tuple[npt.NDArray[np.uint16], np
     return halves, np.frombuffer(payload, dtype=np.uint8, offset=plan.num_head + 2 * numbers)
 
 
-def _fixed_bytes(spec: GradientSpec) -> int:
+def _fixed_bytes(shapes: Sequence[tuple[int, int]]) -> int:
     """Version and counts."""
-    return 1 + 2 * len(spec.shapes)
+    return 1 + 2 * len(shapes)

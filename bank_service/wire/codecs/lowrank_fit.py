@@ -17,6 +17,7 @@ from bank_service.wire.codecs.base import FloatArray, GradientSpec
 from bank_service.wire.codecs.blocks import from_bf16, to_bf16
 
 LONG_BLOCK = 128
+MAX_COUNT = 255  # of one tensor's components: a byte says how many
 # Of a direction's cost, what is left when its long vector has codes of so many bits: measured on gradients, rounded.
 _LEFT_BY_TWO, _LEFT_BY_FOUR = 0.13, 0.013
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest value in a block, tried for its step
@@ -67,6 +68,7 @@ class Directions:
         # Where an error costs nothing, anything will do: nothing.
         weights = np.where(self._weights > 0, self._weights, np.inf)
         long = self._vectors[: count.rank] @ self._weighted / weights
+        long /= np.abs(long).max(axis=1, keepdims=True)  # what costs are measured in leaves no trace
         kinds = [*[nibbles.MAX_CODE] * count.four, *[crumbs.MAX_CODE] * count.two]
         rounded = [_quantised(row, largest, self._weights) for row, largest in zip(long, kinds, strict=True)]
         values = np.stack([_values(codes, scales) for codes, scales in rounded]) * self._weights
@@ -104,7 +106,7 @@ def chosen(directions: Sequence[Directions], shapes: Sequence[tuple[int, int]], 
     for _, index, is_more in sorted(options):  # of one tensor, whose all cost the same bytes, the strongest come first
         shape = shapes[index]
         size = component_bytes(shape, 4) - component_bytes(shape, 2) if is_more else component_bytes(shape, 2)
-        if size <= budget and (not is_more or fours[index] < ranks[index]):
+        if size <= budget and (fours[index] < ranks[index] if is_more else ranks[index] < MAX_COUNT):
             budget -= size
             if is_more:
                 fours[index] += 1

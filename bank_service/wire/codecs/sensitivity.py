@@ -20,7 +20,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-DAMPING = 0.1  # of the mean, added to every direction: what the questions measured never asked for is not free
+DAMPING = 0.1  # of the mean goes into every direction: what the questions measured never asked for is not free
+_ROUNDING = 1e-4  # of the greatest eigenvalue
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,9 @@ class Sensitivity:
                 )
             if not (np.isfinite(short).all() and np.isfinite(long).all() and (long >= 0).all()):
                 raise ValueError(f"tensor {index} of a sensitivity must be finite, its long side not negative")
+            values = np.linalg.eigvalsh(short.astype(np.float64))
+            if np.abs(short - short.T).max() > _ROUNDING * values[-1] or values[0] < -_ROUNDING * values[-1]:
+                raise ValueError(f"the short side of tensor {index} of a sensitivity must be symmetric, not negative")
 
     @cached_property
     def roots(self) -> tuple[tuple[Float64Array, Float64Array], ...]:
