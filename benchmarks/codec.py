@@ -5,9 +5,13 @@
 Each question is answered under the gradient of the passage that holds its answer, once for each codec: encoded,
 decoded, composed with φ*, greedy, all codecs from the same float32 gradient and in the same batches. So a difference is
 the codec's alone. EM and F1 in percent with 95% bootstrap intervals over documents, invented facts and real text
-together ("f1_delta_of_real_text": without the first); "f1_delta" is paired with fp32, over all lengths. A document of
-512 tokens is two passages, as in a bank: a gradient is one passage's. Without --data: the sample that ships and
-invented facts of the test split, which is for looking; to choose by it, give data with a validation split.
+together ("f1_delta_of_real_text": without the first); "f1_delta" is paired with fp32, over all lengths. "answer_kl",
+mean and 95% interval, says how far what the model expects at each place of the known answer has moved from float32's,
+in nats a token (Kullback-Leibler): it sees what a few hundred answers, right or wrong, are too few to tell.
+"…-unweighted" is a low-rank codec without the learner's sensitivity. --without-answers leaves EM and F1 out, which take
+most of the time. A document of 512 tokens is two passages, as in a bank: a gradient is one passage's. Without --data:
+the sample that ships and invented facts of the test split, which is for looking; to choose by it, give data with a
+validation split.
 
 Speeds are MB/s of float32 values, of the last length's first gradients, and ms to compose a slot from three gradients
 as a worker does, codecs in turns, medians with least and greatest.
@@ -17,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +53,8 @@ from regrad_vllm.load.corpora import filling
 from regrad_vllm.local.machine import describe, spread
 
 _REFERENCE = "fp32"
+_UNWEIGHTED = "-unweighted"
+_OF_THE_LAST_LINE = ("bytes", "bytes_ratio_to_fp32", "em", "f1", "f1_delta", "answer_kl", "questions")
 _BATCH = 16
 _TIMED = 12  # gradients
 _DOCUMENTS = 3  # of a composed slot
@@ -56,17 +64,23 @@ def main() -> None:
     args = _parser().parse_args()
     started = time.monotonic()
     codecs = list(dict.fromkeys([_REFERENCE, DEFAULT_CODEC, *args.codecs]))
+    if unknown := [name for name in codecs if name.removesuffix(_UNWEIGHTED) not in CODECS]:
+        raise SystemExit(f"--codecs must be among {', '.join(CODECS)}, got {', '.join(unknown)}")
     learner = Learner.load(shipped_learner())
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     runner = InProcess(ensure_default_model(), learner, {}, dtype=dtype)
     data, others = _data(args), filling(args.data or SAMPLE, args.split)
     lengths: dict[str, Any] = {}
-    scores: dict[str, list[tuple[float, float, str]]] = {name: [] for name in codecs}  # EM, F1, document
+    scores: dict[str, list[_Score]] = {name: [] for name in codecs}
     speeds: dict[str, Any] = {}
     for length in args.lengths:
         at = sized(data, length, others, args.seed)
         deltas = _gradients(runner.encoder, at)
-        found = {name: _answered(runner, learner, at.questions, deltas, name) for name in codecs}
+        expected = _Expected(runner, at.questions)
+        found = {
+            name: _answered(runner, learner, at.questions, deltas, name, expected, generates=not args.without_answers)
+            for name in codecs
+        }
         lengths[f"{length} tokens"] = {name: _row(own, found[_REFERENCE]) for name, own in found.items()}
         for name, own in found.items():
             scores[name] += own
@@ -85,9 +99,12 @@ def main() -> None:
     last = {
         "default_codec": DEFAULT_CODEC,
         "bytes_ratio_to_fp32": table[DEFAULT_CODEC]["bytes_ratio_to_fp32"],
-        "f1_delta": table[DEFAULT_CODEC]["f1_delta"][0],
+        "f1_delta": None if args.without_answers else table[DEFAULT_CODEC]["f1_delta"][0],
         "table": {
-            name: {key: row[key] for key in ("bytes", "bytes_ratio_to_fp32", "em", "f1", "f1_delta", "questions")}
+            name: {
+                key: row[key]
+                for key in ("bytes", "bytes_ratio_to_fp32", "em", "f1", "f1_delta", "answer_kl", "questions")
+            }
             for name, row in table.items()
         },
     }
@@ -102,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--questions", type=whole_number(1), default=40, help="of each set, at each length")
     made.add_argument("--fresh", type=whole_number(0), default=180, help="questions about invented facts, besides")
     made.add_argument("--lengths", type=whole_number(8), nargs="+", default=[32, 128, 512], help="tokens")
-    made.add_argument("--codecs", nargs="+", choices=sorted(CODECS), default=list(CODECS))
+    made.add_argument("--codecs", nargs="+", default=list(CODECS), metavar="CODEC")
+    made.add_argument("--without-answers", action="store_true", help="no EM and F1")
     made.add_argument("--repeats", type=whole_number(5), default=5, help="of the timing")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     made.add_argument("--seed", type=int, default=0)
@@ -122,51 +140,101 @@ def _gradients(encoder: GradientEncoder, data: EvalData) -> dict[str, NDArray[np
     return {document.id: encoded.values for document, encoded in zip(documents, made, strict=True)}
 
 
+@dataclass(frozen=True, slots=True)
+class _Score:
+    """Of one question; EM and F1 in percent, NaN where no answer was generated."""
+
+    em: float
+    f1: float
+    kl: float
+    document: str
+
+
+class _Expected:
+    """What float32's adapters expect of each question's answer: the first that is asked for is remembered."""
+
+    def __init__(self, runner: InProcess, questions: Sequence[Question]) -> None:
+        self._runner = runner
+        self._questions = questions
+        self._reference: dict[int, NDArray[np.float32]] = {}
+
+    def divergence(self, indices: Sequence[int], adapters: Sequence[NDArray[np.float32]]) -> list[float]:
+        """Mean Kullback-Leibler divergence from the reference over the answer's tokens, in nats."""
+        asked = [self._questions[index] for index in indices]
+        prompts = [self._runner.builder.question(question.question) for question in asked]
+        found = self._runner.expectations(prompts, [question.answers[0] for question in asked], adapters)
+        values = []
+        for index, own in zip(indices, found, strict=True):
+            reference = self._reference.setdefault(index, own)
+            values.append(float((np.exp(reference) * (reference - own)).sum(axis=1).mean()))
+        return values
+
+
 def _answered(
     runner: InProcess, learner: Learner, questions: Sequence[Question], deltas: Mapping[str, NDArray[np.float32]],
-    codec: str,
-) -> list[tuple[float, float, str]]:  # fmt: skip
-    """EM, F1 and document of each question."""
+    codec: str, expected: _Expected, *, generates: bool,
+) -> list[_Score]:  # fmt: skip
     prompts = [runner.builder.question(question.question) for question in questions]
     order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))  # little padding
-    found: dict[int, tuple[float, float, str]] = {}
+    found: dict[int, _Score] = {}
     for start in range(0, len(order), _BATCH):
         some = order[start : start + _BATCH]
         adapters = []
         for index in some:
-            record = encode_gradient(deltas[questions[index].documents[0]], learner.spec, codec)
-            delta = decode_gradient(record, learner.spec)
+            delta = _decoded(deltas[questions[index].documents[0]], learner, codec)
             adapters.append(compose(learner.phi, [delta], learner.config.weights([1.0]), learner.config.gamma))
-        for index, text in zip(some, runner.generate([prompts[index] for index in some], adapters), strict=True):
+        divergences = expected.divergence(some, adapters)
+        texts = runner.generate([prompts[index] for index in some], adapters) if generates else [None] * len(some)
+        for index, text, kl in zip(some, texts, divergences, strict=True):
             asked = questions[index]
-            em, f1 = exact_match(text, asked.answers), score(text, asked.answers, asked.kind)
-            found[index] = (100 * em, 100 * f1, f"{asked.set_name}/{asked.documents[0]}")
+            em = f1 = math.nan
+            if text is not None:
+                em = 100 * exact_match(text, asked.answers)
+                f1 = 100 * score(text, asked.answers, asked.kind)
+            found[index] = _Score(em, f1, kl, f"{asked.set_name}/{asked.documents[0]}")
     return [found[index] for index in range(len(questions))]
 
 
-def _row(own: Sequence[tuple[float, float, str]], reference: Sequence[tuple[float, float, str]]) -> dict[str, Any]:
-    clusters = [document.partition("#")[0] for _, _, document in own]  # its passages, at every length
+def _row(own: Sequence[_Score], reference: Sequence[_Score]) -> dict[str, Any]:
+    clusters = [each.document.partition("#")[0] for each in own]  # its passages, at every length
 
-    def interval(values: list[float]) -> list[float]:
+    def interval(values: list[float], digits: int = 2) -> list[float]:
         found = bootstrap_interval(values, clusters)
-        return [round(value, 2) for value in (found.mean, found.low, found.high)]
+        return [round(value, digits) for value in (found.mean, found.low, found.high)]
 
     fresh = [document.startswith("fresh/") for document in clusters]
-    deltas = [mine[1] - other[1] for mine, other in zip(own, reference, strict=True)]
-    real = [delta for delta, is_fresh in zip(deltas, fresh, strict=True) if not is_fresh]
+    row: dict[str, Any] = {"em": None, "f1": None, "f1_delta": None, "f1_delta_of_real_text": None}
+    if not any(math.isnan(each.em) for each in own):
+        deltas = [mine.f1 - other.f1 for mine, other in zip(own, reference, strict=True)]
+        real = [delta for delta, is_fresh in zip(deltas, fresh, strict=True) if not is_fresh]
+        row = {
+            "em": interval([each.em for each in own]),
+            "f1": interval([each.f1 for each in own]),
+            "f1_delta": interval(deltas),
+            "f1_delta_of_real_text": round(sum(real) / len(real), 2) if real else None,
+        }
+    kl = [each.kl for each in own]
     return {
-        "em": interval([em for em, _, _ in own]),
-        "f1": interval([f1 for _, f1, _ in own]),
-        "f1_delta": interval(deltas),
-        "f1_delta_of_real_text": round(sum(real) / len(real), 2) if real else None,
+        **row,
+        "answer_kl": interval(kl, 5),
         "questions": len(own),
-        "questions_of_real_text": len(real),
+        "questions_of_real_text": fresh.count(False),
     }
+
+
+def _encoded(delta: NDArray[np.float32], learner: Learner, codec: str) -> bytes:
+    if codec.endswith(_UNWEIGHTED):
+        return encode_gradient(delta, replace(learner.spec, sensitivity=None), codec.removesuffix(_UNWEIGHTED))
+    return encode_gradient(delta, learner.spec, codec)
+
+
+def _decoded(delta: NDArray[np.float32], learner: Learner, codec: str) -> NDArray[np.float32]:
+    return decode_gradient(_encoded(delta, learner, codec), learner.spec)
 
 
 def _error(deltas: Sequence[NDArray[np.float32]], learner: Learner, codec: str) -> float:
     """Median of ‖decoded − δ‖ / ‖δ‖."""
-    decoded = [decode_gradient(encode_gradient(delta, learner.spec, codec), learner.spec) for delta in deltas]
+    decoded = [_decoded(delta, learner, codec) for delta in deltas]
     found = [np.linalg.norm(own - delta) / np.linalg.norm(delta) for own, delta in zip(decoded, deltas, strict=True)]
     return round(float(np.median(found)), 4)
 
@@ -178,7 +246,7 @@ def _speeds(
     import tempfile
 
     spec = learner.spec
-    records = {name: [encode_gradient(delta, spec, name) for delta in deltas] for name in codecs}
+    records = {name: [_encoded(delta, learner, name) for delta in deltas] for name in codecs}
     table = SlotTable.build(learner.layout, whole(learner.layout), learner.layout.rank)
     slot = torch.empty(table.num_values, dtype=torch.bfloat16)
     ms: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": [], "compose": []} for name in codecs}
@@ -190,7 +258,7 @@ def _speeds(
                 for name in codecs if repeat % 2 else list(reversed(codecs)):
                     times = [time.perf_counter()]
                     for delta in deltas:
-                        encode_gradient(delta, spec, name)
+                        _encoded(delta, learner, name)
                     times.append(time.perf_counter())
                     for record in records[name]:
                         decode_gradient(record, spec)

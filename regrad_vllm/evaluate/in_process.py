@@ -25,7 +25,7 @@ from bank_service.wire.codec import DEFAULT_CODEC, decode_gradient, encode_gradi
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import SourceDocument
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import Record, record_of, shown
@@ -164,6 +164,24 @@ class InProcess:
 
     def _record(self, delta: NDArray[np.float32]) -> bytes:
         return encode_gradient(delta, self._learner.spec, DEFAULT_CODEC)
+
+    @torch.no_grad()
+    def expectations(
+        self, prompts: Sequence[list[int]], answers: Sequence[str], adapters: Sequence[NDArray[np.float32]]
+    ) -> list[NDArray[np.float32]]:
+        """Log probabilities of every token at each place of a given answer, (tokens of the answer, vocabulary), each
+        question under its own adapter."""
+        rows = [
+            (prompt + self.builder.answer(answer), len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        batch = TokenBatch.pad(rows, self._model.device)
+        parts = self._model.split(torch.tensor(np.stack(adapters), device=self._model.device))
+        final = self._model.upper(self._model.lower(batch), parts, batch)
+        counted = batch.targets != -100
+        return [
+            self._model.logits(own[places]).log_softmax(-1).cpu().numpy()
+            for own, places in zip(final, counted, strict=True)
+        ]
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], adapters: Sequence[NDArray[np.float32]] | None) -> list[str]:
