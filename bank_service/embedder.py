@@ -46,8 +46,9 @@ class MiniLmEmbedder:
     def __init__(self, model: Path, tokenizer: Path) -> None:
         """RuntimeError where the packages are missing."""
         try:
-            import onnxruntime  # type: ignore[import-untyped]
             from tokenizers import Tokenizer
+
+            from bank_service.onnx_runtime import onnxruntime
         except ImportError as error:
             raise RuntimeError(f"{error.name} must be installed; pip install 'regrad-vllm[bank]'") from error
         options = onnxruntime.SessionOptions()

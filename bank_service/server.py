@@ -144,7 +144,14 @@ class BankServer:
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         target = BankAddress(self._config.host, self._config.port, None).target
         # Health and reflection have no check of tokens: they tell nothing of documents.
-        port = server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
+        try:
+            port = (
+                server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
+            )
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the bank can't listen on {target}; choose another --port, or end the program that has it"
+            ) from error
         await server.start()
 
         async def drain() -> None:

@@ -19,7 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from usearch.index import Index
+
+import bank_service.onnx_runtime  # noqa: F401 - before usearch
+
+from usearch.index import Index  # isort: skip
 
 from bank_service.vector_index import KeyArray, unit
 from bank_service.wire.codec import FloatArray

@@ -23,9 +23,14 @@ DEFAULT_NAMESPACE = "default"
 RETRY_AFTER_MS = 1000  # after which what was refused for too much at a time is worth another try
 
 
+MAX_RECONNECT_MS = 2_000
+
+
 def channel_options() -> list[tuple[str, int]]:
     """Options of a client's channel: gRPC's own default would refuse answers above 4 MiB."""
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # A bank that was restarted is found again within seconds, not after minutes of ever rarer tries.
+        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
     ]

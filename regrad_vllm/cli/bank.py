@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bank_service.config import BankConfig
+from bank_service.data_dir import BankAddress
 from regrad_vllm.cli.connection import DEFAULT_PORT
 from regrad_vllm.cli.console import CommandError, note, say
 from regrad_vllm.cli.flags import add_flags, given
@@ -38,10 +39,16 @@ def run(args: argparse.Namespace) -> int:
     note(f"bank: model {model}, learner {learner}, data {config.data_dir}")
     encoder = GradientEncoder.load(model, learner)
     try:
-        run_bank(config, encoder, ready=lambda address: say(READY + address.target))
+        run_bank(config, encoder, ready=_say_ready)
     except (BankInUseError, CatalogDamagedError, CollectionMismatchError) as error:
         raise CommandError(str(error)) from error
     return 0
+
+
+def _say_ready(address: BankAddress) -> None:
+    if address.metrics_port is not None:
+        note(f"metrics at http://{BankAddress(address.host, address.metrics_port, None).target}/metrics")
+    say(READY + address.target)
 
 
 def defaults() -> dict[str, Any]:

@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
             note(f"{last.num_done:,} of {count(last.num_documents, 'document')}")
     if not last.finished:
         raise CommandError("the bank ended before it was done; it goes on when it is started again")
-    say(f"{args.codec}: {last.num_recoded:,} of {count(last.num_done, 'gradient')} recoded, {last.num_failed:,} kept")
+    say(f"{args.codec}: {last.num_recoded:,} of {count(last.num_done, 'gradient')} recoded, {last.num_failed:,} failed")
     return int(bool(last.num_failed))

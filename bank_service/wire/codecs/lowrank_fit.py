@@ -69,8 +69,8 @@ class Directions:
         weights = np.where(self._weights > 0, self._weights, np.inf)
         long = self._vectors[: count.rank] @ self._weighted / weights
         long /= np.abs(long).max(axis=1, keepdims=True)  # what costs are measured in leaves no trace
-        kinds = [*[nibbles.MAX_CODE] * count.four, *[crumbs.MAX_CODE] * count.two]
-        rounded = [_quantised(row, largest, self._weights) for row, largest in zip(long, kinds, strict=True)]
+        parts = ((long[: count.four], nibbles.MAX_CODE), (long[count.four :], crumbs.MAX_CODE))
+        rounded = [each for rows, largest in parts if len(rows) for each in _quantised(rows, largest, self._weights)]
         values = np.stack([_values(codes, scales) for codes, scales in rounded]) * self._weights
         # By the normal equations: long vectors are nearly at right angles, and there are few. Whatever the errors cost
         # along the short side, the best short vectors are these.
@@ -124,24 +124,26 @@ def long_is_columns(shape: tuple[int, int]) -> bool:
     return shape[1] >= shape[0]
 
 
-def _quantised(long: Float64Array, largest_code: int, weights: Float64Array) -> tuple[Int8Array, FloatArray]:
-    """Codes (length,), and scales (blocks,), exact in bf16, with the least weighted error among some of them."""
-    padding = -len(long) % LONG_BLOCK
-    blocks, counted = (np.pad(each, (0, padding)).reshape(-1, LONG_BLOCK) for each in (long, weights))
-    largest = np.abs(blocks).max(axis=1)
+def _quantised(long: Float64Array, largest_code: int, weights: Float64Array) -> list[tuple[Int8Array, FloatArray]]:
+    """Of each row codes (length,), and scales (blocks,), exact in bf16, with the least weighted error among some."""
+    length = long.shape[1]
+    padding = -length % LONG_BLOCK
+    blocks = np.pad(long, ((0, 0), (0, padding))).reshape(len(long), -1, LONG_BLOCK)
+    counted = np.pad(weights**2, (0, padding)).reshape(-1, LONG_BLOCK)
+    largest = np.abs(blocks).max(axis=2)
     best_error = np.full(largest.shape, np.inf)
     best_scale = np.zeros(largest.shape, np.float32)
     best_codes = np.zeros(blocks.shape, np.int8)
     for clip in _CLIPS:
         scale = from_bf16(_bf16(largest * clip / largest_code))
-        places = blocks / np.where(scale > 0, scale, 1.0).astype(np.float64)[:, np.newaxis]
+        places = blocks / np.where(scale > 0, scale, 1.0).astype(np.float64)[..., np.newaxis]
         codes = np.clip(_nearest_code(places, largest_code), -largest_code, largest_code)
-        error = (((codes * scale[:, np.newaxis] - blocks) * counted) ** 2).sum(axis=1)
+        error = np.einsum("cbj,bj->cb", (codes * scale[..., np.newaxis] - blocks) ** 2, counted)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)
-        best_codes = np.where(better[:, np.newaxis], codes, best_codes).astype(np.int8)
-    return best_codes.reshape(-1)[: len(long)], best_scale
+        best_codes = np.where(better[..., np.newaxis], codes, best_codes).astype(np.int8)
+    return list(zip(best_codes.reshape(len(long), -1)[:, :length], best_scale, strict=True))
 
 
 def _nearest_code(places: Float64Array, largest_code: int) -> Float64Array:
