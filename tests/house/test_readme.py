@@ -145,7 +145,7 @@ def test_the_example_of_the_export_writes_an_adapter_that_peft_loads(house: Hous
     assert config.peft_type == "LORA"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_method_in_one_process(
     house: House, tmp_path: Path
 ) -> None:
