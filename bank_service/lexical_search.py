@@ -54,7 +54,7 @@ def best_words(
         return {}
     num_essential = _guess(words, count)
     while True:
-        if sum(word.num_documents for word in words[:num_essential]) > WORTHWHILE * _postings(words):
+        if _postings(words[:num_essential]) > WORTHWHILE * _postings(words):
             num_essential = len(words)
         found = _Search(connection, table, words, num_essential, conditions).best(count)
         # Documents that are as good as the last one may be among those that were not scored.

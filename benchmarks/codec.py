@@ -100,13 +100,7 @@ def main() -> None:
         "default_codec": DEFAULT_CODEC,
         "bytes_ratio_to_fp32": table[DEFAULT_CODEC]["bytes_ratio_to_fp32"],
         "f1_delta": None if args.without_answers else table[DEFAULT_CODEC]["f1_delta"][0],
-        "table": {
-            name: {
-                key: row[key]
-                for key in ("bytes", "bytes_ratio_to_fp32", "em", "f1", "f1_delta", "answer_kl", "questions")
-            }
-            for name, row in table.items()
-        },
+        "table": {name: {key: row[key] for key in _OF_THE_LAST_LINE} for name, row in table.items()},
     }
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(last) + "\n")
 

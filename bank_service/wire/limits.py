@@ -21,9 +21,7 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 DEFAULT_NAMESPACE = "default"
 RETRY_AFTER_MS = 1000  # after which what was refused for too much at a time is worth another try
-
-
-MAX_RECONNECT_MS = 2_000
+MAX_RECONNECT_MS = 2_000  # between two tries of a client to reach a bank that is away
 
 
 def channel_options() -> list[tuple[str, int]]:

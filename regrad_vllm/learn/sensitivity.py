@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from bank_service.wire.codecs.lowrank_fit import long_is_columns
 from bank_service.wire.codecs.sensitivity import Sensitivity
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
@@ -89,7 +90,7 @@ class _Sums:
         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")  # each row's own part has its own leaves
         for index, gradient in enumerate(torch.autograd.grad(loss, leaves)):
             for own in gradient.double().numpy():
-                side = own if own.shape[1] >= own.shape[0] else own.T
+                side = own if long_is_columns(own.shape) else own.T
                 self._short[index] += side @ side.T
                 self._long[index] += (side * side).sum(axis=0)
         self._count += len(adapters)

@@ -123,7 +123,7 @@ class LowRankCodec:
     def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
         factors = unpacked(payload, spec)
         for row, shape in zip(factors.table, spec.shapes, strict=True):
-            first, _, rank, long_is_columns, code, scale, short, length, width = (int(value) for value in row)
+            first, _, rank, is_wide, code, scale, short, length, width = (int(value) for value in row)
             blocks = -(-length // LONG_BLOCK)
             total = np.zeros((width, length), np.float32)
             for c in range(rank):
@@ -132,7 +132,7 @@ class LowRankCodec:
                 long = codes.astype(np.float32) * np.repeat(steps, LONG_BLOCK)[:length]
                 total += factors.shorts[short + c * width : short + (c + 1) * width, np.newaxis] * long
             place = out[first : first + width * length].reshape(shape)
-            place[:] = total if long_is_columns else total.T
+            place[:] = total if is_wide else total.T
 
 
 def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:

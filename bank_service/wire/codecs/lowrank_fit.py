@@ -39,8 +39,8 @@ class Component:
 class Count:
     """A tensor's components: the first have codes of four bits, the others of two."""
 
-    four: int = 0
-    two: int = 0
+    four: int
+    two: int
 
     @property
     def rank(self) -> int:
@@ -96,16 +96,15 @@ def chosen(directions: Sequence[Directions], shapes: Sequence[tuple[int, int]], 
 
     A direction is first worth two bits a value, then, if it is a strong one, two more.
     """
+    sizes = [(component_bytes(shape, 2), component_bytes(shape, 4) - component_bytes(shape, 2)) for shape in shapes]
     options = []
-    for index, (own, shape) in enumerate(zip(directions, shapes, strict=True)):
-        first, more = component_bytes(shape, 2), component_bytes(shape, 4) - component_bytes(shape, 2)
+    for index, (own, (first, more)) in enumerate(zip(directions, sizes, strict=True)):
         for cost in own.costs[own.costs > 0]:
             options.append((-float(cost) * (1 - _LEFT_BY_TWO) / first, index, False))
             options.append((-float(cost) * (_LEFT_BY_TWO - _LEFT_BY_FOUR) / max(more, 1), index, True))
     ranks, fours = [0] * len(shapes), [0] * len(shapes)
     for _, index, is_more in sorted(options):  # of one tensor, whose all cost the same bytes, the strongest come first
-        shape = shapes[index]
-        size = component_bytes(shape, 4) - component_bytes(shape, 2) if is_more else component_bytes(shape, 2)
+        size = sizes[index][is_more]
         if size <= budget and (fours[index] < ranks[index] if is_more else ranks[index] < MAX_COUNT):
             budget -= size
             if is_more:
