@@ -41,6 +41,7 @@ class Bearer:
     namespace: str
     keeps_history: bool
     documents: dict[str, str] = field(default_factory=dict)  # id → text
+    known: set[str] = field(default_factory=set)  # ids that it ever had
     sequence: int = 0  # of its last change
     past: dict[int, dict[str, str]] = field(default_factory=lambda: {0: {}})  # its documents after each change
     horizon: int = 0  # of its last change of what was there before, where that is not kept
@@ -48,6 +49,7 @@ class Bearer:
     async def put(self, id: str, text: str) -> None:
         (answer,) = await self.client.ingest({"namespace": self.namespace, "id": id, "text": text})
         assert answer.gradient_digest == DIGESTS[text]
+        self.known.add(id)
         if self.documents.get(id) != text:
             self._changed(answer.sequence, self.documents | {id: text}, is_new=id not in self.documents)
 
@@ -61,18 +63,18 @@ class Bearer:
 
     async def purge(self, id: str, _text: str) -> None:
         call = self.client.delete(id, self.namespace, purge=True)
-        was_there = any(id in documents for documents in self.past.values()) if self.keeps_history else False
-        if not (was_there or id in self.documents):
+        if id not in self.known:  # of the others it can be repeated, also where nothing is left of them
             if self.sequence:
                 await self.client.refused(call, NotFoundError)
             else:
                 call.close()
             return
         sequence = (await call).sequence
-        for states in self.past, {sequence: self.documents}:
-            self.past |= {when: {other: documents[other] for other in documents if other != id}
-                          for when, documents in states.items()}  # fmt: skip
-        self.documents, self.sequence = self.past[sequence], max(self.sequence, sequence)
+        if id in self.documents:
+            self.past[sequence] = self.documents
+        self.past = {when: {other: documents[other] for other in documents if other != id}
+                     for when, documents in self.past.items()}  # fmt: skip
+        self.documents, self.sequence = self.past[max(self.past)], max(self.past)
 
     @property
     def had(self) -> set[str]:
