@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-bank bank-soak crash-test model redis
+.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bank-soak crash-test model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-soak: .venv/.made model  ## memory, files, adapters and base weights over 
 
 crash-test: .venv/.made  ## kill -9 of a bank at 350 moments under load, every promise checked after each
 	@$(PY) -m benchmarks.crash $(ARGS)
+
+bench-gpu: .venv/.made  ## in the engine: new adapters, decoding with one each, documents in the prompt; ours and stock
+	@$(PY) -m benchmarks.gpu $(ARGS)
 
 bench-ingest: .venv/.made  ## durable ingest of gradients against writing the same bytes to files with fsync
 	@$(PY) -m benchmarks.bank_ingest $(ARGS)

@@ -18,28 +18,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.shapes import LLAMA_8B, RANK, SMOLLM2_135M, Shape, made_up_learner, write_model
 from regrad_vllm.arguments import whole
-from regrad_vllm.layout import Layout
-from regrad_vllm.learner import Learner, LearnerConfig
+from regrad_vllm.learner import Learner
 from regrad_vllm.local.machine import describe
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.launch import merged_modules
 from regrad_vllm.serve.worker import RegradWorkerExtension
 
-_RANK = 16
-_SHAPES: dict[str, dict[str, int]] = {
-    "smollm2-135m": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
-    },
-    "llama-3.1-8b, a layer": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 1024,
-    },
-}  # fmt: skip
+_SHAPES: dict[str, Shape] = {
+    "smollm2-135m": SMOLLM2_135M,
+    "llama-3.1-8b, a layer": LLAMA_8B | {"num_hidden_layers": 2, "vocab_size": 1024},
+}
 _LAYERS_OF_LLAMA = 16
 
 
@@ -79,11 +70,9 @@ def main() -> None:
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(last) + "\n")
 
 
-def _measure(folder: Path, shape: dict[str, int], slots: int) -> dict[str, Any]:
-    from transformers import LlamaConfig
-
-    LlamaConfig(**shape, architectures=["LlamaForCausalLM"], tie_word_embeddings=True).save_pretrained(folder)
-    learner = _learner(shape)
+def _measure(folder: Path, shape: Shape, slots: int) -> dict[str, Any]:
+    write_model(folder, shape)
+    learner = made_up_learner(shape)
     learner.save(folder / "learner")
     adapter_bytes = 2 * learner.layout.num_values
     found = {"adapter_bytes": adapter_bytes}
@@ -91,23 +80,6 @@ def _measure(folder: Path, shape: dict[str, int], slots: int) -> dict[str, Any]:
         found[f"bytes_{name}"] = _slot_bytes(folder, learner, slots, ours=name == "ours")
         found[f"ratio_{name}"] = round(found[f"bytes_{name}"] / (slots * adapter_bytes), 4)
     return found
-
-
-def _learner(shape: dict[str, int]) -> Learner:
-    """Zeros for the MLPs of the upper half."""
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    layout = Layout.build(
-        _RANK,
-        [
-            (f"model.layers.{layer}.mlp.{name}", *size)
-            for layer in range(layers // 2, layers)
-            for name, size in sizes.items()
-        ],
-    )
-    phi = np.zeros(layout.num_values, np.float32)
-    config = LearnerConfig(base_digest="0" * 64, lora_alpha=32.0, step_size_kind="tie")
-    return Learner(config, layout, phi, np.ones(len(layout.tensors), np.float32))
 
 
 def _slot_bytes(folder: Path, learner: Learner, slots: int, *, ours: bool) -> int:
@@ -120,7 +92,7 @@ def _slot_bytes(folder: Path, learner: Learner, slots: int, *, ours: bool) -> in
     engine = LLM(
         str(folder), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
         max_model_len=256, max_num_seqs=slots, enable_lora=True, max_loras=slots, max_cpu_loras=slots,
-        max_lora_rank=_RANK, lora_target_modules=list(merged_modules(learner)) if ours else None,
+        max_lora_rank=RANK, lora_target_modules=list(merged_modules(learner)) if ours else None,
         worker_extension_cls="benchmarks.slot_memory.Probe",
     )  # fmt: skip
     (found,) = engine.collective_rpc("probe_slots")

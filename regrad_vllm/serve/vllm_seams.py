@@ -37,6 +37,7 @@ class Seam:
     parameters: tuple[str, ...] | None  # of the function there, in order; None: only its existence counts
     versions: str  # read in
     purpose: str
+    others_may_follow: bool = False  # ``parameters`` are those that we use, by name
 
 
 WORKER_SEAMS: tuple[Seam, ...] = (
@@ -107,7 +108,7 @@ def check_seams(seams: tuple[Seam, ...]) -> None:
         if seam.parameters is None:
             continue
         parameters = tuple(inspect.signature(inspect.unwrap(found)).parameters)
-        if parameters != seam.parameters:
+        if parameters != seam.parameters and not (seam.others_may_follow and set(seam.parameters) <= set(parameters)):
             problems.append(
                 f"{seam.module}.{seam.path} must take {seam.parameters} ({seam.purpose}; read in {seam.versions}), "
                 f"it takes {parameters}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,11 +32,9 @@ SERVER_SEAMS: tuple[Seam, ...] = (
         "labels vllm:lora_requests_info with adapter names, one time series for each combination",
     ),
     Seam(
-        "vllm.v1.engine.async_llm", "AsyncLLM.generate",
-        ("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request", "tokenization_kwargs",
-         "trace_headers", "priority", "data_parallel_rank", "session_id", "kv_hints", "reasoning_ended",
-         "reasoning_parser_kwargs"), "0.32.0",
-        "is told the rank that a request runs on",
+        "vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self", "prompt", "lora_request", "data_parallel_rank"),
+        "0.26.0, 0.32.0",
+        "is told the rank that a request runs on", others_may_follow=True,
     ),
     Seam(
         "vllm.v1.engine.output_processor", "RequestState.__init__",
@@ -43,8 +42,9 @@ SERVER_SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.engine.output_processor", "OutputProcessor", None, "0.32.0", "holds request_states"),
     Seam(
-        "vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method", "args"), "0.32.0",
-        "asks all data parallel ranks, of which collective_rpc gives the first one's answers alone",
+        "vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async", ("self", "method", "args", "engine"),
+        "0.26.0, 0.32.0",
+        "asks each of core_engines, the data parallel ranks; collective_rpc gives the first one's answers alone",
     ),
 )  # fmt: skip
 
@@ -131,8 +131,11 @@ def served_call(call: ServedCall | None) -> Iterator[None]:
 
 async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:
     """``collective_rpc`` without arguments: the workers' answers, for each data parallel rank of this server."""
-    ask = getattr(engine_client.engine_core, "call_utility_all_async")  # noqa: B009
-    ranks: list[list[Any]] = await ask("collective_rpc", method, None, (), {})
+    core = engine_client.engine_core
+    ask = getattr(core, "_call_utility_async")  # noqa: B009
+    ranks: list[list[Any]] = await asyncio.gather(
+        *(ask("collective_rpc", method, None, (), {}, engine=engine) for engine in core.core_engines)
+    )
     return ranks
 
 

@@ -237,11 +237,11 @@ def test_the_server_closes_its_doors_when_it_ends_and_when_it_can_not_start(lear
 
     class Client:
         def __init__(self, *answers: dict[str, Any]) -> None:
-            self.engine_core = self
+            self.engine_core, self.core_engines = self, [b""]
             self._answers = answers
 
-        async def call_utility_all_async(self, method: str, *args: Any) -> list[list[Any]]:
-            return [list(self._answers)]
+        async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> list[Any]:
+            return list(self._answers)
 
     async def run() -> None:
         with pytest.raises(SettingsError, match="can't be reached"):  # the other door is closed again, says the fixture

@@ -1,4 +1,4 @@
-"""Slots on a GPU, without one: the Triton kernel in its interpreter, on vLLM-shaped tensors in the CPU's memory."""
+"""Slots on a GPU, on vLLM-shaped tensors; without one in Triton's interpreter, on tensors in the CPU's memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ from tests.serve.test_cpu_kernels import merged, row_parallel
 from tests.serve.test_factors import payloads
 
 INPUTS, INNER, RANK, SLOTS = 72, 136, 4, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
 def gpu_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module, with its kernel for Triton's interpreter."""
+    """The module, with its kernel for Triton's interpreter where there is no GPU."""
+    if DEVICE == "cuda":
+        yield importlib.import_module("regrad_vllm.serve.gpu_slots")
+        return
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     from regrad_vllm.adapt import triton_compose
     from regrad_vllm.serve import gpu_slots
@@ -70,6 +74,10 @@ class Layer(SimpleNamespace):
 Layers = list[tuple[list[str], Layer]]
 
 
+def zeros(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(SLOTS, 1, rows, columns, dtype=dtype, device=DEVICE)
+
+
 def layers(dtype: torch.dtype, *, rank: int = RANK, tp_rank: int = 0, tp_size: int = 1) -> Layers:
     """The learner's modules as a worker of ``tp_size`` has them, and one more."""
     found = []
@@ -83,13 +91,15 @@ def layers(dtype: torch.dtype, *, rank: int = RANK, tp_rank: int = 0, tp_size: i
             (down, ["down_proj"], local, INPUTS),
         ):
             fields = vars(module) | {
-                "lora_a_stacked": tuple(torch.zeros(SLOTS, 1, rank, inputs, dtype=dtype) for _ in names),
-                "lora_b_stacked": tuple(torch.zeros(SLOTS, 1, outputs, rank, dtype=dtype) for _ in names),
+                "lora_a_stacked": tuple(torch.zeros(SLOTS, 1, rank, inputs, dtype=dtype, device=DEVICE) for _ in names),
+                "lora_b_stacked": tuple(
+                    torch.zeros(SLOTS, 1, outputs, rank, dtype=dtype, device=DEVICE) for _ in names
+                ),
             }
             found.append(([f"{name}.{leaf}" for leaf in names], Layer(**fields)))
     other = {
-        "tp_size": 1, "n_slices": 1, "lora_a_stacked": (torch.zeros(SLOTS, 1, rank, 8, dtype=dtype),),
-        "lora_b_stacked": (torch.zeros(SLOTS, 1, 8, rank, dtype=dtype),),
+        "tp_size": 1, "n_slices": 1, "lora_a_stacked": (zeros(rank, 8, dtype),),
+        "lora_b_stacked": (zeros(8, rank, dtype),),
     }  # fmt: skip
     return [*found, (["model.layers.0.self_attn.o_proj"], Layer(**other))]
 
@@ -98,14 +108,14 @@ def manager_of(modules: Layers, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(vllm_seams, "linear_modules", lambda manager: modules)
     stack = modules[0][1].lora_a_stacked[0]
     config = SimpleNamespace(max_lora_rank=stack.shape[2], lora_dtype=stack.dtype)
-    return SimpleNamespace(device="cpu", lora_config=config, lora_index_to_id=[None] * SLOTS)
+    return SimpleNamespace(device=DEVICE, lora_config=config, lora_index_to_id=[None] * SLOTS)
 
 
 def values_of(modules: Layers, module: str, part: str, slot: int) -> torch.Tensor:
     for names, layer in modules:
         if module in names:
             stack: torch.Tensor = (layer.lora_a_stacked if part == "A" else layer.lora_b_stacked)[names.index(module)]
-            return stack[slot, 0]
+            return stack[slot, 0].cpu()
     raise AssertionError(module)
 
 
@@ -218,6 +228,7 @@ def test_what_another_adapter_left_in_a_slot_goes_first(gpu_slots: Any, monkeypa
     for _, layer in modules:
         for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
             stack[:2] = 7.0
+    slots.in_step()
     slots.is_foreign(0)
     slots.compose(0, [], [])
     o_proj = modules[-1][1]
@@ -251,13 +262,13 @@ def test_a_merged_layer_that_is_the_learners_in_part_is_composed_in_that_part(
 
 
 def test_what_was_copied_stays_when_the_staging_buffer_is_used_again_or_grows(gpu_slots: Any) -> None:
-    staging = gpu_slots.Staging(torch.device("cpu"))
+    staging = gpu_slots.Staging(torch.device(DEVICE))
     random = np.random.default_rng(1)
     arrays = [random.integers(-127, 127, size, np.int8) for size in (1, 17, 5, 100_000, 64)]
     copies = [staging.copied(array, array[::-1].astype(np.float32)) for array in arrays]
     for array, (codes, floats) in zip(arrays, copies, strict=True):
-        assert np.array_equal(codes.view(torch.int8).numpy(), array)
-        assert np.array_equal(floats.view(torch.float32).numpy(), array[::-1].astype(np.float32))
+        assert np.array_equal(codes.view(torch.int8).cpu().numpy(), array)
+        assert np.array_equal(floats.view(torch.float32).cpu().numpy(), array[::-1].astype(np.float32))
         assert floats.data_ptr() % 16 == codes.data_ptr() % 16
     assert [copy.numel() for copy in staging.copied(np.empty((0, 3), np.int64), np.ones(1, np.float32))] == [0, 4]
 

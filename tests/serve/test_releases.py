@@ -41,11 +41,11 @@ class EngineLists:
     def __init__(self) -> None:
         self.states: dict[str, SimpleNamespace] = {}
         self.output_processor = SimpleNamespace(request_states=self.states)
-        self.engine_core = self
+        self.engine_core, self.core_engines = self, [b""]
         self._numbers = count()
 
-    async def call_utility_all_async(self, method: str, *args: Any) -> list[list[None]]:
-        return [[None]]
+    async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> list[None]:
+        return [None]
 
     def begin(self, request_id: str, lora_name: str) -> str:
         engine_id = f"cmpl-{request_id}-0-{next(self._numbers):08x}"

@@ -42,8 +42,8 @@ def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_log
     unknown.write_text(tokens.secrets["unknown"])
 
     class Figured(EngineLists):
-        async def call_utility_all_async(self, method: str, *args: Any) -> list[list[Any]]:
-            return [[{}]]
+        async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> list[Any]:
+            return [{}]
 
     async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
         return JSONResponse(body)
