@@ -172,6 +172,25 @@ def _install_books() -> None:
     replace_by(LoRAModelManager, "_deactivate_adapter", deactivate_adapter)
 
 
+def install_wide_ids() -> None:
+    """The GPU's newer model runner keeps adapters' ids as int64, like the older one, not as int32.
+
+    Ours are of 63 bits, since they are digests: of 31 bits two adapters would have one now and then.
+    """
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    original: Any = LoraState.__init__
+    if hasattr(original, PATCH_MARK):
+        return
+
+    @wraps(original)
+    def init(self: LoraState, max_num_reqs: int) -> None:
+        original(self, max_num_reqs)
+        self.lora_ids = self.lora_ids.astype("int64")
+
+    replace_by(LoraState, "__init__", init)
+
+
 def install_cpu_kernels() -> None:
     """On CPUs, vLLM makes our LoRA kernels in place of its own."""
     from vllm.platforms import current_platform

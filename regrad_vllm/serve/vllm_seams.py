@@ -88,7 +88,11 @@ WORKER_SEAMS: tuple[Seam, ...] = (
         ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), "0.32.0",
         "maps the batch's rows to slots",
     ),
-    Seam("vllm.lora.lora_model", "LoRAModel", None, "0.32.0", "holds one adapter"),
+    Seam("vllm.lora.lora_model", "LoRAModel", None, "0.26.0, 0.32.0", "holds one adapter"),
+    Seam(
+        "vllm.v1.worker.gpu.lora_utils", "LoraState.__init__", ("self", "max_num_reqs"), "0.26.0, 0.32.0",
+        "keeps the adapters' ids of the GPU's newer model runner",
+    ),
     Seam("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.add_lora", ("self", "lora_request"), "0.32.0",
          "shows that the model runner keeps its lora_manager"),
 )  # fmt: skip

@@ -51,6 +51,7 @@ def register() -> None:
     part = _WorkerPart(settings)
     vllm_patches.install_loader(part.load)
     vllm_patches.install_slots(settings.waiting_slots_of, part.adopt)
+    vllm_patches.install_wide_ids()
     vllm_patches.install_cpu_kernels()
 
 

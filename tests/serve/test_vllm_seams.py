@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, Gauge
@@ -16,7 +17,7 @@ from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.vllm_patches import check_whole
+from regrad_vllm.serve.vllm_patches import check_whole, install_wide_ids
 from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams
 from regrad_vllm.serve.vllm_server_seams import (
     SERVER_SEAMS,
@@ -74,6 +75,21 @@ def test_adapters_count_under_one_name_in_vllms_metric() -> None:
         assert stats.waiting_lora_adapters["regrad"] == stats.running_lora_adapters["regrad"] == number + 1
         gauge.labels(",".join(stats.running_lora_adapters), ",".join(stats.waiting_lora_adapters)).set(1)
     assert len(list(gauge.collect())[0].samples) == 1
+
+
+def test_the_gpus_model_runner_keeps_our_adapters_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    monkeypatch.setattr(LoraState, "__init__", inspect.unwrap(LoraState.__init__))
+    install_wide_ids()
+    install_wide_ids()  # idempotent
+    state = LoraState(2)
+    lora = make_served_call(Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0), "m").lora_request
+    assert lora is not None and lora.lora_int_id > 2**31
+    state.add_request("a", 1, lora)
+    prompts, tokens, requests = state.make_lora_inputs(["a"], np.array([1, 0]), np.array([2, 1]))
+    assert prompts == (lora.lora_int_id, 0) and tokens == (lora.lora_int_id, lora.lora_int_id, 0)
+    assert requests == {lora}
 
 
 @pytest.mark.parametrize(("told", "adapters", "expected"), [(None, 1, 1), (0, 1, 0), (None, None, None)])
