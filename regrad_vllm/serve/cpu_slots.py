@@ -66,8 +66,11 @@ class CpuSlots:
         """Of all slots together, the learner's modules alone."""
         return self._memory.numel() * self._memory.element_size()
 
-    def in_step(self) -> None:
-        """Nothing: compositions are done when they return."""
+    def step_begins(self) -> None:
+        """Nothing: compositions are done when they return, and steps when the next one begins."""
+
+    def step_reads(self, slots: Sequence[int]) -> None:
+        """Nothing, as above."""
 
     def before_use(self, slot: int) -> None:
         """Nothing, as above."""

@@ -1,10 +1,11 @@
 """LoRA slots on a GPU: vLLM's own stacked tensors, written by one Triton launch on a stream of its own.
 
 What goes to the device goes through one pinned buffer on that stream, so that a copy holds up neither the engine's
-stream nor the thread that asked for it. A composition waits on the device for what the engine's stream was given
-before it, since that may still read the slot for the adapter that was there, and the composing thread waits for the
-composition, since it must know whether the values are finite before the request goes on. The engine's stream waits for
-the composition's event before it reads the slot: its loop waits for nothing, but where it composes itself.
+stream nor the thread that asked for it. A composition waits on the device for the last step that reads the slot, for
+the adapter that was there, and for no other: waiting for the step under way would let one request a step begin. The
+composing thread waits for the composition, since it must know whether the values are finite before the request goes
+on. The engine's stream waits for the composition's event before it reads the slot: its loop waits for nothing, but
+where it composes itself.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ class GpuSlots:
         self._learner = learner
         self._device = torch.device(manager.device)
         self._phi = torch.tensor(learner.phi, device=self._device)
-        self._engine_stream: torch.cuda.Stream | None = None  # known from the engine's first step with an adapter on
+        self._read_by: dict[int, torch.cuda.Event] = {}  # slot → when the last step that read it is done
+        self._reading: tuple[frozenset[int], torch.cuda.Stream | None] = (
+            frozenset(),
+            None,
+        )  # by the newest step, its stream
+        self._written_on: dict[int, torch.cuda.Stream] = {}  # slot → where vLLM was about to write it
         self._own_stream = _own_stream(self._device)
         self._staging = Staging(self._device)
         self._written: dict[int, torch.cuda.Event] = {}  # slot → when its last composition is done
@@ -57,10 +63,19 @@ class GpuSlots:
     def dtype(self) -> str:
         return str(self._dtype)
 
-    def in_step(self) -> None:
-        """Called in the engine's step, on its stream."""
+    def step_begins(self) -> None:
+        """Called in the engine's step, on its stream: all that the step before does is on it."""
+        slots, stream = self._reading
+        if stream is not None:
+            done = stream.record_event()
+            for slot in slots:  # those of older steps have an older event, which is earlier on the same stream
+                self._read_by[slot] = done
+        self._reading = frozenset(), None
+
+    def step_reads(self, slots: Sequence[int]) -> None:
+        """Called in the engine's step when its adapters are active: these slots it reads from now on."""
         if self._own_stream is not None:
-            self._engine_stream = torch.cuda.current_stream(self._device)
+            self._reading = frozenset(slots), torch.cuda.current_stream(self._device)
 
     def before_use(self, slot: int) -> None:
         """Called in the engine's step: what its stream is given from now on comes after the slot's composition."""
@@ -68,8 +83,10 @@ class GpuSlots:
             torch.cuda.current_stream(self._device).wait_event(written)
 
     def is_foreign(self, slot: int) -> None:
-        """Another adapter is about to be written to a slot."""
+        """Another adapter is about to be written to a slot, on the engine's stream."""
         self._foreign.add(slot)
+        if self._own_stream is not None:
+            self._written_on[slot] = torch.cuda.current_stream(self._device)
 
     def load(self, arena: str, digest: str) -> tuple[StoredGradient, int]:
         """A record of the arena, checked, with its bytes on the device. ArenaError, GradientFormatError.
@@ -87,8 +104,7 @@ class GpuSlots:
         numbers = np.array([*steps, self._learner.scaling], np.float32)
         with torch.cuda.stream(self._own_stream):
             sources, factors = self._staging.copied(rows, numbers)  # first: it needn't wait for the engine's stream
-            if self._own_stream is not None and self._engine_stream is not None:
-                self._own_stream.wait_stream(self._engine_stream)
+            self._wait_for_readers(slot)
             self._foreign.clear(slot)
             infinite = launch(
                 self._table, slot, self._dtype, self._phi, sources.view(torch.int64).view(-1, ROW_FIELDS),
@@ -97,6 +113,19 @@ class GpuSlots:
             if self._own_stream is not None:
                 self._written[slot] = self._own_stream.record_event()
             return int(infinite) == 0  # waits
+
+    def _wait_for_readers(self, slot: int) -> None:
+        """The own stream's: what it is given from now on comes after all that others do with the slot."""
+        if self._own_stream is None:
+            return
+        slots, stream = self._reading
+        written_on = self._written_on.pop(slot, None)
+        if written_on is not None:
+            self._own_stream.wait_stream(written_on)
+        if slot in slots and stream is not None:  # vLLM has put out an adapter between two steps
+            self._own_stream.wait_stream(stream)
+        elif (done := self._read_by.pop(slot, None)) is not None:
+            self._own_stream.wait_event(done)
 
     def _targets(self) -> list[Target]:
         held = shards(self._modules, self._learner.layout)
@@ -152,4 +181,5 @@ class Staging:
 
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    # Of high priority: a composition is short, and a request waits for it beside steps that are long.
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

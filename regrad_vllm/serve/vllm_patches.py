@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _RECIPE = "regrad_recipe"  # of the LoRAModel that stands for one
-_PUNICA_WRAPPER = "regrad_vllm.serve.cpu_punica.RowsPunicaWrapper"
+_CPU_WRAPPER = "regrad_vllm.serve.cpu_punica.RowsPunicaWrapper"
+_CUDA_WRAPPER = "regrad_vllm.serve.gpu_punica.TilesPunicaWrapper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,13 @@ def install_wide_ids() -> None:
     replace_by(LoraState, "__init__", init)
 
 
-def install_cpu_kernels() -> None:
-    """On CPUs, vLLM makes our LoRA kernels in place of its own."""
+def install_kernels() -> None:
+    """On CPUs and CUDA GPUs, vLLM makes our LoRA kernels in place of its own."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: _PUNICA_WRAPPER))
+    ours = _CPU_WRAPPER if current_platform.is_cpu() else _CUDA_WRAPPER if current_platform.is_cuda() else ""
+    if ours:
+        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: ours))
 
 
 def make_lora_model(recipe: Recipe, rank: int) -> LoRAModel:

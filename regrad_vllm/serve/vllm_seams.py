@@ -1,9 +1,9 @@
 """All that is not public vLLM API in the workers, each seam with the versions it was read against.
 
 What is put in vLLM's place lies in ``vllm_patches``, what is not public in the API server in ``vllm_server_seams``, our
-LoRA kernels on CPUs in ``cpu_punica``; nothing else reaches behind vLLM's API. ``check_seams`` compares every seam with
-the vLLM that is installed and says what changed; nothing is patched before it has passed. Patches are idempotent, and
-with no ReGrad request they leave vLLM's answers as they were.
+LoRA kernels in ``cpu_punica`` and ``gpu_punica``; nothing else reaches behind vLLM's API. ``check_seams`` compares
+every seam with the vLLM that is installed and says what changed; nothing is patched before it has passed. Patches are
+idempotent, and with no ReGrad request they leave vLLM's answers as they were.
 
 Rows without an adapter carry the slot index −1. vLLM's own CPU kernels (``lora/ops/torch_ops``) index the stacked
 tensors with it, so that such a row gets whatever adapter lies in the last slot; ours skip it. The Triton kernels of the
@@ -82,6 +82,16 @@ WORKER_SEAMS: tuple[Seam, ...] = (
         "vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_linear",
         ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"), "0.32.0",
         "adds LoRA to a linear layer's output on CPUs",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.add_lora_linear",
+        ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"),
+        "0.26.0, 0.32.0", "adds LoRA to a linear layer's output on GPUs",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.update_metadata",
+        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), "0.26.0, 0.32.0",
+        "maps the batch's rows to slots on GPUs",
     ),
     Seam(
         "vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata",

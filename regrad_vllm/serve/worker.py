@@ -52,7 +52,7 @@ def register() -> None:
     vllm_patches.install_loader(part.load)
     vllm_patches.install_slots(settings.waiting_slots_of, part.adopt)
     vllm_patches.install_wide_ids()
-    vllm_patches.install_cpu_kernels()
+    vllm_patches.install_kernels()
 
 
 class _WorkerPart:
@@ -82,9 +82,17 @@ class _WorkerPart:
         part.composer = composer = Composer(learner, cache, slots, memory)
         part.door = Door(composer, self._cores)
 
+        batch: frozenset[int] = frozenset()
+
         def begin_step(adapter_ids: frozenset[int]) -> None:
-            memory.in_step()
+            nonlocal batch
+            batch = adapter_ids
+            memory.step_begins()
             slots.begin_step(adapter_ids)
+
+        def step_is_set_up() -> None:
+            memory.step_reads([slot for slot, id in enumerate(vllm_patches.slot_ids(manager)) if id in batch])
+            slots.step_is_set_up()
 
         def activate(adapter_id: int, recipe: Recipe | None) -> int:
             if recipe is not None:
@@ -95,7 +103,7 @@ class _WorkerPart:
             memory.is_foreign(slot)
             return slot
 
-        return vllm_patches.SlotBooks(begin_step, slots.step_is_set_up, activate, composer.deactivate)
+        return vllm_patches.SlotBooks(begin_step, step_is_set_up, activate, composer.deactivate)
 
     def load(self, manager: Any, request: LoRARequest) -> LoRAModel:
         """What vLLM keeps of our adapter. RecipeError."""

@@ -228,12 +228,60 @@ def test_what_another_adapter_left_in_a_slot_goes_first(gpu_slots: Any, monkeypa
     for _, layer in modules:
         for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
             stack[:2] = 7.0
-    slots.in_step()
+    slots.step_reads([0, 1])
+    slots.step_begins()
     slots.is_foreign(0)
     slots.compose(0, [], [])
     o_proj = modules[-1][1]
     assert not o_proj.lora_a_stacked[0][0].any() and o_proj.lora_a_stacked[0][1].all()
     assert not values_of(modules, "model.layers.1.mlp.gate_proj", "A", 0)[RANK:].any()
+
+
+class Stream:
+    """Stands for a CUDA stream: an event is the number of things that it had been given."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.given, self.waits = name, 0, list[object]()
+
+    def record_event(self) -> tuple[str, int]:
+        return self.name, self.given
+
+    def wait_event(self, event: tuple[str, int]) -> None:
+        self.waits.append(event)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((other.name, other.given))
+
+
+def test_a_composition_waits_for_the_last_step_that_read_its_slot_and_for_no_later_one(
+    gpu_slots: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = gpu_slots.GpuSlots(manager_of(layers(torch.float32), monkeypatch), small_learner())
+    own, engine = Stream("own"), Stream("engine")
+    monkeypatch.setattr(slots, "_own_stream", own)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: engine)
+
+    def step(read: list[int]) -> None:
+        slots.step_begins()
+        slots.step_reads(read)
+        engine.given += 1
+
+    def waited(slot: int) -> list[object]:
+        own.waits.clear()
+        slots._wait_for_readers(slot)
+        return list(own.waits)
+
+    assert waited(0) == []
+    step([0, 1])
+    assert waited(0) == [("engine", 1)], "put out after the step was given to the stream"
+    step([0])
+    step([2])
+    step([2])
+    assert waited(1) == [("engine", 1)] and waited(1) == [], "the own stream has waited: what it does next comes after"
+    assert waited(0) == [("engine", 2)]
+    slots.is_foreign(1)
+    engine.given += 1
+    assert waited(1) == [("engine", 5)] and waited(1) == []
 
 
 @pytest.mark.parametrize("projections", [("up_proj", "down_proj"), ("gate_proj",)])
