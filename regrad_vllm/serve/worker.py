@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 
     from regrad_vllm.serve.cpu_slots import CpuSlots
     from regrad_vllm.serve.gpu_slots import GpuSlots
+
+
+# The composer's threads wait for the interpreter's lock while the engine's loop holds it, several times an adapter: by
+# Python's default up to 5 ms each time, which on a GPU is longer than a step.
+_SWITCH_SECONDS = 2e-4
 
 
 def register() -> None:
@@ -81,6 +87,7 @@ class _WorkerPart:
         cache = DocumentCache(memory.load, self._settings.worker_bytes)
         part.composer = composer = Composer(learner, cache, slots, memory)
         part.door = Door(composer, self._cores)
+        sys.setswitchinterval(_SWITCH_SECONDS)
 
         batch: frozenset[int] = frozenset()
 
