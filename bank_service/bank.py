@@ -119,6 +119,7 @@ class Bank:
             spec,
             codec,
             config.max_pending_documents,
+            lambda: self._follower.near(self._searcher.acknowledged),
             self._acknowledge,
         )
         repairer = Repairer(

@@ -26,6 +26,7 @@ from bank_service.usearch_index import UsearchIndex
 logger = logging.getLogger(__name__)
 
 CHANGES_PER_STEP = 512
+MAX_LAG = 1024  # changes; further behind, writers wait: else steady ingest would leave queries no index to wait for
 SNAPSHOT_SHARE = 0.1  # changes between two snapshots over vectors, where that is more than ``snapshot_every``
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
@@ -113,6 +114,12 @@ class IndexFollower:
                 f"the index must reflect change {sequence}, got {self.sequence}: it failed {self._failures} times in "
                 f"a row, last with {self._failure}; the bank's log has the traceback"
             )
+
+    async def near(self, sequence: int) -> None:
+        """Returns once the index is MAX_LAG changes behind ``sequence`` at most; at once where it can't follow now."""
+        if self.sequence < sequence - MAX_LAG:
+            async with self._moved:
+                await self._moved.wait_for(lambda: self.sequence >= sequence - MAX_LAG or self._failures > 0)
 
     async def _follow(self) -> None:
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,9 +76,11 @@ class Writer:
         spec: GradientSpec,
         codec: str,
         max_pending: int,
+        room: Callable[[], Awaitable[None]],
         acknowledge: Callable[[int], None],
     ) -> None:
-        """``acknowledge`` is told the sequence of each change before its caller is."""
+        """``room`` returns when a document may be stored. ``acknowledge`` is told the sequence of each change before
+        its caller is."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._discarder = discarder
@@ -88,6 +90,7 @@ class Writer:
         self._embedder = embedder
         self._spec = spec
         self.codec = codec
+        self._room = room
         self._acknowledge = acknowledge
         self._locks = KeyedLocks()
         self._pending = asyncio.Semaphore(max_pending)
@@ -203,6 +206,7 @@ class Writer:
     async def _store(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
+        await self._room()
         # A caller that goes away stops nothing from here on: what is committed must reach the index, and the next
         # write of the document, which waits for its lock, must come after it.
         with span("bank.store"):

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bank_service import index_follower
 from bank_service.catalog import Catalog
-from bank_service.errors import UnavailableError
+from bank_service.errors import NotFoundError, UnavailableError
 from bank_service.index_follower import MAX_FAILURES, IndexFollower
 from bank_service.usearch_index import UsearchIndex
+from tests.bank.test_as_of import open_bank
 from tests.bank.test_catalog import IDENTITY, document, gradient
+from tests.bank.test_history import put
 
 
 class FailingIndex(UsearchIndex):
@@ -54,6 +57,45 @@ async def test_a_fault_that_nobody_foresaw_is_logged_told_and_tried_again(
                 await asyncio.sleep(0.05)
         await follower.reach(sequence)
     assert caplog.text.count("can't follow the catalog") == failures
+    await follower.stop()
+    catalog.close()
+
+
+@pytest.mark.asyncio
+async def test_who_writes_waits_for_an_index_that_is_far_behind(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_follower, "MAX_LAG", 3)
+    async with open_bank(data_dir) as bank:
+        async with bank._follower.paused():
+            for number in range(4):
+                await put(bank, f"d{number}", f"text {number}")
+            late = asyncio.create_task(put(bank, "late", "one more"))
+            abandoned = asyncio.create_task(put(bank, "abandoned", "and one"))
+            done, _ = await asyncio.wait([late, abandoned], timeout=0.5)
+            assert not done
+            assert bank._follower.sequence == 0
+            abandoned.cancel()
+            await bank.delete("", "d0")  # makes no more work than it saves
+        await late
+        with pytest.raises(asyncio.CancelledError):
+            await abandoned
+        with pytest.raises(NotFoundError):
+            await bank.get("", "abandoned")
+
+
+@pytest.mark.asyncio
+async def test_nobody_waits_to_write_for_an_index_that_can_not_follow(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    follower = IndexFollower(catalog, FailingIndex(IDENTITY.embedding_dimension, 1000), tmp_path / "index", pool, 1000)
+    await follower.start()
+    catalog.put(document(), gradient(), None).result()
+    waiting = asyncio.create_task(follower.near(index_follower.MAX_LAG + 1))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    follower.wake()
+    async with asyncio.timeout(9):
+        await waiting
     await follower.stop()
     catalog.close()
 
