@@ -43,7 +43,9 @@ MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and with m
 MAX_OVERWRITTEN_SHARE = 0.1  # of its places, so that a rebuild takes ten times as long as overwriting them at most
 STOP_SECONDS = 3.0
 LATE_SECONDS = 60.0  # after which a purge that is not erased is worth a warning
-REPEAT_SECONDS = 3600.0  # for which a purge that failed, or whose answer was lost, can be repeated once all is erased
+REPEAT_SECONDS = (
+    3600.0  # for which a purge that failed, or whose answer was lost, can come again as it was once all is erased
+)
 
 
 class Eraser:
@@ -139,7 +141,7 @@ class Eraser:
         return [] if self._blobs.is_keeping else gone
 
     async def _finish(self, gone: list[int]) -> None:
-        """Says so in the catalog, and that purges of long ago can't be repeated any more."""
+        """Says so in the catalog, and forgets purges of long ago; they can't come again with the version expected."""
         now = time.monotonic()
         for start in range(0, len(gone), MAX_PER_ROUND):
             numbers = gone[start : start + MAX_PER_ROUND]

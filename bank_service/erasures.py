@@ -2,7 +2,8 @@
 crash forgets none of it.
 
 A row stays until the purge was acknowledged and all is erased. So a purge whose erasing failed, or whose answer was
-lost in a crash, can be repeated, and what it left undone is done. ``Eraser`` says when it is too late for that.
+lost in a crash, can come again with the version that it expected, and what it left undone is done. ``Eraser`` says when
+it is too late for that; without a version any purge can be repeated.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def finish(connection: sa.Connection, numbers: Collection[int]) -> None:
 
 
 def forget(connection: sa.Connection, numbers: Collection[int]) -> None:
-    """Of these, those that are finished can't be repeated any more."""
+    """Of these, those that are finished can't come again with the version that they expected."""
     connection.execute(sa.delete(erasures).where(erasures.c.number.in_(numbers), erasures.c.erased))
 
 

@@ -150,7 +150,7 @@ class BankServer:
             )
         except RuntimeError as error:
             raise RuntimeError(
-                f"the bank can't listen on {target}; choose another --port, or end the program that has it"
+                f"the bank can't listen on {target}; choose another --port or --host, or end the program that has it"
             ) from error
         await server.start()
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE_ROWS = 16  # the least that a tensor core multiplies
+MAX_RANK = 64  # a program holds a whole rank of its factors; of more they would not fit
 _SPLITS = 8  # of the inputs
 _BLOCK_IN, _BLOCK_OUT = 128, 256
 _TILE_FIELDS, _SLICE_FIELDS = 3, 6
@@ -50,9 +51,6 @@ class Tiles:
         lengths = np.diff(starts, append=len(slots))
         adapted = ordered[starts] >= 0
         starts, lengths = starts[adapted], lengths[adapted]
-        self.is_empty[0] = not len(starts)
-        if not len(starts):
-            return
         if len(starts) > self._max_adapters or len(slots) > len(self.order):
             raise ValueError(
                 f"a batch must have {self._max_adapters} adapters and {len(self.order)} rows at most, "
@@ -65,8 +63,9 @@ class Tiles:
         table[: len(group), 0] = ordered[starts[group]]
         table[: len(group), 1] = starts[group] + begin
         table[: len(group), 2] = np.minimum(TILE_ROWS, lengths[group] - begin)
-        self._copy(self.table, table)
+        self._copy(self.table, table)  # also where there is none: a captured graph doesn't look at ``is_empty``
         self._copy(self.order[: len(order)], order)
+        self.is_empty[0] = not len(starts)
 
     @staticmethod
     def _copy(target: Tensor, values: NDArray[np.int32]) -> None:
@@ -86,9 +85,10 @@ class _Layer:
     inputs: int
     rank: int
     outputs: int  # of the widest slice
+    width: int  # of all slices
 
 
-_LAYERS: dict[tuple[int, ...], _Layer] = {}  # by the addresses of the stacks: vLLM keeps them as long as the process
+_LAYERS: dict[tuple[object, ...], _Layer] = {}  # by all that ``_Layer`` says of the stacks, which vLLM keeps
 
 
 def add_lora(
@@ -97,18 +97,22 @@ def add_lora(
 ) -> None:  # fmt: skip
     """y[row] += B[slot] (A[slot] x[row]) for each row with an adapter, slice by slice; the others are not touched.
 
-    y: (rows, outputs), x: (rows, inputs), both contiguous. a: (slots, 1, rank, inputs) and b: (slots, 1, outputs, rank)
-    of each slice. The rest is of ``Tiles``, max_tiles for at least so many rows.
+    y: (rows, outputs), x: (rows, inputs), of contiguous rows. a: (slots, 1, rank, inputs) and b: (slots, 1, outputs,
+    rank) of each slice, rank at most MAX_RANK. The rest is of ``Tiles``, max_tiles for at least so many rows; rows of
+    its batch that x doesn't have are left out. ValueError.
     """
     if is_empty.item() or not x.shape[0]:
         return
     layer = _layer(a, b, output_slices)
+    wanted = (x.shape[0], layer.inputs), (x.shape[0], layer.width)
+    if (x.shape, y.shape) != wanted or x.stride(1) != 1 or y.stride(1) != 1:
+        raise ValueError(f"x and y must be {wanted} of contiguous rows, got {x.shape} and {y.shape}")
     num_slices, block_rank = len(a), max(16, triton.next_power_of_2(layer.rank))
     low = torch.empty((_SPLITS, num_slices, x.shape[0], block_rank), dtype=torch.float32, device=x.device)
     constants = {
         "DTYPE": _TYPES[a[0].dtype], "RANK": layer.rank, "BLOCK_RANK": block_rank, "ROWS": TILE_ROWS,
         "SPLITS": _SPLITS, "TILE": _TILE_FIELDS, "SLICE": _SLICE_FIELDS,
-        "PRECISION": "ieee" if a[0].dtype == torch.float32 else "tf32",  # which has every bit of the two-byte types
+        "PRECISION": "ieee" if torch.float32 in (a[0].dtype, x.dtype) else "tf32",  # holds the two-byte types
     }  # fmt: skip
     _shrink[(max_tiles, _SPLITS, num_slices)](
         x, low, layer.slices, table, order, x.shape[0], layer.inputs, x.stride(0), BLOCK=_BLOCK_IN, **constants
@@ -118,16 +122,11 @@ def add_lora(
     )
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether slots of this type can be multiplied."""
-    return dtype in _TYPES
-
-
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _layer(a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int]) -> _Layer:
-    key = tuple(stack.data_ptr() for stack in (*a, *b))
+    key = (*output_slices, *((stack.data_ptr(), stack.shape, stack.stride(), stack.dtype) for stack in (*a, *b)))
     found = _LAYERS.get(key)
     if found is None:
         for stack in (*a, *b):
@@ -139,7 +138,7 @@ def _layer(a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int
             for of_a, of_b, outputs, offset in zip(a, b, output_slices, offsets, strict=True)
         ]
         table = torch.tensor(rows, dtype=torch.int64).to(a[0].device)
-        found = _LAYERS[key] = _Layer(table, a[0].shape[3], a[0].shape[2], max(output_slices))
+        found = _LAYERS[key] = _Layer(table, a[0].shape[3], a[0].shape[2], max(output_slices), sum(output_slices))
     return found
 
 
@@ -154,6 +153,7 @@ def _shrink(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but f
     if slot >= 0:
         here = tl.arange(0, ROWS) < tl.load(tiles + TILE * tile + 2)
         row = tl.load(order + tl.load(tiles + TILE * tile + 1) + tl.arange(0, ROWS), mask=here, other=0)
+        here = here & (row < num_rows)
         rank = tl.arange(0, BLOCK_RANK)
         a = tl.load(slices + SLICE * part).to(tl.pointer_type(DTYPE)) + slot * tl.load(slices + SLICE * part + 1)
         share = (inputs + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
@@ -187,6 +187,7 @@ def _expand(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but f
     if (slot >= 0) & (tl.program_id(1) * BLOCK < outputs):
         here = tl.arange(0, ROWS) < tl.load(tiles + TILE * tile + 2)
         row = tl.load(order + tl.load(tiles + TILE * tile + 1) + tl.arange(0, ROWS), mask=here, other=0)
+        here = here & (row < num_rows)
         rank = tl.arange(0, BLOCK_RANK)
         shrunk = tl.full((ROWS, BLOCK_RANK), 0.0, tl.float32)
         for split in tl.static_range(SPLITS):

@@ -171,6 +171,14 @@ def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
         )
     if lora.fully_sharded_loras:
         raise SettingsError("--fully-sharded-loras must be off: adapters are composed whole; leave the flag out")
+    if lora.enable_tower_connector_lora:
+        raise SettingsError(
+            "--enable-tower-connector-lora must be off: with it vLLM sets the adapters several times a step"
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise SettingsError("--enable-dbo and --ubatch-size must be off: vLLM doesn't cut LoRA's rows with the batch's")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise SettingsError("--kv-sharing-fast-prefill must be off: its layers have other rows than LoRA is told of")
     mode = vllm_config.compilation_config.mode
     if vllm_config.device_config.device_type == "cpu" and mode:
         raise SettingsError(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from regrad_vllm.adapt.triton_lora import Tiles, add_lora
+from regrad_vllm.adapt.triton_lora import MAX_RANK, Tiles, add_lora
 
 
 class TilesPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final to vLLM
@@ -40,7 +40,8 @@ class TilesPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final to vL
         **kwargs: Any,
     ) -> None:
         """y[row] += B[slot] (A[slot] x[row]) · scale, for each row with an adapter; scale is always 1 in vLLM."""
-        if kwargs:  # its dual streams: the adapters' part of an output on its own
+        # Its dual streams: the adapters' part of an output on its own. A high rank: an operator's own adapters'.
+        if kwargs or lora_a_stacked[0].shape[2] > MAX_RANK:
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
         tiles = self._tiles

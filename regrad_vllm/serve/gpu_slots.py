@@ -4,8 +4,8 @@ What goes to the device goes through one pinned buffer on that stream, so that a
 stream nor the thread that asked for it. A composition waits on the device for the last step that reads the slot, for
 the adapter that was there, and for no other: waiting for the step under way would let one request a step begin. The
 composing thread waits for the composition, since it must know whether the values are finite before the request goes
-on. The engine's stream waits for the composition's event before it reads the slot: its loop waits for nothing, but
-where it composes itself.
+on. The engine's stream waits for the composition's event before it reads the slot: the loop itself waits for none, but
+where it composes.
 """
 
 from __future__ import annotations
@@ -105,13 +105,15 @@ class GpuSlots:
         with torch.cuda.stream(self._own_stream):
             sources, factors = self._staging.copied(rows, numbers)  # first: it needn't wait for the engine's stream
             self._wait_for_readers(slot)
-            self._foreign.clear(slot)
-            infinite = launch(
-                self._table, slot, self._dtype, self._phi, sources.view(torch.int64).view(-1, ROW_FIELDS),
-                factors.view(torch.float32),
-            )  # fmt: skip
-            if self._own_stream is not None:
-                self._written[slot] = self._own_stream.record_event()
+            try:
+                self._foreign.clear(slot)
+                infinite = launch(
+                    self._table, slot, self._dtype, self._phi, sources.view(torch.int64).view(-1, ROW_FIELDS),
+                    factors.view(torch.float32),
+                )  # fmt: skip
+            finally:
+                if self._own_stream is not None:
+                    self._written[slot] = self._own_stream.record_event()
             return int(infinite) == 0  # waits
 
     def _wait_for_readers(self, slot: int) -> None:

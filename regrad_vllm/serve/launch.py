@@ -25,6 +25,8 @@ EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_MAX_NUM_SEQS = 32
 GPU_MAX_NUM_SEQS = 128
+# What was run on a GPU: CUDA graphs of decoding steps, and no compiling, which our LoRA kernels were not tried with.
+GPU_COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
 _SHORT_FLAGS = ("learner", "bank", "namespace")  # without the prefix regrad-
 # vLLM computes these projections as one module; the learner names them one by one.
@@ -91,6 +93,8 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
         wanted["served-model-name"] = [Path(model).resolve().name]
     if on_cpu and not has_wide_vectors():
         wanted["dtype"] = ["float32"]  # bfloat16 is emulated there and several times slower
+    if not on_cpu and not _says_how_to_compile(argv, given):
+        wanted["compilation-config"] = [GPU_COMPILATION]
     arguments = [model, *argv]
     for flag, values in wanted.items():
         if flag not in given and f"no-{flag}" not in given:
@@ -190,6 +194,12 @@ def _given_flags(argv: Sequence[str]) -> dict[str, str]:
         following = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("--") else ""
         given[name.replace("_", "-")] = value or following
     return given
+
+
+def _says_how_to_compile(argv: Sequence[str], given: Mapping[str, str]) -> bool:
+    return any(argument.startswith(("-O", "-cc")) for argument in argv) or any(
+        flag.startswith(("compilation-config", "optimization-level", "enforce-eager")) for flag in given
+    )
 
 
 def lora_rank(rank: int) -> int:

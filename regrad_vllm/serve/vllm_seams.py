@@ -129,8 +129,8 @@ def check_seams(seams: tuple[Seam, ...]) -> None:
             )
     if problems:
         raise SeamError(
-            f"vLLM {vllm_version()} is not one that this regrad was read against; install vllm 0.32.0 or a newer "
-            "regrad. " + "; ".join(problems)
+            f"vLLM {vllm_version()} is not one that this regrad was read against; install vllm 0.32.0 or 0.26.0, or a "
+            "newer regrad. " + "; ".join(problems)
         )
 
 

@@ -107,6 +107,7 @@ class _WorkerPart:
                 memory.before_use(slot)
                 return slot
             slot, _ = slots.take(adapter_id)
+            memory.before_use(slot)
             memory.is_foreign(slot)
             return slot
 

@@ -120,6 +120,12 @@ def test_a_failure_of_the_network_is_the_nearest_error(
     assert type(error) is kind and "the wire broke" in error.message
 
 
+def test_a_call_that_grpcs_client_breaks_off_is_one_to_repeat() -> None:
+    error = from_rpc_error(failed_call(grpc.StatusCode.INTERNAL, "Internal error from Core", None))
+    assert type(error) is UnavailableError
+    assert type(from_rpc_error(failed_call(grpc.StatusCode.INTERNAL, "a bug", None))) is InternalError
+
+
 def test_what_grpc_itself_refuses_is_a_message_too_large_or_a_call_too_many() -> None:
     for text, kind in (
         ("CLIENT: Received message larger than max (5000000 vs. 4194304)", LimitExceededError),

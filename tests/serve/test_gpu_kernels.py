@@ -78,7 +78,7 @@ def test_each_row_gets_its_own_adapter_and_rows_without_one_are_untouched(
         assert (after != before).any(), "else this test shows nothing"
 
 
-@pytest.mark.parametrize("rank", [1, 16, 24])
+@pytest.mark.parametrize("rank", [1, 16, 24, 64])
 def test_ranks_that_are_no_power_of_two_and_inputs_that_fill_no_block(kernels: Any, rank: int) -> None:
     _, after, expected = added(kernels, MIXED, (72, 40), torch.float32, rank)
     assert torch.allclose(after.double(), expected, rtol=1e-5, atol=1e-4)
@@ -89,8 +89,59 @@ def test_nothing_is_left_of_the_step_before(kernels: Any) -> None:
     assert torch.allclose(after.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_what_a_graph_of_more_rows_would_launch_changes_nothing(kernels: Any) -> None:
-    """A captured step has as many tiles as its rows may need, whatever batch it is replayed for."""
+def stacks(outputs: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    make = torch.Generator().manual_seed(3)
+    shapes = (SLOTS, 1, RANK, INPUTS), (SLOTS, 1, outputs, RANK)
+    a, b = (torch.randn(shape, generator=make).to(DEVICE, dtype) for shape in shapes)
+    return a, b
+
+
+@pytest.mark.parametrize(("slots", "num_rows"), [([1, -1, 1], 32), ([0, 1, 2, 3, 4] * 8, 3), ([4] * 40, 20)])
+def test_a_layer_with_more_or_fewer_rows_than_the_batch_has_no_others_touched(
+    kernels: Any, slots: list[int], num_rows: int
+) -> None:
+    """A captured step has rows of padding behind the batch's."""
+    tiles = kernels.Tiles(80, SLOTS, torch.device(DEVICE))
+    tiles.update(np.array(slots, np.int64))
+    a, b = stacks(72)
+    x, guarded = torch.ones(num_rows, INPUTS, device=DEVICE), torch.zeros(100, 72, device=DEVICE)
+    y = guarded[:num_rows]
+    kernels._LAYERS.clear()
+    kernels.add_lora(y, x, [a], [b], [72], tiles.table, tiles.order, tiles.is_empty, tiles.max_tiles(num_rows))
+    for row in range(100):
+        slot = slots[row] if row < min(len(slots), num_rows) else -1
+        expected = b[slot, 0] @ (a[slot, 0] @ x[0]) if slot >= 0 else torch.zeros(72, device=DEVICE)
+        assert torch.allclose(guarded[row], expected, rtol=1e-4, atol=1e-4), row
+
+
+def test_a_graph_that_is_replayed_for_a_batch_without_adapters_changes_nothing(kernels: Any) -> None:
+    tiles = kernels.Tiles(80, SLOTS, torch.device(DEVICE))
+    tiles.update(np.array([0, 1], np.int64))
+    tiles.update(np.array([-1, -1], np.int64))
+    assert tiles.is_empty.item()
+    a, b = stacks(72)
+    y = torch.zeros(2, 72, device=DEVICE)
+    never = torch.zeros(1, dtype=torch.bool)
+    kernels._LAYERS.clear()
+    kernels.add_lora(
+        y, torch.ones(2, INPUTS, device=DEVICE), [a], [b], [72], tiles.table, tiles.order, never, tiles.max_tiles(2)
+    )
+    assert not y.any()
+
+
+def test_a_layer_of_another_form_is_refused(kernels: Any) -> None:
+    tiles = kernels.Tiles(80, SLOTS, torch.device(DEVICE))
+    tiles.update(np.array([0], np.int64))
+    a, b = stacks(72)
+    for x, y in (
+        (torch.ones(1, INPUTS - 1), torch.ones(1, 72)), (torch.ones(1, INPUTS), torch.ones(1, 71)),
+        (torch.ones(1, INPUTS), torch.ones(2, 72)), (torch.ones(INPUTS, 2).T[:1], torch.ones(1, 72)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="x and y must be"):
+            kernels.add_lora(y.to(DEVICE), x.to(DEVICE), [a], [b], [72], tiles.table, tiles.order, tiles.is_empty, 1)
+
+
+def test_the_table_has_a_tile_for_each_slot_and_none_behind(kernels: Any) -> None:
     tiles = kernels.Tiles(80, SLOTS, torch.device(DEVICE))
     tiles.update(np.array([1, -1, 1], np.int64))
     table = tiles.table.cpu()
@@ -141,6 +192,11 @@ def test_vllms_wrapper_adds_what_the_batchs_mapping_says(kernels: Any, monkeypat
     kernels._LAYERS.clear()
     wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (40,))
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+    high, aside = torch.zeros(SLOTS, 1, 65, 24, device=DEVICE), torch.zeros(SLOTS, 1, 40, 65, device=DEVICE)
+    vllms: list[int] = []
+    monkeypatch.setattr(gpu_punica.PunicaWrapperGPU, "add_lora_linear", lambda *args, **kwargs: vllms.append(1))
+    wrapper.add_lora_linear(y, x, (high,), (aside,), 1.0, (40,))
+    assert vllms == [1], "a rank that ours is not for"
     wrapper.update_metadata(LoRAMapping((0, 0), (0, 0), True), [5, None, None, 2**62, 9], SLOTS, 100)
     before = y[:2].clone()
     wrapper.add_lora_linear(y[:2], x[:2], (a,), (b,), 1.0, (40,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -163,11 +164,28 @@ def engine(learner: Learner, **changed: object) -> SimpleNamespace:
     parts = {
         "lora_config": lora,
         "scheduler_config": SimpleNamespace(max_num_seqs=4),
-        "parallel_config": SimpleNamespace(worker_extension_cls=EXTENSION_CLASS),
+        "parallel_config": SimpleNamespace(worker_extension_cls=EXTENSION_CLASS, use_ubatching=False),
+        "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
         "compilation_config": SimpleNamespace(mode=CompilationMode.NONE),
         "device_config": SimpleNamespace(device_type="cpu"),
     }
     return SimpleNamespace(**{**parts, **changed})
+
+
+@pytest.mark.parametrize(
+    ("given", "is_added"),
+    [([], True), (["--enforce-eager"], False), (["-O3"], False), (["--compilation-config", "{}"], False),
+     (["-cc.mode=3"], False), (["--optimization-level", "2"], False)],
+)  # fmt: skip
+def test_a_gpu_gets_graphs_of_its_decoding_steps_unless_something_else_is_asked_for(
+    model: Path, learner: Learner, monkeypatch: pytest.MonkeyPatch, given: list[str], is_added: bool
+) -> None:
+    assert "FULL_DECODE_ONLY" not in str(serve_args(str(model), learner, given))
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
+    arguments = serve_args(str(model), learner, given)
+    assert ("FULL_DECODE_ONLY" in str(arguments)) == is_added
+    if is_added:
+        EngineArgs(model=str(model), compilation_config=json.loads(value(arguments, "--compilation-config")))
 
 
 def test_an_engine_that_fits_the_learner_is_accepted(learner: Learner) -> None:
@@ -180,7 +198,13 @@ def test_an_engine_that_fits_the_learner_is_accepted(learner: Learner) -> None:
         ({"lora_config": None}, "--enable-lora"),
         ({"lora_config": LoRAConfig(max_lora_rank=8, max_loras=4)}, "--max-lora-rank"),
         ({"scheduler_config": SimpleNamespace(max_num_seqs=5)}, "--max-loras"),
-        ({"parallel_config": SimpleNamespace(worker_extension_cls="")}, "--worker-extension-cls"),
+        ({"parallel_config": SimpleNamespace(worker_extension_cls="", use_ubatching=False)}, "--worker-extension-cls"),
+        (
+            {"parallel_config": SimpleNamespace(worker_extension_cls="", use_ubatching=True)},
+            "--ubatch-size must be off",
+        ),
+        ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "--kv-sharing-fast-prefill must be off"),
+        ({"lora_config": LoRAConfig(max_loras=4, enable_tower_connector_lora=True)}, "--enable-tower-connector-lora"),
         ({"lora_config": LoRAConfig(max_loras=4, fully_sharded_loras=True)}, "--fully-sharded-loras"),
         ({"compilation_config": SimpleNamespace(mode=CompilationMode.VLLM_COMPILE)}, "VLLM_COMPILE; set --enforce"),
     ],
