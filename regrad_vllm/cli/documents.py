@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from regrad_vllm.arguments import whole
 from regrad_vllm.cli.connection import add_bank_flags, connect
 from regrad_vllm.cli.console import CommandError, count, note, say
 from regrad_vllm.cli.filters import HELP, METAVAR, filter_flag, filter_of
@@ -24,7 +25,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     )
     query.add_argument("--filter", action="append", type=filter_flag, default=[], metavar=METAVAR, help=HELP)
     query.add_argument(
-        "--as-of", type=int, metavar="SEQUENCE", help="as it was after that change: a sequence number of the past"
+        "--as-of", type=whole(0), metavar="SEQUENCE", help="as it was after that change: a sequence number of the past"
     )
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
@@ -58,7 +59,9 @@ def run_query(args: argparse.Namespace) -> int:
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)
-    note(f"as of sequence {answer.sequence}")
+    note(
+        f"as of sequence {answer.sequence}" if answer.hits else f"no document matches, as of sequence {answer.sequence}"
+    )
     for hit in answer.hits:
         if args.json:
             found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4), "cosine": round(hit.cosine, 4)}

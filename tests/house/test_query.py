@@ -79,7 +79,7 @@ async def test_an_answer_says_the_sequence_that_it_reflects(target: str, capsys:
     assert (first["id"], first["sequence"]) == ("de", 1)
     assert await asyncio.to_thread(main, ["query", "x", "--bank", target, "--as-of", "0"]) == 0
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "as of sequence 0\n")
+    assert (captured.out, captured.err) == ("", "no document matches, as of sequence 0\n")
 
 
 async def test_too_many_conditions_are_one_line_that_says_so(target: str, capsys: pytest.CaptureFixture[str]) -> None:
