@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 
 from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
+from benchmarks.bank.timing import percentile
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
@@ -58,12 +58,14 @@ class Probe(RegradWorkerExtension):
     """What the benchmark asks of a worker besides."""
 
     def probe_add(self, name: str, int_id: int, path: str) -> float:
-        """ms that vLLM's manager takes for one new adapter."""
+        """ms until vLLM's manager has a new adapter, and a GPU has done what that takes."""
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest(name, int_id, path)
+        _device_is_done()
         start = time.perf_counter()
         self.model_runner.lora_manager.add_adapter(request)
+        _device_is_done()
         return (time.perf_counter() - start) * 1000
 
     def probe_composed(self, path: str) -> float:
@@ -91,6 +93,11 @@ class Probe(RegradWorkerExtension):
         books.add_adapter(LoRAModel(recipe.int_id, learner.layout.rank, loras))
         books.activate_adapter(recipe.int_id)
         return (time.perf_counter() - start) * 1000
+
+
+def _device_is_done() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -198,18 +205,14 @@ async def _compare(ours: Any, stock: Any, learner: Learner, recipes: Sequence[Re
         **{
             way: {
                 "loop_ms": spread(loop[way]),
-                "loop_ms_p99": round(_p99(loop[way]), 4),
+                "loop_ms_p99": round(percentile(loop[way], 99), 4),
                 "active_ms": spread(active[way]),
-                "active_ms_p99": round(_p99(active[way]), 4),
+                "active_ms_p99": round(percentile(active[way], 99), 4),
             }
             for way in WAYS
         },
         "loop_ratio": spread([slow / fast for slow, fast in zip(loop["stock"], loop["ours"], strict=True)]),
     }
-
-
-def _p99(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
 if __name__ == "__main__":

@@ -22,17 +22,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.bank.timing import percentile
 from benchmarks.gpu.engines import Adapters, Asked, running
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, Shape, made_up_learner, write_model
 from regrad_vllm.adapt.arena import Arena
@@ -138,9 +138,9 @@ async def _activation(args: argparse.Namespace, ours: Asked, stock: Asked, adapt
                     ms[way].append(loop)
                     if way == "ours":
                         ms["ours_active"].append(taken)
-        found[f"k={k}"] = {way: spread(values) | {"p99": round(_p99(values), 4)} for way, values in ms.items()} | {
-            "stock_over_ours": spread([slow / fast for slow, fast in zip(ms["stock"], ms["ours"], strict=True)])
-        }
+        found[f"k={k}"] = {
+            way: spread(values) | {"p99": round(percentile(values, 99), 4)} for way, values in ms.items()
+        } | {"stock_over_ours": spread([slow / fast for slow, fast in zip(ms["stock"], ms["ours"], strict=True)])}
     return found
 
 
@@ -202,10 +202,6 @@ async def _load(args: argparse.Namespace, ours: Asked, adapters: Adapters) -> di
         for other in ("rag", "base")
     }
     return {**{f"requests_per_s_{way}": spread(values) for way, values in per_s.items()}, **ratios}
-
-
-def _p99(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
 if __name__ == "__main__":

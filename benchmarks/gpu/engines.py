@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,8 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.serve.engine import Engine
-from regrad_vllm.serve.launch import merged_modules
+from regrad_vllm.serve.launch import GPU_COMPILATION, merged_modules
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.worker import RegradWorkerExtension
-
-
-class Probe(RegradWorkerExtension):
-    """What the benchmark asks of a worker besides."""
-
-    def probe_add(self, name: str, int_id: int, path: str) -> float:
-        """ms until vLLM's manager has a new adapter and the device has done what that takes."""
-        from vllm.lora.request import LoRARequest
-
-        request = LoRARequest(name, int_id, path)
-        _device_is_done()
-        start = time.perf_counter()
-        self.model_runner.lora_manager.add_adapter(request)
-        _device_is_done()
-        return (time.perf_counter() - start) * 1000
-
-
-def _device_is_done() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Asked:
@@ -64,40 +44,40 @@ class Asked:
             temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        number, lora, place = next(self._numbers), None, None
+        lora = None
         if recipe is not None:
-            assert self._doors is not None, "stock vLLM knows no recipes"
-            place = self._doors.place(recipe)
             lora = LoRARequest(recipe.name, recipe.int_id, recipe.path)
         elif path:
             lora = LoRARequest(Path(path).name, int(Path(path).name.rpartition("-")[2]) + 1, path)
-        try:
-            if place is not None:
-                await self._doors.prepare(place)  # type: ignore[union-attr]
+        async with self._prepared(recipe) if recipe is not None else nullcontext():
             generated = 0
             prompt_of = {"prompt_token_ids": list(prompt)}
-            async for output in self.client.generate(prompt_of, params, f"request-{number}", lora_request=lora):
+            request_id = f"request-{next(self._numbers)}"
+            async for output in self.client.generate(prompt_of, params, request_id, lora_request=lora):
                 generated += len(output.outputs[0].token_ids)
             if generated != num_tokens:
                 raise RuntimeError(f"a request must generate {num_tokens} tokens, it generated {generated}")
-        finally:
-            if place is not None:
-                self._doors.release(place)  # type: ignore[union-attr]
 
     async def activate(self, recipe: Recipe) -> tuple[float, float]:
         """ms of a new adapter in the engine's loop, and from its recipe until it is active."""
-        assert self._doors is not None, "stock vLLM knows no recipes"
         start = time.perf_counter()
+        async with self._prepared(recipe):
+            in_loop = await self.add(recipe.name, recipe.int_id, recipe.path)
+            return in_loop, (time.perf_counter() - start) * 1000
+
+    @asynccontextmanager
+    async def _prepared(self, recipe: Recipe) -> AsyncIterator[None]:
+        """Inside, the recipe's adapter is in a slot."""
+        assert self._doors is not None, "stock vLLM knows no recipes"
         place = self._doors.place(recipe)
         try:
             await self._doors.prepare(place)
-            in_loop = await self.add(recipe.name, recipe.int_id, recipe.path)
-            return in_loop, (time.perf_counter() - start) * 1000
+            yield
         finally:
             self._doors.release(place)
 
     async def add(self, name: str, int_id: int, path: str) -> float:
-        """``Probe.probe_add``."""
+        """``benchmarks.activation.Probe.probe_add``."""
         (ms,) = await self.client.collective_rpc("probe_add", args=(name, int_id, path))
         return float(ms)
 
@@ -164,15 +144,15 @@ async def running(
 
     device: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if torch.cuda.is_available():
-        # Graphs of the decoding steps alone, without compiling the model: ready in a minute less, the same for both.
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(graph_sizes)}
+        # As `regrad serve` asks for, for both.
+        graphs = json.loads(GPU_COMPILATION) | {"cudagraph_capture_sizes": list(graph_sizes)}
         device = {"dtype": "bfloat16", "gpu_memory_utilization": memory_share, "compilation_config": graphs}
     client = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(folder / "model"), load_format="dummy", skip_tokenizer_init=True, max_model_len=max_tokens,
             max_num_seqs=slots, enable_prefix_caching=False, enable_lora=True, max_loras=slots, max_cpu_loras=slots,
             max_lora_rank=RANK, lora_target_modules=list(merged_modules(learner)),
-            worker_extension_cls="benchmarks.gpu.engines.Probe", disable_log_stats=True, **device,
+            worker_extension_cls="benchmarks.activation.Probe", disable_log_stats=True, **device,
         )
     )  # fmt: skip
     doors = None

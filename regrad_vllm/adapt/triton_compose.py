@@ -76,19 +76,19 @@ def launch(
     if table.num_tiles:
         _compose[(table.num_tiles,)](
             table.targets, table.tiles, slot, phi, sources, factors, len(sources), infinite,
-            DTYPE=_TYPES[dtype], INT8_KIND=INT8, BF16_KIND=BF16, FACTORS_KIND=FACTORS, CODES_PER_SCALE=INT8_BLOCK,
+            DTYPE=TYPES[dtype], INT8_KIND=INT8, BF16_KIND=BF16, FACTORS_KIND=FACTORS, CODES_PER_SCALE=INT8_BLOCK,
             LONG_PER_SCALE=LONG_BLOCK, FIELDS=_FIELDS, ROW=ROW_FIELDS, ENTRY=TABLE_FIELDS, BLOCK=_BLOCK,
             enable_fp_fusion=False,
         )  # fmt: skip
     return infinite
 
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether slots of this type can be composed."""
-    return dtype in _TYPES
+    return dtype in TYPES
 
 
 # Triton compiles anew for whole numbers that are 1 or divisible by 16, unless it is told not to: one compilation, at

@@ -21,6 +21,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from regrad_vllm.adapt.triton_compose import TYPES
+
 TILE_ROWS = 16  # the least that a tensor core multiplies
 MAX_RANK = 64  # a program holds a whole rank of its factors; of more they would not fit
 _SPLITS = 8  # of the inputs
@@ -110,7 +112,7 @@ def add_lora(
     num_slices, block_rank = len(a), max(16, triton.next_power_of_2(layer.rank))
     low = torch.empty((_SPLITS, num_slices, x.shape[0], block_rank), dtype=torch.float32, device=x.device)
     constants = {
-        "DTYPE": _TYPES[a[0].dtype], "RANK": layer.rank, "BLOCK_RANK": block_rank, "ROWS": TILE_ROWS,
+        "DTYPE": TYPES[a[0].dtype], "RANK": layer.rank, "BLOCK_RANK": block_rank, "ROWS": TILE_ROWS,
         "SPLITS": _SPLITS, "TILE": _TILE_FIELDS, "SLICE": _SLICE_FIELDS,
         "PRECISION": "ieee" if torch.float32 in (a[0].dtype, x.dtype) else "tf32",  # holds the two-byte types
     }  # fmt: skip
@@ -120,9 +122,6 @@ def add_lora(
     _expand[(max_tiles, triton.cdiv(layer.outputs, _BLOCK_OUT), num_slices)](
         y, low, layer.slices, table, order, x.shape[0], y.stride(0), BLOCK=_BLOCK_OUT, **constants
     )
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _layer(a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int]) -> _Layer:

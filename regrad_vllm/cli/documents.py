@@ -59,9 +59,7 @@ def run_query(args: argparse.Namespace) -> int:
     )
     with connect(args.bank) as stub:
         answer = stub.Query(request)
-    note(
-        f"as of sequence {answer.sequence}" if answer.hits else f"no document matches, as of sequence {answer.sequence}"
-    )
+    note(f"{'' if answer.hits else 'no document matches, '}as of sequence {answer.sequence}")
     for hit in answer.hits:
         if args.json:
             found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4), "cosine": round(hit.cosine, 4)}

@@ -26,6 +26,8 @@ from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.foreign_slots import ForeignSlots
 from regrad_vllm.serve.slot_shards import shards
 
+_NOTHING: tuple[frozenset[int], torch.cuda.Stream | None] = frozenset(), None
+
 
 class GpuSlots:
     """The slots of one worker's LoRA manager, where vLLM made them."""
@@ -38,10 +40,7 @@ class GpuSlots:
         self._device = torch.device(manager.device)
         self._phi = torch.tensor(learner.phi, device=self._device)
         self._read_by: dict[int, torch.cuda.Event] = {}  # slot → when the last step that read it is done
-        self._reading: tuple[frozenset[int], torch.cuda.Stream | None] = (
-            frozenset(),
-            None,
-        )  # by the newest step, its stream
+        self._reading = _NOTHING  # slots that the newest step reads, and its stream
         self._written_on: dict[int, torch.cuda.Stream] = {}  # slot → where vLLM was about to write it
         self._own_stream = _own_stream(self._device)
         self._staging = Staging(self._device)
@@ -70,7 +69,7 @@ class GpuSlots:
             done = stream.record_event()
             for slot in slots:  # those of older steps have an older event, which is earlier on the same stream
                 self._read_by[slot] = done
-        self._reading = frozenset(), None
+        self._reading = _NOTHING
 
     def step_reads(self, slots: Sequence[int]) -> None:
         """Called in the engine's step when its adapters are active: these slots it reads from now on."""

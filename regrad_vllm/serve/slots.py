@@ -61,6 +61,11 @@ class Slots:
             self._reserved = {id: entry for id, entry in self._reserved.items() if not entry.for_step}
             self._changed.notify_all()
 
+    def in_step(self) -> list[int]:
+        """The slots of the adapters in the batch that runs, or ran last."""
+        with self._lock:
+            return [slot for slot, adapter_id in enumerate(self._slot_ids()) if adapter_id in self._in_step]
+
     def is_there(self, adapter_id: int) -> bool:
         """Whether the adapter is in a slot, as a whole."""
         with self._lock:

@@ -89,16 +89,12 @@ class _WorkerPart:
         part.door = Door(composer, self._cores)
         sys.setswitchinterval(_SWITCH_SECONDS)
 
-        batch: frozenset[int] = frozenset()
-
         def begin_step(adapter_ids: frozenset[int]) -> None:
-            nonlocal batch
-            batch = adapter_ids
             memory.step_begins()
             slots.begin_step(adapter_ids)
 
         def step_is_set_up() -> None:
-            memory.step_reads([slot for slot, id in enumerate(vllm_patches.slot_ids(manager)) if id in batch])
+            memory.step_reads(slots.in_step())
             slots.step_is_set_up()
 
         def activate(adapter_id: int, recipe: Recipe | None) -> int:
