@@ -26,6 +26,7 @@ from bank_service.embedder import Embedder, MiniLmEmbedder
 from bank_service.encoder import Encoder
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import NamespaceLimits
+from bank_service.preflight import port_taken
 from bank_service.servicer import BankServicer
 from bank_service.tls import server_credentials
 from bank_service.tokens_file import TokensFile
@@ -149,9 +150,7 @@ class BankServer:
                 server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
             )
         except RuntimeError as error:
-            raise RuntimeError(
-                f"the bank can't listen on {target}; choose another --port or --host, or end the program that has it"
-            ) from error
+            raise RuntimeError(port_taken(self._config.host, self._config.port, "--port")) from error
         await server.start()
 
         async def drain() -> None:

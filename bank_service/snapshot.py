@@ -152,7 +152,10 @@ class SnapshotWriter:
 def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
     """Writes a snapshot of a bank that does not run. BankInUseError where it does; as ``SnapshotWriter``."""
     if not (data_dir / CATALOG_FILE).is_file():
-        raise SnapshotError(f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}")
+        raise SnapshotError(
+            f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}; name it with --data-dir, or a running "
+            "bank with --bank"
+        )
     owner = DataDir(data_dir)
     owner.claim()
     try:

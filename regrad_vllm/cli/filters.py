@@ -19,6 +19,7 @@ HELP = (
 )
 METAVAR = "KEY=VALUE|KEY!=VALUE|KEY|!KEY"
 _COMPARISON = re.compile(r"([^=]*?)(!?=)(.*)", re.DOTALL)
+_KEY = re.compile(r"[^!<>=][^<>=]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,16 @@ class FilterFlag:
 
 
 def filter_flag(text: str) -> FilterFlag:
-    """argparse's type of --filter. A key can't have "=" in it here, nor begin with "!"."""
+    """argparse's type of --filter. A key can't be empty here, nor begin with "!", nor have one of "=<>" in it, though
+    metadata can: "size>3" would find nothing, and say nothing of it.
+    """
     compared = _COMPARISON.fullmatch(text)
-    if compared is None and text.lstrip("!"):
-        key = text.removeprefix("!")
-        if not key.startswith("!"):
-            return FilterFlag(key, "absent" if text.startswith("!") else "present")
-    elif compared is not None and not compared[1].startswith("!"):
-        return FilterFlag(compared[1], "equals" if compared[2] == "=" else "not_equals", compared[3])
-    raise argparse.ArgumentTypeError(f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY, got {text!r}")
+    key = text.removeprefix("!") if compared is None else compared[1]
+    if not _KEY.fullmatch(key):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY, without < and >, got {text!r}")
+    if compared is None:
+        return FilterFlag(key, "absent" if text.startswith("!") else "present")
+    return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", compared[3])
 
 
 def filter_of(flags: Sequence[FilterFlag]) -> bank_pb2.Filter:

@@ -65,7 +65,7 @@ async def test_a_relative_place_is_meant_from_where_the_command_is_run(
     [
         (["restore", "{tmp}", "--data-dir", "{tmp}/new"], "has no manifest.json"),
         (["restore", "{tmp}", "--data-dir", "{tmp}"], "must be absent or an empty folder"),
-        (["snapshot", "{tmp}/s", "--data-dir", "{tmp}/nowhere"], "must be the folder of a bank"),
+        (["snapshot", "{tmp}/s", "--data-dir", "{tmp}/nowhere"], "or a running bank with --bank"),
         (["scrub", "--data-dir", "{tmp}/nowhere"], "must be the folder of a bank"),
     ],
 )

@@ -41,13 +41,17 @@ def test_help_loads_neither_torch_nor_vllm_nor_grpc() -> None:
         "query",
         "delete",
         "stats",
+        "list",
+        "get",
         "export",
         "train",
     ):
         assert re.search(rf"^\s+{command}\s", result.stdout, re.MULTILINE), f"{command} is not in the help"
 
 
-@pytest.mark.parametrize("command", ["demo", "bank", "ingest", "query", "delete", "stats", "export", "model", "train"])
+@pytest.mark.parametrize(
+    "command", ["demo", "bank", "ingest", "query", "list", "get", "delete", "stats", "export", "train"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         build_parser().parse_args([command, "--help"])
@@ -77,7 +81,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     "arguments",
-    [["query", "x"], ["stats"], ["delete", "x"], ["ingest", str(ROOT / "README.md")]],
+    [["query", "x"], ["stats"], ["list"], ["get", "x"], ["delete", "x"], ["ingest", str(ROOT / "README.md")]],
     ids=lambda arguments: arguments[0],
 )
 def test_a_bank_that_is_not_there_is_one_line_that_says_what_to_do(arguments: list[str]) -> None:
@@ -102,8 +106,8 @@ def test_debug_shows_the_traceback() -> None:
         (["bank", "--port", "70000"], "port must be in 0..65535, got 70000"),
         (["bank", "--cache-timeout-ms", "0"], "cache_timeout_ms must be in 1..60000, got 0"),
         (["bank", "--redis-url", "localhost"], "redis_url must start with redis://"),
-        (["bank", "--learner", "/nowhere"], "/nowhere/regrad.json does not exist"),
-        (["bank", "--model", "/nowhere"], "model must be 'default', a folder or a hub id"),
+        (["bank", "--port", "0", "--learner", "/nowhere"], "/nowhere/regrad.json does not exist"),
+        (["bank", "--port", "0", "--model", "/nowhere"], "model must be 'default', a folder or a hub id"),
         (["train", "/nowhere.toml"], "config /nowhere.toml does not exist"),
         (["export", str(ROOT / "tests"), "--document", "x"], "must be absent or an empty folder"),
         (["ingest", "/nowhere"], "1 input can't be used, nothing was ingested; mend them or pass --skip-bad"),

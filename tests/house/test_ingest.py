@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from regrad_vllm.cli import main
+from regrad_vllm.cli import listing, main
 from regrad_vllm.learner import Learner
 
 
@@ -115,6 +115,45 @@ def test_deleting_names_what_was_not_there_and_deletes_the_rest(
     assert deleted and int(deleted[2]) == int(deleted[1]) + 1
     assert captured.err == "regrad delete: 1 id not in namespace 'deletes': nobody\n"
     assert [hit["id"] for hit in _query(bank, "deletes", "lighthouse", capsys)] == ["d1"]
+
+
+def test_documents_are_listed_and_got_as_they_were_ingested(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_PAGE", 2)
+    documents = [
+        {"id": "a", "title": "Orlen", "text": "The harbour\nof Orlén.", "metadata": {"lang": "de"}},
+        {"id": "b", "title": "", "text": "A lighthouse. " * 200, "metadata": {}},
+        {"id": "c", "title": "", "text": "Deep.", "metadata": {}},
+    ]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    flags = ["--bank", bank, "--namespace", "listed"]
+    assert main(["list", *flags]) == 1
+    assert capsys.readouterr().err == "regrad list: namespace 'listed' has no documents\n"
+    assert _ingest(bank, "listed", path) == 0
+    capsys.readouterr()
+    assert main(["list", *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "a  version 1, 22 bytes of text  Orlen",
+        "b  version 1, 2,800 bytes of text",
+        "c  version 1, 5 bytes of text",
+    ]
+    assert captured.err == "3 documents in namespace 'listed'\n"
+    assert main(["list", "--json", *flags]) == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(entry["id"], entry["version"], entry["title"]) for entry in listed] == [
+        ("a", 1, "Orlen"),
+        ("b", 1, ""),
+        ("c", 1, ""),
+    ]
+    assert main(["get", "b", "nobody", "a", *flags]) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line) for line in captured.out.splitlines()] == [documents[1], documents[0]]
+    notes = captured.err.splitlines()
+    assert notes[0].startswith("b: version 1, sequence ") and notes[0].endswith("longer than the learner reads")
+    assert notes[-1] == "regrad get: 1 id not in namespace 'listed': nobody"
 
 
 def test_a_query_as_of_an_earlier_sequence_until_something_is_deleted(

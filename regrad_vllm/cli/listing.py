@@ -1,0 +1,86 @@
+"""`regrad list`, `regrad get`: a namespace's documents by their ids."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from regrad_vllm.cli.connection import add_bank_flags, connect
+from regrad_vllm.cli.console import CommandError, count, note, say
+
+_PAGE = 1000
+
+
+def add(commands: Any) -> None:  # argparse's subparsers action has no public type
+    listing = commands.add_parser(
+        "list",
+        help="a namespace's documents",
+        description="The documents of a namespace in order of id. What changes meanwhile may be in it or not.",
+    )
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_bank_flags(listing)
+    listing.set_defaults(run=run_list)
+
+    get = commands.add_parser(
+        "get",
+        help="documents as they were ingested",
+        description="Documents as lines of JSON that `regrad ingest` takes.",
+    )
+    get.add_argument("ids", nargs="+", metavar="ID")
+    add_bank_flags(get)
+    get.set_defaults(run=run_get)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    from bank_service.wire.generated import bank_pb2
+
+    request = bank_pb2.ListDocumentsRequest(namespace=args.namespace, page_size=_PAGE)
+    num_documents = 0
+    with connect(args.bank) as stub:
+        while True:
+            page = stub.ListDocuments(request)
+            num_documents += len(page.documents)
+            for entry in page.documents:
+                if args.json:
+                    fields = {"id": entry.id, "version": entry.version, "title": entry.title}
+                    fields |= {"num_text_bytes": entry.num_text_bytes, "gradient_digest": entry.gradient_digest}
+                    say(json.dumps(fields, ensure_ascii=False))
+                else:
+                    title = f"  {' '.join(entry.title.split())}" if entry.title else ""
+                    say(f"{entry.id}  version {entry.version}, {count(entry.num_text_bytes, 'byte')} of text{title}")
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+    note(f"{count(num_documents, 'document')} in namespace {args.namespace!r}")
+    return 0
+
+
+def run_get(args: argparse.Namespace) -> int:
+    """Gets what is there; ids that are not are named at the end, with exit status 1."""
+    import grpc
+
+    from bank_service.wire.generated import bank_pb2
+
+    missing = []
+    with connect(args.bank) as stub:
+        for document_id in args.ids:
+            try:
+                answer = stub.GetDocument(bank_pb2.GetDocumentRequest(namespace=args.namespace, id=document_id))
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+                missing.append(document_id)
+                continue
+            document = answer.document
+            fields = {"id": document.id, "title": document.title, "text": document.text}
+            say(json.dumps(fields | {"metadata": dict(document.metadata)}, ensure_ascii=False))
+            when = answer.updated_at.ToDatetime().isoformat(" ", "seconds")
+            cut = ", longer than the learner reads" if answer.truncated else ""
+            note(
+                f"{document.id}: version {answer.version}, sequence {answer.sequence}, {when} UTC, "
+                f"{count(answer.num_tokens, 'token')}{cut}"
+            )
+    if missing:
+        raise CommandError(f"{count(len(missing), 'id')} not in namespace {args.namespace!r}: {', '.join(missing)}")
+    return 0

@@ -1,0 +1,65 @@
+"""What keeps a bank from starting is said before a model is loaded for it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bank_service.config import BankConfig
+from bank_service.data_dir import BankAddress, DataDir, read_address
+from bank_service.preflight import check_free
+from regrad_vllm.cli import main
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port of 127.0.0.1 that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_that_is_taken_comes_before_a_model_that_is_not_there(
+    flag: str, taken: int, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = ["--port", "0"] if flag == "--metrics-port" else []
+    command = ["bank", "--data-dir", str(data_dir), "--model", "/nowhere", *others, flag, str(taken)]
+    assert main(command) == 1
+    assert capsys.readouterr().err == (
+        f"regrad bank: the bank can't listen on 127.0.0.1:{taken}; choose another {flag} or --host, or end the program "
+        "that has it\n"
+    )
+
+
+def test_a_folder_that_another_bank_has_comes_before_a_model_that_is_not_there(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = DataDir(data_dir)
+    owner.claim()
+    address = BankAddress("127.0.0.1", 1, None)
+    owner.announce(address)
+    try:
+        assert main(["bank", "--data-dir", str(data_dir), "--port", "0", "--model", "/nowhere"]) == 1
+        assert "must belong to one bank, got one running already" in capsys.readouterr().err
+        assert read_address(data_dir) == address, "the other bank's"
+    finally:
+        owner.release()
+
+
+def test_a_host_that_is_not_of_this_machine_is_named(data_dir: Path) -> None:
+    with pytest.raises(RuntimeError, match="host must be an address of this machine, got no.such.host.invalid"):
+        check_free(BankConfig(data_dir=data_dir, host="no.such.host.invalid", port=50061))
+    with pytest.raises(RuntimeError, match=r"can't listen on 192\.0\.2\.1:50061"):
+        check_free(BankConfig(data_dir=data_dir, host="192.0.2.1", port=50061))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1"])
+def test_what_is_free_stays_free(host: str, data_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = int(server.getsockname()[1])
+    for _ in range(2):
+        check_free(BankConfig(data_dir=data_dir, host=host, port=port))
+    assert read_address(data_dir) is None
