@@ -51,7 +51,7 @@ class BankConfig:
     def is_loopback(self) -> bool:
         """Only this machine reaches ``host``. False for a name other than localhost: it may be any address."""
         try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+            return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
 
@@ -72,6 +72,7 @@ class BankConfig:
             object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
         if self.codec is not None and self.codec not in CODECS:
             raise ValueError(f"codec must be one of {', '.join(sorted(CODECS))}, got {self.codec!r}")
+        object.__setattr__(self, "host", self.host.removeprefix("[").removesuffix("]"))  # as IPv6 has them in URLs
         if not self.host:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
         if self.redis_url is not None and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
@@ -108,3 +109,5 @@ class BankConfig:
             # Not "value < low": NaN must fail too.
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+        if self.port and self.port == self.metrics_port:
+            raise ValueError(f"metrics_port must be another than port, got {self.port} for both")

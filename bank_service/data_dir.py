@@ -47,20 +47,35 @@ class DataDir:
                 "mend that or use another data directory",
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
+            self._take(lock)
+        except BankInUseError:
             lock.close()
-            raise BankInUseError(
-                f"{self.path} must belong to one bank, got one running already (pid {owner}); "
-                "stop it or use another data directory"
-            ) from None
+            raise
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
         (self.path / ADDRESS_FILE).unlink(missing_ok=True)  # of a bank that was killed
+
+    def check_free(self) -> None:
+        """BankInUseError where another bank has the folder. Creates nothing."""
+        try:
+            lock = (self.path / "lock").open("r+")
+        except OSError:
+            return  # no bank has been there, or ``claim`` says what is wrong
+        with lock:
+            self._take(lock)
+
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise BankInUseError(
+                f"{self.path} must belong to one bank, got one running already (pid {owner}); "
+                "stop it or use another data directory"
+            ) from None
 
     def announce(self, address: BankAddress) -> None:
         """Writes the address file: the bank is ready. It goes with ``release``."""

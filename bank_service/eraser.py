@@ -43,7 +43,7 @@ MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and with m
 MAX_OVERWRITTEN_SHARE = 0.1  # of its places, so that a rebuild takes ten times as long as overwriting them at most
 STOP_SECONDS = 3.0
 LATE_SECONDS = 60.0  # after which a purge that is not erased is worth a warning
-REPEAT_SECONDS = 3600.0  # for which a purge that failed, or whose answer was lost, can come again as it was
+REPEAT_SECONDS = 3600.0  # after all is erased, for which a purge can come again: its answer may have been lost
 
 
 class Eraser:

@@ -26,7 +26,7 @@ from bank_service.embedder import Embedder, MiniLmEmbedder
 from bank_service.encoder import Encoder
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import NamespaceLimits
-from bank_service.preflight import port_taken
+from bank_service.preflight import cannot_listen
 from bank_service.servicer import BankServicer
 from bank_service.tls import server_credentials
 from bank_service.tokens_file import TokensFile
@@ -150,7 +150,7 @@ class BankServer:
                 server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
             )
         except RuntimeError as error:
-            raise RuntimeError(port_taken(self._config.host, self._config.port, "--port")) from error
+            raise RuntimeError(cannot_listen(self._config.host, self._config.port, "--port")) from error
         await server.start()
 
         async def drain() -> None:
@@ -161,11 +161,13 @@ class BankServer:
         return int(port)
 
     def _serve_metrics(self) -> int | None:
-        if self._config.metrics_port is None:
+        host, port = self._config.host, self._config.metrics_port
+        if port is None:
             return None
-        server, thread = prometheus_client.start_http_server(
-            self._config.metrics_port, self._config.host, self._metrics.registry
-        )
+        try:
+            server, thread = prometheus_client.start_http_server(port, host, self._metrics.registry)
+        except OSError as error:
+            raise RuntimeError(cannot_listen(host, port, "--metrics-port", error)) from error
         self._stack.callback(thread.join)
         self._stack.callback(server.server_close)
         self._stack.callback(server.shutdown)

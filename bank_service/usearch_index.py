@@ -263,7 +263,7 @@ class _Space:
 
 def expansion_of(size: int) -> int:
     """Candidates that a search keeps among ``size`` vectors. Of a million, 128 found 95.5% of the ten nearest, 256
-    found 97.5%, 384 98.3% (benchmarks/README.md)."""
+    found 97.5%, 384 99.3% over the wire (benchmarks/README.md)."""
     return 128 if size <= LARGE_SIZE else 256 if size <= HUGE_SIZE else 384
 
 

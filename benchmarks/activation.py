@@ -73,6 +73,7 @@ class Probe(RegradWorkerExtension):
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
 
+        _device_is_done()
         start = time.perf_counter()
         recipe, learner = Recipe.parse(path), self._part.learner
         deltas = [decode_gradient(read_record(recipe.arena, key, verify=False), learner.spec) for key in recipe.digests]
@@ -92,6 +93,7 @@ class Probe(RegradWorkerExtension):
             books.remove_oldest_adapter()
         books.add_adapter(LoRAModel(recipe.int_id, learner.layout.rank, loras))
         books.activate_adapter(recipe.int_id)
+        _device_is_done()
         return (time.perf_counter() - start) * 1000
 
 

@@ -6,16 +6,17 @@ import argparse
 from collections.abc import Callable
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number of at least ``least``."""
+def whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
+    """An argument's type: a whole number of at least ``least``, at most ``greatest`` where there is one."""
+    rule = f"of at least {least}" if greatest is None else f"in {least}..{greatest}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if value < least or (greatest is not None and value > greatest):
+            raise argparse.ArgumentTypeError(f"must be a whole number {rule}, got {text!r}")
         return value
 
     return parse

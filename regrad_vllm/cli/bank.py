@@ -28,15 +28,17 @@ def run(args: argparse.Namespace) -> int:
     config = BankConfig(**(defaults() | given(args, BankConfig)))
 
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
-    from bank_service.preflight import check_free
-    from bank_service.server import run_bank
-    from regrad_vllm.default_model import resolve_model, shipped_learner
-    from regrad_vllm.encode.encoder import GradientEncoder
-    from regrad_vllm.observe import configure_logging
+    from bank_service.preflight import check_startable
 
-    configure_logging()
     try:
-        check_free(config)
+        check_startable(config)
+
+        from bank_service.server import run_bank
+        from regrad_vllm.default_model import resolve_model, shipped_learner
+        from regrad_vllm.encode.encoder import GradientEncoder
+        from regrad_vllm.observe import configure_logging
+
+        configure_logging()
         model = resolve_model(args.model)
         learner = args.learner or shipped_learner()
         note(f"bank: model {model}, learner {learner}, data {config.data_dir}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrad_vllm.cli.console import CommandError
+from regrad_vllm.cli.console import CommandError, count, one_line
 
 if TYPE_CHECKING:
     from bank_service.wire.errors import BankError
@@ -63,6 +63,26 @@ def connect(address: str) -> Iterator[Any]:
             yield BankServiceStub(channel)
         except grpc.RpcError as error:
             raise CommandError(describe_failure(address, from_rpc_error(error))) from error
+
+
+def each_there(ids: Sequence[str], namespace: str, call: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """Each id with what ``call`` answers. Those that are not there are named by a CommandError at the end."""
+    import grpc
+
+    missing = []
+    for id in ids:
+        try:
+            answer = call(id)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            missing.append(id)
+        else:
+            yield id, answer
+    if missing:
+        raise CommandError(
+            f"{count(len(missing), 'id')} not in namespace {namespace!r}: {', '.join(map(one_line, missing))}"
+        )
 
 
 def describe_failure(address: str, error: BankError) -> str:

@@ -32,3 +32,8 @@ def note(text: str) -> None:
 def count(number: int, noun: str) -> str:
     """A number and its noun: 1 document, 2 documents."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def one_line(id: str) -> str:
+    """An id as it is, in quotes where it would take more than its part of a line."""
+    return id if id.isprintable() else repr(id)

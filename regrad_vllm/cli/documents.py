@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from regrad_vllm.arguments import whole
-from regrad_vllm.cli.connection import add_bank_flags, connect
-from regrad_vllm.cli.console import CommandError, count, note, say
+from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
+from regrad_vllm.cli.console import note, one_line, say
 from regrad_vllm.cli.filters import HELP, METAVAR, filter_flag, filter_of
 from regrad_vllm.naming import RETRIEVALS
 
@@ -25,7 +25,10 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     )
     query.add_argument("--filter", action="append", type=filter_flag, default=[], metavar=METAVAR, help=HELP)
     query.add_argument(
-        "--as-of", type=whole(0), metavar="SEQUENCE", help="as it was after that change: a sequence number of the past"
+        "--as-of",
+        type=whole(0, 2**64 - 1),
+        metavar="SEQUENCE",
+        help="as it was after that change: a sequence number of the past",
     )
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
@@ -68,31 +71,23 @@ def run_query(args: argparse.Namespace) -> int:
         else:
             text = " ".join(f"{hit.title}: {hit.text}".split() if hit.title else hit.text.split())
             cut = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
-            say(f"{hit.score:6.3f}  {hit.id}  {cut}")
+            say(f"{hit.score:6.3f}  {one_line(hit.id)}  {cut}")
     return 0
 
 
 def run_delete(args: argparse.Namespace) -> int:
     """Deletes what is there; ids that are not are named at the end, with exit status 1."""
-    import grpc
-
     from bank_service.wire.generated import bank_pb2
 
-    missing = []
+    done = "purged" if args.purge else "deleted"
     with connect(args.bank) as stub:
-        for document_id in args.ids:
-            request = bank_pb2.DeleteDocumentRequest(namespace=args.namespace, id=document_id, purge=args.purge)
-            try:
-                answer = stub.DeleteDocument(request)
-            except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.NOT_FOUND:
-                    raise
-                missing.append(document_id)
-            else:
-                done = "purged" if args.purge else "deleted"
-                say(f"{done} {document_id} (version {answer.version}, sequence {answer.sequence})")
-    if missing:
-        raise CommandError(f"{count(len(missing), 'id')} not in namespace {args.namespace!r}: {', '.join(missing)}")
+
+        def delete(id: str) -> Any:
+            request = bank_pb2.DeleteDocumentRequest(namespace=args.namespace, id=id, purge=args.purge)
+            return stub.DeleteDocument(request)
+
+        for id, answer in each_there(args.ids, args.namespace, delete):
+            say(f"{done} {one_line(id)} (version {answer.version}, sequence {answer.sequence})")
     return 0
 
 

@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from regrad_vllm.cli.connection import add_bank_flags, connect
-from regrad_vllm.cli.console import CommandError, count, note, say
+from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
+from regrad_vllm.cli.console import count, note, one_line, say
 
 _PAGE = 1000
 
@@ -48,7 +48,8 @@ def run_list(args: argparse.Namespace) -> int:
                     say(json.dumps(fields, ensure_ascii=False))
                 else:
                     title = f"  {' '.join(entry.title.split())}" if entry.title else ""
-                    say(f"{entry.id}  version {entry.version}, {count(entry.num_text_bytes, 'byte')} of text{title}")
+                    size = count(entry.num_text_bytes, "byte")
+                    say(f"{one_line(entry.id)}  version {entry.version}, {size} of text{title}")
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
@@ -58,29 +59,21 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_get(args: argparse.Namespace) -> int:
     """Gets what is there; ids that are not are named at the end, with exit status 1."""
-    import grpc
-
     from bank_service.wire.generated import bank_pb2
 
-    missing = []
     with connect(args.bank) as stub:
-        for document_id in args.ids:
-            try:
-                answer = stub.GetDocument(bank_pb2.GetDocumentRequest(namespace=args.namespace, id=document_id))
-            except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.NOT_FOUND:
-                    raise
-                missing.append(document_id)
-                continue
+
+        def get(id: str) -> Any:
+            return stub.GetDocument(bank_pb2.GetDocumentRequest(namespace=args.namespace, id=id))
+
+        for id, answer in each_there(args.ids, args.namespace, get):
             document = answer.document
-            fields = {"id": document.id, "title": document.title, "text": document.text}
-            say(json.dumps(fields | {"metadata": dict(document.metadata)}, ensure_ascii=False))
+            fields = {"id": id, "title": document.title, "text": document.text, "metadata": dict(document.metadata)}
+            say(json.dumps(fields, ensure_ascii=False))
             when = answer.updated_at.ToDatetime().isoformat(" ", "seconds")
             cut = ", longer than the learner reads" if answer.truncated else ""
             note(
-                f"{document.id}: version {answer.version}, sequence {answer.sequence}, {when} UTC, "
+                f"{one_line(id)}: version {answer.version}, sequence {answer.sequence}, {when} UTC, "
                 f"{count(answer.num_tokens, 'token')}{cut}"
             )
-    if missing:
-        raise CommandError(f"{count(len(missing), 'id')} not in namespace {args.namespace!r}: {', '.join(missing)}")
     return 0

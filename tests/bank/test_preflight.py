@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from bank_service.config import BankConfig
 from bank_service.data_dir import BankAddress, DataDir, read_address
-from bank_service.preflight import check_free
+from bank_service.preflight import check_startable
 from regrad_vllm.cli import main
 
 
@@ -29,8 +30,8 @@ def test_a_port_that_is_taken_comes_before_a_model_that_is_not_there(
     command = ["bank", "--data-dir", str(data_dir), "--model", "/nowhere", *others, flag, str(taken)]
     assert main(command) == 1
     assert capsys.readouterr().err == (
-        f"regrad bank: the bank can't listen on 127.0.0.1:{taken}; choose another {flag} or --host, or end the program "
-        "that has it\n"
+        f"regrad bank: the bank can't listen on 127.0.0.1:{taken} (Address already in use); choose another {flag} or "
+        "--host, or end the program that has it\n"
     )
 
 
@@ -47,19 +48,43 @@ def test_a_folder_that_another_bank_has_comes_before_a_model_that_is_not_there(
         assert read_address(data_dir) == address, "the other bank's"
     finally:
         owner.release()
+    check_startable(BankConfig(data_dir=data_dir))
 
 
-def test_a_host_that_is_not_of_this_machine_is_named(data_dir: Path) -> None:
-    with pytest.raises(RuntimeError, match="host must be an address of this machine, got no.such.host.invalid"):
-        check_free(BankConfig(data_dir=data_dir, host="no.such.host.invalid", port=50061))
-    with pytest.raises(RuntimeError, match=r"can't listen on 192\.0\.2\.1:50061"):
-        check_free(BankConfig(data_dir=data_dir, host="192.0.2.1", port=50061))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens-file", "/nowhere.toml"], "tokens_file must be a readable file"),
+        (["--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"], "tls_key must be a readable file"),
+    ],
+)
+def test_files_that_are_not_there_come_before_a_model_that_is_not_there(
+    flags: list[str], message: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bank", "--data-dir", str(data_dir), "--port", "0", "--model", "/nowhere", *flags]) == 1
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1"])
-def test_what_is_free_stays_free(host: str, data_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("no.such.host.invalid", "host must be a name or an address of this machine, got 'no.such.host.invalid'"),
+        ("127..0.0.1", "host must be a name or an address of this machine, got '127..0.0.1'"),
+        (
+            "192.0.2.1",
+            "can't listen on 192.0.2.1:50061 (Cannot assign requested address); choose another --port or --host",
+        ),
+    ],
+)
+def test_a_host_that_is_not_of_this_machine_is_named(host: str, message: str, data_dir: Path) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(message) + "$"):
+        check_startable(BankConfig(data_dir=data_dir, host=host, port=50061))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_nothing_is_taken_and_nothing_is_left(host: str, data_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = int(server.getsockname()[1])
     for _ in range(2):
-        check_free(BankConfig(data_dir=data_dir, host=host, port=port))
-    assert read_address(data_dir) is None
+        check_startable(BankConfig(data_dir=data_dir, host=host, port=port))
+    assert not data_dir.exists(), "a restore wants it absent or empty"

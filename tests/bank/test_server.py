@@ -160,6 +160,19 @@ async def test_a_drain_has_an_end(data_dir: Path, embedder: MiniLmEmbedder) -> N
 
 
 @pytest.mark.asyncio
+async def test_a_port_for_metrics_that_is_taken_is_named_and_nothing_is_left_running(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = BankServer(BankConfig(data_dir=data_dir, metrics_port=port), HashEncoder(), embedder)
+        with pytest.raises(RuntimeError, match=rf"127\.0\.0\.1:{port} \(Address already in use\).* --metrics-port"):
+            await server.start()
+    async with BankServer(BankConfig(data_dir=data_dir, metrics_port=port), HashEncoder(), embedder) as server:
+        assert server.address.metrics_port == port
+
+
+@pytest.mark.asyncio
 async def test_metrics_count_calls_documents_and_the_cache(data_dir: Path, embedder: MiniLmEmbedder) -> None:
     config = BankConfig(data_dir=data_dir, metrics_port=0)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:

@@ -50,7 +50,7 @@ def test_help_loads_neither_torch_nor_vllm_nor_grpc() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "bank", "ingest", "query", "list", "get", "delete", "stats", "export", "train"]
+    "command", ["demo", "bank", "ingest", "query", "list", "get", "delete", "stats", "export", "model", "train"]
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:

@@ -124,7 +124,7 @@ def test_documents_are_listed_and_got_as_they_were_ingested(
     documents = [
         {"id": "a", "title": "Orlen", "text": "The harbour\nof Orlén.", "metadata": {"lang": "de"}},
         {"id": "b", "title": "", "text": "A lighthouse. " * 200, "metadata": {}},
-        {"id": "c", "title": "", "text": "Deep.", "metadata": {}},
+        {"id": "c\nd", "title": "", "text": "Deep.", "metadata": {}},
     ]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
@@ -138,7 +138,7 @@ def test_documents_are_listed_and_got_as_they_were_ingested(
     assert captured.out.splitlines() == [
         "a  version 1, 22 bytes of text  Orlen",
         "b  version 1, 2,800 bytes of text",
-        "c  version 1, 5 bytes of text",
+        "'c\\nd'  version 1, 5 bytes of text",
     ]
     assert captured.err == "3 documents in namespace 'listed'\n"
     assert main(["list", "--json", *flags]) == 0
@@ -146,7 +146,7 @@ def test_documents_are_listed_and_got_as_they_were_ingested(
     assert [(entry["id"], entry["version"], entry["title"]) for entry in listed] == [
         ("a", 1, "Orlen"),
         ("b", 1, ""),
-        ("c", 1, ""),
+        ("c\nd", 1, ""),
     ]
     assert main(["get", "b", "nobody", "a", *flags]) == 1
     captured = capsys.readouterr()

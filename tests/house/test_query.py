@@ -88,12 +88,17 @@ async def test_too_many_conditions_are_one_line_that_says_so(target: str, capsys
     assert "filter.conditions must be at most 16, got 17" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "!", "!!x", "!x=y", "!x!=y", "=x", "!=x", "size>3", "size<=3", "!size<3"])
+@pytest.mark.parametrize(
+    "text", ["", "!", "!!x", "!x=y", "!x!=y", "=x", "!=x", "size>3", "size<=3", "!size<3", "lang==de", "lang!==de"]
+)
 async def test_what_is_no_filter_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["query", "x", "--filter", text])
     assert raised.value.code == 2
-    assert f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY, without < and >, got {text!r}" in capsys.readouterr().err
+    assert (
+        f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with < or >), got {text!r}"
+        in capsys.readouterr().err
+    )
 
 
 async def test_the_first_comparison_divides_key_and_value() -> None:
