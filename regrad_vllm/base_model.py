@@ -69,6 +69,22 @@ def load_base_model(
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def fast_dtype(device: str) -> torch.dtype:
+    """To train an adapter in: bfloat16, but float32 on a CPU that emulates it, which took forty times as long."""
+    import torch
+
+    return torch.float32 if device == "cpu" and not has_wide_vectors() else torch.bfloat16
+
+
+def has_wide_vectors() -> bool:
+    """Whether bfloat16 is fast on this CPU. Where the system doesn't tell, yes: vLLM's own choice stands."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return True
+    return "avx512f" in flags or "amx_bf16" in flags or "bf16" in flags
+
+
 def build_layout(model: PreTrainedModel, *, rank: int, layers: Sequence[int], projections: Sequence[str]) -> Layout:
     """Layout of ``projections`` (such as "gate_proj") in ``layers`` of ``model``, found by name."""
     import torch

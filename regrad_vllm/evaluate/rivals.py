@@ -86,13 +86,13 @@ class Rivals:
         """δ of the LoRA of every document, with its index."""
         import torch
 
-        from regrad_vllm.base_model import load_base_model
+        from regrad_vllm.base_model import fast_dtype, load_base_model
         from regrad_vllm.encode.adapted_model import AdaptedModel
         from regrad_vllm.encode.prompting import PromptBuilder
         from regrad_vllm.learn.per_document import fit_each
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        base, tokenizer = load_base_model(self.model, dtype=torch.bfloat16, device=device)
+        base, tokenizer = load_base_model(self.model, dtype=fast_dtype(device), device=device)
         model = AdaptedModel(base, self.learner.layout, self.learner.scaling)
         texts = [(document.title, document.text) for document in data.documents]
         builder = PromptBuilder(tokenizer, self.learner.config.prompts)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from regrad_vllm.base_model import load_base_model
+from regrad_vllm.base_model import fast_dtype, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
@@ -42,7 +42,7 @@ def pretrain(
 
     check_base(learner, model_folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, tokenizer = load_base_model(model_folder, dtype=torch.bfloat16, device=device)
+    base, tokenizer = load_base_model(model_folder, dtype=fast_dtype(device), device=device)
     model = AdaptedModel(base, learner.layout, learner.scaling)
     builder = PromptBuilder(tokenizer, learner.config.prompts)
     tokens = [builder.document(*document, learner.config.max_document_tokens)[0] for document in documents]

@@ -15,7 +15,7 @@ def default_dtype() -> str:
     """bfloat16 where `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
     import torch
 
-    from regrad_vllm.serve.launch import has_wide_vectors
+    from regrad_vllm.base_model import has_wide_vectors
 
     return "bfloat16" if torch.cuda.is_available() or has_wide_vectors() else "float32"
 

@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from regrad_vllm.base_model import has_wide_vectors
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.settings import Settings, SettingsError, variable
 
@@ -213,12 +214,3 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def has_wide_vectors() -> bool:
-    """Whether bfloat16 is fast on this CPU. Where the system doesn't tell, yes: vLLM's own choice stands."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return True
-    return "avx512f" in flags or "amx_bf16" in flags or "bf16" in flags

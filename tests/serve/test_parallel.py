@@ -90,7 +90,7 @@ def serving(
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if os.cpu_count() != 1 else "0|0", **environment}
     server = VllmServer(model, [*common, *flags], variables, folder / "server.log")
     try:
-        server.wait_until_ready(240)
+        server.wait_until_ready(400)  # up to seven processes that import vLLM on two cores
         yield server
     finally:
         server.stop()
@@ -121,7 +121,7 @@ def sharded(
         yield server
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_operators_own_adapters_are_served_whole_or_refused(
     sharded: VllmServer, small_learner: Learner, tmp_path: Path
 ) -> None:
@@ -147,7 +147,7 @@ def test_operators_own_adapters_are_served_whole_or_refused(
         assert answers(sharded) == first, "what another adapter left in a slot is gone"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_each_tensor_parallel_worker_composes_its_shard_alone(sharded: VllmServer) -> None:
     answers(sharded)
     workers = sharded.status()["workers"]
@@ -165,7 +165,7 @@ def attention_adapter(learner: Learner) -> tuple[Learner, FloatArray]:
     return Learner(learner.config, layout, values, np.full(8, 0.1, np.float32)), values
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_ranks_and_api_servers_give_what_sharded_workers_give_and_leave_nothing_when_killed(
     small_model: Path, learner_folder: Path, bank: BankThread, tmp_path: Path, sharded: VllmServer
 ) -> None:
