@@ -26,6 +26,7 @@ from tests.bank.client import Client
 
 TOP_K = 10
 BATCH = 16
+REST = 0.002  # seconds between two searches of "raw_rested": about what the client of a bank waits for between them
 
 
 class RawIndex:
@@ -66,16 +67,17 @@ async def measure_queries(
         async def nothing(_: object) -> None:
             await health.Check(health_pb2.HealthCheckRequest())
 
-        passes = [
-            ("raw", in_process, vectors),
-            ("wire", client.stub.Query, requests),
-            ("grpc_alone", nothing, vectors),
-            ("one_by_id", client.stub.Query, named),
+        passes: list[tuple[str, Any, list[Any], float]] = [
+            ("raw", in_process, vectors, 0.0),
+            ("raw_rested", in_process, vectors, REST),
+            ("wire", client.stub.Query, requests, 0.0),
+            ("grpc_alone", nothing, vectors, 0.0),
+            ("one_by_id", client.stub.Query, named, 0.0),
         ]
         found: dict[str, list[Any]] = {}
         for repeat in range(repeats + 1):
-            for name, call, items in passes if repeat % 2 else passes[::-1]:
-                each, found[name] = await one_at_a_time(call, items)
+            for name, call, items, rest in passes if repeat % 2 else passes[::-1]:
+                each, found[name] = await one_at_a_time(call, items, rest=rest)
                 if repeat:
                     times.setdefault(name, []).append(each)
             for name, (each, rate) in {

@@ -17,12 +17,14 @@ PASS_SECONDS = 60.0  # of one pass; a slow kind of call is measured on fewer ite
 
 
 async def one_at_a_time(
-    call: Callable[[T], Awaitable[Any]], items: Sequence[T], seconds: float = PASS_SECONDS
+    call: Callable[[T], Awaitable[Any]], items: Sequence[T], seconds: float = PASS_SECONDS, rest: float = 0.0
 ) -> tuple[list[float], list[Any]]:
-    """Milliseconds of each call, and what it returned."""
+    """Milliseconds of each call, and what it returned. ``rest``: seconds before each, which don't count."""
     times, results = [], []
     end = time.perf_counter() + seconds
     for item in items:
+        if rest:
+            await asyncio.sleep(rest)
         started = time.perf_counter()
         results.append(await call(item))
         times.append(1e3 * (time.perf_counter() - started))
