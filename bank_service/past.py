@@ -156,7 +156,7 @@ def _as_of(view: CatalogView, query: Query) -> int:
     if as_of < oldest:
         raise OutOfRangeError(
             f"as_of must be at least {oldest} in namespace {query.namespace!r}, got {as_of}: what some documents were "
-            "before is no longer known; ask about a later state (history_seconds says how long the bank keeps them)",
+            "before is no longer known; ask about a later state (--history-seconds of the bank says how long it is)",
             field="as_of",
             limit=oldest,
         )

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
-
 from bank_service.config import BankConfig
-from bank_service.data_dir import BankAddress, DataDir
+from bank_service.data_dir import DataDir
 from bank_service.tls import server_credentials
 from bank_service.tokens_file import TokensFile
+from bank_service.wire.ports import check_port
 
 
 def check_startable(config: BankConfig) -> None:
@@ -24,30 +21,4 @@ def check_startable(config: BankConfig) -> None:
     server_credentials(config)
     for flag, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
         if port:
-            _check_port(config.host, port, flag)
-
-
-def cannot_listen(host: str, port: int, flag: str, error: OSError | None = None) -> str:
-    """The message. ``error``: why, where the operating system said it."""
-    target = BankAddress(host, port, None).target
-    reason = "" if error is None else f" ({os.strerror(error.errno or 0)})"
-    advice = f"choose another {flag} or --host"
-    if error is None or error.errno == errno.EADDRINUSE:
-        advice += ", or end the program that has it"
-    return f"the bank can't listen on {target}{reason}; {advice}"
-
-
-def _check_port(host: str, port: int, flag: str) -> None:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise RuntimeError(f"host must be a name or an address of this machine, got {host!r}") from error
-    refusal: OSError | None = None
-    for family, _, _, _, address in found:
-        try:
-            socket.create_server(address, family=family).close()
-        except OSError as error:
-            refusal = error
-        else:
-            return  # as for gRPC, one of the host's addresses is enough
-    raise RuntimeError(cannot_listen(host, port, flag, refusal)) from refusal
+            check_port("the bank", config.host, port, flag)

@@ -26,12 +26,12 @@ from bank_service.embedder import Embedder, MiniLmEmbedder
 from bank_service.encoder import Encoder
 from bank_service.metrics import BankMetrics
 from bank_service.namespace_limits import NamespaceLimits
-from bank_service.preflight import cannot_listen
 from bank_service.servicer import BankServicer
 from bank_service.tls import server_credentials
 from bank_service.tokens_file import TokensFile
 from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.ports import cannot_listen
 from bank_service.wire.tracing import configure_tracing
 
 __all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
@@ -150,7 +150,7 @@ class BankServer:
                 server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
             )
         except RuntimeError as error:
-            raise RuntimeError(cannot_listen(self._config.host, self._config.port, "--port")) from error
+            raise RuntimeError(cannot_listen("the bank", self._config.host, self._config.port, "--port")) from error
         await server.start()
 
         async def drain() -> None:
@@ -167,7 +167,7 @@ class BankServer:
         try:
             server, thread = prometheus_client.start_http_server(port, host, self._metrics.registry)
         except OSError as error:
-            raise RuntimeError(cannot_listen(host, port, "--metrics-port", error)) from error
+            raise RuntimeError(cannot_listen("the bank", host, port, "--metrics-port", error)) from error
         self._stack.callback(thread.join)
         self._stack.callback(server.server_close)
         self._stack.callback(server.shutdown)

@@ -21,7 +21,7 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 DEFAULT_NAMESPACE = "default"
 RETRY_AFTER_MS = 1000  # after which what was refused for too much at a time is worth another try
-MAX_RECONNECT_MS = 2_000  # between two tries of a client to reach a bank that is away
+MAX_RECONNECT_MS = 1_000  # between two tries of a client to reach a bank that is away
 
 
 def channel_options() -> list[tuple[str, int]]:
@@ -29,6 +29,6 @@ def channel_options() -> list[tuple[str, int]]:
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # A bank that was restarted is found again within seconds, not after minutes of ever rarer tries.
+        # A bank that was restarted is found again within a second or two, not after minutes of ever rarer tries.
         ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
     ]

@@ -11,7 +11,7 @@ from bank_service.config import BankConfig
 from bank_service.data_dir import BankAddress
 from regrad_vllm.cli.connection import DEFAULT_PORT
 from regrad_vllm.cli.console import CommandError, note, say
-from regrad_vllm.cli.flags import add_flags, given
+from regrad_vllm.flags import add_flags, given
 
 READY = "bank ready at "
 

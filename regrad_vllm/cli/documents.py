@@ -8,7 +8,7 @@ from typing import Any
 
 from regrad_vllm.arguments import whole
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
-from regrad_vllm.cli.console import note, one_line, say
+from regrad_vllm.cli.console import UsageError, note, one_line, say
 from regrad_vllm.cli.filters import HELP, METAVAR, filter_flag, filter_of
 from regrad_vllm.naming import RETRIEVALS
 
@@ -17,7 +17,7 @@ _SHOWN_CHARACTERS = 80
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     query = commands.add_parser("query", help="the documents nearest to a text")
-    query.add_argument("text")
+    query.add_argument("text", metavar="TEXT")
     query.add_argument("--top-k", type=int, default=3, help="documents at most (%(default)s)")
     query.add_argument("--min-score", type=float, help="leave out documents below this cosine")
     query.add_argument(
@@ -50,6 +50,8 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 def run_query(args: argparse.Namespace) -> int:
     from bank_service.wire.generated import bank_pb2
 
+    if not args.text.strip():
+        raise UsageError(f"TEXT must hold what to search for, got {args.text!r}")
     request = bank_pb2.QueryRequest(
         namespace=args.namespace,
         text=args.text,

@@ -34,16 +34,18 @@ class FilterFlag:
 def filter_flag(text: str) -> FilterFlag:
     """argparse's type of --filter. A key can't be empty here, nor begin with "!", nor have one of "=<>" in it, and a
     value can't begin with "=", though metadata can: "size>3" and "lang==de" are meant otherwise and would find nothing.
+    So would the spaces of "lang = de", which are left out.
     """
+    text = text.strip()
     compared = _COMPARISON.fullmatch(text)
-    key = text.removeprefix("!") if compared is None else compared[1]
+    key = (text.removeprefix("!") if compared is None else compared[1]).strip()
     if not _KEY.fullmatch(key) or (compared is not None and compared[3].startswith("=")):
         raise argparse.ArgumentTypeError(
             f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with < or >), got {text!r}"
         )
     if compared is None:
         return FilterFlag(key, "absent" if text.startswith("!") else "present")
-    return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", compared[3])
+    return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", compared[3].strip())
 
 
 def filter_of(flags: Sequence[FilterFlag]) -> bank_pb2.Filter:

@@ -12,14 +12,17 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from bank_service.wire.ports import check_port
 from regrad_vllm.base_model import has_wide_vectors
+from regrad_vllm.flags import settings_of
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.settings import Settings, SettingsError, variable
+from regrad_vllm.serve.settings import Settings, SettingsError, as_text, variable
 
 PLUGIN_NAME = "regrad"
 EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
@@ -29,6 +32,7 @@ GPU_MAX_NUM_SEQS = 128
 # What was run on a GPU: CUDA graphs of decoding steps, and no compiling, which our LoRA kernels were not tried with.
 GPU_COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
+_VLLM_PORT = 8000  # where --port is left out
 _SHORT_FLAGS = ("learner", "bank", "namespace")  # without the prefix regrad-
 # vLLM computes these projections as one module; the learner names them one by one.
 _MERGED = {
@@ -49,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         raise SettingsError(f"MODEL must come first, got {argv[0]!r}; as in `regrad serve default --port 8000`")
     flags, rest = parser.parse_known_args(argv[1:])
+    _check_rest(rest, parser)
     print_command = vars(flags).pop("print_command", False)
     model = _model_folder(argv[0])
     settings = _settings(flags, os.environ, argv[0])
@@ -60,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if print_command:
         sys.stdout.write(command_line(added, arguments) + "\n")
         return 0
+    _check_port(rest)
     sys.stdout.flush()
     os.execve(sys.executable, arguments, {**os.environ, **added})
 
@@ -155,11 +161,33 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--print-command", action="store_true", help="print the environment and command, run nothing")
-    for item in fields(Settings):
-        flag = item.name.replace("_", "-")
-        names = [f"--{flag}"] if item.name in _SHORT_FLAGS else [f"--regrad-{flag}"]
-        parser.add_argument(*names, dest=item.name, help=f"as {variable(item.name)} in the environment")
+    for setting in settings_of(Settings):
+        flag = setting.name.replace("_", "-")
+        default = "" if setting.default in (None, MISSING) else f"{as_text(setting.default)}; "
+        parser.add_argument(
+            f"--{flag}" if setting.name in _SHORT_FLAGS else f"--regrad-{flag}",
+            dest=setting.name,
+            help=f"{setting.help} ({default}{variable(setting.name)} in the environment)".lstrip().replace("%", "%%"),
+        )
     return parser
+
+
+def _check_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """SettingsError for a flag of ours that there isn't. vLLM would say so after a minute, and not which there are."""
+    ours = [name for action in parser._actions for name in action.option_strings]
+    unknown = [flag for flag in _given_flags(rest) if flag.startswith("regrad-")]
+    if unknown:
+        flag = f"--{unknown[0]}"
+        near = get_close_matches(flag, ours, 1, cutoff=0.85)
+        raise SettingsError(f"{flag} must be one of {', '.join(near or sorted(ours))}; see `regrad serve --help`")
+
+
+def _check_port(rest: Sequence[str]) -> None:
+    """RuntimeError where the port is taken: vLLM finds out when it has imported everything."""
+    given = _given_flags(rest)
+    port = given.get("port", str(_VLLM_PORT))
+    if not {"uds", "headless"} & set(given) and port.isdecimal() and 0 < int(port) < 65536:
+        check_port("the server", given.get("host") or "0.0.0.0", int(port), "--port")
 
 
 def _settings(flags: argparse.Namespace, environment: Mapping[str, str], model: str) -> Settings:

@@ -16,7 +16,7 @@ _MS_BUCKETS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 class Metrics:
     """Counters and histograms of the API server process."""
 
-    requests: Counter  # by outcome: adapter, base (switched off, or no document scored high enough), fallback
+    requests: Counter  # by outcome: adapter, base (switched off, or no document found), fallback
     errors: Counter  # by HTTP status
     retrieve_ms: Histogram
     fetch_ms: Histogram

@@ -32,7 +32,7 @@ from regrad_vllm.serve.plan import Plan
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.used import Used, UsedDocument
 
-NO_HITS = "no document scored high enough; the base model answers"
+NO_HITS = "no document was found; the base model answers"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,19 +31,19 @@ class SettingsError(ValueError):
 class Settings:
     """The settings of one server. The environment variable of a field is REGRAD_ and its name in capitals."""
 
-    learner: Path  # folder
-    bank: str = "127.0.0.1:50061"  # host:port
-    namespace: str = "default"
+    learner: Path  # folder; of the default model the one that ships
+    bank: str = "127.0.0.1:50061"  # host:port of the bank
+    namespace: str = "default"  # of requests that name none
     top_k: int | None = None  # None: the learner's, at most max_documents
     max_documents: int = 16  # of one request: the most for regrad.top_k and regrad.document_ids
     gamma: float | None = None  # None: the learner's
     min_score: float | None = None  # None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
-    default: bool = False  # ReGrad for requests to the base model's name that don't mention it
-    on_error: OnError = "fail_open"  # for requests that have ReGrad by default only
-    system_prompt: bool = True  # add the learner's where a request brings none
+    default: bool = False  # on: ReGrad also for requests to the base model's name that don't mention it
+    on_error: OnError = "fail_open"  # or fail_closed, for requests that have ReGrad by default only
+    system_prompt: bool = True  # on: add the learner's where a request brings none
     arena_dir: Path | None = None  # None: shared memory
-    arena_bytes: int = 256 * 2**20
+    arena_bytes: int = 256 * 2**20  # gradients fetched from the bank, kept on this machine for all workers
     worker_bytes: int = 256 * 2**20  # gradients that a worker keeps ready for composing, for each worker
     waiting_slots: int | None = None  # besides --max-loras, for adapters that wait for their turn; None: a 16th of it
     bank_timeout_ms: int = 5000  # for each call to the bank
@@ -129,8 +129,13 @@ class Settings:
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not None:
-                texts[variable(item.name)] = ("on" if value else "off") if isinstance(value, bool) else str(value)
+                texts[variable(item.name)] = as_text(value)
         return texts
+
+
+def as_text(value: object) -> str:
+    """A setting's value as the environment and the flags have it."""
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def variable(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bank_service.config import BankConfig
 from regrad_vllm.cli.bank import defaults
-from regrad_vllm.cli.flags import Setting, add_flags, settings_of
+from regrad_vllm.flags import Setting, add_flags, settings_of
 from regrad_vllm.serve.launch import _parser as _serve_parser
 from regrad_vllm.serve.settings import variable
 

@@ -111,6 +111,7 @@ def test_debug_shows_the_traceback() -> None:
         (["train", "/nowhere.toml"], "config /nowhere.toml does not exist"),
         (["export", str(ROOT / "tests"), "--document", "x"], "must be absent or an empty folder"),
         (["ingest", "/nowhere"], "1 input can't be used, nothing was ingested; mend them or pass --skip-bad"),
+        (["query", " "], "TEXT must hold what to search for, got ' '"),
         (["ingest", "--in-flight", "0", "README.md"], "--in-flight must be at least 1, got 0"),
         (["eval", "--server", "http://127.0.0.1:9"], "--server and --bank must be given together"),
         (["eval", "--in-process", "--likelihood"], "--likelihood must be left out with --in-process"),

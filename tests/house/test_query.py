@@ -105,4 +105,5 @@ async def test_the_first_comparison_divides_key_and_value() -> None:
     assert filter_flag("a!=b=c") == FilterFlag("a", "not_equals", "b=c")
     assert filter_flag("a=b!=c") == FilterFlag("a", "equals", "b!=c")
     assert filter_flag("a=line\nline") == FilterFlag("a", "equals", "line\nline")
+    assert filter_flag(" a  != b c ") == FilterFlag("a", "not_equals", "b c")
     assert filter_flag("a=<b>") == FilterFlag("a", "equals", "<b>")

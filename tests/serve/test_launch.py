@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,45 @@ def test_an_unknown_setting_ends_the_command_with_the_known_ones(model: Path, tm
         assert "REGRAD_TOPK must be one of" in server.tail() and "REGRAD_TOP_K" in server.tail()
     finally:
         server.stop()
+
+
+def test_a_flag_of_ours_that_there_is_not_is_refused_with_the_one_that_is_near(
+    model: Path, learner_folder: Path
+) -> None:
+    command = [str(model), "--learner", str(learner_folder)]
+    with pytest.raises(SettingsError, match="--regrad-topk must be one of --regrad-top-k; see"):
+        main([*command, "--regrad-topk", "2"])
+    with pytest.raises(SettingsError, match="--regrad-zzz must be one of --bank, --learner, --namespace, --print-com"):
+        main([*command, "--port=0", "--regrad-zzz=2"])
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(
+    model: Path, learner_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda *_: started.append("vllm"))
+    command = [str(model), "--learner", str(learner_folder)]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags in (["--port", port], [f"--port={port}", "--host", "127.0.0.1"]):
+            with pytest.raises(
+                RuntimeError, match=rf"the server can't listen on [\d.]+:{port} \(Address already in use"
+            ):
+                main([*command, *flags])
+        assert not started
+        main([*command, "--port", port, "--uds", "a-socket"])
+    main([*command, "--port", port])
+    assert len(started) == 2
+
+
+def test_the_help_says_what_each_setting_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "or fail_closed, for requests that have ReGrad by default only (fail_open; REGRAD_ON_ERROR in the environment)"
+        in said
+    )
+    assert "(off; REGRAD_DEFAULT in the environment)" in said
 
 
 def test_a_rank_below_the_learners_is_refused_before_anything_starts(

@@ -147,7 +147,11 @@ def test_a_route_without_regrad_refuses_to_be_asked_for_it(
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == "regrad"
     assert path in error["message"] and "/v1/responses" in error["message"]
-    assert asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, path)).json() == {"got": {"prompt": "x"}}
+    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x", "model": "base-regrad"}, path))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "model" and "got 'base-regrad'" in answer.json()["error"]["message"]
+    for body in ({"prompt": "x"}, {"prompt": "x", "model": "base"}, {"prompt": "x", "model": 3}):
+        assert asyncio.run(ask(settings, learner, arena, body, path)).json() == {"got": body}
 
 
 def test_a_body_of_any_other_route_is_not_read(settings: Settings, learner: Learner, arena: Arena) -> None:

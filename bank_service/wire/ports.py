@@ -1,0 +1,37 @@
+"""Whether a port can be listened on, and what to say where it can't."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+
+def check_port(what: str, host: str, port: int, flag: str) -> None:
+    """RuntimeError where none of the host's addresses can be had. Takes nothing: the next moment somebody may.
+
+    ``what`` is to listen, "the bank".
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise RuntimeError(f"host must be a name or an address of this machine, got {host!r}") from error
+    refusal: OSError | None = None
+    for family, _, _, _, address in found:
+        try:
+            socket.create_server(address, family=family).close()
+        except OSError as error:
+            refusal = error
+        else:
+            return  # as for gRPC, one of the host's addresses is enough
+    raise RuntimeError(cannot_listen(what, host, port, flag, refusal)) from refusal
+
+
+def cannot_listen(what: str, host: str, port: int, flag: str, error: OSError | None = None) -> str:
+    """The message. ``error``: why, where the operating system said it."""
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    reason = "" if error is None else f" ({os.strerror(error.errno or 0)})"
+    advice = f"choose another {flag} or --host"
+    if error is None or error.errno == errno.EADDRINUSE:
+        advice += ", or end the program that has it"
+    return f"{what} can't listen on {target}{reason}; {advice}"
