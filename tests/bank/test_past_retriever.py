@@ -133,3 +133,34 @@ def test_whether_anybody_waits_is_asked_before_each_batch(
     assert steps.count("asked") >= 5 + (5 if way in ("scan", "all") else 0), "for the past, and for the living"
     assert steps[0] == "asked" and steps.pop() == "compared", "at last those that are left"
     assert ("compared", "compared") not in pairwise(steps), "a batch each time"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_changes_between_two_batches_changes_no_answer(
+    collection: Collection, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "BATCH", 6)
+    generator, draw = np.random.default_rng(0), random.Random(0)
+    target = generator.standard_normal(4).astype(np.float32)
+    for number in [*range(60), *range(30)]:
+        collection.put(f"{number}", generator.standard_normal(4))
+    asked = Query("n", vector=(1.0,), top_k=10, as_of=90)
+    expected = [hit.id for hit in collection.past.search(asked, target).hits]
+    assert len(expected) == 10
+    left = [*expected, *(f"{number}" for number in range(60) if f"{number}" not in expected)]
+    num_changed = 0
+
+    def change() -> None:
+        """One of the answer first, then another, a third of them deleted, the rest put far away or where it's best."""
+        nonlocal num_changed
+        if left:
+            id = left.pop(0)
+            if draw.random() < 1 / 3:
+                collection.catalog.delete("n", id, None).result()
+            else:
+                collection.put(id, draw.choice([target, -target]))
+            num_changed += 1
+
+    assert [hit.id for hit in collection.past.search(asked, target, change).hits] == expected
+    assert num_changed >= 5
+    assert set(collection.now(replace(asked, as_of=None), target)) != set(expected)
