@@ -72,7 +72,8 @@ class BankConfig:
             object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
         if self.codec is not None and self.codec not in CODECS:
             raise ValueError(f"codec must be one of {', '.join(sorted(CODECS))}, got {self.codec!r}")
-        object.__setattr__(self, "host", self.host.removeprefix("[").removesuffix("]"))  # as IPv6 has them in URLs
+        host = self.host[1:-1] if self.host[:1] + self.host[-1:] == "[]" else self.host  # as URLs have IPv6
+        object.__setattr__(self, "host", host)
         if not self.host:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
         if self.redis_url is not None and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):

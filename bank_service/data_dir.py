@@ -58,7 +58,7 @@ class DataDir:
         (self.path / ADDRESS_FILE).unlink(missing_ok=True)  # of a bank that was killed
 
     def check_free(self) -> None:
-        """BankInUseError where another bank has the folder. Creates nothing."""
+        """BankInUseError where another bank has the folder. Creates nothing; has the lock itself for a moment."""
         try:
             lock = (self.path / "lock").open("r+")
         except OSError:

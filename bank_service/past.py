@@ -156,7 +156,7 @@ def _as_of(view: CatalogView, query: Query) -> int:
     if as_of < oldest:
         raise OutOfRangeError(
             f"as_of must be at least {oldest} in namespace {query.namespace!r}, got {as_of}: what some documents were "
-            "before is no longer known; ask about a later state (--history-seconds of the bank says how long it is)",
+            "before is no longer known; ask about a later state (a bank keeps the past with --history-seconds)",
             field="as_of",
             limit=oldest,
         )

@@ -8,7 +8,7 @@ import socket
 
 
 def check_port(what: str, host: str, port: int, flag: str) -> None:
-    """RuntimeError where none of the host's addresses can be had. Takes nothing: the next moment somebody may.
+    """RuntimeError where none of the host's addresses can be had. Keeps nothing: the next moment somebody may have it.
 
     ``what`` is to listen, "the bank".
     """
@@ -23,7 +23,7 @@ def check_port(what: str, host: str, port: int, flag: str) -> None:
         except OSError as error:
             refusal = error
         else:
-            return  # as for gRPC, one of the host's addresses is enough
+            return  # to gRPC one of the host's addresses is enough; who needs more is refused when it starts
     raise RuntimeError(cannot_listen(what, host, port, flag, refusal)) from refusal
 
 

@@ -8,8 +8,8 @@
   kill -9 with changes that the index snapshot lacks.
 - Queries: by vector, the 10 nearest, no texts; over the wire, and raw usearch in this process on the bank's own graph,
   from its snapshot. Headline: p50 over the wire less p50 raw, one at a time, the median over the repeats. Beside it:
-  what a health check costs on the same channel, raw searches with 2 ms of rest before each, as a bank's have, 8 in
-  flight, and recall@10 of both against float32 brute force.
+  what a health check costs on the same channel, raw searches with 2 ms of rest before each, 8 in flight,
+  and recall@10 of both against float32 brute force.
 - Other queries, figures only: filters, BM25 and hybrid by eight words of a document (both embed them, for the cosine),
   batches, and by text with the real embedder.
 - Fetch: gradients of the shipped learner's size, three at a time; see ``fetch.py``. Headline: MB/s of the bank from its

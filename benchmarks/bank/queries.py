@@ -26,7 +26,7 @@ from tests.bank.client import Client
 
 TOP_K = 10
 BATCH = 16
-REST = 0.002  # seconds between two searches of "raw_rested": about what the client of a bank waits for between them
+REST = 0.002  # seconds before each search of "raw_rested"; a bank's index rests for longer between two queries
 
 
 class RawIndex:

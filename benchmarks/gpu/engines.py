@@ -144,7 +144,7 @@ async def running(
 
     device: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if torch.cuda.is_available():
-        # What `regrad serve` asks for, in the sizes that are measured, for both: ready in a minute less than compiled.
+        # What `regrad serve` asks for, in the sizes that are measured, for both.
         graphs = json.loads(GPU_COMPILATION) | {"cudagraph_capture_sizes": list(graph_sizes)}
         device = {"dtype": "bfloat16", "gpu_memory_utilization": memory_share, "compilation_config": graphs}
     client = AsyncLLM.from_engine_args(

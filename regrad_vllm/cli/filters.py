@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 HELP = (
     "only documents whose metadata match, each time given; again with the same key: one of these values (or none of "
-    "them). KEY alone: it is there, !KEY: it is not"
+    "them). KEY alone: it is there, !KEY: it is not. Spaces around key and value don't count"
 )
 METAVAR = "KEY=VALUE|KEY!=VALUE|KEY|!KEY"
 _COMPARISON = re.compile(r"([^=]*?)(!?=)(.*)", re.DOTALL)
-_KEY = re.compile(r"[^!<>=][^<>=]*")
+_KEY = re.compile(r"[^!<>=]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +32,20 @@ class FilterFlag:
 
 
 def filter_flag(text: str) -> FilterFlag:
-    """argparse's type of --filter. A key can't be empty here, nor begin with "!", nor have one of "=<>" in it, and a
-    value can't begin with "=", though metadata can: "size>3" and "lang==de" are meant otherwise and would find nothing.
-    So would the spaces of "lang = de", which are left out.
+    """argparse's type of --filter. A key can't be empty here, nor have one of "!=<>" in it, and a value can't begin
+    with "=", though metadata can: "size>3" and "lang==de" are meant otherwise and would find nothing. So would the
+    spaces of "lang = de", which are left out.
     """
-    text = text.strip()
-    compared = _COMPARISON.fullmatch(text)
-    key = (text.removeprefix("!") if compared is None else compared[1]).strip()
-    if not _KEY.fullmatch(key) or (compared is not None and compared[3].startswith("=")):
+    compared = _COMPARISON.fullmatch(text.strip())
+    key = (text.strip().removeprefix("!") if compared is None else compared[1]).strip()
+    value = "" if compared is None else compared[3].strip()
+    if not _KEY.fullmatch(key) or value.startswith("="):
         raise argparse.ArgumentTypeError(
-            f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with < or >), got {text!r}"
+            f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with !, < or >), got {text!r}"
         )
     if compared is None:
-        return FilterFlag(key, "absent" if text.startswith("!") else "present")
-    return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", compared[3].strip())
+        return FilterFlag(key, "absent" if text.strip().startswith("!") else "present")
+    return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", value)
 
 
 def filter_of(flags: Sequence[FilterFlag]) -> bank_pb2.Filter:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bank_service.embedder import MiniLmEmbedder
-from regrad_vllm.base_model import base_digest, build_layout, has_wide_vectors, load_base_model
+from regrad_vllm.base_model import base_digest, build_layout, fast_dtype, load_base_model
 from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
 from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
 from regrad_vllm.encode.adapted_model import AdaptedModel
@@ -70,10 +70,8 @@ def train(
     if checkpoint.exists() and not resume:
         raise ConfigError(f"{checkpoint} exists; give --resume to go on, or delete {run} to start again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.compute_dtype == "bfloat16" and device.type == "cpu" and not has_wide_vectors():
-        _LOG.warning(
-            "compute_dtype should be float32 on this CPU, which emulates bfloat16 and takes forty times as long"
-        )
+    if getattr(torch, config.compute_dtype) == torch.bfloat16 != fast_dtype(device.type) and not checkpoint.exists():
+        _LOG.warning("compute_dtype should be float32 on this CPU, which may take many times as long for bfloat16")
     base, tokenizer = load_base_model(
         model_folder, dtype=getattr(torch, config.compute_dtype), device=str(device), attention="eager"
     )

@@ -15,9 +15,9 @@ def default_dtype() -> str:
     """bfloat16 where `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
     import torch
 
-    from regrad_vllm.base_model import has_wide_vectors
+    from regrad_vllm.base_model import fast_dtype
 
-    return "bfloat16" if torch.cuda.is_available() or has_wide_vectors() else "float32"
+    return str(fast_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
 
 
 def served_dtype(server: str) -> str:

@@ -45,16 +45,18 @@ _MERGED = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes ``vllm serve``, or prints what it would become. SettingsError, LearnerError."""
+    """Becomes ``vllm serve``, or prints what it would become. SettingsError, LearnerError; RuntimeError for a port."""
     parser = _parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise SettingsError(f"MODEL must come first, got {argv[0]!r}; as in `regrad serve default --port 8000`")
-    flags, rest = parser.parse_known_args(argv[1:])
+    flags, rest = parser.parse_known_args([_dashed(argument) for argument in argv[1:]])
     _check_rest(rest, parser)
     print_command = vars(flags).pop("print_command", False)
+    if not print_command:
+        _check_port(rest)
     model = _model_folder(argv[0])
     settings = _settings(flags, os.environ, argv[0])
     learner = Learner.load(settings.learner)
@@ -65,7 +67,6 @@ def main(argv: Sequence[str]) -> int:
     if print_command:
         sys.stdout.write(command_line(added, arguments) + "\n")
         return 0
-    _check_port(rest)
     sys.stdout.flush()
     os.execve(sys.executable, arguments, {**os.environ, **added})
 
@@ -182,11 +183,19 @@ def _check_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
         raise SettingsError(f"{flag} must be one of {', '.join(near or sorted(ours))}; see `regrad serve --help`")
 
 
+def _dashed(argument: str) -> str:
+    """vLLM takes --max_model_len for --max-model-len, so ours are taken so, too."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--regrad_") else argument
+
+
 def _check_port(rest: Sequence[str]) -> None:
     """RuntimeError where the port is taken: vLLM finds out when it has imported everything."""
     given = _given_flags(rest)
     port = given.get("port", str(_VLLM_PORT))
-    if not {"uds", "headless"} & set(given) and port.isdecimal() and 0 < int(port) < 65536:
+    # A --config may name another port, or a socket; the rest listens on none.
+    unknown = {"config", "uds", "headless", "help"} & set(given) or "-h" in rest or given.get("api-server-count") == "0"
+    if not unknown and port.isdecimal() and 0 < int(port) < 65536:
         check_port("the server", given.get("host") or "0.0.0.0", int(port), "--port")
 
 

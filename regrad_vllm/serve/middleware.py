@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +72,7 @@ class RegradMiddleware:
                 return
             document = _parse(body)
             if shape is None and document is not None:
-                _check_absent(document, str(path), runtime.planner.regrad_names)
+                _check_absent(document, str(path), runtime.planner)
             plan = _plan(document, shape, scope, runtime) if document is not None and shape is not None else None
             if document is None or shape is None or plan is None:
                 await self._app(scope, _Replay(body, receive), send)
@@ -159,14 +159,15 @@ class _Replay:
         return message
 
 
-def _check_absent(document: Body, path: str, regrad_names: Collection[str]) -> None:
+def _check_absent(document: Body, path: str, planner: Planner) -> None:
     """RequestError for a request that asks for ReGrad where it isn't."""
     supported = f"{', '.join(SHAPES)} support it"
     if "regrad" in document:
         raise RequestError(400, f"regrad must be absent on {path}, got it; {supported}", "regrad")
     model = document.get("model")
-    if isinstance(model, str) and model in regrad_names:
-        raise RequestError(400, f"model must be one without ReGrad on {path}, got {model!r}; {supported}", "model")
+    if isinstance(model, str) and model in planner.regrad_names:
+        allowed = f"without ReGrad on {path}, such as {planner.model_names[0]}"
+        raise RequestError(400, f"model must be one {allowed}, got {model!r}; {supported}", "model")
 
 
 def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) -> Plan | Used | None:

@@ -23,7 +23,7 @@ from bank_service.wire.errors import (
 )
 from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
-from regrad_vllm.adapt.bank_client import Answer, BankClient, Hit
+from regrad_vllm.adapt.bank_client import Answer, BankClient, Hit, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.engine import AdapterError, Engine, Place
 from regrad_vllm.serve.errors import RequestError
@@ -31,8 +31,6 @@ from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.plan import Plan
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.used import Used, UsedDocument
-
-NO_HITS = "no document was found; the base model answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ class Retriever:
                 for hit, weight in zip(answer.hits, self._weights(answer.hits), strict=True)
             ),
             adapter=recipe.name if recipe else None,
-            reason=None if recipe else NO_HITS,
+            reason=None if recipe else no_hits(plan.query),
             timings_ms=timings,
             sequence=answer.sequence,
         )
@@ -199,3 +197,14 @@ def as_request_error(error: Exception, bank: str) -> RequestError:
         return RequestError(503, str(error))
     retry = retry_after_ms(error) if isinstance(error, BankError) else None
     return RequestError(503, f"the gradient bank at {bank} can't answer: {error}", retry_after_ms=retry)
+
+
+def no_hits(query: Query) -> str:
+    """Why no document was used: what of the request one would have had to meet."""
+    wanted = [
+        *(["was there then"] if query.as_of is not None else []),
+        *(["matches the filter"] if query.conditions else []),
+        *(["has a word of the query"] if query.retrieval == "lexical" else []),
+        *([f"scores {query.min_score:g} or more"] if query.min_score is not None else []),
+    ]
+    return f"no document {' and '.join(wanted) or 'is there'}; the base model answers"

@@ -31,16 +31,16 @@ class SettingsError(ValueError):
 class Settings:
     """The settings of one server. The environment variable of a field is REGRAD_ and its name in capitals."""
 
-    learner: Path  # folder; of the default model the one that ships
+    learner: Path  # folder; the default model may go without, one ships for it
     bank: str = "127.0.0.1:50061"  # host:port of the bank
     namespace: str = "default"  # of requests that name none
-    top_k: int | None = None  # None: the learner's, at most max_documents
+    top_k: int | None = None  # None: the learner's, at most --regrad-max-documents
     max_documents: int = 16  # of one request: the most for regrad.top_k and regrad.document_ids
     gamma: float | None = None  # None: the learner's
     min_score: float | None = None  # None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
     default: bool = False  # on: ReGrad also for requests to the base model's name that don't mention it
-    on_error: OnError = "fail_open"  # or fail_closed, for requests that have ReGrad by default only
+    on_error: OnError = "fail_open"  # the base model answers; fail_closed: an error; if ReGrad is on by default only
     system_prompt: bool = True  # on: add the learner's where a request brings none
     arena_dir: Path | None = None  # None: shared memory
     arena_bytes: int = 256 * 2**20  # gradients fetched from the bank, kept on this machine for all workers

@@ -89,14 +89,31 @@ async def test_too_many_conditions_are_one_line_that_says_so(target: str, capsys
 
 
 @pytest.mark.parametrize(
-    "text", ["", "!", "!!x", "!x=y", "!x!=y", "=x", "!=x", "size>3", "size<=3", "!size<3", "lang==de", "lang!==de"]
+    "text",
+    [
+        "",
+        "!",
+        "!!x",
+        "!x=y",
+        "!x!=y",
+        "=x",
+        "!=x",
+        "size>3",
+        "size<=3",
+        "!size<3",
+        "lang==de",
+        "lang!==de",
+        "a= =b",
+        "a = = b",
+        "a ! = b",
+    ],
 )
 async def test_what_is_no_filter_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["query", "x", "--filter", text])
     assert raised.value.code == 2
     assert (
-        f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with < or >), got {text!r}"
+        f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with !, < or >), got {text!r}"
         in capsys.readouterr().err
     )
 

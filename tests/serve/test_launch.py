@@ -134,6 +134,8 @@ def test_a_flag_of_ours_that_there_is_not_is_refused_with_the_one_that_is_near(
         main([*command, "--regrad-topk", "2"])
     with pytest.raises(SettingsError, match="--regrad-zzz must be one of --bank, --learner, --namespace, --print-com"):
         main([*command, "--port=0", "--regrad-zzz=2"])
+    with pytest.raises(SettingsError, match="REGRAD_TOP_K must be in"):
+        main([*command, "--port=0", "--regrad_top_k", "99"])
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(
@@ -150,16 +152,21 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(
             ):
                 main([*command, *flags])
         assert not started
-        main([*command, "--port", port, "--uds", "a-socket"])
+        with pytest.raises(RuntimeError, match="can't listen"):
+            main(["/nowhere", "--learner", "/nowhere", "--port", port])  # before anything is read
+        others = (["--uds", "a-socket"], ["--headless"], ["--config", "a-file"], ["--help"], ["-h"])
+        for number, flags in enumerate((*others, ["--api-server-count", "0"]), 1):
+            main([*command, "--port", port, *flags])
+            assert len(started) == number
     main([*command, "--port", port])
-    assert len(started) == 2
+    assert len(started) == 7
 
 
 def test_the_help_says_what_each_setting_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "or fail_closed, for requests that have ReGrad by default only (fail_open; REGRAD_ON_ERROR in the environment)"
+        "the base model answers; fail_closed: an error; if ReGrad is on by default only (fail_open; REGRAD_ON_ERROR in"
         in said
     )
     assert "(off; REGRAD_DEFAULT in the environment)" in said

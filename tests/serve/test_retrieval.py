@@ -12,9 +12,10 @@ import pytest
 from fastapi.responses import JSONResponse
 
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from regrad_vllm.adapt.bank_client import BankClient, Query
+from regrad_vllm.adapt.bank_client import BankClient, Condition, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import Retrieval
+from regrad_vllm.serve.retriever import no_hits
 from tests.serve.support import BankThread
 from tests.serve.test_releases import EngineLists, serving
 
@@ -121,3 +122,21 @@ def test_a_request_as_of_an_earlier_sequence_gets_the_documents_of_then(
             assert f"must be at least {changed}" in error["message"]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "no document is there"),
+        ({"min_score": 0.5}, "no document scores 0.5 or more"),
+        ({"retrieval": "lexical"}, "no document has a word of the query"),
+        (
+            {"conditions": (Condition("set", "present", ()),), "as_of": 0, "min_score": -0.25},
+            "no document was there then and matches the filter and scores -0.25 or more",
+        ),
+    ],
+)
+def test_where_no_document_is_used_the_reason_says_what_one_would_have_had_to_meet(
+    fields: dict[str, Any], reason: str
+) -> None:
+    assert no_hits(Query("default", text="x", **fields)) == f"{reason}; the base model answers"
