@@ -245,7 +245,7 @@ async def test_without_history_only_what_was_superseded_is_unknown(client: Clien
     changed = (await client.put("b", "another text")).sequence
     error = await client.refused(client.query(text="text", top_k=9, as_of=changed - 1), OutOfRangeError)
     assert (error.field, error.limit) == ("as_of", changed)
-    assert f"as_of must be at least {changed}" in error.message and "history_seconds" in error.message
+    assert f"as_of must be at least {changed}" in error.message and "--history-seconds" in error.message
     assert len((await client.query(text="text", top_k=9, as_of=changed)).hits) == 3
     assert len((await client.query(namespace="other", text="text", top_k=9, as_of=0)).hits) == 0, "knows all of its own"
     deleted = (await client.delete("c")).sequence

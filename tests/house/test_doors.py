@@ -38,6 +38,7 @@ OPEN_TO_COMMAND_LINE = (
     "bank_service.data_dir",
     "bank_service.documents",
     "bank_service.offline",
+    "bank_service.preflight",
     "bank_service.restore",
     "bank_service.server",
     "bank_service.snapshot",
