@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from bank_service.errors import BankInUseError
+from bank_service.wire.ports import target_of
 
 ADDRESS_FILE = "address.json"
 
@@ -25,7 +26,7 @@ class BankAddress:
     @property
     def target(self) -> str:
         """For a gRPC channel."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return target_of(self.host, self.port)
 
 
 class DataDir:

@@ -31,7 +31,7 @@ from bank_service.tls import server_credentials
 from bank_service.tokens_file import TokensFile
 from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from bank_service.wire.ports import cannot_listen
+from bank_service.wire.ports import cannot_listen, target_of
 from bank_service.wire.tracing import configure_tracing
 
 __all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
@@ -143,14 +143,14 @@ class BankServer:
         bank_pb2_grpc.add_BankServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
-        target = BankAddress(self._config.host, self._config.port, None).target
+        target = target_of(config.host, config.port)
         # Health and reflection have no check of tokens: they tell nothing of documents.
         try:
             port = (
                 server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
             )
         except RuntimeError as error:
-            raise RuntimeError(cannot_listen("the bank", self._config.host, self._config.port, "--port")) from error
+            raise RuntimeError(cannot_listen("the bank", config.host, config.port, "--port")) from error
         await server.start()
 
         async def drain() -> None:

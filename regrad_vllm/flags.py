@@ -25,6 +25,16 @@ class Setting:
     default: Any  # MISSING where there is none
     help: str  # the comment at the field
 
+    @property
+    def default_text(self) -> str:
+        """As a flag has it; empty where there is none."""
+        return "" if self.default in (None, MISSING) else as_text(self.default)
+
+
+def as_text(value: object) -> str:
+    """A setting's value as flags and the environment have it."""
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
 
 def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> tuple[Setting, ...]:
     """The fields of a dataclass, described by the comments beside them. ``defaults`` go before the dataclass's own."""
@@ -43,7 +53,7 @@ def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> t
 def add_flags(parser: argparse.ArgumentParser, config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> None:
     """One flag per setting, --data-dir for data_dir. What is not given is not in the result; see ``given``."""
     for setting in settings_of(config_class, defaults):
-        default = "" if setting.default in (None, MISSING) else f" ({setting.default})"
+        default = f" ({setting.default_text})" if setting.default_text else ""
         parser.add_argument(
             "--" + setting.name.replace("_", "-"),
             dest=setting.name,

@@ -1,10 +1,15 @@
-"""Whether a port can be listened on, and what to say where it can't."""
+"""Host and port as one text; whether they can be listened on, and what to say where they can't."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+
+
+def target_of(host: str, port: int) -> str:
+    """For a gRPC channel."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_port(what: str, host: str, port: int, flag: str) -> None:
@@ -29,9 +34,8 @@ def check_port(what: str, host: str, port: int, flag: str) -> None:
 
 def cannot_listen(what: str, host: str, port: int, flag: str, error: OSError | None = None) -> str:
     """The message. ``error``: why, where the operating system said it."""
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     reason = "" if error is None else f" ({os.strerror(error.errno or 0)})"
     advice = f"choose another {flag} or --host"
     if error is None or error.errno == errno.EADDRINUSE:
         advice += ", or end the program that has it"
-    return f"{what} can't listen on {target}{reason}; {advice}"
+    return f"{what} can't listen on {target_of(host, port)}{reason}; {advice}"

@@ -36,15 +36,16 @@ def filter_flag(text: str) -> FilterFlag:
     with "=", though metadata can: "size>3" and "lang==de" are meant otherwise and would find nothing. So would the
     spaces of "lang = de", which are left out.
     """
-    compared = _COMPARISON.fullmatch(text.strip())
-    key = (text.strip().removeprefix("!") if compared is None else compared[1]).strip()
+    condition = text.strip()
+    compared = _COMPARISON.fullmatch(condition)
+    key = (condition.removeprefix("!") if compared is None else compared[1]).strip()
     value = "" if compared is None else compared[3].strip()
     if not _KEY.fullmatch(key) or value.startswith("="):
         raise argparse.ArgumentTypeError(
             f"must be KEY=VALUE, KEY!=VALUE, KEY or !KEY (one =, and no KEY with !, < or >), got {text!r}"
         )
     if compared is None:
-        return FilterFlag(key, "absent" if text.strip().startswith("!") else "present")
+        return FilterFlag(key, "absent" if condition.startswith("!") else "present")
     return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", value)
 
 

@@ -6,10 +6,11 @@ import argparse
 import json
 from typing import Any
 
+from bank_service.wire.limits import MAX_PAGE_SIZE
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
 from regrad_vllm.cli.console import count, note, one_line, say
 
-_PAGE = 1000
+_PAGE = MAX_PAGE_SIZE
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type

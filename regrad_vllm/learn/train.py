@@ -70,11 +70,10 @@ def train(
     if checkpoint.exists() and not resume:
         raise ConfigError(f"{checkpoint} exists; give --resume to go on, or delete {run} to start again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if getattr(torch, config.compute_dtype) == torch.bfloat16 != fast_dtype(device.type) and not checkpoint.exists():
+    dtype = getattr(torch, config.compute_dtype)
+    if dtype == torch.bfloat16 != fast_dtype(device.type) and not checkpoint.exists():
         _LOG.warning("compute_dtype should be float32 on this CPU, which may take many times as long for bfloat16")
-    base, tokenizer = load_base_model(
-        model_folder, dtype=getattr(torch, config.compute_dtype), device=str(device), attention="eager"
-    )
+    base, tokenizer = load_base_model(model_folder, dtype=dtype, device=str(device), attention="eager")
     layers = range(config.first_layer, base.config.num_hidden_layers)
     layout = build_layout(base, rank=config.rank, layers=layers, projections=config.projections)
     model = AdaptedModel(base, layout, config.lora_alpha / config.rank)

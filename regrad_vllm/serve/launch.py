@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from bank_service.wire.ports import check_port
 from regrad_vllm.base_model import has_wide_vectors
 from regrad_vllm.flags import settings_of
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.settings import Settings, SettingsError, as_text, variable
+from regrad_vllm.serve.settings import Settings, SettingsError, variable
 
 PLUGIN_NAME = "regrad"
 EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
@@ -164,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-command", action="store_true", help="print the environment and command, run nothing")
     for setting in settings_of(Settings):
         flag = setting.name.replace("_", "-")
-        default = "" if setting.default in (None, MISSING) else f"{as_text(setting.default)}; "
+        default = f"{setting.default_text}; " if setting.default_text else ""
         parser.add_argument(
             f"--{flag}" if setting.name in _SHORT_FLAGS else f"--regrad-{flag}",
             dest=setting.name,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from bank_service.wire.channel import BankCredentials
 
+from regrad_vllm.flags import as_text
 from regrad_vllm.naming import RETRIEVALS, Retrieval
 
 PREFIX = "REGRAD_"
@@ -131,11 +132,6 @@ class Settings:
             if value is not None:
                 texts[variable(item.name)] = as_text(value)
         return texts
-
-
-def as_text(value: object) -> str:
-    """A setting's value as the environment and the flags have it."""
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def variable(name: str) -> str:

@@ -52,9 +52,7 @@ def _flags(class_name: str) -> dict[str, str]:
 def _default(setting: Setting) -> str:
     if setting.default is MISSING:
         return "required"
-    if isinstance(setting.default, bool):
-        return "on" if setting.default else "off"
-    return "–" if setting.default is None else str(setting.default)
+    return setting.default_text or "–"
 
 
 if __name__ == "__main__":
