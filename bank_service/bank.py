@@ -16,16 +16,36 @@ from dataclasses import replace
 
 import numpy as np
 
-from bank_service.background import Background
+from bank_service.backup.snapshot import Progress
+from bank_service.backup.snapshotter import Snapshotter
 from bank_service.bank_stats import BankStats, read_stats
-from bank_service.batch import answer_batch
-from bank_service.blob_store import BlobStore
-from bank_service.catalog import Catalog, CollectionIdentity, stored_codec
-from bank_service.catalog_view import ListEntry
-from bank_service.catalog_writes import DeleteResult, document_not_found
-from bank_service.config import BankConfig
-from bank_service.discarder import Discarder
-from bank_service.documents import (
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.cache.gradient_cache import GradientCache
+from bank_service.catalog.sqlite.catalog import Catalog, CollectionIdentity, stored_codec
+from bank_service.catalog.sqlite.catalog_view import ListEntry
+from bank_service.catalog.sqlite.catalog_writes import DeleteResult, document_not_found
+from bank_service.errors import LearnerMismatchError, NotFoundError
+from bank_service.records.discarder import Discarder
+from bank_service.records.encode_queue import EncodeQueue
+from bank_service.records.record_reader import MayRead, RecordReader
+from bank_service.records.stores import Pools, Stores
+from bank_service.records.writer import Writer
+from bank_service.runtime.background import Background
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.runtime.threads import in_thread
+from bank_service.search.batch import answer_batch
+from bank_service.search.exact_vectors import ExactVectors
+from bank_service.search.index_follower import IndexFollower
+from bank_service.search.past import PastRetriever
+from bank_service.search.retrieval import Retriever
+from bank_service.search.searcher import Searcher
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.upkeep.recode import RecodeProgress, Recoder
+from bank_service.upkeep.repair import Repairer
+from bank_service.upkeep.scrub import Scrubber, ScrubCounts
+from bank_service.upkeep.upkeep import Upkeep
+from bank_service.values.config import BankConfig
+from bank_service.values.documents import (
     Document,
     PutResult,
     Query,
@@ -36,31 +56,11 @@ from bank_service.documents import (
     check_namespace,
     check_vector,
 )
-from bank_service.embedder import Embedder
-from bank_service.encode_queue import EncodeQueue
-from bank_service.encoder import Encoder
-from bank_service.errors import LearnerMismatchError, NotFoundError
-from bank_service.exact_vectors import ExactVectors
-from bank_service.gradient_cache import GradientCache
-from bank_service.index_follower import IndexFollower
-from bank_service.metrics import BankMetrics
-from bank_service.namespace_limits import LimitsOf, unlimited
-from bank_service.past import PastRetriever
-from bank_service.recode import RecodeProgress, Recoder
-from bank_service.record_reader import MayRead, RecordReader
-from bank_service.repair import Repairer
-from bank_service.retrieval import Retriever
-from bank_service.scrub import Scrubber, ScrubCounts
-from bank_service.searcher import Searcher
-from bank_service.snapshot import Progress
-from bank_service.snapshotter import Snapshotter
-from bank_service.stores import Pools, Stores
-from bank_service.threads import in_thread
-from bank_service.upkeep import Upkeep
-from bank_service.usearch_index import UsearchIndex
+from bank_service.values.embedder import Embedder
+from bank_service.values.encoder import Encoder
+from bank_service.values.namespace_limits import LimitsOf, unlimited
 from bank_service.wire.codec import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
 from bank_service.wire.tracing import span
-from bank_service.writer import Writer
 
 logger = logging.getLogger(__name__)
 

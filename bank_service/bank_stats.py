@@ -6,11 +6,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from bank_service import __version__
-from bank_service.catalog import CollectionIdentity
-from bank_service.catalog_view import Totals
-from bank_service.record_reader import MayRead
-from bank_service.stores import Stores
-from bank_service.threads import in_thread
+from bank_service.catalog.sqlite.catalog import CollectionIdentity
+from bank_service.catalog.sqlite.catalog_view import Totals
+from bank_service.records.record_reader import MayRead
+from bank_service.records.stores import Stores
+from bank_service.runtime.threads import in_thread
 
 
 @dataclass(frozen=True, slots=True)

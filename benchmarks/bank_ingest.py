@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from bank_service.blob_store import fsync_folder
-from bank_service.config import BankConfig
-from bank_service.data_dir import read_address
-from bank_service.server import serve
+from bank_service.blobs.blob_store import fsync_folder
+from bank_service.runtime.data_dir import read_address
+from bank_service.service.server import serve
+from bank_service.values.config import BankConfig
 from bank_service.wire.codec import GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_CHUNK_BYTES

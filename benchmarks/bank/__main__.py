@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bank_service import __version__
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 from benchmarks.bank.build import build
 from benchmarks.bank.corpus import Corpus
 from benchmarks.bank.fetch import measure_fetch

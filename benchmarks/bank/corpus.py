@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bank_service.vector_index import unit
+from bank_service.values.vectors import unit
 from bank_service.wire.codec import FloatArray, GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import upload_of

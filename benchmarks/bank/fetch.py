@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
-from bank_service.blob_store import BlobStore
-from bank_service.embedded_redis import EmbeddedRedis
-from bank_service.gradient_cache import KEY_PREFIX
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.cache.gradient_cache import KEY_PREFIX
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from benchmarks.bank.server import BankProcess, running_bank

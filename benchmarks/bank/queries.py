@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.usearch_index import MANIFEST, _new_index, expansion_of
+from bank_service.search.usearch_index import MANIFEST, _new_index, expansion_of
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 from benchmarks.bank.corpus import SELECTIVITIES, Question, id_of, number_of

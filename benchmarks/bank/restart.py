@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bank_service.config import BankConfig
-from bank_service.index_follower import snapshot_after
+from bank_service.search.index_follower import snapshot_after
+from bank_service.values.config import BankConfig
 from benchmarks.bank.build import touch
 from benchmarks.bank.corpus import BLOCK, Corpus
 from benchmarks.bank.server import BankProcess, running_bank

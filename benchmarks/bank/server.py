@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from bank_service.config import BankConfig
-from bank_service.data_dir import read_address
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.server import serve
+from bank_service.runtime.data_dir import read_address
+from bank_service.service.server import serve
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from benchmarks.bank_ingest import spec_with
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 

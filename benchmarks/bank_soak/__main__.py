@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bank_service import __version__
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 from benchmarks.bank.server import BankProcess, running_bank
 from benchmarks.bank.timing import percentile
 from benchmarks.bank_ingest import spec_with

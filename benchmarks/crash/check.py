@@ -10,11 +10,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from bank_service.blob_store import BlobStore
-from bank_service.catalog_file import CATALOG_FILE
+from bank_service.backup.restore import restore
+from bank_service.backup.snapshot import MANIFEST, WORK_FOLDER
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.catalog.sqlite.catalog_file import CATALOG_FILE
 from bank_service.errors import SnapshotError
-from bank_service.restore import restore
-from bank_service.snapshot import MANIFEST, WORK_FOLDER
 from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.load import MAX_HITS
 from benchmarks.crash.model import Content, Model, Verdict, is_right

@@ -16,7 +16,7 @@ from typing import Self
 
 import psutil
 
-from bank_service.data_dir import ADDRESS_FILE, BankAddress, read_address
+from bank_service.runtime.data_dir import ADDRESS_FILE, BankAddress, read_address
 from tests.bank.faults import Fault
 
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bank_service.config import BankConfig
+from bank_service.values.config import BankConfig
 from regrad_vllm.cli.bank import defaults
 from regrad_vllm.cli.connection import add_credential_flags, connect
 from regrad_vllm.cli.console import CommandError, count, note, say
 
 if TYPE_CHECKING:
-    from bank_service.snapshot import Progress
+    from bank_service.backup.snapshot import Progress
 
 _SNAPSHOT = """A snapshot of a whole bank, while it runs: one consistent state of its catalog and every gradient that it
 names, to a folder or to a URL that fsspec can open (s3://… with the package s3fs, …). Again to the same target, it
@@ -46,9 +46,9 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    from bank_service.data_dir import read_address
+    from bank_service.backup.snapshot import snapshot_folder
     from bank_service.errors import BankInUseError
-    from bank_service.snapshot import snapshot_folder
+    from bank_service.runtime.data_dir import read_address
 
     target = _absolute(args.target)
     if args.bank is not None:
@@ -86,7 +86,7 @@ def _report(target: str, num_copied: int, num_gradients: int, sequence: int) -> 
 
 
 def _restore(args: argparse.Namespace) -> int:
-    from bank_service.restore import restore
+    from bank_service.backup.restore import restore
 
     data_dir = args.data_dir.absolute()
     last = _followed(restore(_absolute(args.source), data_dir))
@@ -100,7 +100,7 @@ def _restore(args: argparse.Namespace) -> int:
 
 def _scrub(args: argparse.Namespace) -> int:
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
-    from bank_service.offline import scrub
+    from bank_service.service.offline import scrub
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.encoder import GradientEncoder
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bank_service.config import BankConfig
-from bank_service.data_dir import BankAddress
+from bank_service.runtime.data_dir import BankAddress
+from bank_service.values.config import BankConfig
 from regrad_vllm.cli.connection import DEFAULT_PORT
 from regrad_vllm.cli.console import CommandError, note, say
 from regrad_vllm.flags import add_flags, given
@@ -28,12 +28,12 @@ def run(args: argparse.Namespace) -> int:
     config = BankConfig(**(defaults() | given(args, BankConfig)))
 
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
-    from bank_service.preflight import check_startable
+    from bank_service.service.preflight import check_startable
 
     try:
         check_startable(config)
 
-        from bank_service.server import run_bank
+        from bank_service.service.server import run_bank
         from regrad_vllm.default_model import resolve_model, shipped_learner
         from regrad_vllm.encode.encoder import GradientEncoder
         from regrad_vllm.observe import configure_logging

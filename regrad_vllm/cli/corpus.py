@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bank_service.documents import Document
 from bank_service.errors import InvalidArgumentError
+from bank_service.values.documents import Document
 from regrad_vllm.data.passages import split_markdown, split_plain
 
 ENDINGS = (".txt", ".md", ".jsonl")

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run(args: argparse.Namespace) -> int:
-    from bank_service.tokens_file import new_token
+    from bank_service.service.tokens_file import new_token
 
     secret, line = new_token(args.name, args.scope, args.namespace)
     if args.token_file is None:

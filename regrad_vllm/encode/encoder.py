@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bank_service.encoder import EncodedDocument
+from bank_service.values.encoder import EncodedDocument
 from regrad_vllm.base_model import base_digest, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradients import document_deltas
@@ -21,7 +21,7 @@ _MAX_ROWS_PER_PASS = 32
 
 
 class GradientEncoder:
-    """δ_d = a ⊙ ∇φ L_LM(φ*; d) for batches of documents. Implements ``bank_service.encoder.Encoder``."""
+    """δ_d = a ⊙ ∇φ L_LM(φ*; d) for batches of documents. Implements ``bank_service.values.encoder.Encoder``."""
 
     def __init__(self, model: AdaptedModel, builder: PromptBuilder, learner: Learner) -> None:
         self.learner = learner

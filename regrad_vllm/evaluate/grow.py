@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner

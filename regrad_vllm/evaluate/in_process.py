@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bank_service.embedder import Embedder, MiniLmEmbedder, embedded_text
+from bank_service.values.embedder import Embedder, MiniLmEmbedder, embedded_text
 from bank_service.wire.codec import DEFAULT_CODEC, decode_gradient, encode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model

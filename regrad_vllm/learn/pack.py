@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, cast
 
-from bank_service.embedder import installed_files
+from bank_service.values.embedder import installed_files
 from regrad_vllm.data.questions import SPLITS
 from regrad_vllm.learn.carried import CHECKPOINT, leave_state
 from regrad_vllm.learn.config import ConfigError, TrainConfig

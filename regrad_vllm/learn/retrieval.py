@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bank_service.embedder import Embedder, embedded_text
+from bank_service.values.embedder import Embedder, embedded_text
 from regrad_vllm.learn.tasks import Retrieval, TaskSet
 
 NUM_HITS = 10

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 from regrad_vllm.base_model import base_digest, build_layout, fast_dtype, load_base_model
 from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
 from regrad_vllm.data.questions import SPLITS, DataSplit, load_split

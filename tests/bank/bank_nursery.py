@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bank_service.config import BankConfig
-from bank_service.server import serve
+from bank_service.service.server import serve
+from bank_service.values.config import BankConfig
 from tests.bank.faults import Fault, plant
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 

@@ -6,8 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from bank_service.config import BankConfig
-from bank_service.server import run_bank
+from bank_service.service.server import run_bank
+from bank_service.values.config import BankConfig
 from tests.bank.hash_encoder import HashEncoder
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder
 

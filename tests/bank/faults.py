@@ -11,31 +11,31 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import bank_service.blob_store
-import bank_service.catalog
-import bank_service.usearch_index
-from bank_service.blob_store import BlobStore
-from bank_service.catalog import Catalog
-from bank_service.discarder import Discarder
-from bank_service.encoder import EncodedDocument
-from bank_service.gradient_cache import GradientCache
-from bank_service.group_commit import GroupCommit
-from bank_service.searcher import Searcher
-from bank_service.snapshot import SnapshotWriter
-from bank_service.snapshot_store import FolderStore
-from bank_service.usearch_index import UsearchIndex
+import bank_service.blobs.blob_store
+import bank_service.catalog.sqlite.catalog
+import bank_service.search.usearch_index
+from bank_service.backup.snapshot import SnapshotWriter
+from bank_service.backup.snapshot_store import FolderStore
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.cache.gradient_cache import GradientCache
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.group_commit import GroupCommit
+from bank_service.records.discarder import Discarder
+from bank_service.search.searcher import Searcher
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.values.encoder import EncodedDocument
 from tests.bank.hash_encoder import HashEncoder
 
 # Where → what is called there.
 POINTS: dict[str, tuple[Any, str]] = {
-    "in the write of a blob": (bank_service.blob_store, "os.fsync"),
-    "before a blob gets its name": (bank_service.blob_store, "os.replace"),
+    "in the write of a blob": (bank_service.blobs.blob_store, "os.fsync"),
+    "before a blob gets its name": (bank_service.blobs.blob_store, "os.replace"),
     "between blob and catalog": (Catalog, "put"),
-    "in a transaction of the catalog": (bank_service.catalog, "_next_sequence"),
+    "in a transaction of the catalog": (bank_service.catalog.sqlite.catalog, "_next_sequence"),
     "between commit and acknowledgement": (Searcher, "acknowledge"),
     "in a deletion": (Catalog, "delete"),
     "at the start of an index snapshot": (UsearchIndex, "save"),
-    "between the old and the new index snapshot": (bank_service.usearch_index, "os.replace"),
+    "between the old and the new index snapshot": (bank_service.search.usearch_index, "os.replace"),
     "in a sweep, before anything is removed": (Discarder, "_references"),
     "after a sweep, before the cache": (GradientCache, "remove"),
     "in a bank snapshot": (SnapshotWriter, "copy"),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bank_service.encoder import EncodedDocument
-from bank_service.vector_index import unit
+from bank_service.values.encoder import EncodedDocument
+from bank_service.values.vectors import unit
 from bank_service.wire.codec import FloatArray, GradientSpec
 
 SHAPES = ((4, 8), (16, 4), (4, 7))  # 124 values: the last int8 block is not full

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.channel import BankCredentials
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.errors import BankError, NotFoundError, PermissionDeniedError, UnauthenticatedError

@@ -8,10 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.encoder import EncodedDocument
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import FloatArray, encode_gradient
 from bank_service.wire.errors import DeadlineExceededError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service import past
 from bank_service.bank import Bank
-from bank_service.catalog import Catalog
-from bank_service.config import BankConfig
-from bank_service.documents import Document, Gradient, Hit, Query, Retrieval
+from bank_service.catalog.sqlite.catalog import Catalog
 from bank_service.errors import InvalidArgumentError, NotFoundError, OutOfRangeError
-from bank_service.exact_vectors import ExactVectors
-from bank_service.filters import Condition, Operator
-from bank_service.offline import opened
-from bank_service.past import PastRetriever
-from bank_service.server import BankServer
-from bank_service.usearch_index import UsearchIndex
+from bank_service.search import past
+from bank_service.search.exact_vectors import ExactVectors
+from bank_service.search.past import PastRetriever
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.service.offline import opened
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.documents import Document, Gradient, Hit, Query, Retrieval
+from bank_service.values.filters import Condition, Operator
 from bank_service.wire.codec import record_digest
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.blob_store import BlobStore
+from bank_service.blobs.blob_store import BlobStore
 from bank_service.errors import DataLossError
 from bank_service.wire.codec import record_digest
 

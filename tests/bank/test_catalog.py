@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from bank_service.catalog import Catalog, CollectionIdentity
-from bank_service.documents import Document, Gradient, Outcome
+from bank_service.catalog.sqlite.catalog import Catalog, CollectionIdentity
 from bank_service.errors import (
     CollectionMismatchError,
     InternalError,
@@ -20,6 +19,7 @@ from bank_service.errors import (
     UnavailableError,
     VersionConflictError,
 )
+from bank_service.values.documents import Document, Gradient, Outcome
 
 IDENTITY = CollectionIdentity("a" * 64, "b" * 16, "int8", "an embedder", 4)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service import compaction
-from bank_service.catalog import Catalog
-from bank_service.compaction import Compactor
-from bank_service.documents import Document, Gradient, Query
-from bank_service.exact_vectors import ExactVectors
-from bank_service.index_follower import IndexFollower
-from bank_service.past import PastRetriever
-from bank_service.retrieval import Retriever
-from bank_service.searcher import Searcher
-from bank_service.usearch_index import UsearchIndex
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.search.exact_vectors import ExactVectors
+from bank_service.search.index_follower import IndexFollower
+from bank_service.search.past import PastRetriever
+from bank_service.search.retrieval import Retriever
+from bank_service.search.searcher import Searcher
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.upkeep import compaction
+from bank_service.upkeep.compaction import Compactor
+from bank_service.values.documents import Document, Gradient, Query
 from tests.bank.test_catalog import IDENTITY
 
 NUM_DOCUMENTS = 300

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bank_service.config import BankConfig
+from bank_service.values.config import BankConfig
 from bank_service.wire.codec import CODECS
 
 

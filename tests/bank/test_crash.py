@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bank_service.data_dir import read_address
+from bank_service.runtime.data_dir import read_address
 from benchmarks.crash.driver import START, WORK, kill_again_and_again
 from benchmarks.crash.process import ROOT, Nursery
 from tests.bank.faults import BUGS, POINTS

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from bank_service import gradient_cache, history_cleaner
 from bank_service.bank import Bank
-from bank_service.blob_store import BlobStore
-from bank_service.config import BankConfig
-from bank_service.discarder import Discarder
-from bank_service.documents import Query
-from bank_service.gradient_cache import KEY_PREFIX, GradientCache
-from bank_service.metrics import BankMetrics
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.cache import gradient_cache
+from bank_service.cache.gradient_cache import KEY_PREFIX, GradientCache
+from bank_service.records.discarder import Discarder
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.upkeep import history_cleaner
+from bank_service.values.config import BankConfig
+from bank_service.values.documents import Query
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 from tests.bank.test_as_of import open_bank
 from tests.bank.test_history import blobs, put

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.data_dir import read_address
-from bank_service.embedder import MiniLmEmbedder
 from bank_service.errors import CatalogDamagedError
-from bank_service.server import BankServer
+from bank_service.runtime.data_dir import read_address
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.errors import UnavailableError
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder

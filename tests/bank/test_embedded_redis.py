@@ -12,8 +12,8 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from bank_service.embedded_redis import EmbeddedRedis
-from bank_service.gradient_cache import GradientCache
+from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.cache.gradient_cache import GradientCache
 from bank_service.wire.codec import record_digest
 
 MIB = 2**20
@@ -69,7 +69,7 @@ def test_it_ends_with_its_parent_even_when_that_is_killed(tmp_path: Path) -> Non
     program = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from bank_service.embedded_redis import EmbeddedRedis\n"
+        "from bank_service.cache.embedded_redis import EmbeddedRedis\n"
         "async def main():\n"
         "    redis = EmbeddedRedis(Path(sys.argv[1]), 2**23)\n"
         "    await redis.start()\n"

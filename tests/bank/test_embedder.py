@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 
 
 def test_texts_of_one_meaning_lie_nearer_than_others(embedder: MiniLmEmbedder) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service import eraser
 from bank_service.bank import Bank
-from bank_service.blob_store import Sweep
-from bank_service.catalog import Catalog
-from bank_service.documents import Document, Gradient, Query
+from bank_service.blobs.blob_store import Sweep
+from bank_service.catalog.sqlite.catalog import Catalog
 from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
-from bank_service.usearch_index import UsearchIndex
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.upkeep import eraser
+from bank_service.values.documents import Document, Gradient, Query
 from tests.bank.test_as_of import open_bank
 from tests.bank.test_history import SECRET, blobs, put
 

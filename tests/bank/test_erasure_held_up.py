@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bank_service import eraser
-from bank_service.background import cancelled
 from bank_service.bank import Bank
-from bank_service.catalog import Catalog
+from bank_service.catalog.sqlite.catalog import Catalog
 from bank_service.errors import UnavailableError
-from bank_service.metrics import BankMetrics
+from bank_service.runtime.background import cancelled
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.upkeep import eraser
 from tests.bank.test_as_of import open_bank
 from tests.bank.test_discard import bank_with, read
 from tests.bank.test_erasure import filled, num_erasures, removable, traces, unremovable, within_the_bound

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank_service.catalog import Catalog
-from bank_service.documents import Document, Gradient, Query
-from bank_service.exact_vectors import ExactVectors, _Space
-from bank_service.retrieval import Retriever
-from bank_service.usearch_index import UsearchIndex
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.search.exact_vectors import ExactVectors, _Space
+from bank_service.search.retrieval import Retriever
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.values.documents import Document, Gradient, Query
 from bank_service.wire.codec import FloatArray
 from tests.bank.test_catalog import IDENTITY
 

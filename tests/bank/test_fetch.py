@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.gradient_cache import KEY_PREFIX
-from bank_service.server import BankServer
+from bank_service.cache.gradient_cache import KEY_PREFIX
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import GradientSpec, record_digest
 from bank_service.wire.errors import NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service import retrieval
-from bank_service.catalog import Catalog
-from bank_service.documents import Document, Gradient, Query
-from bank_service.exact_vectors import ExactVectors
-from bank_service.filters import Condition, Operator
-from bank_service.retrieval import Retriever
-from bank_service.usearch_index import UsearchIndex
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.search import retrieval
+from bank_service.search.exact_vectors import ExactVectors
+from bank_service.search.retrieval import Retriever
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.values.documents import Document, Gradient, Query
+from bank_service.values.filters import Condition, Operator
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client
 from tests.bank.test_catalog import IDENTITY

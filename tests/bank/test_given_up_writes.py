@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from bank_service import background
-from bank_service.blob_store import BlobStore
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.runtime import background
 from bank_service.wire.codec import record_digest
 from benchmarks.bank_soak.model import Content
 from tests.bank.client import Client

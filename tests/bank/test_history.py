@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from bank_service import history, history_cleaner
+from bank_service.backup.restore import restore
+from bank_service.backup.snapshot import gradients_of
 from bank_service.bank import Bank
-from bank_service.catalog import Catalog
-from bank_service.documents import Document, Query
-from bank_service.encoder import EncodedDocument
+from bank_service.catalog.sqlite import history
+from bank_service.catalog.sqlite.catalog import Catalog
 from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
-from bank_service.namespace_limits import NamespaceLimits
-from bank_service.restore import restore
-from bank_service.snapshot import gradients_of
+from bank_service.upkeep import history_cleaner
+from bank_service.values.documents import Document, Query
+from bank_service.values.encoder import EncodedDocument
+from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import read_header, record_digest
 from tests.bank.hash_encoder import HashEncoder
 from tests.bank.test_as_of import open_bank

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bank_service import history_cleaner
-from bank_service.config import BankConfig
-from bank_service.offline import opened, scrub
-from bank_service.server import BankServer
+from bank_service.service.offline import opened, scrub
+from bank_service.service.server import BankServer
+from bank_service.upkeep import history_cleaner
+from bank_service.values.config import BankConfig
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 from tests.bank.test_as_of import open_bank

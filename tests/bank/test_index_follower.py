@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service import index_follower
-from bank_service.catalog import Catalog
+from bank_service.catalog.sqlite.catalog import Catalog
 from bank_service.errors import NotFoundError, UnavailableError
-from bank_service.index_follower import MAX_FAILURES, IndexFollower
-from bank_service.usearch_index import UsearchIndex
+from bank_service.search import index_follower
+from bank_service.search.index_follower import MAX_FAILURES, IndexFollower
+from bank_service.search.usearch_index import UsearchIndex
 from tests.bank.test_as_of import open_bank
 from tests.bank.test_catalog import IDENTITY, document, gradient
 from tests.bank.test_history import put

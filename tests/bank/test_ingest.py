@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import decode_gradient, encode_gradient
 from bank_service.wire.errors import InternalError, InvalidArgumentError, NotFoundError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.catalog import Catalog
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.lexical import uncleaned
-from bank_service.lexical_cleaner import LexicalCleaner
-from bank_service.server import BankServer
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.lexical import uncleaned
+from bank_service.service.server import BankServer
+from bank_service.upkeep.lexical_cleaner import LexicalCleaner
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from bank_service import lexical_search
-from bank_service.catalog import Catalog
-from bank_service.documents import Document
-from bank_service.filters import Condition, Operator
-from bank_service.lexical import table_of
-from bank_service.lexical_search import MAX_WORDS, SPARE, best_words
+from bank_service.catalog.sqlite import lexical_search
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.lexical import table_of
+from bank_service.catalog.sqlite.lexical_search import MAX_WORDS, SPARE, best_words
+from bank_service.values.documents import Document
+from bank_service.values.filters import Condition, Operator
 from tests.bank.test_catalog import IDENTITY, gradient
 
 VOCABULARY = [f"word{number}" for number in range(60)]

@@ -12,13 +12,14 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bank_service import history, past, searcher
 from bank_service.bank import NUM_IO_THREADS
-from bank_service.catalog_view import Candidate
-from bank_service.config import BankConfig
-from bank_service.documents import Query, QueryResult
+from bank_service.catalog.sqlite import history
+from bank_service.catalog.sqlite.catalog_view import Candidate
 from bank_service.errors import OverloadedError
-from bank_service.server import BankServer
+from bank_service.search import past, searcher
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.documents import Query, QueryResult
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client

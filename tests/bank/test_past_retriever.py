@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service import history, past, retrieval
-from bank_service.catalog import Catalog
-from bank_service.documents import Document, Gradient, Query
+from bank_service.catalog.sqlite import history
+from bank_service.catalog.sqlite.catalog import Catalog
 from bank_service.errors import OutOfRangeError
-from bank_service.exact_vectors import ExactVectors
-from bank_service.past import PastRetriever
-from bank_service.retrieval import Retriever
-from bank_service.usearch_index import UsearchIndex
+from bank_service.search import past, retrieval
+from bank_service.search.exact_vectors import ExactVectors
+from bank_service.search.past import PastRetriever
+from bank_service.search.retrieval import Retriever
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.values.documents import Document, Gradient, Query
 from tests.bank.test_as_of import RED
 from tests.bank.test_catalog import IDENTITY
 

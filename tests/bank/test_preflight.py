@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.data_dir import BankAddress, DataDir, read_address
-from bank_service.preflight import check_startable
+from bank_service.runtime.data_dir import BankAddress, DataDir, read_address
+from bank_service.service.preflight import check_startable
+from bank_service.values.config import BankConfig
 from regrad_vllm.cli import main
 
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import record_digest, verify_record
 from bank_service.wire.errors import LearnerMismatchError, LimitExceededError, NotFoundError
 from tests.bank.client import Client

@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
-from bank_service.catalog import Catalog, CollectionIdentity
-from bank_service.config import BankConfig
-from bank_service.documents import Document, Gradient
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.catalog.sqlite.catalog import Catalog, CollectionIdentity
 from bank_service.errors import QuotaExceededError
-from bank_service.namespace_limits import NamespaceLimits
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.documents import Document, Gradient
+from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, upload_of

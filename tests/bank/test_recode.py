@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.encoder import EncodedDocument
 from bank_service.errors import InvalidArgumentError, UnavailableError
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import decode_gradient, encode_gradient, read_header
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, own_errors, upload_of

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from bank_service import repair
-from bank_service.config import BankConfig
-from bank_service.documents import Document
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.encoder import EncodedDocument
-from bank_service.offline import opened, scrub
-from bank_service.scrub import Scrubber
-from bank_service.server import BankServer
+from bank_service.service.offline import opened, scrub
+from bank_service.service.server import BankServer
+from bank_service.upkeep import repair
+from bank_service.upkeep.scrub import Scrubber
+from bank_service.values.config import BankConfig
+from bank_service.values.documents import Document
+from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb

@@ -13,8 +13,8 @@ import pytest
 from google.protobuf import text_format
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from bank_service.config import BankConfig
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
 from bank_service.wire.channel import BankCredentials, open_channel
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc

@@ -12,12 +12,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from bank_service.config import BankConfig
-from bank_service.data_dir import BankAddress, read_address
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.encoder import EncodedDocument
 from bank_service.errors import BankInUseError, CollectionMismatchError
-from bank_service.server import BankServer
+from bank_service.runtime.data_dir import BankAddress, read_address
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import read_header
 from bank_service.wire.errors import UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb

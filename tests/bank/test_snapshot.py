@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.backup.restore import restore
+from bank_service.backup.snapshot import snapshot_folder
 from bank_service.errors import BankInUseError, SnapshotError
-from bank_service.restore import restore
-from bank_service.server import BankServer
-from bank_service.snapshot import snapshot_folder
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.errors import DataLossError, InvalidArgumentError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, own_errors, upload_of

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.embedder import MiniLmEmbedder
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.channel import VARIABLES, BankCredentials
 from bank_service.wire.errors import UnauthenticatedError, UnavailableError
 from regrad_vllm.adapt.bank_client import BankClient

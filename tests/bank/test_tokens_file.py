@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.access import Scope
-from bank_service.namespace_limits import NamespaceLimits
-from bank_service.tokens_file import TokensFile, new_token
+from bank_service.service.access import Scope
+from bank_service.service.tokens_file import TokensFile, new_token
+from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.channel import BankCredentials
 from regrad_vllm.cli import main
 from tests.bank.tokens import Tokens

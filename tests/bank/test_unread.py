@@ -14,11 +14,11 @@ import grpc
 import pytest
 from opentelemetry import trace
 
+from bank_service.backup.snapshot import Progress
 from bank_service.bank import Bank
-from bank_service.config import BankConfig
-from bank_service.recode import RecodeProgress
-from bank_service.server import BankServer
-from bank_service.snapshot import Progress
+from bank_service.service.server import BankServer
+from bank_service.upkeep.recode import RecodeProgress
+from bank_service.values.config import BankConfig
 from bank_service.wire.codec import GradientSpec
 from bank_service.wire.errors import BankError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank_service import usearch_index
-from bank_service.usearch_index import MANIFEST, UsearchIndex, _Space
-from bank_service.vector_index import ExactIndex, VectorIndex
+from bank_service.search import usearch_index
+from bank_service.search.usearch_index import MANIFEST, UsearchIndex, _Space
+from bank_service.search.vector_index import ExactIndex, VectorIndex
 from bank_service.wire.codec import FloatArray
 
 DIMENSION = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bank_service.tokens_file import new_token
+from bank_service.service.tokens_file import new_token
 from bank_service.wire.channel import BankCredentials
 
 

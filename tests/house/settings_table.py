@@ -8,7 +8,7 @@ from dataclasses import MISSING
 from importlib import import_module
 from pathlib import Path
 
-from bank_service.config import BankConfig
+from bank_service.values.config import BankConfig
 from regrad_vllm.cli.bank import defaults
 from regrad_vllm.flags import Setting, add_flags, settings_of
 from regrad_vllm.serve.launch import _parser as _serve_parser

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.config import BankConfig
-from bank_service.data_dir import DataDir
-from bank_service.server import BankServer
+from bank_service.runtime.data_dir import DataDir
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
 from regrad_vllm.cli import main
 from regrad_vllm.cli.backup import _absolute
 from tests.bank.client import Client

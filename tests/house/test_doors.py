@@ -19,10 +19,15 @@ FORBIDDEN = {
         "vllm",
         "regrad_vllm.serve",
         "regrad_vllm.adapt.bank_client",
-        "bank_service.server",
-        "bank_service.tokens_file",
+        "bank_service.service",
     ),
-    "regrad_vllm/encode": ("grpc", "vllm", "regrad_vllm.serve", "regrad_vllm.adapt.bank_client", "bank_service.server"),
+    "regrad_vllm/encode": (
+        "grpc",
+        "vllm",
+        "regrad_vllm.serve",
+        "regrad_vllm.adapt.bank_client",
+        "bank_service.service.server",
+    ),
     "regrad_vllm/adapt": ("vllm", "regrad_vllm.serve", "regrad_vllm.cli"),
     "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo"),
     "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli"),
@@ -32,17 +37,40 @@ FORBIDDEN = {
     "regrad_vllm/local": ("vllm",),
 }
 # What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
-OPEN_TO_ALL = ("bank_service.wire", "bank_service.encoder", "bank_service.embedder", "bank_service.errors")
+# The bank's rooms, from the top down: a room imports from those below it only.
+BANK_ROOMS = (
+    "service",
+    "bank",
+    "bank_stats",
+    "upkeep",
+    "backup",
+    "search",
+    "records",
+    "cache",
+    "blobs",
+    "catalog.sqlite",
+    "catalog",
+    "values",
+    "runtime",
+    "wire",
+    "errors",
+)
+OPEN_TO_ALL = (
+    "bank_service.wire",
+    "bank_service.values.encoder",
+    "bank_service.values.embedder",
+    "bank_service.errors",
+)
 OPEN_TO_COMMAND_LINE = (
-    "bank_service.config",
-    "bank_service.data_dir",
-    "bank_service.documents",
-    "bank_service.offline",
-    "bank_service.preflight",
-    "bank_service.restore",
-    "bank_service.server",
-    "bank_service.snapshot",
-    "bank_service.tokens_file",
+    "bank_service.values.config",
+    "bank_service.runtime.data_dir",
+    "bank_service.values.documents",
+    "bank_service.service.offline",
+    "bank_service.service.preflight",
+    "bank_service.backup.restore",
+    "bank_service.service.server",
+    "bank_service.backup.snapshot",
+    "bank_service.service.tokens_file",
 )
 
 
@@ -93,6 +121,27 @@ def test_the_bank_is_entered_through_its_wire_and_only_the_command_line_starts_i
         for module in _imports(path):
             if _is_within(module, "bank_service"):
                 assert any(_is_within(module, package) for package in allowed), f"{path} imports {module}"
+
+
+def _bank_room(module: str) -> str:
+    """The room of one of the bank's modules, by the longest name in the table."""
+    inside = module.removeprefix("bank_service.")
+    return max((room for room in BANK_ROOMS if _is_within(inside, room)), key=len, default="")
+
+
+def test_the_banks_rooms_import_from_the_rooms_below_them_only() -> None:
+    sources = [
+        path for path in _sources("bank_service") if path.parent.name != "bank_service" or path.stem != "__init__"
+    ]
+    broken = []
+    for path in sources:
+        own = _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        assert own, f"{path.relative_to(ROOT)} is in no room: mend the table"
+        for module in _imports(path):
+            other = _bank_room(module) if _is_within(module, "bank_service") else ""
+            if other and BANK_ROOMS.index(other) < BANK_ROOMS.index(own):
+                broken.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not broken
 
 
 @pytest.mark.parametrize(

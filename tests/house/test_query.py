@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from bank_service.config import BankConfig
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
 from regrad_vllm.cli import main
 from regrad_vllm.cli.filters import FilterFlag, filter_flag
 from tests.bank.client import Client

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.embedder import MiniLmEmbedder
+from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import FloatArray
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, token_f1

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from redis import Redis
 
-from bank_service.config import BankConfig
-from bank_service.embedded_redis import EmbeddedRedis
-from bank_service.encoder import EncodedDocument
-from bank_service.server import BankServer
+from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
+from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import FloatArray, encode_gradient, record_digest
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.limits import channel_options

@@ -14,8 +14,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from bank_service.config import BankConfig
-from bank_service.server import BankServer
+from bank_service.service.server import BankServer
+from bank_service.values.config import BankConfig
 from bank_service.wire.channel import BankCredentials
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner

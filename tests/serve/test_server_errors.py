@@ -18,7 +18,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from bank_service.bank import Bank
-from bank_service.documents import Query, QueryResult
+from bank_service.values.documents import Query, QueryResult
 from tests.serve.support import BASE, HUGE, BankThread, VllmServer, random_learner
 
 TWIN = BASE + "-regrad"

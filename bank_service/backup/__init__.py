@@ -1,0 +1,1 @@
+"""Snapshots of a whole bank, and how one becomes a bank again."""

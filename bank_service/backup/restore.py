@@ -1,0 +1,72 @@
+"""A snapshot becomes the folder of a bank: every byte verified first, all of it or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bank_service.backup.snapshot import BATCH, Manifest, Progress, blob_name, file_digest, gradients_of
+from bank_service.backup.snapshot_store import SnapshotStore, open_store
+from bank_service.blobs.blob_store import BlobStore, fsync_folder
+from bank_service.catalog.sqlite.catalog_file import CATALOG_FILE, check_catalog
+from bank_service.errors import SnapshotError
+from bank_service.wire.codec import record_digest
+
+
+def restore(source: str, data_dir: Path) -> Iterator[Progress]:
+    """Makes ``data_dir``, which must be absent or empty. SnapshotError names what is not whole; OSError."""
+    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+        raise SnapshotError(f"{data_dir} must be absent or an empty folder; restore into another and swap them")
+    store = open_store(source)
+    manifest = Manifest.read(store)
+    if manifest is None:
+        raise SnapshotError(
+            f"{source} must be a whole snapshot, it has no manifest.json: it is none, or it was not finished; "
+            "make it again, or name another"
+        )
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{data_dir.name}.restoring-", dir=data_dir.parent))  # for this user alone
+    try:
+        yield from _fill(store, manifest, folder)
+        os.rename(folder, data_dir)
+        fsync_folder(data_dir.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    yield Progress(
+        manifest.num_gradients, manifest.num_gradients, manifest.num_gradients, manifest.gradient_bytes, manifest
+    )
+
+
+def _fill(store: SnapshotStore, manifest: Manifest, folder: Path) -> Iterator[Progress]:
+    catalog = folder / CATALOG_FILE
+    try:
+        store.get(manifest.catalog, catalog)
+    except FileNotFoundError:
+        raise SnapshotError(f"the snapshot must have its {manifest.catalog}, which is missing") from None
+    if file_digest(catalog) != manifest.catalog_digest:
+        raise SnapshotError(f"{manifest.catalog} must have the digest in its name, it is damaged")
+    check_catalog(catalog)
+    with catalog.open("rb") as file:
+        os.fsync(file.fileno())
+    sizes = gradients_of(catalog)
+    if hashlib.sha256("\n".join(sizes).encode()).hexdigest() != manifest.gradients_digest:
+        raise SnapshotError("the snapshot's catalog must name the gradients of its manifest, it names others")
+    blobs = BlobStore(folder / "blobs")
+    copied_bytes = 0
+    for number, digest in enumerate(sizes, 1):
+        try:
+            record = store.read(blob_name(digest))
+        except FileNotFoundError:
+            raise SnapshotError(f"the snapshot must have gradient {digest}, which is missing") from None
+        if record_digest(record) != digest:
+            raise SnapshotError(f"gradient {digest} of the snapshot must match its digest, it is damaged")
+        with blobs.hold(digest):
+            blobs.put(digest, record)
+        copied_bytes += len(record)
+        if number % BATCH == 0:
+            yield Progress(len(sizes), number, number, copied_bytes)

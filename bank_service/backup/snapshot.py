@@ -1,0 +1,211 @@
+"""Snapshots of a whole bank: ``manifest.json``, ``catalog-<SHA-256>.sqlite``, ``blobs/ab/cdef…``.
+
+The manifest is written last and names the catalog by its digest; the catalog names the gradients by theirs. So what
+lies at a target is a whole snapshot, the one before or the new one, or none. A gradient that is there already, by its
+name and size, is not copied again; what the new manifest does not need is removed after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from bank_service import __version__
+from bank_service.backup.snapshot_store import SnapshotStore, open_store
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.catalog.sqlite.catalog_file import CATALOG_FILE, copy_catalog
+from bank_service.errors import SnapshotError
+from bank_service.runtime.data_dir import DataDir
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WORK_FOLDER = "snapshot.new"  # in the bank's folder, while a snapshot is written
+BATCH = 64  # gradients copied between two reports of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a whole snapshot says of itself."""
+
+    format: int
+    collection_id: str  # of the catalog's file
+    learner_fingerprint: str
+    sequence: int  # of the last change in it
+    catalog_digest: str  # SHA-256 of the catalog's file
+    catalog_bytes: int
+    num_gradients: int
+    gradient_bytes: int
+    gradients_digest: str  # SHA-256 of the gradients' digests in order
+    created_us: int  # microseconds since 1970
+    version: str  # of the bank
+
+    @property
+    def catalog(self) -> str:
+        """The name of its file."""
+        return f"catalog-{self.catalog_digest}.sqlite"
+
+    @classmethod
+    def read(cls, store: SnapshotStore) -> Manifest | None:
+        """None where there is none. SnapshotError where it can't be read."""
+        try:
+            content = json.loads(store.read(MANIFEST))
+            manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise SnapshotError(
+                f"{MANIFEST} must be a snapshot's manifest, got {type(error).__name__}: {error}"
+            ) from error
+        if manifest.format != FORMAT:
+            raise SnapshotError(f"the snapshot's format must be {FORMAT}, got {manifest.format}; use its own version")
+        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a snapshot has come."""
+
+    num_gradients: int  # in all
+    num_done: int
+    num_copied: int  # those that were not there before
+    copied_bytes: int
+    manifest: Manifest | None = None  # of the snapshot, once it is whole
+
+
+class SnapshotWriter:
+    """Writes one snapshot. ``close`` it, whatever happened. The caller keeps the gradients from being swept."""
+
+    def __init__(self, data_dir: Path, blobs: BlobStore, target: str) -> None:
+        """Takes the catalog as it is now. SnapshotError where ``target`` holds something else; OSError."""
+        self._blobs = blobs
+        self._store = open_store(target)
+        self._folder = data_dir / WORK_FOLDER
+        remove_leftovers(data_dir)
+        self._folder.mkdir(mode=0o700)
+        try:
+            self._catalog = self._folder / CATALOG_FILE
+            copy_catalog(data_dir / CATALOG_FILE, self._catalog)
+            self._sizes = gradients_of(self._catalog)
+            self._manifest = _describe(self._catalog, self._sizes)
+            self._there = self._store.sizes()
+            self._check_target(target)
+        except BaseException:
+            self.close()
+            raise
+        self._num_copied = self._copied_bytes = self._num_done = 0
+
+    def batches(self) -> Iterator[list[str]]:
+        """The digests to ``copy``."""
+        digests = list(self._sizes)
+        for start in range(0, len(digests), BATCH):
+            yield digests[start : start + BATCH]
+
+    def copy(self, digests: Sequence[str]) -> Progress:
+        """Copies those that are not there, each verified. DataLossError; may be called again with the same."""
+        for digest in digests:
+            name = blob_name(digest)
+            path = self._blobs.path(digest)
+            if self._there.get(name) != self._sizes[digest] or not self._store.is_sound(name, path, digest):
+                self._copied_bytes += len(self._blobs.get(digest))
+                self._store.put(name, path)
+                self._there[name] = self._sizes[digest]
+                self._num_copied += 1
+        self._num_done += len(digests)
+        return self._progress()
+
+    def finish(self) -> Progress:
+        """Makes the snapshot whole, then removes what belongs to none."""
+        self._store.put(self._manifest.catalog, self._catalog)
+        self._store.flush()
+        self._store.write(MANIFEST, json.dumps(asdict(self._manifest), indent=1).encode())
+        self._store.flush()
+        wanted = {MANIFEST, self._manifest.catalog, *map(blob_name, self._sizes)}
+        for name in self._there.keys() - wanted:
+            self._store.remove(name)
+        return self._progress(self._manifest)
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _progress(self, manifest: Manifest | None = None) -> Progress:
+        return Progress(len(self._sizes), self._num_done, self._num_copied, self._copied_bytes, manifest)
+
+    def _check_target(self, target: str) -> None:
+        strange = [name for name in self._there if not name.startswith(("blobs/", "catalog-", MANIFEST))]
+        if strange:
+            raise SnapshotError(f"{target} must be empty or a snapshot of this bank, got {strange[0]!r} in it")
+        before = Manifest.read(self._store)
+        if before is not None and before.collection_id != self._manifest.collection_id:
+            raise SnapshotError(
+                f"{target} must be empty or a snapshot of this bank, got one of collection {before.collection_id}; "
+                "each bank needs a target of its own"
+            )
+
+
+def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
+    """Writes a snapshot of a bank that does not run. BankInUseError where it does; as ``SnapshotWriter``."""
+    if not (data_dir / CATALOG_FILE).is_file():
+        raise SnapshotError(
+            f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}; name it with --data-dir, or a running "
+            "bank with --bank"
+        )
+    owner = DataDir(data_dir)
+    owner.claim()
+    try:
+        with closing(SnapshotWriter(data_dir, BlobStore(data_dir / "blobs"), target)) as writer:
+            for digests in writer.batches():
+                yield writer.copy(digests)
+            yield writer.finish()
+    finally:
+        owner.release()
+
+
+def remove_leftovers(data_dir: Path) -> None:
+    """What a snapshot that was killed left in the bank's folder. No snapshot may be under way."""
+    shutil.rmtree(data_dir / WORK_FOLDER, ignore_errors=True)
+
+
+def blob_name(digest: str) -> str:
+    """A gradient's name in a snapshot."""
+    return f"blobs/{digest[:2]}/{digest[2:]}"
+
+
+def gradients_of(catalog: Path) -> dict[str, int]:
+    """digest → bytes of every gradient that a catalog's file names, in order of digest."""
+    with closing(sqlite3.connect(catalog)) as connection:
+        named = "SELECT gradient_digest, gradient_bytes FROM documents WHERE gradient_digest IS NOT NULL"
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'history'").fetchone():  # not in old snapshots
+            named += " UNION ALL SELECT gradient_digest, gradient_bytes FROM history"
+        query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"
+        return {str(digest): int(size) for digest, size in connection.execute(query)}
+
+
+def _describe(catalog: Path, sizes: dict[str, int]) -> Manifest:
+    with closing(sqlite3.connect(catalog)) as connection:
+        (row,) = connection.execute("SELECT uuid, learner_fingerprint, sequence FROM collection")
+    return Manifest(
+        format=FORMAT,
+        collection_id=row[0],
+        learner_fingerprint=row[1],
+        sequence=row[2],
+        catalog_digest=file_digest(catalog),
+        catalog_bytes=catalog.stat().st_size,
+        num_gradients=len(sizes),
+        gradient_bytes=sum(sizes.values()),
+        gradients_digest=hashlib.sha256("\n".join(sizes).encode()).hexdigest(),
+        created_us=time.time_ns() // 1000,
+        version=__version__,
+    )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Gradient records on disk, immutable, named by their SHA-256."""

@@ -1,0 +1,168 @@
+"""Hot gradient records in Redis. A cache only: whatever happens to it, a fetch succeeds from the blobs.
+
+Every record expires: a server without a limit of its own does not grow for ever. What could not be removed, because the
+server failed or rested, is removed when it answers again, as far as it has not expired by then.
+
+Every record read is checked against its digest. A server that fails or is slow is left alone for a moment, so
+that each call does not wait for it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from bank_service.runtime.seldom import Seldom
+from bank_service.runtime.threads import in_thread
+from bank_service.wire.codec import record_digest
+
+logger = logging.getLogger(__name__)
+
+COOL_DOWN_SECONDS = 1.0
+MAX_CONNECTIONS = 8
+KEY_PREFIX = "regrad:gradient:"
+MAX_KEYS = 1000  # in one UNLINK
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """What the cache has done so far."""
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0  # records that didn't match their digest; also misses
+    errors: int = 0  # calls that failed or timed out; their records are also misses
+
+
+class GradientCache:
+    """Records by digest. No method raises for a fault of the server."""
+
+    def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:
+        """``ttl_seconds``: after its last write a record goes."""
+        timeout = timeout_ms / 1000
+        self._connections = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=timeout,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._redis = Redis(connection_pool=self._connections)
+        self._timeout = timeout
+        self._ttl_seconds = ttl_seconds
+        self._pool = pool
+        self._rest_until = 0.0
+        self._failures = Seldom()
+        self._unremoved: dict[str, float] = {}  # digests to remove → when they have expired, on the monotonic clock
+        self.counts = CacheCounts()
+
+    async def close(self) -> None:
+        await self.retry()
+        await self._redis.aclose()
+        await self._connections.aclose()
+
+    async def is_available(self) -> bool:
+        """The server answers now."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._redis.ping()
+        except (RedisError, OSError, TimeoutError):
+            return False
+        return True
+
+    async def get(self, digests: Sequence[str]) -> dict[str, bytes]:
+        """Those of ``digests`` that are cached, each checked against its digest."""
+        if not digests:
+            return {}
+        values = await self._call("MGET", *[KEY_PREFIX + digest for digest in digests])
+        found: dict[str, bytes] = {}
+        if isinstance(values, list):
+            found = {digest: value for digest, value in zip(digests, values, strict=True) if isinstance(value, bytes)}
+        bad = await in_thread(self._pool, _mismatches, found)
+        if bad:
+            self.counts.corrupt += len(bad)
+            logger.warning("%d cached gradients did not match their digests; using the blobs", len(bad))
+            found = {digest: record for digest, record in found.items() if digest not in bad}
+            await self.remove(bad)
+        self.counts.hits += len(found)
+        self.counts.misses += len(digests) - len(found)
+        return found
+
+    async def put(self, records: Mapping[str, bytes]) -> None:
+        """Offers records; the server may drop any. The caller then sees that they are still to be there."""
+        if records and not self._rests():
+            pipeline = self._redis.pipeline(transaction=False)
+            for digest, record in records.items():
+                pipeline.set(KEY_PREFIX + digest, record, ex=self._ttl_seconds)
+            failed = await self._guarded(pipeline.execute) is None  # the server may still come to them
+            expired = time.monotonic() + self._ttl_seconds
+            self._unremoved.update({digest: expired for digest in records if failed or digest in self._unremoved})
+
+    async def remove(self, digests: Sequence[str]) -> None:
+        """Removes records, now or when the server answers again, as far as they have not expired by then."""
+        for digest in digests:
+            self._unremoved.setdefault(digest, time.monotonic() + self._ttl_seconds)
+        await self._unlink(digests)
+
+    async def retry(self) -> None:
+        """Removes what could not be removed before."""
+        now = time.monotonic()
+        self._unremoved = {digest: expired for digest, expired in self._unremoved.items() if expired > now}
+        await self._unlink(list(self._unremoved))
+
+    def may_have(self, digests: Iterable[str]) -> bool:
+        """One of ``digests`` is still to be removed."""
+        return any(digest in self._unremoved for digest in digests)
+
+    async def warn_where_unlimited(self) -> None:
+        """Logs a warning where the server has no memory limit: then only the expiry keeps it from growing."""
+        memory = await self._call("INFO", "memory")
+        if isinstance(memory, dict) and memory.get("maxmemory") == 0:
+            logger.warning(
+                "the Redis server should have a memory limit, got maxmemory 0: it grows by every gradient written in "
+                "%d s; set maxmemory, and maxmemory-policy allkeys-lru",
+                self._ttl_seconds,
+            )
+
+    async def _unlink(self, digests: Sequence[str]) -> None:
+        for start in range(0, len(digests), MAX_KEYS):
+            part = digests[start : start + MAX_KEYS]
+            if await self._call("UNLINK", *[KEY_PREFIX + digest for digest in part]) is None:
+                return
+            for digest in part:
+                self._unremoved.pop(digest, None)
+
+    def _rests(self) -> bool:
+        return time.monotonic() < self._rest_until
+
+    async def _call(self, command: str, *arguments: str) -> object:
+        """The server's answer, or None; see ``_guarded``."""
+        return await self._guarded(lambda: self._redis.execute_command(command, *arguments))  # type: ignore[no-untyped-call]
+
+    async def _guarded(self, ask: Callable[[], Awaitable[object]]) -> object:
+        """What ``ask`` gets from the server, or None where that fails, is slow, or rests after a failure."""
+        if self._rests():
+            return None
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await ask()
+        except (RedisError, OSError, TimeoutError) as error:
+            self.counts.errors += 1
+            self._rest_until = time.monotonic() + COOL_DOWN_SECONDS
+            if self._failures.is_due():
+                logger.warning("the gradient cache failed (%s: %s); using the blobs", type(error).__name__, error)
+            return None
+
+
+def _mismatches(records: Mapping[str, bytes]) -> list[str]:
+    return [digest for digest, record in records.items() if record_digest(record) != digest]

@@ -1,0 +1,1 @@
+"""The truth of a bank: documents, versions, namespaces, sequence numbers."""

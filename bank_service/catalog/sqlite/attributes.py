@@ -1,0 +1,129 @@
+"""The documents' metadata as a table of the catalog, by which filters are answered.
+
+It has a row for each pair of a living document's metadata, written in the document's own transaction: an index over
+(namespace, name, value) finds the few documents that match among a million, which the JSON in a document's row can't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import sqlalchemy as sa
+
+from bank_service.catalog.sqlite.catalog_view import MAX_VARIABLES
+from bank_service.catalog.sqlite.prepared import Prepared
+from bank_service.catalog.sqlite.tables import documents, metadata
+from bank_service.values.filters import Condition, Operator
+
+attributes = sa.Table(
+    "attributes",
+    metadata,
+    sa.Column("key", sa.Integer, primary_key=True),  # of the document's row
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("namespace", sa.Text, nullable=False),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Index("attributes_by_value", "namespace", "name", "value", "key"),
+    sqlite_with_rowid=False,
+)
+
+
+_INSERT = Prepared(sa.insert(attributes), [column.name for column in attributes.c])
+_DELETE = Prepared(sa.delete(attributes).where(attributes.c.key == sa.bindparam("document")))
+
+
+def put_attributes(connection: sa.Connection, key: int, namespace: str, pairs: Mapping[str, str]) -> None:
+    """Adds the pairs of a document that has none."""
+    for name, value in pairs.items():
+        _INSERT.run(connection, key=key, name=name, namespace=namespace, value=value)
+
+
+def remove_attributes(connection: sa.Connection, key: int) -> None:
+    """Takes all pairs of a document out."""
+    _DELETE.run(connection, document=key)
+
+
+def fill_attributes(connection: sa.Connection) -> None:
+    """Makes the table from the documents' own JSON: for a catalog that had none."""
+    pairs = sa.func.json_each(documents.c.metadata).table_valued("key", "value").alias("pairs")
+    rows = sa.select(documents.c.key, pairs.c.key, documents.c.namespace, pairs.c.value).where(
+        sa.not_(documents.c.deleted)
+    )
+    names = ["key", "name", "namespace", "value"]
+    connection.execute(sa.insert(attributes).from_select(names, rows.select_from(sa.join(documents, pairs, sa.true()))))
+
+
+def matching(
+    connection: sa.Connection,
+    namespace: str,
+    conditions: Sequence[Condition],
+    limit: int | None = None,
+    as_of: int | None = None,
+) -> list[int]:
+    """Keys of the namespace's documents that match, in order of key; at most ``limit`` of them.
+
+    ``as_of``: only those that have not changed since.
+    """
+    driver = _rarest(connection, namespace, conditions, limit)
+    if driver is None:
+        query = sa.select(documents.c.key).where(documents.c.namespace == namespace, sa.not_(documents.c.deleted))
+        key: sa.ColumnElement[int] = documents.c.key
+    else:
+        query = sa.select(attributes.c.key).where(_pair(attributes, driver), attributes.c.namespace == namespace)
+        key = attributes.c.key
+    if as_of is not None:
+        query = query.where(_unchanged_since(as_of, key, is_joined=driver is None))
+    query = query.where(*(holds(condition, key) for condition in conditions if condition is not driver))
+    if limit is not None:
+        query = query.limit(limit)
+    return sorted(connection.execute(query).scalars())
+
+
+def among(
+    connection: sa.Connection, keys: Sequence[int], conditions: Sequence[Condition], as_of: int | None = None
+) -> set[int]:
+    """Those of ``keys`` whose documents match. ``as_of``: and have not changed since."""
+    found: set[int] = set()
+    for start in range(0, len(keys), MAX_VARIABLES):
+        query = sa.select(documents.c.key).where(
+            documents.c.key.in_(keys[start : start + MAX_VARIABLES]),
+            sa.not_(documents.c.deleted),
+            *(holds(condition, documents.c.key) for condition in conditions),
+        )
+        if as_of is not None:
+            query = query.where(documents.c.sequence <= as_of)
+        found.update(connection.execute(query).scalars())
+    return found
+
+
+def holds(condition: Condition, key: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+    """The condition on the document whose row key is ``key``, in SQL; one look into the table's primary key."""
+    table = attributes.alias()
+    found = sa.exists().where(table.c.key == key, _pair(table, condition))
+    return found if condition.operator in (Operator.EQUALS, Operator.PRESENT) else sa.not_(found)
+
+
+def _unchanged_since(as_of: int, key: sa.ColumnElement[int], *, is_joined: bool) -> sa.ColumnElement[bool]:
+    """``is_joined``: ``key`` is a row of ``documents`` already."""
+    if is_joined:
+        return documents.c.sequence <= as_of
+    table = documents.alias()
+    return sa.exists().where(table.c.key == key, table.c.sequence <= as_of)
+
+
+def _pair(table: sa.FromClause, condition: Condition) -> sa.ColumnElement[bool]:
+    """The pair that must, or must not, be there."""
+    named = table.c.name == condition.key
+    return sa.and_(named, table.c.value.in_(condition.values)) if condition.values else named
+
+
+def _rarest(
+    connection: sa.Connection, namespace: str, conditions: Sequence[Condition], limit: int | None
+) -> Condition | None:
+    """The condition that fewest pairs meet, counted up to ``limit``; None where each is of an absence."""
+    counts: list[tuple[int, int]] = []
+    for index, condition in enumerate(conditions):
+        if condition.operator in (Operator.EQUALS, Operator.PRESENT):
+            rows = sa.select(sa.literal(1)).where(attributes.c.namespace == namespace, _pair(attributes, condition))
+            counted = sa.select(sa.func.count()).select_from(rows.limit(limit).subquery())
+            counts.append((int(connection.execute(counted).scalar_one()), index))
+    return conditions[min(counts)[1]] if counts else None

@@ -1,0 +1,240 @@
+"""The catalog: documents, versions, namespaces, embeddings, digests, sequence numbers. The truth of a bank.
+
+SQLite in WAL mode with synchronous=FULL: what ``put`` and ``delete`` have returned survives a crash. A deleted
+document's row stays without its content, so that its key and version numbers are never used for other content
+and every follower learns of the deletion by its sequence number. Where history is kept, ``history.py`` has the content
+of past versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sqlite3
+import time
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import sqlalchemy as sa
+
+from bank_service.catalog.sqlite import erasures, history
+from bank_service.catalog.sqlite.catalog_file import check_catalog, check_not_lost, damaged
+from bank_service.catalog.sqlite.catalog_view import CatalogView
+from bank_service.catalog.sqlite.catalog_writes import DeleteResult, delete_document, purge_document, put_document
+from bank_service.catalog.sqlite.group_commit import GroupCommit
+from bank_service.catalog.sqlite.lexical import clean_step, uncleaned
+from bank_service.catalog.sqlite.prepared import run_text
+from bank_service.catalog.sqlite.quota import Usage, check_room, create_counters, enforced
+from bank_service.catalog.sqlite.tables import collection, metadata, recoding
+from bank_service.catalog.sqlite.upgrade import SCHEMA_VERSION, upgrade
+from bank_service.errors import BankError, CollectionMismatchError
+from bank_service.values.documents import Document, Gradient, PutResult, StoredDocument
+from bank_service.values.namespace_limits import LimitsOf, unlimited
+
+CLOSE_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionIdentity:
+    """What all gradients and embeddings of a bank have in common."""
+
+    learner_fingerprint: str
+    layout_id: str
+    codec: str
+    embedder: str
+    embedding_dimension: int
+
+
+class Catalog:
+    """One collection in one SQLite file. Reads are snapshots; writes are grouped by one thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        identity: CollectionIdentity,
+        limits_of: LimitsOf = unlimited,
+        *,
+        history_seconds: int | None = None,
+    ) -> None:
+        """Opens or creates. CollectionMismatchError where the file holds another collection, CatalogDamagedError.
+
+        ``history_seconds``: see ``history.seconds_kept``.
+        """
+        self._limits_of = limits_of
+        if path.exists():
+            check_catalog(path)
+        self._engine = _engine(path)
+        try:
+            self.collection_id = self._claim(path, identity)  # changes with the file, not with the collection's content
+            with self._engine.begin() as connection:  # once the collection is known to be the caller's
+                self.history_seconds = history.seconds_kept(connection, history_seconds)
+        except BaseException as error:
+            self._engine.dispose()
+            if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
+                raise damaged(path, str(error.orig)) from error
+            raise
+        # Connections of its own: what a reader opened while the disk was read-only never writes again.
+        self._writer = GroupCommit(_engine(path))
+
+    def close(self) -> None:
+        """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
+        with contextlib.suppress(BankError):  # a disk that fails; the next start goes on
+            self._clean_all(time.monotonic() + CLOSE_SECONDS)
+        self._writer.close()
+        self._engine.dispose()
+
+    @contextmanager
+    def view(self) -> Iterator[CatalogView]:
+        """Reads of one committed state, unmoved by later writes. Keep it for no longer than they need: meanwhile no
+        purged text leaves the write-ahead log."""
+        self._writer.wait_for_cut()
+        with self._engine.begin() as connection:
+            yield CatalogView(connection)
+
+    def check_room(self, view: CatalogView, document: Document, stored: StoredDocument | None) -> None:
+        """QuotaExceededError where ``put`` has no room for the text alone, in the place of what is ``stored``.
+
+        For before the work is done. Only ``put`` itself, which is alone then, finds all that has no room.
+        """
+        num_bytes = len(document.text.encode())
+        if stored is not None:
+            num_bytes -= len(stored.document.text.encode()) + stored.gradient.num_bytes
+        more = Usage(0 if stored else 1, num_bytes)
+        check_room(view.connection, document.namespace, self._limits_of(document.namespace), more)
+
+    def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
+        """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``,
+        QuotaExceededError."""
+
+        def operation(connection: sa.Connection) -> PutResult:
+            with enforced(connection, document.namespace, self._limits_of(document.namespace)):
+                return put_document(connection, document, gradient, expected_version, keep=self.history_seconds > 0)
+
+        return self._writer.submit(operation)
+
+    def delete(
+        self, namespace: str, id: str, expected_version: int | None, *, purge: bool = False
+    ) -> Future[DeleteResult]:
+        """Deletes a document. ``purge``: its past versions, too, and those alone where it is deleted already.
+        NotFoundError, VersionConflictError."""
+        if purge:
+            return self._writer.submit(lambda connection: purge_document(connection, namespace, id, expected_version))
+        keep = self.history_seconds > 0
+        return self._writer.submit(
+            lambda connection: delete_document(connection, namespace, id, expected_version, keep=keep)
+        )
+
+    def acknowledge_purge(self, number: int) -> Future[None]:
+        """One ``erasures.acknowledge``."""
+        return self._writer.submit(lambda connection: erasures.acknowledge(connection, number))
+
+    def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
+        """One ``erasures.finish``."""
+        return self._writer.submit(lambda connection: erasures.finish(connection, numbers))
+
+    def forget_erasures(self, numbers: Collection[int]) -> Future[None]:
+        """One ``erasures.forget``."""
+        return self._writer.submit(lambda connection: erasures.forget(connection, numbers))
+
+    def cut_log(self) -> Future[bool]:
+        """One ``GroupCommit.cut_log``."""
+        return self._writer.cut_log()
+
+    def expire_history(self, before_us: int | None, limit: int) -> Future[list[str] | None]:
+        """One ``history.expire``."""
+        return self._writer.submit(lambda connection: history.expire(connection, before_us, limit))
+
+    def replace_past_gradient(self, began: int, digest: str, gradient: Gradient) -> Future[bool]:
+        """One ``history.replace_gradient``."""
+        return self._writer.submit(lambda connection: history.replace_gradient(connection, began, digest, gradient))
+
+    def clean_words(self, number: int, num_removed: int, *, first: bool) -> Future[bool]:
+        """One ``lexical.clean_step``."""
+        return self._writer.submit(lambda connection: clean_step(connection, number, num_removed, first=first))
+
+    def _clean_all(self, deadline: float) -> None:
+        with self.view() as view:
+            tables = uncleaned(view.connection)
+        for number, num_removed in tables.items():
+            first = True
+            while time.monotonic() < deadline and not self.clean_words(number, num_removed, first=first).result():
+                first = False
+
+    def begin_recoding(self, codec: str) -> Future[None]:
+        """The collection has another codec from now on, and gradients that may not have it yet."""
+        return self._writer.submit(lambda connection: _begin_recoding(connection, codec))
+
+    def end_recoding(self) -> Future[None]:
+        """All gradients have the collection's codec."""
+        return self._writer.submit(_end_recoding)
+
+    def _claim(self, path: Path, identity: CollectionIdentity) -> str:
+        wanted = asdict(identity)
+        with self._engine.begin() as connection:
+            metadata.create_all(connection)
+            create_counters(connection)
+            row = connection.execute(sa.select(collection)).mappings().one_or_none()
+            if row is None:
+                check_not_lost(path)
+                created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
+                connection.execute(sa.insert(collection).values(**created, **wanted))
+                return str(created["uuid"])
+            if row["schema_version"] < SCHEMA_VERSION:
+                row = upgrade(connection, row["schema_version"], path)
+        for name, value in {"schema_version": SCHEMA_VERSION, **wanted}.items():
+            if row[name] != value:
+                raise CollectionMismatchError(
+                    f"{name} of the collection in {path.parent} must be {row[name]}, got {value}; "
+                    "use another data directory (learner and embedder stay; `regrad recode` changes a codec)"
+                )
+        return str(row["uuid"])
+
+
+def _begin_recoding(connection: sa.Connection, codec: str) -> None:
+    connection.execute(sa.update(collection).values(codec=codec))
+    connection.execute(sa.delete(recoding))
+    connection.execute(sa.insert(recoding).values(id=1))
+
+
+def _end_recoding(connection: sa.Connection) -> None:
+    connection.execute(sa.delete(recoding))
+
+
+def stored_codec(path: Path) -> str | None:
+    """The codec of the collection in a catalog's file; None where there is none yet, or none that can be read, which
+    ``Catalog`` then says. Changes nothing."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT codec FROM collection").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])
+
+
+def _engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        f"sqlite:///{path}",
+        pool_size=8,
+        max_overflow=-1,  # bounded by the threads that read
+        connect_args={"check_same_thread": False, "timeout": 30.0},
+        hide_parameters=True,  # in errors, and so in logs: they are documents
+    )
+
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # else the driver commits on its own before some statements
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    def on_begin(connection: sa.Connection) -> None:
+        run_text(connection, "BEGIN")
+
+    sa.event.listen(engine, "connect", on_connect)
+    sa.event.listen(engine, "begin", on_begin)
+    return engine

@@ -1,0 +1,99 @@
+"""Has gradients that nobody names any more leave the blob store and the cache, in batches; again where that fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from concurrent.futures import Executor
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from bank_service.errors import UnavailableError
+from bank_service.records.stores import Stores
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.runtime.seldom import Seldom
+from bank_service.runtime.threads import in_thread
+
+logger = logging.getLogger(__name__)
+
+
+class Discarder:
+    """Removes gradients. What could not be removed is remembered for ``retry``; after a crash the start's sweep finds
+    it."""
+
+    def __init__(self, stores: Stores, pool: Executor, metrics: BankMetrics) -> None:
+        self._catalog = stores.catalog
+        self._blobs = stores.blobs
+        self._cache = stores.cache
+        self._pool = pool
+        self._metrics = metrics
+        self._failed: set[str] = set()
+        self._spared: set[str] = set()  # by a snapshot that is under way
+        self._must_sweep = False  # the last look at all failed
+        self._sweep_failures = Seldom()
+
+    async def sweep(self) -> None:
+        """Removes gradients that no document or past version names: what a crash between blob and catalog leaves."""
+        removed, _ = await self._remove(None)
+        if removed:
+            self._metrics.swept(removed)
+            logger.info("removed %d gradients that no document names (left by a crash)", removed)
+
+    async def discard(self, digests: Iterable[str]) -> None:
+        """Removes those that no document or past version names any more, now or, where that fails, later."""
+        if wanted := list(dict.fromkeys(digests)):
+            await self._remove(wanted)
+
+    async def erase(self, digests: Iterable[str]) -> None:
+        """As ``discard``. UnavailableError where one could not be removed from the blob store."""
+        wanted = list(dict.fromkeys(digests))
+        _, error = await self._remove(wanted) if wanted else (0, None)
+        if error is not None:
+            raise UnavailableError(
+                f"gradients must be removable from the blob store, got {error}; the document is deleted, but not all "
+                "of its gradients are erased: mend the disk and purge it again (the bank tries by itself, too)"
+            ) from error
+
+    def is_done(self, digests: Collection[str]) -> bool:
+        """None of ``digests`` is left for ``retry``."""
+        left = (self._failed, self._spared)
+        return all(each.isdisjoint(digests) for each in left) and not self._cache.may_have(digests)
+
+    async def retry(self) -> None:
+        """Tries again what failed."""
+        if self._must_sweep:
+            await self.sweep()
+        if not self._blobs.is_keeping:
+            await self.discard(self._failed | self._spared)
+        await self._cache.retry()
+
+    async def _remove(self, digests: list[str] | None) -> tuple[int, Exception | None]:
+        try:
+            sweep = await in_thread(self._pool, self._blobs.sweep, self._references, digests)
+        except (OSError, SQLAlchemyError) as error:  # of the look into the folder or the catalog
+            if self._sweep_failures.is_due():
+                logger.warning("gradients that no document names can't be removed: %s; trying again", error)
+            self._failed.update(digests or ())
+            self._must_sweep |= digests is None
+            return 0, error
+        if digests is None:
+            self._must_sweep = False
+        new = sweep.failed.keys() - self._failed
+        self._failed.difference_update(digests or ())
+        self._failed.update(sweep.failed)
+        self._spared.difference_update(digests or ())
+        self._spared |= sweep.spared
+        if new:
+            logger.warning(
+                "%d gradients that no document names can't be removed: %s; trying again",
+                len(new),
+                sweep.failed[min(new)],
+            )
+        # Also those that had no file: it may have gone when the cache could not be asked.
+        if sweep.unwanted:
+            await self._cache.remove(sorted(sweep.unwanted))
+        return sweep.num_removed, next(iter(sweep.failed.values()), None)
+
+    def _references(self, digests: list[str]) -> set[str]:
+        with self._catalog.view() as view:
+            return set(view.gradient_sizes(digests))

@@ -1,0 +1,1 @@
+"""Which documents a query is about: by vector, by words, now and in the past."""

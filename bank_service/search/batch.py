@@ -1,0 +1,82 @@
+"""Several queries answered by one call: all or none, and together no larger than one message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from bank_service.errors import BankError, InvalidArgumentError, LimitExceededError, NotFoundError, OutOfRangeError
+from bank_service.records.record_reader import RecordReader
+from bank_service.search.searcher import MESSAGE_RESERVE_BYTES, Searcher, text_bytes_of
+from bank_service.values.documents import Query, QueryResult
+from bank_service.wire import limits
+from bank_service.wire.codec import FloatArray
+
+HIT_BYTES = 512  # id, digest, scores and framing of one hit, with the longest id
+MAX_TRIES = 5  # where hits are updated or deleted between the search and the read of their gradients
+CONCURRENCY = 4  # queries of one batch that are embedded or searched at once, so that others get their turn
+
+
+async def answer_batch(
+    queries: Sequence[Query],
+    vector_of: Callable[[Query], Awaitable[FloatArray | None]],
+    searcher: Searcher,
+    records: RecordReader,
+) -> tuple[QueryResult, ...]:
+    """A result for each query, in order. The error of the first that fails, with its place; LimitExceededError."""
+    turns = asyncio.Semaphore(CONCURRENCY)
+
+    async def answer(index: int, query: Query) -> QueryResult:
+        try:
+            async with turns:
+                return await searcher.search(query, await vector_of(query))
+        except BankError as error:
+            raise placed(error, index) from error
+
+    for last_try in (*(False,) * (MAX_TRIES - 1), True):
+        answers = await asyncio.gather(
+            *(answer(index, query) for index, query in enumerate(queries)), return_exceptions=True
+        )
+        results = []
+        for found in answers:
+            if isinstance(found, BaseException):
+                raise found
+            results.append(found)
+        _check_size(queries, results)
+        try:
+            return tuple(
+                [
+                    QueryResult(result.hits, await records.read(_digests(query, result)), result.sequence)
+                    for query, result in zip(queries, results, strict=True)
+                ]
+            )
+        except NotFoundError:  # a hit was updated or deleted after the search: the next search knows
+            if last_try:
+                raise
+    raise AssertionError("unreachable")
+
+
+def placed(error: BankError, index: int) -> BankError:
+    """The error of one query of a batch, with its place."""
+    error.message = f"queries[{index}]: {error.message}"
+    error.index = index
+    if isinstance(error, InvalidArgumentError | OutOfRangeError):
+        error.field = f"queries[{index}].{error.field}"
+    return error
+
+
+def _check_size(queries: Sequence[Query], results: Sequence[QueryResult]) -> None:
+    num_bytes = sum(HIT_BYTES * len(result.hits) + text_bytes_of(result.hits) for result in results)
+    for query, result in zip(queries, results, strict=True):
+        if query.include_gradients:
+            num_bytes += sum(hit.gradient_bytes for hit in result.hits)
+    if num_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:
+        raise LimitExceededError(
+            f"the answers' texts and gradients must fit a message of {limits.MAX_MESSAGE_BYTES} bytes together, got "
+            f"{num_bytes}; ask fewer queries at once, for fewer hits, or leave out include_text and include_gradients",
+            limit="max_message_bytes",
+        )
+
+
+def _digests(query: Query, result: QueryResult) -> list[str]:
+    return [hit.gradient_digest for hit in result.hits] if query.include_gradients else []

@@ -1,0 +1,208 @@
+"""Keeps the vector index up with the catalog: one way in for start-up, live changes and repair.
+
+The follower reads the catalog's changes after the sequence number that the index reflects and applies them in
+order. Queries wait until it has come to what was acknowledged before them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.catalog_view import Change
+from bank_service.errors import UnavailableError
+from bank_service.runtime.background import cancelled
+from bank_service.runtime.threads import ended_in_thread, in_thread
+from bank_service.search.usearch_index import UsearchIndex
+
+logger = logging.getLogger(__name__)
+
+CHANGES_PER_STEP = 512
+MAX_LAG = 1024  # changes; further behind, writers wait: else steady ingest would leave queries no index to wait for
+SNAPSHOT_SHARE = 0.1  # changes between two snapshots over vectors, where that is more than ``snapshot_every``
+RETRY_SECONDS = 0.2
+MAX_RETRY_SECONDS = 5.0
+WAIT_SECONDS = 10.0  # of a query for the index
+MAX_FAILURES = 4  # in a row; after that, queries do not wait for the next attempt
+
+
+def snapshot_after(snapshot_every: int, num_vectors: int) -> int:
+    """Changes after which a snapshot is due: of a large index a share of its vectors, or writing it whole again and
+    again would be most of the work."""
+    return max(snapshot_every, math.ceil(SNAPSHOT_SHARE * num_vectors))
+
+
+class IndexFollower:
+    """Applies the catalog's changes to the index, from one task."""
+
+    def __init__(
+        self, catalog: Catalog, index: UsearchIndex, snapshot: Path, pool: Executor, snapshot_every: int
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._snapshot = snapshot
+        self._pool = pool
+        self._snapshot_every = snapshot_every
+        self._moved = asyncio.Condition()
+        self._stepping = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._saved_sequence = 0
+        self._failures = 0  # of the last attempts, in a row
+        self._failure = ""  # what the last one was
+        self.sequence = 0  # that the index reflects
+
+    async def start(self) -> None:
+        """Loads the snapshot, catches up with the catalog, then follows it."""
+        self.sequence = await in_thread(self._pool, self._load)
+        self._saved_sequence = self.sequence
+        while await self._step():
+            pass
+        self._task = asyncio.create_task(self._follow(), name="bank-index-follower")
+
+    async def stop(self) -> None:
+        """Ends following, catches up with what the catalog has by then and saves a snapshot."""
+        if self._task is not None:
+            await cancelled(self._task)
+            self._task = None
+            try:
+                while await self._step():
+                    pass
+            except Exception:  # nothing is lost; the next start applies it
+                logger.exception("the index can't follow the catalog to its end; the next start goes on from there")
+            await in_thread(self._pool, self._save)
+
+    def wake(self) -> None:
+        """The catalog has changed."""
+        self._wake.set()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nobody changes or saves the index inside."""
+        async with self._stepping:
+            yield
+
+    async def save(self) -> None:
+        """Saves a snapshot of the index as it is now, also where no change came. OSError."""
+        async with self._stepping:
+            await ended_in_thread(self._pool, self._write)
+
+    async def reach(self, sequence: int) -> None:
+        """Returns once the index reflects ``sequence``.
+
+        UnavailableError where that takes too long, at once where attempt after attempt fails.
+        """
+        if self.sequence >= sequence:
+            return
+        try:
+            async with asyncio.timeout(WAIT_SECONDS), self._moved:
+                await self._moved.wait_for(lambda: self.sequence >= sequence or self._failures >= MAX_FAILURES)
+        except TimeoutError:
+            raise UnavailableError(
+                f"the index must reflect change {sequence}, got {self.sequence} after {WAIT_SECONDS} s; try again"
+            ) from None
+        if self.sequence < sequence:
+            raise UnavailableError(
+                f"the index must reflect change {sequence}, got {self.sequence}: it failed {self._failures} times in "
+                f"a row, last with {self._failure}; the bank's log has the traceback"
+            )
+
+    async def near(self, sequence: int) -> None:
+        """Returns once the index is MAX_LAG changes behind ``sequence`` at most; at once where it can't follow now."""
+        if self.sequence < sequence - MAX_LAG:
+            async with self._moved:
+                await self._moved.wait_for(lambda: self.sequence >= sequence - MAX_LAG or self._failures > 0)
+
+    async def _follow(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while await self._step():
+                    pass
+            except Exception as error:
+                # Whatever it is, the changes are still in the catalog: nothing is lost by waiting, all by ending.
+                delay = min(RETRY_SECONDS * 2**self._failures, MAX_RETRY_SECONDS)
+                logger.exception("the index can't follow the catalog; trying again in %.1f s", delay)
+                await self._failed(error)
+                await asyncio.sleep(delay)
+                self._wake.set()
+            else:
+                self._failures = 0
+
+    async def _failed(self, error: Exception) -> None:
+        async with self._moved:
+            self._failures += 1
+            self._failure = f"{type(error).__name__}: {error}"
+            self._moved.notify_all()
+
+    async def _step(self) -> bool:
+        """Applies the next changes; false where there are none."""
+        async with self._stepping:
+            return await self._step_alone()
+
+    async def _step_alone(self) -> bool:
+        # Ended, not left behind: ``stop`` saves next, and nothing else may change or save the index then.
+        sequence = await ended_in_thread(self._pool, self._advance, self.sequence)
+        if sequence == self.sequence:
+            return False
+        async with self._moved:
+            self.sequence = sequence
+            self._moved.notify_all()
+        if self.sequence - self._saved_sequence >= snapshot_after(self._snapshot_every, self._index.num_vectors()):
+            await ended_in_thread(self._pool, self._save)
+        return True
+
+    def _advance(self, after_sequence: int) -> int:
+        with self._catalog.view() as view:
+            changes = view.changes(after_sequence, CHANGES_PER_STEP)
+        self._apply(changes, lambda change: change.embedding is None, self._remove)
+        self._apply(changes, lambda change: change.embedding is not None, self._put)
+        return changes[-1].sequence if changes else after_sequence
+
+    def _apply(
+        self, changes: list[Change], chosen: Callable[[Change], bool], act: Callable[[str, list[Change]], None]
+    ) -> None:
+        # A document shows at most once in ``changes``, so their order does not matter.
+        spaces: dict[str, list[Change]] = {}
+        for change in filter(chosen, changes):
+            spaces.setdefault(change.namespace, []).append(change)
+        for namespace, group in spaces.items():
+            act(namespace, group)
+
+    def _put(self, namespace: str, changes: list[Change]) -> None:
+        vectors = np.stack([np.frombuffer(change.embedding or b"", dtype="<f4") for change in changes])
+        self._index.put(namespace, [change.key for change in changes], vectors)
+
+    def _remove(self, namespace: str, changes: list[Change]) -> None:
+        self._index.remove(namespace, [change.key for change in changes])
+
+    def _load(self) -> int:
+        sequence = self._index.load(self._snapshot, self._catalog.collection_id)
+        with self._catalog.view() as view:
+            newest = view.sequence()
+        if sequence > newest:
+            logger.warning("the index snapshot is ahead of the catalog (a restored backup?); rebuilding it")
+            self._index.clear()
+            return 0
+        return sequence
+
+    def _save(self) -> None:
+        if self.sequence == self._saved_sequence:
+            return
+        try:
+            self._write()
+        except OSError:
+            logger.exception("the index snapshot could not be written; the next start rebuilds more from the catalog")
+
+    def _write(self) -> None:
+        self._index.save(self._snapshot, self._catalog.collection_id, self.sequence)
+        self._saved_sequence = self.sequence

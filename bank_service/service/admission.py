@@ -1,0 +1,92 @@
+"""Calls in progress, counted and bounded: what the bank doesn't take on, it refuses at once with a time to come back.
+
+With each stream's window, the bounds on calls bound what waits inside: an ingest stream has so many documents under
+way and reads no further, so that the bank's memory doesn't grow with its callers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bank_service.errors import OverloadedError, QuotaExceededError
+from bank_service.service.access import Caller, Scope
+from bank_service.values.config import BankConfig
+from bank_service.values.namespace_limits import LimitsOf
+from bank_service.wire.limits import DEFAULT_NAMESPACE, RETRY_AFTER_MS
+
+_KINDS = {"IngestDocuments": "ingests", "IngestGradients": "ingests", "Query": "queries", "BatchQuery": "queries"}
+
+
+class Admission:
+    """Counts the calls of one bank. Used in its event loop only."""
+
+    def __init__(self, config: BankConfig, limits_of: LimitsOf) -> None:
+        self._most = {"calls": config.max_calls, "ingests": config.max_ingests, "queries": config.max_queries}
+        self._limits_of = limits_of
+        self._in_progress: Counter[str] = Counter()  # by kind
+        self._in_namespace: Counter[str] = Counter()
+
+    @contextmanager
+    def admitted(self, method: str) -> Iterator[Place]:
+        """A place for one call, until it ends. OverloadedError where there is none."""
+        kinds = ["calls", *({_KINDS[method]} if method in _KINDS else ())]
+        for kind in kinds:
+            if self._in_progress[kind] >= self._most[kind]:
+                raise OverloadedError(
+                    f"the bank takes {self._most[kind]} {kind} at a time (max_{kind}) and has as many; try again later",
+                    limit=f"max_{kind}",
+                    retry_after_ms=RETRY_AFTER_MS,
+                )
+        self._in_progress.update(kinds)
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            self._in_progress.subtract(kinds)
+            self._in_namespace.subtract(place.namespaces)
+            self._in_namespace += Counter()  # drops the zeros
+
+    def enter(self, namespace: str) -> None:
+        """QuotaExceededError where the namespace has as many requests in flight as it may have."""
+        most = self._limits_of(namespace).max_requests
+        if most and self._in_namespace[namespace] >= most:
+            raise QuotaExceededError(
+                f"namespace {namespace!r} must have at most {most} requests in flight (max_namespace_requests), "
+                f"got one more; try again later",
+                limit="max_namespace_requests",
+                namespace=namespace,
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._in_namespace[namespace] += 1
+
+
+class Place:
+    """One call's place. A stream is one request in each namespace that its documents are of, until it ends."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.namespaces: set[str] = set()
+
+    def enter(self, namespace: str) -> None:
+        if namespace not in self.namespaces:
+            self._admission.enter(namespace)
+            self.namespaces.add(namespace)
+
+
+class Call:
+    """What a call may do. The servicer asks for each request, before anything is done for it."""
+
+    def __init__(self, caller: Caller, place: Place) -> None:
+        self.caller = caller
+        self._place = place
+
+    def check(self, scope: Scope, namespace: str) -> None:
+        """UnauthenticatedError, PermissionDeniedError; QuotaExceededError where too many are in flight."""
+        self.caller.check(scope, namespace)
+        self.enter(namespace or DEFAULT_NAMESPACE)
+
+    def enter(self, namespace: str) -> None:
+        """Counts the call in a namespace that it names by nothing but its content. QuotaExceededError."""
+        self._place.enter(namespace)

@@ -1,0 +1,155 @@
+"""One ingest stream: many documents under way at once, acknowledged in the order in which they came."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from bank_service.errors import BankError, DeadlineExceededError, InvalidArgumentError
+from bank_service.values.documents import PutResult
+from bank_service.wire import limits
+from bank_service.wire.codec import HEADER_BYTES
+from bank_service.wire.generated import bank_pb2 as pb
+
+Put = Coroutine[Any, Any, PutResult]
+T = TypeVar("T")
+
+
+class Patience:
+    """How long a stream waits for its client. One that nobody uses holds a place that others need."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+
+    async def heard(self, requests: AsyncIterator[T]) -> AsyncIterator[T]:
+        """``requests``, each of which says that the client is there."""
+        async for request in requests:
+            self.renew()
+            yield request
+
+    def renew(self) -> None:
+        self._since = self._loop.time()
+
+    async def of(self, waiting: Callable[[], Awaitable[T]]) -> T:
+        """What ``waiting`` gives. DeadlineExceededError where that takes longer than the client is silent for."""
+        while True:
+            try:
+                async with asyncio.timeout_at(self._since + self._seconds):
+                    return await waiting()
+            except TimeoutError:
+                if self._loop.time() < self._since + self._seconds:
+                    continue  # parts of a record came meanwhile
+                raise DeadlineExceededError(
+                    f"an ingest stream must send something or end within {self._seconds:g} s (ingest_idle_seconds) of "
+                    "the last answer, got nothing; what was acknowledged is stored, send the rest on another stream"
+                ) from None
+
+
+async def acknowledge_in_order(
+    puts: AsyncIterator[Put], window: int, patience: Patience
+) -> AsyncGenerator[PutResult, None]:
+    """Results of ``puts`` in order, up to ``window`` running at once.
+
+    The first error, of a put or of ``puts`` itself, is raised in its turn, after the results before it; it
+    carries its index. What was started after it is cancelled; it may or may not have been stored.
+    ``patience`` is for the client alone: it does not run out while a put is under way.
+    """
+    started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None] = asyncio.Queue(window)
+    tasks: set[asyncio.Task[PutResult]] = set()
+    reader = asyncio.create_task(_start_all(puts, started, tasks))
+    index = 0
+    try:
+        while (item := await patience.of(started.get)) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield await item
+            patience.renew()
+            tasks.discard(item)
+            index += 1
+    except BankError as error:
+        error.index = index
+        raise
+    finally:
+        reader.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(reader, *tasks, return_exceptions=True)
+
+
+async def _start_all(
+    puts: AsyncIterator[Put],
+    started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None],
+    tasks: set[asyncio.Task[PutResult]],
+) -> None:
+    try:
+        async for put in puts:
+            task = asyncio.create_task(put)
+            tasks.add(task)
+            await started.put(task)
+    except Exception as error:  # noqa: BLE001 - raised by the consumer, in its turn
+        await started.put(error)
+    else:
+        await started.put(None)
+
+
+async def uploads(
+    requests: AsyncIterator[pb.IngestGradientsRequest], max_bytes: int, check: Callable[[str], None]
+) -> AsyncIterator[tuple[pb.IngestGradientsRequest.Header, bytes]]:
+    """Each header with its whole record. InvalidArgumentError where parts are missing, too large or out of order.
+
+    ``check`` is asked for each document's namespace before its record is read. Memory grows with the bytes that have
+    come, not with those that were announced.
+    """
+    header: pb.IngestGradientsRequest.Header | None = None
+    record = bytearray()
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if part == "header":
+            if header is not None:
+                yield header, _whole(header, record)
+            header, record = request.header, bytearray()
+            check(header.document.namespace)
+            _check_size(header, max_bytes)
+        elif part == "chunk":
+            _append(header, record, request.chunk)
+        else:
+            raise InvalidArgumentError("each message must have a header or a chunk, got neither", field="part")
+    if header is not None:
+        yield header, _whole(header, record)
+
+
+def _check_size(header: pb.IngestGradientsRequest.Header, max_bytes: int) -> None:
+    if not HEADER_BYTES < header.record_bytes <= max_bytes:
+        raise InvalidArgumentError(
+            f"header.record_bytes must be in {HEADER_BYTES + 1}..{max_bytes} for this learner, "
+            f"got {header.record_bytes}",
+            field="header.record_bytes",
+        )
+
+
+def _append(header: pb.IngestGradientsRequest.Header | None, record: bytearray, chunk: bytes) -> None:
+    if header is None:
+        raise InvalidArgumentError("the first message must be a header, got a chunk", field="header")
+    if len(chunk) > limits.MAX_CHUNK_BYTES:
+        raise InvalidArgumentError(
+            f"chunk must be at most {limits.MAX_CHUNK_BYTES} bytes, got {len(chunk)}", field="chunk"
+        )
+    if len(record) + len(chunk) > header.record_bytes:
+        raise InvalidArgumentError(
+            f"chunks must add up to header.record_bytes = {header.record_bytes}, got {len(record) + len(chunk)} so far",
+            field="chunk",
+        )
+    record += chunk
+
+
+def _whole(header: pb.IngestGradientsRequest.Header, record: bytearray) -> bytes:
+    if len(record) != header.record_bytes:
+        raise InvalidArgumentError(
+            f"chunks must add up to header.record_bytes = {header.record_bytes}, got {len(record)}; "
+            "was the upload cut off?",
+            field="chunk",
+        )
+    return bytes(record)

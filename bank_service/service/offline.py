@@ -1,0 +1,44 @@
+"""A bank without its server, for work on a folder that no bank serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from bank_service.bank import Bank
+from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.runtime.data_dir import DataDir
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.upkeep.scrub import ScrubCounts
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import Embedder, MiniLmEmbedder
+from bank_service.values.encoder import Encoder
+
+
+@asynccontextmanager
+async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> AsyncIterator[Bank]:
+    """The bank of ``config.data_dir``, which must exist. What ``BankServer.start`` raises; FileNotFoundError.
+
+    Its past versions stay, also those whose time is over: to drop them is for who serves the bank.
+    """
+    if not config.data_dir.is_dir():
+        raise FileNotFoundError(f"{config.data_dir} must be the folder of a bank, it does not exist")
+    async with AsyncExitStack() as stack:
+        data_dir = DataDir(config.data_dir)
+        await asyncio.to_thread(data_dir.claim)
+        stack.callback(data_dir.release)
+        redis = EmbeddedRedis(config.data_dir, config.cache_bytes)
+        stack.push_async_callback(redis.stop)
+        await redis.start()
+        if embedder is None:
+            embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
+        bank = await Bank.open(config, encoder, embedder, redis.url, BankMetrics(), expires_history=False)
+        stack.push_async_callback(bank.close)
+        yield bank
+
+
+async def scrub(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> ScrubCounts:
+    """Verifies every gradient of the folder and repairs what can be."""
+    async with opened(config, encoder, embedder) as bank:
+        return await bank.scrub()

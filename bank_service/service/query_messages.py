@@ -1,0 +1,89 @@
+"""Queries on the wire: a request becomes a query, a result a response."""
+
+from __future__ import annotations
+
+from bank_service.errors import InvalidArgumentError
+from bank_service.search.batch import placed
+from bank_service.values.documents import Query, QueryResult, Retrieval
+from bank_service.values.filters import Condition, Operator
+from bank_service.wire import limits
+from bank_service.wire.generated import bank_pb2 as pb
+
+
+def query_of(request: pb.QueryRequest) -> Query:
+    """InvalidArgumentError names the field."""
+    return Query(
+        namespace=request.namespace,
+        text=request.text,
+        vector=tuple(request.vector),
+        document_ids=tuple(request.document_ids),
+        top_k=request.top_k,
+        min_score=request.min_score if request.HasField("min_score") else -1.0,
+        learner_fingerprint=request.learner_fingerprint,
+        include_gradients=request.include_gradients,
+        include_text=request.include_text,
+        retrieval=_retrieval_of(request.retrieval),
+        conditions=_conditions_of(request.filter),
+        as_of=request.as_of if request.HasField("as_of") else None,
+    )
+
+
+def check_batch(request: pb.BatchQueryRequest) -> None:
+    """InvalidArgumentError where there are too many queries, before anything is done for each."""
+    if not 1 <= len(request.queries) <= limits.MAX_BATCH_QUERIES:
+        raise InvalidArgumentError(
+            f"queries must be 1..{limits.MAX_BATCH_QUERIES}, got {len(request.queries)}", field="queries"
+        )
+
+
+def queries_of(request: pb.BatchQueryRequest) -> list[Query]:
+    """InvalidArgumentError names the field as ``queries[i].field``."""
+    queries = []
+    for index, item in enumerate(request.queries):
+        try:
+            queries.append(query_of(item))
+        except InvalidArgumentError as error:
+            raise placed(error, index) from error
+    return queries
+
+
+def response_of(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
+    num_whole = len(result.hits) if result.num_with_record is None else result.num_with_record
+    hits = [
+        pb.QueryResponse.Hit(
+            id=hit.id,
+            version=hit.version,
+            score=hit.score,
+            gradient_digest=hit.gradient_digest,
+            gradient_bytes=hit.gradient_bytes,
+            gradient=result.records.get(hit.gradient_digest, b"") if index < num_whole else b"",
+            title=hit.title,
+            text=hit.text,
+            cosine=hit.cosine,
+        )
+        for index, hit in enumerate(result.hits)
+    ]
+    return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
+
+
+def _retrieval_of(number: int) -> Retrieval:
+    if number == pb.RETRIEVAL_UNSPECIFIED:
+        return Retrieval.DENSE
+    try:
+        return Retrieval(number)
+    except ValueError:
+        names = ", ".join(item.name for item in Retrieval)
+        raise InvalidArgumentError(f"retrieval must be one of {names}, got {number}", field="retrieval") from None
+
+
+def _conditions_of(message: pb.Filter) -> tuple[Condition, ...]:
+    conditions = []
+    for index, item in enumerate(message.conditions):
+        try:
+            operator = Operator(item.operator)
+        except ValueError:
+            field = f"filter.conditions[{index}].operator"
+            names = ", ".join(known.name for known in Operator)
+            raise InvalidArgumentError(f"{field} must be one of {names}, got {item.operator}", field=field) from None
+        conditions.append(Condition(item.key, operator, tuple(item.values)))
+    return tuple(conditions)

@@ -1,0 +1,210 @@
+"""A bank as a gRPC server: start, health, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from bank_service.bank import Bank
+from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.runtime.data_dir import BankAddress, DataDir
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.service.access import Authority
+from bank_service.service.admission import Admission
+from bank_service.service.servicer import BankServicer
+from bank_service.service.tls import server_credentials
+from bank_service.service.tokens_file import TokensFile
+from bank_service.values.config import BankConfig
+from bank_service.values.embedder import Embedder, MiniLmEmbedder
+from bank_service.values.encoder import Encoder
+from bank_service.values.namespace_limits import NamespaceLimits
+from bank_service.wire import limits
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.ports import cannot_listen, target_of
+from bank_service.wire.tracing import configure_tracing
+
+__all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_SPARE_CALLS = 256  # health, reflection, and calls that are told why they are refused
+SERVICE = bank_pb2.DESCRIPTOR.services_by_name["BankService"].full_name
+
+
+class BankServer:
+    """A running bank: ``async with BankServer(config, encoder) as server: server.address``.
+
+    Start it in the main thread of its process: the embedded Redis server ends with the thread that started it.
+    """
+
+    def __init__(self, config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> None:
+        """``embedder``: the installed MiniLM where None."""
+        self._config = config
+        self._encoder = encoder
+        self._embedder = embedder
+        self._metrics = BankMetrics()
+        self._health = health_aio.HealthServicer()
+        self._stack = AsyncExitStack()
+        self._address: BankAddress | None = None
+        self._tokens: TokensFile | None = None
+
+    @property
+    def address(self) -> BankAddress:
+        """Where it listens, once started."""
+        if self._address is None:
+            raise RuntimeError("the bank must be started before it has an address")
+        return self._address
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Returns when the bank answers.
+
+        BankInUseError, CollectionMismatchError; RuntimeError where a port or a needed package is missing.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Refuses new calls, lets those under way finish for ``drain_seconds``, then closes everything."""
+        await self._stack.aclose()
+        self._address = None
+
+    async def _start(self) -> None:
+        config = self._config
+        if not config.is_loopback and config.missing_protection:
+            logger.warning(
+                "the bank should listen on loopback, got host %s: it has no %s, so whoever reaches its port or its "
+                "network may read and change what it holds; let only a private network reach it",
+                config.host,
+                " or ".join(config.missing_protection),
+            )
+        self._tokens = None if config.tokens_file is None else TokensFile(config.tokens_file)
+        credentials = server_credentials(config)
+        data_dir = DataDir(config.data_dir)
+        await asyncio.to_thread(data_dir.claim)
+        self._stack.callback(data_dir.release)
+        cache_url = config.redis_url
+        if cache_url is None:
+            redis = EmbeddedRedis(config.data_dir, config.cache_bytes)
+            self._stack.push_async_callback(redis.stop)
+            await redis.start()
+            cache_url = redis.url
+        embedder = self._embedder
+        if embedder is None:
+            embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
+        bank = await Bank.open(config, self._encoder, embedder, cache_url, self._metrics, self._limits_of)
+        self._stack.push_async_callback(bank.close)
+        port = await self._listen(bank, credentials)
+        self._address = BankAddress(config.host, port, self._serve_metrics())
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        data_dir.announce(self._address)
+        logger.info("bank of learner %s at %s", self._encoder.spec.fingerprint, self._address.target)
+
+    def _limits_of(self, namespace: str) -> NamespaceLimits:
+        defaults = self._config.namespace_limits
+        return defaults if self._tokens is None else self._tokens.limits(namespace, defaults)
+
+    async def _listen(self, bank: Bank, credentials: grpc.ServerCredentials | None) -> int:
+        options = [
+            ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", limits.MAX_REQUEST_BYTES),
+            ("grpc.so_reuseport", 0),  # two servers on one port: an error
+        ]
+        # Beyond what admission refuses with a reason, gRPC refuses before it reads anything.
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._config.max_calls + _SPARE_CALLS)
+        config = self._config
+        admission = Admission(config, self._limits_of)
+        authority = Authority(self._tokens)
+        servicer = BankServicer(
+            bank, self._metrics, authority, admission, config.ingest_idle_seconds, config.unread_seconds
+        )
+        bank_pb2_grpc.add_BankServiceServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        target = target_of(config.host, config.port)
+        # Health and reflection have no check of tokens: they tell nothing of documents.
+        try:
+            port = (
+                server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
+            )
+        except RuntimeError as error:
+            raise RuntimeError(cannot_listen("the bank", config.host, config.port, "--port")) from error
+        await server.start()
+
+        async def drain() -> None:
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            await server.stop(self._config.drain_seconds)
+
+        self._stack.push_async_callback(drain)
+        return int(port)
+
+    def _serve_metrics(self) -> int | None:
+        host, port = self._config.host, self._config.metrics_port
+        if port is None:
+            return None
+        try:
+            server, thread = prometheus_client.start_http_server(port, host, self._metrics.registry)
+        except OSError as error:
+            raise RuntimeError(cannot_listen("the bank", host, port, "--metrics-port", error)) from error
+        self._stack.callback(thread.join)
+        self._stack.callback(server.server_close)
+        self._stack.callback(server.shutdown)
+        return int(server.server_port)
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+async def serve(
+    config: BankConfig,
+    encoder: Encoder,
+    *,
+    ready: Callable[[BankAddress], None] | None = None,
+    embedder: Embedder | None = None,
+) -> None:
+    """Runs a bank until SIGTERM or SIGINT, then drains it. ``ready`` is called when it answers."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        async with BankServer(config, encoder, embedder) as server:
+            if ready is not None:
+                ready(server.address)
+            await stopping.wait()
+            logger.info("the bank is stopping")
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def run_bank(config: BankConfig, encoder: Encoder, *, ready: Callable[[BankAddress], None] | None = None) -> None:
+    """Blocking entry point of a bank process: traces where configured, serves until a signal."""
+    stop_tracing = configure_tracing("regrad-bank")
+    try:
+        asyncio.run(serve(config, encoder, ready=ready))
+    finally:
+        stop_tracing()

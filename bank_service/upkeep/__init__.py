@@ -1,0 +1,1 @@
+"""What a bank does of itself: compact, erase, expire, verify, repair, recode."""

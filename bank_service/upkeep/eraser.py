@@ -1,0 +1,200 @@
+"""Erases what a purge leaves behind its commit: bytes that no query finds, but that the bank's files still hold.
+
+The catalog overwrites deleted content (``secure_delete``), but words stay in FTS5's segments until they are merged, old
+pages in the write-ahead log until it is emptied, and the vector in the index: in memory and in its snapshot. A round
+erases what all purges before it left; ``erasures`` in the catalog says what is left after a crash.
+
+How long that takes: a round rewrites the namespaces' words and their part of the index's snapshot (about 1 s per GB),
+and overwrites each removed vector whose place is free, in the milliseconds that adding one takes; where they are many,
+the namespace's graph is built anew instead, each vector in it added once. Rounds are a fifth of the time at most, so a
+purge's traces are gone ERASE_SECONDS and six rounds later: seconds in a bank of some thousand documents. What holds a
+round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within seconds), a
+disk that fails, a rebuild of a namespace's index, a snapshot, whose copy of the catalog may have all of it. Gradients
+that disk or cache refuse hold up nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import Executor
+
+from bank_service.catalog.sqlite import erasures
+from bank_service.catalog.sqlite.erasures import Erasure
+from bank_service.errors import BankError
+from bank_service.records.discarder import Discarder
+from bank_service.records.stores import Stores
+from bank_service.runtime.background import cancelled
+from bank_service.runtime.seldom import Seldom
+from bank_service.runtime.threads import ended_in_thread, in_thread
+from bank_service.search.index_follower import IndexFollower
+from bank_service.search.usearch_index import UsearchIndex
+from bank_service.upkeep.compaction import Compactor
+from bank_service.upkeep.lexical_cleaner import LexicalCleaner
+
+logger = logging.getLogger(__name__)
+
+ERASE_SECONDS = 1.0  # between two rounds, so that many purges share one
+REST_FACTOR = 4  # a round rewrites whole files: at most a fifth of the time goes into it
+MAX_PER_ROUND = 500  # purges that a round rewrites for
+OVERWRITE_STEP = 128  # removed vectors; some tenths of a second, for which a bank that stops waits
+MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and with more than the share below, it is rebuilt
+MAX_OVERWRITTEN_SHARE = 0.1  # of its places, so that a rebuild takes ten times as long as overwriting them at most
+STOP_SECONDS = 3.0
+LATE_SECONDS = 60.0  # after which a purge that is not erased is worth a warning
+REPEAT_SECONDS = 3600.0  # after all is erased, for which a purge can come again: its answer may have been lost
+
+
+class Eraser:
+    """Erases, and retries what ``Discarder`` could not remove, from one task."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        discarder: Discarder,
+        cleaner: LexicalCleaner,
+        index: UsearchIndex,
+        follower: IndexFollower,
+        compactor: Compactor,
+        pool: Executor,
+    ) -> None:
+        self._catalog = stores.catalog
+        self._blobs = stores.blobs
+        self._discarder = discarder
+        self._cleaner = cleaner
+        self._index = index
+        self._follower = follower
+        self._compactor = compactor
+        self._pool = pool
+        self._rewritten = 0  # up to this number erasures' words and vectors are gone from the files
+        self._since: dict[int, float] = {}  # erasures that are not finished, and since when they are known, in order
+        self._repeatable: dict[int, float] = {}  # those that are, since when, as far as they have rows
+        self._must_cut = True  # the log may have what went from the catalog
+        self._late = Seldom()
+        self._turn = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="bank-eraser")
+
+    async def stop(self) -> None:
+        """Ends after a last round, as far as a few seconds go. What is left is done when the bank opens again."""
+        await cancelled(self._task)
+        self._task = None
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.erase()
+        except (BankError, OSError, TimeoutError) as error:
+            logger.warning("what purges left is not erased yet (%s); the next start goes on", error)
+        except Exception:
+            logger.exception("what purges left is not erased yet; the next start goes on")
+
+    @property
+    def num_pending(self) -> int:
+        """Purges of which not all was erased when a round looked last."""
+        return len(self._since)
+
+    @property
+    def oldest_seconds(self) -> float:
+        """How long the oldest of them is known; 0 where there is none."""
+        return time.monotonic() - next(iter(self._since.values())) if self._since else 0.0
+
+    async def erase(self) -> bool:
+        """One round; false where something is left to be done in another."""
+        async with self._turn:
+            return await self._erase()
+
+    async def _erase(self) -> bool:
+        await self._discarder.retry()
+        fresh, repeatable, sequence = await in_thread(self._pool, self._look)
+        self._must_cut |= not repeatable.issuperset(self._repeatable)  # the rows that went have digests
+        now = time.monotonic()
+        self._repeatable = {number: self._repeatable.get(number, now) for number in repeatable}
+        if fresh:
+            self._must_cut = True
+            await self._rewrite({erasure.namespace for erasure in fresh}, sequence)
+            # Neither blob store nor cache is to keep a gradient that nobody names. What they refuse is tried again.
+            await self._discarder.discard([digest for erasure in fresh for digest in erasure.digests])
+            self._rewritten = fresh[-1].number
+        gone = await self._gone()
+        if not await self._cut():
+            return False
+        await self._finish(gone)
+        return await self._cut() and not self._since
+
+    async def _gone(self) -> list[int]:
+        """Those of which nothing is left but what the log has."""
+        now = time.monotonic()
+        since: dict[int, float] = {}
+        gone: list[int] = []
+        after = 0
+        while page := await in_thread(self._pool, self._unfinished, after):
+            for erasure in page:
+                after = erasure.number
+                since[after] = self._since.get(after, now)
+                if after <= self._rewritten and self._discarder.is_done(erasure.digests):
+                    gone.append(after)
+        self._since = since
+        return [] if self._blobs.is_keeping else gone
+
+    async def _finish(self, gone: list[int]) -> None:
+        """Says so in the catalog, and forgets purges of long ago; they can't come again with the version expected."""
+        now = time.monotonic()
+        for start in range(0, len(gone), MAX_PER_ROUND):
+            numbers = gone[start : start + MAX_PER_ROUND]
+            await asyncio.wrap_future(self._catalog.finish_erasures(numbers))
+            self._must_cut = True
+            for number in numbers:
+                del self._since[number]
+                self._repeatable[number] = now
+        lapsed = [number for number, since in self._repeatable.items() if now > since + REPEAT_SECONDS]
+        if lapsed:
+            await asyncio.wrap_future(self._catalog.forget_erasures(lapsed[:MAX_PER_ROUND]))
+            self._must_cut = True
+
+    async def _cut(self) -> bool:
+        if self._must_cut:
+            self._must_cut = not await asyncio.wrap_future(self._catalog.cut_log())
+        return not self._must_cut
+
+    async def _rewrite(self, namespaces: set[str], sequence: int) -> None:
+        await self._cleaner.clean()
+        await self._follower.reach(sequence)
+        # A rebuild that began before the purge would bring the vector back, in its own removed places.
+        async with self._compactor.turn:
+            wasteful = self._index.wasteful(MAX_OVERWRITTEN_SHARE, MAX_OVERWRITTEN + 1)
+            for namespace in namespaces:
+                if namespace in wasteful:
+                    await self._compactor.rebuild(namespace)
+                    continue
+                for _ in range(0, self._index.num_dead(namespace), OVERWRITE_STEP):
+                    await ended_in_thread(self._pool, self._index.overwrite_removed, namespace, OVERWRITE_STEP)
+            await self._follower.save()
+
+    def _look(self) -> tuple[list[Erasure], set[int], int]:
+        with self._catalog.view() as view:
+            fresh = erasures.unfinished(view.connection, self._rewritten, MAX_PER_ROUND)
+            return fresh, erasures.repeatable(view.connection), view.sequence()
+
+    def _unfinished(self, after: int) -> list[Erasure]:
+        with self._catalog.view() as view:
+            return erasures.unfinished(view.connection, after, MAX_PER_ROUND)
+
+    async def _run(self) -> None:
+        while True:
+            started = time.monotonic()
+            try:
+                await self.erase()
+            except (BankError, OSError) as error:
+                logger.warning("what purges left can't be erased now: %s; trying again", error)
+            except Exception:
+                logger.exception("what purges left can't be erased now; trying again")
+            if self.oldest_seconds > LATE_SECONDS and self._late.is_due():
+                logger.warning(
+                    "%d purges are not erased yet, the oldest since %d s: a long read of the catalog, a snapshot, the "
+                    "disk or the cache holds them up; trying again",
+                    self.num_pending,
+                    self.oldest_seconds,
+                )
+            await asyncio.sleep(ERASE_SECONDS + REST_FACTOR * (time.monotonic() - started))

@@ -1,0 +1,50 @@
+"""Has past versions leave the catalog when their time is over, and then the gradients that nobody names any more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.runtime.background import cancelled
+
+logger = logging.getLogger(__name__)
+
+CLEAN_SECONDS = 5.0  # between two rounds: how much longer than asked for a version may stay
+STEP = 256  # versions dropped in one write, between the catalog's others
+
+
+class HistoryCleaner:
+    """Drops expired versions, from one task. Gradients that a crash leaves behind are the next start's sweep's."""
+
+    def __init__(self, catalog: Catalog, discard: Callable[[Iterable[str]], Awaitable[None]]) -> None:
+        """``discard``: removes gradients that neither a document nor a past version names."""
+        self._catalog = catalog
+        self._discard = discard
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="bank-history-cleaner")
+
+    async def stop(self) -> None:
+        await cancelled(self._task)
+        self._task = None
+
+    async def clean(self) -> None:
+        """Drops every version whose time is over; all where the bank keeps no history."""
+        seconds = self._catalog.history_seconds
+        before_us = (time.time_ns() // 1000 - seconds * 1_000_000) if seconds else None
+        while (digests := await asyncio.wrap_future(self._catalog.expire_history(before_us, STEP))) is not None:
+            await self._discard(digests)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.clean()
+                if not self._catalog.history_seconds:
+                    return  # no version will come
+            except Exception:  # nothing is lost; it stays longer than it should
+                logger.exception("expired versions could not be dropped; trying again")
+            await asyncio.sleep(CLEAN_SECONDS)

