@@ -20,7 +20,7 @@ from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.errors import UnavailableError
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder
-from tests.bank.test_fetch import ingested, whole
+from tests.bank.records.test_fetch import ingested, whole
 
 DISK_MIB = 4
 

@@ -49,7 +49,7 @@ async def test_a_calls_spans_go_from_server_to_bank_to_store_under_the_callers_t
     receiver.start()
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.bank.bank_process", str(data_dir)],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, ENDPOINT_VARIABLE: f"http://127.0.0.1:{port}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

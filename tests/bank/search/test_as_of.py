@@ -25,9 +25,9 @@ from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Gradient, Hit, Query, Retrieval
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.codec import record_digest
+from tests.bank.catalog.test_catalog import IDENTITY
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
-from tests.bank.test_catalog import IDENTITY
 
 SPACES = ("default", "team")
 WORDS = ("owl", "barn", "mice", "comet", "stone", "sugar")

@@ -20,7 +20,7 @@ from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from tests.bank.client import Client
 from tests.bank.hash_encoder import BROKEN, HashEmbedder, HashEncoder
-from tests.bank.test_access import METHODS, call
+from tests.bank.service.test_access import METHODS, call
 from tests.bank.tokens import Tokens
 from tests.spans import recorded_spans
 

@@ -16,7 +16,7 @@ from bank_service.catalog.sqlite.lexical import table_of
 from bank_service.catalog.sqlite.lexical_search import MAX_WORDS, SPARE, best_words
 from bank_service.values.documents import Document
 from bank_service.values.filters import Condition, Operator
-from tests.bank.test_catalog import IDENTITY, gradient
+from tests.bank.catalog.test_catalog import IDENTITY, gradient
 
 VOCABULARY = [f"word{number}" for number in range(60)]
 WEIGHTS = [1 / (number + 1) for number in range(60)]  # the commonest in most documents

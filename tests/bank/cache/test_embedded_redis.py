@@ -78,7 +78,7 @@ def test_it_ends_with_its_parent_even_when_that_is_killed(tmp_path: Path) -> Non
         "asyncio.run(main())\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())

@@ -23,9 +23,9 @@ from bank_service.runtime.metrics import BankMetrics
 from bank_service.upkeep import history_cleaner
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Query
+from tests.bank.catalog.test_history import blobs, put
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder
-from tests.bank.test_as_of import open_bank
-from tests.bank.test_history import blobs, put
+from tests.bank.search.test_as_of import open_bank
 
 
 @asynccontextmanager

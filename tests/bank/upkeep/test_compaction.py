@@ -21,7 +21,7 @@ from bank_service.search.usearch_index import UsearchIndex
 from bank_service.upkeep import compaction
 from bank_service.upkeep.compaction import Compactor
 from bank_service.values.documents import Document, Gradient, Query
-from tests.bank.test_catalog import IDENTITY
+from tests.bank.catalog.test_catalog import IDENTITY
 
 NUM_DOCUMENTS = 300
 

@@ -15,10 +15,10 @@ from bank_service.upkeep.lexical_cleaner import LexicalCleaner
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 from tests.bank.client import Client
 from tests.bank.hash_encoder import HashEncoder
-from tests.bank.test_catalog import IDENTITY, document, gradient
-from tests.bank.test_query import FACTS, put_facts
+from tests.bank.search.test_query import FACTS, put_facts
 
 
 async def lexical(client: Client, text: str, **fields: object) -> list[tuple[str, float]]:

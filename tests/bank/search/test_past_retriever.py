@@ -20,8 +20,8 @@ from bank_service.search.past import PastRetriever
 from bank_service.search.retrieval import Retriever
 from bank_service.search.usearch_index import UsearchIndex
 from bank_service.values.documents import Document, Gradient, Query
-from tests.bank.test_as_of import RED
-from tests.bank.test_catalog import IDENTITY
+from tests.bank.catalog.test_catalog import IDENTITY
+from tests.bank.search.test_as_of import RED
 
 WAYS = ("exact", "scan", "proposals", "all")
 

@@ -19,9 +19,9 @@ from bank_service.errors import NotFoundError, UnavailableError
 from bank_service.search import index_follower
 from bank_service.search.index_follower import MAX_FAILURES, IndexFollower
 from bank_service.search.usearch_index import UsearchIndex
-from tests.bank.test_as_of import open_bank
-from tests.bank.test_catalog import IDENTITY, document, gradient
-from tests.bank.test_history import put
+from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
+from tests.bank.catalog.test_history import put
+from tests.bank.search.test_as_of import open_bank
 
 
 class FailingIndex(UsearchIndex):

@@ -22,10 +22,10 @@ from bank_service.values.documents import Document, Query
 from bank_service.values.encoder import EncodedDocument
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import read_header, record_digest
+from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
+from tests.bank.catalog.test_quota import counted
 from tests.bank.hash_encoder import HashEncoder
-from tests.bank.test_as_of import open_bank
-from tests.bank.test_catalog import IDENTITY, document, gradient
-from tests.bank.test_quota import counted
+from tests.bank.search.test_as_of import open_bank
 
 SECRET = "quilegren"
 
@@ -191,7 +191,7 @@ class ForgetfulEncoder(HashEncoder):
 async def test_where_the_encoder_gives_another_gradient_the_past_has_that_one(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.bank.test_as_of.HashEncoder", ForgetfulEncoder)
+    monkeypatch.setattr("tests.bank.search.test_as_of.HashEncoder", ForgetfulEncoder)
     async with open_bank(data_dir) as bank:
         first = await put(bank, "a", "the first")
         await put(bank, "a", "the second")
@@ -224,7 +224,7 @@ async def test_without_history_the_past_ends_where_a_document_gets_another_gradi
     data_dir: Path, way: str, history_seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "repaired with another":
-        monkeypatch.setattr("tests.bank.test_as_of.HashEncoder", ForgetfulEncoder)
+        monkeypatch.setattr("tests.bank.search.test_as_of.HashEncoder", ForgetfulEncoder)
     async with open_bank(data_dir, history_seconds=history_seconds) as bank:
         first = await put(bank, "a", "a text")
         if way == "recoded":

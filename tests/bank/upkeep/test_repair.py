@@ -22,7 +22,7 @@ from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableEr
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, upload_of
 from tests.bank.hash_encoder import HashEmbedder, HashEncoder, spec_of
-from tests.bank.test_fetch import _flush, blob, ingested
+from tests.bank.records.test_fetch import _flush, blob, ingested
 
 DAMAGES = {
     "missing": lambda path: path.unlink(),

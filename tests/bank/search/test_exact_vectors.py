@@ -15,7 +15,7 @@ from bank_service.search.retrieval import Retriever
 from bank_service.search.usearch_index import UsearchIndex
 from bank_service.values.documents import Document, Gradient, Query
 from bank_service.wire.codec import FloatArray
-from tests.bank.test_catalog import IDENTITY
+from tests.bank.catalog.test_catalog import IDENTITY
 
 DIMENSION = IDENTITY.embedding_dimension
 

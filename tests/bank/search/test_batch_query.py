@@ -7,7 +7,7 @@ import pytest
 from bank_service.wire.errors import InvalidArgumentError, LearnerMismatchError, LimitExceededError, NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client
-from tests.bank.test_query import put_facts
+from tests.bank.search.test_query import put_facts
 
 
 @pytest.mark.asyncio

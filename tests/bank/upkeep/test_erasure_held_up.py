@@ -18,10 +18,10 @@ from bank_service.errors import UnavailableError
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.upkeep import eraser
-from tests.bank.test_as_of import open_bank
-from tests.bank.test_discard import bank_with, read
-from tests.bank.test_erasure import filled, num_erasures, removable, traces, unremovable, within_the_bound
-from tests.bank.test_history import put
+from tests.bank.catalog.test_history import put
+from tests.bank.records.test_discard import bank_with, read
+from tests.bank.search.test_as_of import open_bank
+from tests.bank.upkeep.test_erasure import filled, num_erasures, removable, traces, unremovable, within_the_bound
 
 
 async def put_on(bank: Bank) -> None:

@@ -25,7 +25,7 @@ from bank_service.wire.codecs.int4 import INT4_BLOCK
 from bank_service.wire.codecs.lowrank import LowRankCodec
 from bank_service.wire.codecs.sensitivity import Sensitivity
 from tests.bank.hash_encoder import spec_of
-from tests.bank.test_codec import random_values, resealed
+from tests.bank.wire.test_codec import random_values, resealed
 
 Part = Callable[[tuple[FloatArray, ...]], tuple[FloatArray, ...]]
 SPEC = spec_of()

@@ -17,8 +17,8 @@ from bank_service.search.usearch_index import UsearchIndex
 from bank_service.values.documents import Document, Gradient, Query
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.catalog.test_catalog import IDENTITY
 from tests.bank.client import Client
-from tests.bank.test_catalog import IDENTITY
 
 DIMENSION = IDENTITY.embedding_dimension
 COLOURS = ("red", "green", "blue")

@@ -20,8 +20,8 @@ from bank_service.errors import NotFoundError, UnavailableError, VersionConflict
 from bank_service.search.usearch_index import UsearchIndex
 from bank_service.upkeep import eraser
 from bank_service.values.documents import Document, Gradient, Query
-from tests.bank.test_as_of import open_bank
-from tests.bank.test_history import SECRET, blobs, put
+from tests.bank.catalog.test_history import SECRET, blobs, put
+from tests.bank.search.test_as_of import open_bank
 
 BOUND_SECONDS = 20.0  # for a bank of a few documents; a few of its own, and what other work takes on a test's machine
 INDEX = ".usearch"

@@ -23,7 +23,7 @@ from bank_service.wire.errors import DataLossError, InvalidArgumentError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.client import Client, own_errors, upload_of
 from tests.bank.hash_encoder import HashEncoder
-from tests.bank.test_fetch import blob, ingested, whole
+from tests.bank.records.test_fetch import blob, ingested, whole
 
 
 async def snapshot(client: Client, target: str | Path) -> Any:
