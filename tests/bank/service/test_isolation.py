@@ -109,11 +109,10 @@ class Bearer:
         )
         assert {hit.id: hit.text for hit in answer.hits} == self.documents
         assert all(record_digest(hit.gradient) == hit.gradient_digest == DIGESTS[hit.text] for hit in answer.hits)
-        assert (
-            (await self.client.get(id, self.namespace)).document.text == self.documents[id]
-            if (id in self.documents)
-            else True
-        )
+        if id in self.documents:
+            assert (await self.client.get(id, self.namespace)).document.text == self.documents[id]
+        else:
+            await self.client.refused(self.client.get(id, self.namespace), NotFoundError)
 
     async def fetch(self, _id: str, text: str) -> None:
         fetching = self.client.fetch([DIGESTS[text]])
