@@ -1,6 +1,6 @@
-"""The README is true: its examples run as they stand there, its links lead somewhere, its tables are the code's.
+"""The README and docs/ are true: their examples run as they stand there, and their tables are the code's.
 
-The examples share one bank and one server, started by the README's own commands on ports of their own.
+The examples share one bank and one server. The README's own commands start them, on ports of their own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import wait_for_bank, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
 from regrad_vllm.serve.request import RegradOptions
-from tests.house.readme import README, examples, num_code_blocks
+from tests.house.pages import README, ROOT, all_examples, examples, pages
 from tests.house.settings_table import with_tables
 
-ROOT = README.parent
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
 RUN = {
     "bank", "server", "ingest", "curl", "openai", "grpc", "backup", "export", "eval", "load", "vllm_bench", "questions",
@@ -87,9 +86,9 @@ def _command(name: str) -> list[str]:
     return words[1:]
 
 
-def test_every_example_of_the_readme_is_run_by_a_test() -> None:
-    assert set(examples()) == RUN
-    assert num_code_blocks() == len(RUN) + 1, "one more: activating the environment"
+def test_every_example_is_run_by_a_test_or_says_why_not() -> None:
+    names = [example.name for example in all_examples() if example.name]
+    assert sorted(names) == sorted(RUN), "each name once"
 
 
 @pytest.mark.timeout(600)
@@ -247,10 +246,14 @@ def test_the_settings_tables_are_those_of_the_code() -> None:
     assert with_tables(readme) == readme, "run python -m tests.house.settings_table"
 
 
-def test_every_link_of_the_readme_leads_to_a_file() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text("utf-8"))
+def test_every_link_leads_to_a_file() -> None:
+    targets = [(page, target) for page in pages() for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8"))]
     assert len(targets) > 10
-    missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
+    missing = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page, target in targets
+        if not target.startswith("http") and not (page.parent / target).exists()
+    ]
     assert not missing
 
 
@@ -264,6 +267,10 @@ def test_what_the_demo_prints_to_go_on_by_hand_are_the_readmes_examples(capsys: 
 
 
 def test_the_table_of_a_requests_fields_has_each_of_them() -> None:
-    text = README.read_text("utf-8").split("The `regrad` object, all fields optional:")[1]
-    rows = re.findall(r"^\| `(\w+)` \|", text.split("An answer's own")[0], re.MULTILINE)
+    (table,) = (
+        found
+        for page in pages()
+        for found in re.findall(r"<!-- fields -->\n(.*?)<!-- end -->", page.read_text("utf-8"), re.DOTALL)
+    )
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert sorted(rows) == sorted(field.name for field in fields(RegradOptions))
