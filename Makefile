@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bank-soak crash-test model redis
+.PHONY: help env demo test lint proto docs train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bank-soak crash-test model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: .venv/.made  ## style, types
 
 proto: .venv/.made  ## make the protobuf code from proto/ anew
 	@$(PY) -m bank_service.wire.generate
+
+docs: .venv/.made  ## make the reference of settings and commands in docs/ anew
+	@$(PY) -m regrad_vllm.cli.reference docs
 
 train: .venv/.made model  ## meta-train the learner that ships, or go on with it: make train ARGS="--data FOLDER"
 	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-first.toml --resume $(ARGS)

@@ -55,7 +55,7 @@ _CURVES = [name for name in _LABELS if name != "documents_k3"]  # which comes wi
 
 def main(argv: Sequence[str]) -> int:
     """Returns 0."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     begun = time.monotonic()
     learner = Learner.load(args.learner or shipped_learner())
     model = resolve_model(args.model) if args.model else ensure_default_model()
@@ -158,7 +158,7 @@ def draw(points: Sequence[Point], out: Path) -> None:
     save_svg(figure, out)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrad growth", description=__doc__)
     parser.add_argument("--model", help="base model, a Hugging Face folder (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")

@@ -42,7 +42,7 @@ SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licence
 
 def main(argv: Sequence[str]) -> int:
     """Returns 0 where every request was answered."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     _check(args)
     begun = time.monotonic()
     learner_folder = args.learner or shipped_learner()
@@ -235,7 +235,7 @@ def _facts(
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrad eval", description=__doc__)
     parser.add_argument("--model", help="base model, a Hugging Face folder (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")

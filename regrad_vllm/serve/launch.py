@@ -45,7 +45,7 @@ _MERGED = {
 
 def main(argv: Sequence[str]) -> int:
     """Becomes ``vllm serve``, or prints what it would become. SettingsError, LearnerError; RuntimeError for a port."""
-    parser = _parser()
+    parser = build_parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0 if argv else 2
@@ -151,7 +151,7 @@ def plugins(environment: Mapping[str, str]) -> str:
     return ",".join(dict.fromkeys([*names, PLUGIN_NAME]))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="regrad serve MODEL",
         description="vLLM's OpenAI server with ReGrad. MODEL: a Hugging Face folder, a hub id, or 'default'.",

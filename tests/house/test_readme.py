@@ -28,8 +28,7 @@ from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import wait_for_bank, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
 from regrad_vllm.serve.request import RegradOptions
-from tests.house.pages import README, ROOT, all_examples, examples, pages
-from tests.house.settings_table import with_tables
+from tests.house.pages import ROOT, all_examples, examples, pages
 
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
 RUN = {
@@ -239,11 +238,6 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     assert [x for x, _ in lengths] == [32, 256]
     assert len({f1 for _, f1 in lengths}) > 1, "a longer text is another gradient"
     assert "<svg" in (tmp_path / "g" / "growth.svg").read_text("utf-8")
-
-
-def test_the_settings_tables_are_those_of_the_code() -> None:
-    readme = README.read_text("utf-8")
-    assert with_tables(readme) == readme, "run python -m tests.house.settings_table"
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -1,0 +1,130 @@
+"""The reference in docs/, made from the code. ``make docs`` writes it.
+
+A page has a comment ``<!-- made: NAME -->`` and further down ``<!-- end -->``. The lines between them are made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from bank_service.values.config import BankConfig
+from regrad_vllm.cli.bank import defaults
+from regrad_vllm.cli.main import build_parser
+from regrad_vllm.flags import settings_of
+from regrad_vllm.serve.settings import Settings, variable
+
+_BLOCK = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_DATA_DIR = "~/.local/share/regrad/bank"  # as it is where XDG_DATA_HOME is unset
+_SETTINGS: Mapping[str, type] = {"bank": BankConfig, "serve": Settings}  # commands with a table of their own
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the reference into every page of the folder named, docs/ by default."""
+    folder = Path(argv[0] if argv else "docs")
+    for page in sorted(folder.glob("*.md")):
+        before = page.read_text("utf-8")
+        after = with_reference(before)
+        if after != before:
+            page.write_text(after, "utf-8")
+            sys.stdout.write(f"{page}\n")
+    return 0
+
+
+def with_reference(page: str) -> str:
+    """The page's text with each marked part as the code makes it now. KeyError for a mark that names nothing."""
+    return _BLOCK.sub(lambda block: block[1] + _PARTS[block[2]]() + block[3], page)
+
+
+def bank_settings() -> str:
+    """A row for each field of BankConfig."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for setting in settings_of(BankConfig, defaults() | {"data_dir": _DATA_DIR}):
+        flag = _flags(command_parsers()["bank"])[setting.name]
+        rows.append(f"| `{flag}` | {setting.default_text or '–'} | {setting.help} |")
+    return "\n".join(rows) + "\n"
+
+
+def serve_settings() -> str:
+    """A row for each field of the plugin's Settings."""
+    rows = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
+    for setting in settings_of(Settings):
+        flag = _flags(command_parsers()["serve"])[setting.name]
+        default = "required" if setting.default is MISSING else setting.default_text or "–"
+        rows.append(f"| `{flag}` | `{variable(setting.name)}` | {default} | {setting.help} |")
+    return "\n".join(rows) + "\n"
+
+
+def commands() -> str:
+    """A section for each command of ``regrad``."""
+    return "\n".join(_section(name, parser) for name, parser in command_parsers().items()) + "\n"
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Every command with the parser that reads its arguments, in the order of ``regrad --help``."""
+    from regrad_vllm.evaluate.grow import build_parser as growth
+    from regrad_vllm.evaluate.run import build_parser as evaluate
+    from regrad_vllm.load.options import parser as load
+    from regrad_vllm.serve.launch import build_parser as serve
+
+    own_parsers = {"serve": serve, "eval": evaluate, "growth": growth, "bench": load}
+    (table,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: own_parsers[name]() if name in own_parsers else parser for name, parser in table.choices.items()}
+
+
+_PARTS: Mapping[str, Callable[[], str]] = {
+    "bank-settings": bank_settings,
+    "serve-settings": serve_settings,
+    "commands": commands,
+}
+
+
+def _section(name: str, parser: argparse.ArgumentParser) -> str:
+    left_out = {field.name for field in fields(_SETTINGS[name])} if name in _SETTINGS else set()
+    rows = [row for action in parser._actions if action.dest not in left_out for row in _row(parser, action)]
+    lines = [f"## {parser.prog}", "", *_prose(parser.description)]
+    if rows:
+        lines += ["| argument | meaning |", "|---|---|", *rows, ""]
+    if left_out:
+        lines += [f"Besides, a flag for each of [its settings](settings.md#regrad-{name}).", ""]
+    if parser.epilog:
+        lines += ["    " + line if line else "" for line in parser.epilog.splitlines()] + [""]
+    return "\n".join(lines)
+
+
+def _prose(description: str | None) -> list[str]:
+    """A description's paragraphs and lists, each followed by an empty line."""
+    return [*inspect.cleandoc(description).splitlines(), ""] if description else []
+
+
+def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:
+    if isinstance(action, argparse._HelpAction):
+        return
+    value = "" if action.nargs == 0 else _value(action)
+    name = f"{action.option_strings[0]} {value}".strip() if action.option_strings else value
+    must = "required; " if action.option_strings and action.required else ""
+    meaning = (action.help or "") % {**vars(action), "prog": parser.prog}
+    text = (must + meaning).replace(str(defaults()["data_dir"]), _DATA_DIR).replace("|", r"\|")
+    yield f"| `{name}` | {text} |".replace("|  |", "| |")
+
+
+def _value(action: argparse.Action) -> str:
+    """The value that an argument takes, as its usage line has it."""
+    metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper().replace("_", "-")
+    if action.choices is not None and action.metavar is None:
+        metavar = ", ".join(map(str, action.choices))
+    return metavar.replace("|", r"\|") + (" …" if action.nargs in ("+", "*") else "")
+
+
+def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Setting → its flag."""
+    return {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
