@@ -13,6 +13,7 @@ from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.evaluate.asking import Record
 from regrad_vllm.evaluate.report import Report, summarise
 
+ROOT = Path(__file__).parents[2]
 FOLDER = shipped_learner()
 # The rows of each table in order.
 TABLES = {
@@ -42,11 +43,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}".replace("-", "−")
 
 
-def tables() -> list[list[list[str]]]:
-    """The card's tables as rows of cells, without their heads."""
+def tables(page: Path) -> list[list[list[str]]]:
+    """A page's tables as rows of cells, without their heads."""
     found: list[list[list[str]]] = []
     before = ""
-    for line in (FOLDER / "README.md").read_text("utf-8").splitlines():
+    for line in page.read_text("utf-8").splitlines():
         if line and set(line) <= set("|-:"):
             found.append([])
         elif line.startswith("|") and found and before.startswith("|"):
@@ -57,13 +58,24 @@ def tables() -> list[list[list[str]]]:
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(TABLES)))
 def test_the_cards_table_is_the_reports(number: int, name: str) -> None:
-    said, rows = report(name), tables()[number]
+    answers = [table for table in tables(FOLDER / "README.md") if table[0][0] == "document retrieved"]
+    said, rows = report(name), answers[number]
     assert [cell for cell in rows[0][2:]] == [f"{100 * entry['recall']:.0f}" for entry in said["sets"]]
     assert len(rows) == 1 + len(TABLES[name])
     for method, cells in zip(TABLES[name], rows[1:], strict=True):
         whole = said["overall"][method]
         assert cells[1] == f"{percent(whole['mean'])} [{percent(whole['low'])}, {percent(whole['high'])}]", method
         assert cells[2:] == [percent(entry["rows"][method]["f1"]["mean"]) for entry in said["sets"]], method
+
+
+def test_the_readmes_table_is_that_of_the_served_report() -> None:
+    every, real = summary("served"), summary("served", "fresh", "pubmedqa")
+    rows = tables(ROOT / "README.md")[0]
+    methods = ("base", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl")
+    for method, cells in zip(methods, rows, strict=True):
+        whole = every.overall[method]
+        assert cells[1].replace("*", "") == f"{percent(whole.mean)} [{percent(whole.low)}, {percent(whole.high)}]"
+        assert cells[2] == percent(real.overall[method].mean), method
 
 
 @pytest.mark.parametrize("name", TABLES)
