@@ -21,6 +21,7 @@ from regrad_vllm.serve.settings import Settings, variable
 
 _BLOCK = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DATA_DIR = "~/.local/share/regrad/bank"  # as it is where XDG_DATA_HOME is unset
+_CREDENTIALS = ("--bank-token-file", "--bank-ca", "--bank-cert", "--bank-key")
 _SETTINGS: Mapping[str, type] = {"bank": BankConfig, "serve": Settings}  # commands with a table of their own
 
 
@@ -62,7 +63,8 @@ def serve_settings() -> str:
 
 def commands() -> str:
     """A section for each command of ``regrad``."""
-    return "\n".join(_section(name, parser) for name, parser in command_parsers().items()) + "\n"
+    summaries = {action.dest: f"{action.help}." for action in _subparsers()._choices_actions}
+    return "\n".join(_section(name, parser, summaries[name]) for name, parser in command_parsers().items()) + "\n"
 
 
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
@@ -73,8 +75,14 @@ def command_parsers() -> dict[str, argparse.ArgumentParser]:
     from regrad_vllm.serve.launch import build_parser as serve
 
     own_parsers = {"serve": serve, "eval": evaluate, "growth": growth, "bench": load}
+    return {
+        name: own_parsers[name]() if name in own_parsers else parser for name, parser in _subparsers().choices.items()
+    }
+
+
+def _subparsers() -> argparse._SubParsersAction[argparse.ArgumentParser]:
     (table,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return {name: own_parsers[name]() if name in own_parsers else parser for name, parser in table.choices.items()}
+    return table
 
 
 _PARTS: Mapping[str, Callable[[], str]] = {
@@ -84,22 +92,27 @@ _PARTS: Mapping[str, Callable[[], str]] = {
 }
 
 
-def _section(name: str, parser: argparse.ArgumentParser) -> str:
-    left_out = {field.name for field in fields(_SETTINGS[name])} if name in _SETTINGS else set()
-    rows = [row for action in parser._actions if action.dest not in left_out for row in _row(parser, action)]
-    lines = [f"## {parser.prog}", "", *_prose(parser.description)]
+def _section(name: str, parser: argparse.ArgumentParser, summary: str) -> str:
+    """A command's heading, description, and a row for each argument that stands on no other page."""
+    settings = {field.name for field in fields(_SETTINGS[name])} if name in _SETTINGS else set()
+    actions = [action for action in parser._actions if action.dest not in settings]
+    credentials = [action for action in actions if action.option_strings and action.option_strings[0] in _CREDENTIALS]
+    rows = [row for action in actions if action not in credentials for row in _row(parser, action)]
+    lines = [f"## {parser.prog}", "", *_prose(parser.description or summary)]
     if rows:
         lines += ["| argument | meaning |", "|---|---|", *rows, ""]
-    if left_out:
-        lines += [f"Besides, a flag for each of [its settings](settings.md#regrad-{name}).", ""]
+    if settings:
+        lines += [f"Besides, it has a flag for each of [its settings](settings.md#regrad-{name}).", ""]
+    if credentials:
+        lines += ["Besides, it has [the flags of a bank's clients](security.md#clients).", ""]
     if parser.epilog:
         lines += ["    " + line if line else "" for line in parser.epilog.splitlines()] + [""]
     return "\n".join(lines)
 
 
-def _prose(description: str | None) -> list[str]:
-    """A description's paragraphs and lists, each followed by an empty line."""
-    return [*inspect.cleandoc(description).splitlines(), ""] if description else []
+def _prose(description: str) -> list[str]:
+    text = inspect.cleandoc(description)
+    return [*f"{text[:1].upper()}{text[1:]}".splitlines(), ""]
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:

@@ -29,11 +29,11 @@ def test_each_setting_stands_in_the_pages() -> None:
 
 def test_only_the_marked_part_of_a_page_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- made: bank-settings -->\nold\n<!-- end -->\nafter\n", "utf-8")
+    page.write_text("before\n<!-- made: bank-settings -->\nstale line\n<!-- end -->\nafter\n", "utf-8")
     (tmp_path / "other.md").write_text("no mark\n", "utf-8")
     assert main([str(tmp_path)]) == 0
     text = page.read_text("utf-8")
-    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n") and "stale line" not in text
     assert "| `--data-dir` | ~/.local/share/regrad/bank |" in text
     assert capsys.readouterr().out == f"{page}\n"
 
