@@ -21,9 +21,9 @@ from bank_service.backup.snapshotter import Snapshotter
 from bank_service.bank_stats import BankStats, read_stats
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.gradient_cache import GradientCache
-from bank_service.catalog.sqlite.catalog import Catalog, CollectionIdentity, stored_codec
-from bank_service.catalog.sqlite.catalog_view import ListEntry
-from bank_service.catalog.sqlite.catalog_writes import DeleteResult, document_not_found
+from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListEntry
+from bank_service.catalog.factory import CATALOG_FILE, open_catalog, stored_codec
+from bank_service.catalog.failures import document_not_found
 from bank_service.errors import LearnerMismatchError, NotFoundError
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue
@@ -84,8 +84,7 @@ class Bank:
         """Opens what needs no event loop. CollectionMismatchError where the folder holds another collection."""
         spec = encoder.spec
         self.spec: GradientSpec = spec
-        path = config.data_dir / "catalog.sqlite"
-        codec = config.codec or stored_codec(path) or DEFAULT_CODEC
+        codec = config.codec or stored_codec(config.data_dir / CATALOG_FILE) or DEFAULT_CODEC
         self.identity = CollectionIdentity(spec.fingerprint, spec.layout_id, codec, embedder.name, embedder.dimension)
         self._embedder = embedder
         self._pools = Pools(
@@ -96,7 +95,7 @@ class Bank:
             document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
         )
         reads = self._pools.reads
-        catalog = Catalog(path, self.identity, limits_of, history_seconds=config.history_seconds)
+        catalog = open_catalog(config.data_dir, self.identity, limits_of, history_seconds=config.history_seconds)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
         self._discarder = Discarder(self._stores, self._pools.writes, metrics)

@@ -6,8 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from bank_service import __version__
-from bank_service.catalog.sqlite.catalog import CollectionIdentity
-from bank_service.catalog.sqlite.catalog_view import Totals
+from bank_service.catalog.entries import CollectionIdentity, Totals
 from bank_service.records.record_reader import MayRead
 from bank_service.records.stores import Stores
 from bank_service.runtime.threads import in_thread

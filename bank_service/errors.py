@@ -163,5 +163,9 @@ class CatalogDamagedError(Exception):
     """The catalog's file is not whole, so the bank's truth is not known."""
 
 
+class CatalogReadError(Exception):
+    """The catalog can't be read now."""
+
+
 class SnapshotError(Exception):
     """A snapshot that can't be written, or is not whole."""

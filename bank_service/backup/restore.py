@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bank_service.backup.snapshot import BATCH, Manifest, Progress, blob_name, file_digest, gradients_of
+from bank_service.backup.snapshot import BATCH, Manifest, Progress, blob_name, file_digest
 from bank_service.backup.snapshot_store import SnapshotStore, open_store
 from bank_service.blobs.blob_store import BlobStore, fsync_folder
-from bank_service.catalog.sqlite.catalog_file import CATALOG_FILE, check_catalog
+from bank_service.catalog.factory import CATALOG_FILE, check_catalog, describe_copy
 from bank_service.errors import SnapshotError
 from bank_service.wire.codec import record_digest
 
@@ -53,7 +53,7 @@ def _fill(store: SnapshotStore, manifest: Manifest, folder: Path) -> Iterator[Pr
     check_catalog(catalog)
     with catalog.open("rb") as file:
         os.fsync(file.fileno())
-    sizes = gradients_of(catalog)
+    sizes = describe_copy(catalog).gradients
     if hashlib.sha256("\n".join(sizes).encode()).hexdigest() != manifest.gradients_digest:
         raise SnapshotError("the snapshot's catalog must name the gradients of its manifest, it names others")
     blobs = BlobStore(folder / "blobs")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,7 +19,8 @@ from pathlib import Path
 from bank_service import __version__
 from bank_service.backup.snapshot_store import SnapshotStore, open_store
 from bank_service.blobs.blob_store import BlobStore
-from bank_service.catalog.sqlite.catalog_file import CATALOG_FILE, copy_catalog
+from bank_service.catalog.entries import CatalogCopy
+from bank_service.catalog.factory import CATALOG_FILE, copy_catalog, describe_copy
 from bank_service.errors import SnapshotError
 from bank_service.runtime.data_dir import DataDir
 
@@ -49,7 +49,7 @@ class Manifest:
     @property
     def catalog(self) -> str:
         """The name of its file."""
-        return f"catalog-{self.catalog_digest}.sqlite"
+        return f"catalog-{self.catalog_digest}{Path(CATALOG_FILE).suffix}"
 
     @classmethod
     def read(cls, store: SnapshotStore) -> Manifest | None:
@@ -92,8 +92,9 @@ class SnapshotWriter:
         try:
             self._catalog = self._folder / CATALOG_FILE
             copy_catalog(data_dir / CATALOG_FILE, self._catalog)
-            self._sizes = gradients_of(self._catalog)
-            self._manifest = _describe(self._catalog, self._sizes)
+            copy = describe_copy(self._catalog)
+            self._sizes = copy.gradients
+            self._manifest = _manifest(self._catalog, copy)
             self._there = self._store.sizes()
             self._check_target(target)
         except BaseException:
@@ -177,29 +178,17 @@ def blob_name(digest: str) -> str:
     return f"blobs/{digest[:2]}/{digest[2:]}"
 
 
-def gradients_of(catalog: Path) -> dict[str, int]:
-    """digest → bytes of every gradient that a catalog's file names, in order of digest."""
-    with closing(sqlite3.connect(catalog)) as connection:
-        named = "SELECT gradient_digest, gradient_bytes FROM documents WHERE gradient_digest IS NOT NULL"
-        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'history'").fetchone():  # not in old snapshots
-            named += " UNION ALL SELECT gradient_digest, gradient_bytes FROM history"
-        query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"
-        return {str(digest): int(size) for digest, size in connection.execute(query)}
-
-
-def _describe(catalog: Path, sizes: dict[str, int]) -> Manifest:
-    with closing(sqlite3.connect(catalog)) as connection:
-        (row,) = connection.execute("SELECT uuid, learner_fingerprint, sequence FROM collection")
+def _manifest(catalog: Path, copy: CatalogCopy) -> Manifest:
     return Manifest(
         format=FORMAT,
-        collection_id=row[0],
-        learner_fingerprint=row[1],
-        sequence=row[2],
+        collection_id=copy.collection_id,
+        learner_fingerprint=copy.learner_fingerprint,
+        sequence=copy.sequence,
         catalog_digest=file_digest(catalog),
         catalog_bytes=catalog.stat().st_size,
-        num_gradients=len(sizes),
-        gradient_bytes=sum(sizes.values()),
-        gradients_digest=hashlib.sha256("\n".join(sizes).encode()).hexdigest(),
+        num_gradients=len(copy.gradients),
+        gradient_bytes=sum(copy.gradients.values()),
+        gradients_digest=hashlib.sha256("\n".join(copy.gradients).encode()).hexdigest(),
         created_us=time.time_ns() // 1000,
         version=__version__,
     )

@@ -1,1 +1,5 @@
-"""The truth of a bank: documents, versions, namespaces, sequence numbers."""
+"""The truth of a bank: documents, their versions, namespaces and sequence numbers.
+
+``contract`` says what every catalog does, ``entries`` has its values, ``factory`` opens one. ``sqlite`` is the only
+implementation.
+"""

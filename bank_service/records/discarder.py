@@ -6,9 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from concurrent.futures import Executor
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from bank_service.errors import UnavailableError
+from bank_service.errors import CatalogReadError, UnavailableError
 from bank_service.records.stores import Stores
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.seldom import Seldom
@@ -70,7 +68,7 @@ class Discarder:
     async def _remove(self, digests: list[str] | None) -> tuple[int, Exception | None]:
         try:
             sweep = await in_thread(self._pool, self._blobs.sweep, self._references, digests)
-        except (OSError, SQLAlchemyError) as error:  # of the look into the folder or the catalog
+        except (OSError, CatalogReadError) as error:  # of the look into the folder or the catalog
             if self._sweep_failures.is_due():
                 logger.warning("gradients that no document names can't be removed: %s; trying again", error)
             self._failed.update(digests or ())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.gradient_cache import GradientCache
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.contract import Catalog
 
 
 @dataclass(frozen=True, slots=True)

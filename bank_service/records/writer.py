@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bank_service.catalog.sqlite.catalog_writes import DeleteResult, version_conflict
+from bank_service.catalog.entries import DeleteResult
+from bank_service.catalog.failures import version_conflict
 from bank_service.errors import BankError, DataLossError, InvalidArgumentError, LearnerMismatchError, UnavailableError
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from bank_service.catalog.sqlite.catalog_view import CatalogView
+from bank_service.catalog.contract import CatalogView
 from bank_service.values.vectors import KeyArray, unit
 from bank_service.wire.codec import FloatArray
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bank_service.catalog.sqlite.catalog import Catalog
-from bank_service.catalog.sqlite.catalog_view import Change
+from bank_service.catalog.contract import Catalog
+from bank_service.catalog.entries import Change
 from bank_service.errors import UnavailableError
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import ended_in_thread, in_thread

@@ -16,9 +16,8 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
-from bank_service.catalog.sqlite import attributes, history
-from bank_service.catalog.sqlite.catalog import Catalog
-from bank_service.catalog.sqlite.catalog_view import Candidate, CatalogView, Score
+from bank_service.catalog.contract import Catalog, CatalogView
+from bank_service.catalog.entries import Candidate, Score
 from bank_service.errors import InvalidArgumentError, NotFoundError, OutOfRangeError
 from bank_service.search.exact_vectors import ExactVectors
 from bank_service.search.retrieval import GROWTH, MAX_PROPOSALS, SCAN_SIZE, candidates_of, cosines_of, depth_of
@@ -26,6 +25,8 @@ from bank_service.search.vector_index import VectorIndex
 from bank_service.values.documents import Query, QueryResult
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
+
+BATCH = 500  # versions in memory at once, without their texts
 
 GoOn = Callable[[], None]  # called between batches; raises where nobody waits for the answer any more
 
@@ -86,7 +87,7 @@ class PastRetriever:
             with span("index.search", count=count):
                 keys = self._index.search(query.namespace, vector, count)[0].tolist()
             with span("catalog.past"), self._catalog.view() as view:
-                found = attributes.among(view.connection, keys, query.conditions, _as_of(view, query))
+                found = view.among(keys, query.conditions, _as_of(view, query))
                 living = candidates_of(view, list(found)) if len(found) >= depth_of(query) else None
             if living is not None:
                 return self._best(query, vector, living.values(), go_on)
@@ -101,11 +102,11 @@ class PastRetriever:
         """The nearest of these; in ``view``, else in one for each batch."""
         with span("catalog.scan", num_documents=len(keys)):
             living: list[Candidate] = []
-            for start in range(0, len(keys), history.BATCH):
+            for start in range(0, len(keys), BATCH):
                 go_on()
                 with nullcontext(view) if view is not None else self._catalog.view() as state:
                     as_of = _as_of(state, query)
-                    batch = candidates_of(state, keys[start : start + history.BATCH]).values()
+                    batch = candidates_of(state, keys[start : start + BATCH]).values()
                 # Without those that have changed by now: what they were is among the past versions.
                 unchanged = [candidate for candidate in batch if candidate.sequence <= as_of]
                 living = _nearest(query, vector, living, unchanged)
@@ -119,7 +120,7 @@ class PastRetriever:
         while True:
             with self._catalog.view() as view:
                 as_of = _as_of(view, query)
-                found = history.candidates(view.connection, query.namespace, as_of, query.conditions, after)
+                found = view.past_candidates(query.namespace, as_of, query.conditions, after, BATCH)
                 if found is None:
                     return _answer(view, query, vector, nearest)
             go_on()
@@ -129,7 +130,7 @@ class PastRetriever:
     def _named(self, query: Query) -> QueryResult:
         with span("catalog.past"), self._catalog.view() as view:
             as_of = _as_of(view, query)
-            began = history.named(view.connection, query.namespace, query.document_ids, as_of)
+            began = view.began(query.namespace, query.document_ids, as_of)
             for id in query.document_ids:
                 if id not in began:
                     raise NotFoundError(
@@ -138,7 +139,7 @@ class PastRetriever:
                         name=id,
                     )
             scores = {began[id]: Score(1.0, 1.0) for id in query.document_ids}
-            return QueryResult(tuple(history.hits(view.connection, scores, query.include_text)), {}, as_of)
+            return QueryResult(tuple(view.past_hits(scores, query.include_text)), {}, as_of)
 
 
 def _as_of(view: CatalogView, query: Query) -> int:
@@ -152,7 +153,7 @@ def _as_of(view: CatalogView, query: Query) -> int:
             "now",
             field="as_of",
         )
-    oldest = history.horizon(view.connection, query.namespace)
+    oldest = view.horizon(query.namespace)
     if as_of < oldest:
         raise OutOfRangeError(
             f"as_of must be at least {oldest} in namespace {query.namespace!r}, got {as_of}: what some documents were "
@@ -165,7 +166,7 @@ def _as_of(view: CatalogView, query: Query) -> int:
 
 def _unchanged(view: CatalogView, query: Query, limit: int | None = None) -> list[int]:
     """Keys of the documents that match and are what they were."""
-    return attributes.matching(view.connection, query.namespace, query.conditions, limit, query.as_of)
+    return view.matching(query.namespace, query.conditions, limit, query.as_of)
 
 
 def _answer(view: CatalogView, query: Query, vector: FloatArray, nearest: list[Candidate]) -> QueryResult | None:
@@ -174,7 +175,7 @@ def _answer(view: CatalogView, query: Query, vector: FloatArray, nearest: list[C
     ids = {candidate.sequence: candidate.id for candidate in nearest}
     best = sorted(cosines, key=lambda began: (-cosines[began], ids[began]))[: query.top_k]
     scores = {began: Score(cosines[began], cosines[began]) for began in best if cosines[began] >= query.min_score}
-    hits = history.hits(view.connection, scores, query.include_text)
+    hits = view.past_hits(scores, query.include_text)
     return QueryResult(tuple(hits), {}, _as_of(view, query)) if len(hits) == len(scores) else None
 
 

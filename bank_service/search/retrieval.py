@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bank_service.catalog.sqlite import attributes
-from bank_service.catalog.sqlite.catalog_view import MAX_VARIABLES, Candidate, CatalogView, Score
-from bank_service.catalog.sqlite.lexical_search import best_words
+from bank_service.catalog.contract import MAX_KEYS, CatalogView
+from bank_service.catalog.entries import Candidate, Score
 from bank_service.search.exact_vectors import ExactVectors
 from bank_service.search.vector_index import VectorIndex
 from bank_service.values.documents import Query, Retrieval
@@ -60,7 +59,7 @@ class Retriever:
         words: dict[int, float] = {}
         if query.retrieval is not Retrieval.DENSE:
             with span("catalog.words"):
-                words = best_words(view.connection, query.namespace, query.text, query.conditions, depth)
+                words = view.best_words(query.namespace, query.text, query.conditions, depth)
         candidates = candidates_of(view, [*keys, *(words.keys() - set(keys))])
         dense = [candidates[key] for key in keys if key in candidates]
         is_stale = len(dense) < len(keys) or any(candidate.sequence > sequence for candidate in dense)
@@ -102,7 +101,7 @@ class Retriever:
 
     def _matching(self, view: CatalogView, query: Query, limit: int | None = None) -> list[int]:
         with span("catalog.filter"):
-            return attributes.matching(view.connection, query.namespace, query.conditions, limit)
+            return view.matching(query.namespace, query.conditions, limit)
 
     def _proposed(self, view: CatalogView, query: Query, vector: FloatArray, depth: int) -> list[int] | None:
         """At least ``depth`` near documents that match, by the index; None where it would take too many proposals."""
@@ -112,7 +111,7 @@ class Retriever:
         while count <= MAX_PROPOSALS:
             with span("index.search", count=count):
                 keys = self._index.search(query.namespace, vector, count)[0].tolist()
-            matching |= attributes.among(view.connection, [key for key in keys if key not in checked], query.conditions)
+            matching |= view.among([key for key in keys if key not in checked], query.conditions)
             checked.update(keys)
             found = [key for key in keys if key in matching]
             if len(found) >= depth:
@@ -129,8 +128,8 @@ def depth_of(query: Query) -> int:
 def candidates_of(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate]:
     """By key, those that are not deleted."""
     found: dict[int, Candidate] = {}
-    for start in range(0, len(keys), MAX_VARIABLES):
-        found.update((item.key, item) for item in view.candidates(keys[start : start + MAX_VARIABLES]))
+    for start in range(0, len(keys), MAX_KEYS):
+        found.update((item.key, item) for item in view.candidates(keys[start : start + MAX_KEYS]))
     return found
 
 
@@ -145,10 +144,10 @@ def cosines_of(candidates: dict[int, Candidate], vector: FloatArray) -> dict[int
 
 
 def _nearest(view: CatalogView, keys: Sequence[int], vector: FloatArray, count: int) -> list[int]:
-    """The ``count`` nearest of ``keys``, with no more than MAX_VARIABLES vectors in memory."""
+    """The ``count`` nearest of ``keys``, with no more than MAX_KEYS vectors in memory."""
     best: list[tuple[float, str, int]] = []
-    for start in range(0, len(keys), MAX_VARIABLES):
-        found = candidates_of(view, keys[start : start + MAX_VARIABLES])
+    for start in range(0, len(keys), MAX_KEYS):
+        found = candidates_of(view, keys[start : start + MAX_KEYS])
         cosines = cosines_of(found, vector)
         best = heapq.nsmallest(count, [*best, *((-cosines[key], found[key].id, key) for key in cosines)])
     return [key for *_, key in best]

@@ -7,9 +7,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-from bank_service.catalog.sqlite.catalog import Catalog
-from bank_service.catalog.sqlite.catalog_view import Score
-from bank_service.catalog.sqlite.catalog_writes import document_not_found
+from bank_service.catalog.contract import Catalog
+from bank_service.catalog.entries import Score
+from bank_service.catalog.failures import document_not_found
 from bank_service.errors import LimitExceededError, OverloadedError
 from bank_service.runtime.threads import in_thread, stoppable_in_thread
 from bank_service.search.index_follower import IndexFollower

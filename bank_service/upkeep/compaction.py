@@ -13,8 +13,8 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from bank_service.catalog.sqlite.catalog import Catalog
-from bank_service.catalog.sqlite.catalog_view import Change
+from bank_service.catalog.contract import Catalog
+from bank_service.catalog.entries import Change
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import in_thread
 from bank_service.search.index_follower import IndexFollower

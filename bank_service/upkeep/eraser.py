@@ -20,8 +20,7 @@ import logging
 import time
 from concurrent.futures import Executor
 
-from bank_service.catalog.sqlite import erasures
-from bank_service.catalog.sqlite.erasures import Erasure
+from bank_service.catalog.entries import Erasure
 from bank_service.errors import BankError
 from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Stores
@@ -174,12 +173,12 @@ class Eraser:
 
     def _look(self) -> tuple[list[Erasure], set[int], int]:
         with self._catalog.view() as view:
-            fresh = erasures.unfinished(view.connection, self._rewritten, MAX_PER_ROUND)
-            return fresh, erasures.repeatable(view.connection), view.sequence()
+            fresh = view.unfinished_erasures(self._rewritten, MAX_PER_ROUND)
+            return fresh, view.repeatable_erasures(), view.sequence()
 
     def _unfinished(self, after: int) -> list[Erasure]:
         with self._catalog.view() as view:
-            return erasures.unfinished(view.connection, after, MAX_PER_ROUND)
+            return view.unfinished_erasures(after, MAX_PER_ROUND)
 
     async def _run(self) -> None:
         while True:

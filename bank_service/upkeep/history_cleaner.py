@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.contract import Catalog
 from bank_service.runtime.background import cancelled
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ import logging
 import time
 from concurrent.futures import Executor
 
-from bank_service.catalog.sqlite.catalog import Catalog
-from bank_service.catalog.sqlite.lexical import uncleaned
+from bank_service.catalog.contract import Catalog
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import in_thread
 
@@ -46,7 +45,7 @@ class LexicalCleaner:
 
     def _uncleaned(self) -> dict[int, int]:
         with self._catalog.view() as view:
-            return uncleaned(view.connection)
+            return view.uncleaned_words()
 
     async def _run(self) -> None:
         while True:

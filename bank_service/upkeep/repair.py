@@ -15,7 +15,6 @@ import enum
 import logging
 from concurrent.futures import Executor
 
-from bank_service.catalog.sqlite import history
 from bank_service.errors import BankError, UnavailableError, VersionConflictError
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue
@@ -168,4 +167,4 @@ class Repairer:
 
     def _past_owners(self, digest: str) -> list[StoredDocument]:
         with self._stores.catalog.view() as view:
-            return history.owners(view.connection, digest, MAX_OWNERS)
+            return view.past_owners(digest, MAX_OWNERS)

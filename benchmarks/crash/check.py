@@ -13,7 +13,7 @@ from typing import Any
 from bank_service.backup.restore import restore
 from bank_service.backup.snapshot import MANIFEST, WORK_FOLDER
 from bank_service.blobs.blob_store import BlobStore
-from bank_service.catalog.sqlite.catalog_file import CATALOG_FILE
+from bank_service.catalog.factory import CATALOG_FILE
 from bank_service.errors import SnapshotError
 from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.load import MAX_HITS

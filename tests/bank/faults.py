@@ -12,13 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import bank_service.blobs.blob_store
-import bank_service.catalog.sqlite.catalog
+import bank_service.catalog.sqlite.catalog_writes
 import bank_service.search.usearch_index
 from bank_service.backup.snapshot import SnapshotWriter
 from bank_service.backup.snapshot_store import FolderStore
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.gradient_cache import GradientCache
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.group_commit import GroupCommit
 from bank_service.records.discarder import Discarder
 from bank_service.search.searcher import Searcher
@@ -30,10 +30,10 @@ from tests.bank.hash_encoder import HashEncoder
 POINTS: dict[str, tuple[Any, str]] = {
     "in the write of a blob": (bank_service.blobs.blob_store, "os.fsync"),
     "before a blob gets its name": (bank_service.blobs.blob_store, "os.replace"),
-    "between blob and catalog": (Catalog, "put"),
-    "in a transaction of the catalog": (bank_service.catalog.sqlite.catalog, "_next_sequence"),
+    "between blob and catalog": (SqliteCatalog, "put"),
+    "in a transaction of the catalog": (bank_service.catalog.sqlite.catalog_writes, "_next_sequence"),
     "between commit and acknowledgement": (Searcher, "acknowledge"),
-    "in a deletion": (Catalog, "delete"),
+    "in a deletion": (SqliteCatalog, "delete"),
     "at the start of an index snapshot": (UsearchIndex, "save"),
     "between the old and the new index snapshot": (bank_service.search.usearch_index, "os.replace"),
     "in a sweep, before anything is removed": (Discarder, "_references"),

@@ -48,6 +48,7 @@ BANK_ROOMS = (
     "records",
     "cache",
     "blobs",
+    "catalog.factory",
     "catalog.sqlite",
     "catalog",
     "values",
@@ -140,6 +141,18 @@ def test_the_banks_rooms_import_from_the_rooms_below_them_only() -> None:
         for module in _imports(path):
             other = _bank_room(module) if _is_within(module, "bank_service") else ""
             if other and BANK_ROOMS.index(other) < BANK_ROOMS.index(own):
+                broken.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not broken
+
+
+def test_only_the_catalogs_factory_knows_its_store_and_only_the_store_knows_sql() -> None:
+    broken = []
+    for path in _sources("bank_service"):
+        room = _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module in _imports(path):
+            is_store = _is_within(module, "bank_service.catalog.sqlite") and room != "catalog.factory"
+            is_sql = any(_is_within(module, package) for package in ("sqlalchemy", "sqlite3"))
+            if room != "catalog.sqlite" and (is_store or is_sql):
                 broken.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not broken
 

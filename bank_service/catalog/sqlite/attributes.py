@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
-from bank_service.catalog.sqlite.catalog_view import MAX_VARIABLES
+from bank_service.catalog.contract import MAX_KEYS
 from bank_service.catalog.sqlite.prepared import Prepared
 from bank_service.catalog.sqlite.tables import documents, metadata
 from bank_service.values.filters import Condition, Operator
@@ -83,9 +83,9 @@ def among(
 ) -> set[int]:
     """Those of ``keys`` whose documents match. ``as_of``: and have not changed since."""
     found: set[int] = set()
-    for start in range(0, len(keys), MAX_VARIABLES):
+    for start in range(0, len(keys), MAX_KEYS):
         query = sa.select(documents.c.key).where(
-            documents.c.key.in_(keys[start : start + MAX_VARIABLES]),
+            documents.c.key.in_(keys[start : start + MAX_KEYS]),
             sa.not_(documents.c.deleted),
             *(holds(condition, documents.c.key) for condition in conditions),
         )

@@ -10,48 +10,37 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import sqlite3
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from bank_service.catalog.contract import CatalogView
+from bank_service.catalog.entries import CollectionIdentity, DeleteResult, Usage
 from bank_service.catalog.sqlite import erasures, history
 from bank_service.catalog.sqlite.catalog_file import check_catalog, check_not_lost, damaged
-from bank_service.catalog.sqlite.catalog_view import CatalogView
-from bank_service.catalog.sqlite.catalog_writes import DeleteResult, delete_document, purge_document, put_document
+from bank_service.catalog.sqlite.catalog_view import SqliteView
+from bank_service.catalog.sqlite.catalog_writes import delete_document, purge_document, put_document
 from bank_service.catalog.sqlite.group_commit import GroupCommit
-from bank_service.catalog.sqlite.lexical import clean_step, uncleaned
+from bank_service.catalog.sqlite.lexical import clean_step
 from bank_service.catalog.sqlite.prepared import run_text
-from bank_service.catalog.sqlite.quota import Usage, check_room, create_counters, enforced
+from bank_service.catalog.sqlite.quota import check_room, create_counters, enforced
 from bank_service.catalog.sqlite.tables import collection, metadata, recoding
 from bank_service.catalog.sqlite.upgrade import SCHEMA_VERSION, upgrade
-from bank_service.errors import BankError, CollectionMismatchError
+from bank_service.errors import BankError, CatalogReadError, CollectionMismatchError
 from bank_service.values.documents import Document, Gradient, PutResult, StoredDocument
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
 CLOSE_SECONDS = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class CollectionIdentity:
-    """What all gradients and embeddings of a bank have in common."""
-
-    learner_fingerprint: str
-    layout_id: str
-    codec: str
-    embedder: str
-    embedding_dimension: int
-
-
-class Catalog:
-    """One collection in one SQLite file. Reads are snapshots; writes are grouped by one thread."""
+class SqliteCatalog:
+    """One collection in one SQLite file; see ``contract.Catalog``. One thread groups the writes."""
 
     def __init__(
         self,
@@ -89,12 +78,15 @@ class Catalog:
         self._engine.dispose()
 
     @contextmanager
-    def view(self) -> Iterator[CatalogView]:
+    def view(self) -> Iterator[SqliteView]:
         """Reads of one committed state, unmoved by later writes. Keep it for no longer than they need: meanwhile no
         purged text leaves the write-ahead log."""
         self._writer.wait_for_cut()
-        with self._engine.begin() as connection:
-            yield CatalogView(connection)
+        try:
+            with self._engine.begin() as connection:
+                yield SqliteView(connection)
+        except sa.exc.SQLAlchemyError as error:
+            raise CatalogReadError(f"the catalog must be readable, got {error}") from error
 
     def check_room(self, view: CatalogView, document: Document, stored: StoredDocument | None) -> None:
         """QuotaExceededError where ``put`` has no room for the text alone, in the place of what is ``stored``.
@@ -105,7 +97,9 @@ class Catalog:
         if stored is not None:
             num_bytes -= len(stored.document.text.encode()) + stored.gradient.num_bytes
         more = Usage(0 if stored else 1, num_bytes)
-        check_room(view.connection, document.namespace, self._limits_of(document.namespace), more)
+        limits = self._limits_of(document.namespace)
+        if limits.max_documents or limits.max_bytes:
+            check_room(document.namespace, limits, view.usage(document.namespace), more)
 
     def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
         """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``,
@@ -159,7 +153,7 @@ class Catalog:
 
     def _clean_all(self, deadline: float) -> None:
         with self.view() as view:
-            tables = uncleaned(view.connection)
+            tables = view.uncleaned_words()
         for number, num_removed in tables.items():
             first = True
             while time.monotonic() < deadline and not self.clean_words(number, num_removed, first=first).result():
@@ -203,17 +197,6 @@ def _begin_recoding(connection: sa.Connection, codec: str) -> None:
 
 def _end_recoding(connection: sa.Connection) -> None:
     connection.execute(sa.delete(recoding))
-
-
-def stored_codec(path: Path) -> str | None:
-    """The codec of the collection in a catalog's file; None where there is none yet, or none that can be read, which
-    ``Catalog`` then says. Changes nothing."""
-    try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
-            row = connection.execute("SELECT codec FROM collection").fetchone()
-    except sqlite3.Error:
-        return None
-    return None if row is None else str(row[0])
 
 
 def _engine(path: Path) -> sa.Engine:

@@ -6,7 +6,9 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
+from bank_service.catalog.entries import CatalogCopy
 from bank_service.errors import CatalogDamagedError
 
 CATALOG_FILE = "catalog.sqlite"
@@ -58,3 +60,30 @@ def copy_catalog(path: Path, target: Path) -> None:
         source.backup(copy)  # all pages in one step: readers of a WAL do not hold up its writer
         copy.execute("PRAGMA journal_mode=DELETE")
         copy.commit()
+
+
+def describe_copy(path: Path) -> CatalogCopy:
+    """What a copy made by ``copy_catalog`` holds, also one that an older version made."""
+    with naming_damage(path), closing(sqlite3.connect(path)) as connection:
+        named = "SELECT gradient_digest, gradient_bytes FROM documents WHERE gradient_digest IS NOT NULL"
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'history'").fetchone():  # not in old ones
+            named += " UNION ALL SELECT gradient_digest, gradient_bytes FROM history"
+        query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"
+        gradients = {str(digest): int(size) for digest, size in connection.execute(query)}
+        ((uuid, fingerprint, sequence),) = connection.execute(
+            "SELECT uuid, learner_fingerprint, sequence FROM collection"
+        )
+    return CatalogCopy(uuid, fingerprint, sequence, gradients)
+
+
+def stored_codec(path: Path) -> str | None:
+    """The codec of the collection in a catalog's file. Changes nothing.
+
+    None where there is no collection yet, or none that can be read: opening the catalog says why.
+    """
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT codec FROM collection").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from bank_service.catalog.entries import DeleteResult
+from bank_service.catalog.failures import document_not_found, version_conflict
 from bank_service.catalog.sqlite import erasures, history
 from bank_service.catalog.sqlite.attributes import put_attributes, remove_attributes
-from bank_service.catalog.sqlite.catalog_view import to_stored
 from bank_service.catalog.sqlite.lexical import put_words, remove_words
 from bank_service.catalog.sqlite.prepared import Prepared
+from bank_service.catalog.sqlite.rows import to_stored
 from bank_service.catalog.sqlite.tables import collection, documents
-from bank_service.errors import NotFoundError, VersionConflictError
 from bank_service.values.documents import Document, Gradient, Outcome, PutResult, StoredDocument
 
 _CURRENT = Prepared(
@@ -43,16 +43,6 @@ _EMPTIED: dict[str, Any] = {
     "embedding": None,
 }
 _EMPTY = Prepared(_OF_ROW, [*_EMPTIED, "sequence", "updated_us"])
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteResult:
-    """An acknowledged deletion."""
-
-    version: int  # that was deleted
-    sequence: int
-    digests: frozenset[str]  # of gradients that may now belong to nobody
-    erasure: int | None = None  # of a purge
 
 
 def put_document(
@@ -140,22 +130,6 @@ def purge_document(connection: sa.Connection, namespace: str, id: str, expected_
         sequence = _empty(connection, row)
     erasure = erasures.record(connection, row["key"], namespace, digests)
     return DeleteResult(row["version"], sequence, frozenset(digests), erasure)
-
-
-def version_conflict(namespace: str, id: str, expected: int, actual: int) -> VersionConflictError:
-    state = f"version {actual}" if actual else "no such document"
-    return VersionConflictError(
-        f"document {id!r} in namespace {namespace!r} must be at version {expected} (0: absent), got {state}; "
-        "read it again and retry",
-        namespace=namespace,
-        id=id,
-        expected_version=expected,
-        actual_version=actual,
-    )
-
-
-def document_not_found(namespace: str, id: str) -> NotFoundError:
-    return NotFoundError(f"document {id!r} is not in namespace {namespace!r}", kind="document", name=id)
 
 
 def _current(connection: sa.Connection, namespace: str, id: str) -> Mapping[str, Any] | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from bank_service.catalog.entries import Erasure
 from bank_service.catalog.sqlite.tables import metadata
 
 erasures = sa.Table(
@@ -27,15 +27,6 @@ erasures = sa.Table(
     sa.Column("erased", sa.Boolean, nullable=False),
     sqlite_autoincrement=True,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Erasure:
-    """A purge whose traces are not all erased yet."""
-
-    number: int
-    namespace: str
-    digests: tuple[str, ...]
 
 
 def record(connection: sa.Connection, key: int, namespace: str, digests: Iterable[str]) -> int:

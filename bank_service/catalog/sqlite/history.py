@@ -20,8 +20,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
-from bank_service.catalog.sqlite.catalog_view import Candidate, Score, to_stored
+from bank_service.catalog.entries import Candidate, Score
 from bank_service.catalog.sqlite.prepared import Prepared
+from bank_service.catalog.sqlite.rows import to_stored
 from bank_service.catalog.sqlite.tables import documents, history, history_setting, horizons
 from bank_service.values.documents import Gradient, Hit, StoredDocument
 from bank_service.values.filters import Condition
@@ -29,7 +30,6 @@ from bank_service.values.filters import Condition
 logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 2**31  # longer than anything was kept
-BATCH = 500  # past versions in memory at once, without their texts
 _INSERT = Prepared(sa.insert(history), [column.name for column in history.c])
 _COPIED = [column.name for column in history.c if column.name in documents.c]
 
@@ -116,13 +116,9 @@ def horizon(connection: sa.Connection, namespace: str) -> int:
 
 
 def candidates(
-    connection: sa.Connection, namespace: str, as_of: int, conditions: Sequence[Condition], after: int
+    connection: sa.Connection, namespace: str, as_of: int, conditions: Sequence[Condition], after: int, limit: int
 ) -> tuple[list[Candidate], int] | None:
-    """The next past versions of which the namespace consisted at ``as_of`` beside its living documents: those that
-    ended after ``after``, at first ``as_of``, and what to give for ``after`` next. None where there are no more.
-
-    Their keys are the sequences at which they began. Versions that end between two calls come later than those before.
-    """
+    """See ``CatalogView.past_candidates``. Versions that end between two calls come later than those before."""
     columns = history.c
     query = (
         sa.select(
@@ -137,7 +133,7 @@ def candidates(
         )
         .where(columns.namespace == namespace, columns.ended > after, columns.began <= as_of)
         .order_by(columns.ended)
-        .limit(BATCH)
+        .limit(limit)
     )
     rows = connection.execute(query).all()
     if not rows:
@@ -150,7 +146,7 @@ def candidates(
     return found, rows[-1].ended
 
 
-def named(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: int) -> dict[str, int]:
+def began(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: int) -> dict[str, int]:
     """id → where the version that it had at ``as_of`` began; without those that did not exist."""
     current, past = documents.c, history.c
     chosen = [current.namespace == namespace, current.id.in_(ids)]

@@ -12,21 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from bank_service.catalog.entries import Usage
 from bank_service.errors import QuotaExceededError
 from bank_service.values.namespace_limits import NamespaceLimits
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a namespace holds."""
-
-    num_documents: int = 0
-    num_bytes: int = 0
-
 
 _CHANGES = {
     "insert": "NEW.namespace, NOT NEW.deleted, NEW.num_text_bytes + NEW.gradient_bytes",
@@ -97,12 +88,10 @@ def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits)
     _compare(namespace, limits, before, usage(connection, namespace))
 
 
-def check_room(connection: sa.Connection, namespace: str, limits: NamespaceLimits, more: Usage) -> None:
+def check_room(namespace: str, limits: NamespaceLimits, before: Usage, more: Usage) -> None:
     """QuotaExceededError where a write that adds ``more``, or more than that, could not be ``enforced`` now."""
-    if limits.max_documents or limits.max_bytes:
-        before = usage(connection, namespace)
-        after = Usage(before.num_documents + more.num_documents, before.num_bytes + more.num_bytes)
-        _compare(namespace, limits, before, after)
+    after = Usage(before.num_documents + more.num_documents, before.num_bytes + more.num_bytes)
+    _compare(namespace, limits, before, after)
 
 
 def _compare(namespace: str, limits: NamespaceLimits, before: Usage, after: Usage) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from bank_service.catalog.sqlite.catalog import Catalog, CollectionIdentity
+from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.errors import (
     CollectionMismatchError,
     InternalError,
@@ -33,23 +34,23 @@ def document(id: str = "a", text: str = "text", namespace: str = "n") -> Documen
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    opened = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+def catalog(tmp_path: Path) -> Iterator[SqliteCatalog]:
+    opened = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY)
     yield opened
     opened.close()
 
 
-def test_commits_are_durable_by_the_database_settings(catalog: Catalog) -> None:
+def test_commits_are_durable_by_the_database_settings(catalog: SqliteCatalog) -> None:
     with catalog.view() as view:
         assert view._connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert view._connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
 
 
 def test_a_catalog_opened_anew_has_its_documents_and_its_identity(tmp_path: Path) -> None:
-    first = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    first = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY)
     put = first.put(document(), gradient(), None).result()
     first.close()
-    second = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    second = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY)
     with second.view() as view:
         assert view.get("n", "a") == put.stored
     assert second.collection_id == first.collection_id
@@ -69,13 +70,13 @@ def test_a_catalog_opened_anew_has_its_documents_and_its_identity(tmp_path: Path
 def test_another_collection_is_refused_with_both_names(
     tmp_path: Path, change: dict[str, object], names: tuple[str, str]
 ) -> None:
-    Catalog(tmp_path / "catalog.sqlite", IDENTITY).close()
+    SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY).close()
     with pytest.raises(CollectionMismatchError) as caught:
-        Catalog(tmp_path / "catalog.sqlite", replace(IDENTITY, **change))  # type: ignore[arg-type]
+        SqliteCatalog(tmp_path / "catalog.sqlite", replace(IDENTITY, **change))  # type: ignore[arg-type]
     assert all(name in str(caught.value) for name in names)
 
 
-def test_a_view_does_not_move_with_later_writes(catalog: Catalog) -> None:
+def test_a_view_does_not_move_with_later_writes(catalog: SqliteCatalog) -> None:
     catalog.put(document(), gradient(), None).result()
     with catalog.view() as view:
         assert view.sequence() == 1
@@ -86,7 +87,7 @@ def test_a_view_does_not_move_with_later_writes(catalog: Catalog) -> None:
         assert view.sequence() == 2
 
 
-def test_one_failing_write_does_not_touch_its_neighbours_in_the_transaction(catalog: Catalog) -> None:
+def test_one_failing_write_does_not_touch_its_neighbours_in_the_transaction(catalog: SqliteCatalog) -> None:
     def fail(connection: sa.Connection) -> None:
         connection.execute(sa.text("DELETE FROM documents"))
         raise VersionConflictError("no", namespace="n", id="x", expected_version=1, actual_version=2)
@@ -102,7 +103,7 @@ def test_one_failing_write_does_not_touch_its_neighbours_in_the_transaction(cata
         assert len(view.page("n", "", 100)) == 40
 
 
-def test_a_bug_in_a_write_reaches_its_caller_and_the_writer_lives_on(catalog: Catalog) -> None:
+def test_a_bug_in_a_write_reaches_its_caller_and_the_writer_lives_on(catalog: SqliteCatalog) -> None:
     def broken(connection: sa.Connection) -> None:
         raise KeyError("a bug")
 
@@ -112,7 +113,7 @@ def test_a_bug_in_a_write_reaches_its_caller_and_the_writer_lives_on(catalog: Ca
 
 
 def test_a_database_that_cannot_be_written_is_unavailable_not_acknowledged(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY)
 
     def refuse(connection: sa.Connection) -> None:
         connection.exec_driver_sql("PRAGMA query_only=ON")
@@ -125,7 +126,7 @@ def test_a_database_that_cannot_be_written_is_unavailable_not_acknowledged(tmp_p
     catalog.close()
 
 
-def test_writes_that_fail_together_have_an_error_each(catalog: Catalog) -> None:
+def test_writes_that_fail_together_have_an_error_each(catalog: SqliteCatalog) -> None:
     started, gate = threading.Event(), threading.Event()
 
     def wait(connection: sa.Connection) -> None:
@@ -144,7 +145,7 @@ def test_writes_that_fail_together_have_an_error_each(catalog: Catalog) -> None:
     assert len({id(error) for error in errors}) == 3
 
 
-def test_changes_show_each_document_once_in_order(catalog: Catalog) -> None:
+def test_changes_show_each_document_once_in_order(catalog: SqliteCatalog) -> None:
     for id in "abc":
         catalog.put(document(id), gradient(), None).result()
     catalog.put(document("a", "other"), gradient("1"), None).result()
@@ -158,7 +159,7 @@ def test_changes_show_each_document_once_in_order(catalog: Catalog) -> None:
 
 
 def test_a_deleted_documents_text_is_gone_from_the_file(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY)
     catalog.put(document(text="a very secret sentence"), gradient(), None).result()
     catalog.delete("n", "a", 1).result()
     with pytest.raises(NotFoundError):
@@ -171,7 +172,7 @@ def test_a_deleted_documents_text_is_gone_from_the_file(tmp_path: Path) -> None:
 
 
 def test_a_closed_catalog_takes_no_writes(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY)
     catalog.close()
     with pytest.raises(UnavailableError):
         catalog.put(document(), gradient(), None)

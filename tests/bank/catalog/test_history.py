@@ -12,10 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from bank_service.backup.restore import restore
-from bank_service.backup.snapshot import gradients_of
 from bank_service.bank import Bank
-from bank_service.catalog.sqlite import history
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.catalog import SqliteCatalog
+from bank_service.catalog.sqlite.catalog_file import describe_copy
 from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
 from bank_service.upkeep import history_cleaner
 from bank_service.values.documents import Document, Query
@@ -247,7 +246,7 @@ async def test_without_history_the_past_ends_where_a_document_gets_another_gradi
 def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     limits = NamespaceLimits(max_bytes=330)
-    catalog = Catalog(path, IDENTITY, lambda _: limits, history_seconds=3600)  # a gradient has 100 bytes
+    catalog = SqliteCatalog(path, IDENTITY, lambda _: limits, history_seconds=3600)  # a gradient has 100 bytes
     for digit in "012":
         catalog.put(document(text=f"text {digit}"), gradient(digit), None).result()
     assert counted(path) == {"n": (1, 3 * 106)}
@@ -263,11 +262,11 @@ def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
 
 
 def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=3600)
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=3600)
 
     def horizons(names: Iterable[str] = ("n", "m")) -> list[int]:
         with catalog.view() as view:
-            return [history.horizon(view.connection, name) for name in names]
+            return [view.horizon(name) for name in names]
 
     for number in range(3):
         for namespace in ("n", "m"):
@@ -282,7 +281,7 @@ def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_p
 
 def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
-    catalog = Catalog(path, IDENTITY)
+    catalog = SqliteCatalog(path, IDENTITY)
     for namespace in ("new", "changed", "emptied"):
         for id in "ab":
             catalog.put(document(id, namespace=namespace), gradient(), None).result()
@@ -298,25 +297,25 @@ def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Pa
         connection.execute("UPDATE collection SET schema_version = 2")
         connection.commit()
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
-    assert gradients_of(path) == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
+    assert describe_copy(path).gradients == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
     for _ in range(2):  # upgraded once, and found so the next time
-        catalog = Catalog(path, IDENTITY, history_seconds=3600)
+        catalog = SqliteCatalog(path, IDENTITY, history_seconds=3600)
         with catalog.view() as view:
-            found = {name: history.horizon(view.connection, name) for name in ("new", "changed", "emptied", "none")}
-            indexes = {index["name"] for index in sa.inspect(view.connection).get_indexes("documents")}
+            found = {name: view.horizon(name) for name in ("new", "changed", "emptied", "none")}
+            indexes = {index["name"] for index in sa.inspect(view._connection).get_indexes("documents")}
         assert found == {"new": 0, "changed": 7, "emptied": 8, "none": 0}
         assert indexes == {"documents_by_gradient", "documents_by_namespace", "documents_by_sequence"}
         catalog.close()
-    catalog = Catalog(path, IDENTITY, history_seconds=3600)
+    catalog = SqliteCatalog(path, IDENTITY, history_seconds=3600)
     catalog.put(document("a", "third", namespace="changed"), gradient("2"), None).result()
     with catalog.view() as view:
-        assert history.named(view.connection, "changed", ["a", "c"], 9) == {"a": 7, "c": 9}
+        assert view.began("changed", ["a", "c"], 9) == {"a": 7, "c": 9}
     assert counted(path)["changed"] == (3, sum(100 + len(text) for text in ("third", "text", "text", "other")))
     catalog.close()
 
 
 def test_a_gradient_counts_once_whoever_has_and_had_it(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=60)
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=60)
     for namespace, id, digit in (("one", "a", "0"), ("one", "b", "0"), ("two", "a", "0"), ("two", "b", "1")):
         catalog.put(document(id, namespace=namespace), gradient(digit), None).result()
     catalog.put(document("b", "later", namespace="two"), gradient("2"), None).result()

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
-from bank_service.catalog.sqlite.catalog import Catalog, CollectionIdentity
+from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.errors import QuotaExceededError
 from bank_service.service.server import BankServer
 from bank_service.values.config import BankConfig
@@ -25,7 +26,7 @@ from tests.bank.tokens import Tokens
 IDENTITY = CollectionIdentity("f", "l", "int8", "e", 1)
 
 
-def put(catalog: Catalog, id: str, text: str, namespace: str = "n", gradient_bytes: int = 100) -> Future[Any]:
+def put(catalog: SqliteCatalog, id: str, text: str, namespace: str = "n", gradient_bytes: int = 100) -> Future[Any]:
     gradient = Gradient(f"{id}{text}", gradient_bytes, 1, False, b"\0\0\0\0")
     return catalog.put(Document(namespace, id, "", text), gradient, None)
 
@@ -49,7 +50,7 @@ def summed(path: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_counters_follow_every_kind_of_change(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
-    catalog = Catalog(path, IDENTITY)
+    catalog = SqliteCatalog(path, IDENTITY)
     for id, text in (("a", "one"), ("b", "zwölf"), ("a", "longer than one"), ("c", "three")):
         put(catalog, id, text).result()
     put(catalog, "a", "elsewhere", "m").result()
@@ -63,7 +64,7 @@ def test_the_counters_follow_every_kind_of_change(tmp_path: Path) -> None:
 
 def test_a_catalog_made_before_there_were_counters_is_counted_when_it_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
-    catalog = Catalog(path, IDENTITY)
+    catalog = SqliteCatalog(path, IDENTITY)
     for id in "abc":
         put(catalog, id, f"text {id}").result()
     catalog.delete("n", "b", None).result()
@@ -73,9 +74,9 @@ def test_a_catalog_made_before_there_were_counters_is_counted_when_it_is_opened(
             connection.execute(f"DROP TRIGGER documents_{event}_usage")
         connection.execute("DROP TABLE namespace_usage")
     for _ in range(2):  # made once, and found the next time
-        Catalog(path, IDENTITY).close()
+        SqliteCatalog(path, IDENTITY).close()
         assert counted(path) == summed(path) == {"n": (2, 2 * (6 + 100))}
-    catalog = Catalog(path, IDENTITY, lambda _: NamespaceLimits(max_documents=2))
+    catalog = SqliteCatalog(path, IDENTITY, lambda _: NamespaceLimits(max_documents=2))
     with pytest.raises(QuotaExceededError, match="'n' must have at most 2 documents"):
         put(catalog, "d", "x").result()
     put(catalog, "a", "changed").result()  # no more documents than before
@@ -83,7 +84,7 @@ def test_a_catalog_made_before_there_were_counters_is_counted_when_it_is_opened(
 
 
 def test_writers_at_once_do_not_share_the_last_place(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_documents=5))
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_documents=5))
     puts = [put(catalog, str(number), "x") for number in range(40)]  # many of them in one transaction
     outcomes = [future.exception() for future in puts]
     assert sum(error is None for error in outcomes) == 5
@@ -97,7 +98,7 @@ def test_writers_at_once_do_not_share_the_last_place(tmp_path: Path) -> None:
 
 def test_bytes_are_those_of_texts_and_gradients_and_a_smaller_one_always_fits(tmp_path: Path) -> None:
     most = [210]
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_bytes=most[0]))
+    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_bytes=most[0]))
     put(catalog, "a", "12345").result()
     put(catalog, "b", "12345").result()
     for id, text in (("c", "1"), ("a", "123456")):

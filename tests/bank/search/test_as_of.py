@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bank_service.bank import Bank
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.factory import open_catalog
 from bank_service.errors import InvalidArgumentError, NotFoundError, OutOfRangeError
 from bank_service.search import past
 from bank_service.search.exact_vectors import ExactVectors
@@ -174,7 +174,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
 def test_the_index_proposes_what_has_not_changed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many documents that neither all are proposed nor the first proposals are enough."""
     monkeypatch.setattr(past, "SCAN_SIZE", 3)
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=HISTORY_SECONDS)
+    catalog = open_catalog(tmp_path, IDENTITY, history_seconds=HISTORY_SECONDS)
     dimension = IDENTITY.embedding_dimension
     index = UsearchIndex(dimension)
     generator, draw = np.random.default_rng(0), random.Random(0)

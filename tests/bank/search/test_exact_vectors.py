@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.contract import Catalog
+from bank_service.catalog.factory import open_catalog
 from bank_service.search.exact_vectors import ExactVectors, _Space
 from bank_service.search.retrieval import Retriever
 from bank_service.search.usearch_index import UsearchIndex
@@ -28,7 +29,7 @@ def put(catalog: Catalog, id: str, vector: FloatArray, namespace: str = "n") -> 
 
 def test_neighbours_that_float16_can_not_tell_apart_come_in_their_true_order(tmp_path: Path) -> None:
     """Far more of them than the index is asked for: by float16 alone the nearest are found by luck."""
-    catalog, index = Catalog(tmp_path / "catalog.sqlite", IDENTITY), UsearchIndex(DIMENSION)
+    catalog, index = open_catalog(tmp_path, IDENTITY), UsearchIndex(DIMENSION)
     target = np.asarray([1, 0, 0, 0], np.float32)
     for number in np.random.default_rng(0).permutation(400).tolist():
         angle = np.pi / 4 + 7e-7 * number
@@ -54,7 +55,7 @@ def test_the_vectors_are_the_catalogs_after_any_changes(
 ) -> None:
     generator = np.random.default_rng(seed)
     folder: Path = tmp_path_factory.mktemp("catalog")  # type: ignore[attr-defined]
-    catalog, exact = Catalog(folder / "catalog.sqlite", IDENTITY), ExactVectors(DIMENSION, max_vectors=5)
+    catalog, exact = open_catalog(folder, IDENTITY), ExactVectors(DIMENSION, max_vectors=5)
     alive: dict[str, FloatArray] = {}
     target = generator.standard_normal(DIMENSION).astype(np.float32)
     for number, (is_put, id) in enumerate(steps):
@@ -78,7 +79,7 @@ def test_the_vectors_are_the_catalogs_after_any_changes(
 def test_a_search_looks_at_its_own_namespace_alone_however_many_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    catalog, exact = Catalog(tmp_path / "catalog.sqlite", IDENTITY), ExactVectors(DIMENSION, max_vectors=30 * 16)
+    catalog, exact = open_catalog(tmp_path, IDENTITY), ExactVectors(DIMENSION, max_vectors=30 * 16)
     vector = np.ones(DIMENSION, np.float32)
     room = _Space.room.fget
     assert room is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.factory import open_catalog
 from bank_service.search import retrieval
 from bank_service.search.exact_vectors import ExactVectors
 from bank_service.search.retrieval import Retriever
@@ -89,7 +89,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_filtered_search_finds_the_nearest_that_match_whichever_way_it_goes(tmp_path: Path, way: str) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = open_catalog(tmp_path, IDENTITY)
     index = UsearchIndex(DIMENSION)
     generator, draw = np.random.default_rng(0), random.Random(0)
     vectors, pairs = {}, {}

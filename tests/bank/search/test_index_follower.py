@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.factory import open_catalog
 from bank_service.errors import NotFoundError, UnavailableError
 from bank_service.search import index_follower
 from bank_service.search.index_follower import MAX_FAILURES, IndexFollower
@@ -43,7 +43,7 @@ class FailingIndex(UsearchIndex):
 async def test_a_fault_that_nobody_foresaw_is_logged_told_and_tried_again(
     tmp_path: Path, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture, failures: int
 ) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = open_catalog(tmp_path, IDENTITY)
     index = FailingIndex(IDENTITY.embedding_dimension, failures)
     follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1000)
     await follower.start()
@@ -86,7 +86,7 @@ async def test_who_writes_waits_for_an_index_that_is_far_behind(
 
 @pytest.mark.asyncio
 async def test_nobody_waits_to_write_for_an_index_that_can_not_follow(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = open_catalog(tmp_path, IDENTITY)
     follower = IndexFollower(catalog, FailingIndex(IDENTITY.embedding_dimension, 1000), tmp_path / "index", pool, 1000)
     await follower.start()
     catalog.put(document(), gradient(), None).result()
@@ -138,7 +138,7 @@ class GatedIndex(UsearchIndex):
 async def test_a_follower_that_stops_saves_after_what_it_had_under_way_and_not_beside_it(
     tmp_path: Path, pool: ThreadPoolExecutor, held: str
 ) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = open_catalog(tmp_path, IDENTITY)
     index = GatedIndex(IDENTITY.embedding_dimension, held)
     # Without a snapshot at each change, the one at the end is the first.
     follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1 if held == "save" else 1000)
@@ -164,7 +164,7 @@ async def test_a_follower_that_stops_saves_after_what_it_had_under_way_and_not_b
 async def test_a_follower_on_a_full_disk_says_so_and_stops(
     tmp_path: Path, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture, num_vectors: int, num_bytes: int
 ) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = open_catalog(tmp_path, IDENTITY)
     index = UsearchIndex(IDENTITY.embedding_dimension)
     follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1000)
     await follower.start()
@@ -190,7 +190,7 @@ async def test_a_follower_on_a_full_disk_says_so_and_stops(
 async def test_a_follower_that_stops_leaves_nothing_for_the_next_start(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite", IDENTITY)
+    catalog = open_catalog(tmp_path, IDENTITY)
     index = UsearchIndex(IDENTITY.embedding_dimension)
     follower = IndexFollower(catalog, index, tmp_path / "index", pool, 1000)
     await follower.start()

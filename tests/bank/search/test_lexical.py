@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.catalog.sqlite.catalog import Catalog
-from bank_service.catalog.sqlite.lexical import uncleaned
+from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.service.server import BankServer
 from bank_service.upkeep.lexical_cleaner import LexicalCleaner
 from bank_service.values.config import BankConfig
@@ -130,7 +129,7 @@ async def test_a_deleted_documents_rare_word_leaves_the_file(tmp_path: Path, poo
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return b"quilegren" in path.read_bytes()
 
-    catalog = Catalog(path, IDENTITY)
+    catalog = SqliteCatalog(path, IDENTITY)
     for number in range(50):
         catalog.put(document(f"{number}", f"words of number {number}"), gradient(), None).result()
     catalog.put(document("rare", "the quilegren"), gradient(), None).result()
@@ -141,7 +140,7 @@ async def test_a_deleted_documents_rare_word_leaves_the_file(tmp_path: Path, poo
     assert await cleaner.clean() == 1
     assert not has_word()
     with catalog.view() as view:
-        assert uncleaned(view.connection) == {}
+        assert view.uncleaned_words() == {}
     assert await cleaner.clean() == 0
     catalog.close()
 

@@ -13,8 +13,7 @@ import grpc
 import pytest
 
 from bank_service.bank import NUM_IO_THREADS
-from bank_service.catalog.sqlite import history
-from bank_service.catalog.sqlite.catalog_view import Candidate
+from bank_service.catalog.entries import Candidate
 from bank_service.errors import OverloadedError
 from bank_service.search import past, searcher
 from bank_service.service.server import BankServer
@@ -55,7 +54,7 @@ class Gate:
 
         monkeypatch.setattr(past, "_nearest", nearest)
         monkeypatch.setattr(searcher, "stoppable_in_thread", counted)
-        monkeypatch.setattr(history, "BATCH", 1)
+        monkeypatch.setattr(past, "BATCH", 1)
 
     @contextmanager
     def closed(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.catalog.sqlite import history
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.contract import Catalog
+from bank_service.catalog.factory import open_catalog
 from bank_service.errors import OutOfRangeError
 from bank_service.search import past, retrieval
 from bank_service.search.exact_vectors import ExactVectors
@@ -58,7 +58,7 @@ def collection(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(module, "SCAN_SIZE", {"proposals": 0, "all": 0}.get(way, 5000))
         monkeypatch.setattr(module, "MAX_PROPOSALS", 0 if way == "all" else 20_000)
     dimension = IDENTITY.embedding_dimension
-    catalog, index = Catalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=3600), UsearchIndex(dimension)
+    catalog, index = open_catalog(tmp_path, IDENTITY, history_seconds=3600), UsearchIndex(dimension)
     exact, exact_below = ExactVectors(dimension), 10_000 if way == "exact" else 0
     yield Collection(
         catalog, index, Retriever(index, exact, exact_below), PastRetriever(catalog, index, exact, exact_below)
@@ -121,7 +121,7 @@ def test_a_past_that_ends_during_the_search_is_not_answered_by_halves(
 def test_whether_anybody_waits_is_asked_before_each_batch(
     collection: Collection, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "BATCH", 6)
+    monkeypatch.setattr(past, "BATCH", 6)
     generator = np.random.default_rng(0)
     target = generator.standard_normal(4).astype(np.float32)
     for number in [*range(60), *range(30)]:
@@ -140,7 +140,7 @@ def test_whether_anybody_waits_is_asked_before_each_batch(
 def test_what_changes_between_two_batches_changes_no_answer(
     collection: Collection, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "BATCH", 6)
+    monkeypatch.setattr(past, "BATCH", 6)
     generator, draw = np.random.default_rng(0), random.Random(0)
     target = generator.standard_normal(4).astype(np.float32)
     for number in [*range(60), *range(30)]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.factory import open_catalog
 from bank_service.search.exact_vectors import ExactVectors
 from bank_service.search.index_follower import IndexFollower
 from bank_service.search.past import PastRetriever
@@ -30,7 +30,7 @@ class Parts:
     """Catalog, index and follower as a bank has them, with changes that wait for the index."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
-        self.catalog = Catalog(folder / "catalog.sqlite", IDENTITY)
+        self.catalog = open_catalog(folder, IDENTITY)
         self.index = UsearchIndex(IDENTITY.embedding_dimension)
         self.follower = IndexFollower(self.catalog, self.index, folder / "index", pool, 10**6)
         self.compactor = Compactor(self.catalog, self.index, self.follower, pool, every=0.01)

@@ -15,7 +15,7 @@ import pytest
 
 from bank_service.bank import Bank
 from bank_service.blobs.blob_store import Sweep
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
 from bank_service.search.usearch_index import UsearchIndex
 from bank_service.upkeep import eraser
@@ -268,15 +268,15 @@ async def test_a_write_keeps_its_gradient_from_a_sweep_before_the_catalog_names_
 ) -> None:
     async with open_bank(data_dir) as bank:
         sweeps: list[Sweep] = []
-        commit = Catalog.put
+        commit = SqliteCatalog.put
 
-        def swept_first(catalog: Catalog, document: Document, gradient: Gradient, expected: int | None) -> object:
+        def swept_first(catalog: SqliteCatalog, document: Document, gradient: Gradient, expected: int | None) -> object:
             # The blob is written, the catalog does not name it yet.
             assert gradient.digest in blobs(data_dir)
             sweeps.append(bank._stores.blobs.sweep(bank._discarder._references))
             return commit(catalog, document, gradient, expected)
 
-        monkeypatch.setattr(Catalog, "put", swept_first)
+        monkeypatch.setattr(SqliteCatalog, "put", swept_first)
         await put(bank, "a", "a text")
         assert len(sweeps) == 1 and sweeps[0].num_removed == 0
         assert len(blobs(data_dir)) == 1

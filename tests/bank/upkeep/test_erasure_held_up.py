@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bank_service.bank import Bank
-from bank_service.catalog.sqlite.catalog import Catalog
+from bank_service.catalog.contract import Catalog
 from bank_service.errors import UnavailableError
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.metrics import BankMetrics

@@ -1,0 +1,112 @@
+"""The values that a catalog takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bank_service.values.documents import Hit
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionIdentity:
+    """What all gradients and embeddings of a bank have in common."""
+
+    learner_fingerprint: str
+    layout_id: str
+    codec: str
+    embedder: str
+    embedding_dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The latest change of one document."""
+
+    sequence: int
+    key: int
+    namespace: str
+    embedding: bytes | None  # None: deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a document answers a query."""
+
+    value: float  # orders the hits
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A document or a past version: enough to rank it and to make its hit."""
+
+    key: int
+    id: str
+    sequence: int
+    embedding: bytes
+    version: int
+    gradient_digest: str
+    gradient_bytes: int
+
+    def hit(self, score: Score) -> Hit:
+        """The hit, without title and text."""
+        return Hit(self.id, self.version, score.value, score.cosine, self.gradient_digest, self.gradient_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ListEntry:
+    """A document in a list."""
+
+    id: str
+    title: str
+    version: int
+    gradient_digest: str
+    num_text_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a namespace holds."""
+
+    num_documents: int = 0
+    num_bytes: int = 0  # texts and gradients, also of past versions
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the catalog holds."""
+
+    num_documents: dict[str, int]  # by namespace, also of those that lost their last document
+    num_gradients: int  # of documents and their past versions
+    gradient_bytes: int
+    num_past_versions: int
+    oldest_as_of: int  # from this sequence on, the past of every namespace is known
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """A deletion that is durable."""
+
+    version: int  # of the deleted document
+    sequence: int
+    digests: frozenset[str]  # of gradients that may now belong to nobody
+    erasure: int | None = None  # the number of a purge's erasure
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """A purge with traces that are not erased yet."""
+
+    number: int
+    namespace: str
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogCopy:
+    """What the copy of a catalog in a snapshot holds."""
+
+    collection_id: str
+    learner_fingerprint: str
+    sequence: int  # of the last change in it
+    gradients: dict[str, int]  # digest → bytes, in order of digest, of documents and past versions
