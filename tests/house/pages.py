@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 _MARK = re.compile(r"<!-- (?:test: (\w+)|not run: .+) -->")
-_BLOCK = re.compile(r"^(?:(<!-- .+ -->)\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^(?:(<!-- [^\n]+ -->)\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
