@@ -2,9 +2,10 @@
 
 Two JSON Lines files (or .jsonl.gz) a split: ``<split>.documents.jsonl`` with {id, title, text, set} and
 ``<split>.questions.jsonl`` with {id, question, answers, documents, domain, set, kind}. ``documents`` holds the ids of
-the documents that answer the question, the best first ("gold" is read as the same). ``set`` names the collection that
-figures are reported for; a document without one is in its questions' set. ``kind`` is "span" (free text), "yesno" or
-"choice". Required: id and text of a document; question, answers and documents of a question.
+the documents that answer the question, together where there are several, the best first ("gold" is read as the same).
+``set`` names the collection that figures are reported for; a document without one is in its questions' set. ``kind`` is
+"span" (free text), "yesno" or "choice". Required: id and text of a document; question, answers and documents of a
+question.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Question:
     id: str
     question: str
     answers: tuple[str, ...]  # any of them is right
-    documents: tuple[str, ...]  # ids of the documents that answer it, best first
+    documents: tuple[str, ...]  # ids of the documents that answer it, together, best first
     set_name: str
     domain: str = "general"
     kind: Kind = "span"
@@ -145,15 +146,15 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def in_passages(data: DataSplit) -> DataSplit:
     """The same data with long documents cut into passages, ids "ID#1", "ID#2" …, as `regrad ingest` cuts texts.
 
-    A question's documents become the passages in which one of its answers stands, word for word. A document with a
-    question for which there is none ("yes" stands nowhere) stays whole, because it can't be told which passage answers.
+    Each of a question's documents becomes its passages that hold an answer, word for word. A document without such a
+    passage ("yes" stands nowhere) stays whole, because nobody can tell which passage answers.
     """
     passages: dict[str, list[Passage]] = {}
     for key, document in data.documents.items():
         passages[key] = split_text(document.title, document.text)
     for question in data.questions:
-        if not any(holds(passage.text, question) for key in question.documents for passage in passages[key]):
-            for key in question.documents:
+        for key in question.documents:
+            if not any(holds(passage.text, question) for passage in passages[key]):
                 passages[key] = [Passage(data.documents[key].title, data.documents[key].text)]
     documents: dict[str, SourceDocument] = {}
     parts: dict[str, list[SourceDocument]] = {}
@@ -164,9 +165,10 @@ def in_passages(data: DataSplit) -> DataSplit:
             parts.setdefault(key, []).append(part)
     questions = []
     for question in data.questions:
-        candidates = [part for key in question.documents for part in parts[key]]
-        ids = tuple(part.id for part in candidates if holds(part.text, question))
-        questions.append(replace(question, documents=ids or tuple(part.id for part in candidates)))
+        ids: list[str] = []
+        for key in question.documents:
+            ids += [part.id for part in parts[key] if holds(part.text, question)] or [part.id for part in parts[key]]
+        questions.append(replace(question, documents=tuple(ids)))
     return DataSplit(documents, tuple(questions))
 
 

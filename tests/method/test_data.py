@@ -136,6 +136,8 @@ def test_long_documents_become_passages_and_questions_ask_those_that_hold_the_an
     assert all("Aberfell4 " in cut.documents[key].text for key in cut.questions[0].documents)
     assert 1 <= len(cut.questions[0].documents) <= 2, "Aberfell4 is not Aberfell40"
     assert in_passages(cut) == cut, "passages are short enough"
+    both = in_passages(replace(data, questions=(replace(data.questions[0], documents=("long", "short")),)))
+    assert both.questions[0].documents == (*cut.questions[0].documents, "short"), "it needs both"
     yesno = replace(data.questions[0], id="y", kind="yesno", answers=("yes",))
     whole = in_passages(replace(data, questions=(*data.questions, yesno)))
     assert set(whole.documents) == {"long", "short"}, "nobody can tell which passage says yes"
