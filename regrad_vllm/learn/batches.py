@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from regrad_vllm.encode.adapted_model import TokenBatch
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.meta_step import MetaBatch
-from regrad_vllm.learn.tasks import StepPlan
+from regrad_vllm.learn.tasks import Passage, StepPlan
 
 
 def make_batch(plan: StepPlan, builder: PromptBuilder, max_document_tokens: int, device: torch.device) -> MetaBatch:
-    """Tokenises documents, prompts and answers; in icl plans the prompt shows the documents that are mixed in."""
-    documents = [(builder.document(task.title, task.text, max_document_tokens)[0], 1) for task in plan.tasks]
-    groups: list[list[tuple[list[int], int]]] = []
-    for index, pairs in enumerate(plan.questions):
-        shown = [
-            builder.prompts.render_document(plan.tasks[other].title, plan.tasks[other].text)
-            for other in _by_score(plan, index)
-            if plan.icl
-        ]
-        groups.append([])
-        for question, answer in pairs:
-            prompt = builder.question(question, shown)
-            groups[-1].append((prompt + builder.answer(answer), len(prompt)))
+    """Tokenises documents, prompts with what the plan shows in them, and answers."""
+    documents = [(builder.document(*task.passage, max_document_tokens)[0], 1) for task in plan.tasks]
     return MetaBatch(
         TokenBatch.pad(documents, device),
-        TokenBatch.pack(groups, device),
+        _questions(plan, plan.shown, builder, device),
         torch.tensor(plan.mix, device=device),
         torch.tensor(plan.scores, device=device),
     )
 
 
-def _by_score(plan: StepPlan, task: int) -> list[int]:
-    """The documents in the adapter of a task, best first, as a server shows them."""
-    mixed = [other for other, weight in enumerate(plan.mix[task]) if weight]
-    return sorted(mixed, key=lambda other: -plan.scores[task][other])
+def make_reading(plan: StepPlan, builder: PromptBuilder, device: torch.device) -> TokenBatch:
+    """The plan's questions as ``make_batch`` packs them, but with all documents that they need in the prompt."""
+    shown = [[passages] * len(pairs) for passages, pairs in zip(plan.answering, plan.questions, strict=True)]
+    return _questions(plan, shown, builder, device)
+
+
+def _questions(
+    plan: StepPlan, shown: Sequence[Sequence[Sequence[Passage]]], builder: PromptBuilder, device: torch.device
+) -> TokenBatch:
+    groups: list[list[tuple[list[int], int]]] = []
+    for pairs, passages_of in zip(plan.questions, shown, strict=True):
+        groups.append([])
+        for (question, answer), passages in zip(pairs, passages_of, strict=True):
+            prompt = builder.question(question, [builder.prompts.render_document(*passage) for passage in passages])
+            groups[-1].append((prompt + builder.answer(answer), len(prompt)))
+    return TokenBatch.pack(groups, device)

@@ -16,6 +16,7 @@ _AT_LEAST_ONE = (
     "rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks", "questions_per_task",
     "validate_every", "checkpoint_every", "num_synthetic", "validation_batches", "inner_steps",
 )  # fmt: skip
+LEARNERS = ("start", "start_phi", "teacher")  # keys that name a learner folder
 _TINY, _HUGE = 1e-12, 1e12  # above 0, finite
 _RANGES = {
     "learning_rate": (_TINY, _HUGE),
@@ -28,6 +29,10 @@ _RANGES = {
     "length_exponent": (0.0, 1.0),
     "neighbour_share": (0.0, 1.0),
     "icl_share": (0.0, 1.0),
+    "cue_share": (0.0, 1.0),
+    "wrong_cue_share": (0.0, 1.0),
+    "gradient_dropout": (0.0, 1.0),
+    "teacher_weight": (0.0, _HUGE),
     "warmup_share": (0.0, 1.0),
 }
 
@@ -44,6 +49,9 @@ class TrainConfig:
     output: str  # learner folder to write at the end; the run's files lie in <output>.run
     first_layer: int  # layers from here to the top are adapted
     start: str = ""  # learner folder to start from: same modules, at most this rank; empty: LoRA's usual start
+    start_phi: str = ""  # learner folder whose φ* alone the run starts from, in place of start's
+    teacher: str = ""  # learner folder whose φ* reads the right documents; its answers are imitated
+    teacher_weight: float = 1.0  # of the imitation beside the answer loss
     data_folder: str = ""  # holds train.documents.jsonl.gz and so on; empty: synthetic documents alone
     sets: Mapping[str, float] = field(default_factory=lambda: {"synthetic": 1.0})  # set name → share of the steps
     rank: int = 16
@@ -61,7 +69,10 @@ class TrainConfig:
     score_temperature_init: float = 0.0  # learn w_k = exp((s_k − s_1) / τ) from here; 0: w_k = 1
     neighbour_share: float = 0.5  # of the steps whose documents are hits of each other's questions
     top_k_weights: tuple[float, ...] = (0.5, 0.2, 0.3)  # in training: chance of k = 1, 2, …
-    icl_share: float = 0.1
+    icl_share: float = 0.1  # of the steps: the adapter's documents stand in the prompt too
+    cue_share: float = 0.0  # of the steps: their sentence nearest to the question stands in the prompt
+    wrong_cue_share: float = 0.15  # of the cues: any sentence instead, of the same or of another document
+    gradient_dropout: float = 0.0  # of the steps with text in the prompt: φ* alone answers
     num_steps: int = 1000
     tokens_per_step: int = 800
     max_tasks: int = 16
@@ -97,6 +108,8 @@ class TrainConfig:
         weights = self.top_k_weights
         if not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and sum(weights) > 0):
             raise ConfigError(f"top_k_weights must be numbers of at least 0, one above it, got {list(weights)}")
+        if self.icl_share + self.cue_share > 1:
+            raise ConfigError(f"icl_share + cue_share must be at most 1, got {self.icl_share} + {self.cue_share}")
         if not self.sets or any(weight <= 0 for weight in self.sets.values()):
             raise ConfigError(f"sets must give each set a positive share, got {dict(self.sets)}")
         if set(self.sets) != {"synthetic"} and not self.data_folder:
@@ -105,7 +118,7 @@ class TrainConfig:
     @property
     def decisive(self) -> dict[str, Any]:
         """All that decides what a run computes, as plain data: not where its files lie."""
-        files = ("base_model", "output", "start", "data_folder")
+        files = ("base_model", "output", "data_folder", *LEARNERS)
         return {key: value for key, value in asdict(self).items() if key not in files}
 
     @property
@@ -130,7 +143,7 @@ class TrainConfig:
         for key, kind in (("projections", tuple), ("top_k_weights", tuple)):
             if key in raw:
                 raw[key] = kind(raw[key])
-        for key in ("output", "start", "data_folder"):
+        for key in ("output", "data_folder", *LEARNERS):
             if raw.get(key):
                 raw[key] = str((path.parent / raw[key]).resolve())
         raw.update(overrides or {})

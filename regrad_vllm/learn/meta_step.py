@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.inner_loss import InnerLoss
+from regrad_vllm.learn.teacher import distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class MetaBatch:
     questions: TokenBatch
     mix: Tensor
     scores: Tensor | None = None
+    expected: Tensor | None = None  # float32 (targets, vocabulary): a teacher's log-probabilities, teacher.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,19 @@ class MetaParameters:
         return batch.mix * torch.exp((batch.scores - best).masked_fill(absent, 0.0) / self.score_temperature)
 
 
-def meta_loss(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch) -> Tensor:
+def meta_loss(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch, teacher_weight: float = 0.0) -> Tensor:
     """Mean answer loss over the batch's questions, each under its task's φ_q = φ* − γ Σ_j mix_ij δ_j.
 
-    One batched inner pass serves every task that uses a document; with γ = 0 there is none, and φ* is a plain LoRA.
-    Layers below the first adapted one run without gradient.
+    With ``teacher_weight`` so much of the distance to the batch's ``expected`` is added. One batched inner pass serves
+    every task that uses a document; with γ = 0 there is none, and φ* is a plain LoRA. Layers below the first adapted
+    one run without gradient.
     """
     adapters = _adapters(model, parameters, batch) if parameters.gamma else model.split(parameters.phi[None])
     outer_final = model.upper(model.lower(batch.questions), adapters, batch.questions)
-    return model.loss(outer_final, batch.questions) / len(batch.questions.ids)
+    loss = model.loss(outer_final, batch.questions)
+    if teacher_weight and batch.expected is not None:
+        loss = loss + teacher_weight * distance(model, outer_final, batch.questions, batch.expected)
+    return loss / len(batch.questions.ids)
 
 
 def _adapters(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch) -> list[Tensor]:

@@ -16,13 +16,13 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from bank_service.values.embedder import installed_files
 from regrad_vllm.data.questions import SPLITS
 from regrad_vllm.learn.carried import CHECKPOINT, leave_state
-from regrad_vllm.learn.config import ConfigError, TrainConfig
-from regrad_vllm.learn.train import fill_caches
+from regrad_vllm.learn.config import LEARNERS, ConfigError, TrainConfig
+from regrad_vllm.learn.material import fill_caches
 
 _CODE = Path(__file__).resolve().parents[2]
 _SCRIPT = Path(__file__).with_name("run_carried.sh")
@@ -42,7 +42,8 @@ def pack(config: TrainConfig, out: Path, *, model_folder: Path, piece_bytes: int
     fill_caches(config, run)
     (out / "state").mkdir(parents=True)
     pieces = _Pieces(out, piece_bytes)
-    there = replace(config, base_model="model", output="learner", data_folder="data", start=config.start and "start")
+    learners: dict[str, Any] = {key: key for key in _learners(config)}
+    there = replace(config, base_model="model", output="learner", data_folder="data", **learners)
     with (
         lzma.open(cast(IO[bytes], pieces), "wb", preset=1) as packed,
         tarfile.open(fileobj=packed, mode="w|", dereference=True) as tar,
@@ -77,8 +78,13 @@ def _files(config: TrainConfig, run: Path, model_folder: Path) -> Iterator[tuple
         for path in sorted(Path(config.data_folder).glob(f"{split}.*.jsonl*")):
             yield f"data/{path.name}", path
     yield from ((f"model/{path.name}", path) for path in sorted(model_folder.iterdir()) if path.is_file())
-    if config.start:
-        yield from ((f"start/{path.name}", path) for path in sorted(Path(config.start).iterdir()) if path.is_file())
+    for key, folder in _learners(config).items():
+        yield from ((f"{key}/{path.name}", path) for path in sorted(Path(folder).iterdir()) if path.is_file())
+
+
+def _learners(config: TrainConfig) -> dict[str, str]:
+    """The learner folders that the run needs, by key."""
+    return {key: getattr(config, key) for key in LEARNERS if getattr(config, key)}
 
 
 def _toml(config: TrainConfig) -> str:

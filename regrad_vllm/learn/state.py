@@ -54,8 +54,19 @@ class MetaState:
         Inner steps that the start doesn't have begin with step_size_init. ConfigError where the modules or the kind of
         step sizes differ, the rank or the number of inner steps is higher, or weights that it has learnt would be lost.
         """
-        ours, theirs = self.layout, learner.layout
         self._check_start(learner)
+        self.take_phi(learner)
+        with torch.no_grad():
+            self.step_sizes[: len(learner.step_sizes)] = torch.tensor(learner.step_sizes)
+            if self.token_head is not None and learner.token_head is not None:
+                self.token_head.copy_(torch.tensor(learner.token_head))
+            if self.log_temperature is not None and learner.config.score_temperature:
+                self.log_temperature.fill_(math.log(learner.config.score_temperature))
+
+    def take_phi(self, learner: Learner) -> None:
+        """φ* of another learner alone, whatever its step sizes. ConfigError where it doesn't fit."""
+        ours, theirs = self.layout, learner.layout
+        self._check_modules(learner)
         with torch.no_grad():
             for (tensor, mine), (_, given) in zip(
                 ours.views(self.phi), theirs.views(torch.tensor(learner.phi)), strict=True
@@ -65,19 +76,16 @@ class MetaState:
                 else:
                     # s = lora_alpha / r stands before B A, and r differs.
                     mine[:, : theirs.rank] = given.to(mine.device) * (learner.scaling / self._scaling)
-            self.step_sizes[: len(learner.step_sizes)] = torch.tensor(learner.step_sizes)
-            if self.token_head is not None and learner.token_head is not None:
-                self.token_head.copy_(torch.tensor(learner.token_head))
-            if self.log_temperature is not None and learner.config.score_temperature:
-                self.log_temperature.fill_(math.log(learner.config.score_temperature))
 
-    def _check_start(self, learner: Learner) -> None:
+    def _check_modules(self, learner: Learner) -> None:
         ours, theirs = self.layout, learner.layout
         if theirs.modules != ours.modules or theirs.rank > ours.rank:
             raise ConfigError(
                 f"start must be a learner of the same modules and at most rank {ours.rank}, it has rank {theirs.rank} "
                 f"and {len(theirs.modules)} modules from {theirs.modules[0]} to {theirs.modules[-1]}"
             )
+
+    def _check_start(self, learner: Learner) -> None:
         if learner.config.inner_steps > self.config.inner_steps:
             raise ConfigError(f"inner_steps must be at least the start's, {learner.config.inner_steps}")
         if learner.config.score_temperature and self.log_temperature is None:
@@ -86,8 +94,9 @@ class MetaState:
             raise ConfigError("token_weights must be true: the start weights a document's tokens")
         if learner.config.step_size_kind != self.config.step_size_kind:
             raise ConfigError(f"step_size_kind must be the start's, {learner.config.step_size_kind!r}")
-        if learner.config.step_size_kind == "full" and theirs.rank != ours.rank:
-            raise ConfigError(f"rank must be the start's, {theirs.rank}, with step sizes of kind 'full'")
+        rank = learner.layout.rank
+        if learner.config.step_size_kind == "full" and rank != self.layout.rank:
+            raise ConfigError(f"rank must be the start's, {rank}, with step sizes of kind 'full'")
 
     @property
     def _scaling(self) -> float:

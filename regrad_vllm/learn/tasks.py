@@ -8,15 +8,19 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regrad_vllm.data.questions import DataSplit, in_passages
+from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.synthetic import synthetic_documents
+
+Text = Literal["blind", "cue", "icl"]  # in the prompt: none, a sentence, whole documents
+Passage = tuple[str, str]  # (title, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,11 @@ class Task:
     title: str
     text: str
     questions: tuple[tuple[str, str], ...]  # (question, answer)
+    partners: tuple[int, ...] = ()  # tasks of the set whose documents these questions need too
+
+    @property
+    def passage(self) -> Passage:
+        return self.title, self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +58,32 @@ class TaskSet:
 
 
 def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
-    """A task per passage that answers questions. ValueError names a set without tasks."""
+    """A task per passage that answers questions, alone or with the same others. ValueError: a set has no tasks."""
+    together = {entry.id for entry in data.questions if len(entry.documents) > 1}
     data = in_passages(data)
-    questions: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    questions: dict[str, dict[tuple[str, ...], list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for entry in data.questions:
         for key in entry.documents if entry.answers else ():
-            questions[key].append((entry.question, min(entry.answers, key=len).rstrip(".")))
+            needed = entry.documents if entry.id in together else (key,)
+            questions[key][needed].append((entry.question, min(entry.answers, key=len).rstrip(".")))
     sets = []
     for name in names:
         tasks: list[Task] = []
         groups: dict[str, list[int]] = defaultdict(list)
+        places: dict[tuple[str, tuple[str, ...]], int] = {}
         for key, document in data.documents.items():
-            if document.set_name == name and questions[key]:
+            for needed, pairs in questions[key].items() if document.set_name == name else ():
                 title = "" if name.startswith("shifts_") else document.title
                 groups[title].append(len(tasks))
-                random.Random(f"regrad.first.{key}").shuffle(questions[key])
-                tasks.append(Task(title, document.text, tuple(questions[key])))
+                places[key, needed] = len(tasks)
+                random.Random(f"regrad.first.{key}").shuffle(pairs)
+                tasks.append(Task(title, document.text, tuple(pairs)))
         if not tasks:
             known = sorted({document.set_name for document in data.documents.values()})
             raise ValueError(f"set {name!r} has no tasks, the data has {known}")
+        for (key, needed), place in places.items():
+            partners = tuple(places[other, needed] for other in needed if other != key and (other, needed) in places)
+            tasks[place] = replace(tasks[place], partners=partners)
         kept = tuple(tuple(group) for title, group in groups.items() if title and len(group) > 1)
         sets.append(TaskSet(name, tuple(tasks), kept, not name.startswith("shifts_")))
     return sets
@@ -92,7 +108,10 @@ class StepPlan:
     mix: tuple[tuple[float, ...], ...]  # (tasks, tasks): 1 where document j is in the adapter of task i
     # (tasks, tasks): cosine of document j and the first question of task i; 0 without retrieval
     scores: tuple[tuple[float, ...], ...]
-    icl: bool  # the mixed documents also stand in the prompt
+    text: Text
+    shown: tuple[tuple[tuple[Passage, ...], ...], ...]  # per task and question: what stands in the prompt
+    answering: tuple[tuple[Passage, ...], ...]  # per task: the documents that its questions need
+    gradients: bool  # False: φ* alone answers, from the text in the prompt
     set_name: str
 
 
@@ -110,38 +129,70 @@ class Sampler:
     top_k_weights: tuple[float, ...]  # chance of k = 1, 2, …
     icl_share: float
     neighbour_share: float
+    cue_share: float = 0.0
+    wrong_cue_share: float = 0.0  # of the cues: any sentence, half of them of another document
+    gradient_dropout: float = 0.0  # of the steps with text in the prompt: answered without gradients
+    cues: Cues | None = None  # needed where cue_share isn't 0
 
     def plan(self, step: int) -> StepPlan:
         rng = random.Random(f"regrad.tasks.{self.seed}.{step}")
         task_set = rng.choices(self.sets, self.set_weights)[0]
-        icl = rng.random() < self.icl_share
+        kind = rng.random()
+        text: Text = "icl" if kind < self.icl_share else "cue" if kind < self.icl_share + self.cue_share else "blind"
         indices = self._draw_tasks(task_set, rng)
         tasks = [task_set.tasks[index] for index in indices]
         questions = [self._draw_questions(task, rng) for task in tasks]
         rows = [self._mix(task_set, indices, row, rng) for row in range(len(indices))]
         mix, scores = (tuple(part) for part in zip(*rows, strict=True))
-        return StepPlan(tuple(tasks), tuple(questions), mix, scores, icl, task_set.name)
+        shown = [
+            tuple(self._shown(text, question, tasks, mix[row], scores[row], rng) for question, _ in pairs)
+            for row, pairs in enumerate(questions)
+        ]
+        answering = [(task.passage, *(task_set.tasks[index].passage for index in task.partners)) for task in tasks]
+        gradients = text == "blind" or rng.random() >= self.gradient_dropout
+        return StepPlan(
+            tuple(tasks), tuple(questions), mix, scores, text, tuple(shown), tuple(answering), gradients, task_set.name
+        )
+
+    def _shown(
+        self, text: Text, question: str, tasks: Sequence[Task], mix: Sequence[float], scores: Sequence[float],
+        rng: random.Random,
+    ) -> tuple[Passage, ...]:  # fmt: skip
+        """What stands in the prompt: nothing, the documents of the adapter as a server shows them, or one sentence."""
+        best_first = sorted((at for at, weight in enumerate(mix) if weight), key=lambda at: -scores[at])
+        passages = tuple(tasks[at].passage for at in best_first)
+        if text != "cue":
+            return passages if text == "icl" else ()
+        assert self.cues is not None
+        if rng.random() < self.wrong_cue_share:
+            return (self.cues.any(rng.choice((passages, [task.passage for task in tasks])), rng),)
+        return (self.cues.nearest(question, passages),)
 
     def _mix(
         self, task_set: TaskSet, indices: list[int], row: int, rng: random.Random
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The documents in the adapter of task ``row``, and the scores of all: its own and k − 1 others of the step.
+        """The documents in the adapter of task ``row``, and the scores of all.
 
-        The others are those that retrieval scores best; where there is none, any.
+        They are those that its questions need, and k − 1 others of the step: the ones that retrieval scores best, or
+        any where there is none.
         """
         scores = [0.0] * len(indices)
-        others = [other for other in range(len(indices)) if other != row]
+        needed = {row, *(indices.index(partner) for partner in task_set.tasks[indices[row]].partners)}
+        others = [other for other in range(len(indices)) if other not in needed]
         rng.shuffle(others)
         if task_set.retrieval is not None:
             found = task_set.retrieval.documents[indices] @ task_set.retrieval.questions[indices[row]]
             scores = [float(score) for score in found]
             others.sort(key=lambda other: -scores[other])
         k = rng.choices(range(1, len(self.top_k_weights) + 1), self.top_k_weights)[0]
-        chosen = {row, *(others[: k - 1] if task_set.retrievable else ())}
+        chosen = needed | set(others[: k - 1] if task_set.retrievable else ())
         return tuple(float(other in chosen) for other in range(len(indices))), tuple(scores)
 
     def _draw_tasks(self, task_set: TaskSet, rng: random.Random) -> list[int]:
-        """Indices: in some steps documents that are hits of each other's questions, else any, within the budget."""
+        """Indices: in some steps documents that are hits of each other's questions, else any, within the budget.
+
+        A task brings its partners along.
+        """
         neighbours = rng.random() < self.neighbour_share
         start = rng.randrange(len(task_set.tasks))
         candidates = [start]
@@ -158,15 +209,18 @@ class Sampler:
         chosen: list[int] = []
         longest = 0
         for index in candidates:
-            task = task_set.tasks[index]
-            words = min(len(task.text.split()) + len(task.title.split()), self.max_words)
-            longest = max(longest, words)
-            if chosen and (len(chosen) + 1) * longest * 1.35 > self.tokens_per_step:
+            if index in chosen:
+                continue
+            new = [index, *(partner for partner in task_set.tasks[index].partners if partner not in chosen)]
+            longest = max(longest, *(self._num_words(task_set.tasks[member]) for member in new))
+            count = len(chosen) + len(new)
+            if chosen and (count > self.max_tasks or count * longest * 1.35 > self.tokens_per_step):
                 break
-            chosen.append(index)
-            if len(chosen) == self.max_tasks:
-                break
+            chosen += new
         return chosen
+
+    def _num_words(self, task: Task) -> int:
+        return min(len(task.text.split()) + len(task.title.split()), self.max_words)
 
     def _draw_questions(self, task: Task, rng: random.Random) -> tuple[tuple[str, str], ...]:
         """The first question, whose hits the mix was made of, and others."""

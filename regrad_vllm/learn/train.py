@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bank_service.values.embedder import MiniLmEmbedder
 from regrad_vllm.base_model import base_digest, build_layout, fast_dtype, load_base_model
-from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
-from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.learn.batches import make_batch
+from regrad_vllm.learn.batches import make_batch, make_reading
 from regrad_vllm.learn.carried import CHECKPOINT, LOG, carried_state
-from regrad_vllm.learn.config import ConfigError, TrainConfig
+from regrad_vllm.learn.config import LEARNERS, ConfigError, TrainConfig
+from regrad_vllm.learn.material import data_digests, load_data, make_sampler, validation_batches
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
 from regrad_vllm.learn.picture import draw
 from regrad_vllm.learn.probe import probe
-from regrad_vllm.learn.retrieval import with_retrieval
 from regrad_vllm.learn.state import MetaState
-from regrad_vllm.learn.synthetic import Split
-from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
+from regrad_vllm.learn.tasks import Sampler
+from regrad_vllm.learn.teacher import expectations, teacher_phi
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import digest_json
 
-VALIDATION_TOP_KS = (1, 3)
-EMPTY = DataSplit({}, ())
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingData:
-    train: DataSplit
-    validation: DataSplit
-    left_out: tuple[str, ...]  # ids of training documents and questions that stand in evaluation data too
 
 
 def train(
@@ -79,28 +65,39 @@ def train(
     model = AdaptedModel(base, layout, config.lora_alpha / config.rank)
     builder = PromptBuilder(tokenizer, config.prompts)
     state = MetaState(config, layout, base.config.hidden_size, device)
-    start = Learner.load(config.start) if config.start else None
-    if start is not None:
-        check_base(start, model_folder)
-        state.start_from(start)
+    learners = _begin(config, state, model_folder)
     digest = base_digest(model_folder)
-    files = _data_digests(config)
-    state.origin = digest_json({"base": digest, "data": files, "start": start.fingerprint if start else None})
+    files = data_digests(config)
+    fingerprints = {key: learner.fingerprint for key, learner in learners.items()}
+    state.origin = digest_json({"base": digest, "data": files, "start": None, **fingerprints})
     if checkpoint.exists():
         state.load(checkpoint)
     if carried is not None:
         _take_over(state, carried, run)
     data = load_data(config)
     sampler = make_sampler(config, "train", data.train, run)
-    validation = _validation_batches(config, data.validation, builder, device, run)
-    _run_steps(config, model, state, sampler, validation, builder, run, deadline)
+    validation = validation_batches(config, data.validation, builder, device, run)
+    teacher = teacher_phi(model, learners["teacher"]) if config.teacher else None
+    _run_steps(config, model, state, sampler, validation, builder, run, deadline, teacher)
     if state.step < config.num_steps:
         return None
-    learner = state.to_learner(digest, _provenance(config, state, start, files, data.left_out))
+    learner = state.to_learner(digest, _provenance(config, state, learners, files, data.left_out))
     learner.save(config.output)
     shutil.copyfile(run / LOG, Path(config.output) / "training_log.jsonl")
     draw(run / LOG, Path(config.output) / "training.svg")
     return Path(config.output)
+
+
+def _begin(config: TrainConfig, state: MetaState, model_folder: Path) -> dict[str, Learner]:
+    """Starts the state where the config says; the learners that it names, by key. LearnerError, ConfigError."""
+    learners = {key: Learner.load(getattr(config, key)) for key in LEARNERS if getattr(config, key)}
+    for learner in learners.values():
+        check_base(learner, model_folder)
+    if "start" in learners:
+        state.start_from(learners["start"])
+    if "start_phi" in learners:
+        state.take_phi(learners["start_phi"])
+    return learners
 
 
 def _take_over(state: MetaState, carried: Path, run: Path) -> None:
@@ -116,50 +113,10 @@ def _take_over(state: MetaState, carried: Path, run: Path) -> None:
     state.save(run / CHECKPOINT)
 
 
-def load_data(config: TrainConfig) -> TrainingData:
-    """The training split without what stands in the folder's other splits too, and the validation split without what
-    stands in the test split, so that nothing is chosen by it."""
-    if set(config.sets) == {"synthetic"}:
-        return TrainingData(EMPTY, EMPTY, ())
-    evaluations = {}
-    for split in ("validation", "test"):
-        with suppress(FileNotFoundError):
-            evaluations[split] = load_split(config.data_folder, split)
-    train, left_out = without_leaks(load_split(config.data_folder, "train"), evaluations.values())
-    if left_out:
-        _LOG.warning("%d training documents and questions stand in evaluation data too and are left out", len(left_out))
-    validation = evaluations.get("validation", EMPTY)
-    if "test" in evaluations:
-        validation, _ = evaluation_without_leaks(validation, evaluations["test"])
-    return TrainingData(train, validation, left_out)
-
-
-def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path) -> Sampler:
-    """``cache``: where what retrieval finds is kept."""
-    real = [name for name in config.sets if name != "synthetic"]
-    sets: list[TaskSet] = question_sets(data, real) if real else []
-    if "synthetic" in config.sets:
-        sets.append(synthetic_set(split, config.seed, config.num_synthetic))
-    if config.neighbour_share or config.score_temperature_init:
-        embedder = MiniLmEmbedder.installed()
-        sets = [with_retrieval(task_set, embedder, cache) if task_set.retrievable else task_set for task_set in sets]
-    return Sampler(
-        sets=tuple(sets),
-        set_weights=tuple(config.sets[task_set.name] for task_set in sets),
-        seed=config.seed,
-        tokens_per_step=config.tokens_per_step,
-        max_tasks=config.max_tasks,
-        questions_per_task=config.questions_per_task,
-        max_words=int(config.max_document_tokens / 1.35),
-        top_k_weights=config.top_k_weights,
-        icl_share=config.icl_share,
-        neighbour_share=config.neighbour_share,
-    )
-
-
 def _run_steps(
     config: TrainConfig, model: AdaptedModel, state: MetaState, sampler: Sampler,
     validation: dict[str, list[MetaBatch]], builder: PromptBuilder, run: Path, deadline: float,
+    teacher: torch.Tensor | None,
 ) -> None:  # fmt: skip
     from tqdm import tqdm
 
@@ -171,7 +128,13 @@ def _run_steps(
         begun = time.monotonic()
         plan = sampler.plan(state.step)
         batch = make_batch(plan, builder, config.max_document_tokens, model.device)
-        loss = meta_loss(model, state.parameters(), batch)
+        if teacher is not None:
+            reading = make_reading(plan, builder, model.device)
+            batch = replace(batch, expected=expectations(model, teacher, reading))
+        parameters = state.parameters()
+        if not plan.gradients:
+            parameters = replace(parameters, gamma=0.0)
+        loss = meta_loss(model, parameters, batch, config.teacher_weight)
         figures = state.update(loss)
         seconds = time.monotonic() - begun
         state.seconds[machine] = state.seconds.get(machine, 0.0) + seconds
@@ -180,7 +143,8 @@ def _run_steps(
         log(
             step=state.step,
             set=plan.set_name,
-            icl=plan.icl,
+            text=plan.text,
+            gradients=plan.gradients,
             num_tasks=len(plan.tasks),
             loss=value,
             seconds=seconds,
@@ -202,43 +166,6 @@ def _run_steps(
     progress.close()
 
 
-def fill_caches(config: TrainConfig, cache: Path) -> None:
-    """Embeds what a run needs embedded, so that it can go on where there is no embedder."""
-    data = load_data(config)
-    make_sampler(config, "train", data.train, cache)
-    for _ in _validation_samplers(config, data.validation, cache):
-        pass
-
-
-def _validation_samplers(config: TrainConfig, data: DataSplit, cache: Path) -> Iterator[tuple[str, Sampler]]:
-    """A sampler for each set that has a validation part, with 1 and with 3 documents an adapter."""
-    for name in config.sets:
-        for k in VALIDATION_TOP_KS:
-            single = replace(
-                config, sets={name: 1.0}, num_synthetic=min(400, config.num_synthetic),
-                icl_share=config.icl_share if config.gamma == 0 else 0.0,  # without an adapter the prompt has all
-                top_k_weights=tuple(float(number == k) for number in range(1, k + 1)),
-            )  # fmt: skip
-            try:
-                yield f"{name}, k={k}", make_sampler(single, "validation", data, cache)
-            except ValueError:  # the data has no validation part for this set
-                _LOG.info("set %s has no validation tasks", name)
-                break
-
-
-def _validation_batches(
-    config: TrainConfig, data: DataSplit, builder: PromptBuilder, device: torch.device, cache: Path
-) -> dict[str, list[MetaBatch]]:
-    """Fixed batches of each validation sampler."""
-    return {
-        name: [
-            make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
-            for step in range(config.validation_batches)
-        ]
-        for name, sampler in _validation_samplers(config, data, cache)
-    }
-
-
 class _JsonLog:
     """One JSON object a line, flushed, so that a killed run keeps its log."""
 
@@ -256,22 +183,18 @@ class _JsonLog:
             file.write(json.dumps(rounded) + "\n")
 
 
-def _data_digests(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of the data files that decide what is trained on, by name: what stands in the others too is left out."""
-    if set(config.sets) == {"synthetic"}:
-        return {}
-    files = sorted(path for split in SPLITS for path in Path(config.data_folder).glob(f"{split}.*.jsonl*"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def _provenance(
-    config: TrainConfig, state: MetaState, start: Learner | None, files: dict[str, str], left_out: tuple[str, ...]
+    config: TrainConfig, state: MetaState, learners: dict[str, Learner], files: dict[str, str], left_out: Sequence[str]
 ) -> dict[str, object]:
     return {
         "config": config.decisive,
         "data": files,
         "left_out": list(left_out),  # they stand in evaluation data too
-        "start": {"fingerprint": start.fingerprint, "training": dict(start.config.training)} if start else None,
+        "start": None,
+        **{
+            key: {"fingerprint": learner.fingerprint, "training": dict(learner.config.training)}
+            for key, learner in learners.items()
+        },
         "num_steps": state.step,
         "hours": round(sum(state.seconds.values()) / 3600, 3),
         "hours_on": {machine: round(seconds / 3600, 3) for machine, seconds in state.seconds.items()},

@@ -9,11 +9,13 @@ import pytest
 
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import FloatArray
+from regrad_vllm.data.questions import DataSplit, Question, SourceDocument
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, token_f1
+from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.retrieval import with_retrieval
 from regrad_vllm.learn.synthetic import synthetic_documents
-from regrad_vllm.learn.tasks import Sampler, synthetic_set
+from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
 
 
 def sampler(seed: int) -> Sampler:
@@ -82,6 +84,63 @@ def test_a_question_meets_its_own_hits_with_their_scores(tmp_path: Path) -> None
             num_mixed += 1
             num_hits += indices[other] in found.retrieval.hits[index]
     assert num_hits > 0.6 * num_mixed, "neighbours come together"
+
+
+def two_hop_set() -> TaskSet:
+    documents = {f"{pair}{side}": SourceDocument(f"{pair}{side}", "", f"House {pair} side {side}. It is old.", "hops")
+                 for pair in range(8) for side in "ab"}  # fmt: skip
+    questions = [
+        Question(f"{pair}-{number}", f"Which side {number} of {pair}?", ("side b",), (f"{pair}a", f"{pair}b"), "hops")
+        for pair in range(8) for number in range(2)
+    ]  # fmt: skip
+    questions.append(Question("one", "Which side alone?", ("side a",), ("0a",), "hops"))
+    (found,) = question_sets(DataSplit(documents, tuple(questions)), ["hops"])
+    return found
+
+
+def test_all_documents_that_a_question_needs_are_in_its_adapter() -> None:
+    found = two_hop_set()
+    assert len(found.tasks) == 17, "a task for each document of each pair, and one for the question that needs one"
+    drawn = replace(sampler(0), sets=(found,), max_tasks=7, top_k_weights=(0.7, 0.3))
+    sizes = set()
+    for step in range(30):
+        plan = drawn.plan(step)
+        assert len(plan.tasks) <= 7
+        for task, pairs, weights, answering in zip(plan.tasks, plan.questions, plan.mix, plan.answering, strict=True):
+            mixed = {plan.tasks[at].passage for at, weight in enumerate(weights) if weight}
+            assert set(answering) <= mixed and answering[0] == task.passage
+            assert len(answering) == (1 if pairs[0][0] == "Which side alone?" else 2)
+            sizes.add(len(mixed) - len(answering))
+    assert sizes == {0, 1}, "k − 1 others besides"
+
+
+def test_the_prompt_shows_nothing_a_sentence_or_the_adapters_documents_by_their_shares() -> None:
+    cues = Cues(MiniLmEmbedder.installed())
+    drawn = replace(
+        sampler(0),
+        sets=(two_hop_set(),),
+        icl_share=0.3,
+        cue_share=0.4,
+        wrong_cue_share=0.5,
+        gradient_dropout=0.5,
+        cues=cues,
+    )
+    plans = [drawn.plan(step) for step in range(120)]
+    shares = {text: sum(plan.text == text for plan in plans) / len(plans) for text in ("icl", "cue", "blind")}
+    assert shares["icl"] == pytest.approx(0.3, abs=0.1) and shares["cue"] == pytest.approx(0.4, abs=0.1)
+    assert all(plan.gradients for plan in plans if plan.text == "blind")
+    dropped = [not plan.gradients for plan in plans if plan.text != "blind"]
+    assert 0.3 < sum(dropped) / len(dropped) < 0.7
+    nearest = []
+    for plan in plans:
+        for weights, pairs, shown in zip(plan.mix, plan.questions, plan.shown, strict=True):
+            mixed = {plan.tasks[at].passage for at, weight in enumerate(weights) if weight}
+            for (question, _), passages in zip(pairs, shown, strict=True):
+                if plan.text == "cue":
+                    nearest.append(passages == (cues.nearest(question, sorted(mixed)),))
+                else:
+                    assert set(passages) == (mixed if plan.text == "icl" else set())
+    assert 0.5 < sum(nearest) / len(nearest) < 0.95, "half of them, and what chance adds"
 
 
 class NoEmbedder:

@@ -16,8 +16,9 @@ from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.continual import pretrain
+from regrad_vllm.learn.material import load_data
 from regrad_vllm.learn.state import MetaState
-from regrad_vllm.learn.train import _JsonLog, load_data, train
+from regrad_vllm.learn.train import _JsonLog, train
 from regrad_vllm.learner import Learner, LearnerError
 from tests.method.conftest import tiny_model
 
@@ -136,6 +137,35 @@ def test_a_run_may_start_from_a_learner_of_lower_rank_which_stays_the_same_funct
         state.start_from(weighted)
 
 
+def test_a_run_may_take_the_phi_of_a_reader_read_cues_without_gradients_and_imitate_a_teacher(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    first = config(tmp_path / "first", 2)
+    train(first, model_folder=model_folder)
+    reader = replace(config(tmp_path / "reader", 3), gamma=0.0, step_size_kind="fix", icl_share=1.0, seed=6)
+    train(reader, model_folder=model_folder)
+    settings = replace(
+        config(tmp_path / "taught", 1), start=first.output, start_phi=reader.output, teacher=reader.output,
+        icl_share=0.0, cue_share=1.0, gradient_dropout=1.0,
+    )  # fmt: skip
+    train(settings, model_folder=model_folder)
+    started, read, taught = (Learner.load(entry.output) for entry in (first, reader, settings))
+    assert np.array_equal(started.step_sizes, taught.step_sizes), "no gradient, no step"
+    near, far = (np.abs(taught.phi - other.phi).max() for other in (read, started))
+    assert 0 < near <= 1.01 * settings.learning_rate < far
+    assert {key: taught.config.training[key]["fingerprint"] for key in ("start", "start_phi", "teacher")} == {
+        "start": started.fingerprint, "start_phi": read.fingerprint, "teacher": read.fingerprint
+    }  # fmt: skip
+    line = json.loads(Path(f"{settings.output}.run/log.jsonl").read_text().splitlines()[0])
+    assert line["text"] == "cue" and line["gradients"] is False
+    train(replace(settings, output=str(tmp_path / "alone"), teacher=""), model_folder=model_folder)
+    alone = json.loads(Path(f"{tmp_path / 'alone'}.run/log.jsonl").read_text().splitlines()[0])
+    assert line["loss"] > alone["loss"] + 1e-3, "the teacher's part"
+    other = replace(config(tmp_path / "other", 1), rank=5, teacher=reader.output)
+    with pytest.raises(ConfigError, match="teacher must have"):
+        train(other, model_folder=model_folder)
+
+
 def test_training_documents_that_stand_in_evaluation_data_are_left_out_and_named(
     tmp_path: Path, model_folder: Path
 ) -> None:
@@ -202,6 +232,7 @@ def test_passes_hold_every_document_once_and_stay_within_their_bounds() -> None:
         ("gamma = nan", "gamma must lie in"),
         ("top_k_weights = [0.0, 0.0]", "top_k_weights must be numbers"),
         ('prompts = {sytem = "x"}', "sytem"),
+        ("icl_share = 0.6\ncue_share = 0.5", "icl_share . cue_share must be at most 1"),
         ('data_folder = "d"', "sets must name the sets of .*/d to train on"),
     ],
 )

@@ -1,0 +1,132 @@
+"""What a run is trained and validated on: data without leaks, samplers, and what they need embedded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bank_service.values.embedder import MiniLmEmbedder
+from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
+from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
+from regrad_vllm.encode.prompting import PromptBuilder
+from regrad_vllm.learn.batches import make_batch
+from regrad_vllm.learn.config import TrainConfig
+from regrad_vllm.learn.cues import Cues
+from regrad_vllm.learn.meta_step import MetaBatch
+from regrad_vllm.learn.retrieval import with_retrieval
+from regrad_vllm.learn.synthetic import Split
+from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
+
+VALIDATION_TOP_KS = (1, 3)
+EMPTY = DataSplit({}, ())
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    train: DataSplit
+    validation: DataSplit
+    left_out: tuple[str, ...]  # ids of training documents and questions that stand in evaluation data too
+
+
+def load_data(config: TrainConfig) -> TrainingData:
+    """The training split without what stands in the folder's other splits too, and the validation split without what
+    stands in the test split, so that nothing is chosen by it."""
+    if set(config.sets) == {"synthetic"}:
+        return TrainingData(EMPTY, EMPTY, ())
+    evaluations = {}
+    for split in ("validation", "test"):
+        with suppress(FileNotFoundError):
+            evaluations[split] = load_split(config.data_folder, split)
+    train, left_out = without_leaks(load_split(config.data_folder, "train"), evaluations.values())
+    if left_out:
+        _LOG.warning("%d training documents and questions stand in evaluation data too and are left out", len(left_out))
+    validation = evaluations.get("validation", EMPTY)
+    if "test" in evaluations:
+        validation, _ = evaluation_without_leaks(validation, evaluations["test"])
+    return TrainingData(train, validation, left_out)
+
+
+def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path) -> Sampler:
+    """``cache``: where what retrieval finds is kept."""
+    real = [name for name in config.sets if name != "synthetic"]
+    sets: list[TaskSet] = question_sets(data, real) if real else []
+    if "synthetic" in config.sets:
+        sets.append(synthetic_set(split, config.seed, config.num_synthetic))
+    retrieved = config.neighbour_share or config.score_temperature_init
+    embedder = MiniLmEmbedder.installed() if retrieved or config.cue_share else None
+    if embedder is not None and retrieved:
+        sets = [with_retrieval(task_set, embedder, cache) if task_set.retrievable else task_set for task_set in sets]
+    cues = Cues(embedder) if embedder is not None and config.cue_share else None
+    return Sampler(
+        sets=tuple(sets),
+        set_weights=tuple(config.sets[task_set.name] for task_set in sets),
+        seed=config.seed,
+        tokens_per_step=config.tokens_per_step,
+        max_tasks=config.max_tasks,
+        questions_per_task=config.questions_per_task,
+        max_words=int(config.max_document_tokens / 1.35),
+        top_k_weights=config.top_k_weights,
+        icl_share=config.icl_share,
+        neighbour_share=config.neighbour_share,
+        cue_share=config.cue_share,
+        wrong_cue_share=config.wrong_cue_share,
+        gradient_dropout=config.gradient_dropout,
+        cues=cues,
+    )
+
+
+def fill_caches(config: TrainConfig, cache: Path) -> None:
+    """Embeds what a run needs embedded, so that it can go on where there is no embedder."""
+    data = load_data(config)
+    make_sampler(config, "train", data.train, cache)
+    for _ in _validation_samplers(config, data.validation, cache):
+        pass
+
+
+def _validation_samplers(config: TrainConfig, data: DataSplit, cache: Path) -> Iterator[tuple[str, Sampler]]:
+    """A sampler for each set that has a validation part, with 1 and with 3 documents an adapter.
+
+    The prompt holds a cue where cues are trained. Without documents in the adapter it holds text as in training.
+    """
+    if config.gamma:
+        config = replace(config, icl_share=0.0, cue_share=float(config.cue_share > 0))
+    for name in config.sets:
+        for k in VALIDATION_TOP_KS:
+            single = replace(
+                config, sets={name: 1.0}, num_synthetic=min(400, config.num_synthetic),
+                wrong_cue_share=0.0, gradient_dropout=0.0,
+                top_k_weights=tuple(float(number == k) for number in range(1, k + 1)),
+            )  # fmt: skip
+            try:
+                yield f"{name}, k={k}", make_sampler(single, "validation", data, cache)
+            except ValueError:  # the data has no validation part for this set
+                _LOG.info("set %s has no validation tasks", name)
+                break
+
+
+def validation_batches(
+    config: TrainConfig, data: DataSplit, builder: PromptBuilder, device: torch.device, cache: Path
+) -> dict[str, list[MetaBatch]]:
+    """Fixed batches of each validation sampler."""
+    return {
+        name: [
+            make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
+            for step in range(config.validation_batches)
+        ]
+        for name, sampler in _validation_samplers(config, data, cache)
+    }
+
+
+def data_digests(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of the data files that decide what is trained on, by name: what stands in the others too is left out."""
+    if set(config.sets) == {"synthetic"}:
+        return {}
+    files = sorted(path for split in SPLITS for path in Path(config.data_folder).glob(f"{split}.*.jsonl*"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

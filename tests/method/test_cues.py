@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import random
+
+from bank_service.values.embedder import MiniLmEmbedder
+from regrad_vllm.learn.cues import Cues, sentences
+
+MILL = ("The mill", "The mill was built in 1652 by two brothers. It grinds rye.\n\nIts wheel was made of larch wood.")
+SHOP = ("The shop", "The shop opens at nine in the morning. On Sundays it is closed.")
+
+
+def test_a_cue_is_the_sentence_that_the_question_is_about_with_its_title() -> None:
+    cues = Cues(MiniLmEmbedder.installed())
+    assert cues.nearest("When was the mill built?", [MILL, SHOP]) == ("The mill", MILL[1].split(" It")[0])
+    assert cues.nearest("What wood is the wheel of?", [MILL, SHOP]) == ("The mill", "Its wheel was made of larch wood.")
+    assert cues.nearest("At what time does the shop open?", [MILL, SHOP])[0] == "The shop"
+
+
+def test_any_sentence_of_any_document_may_be_the_cue_and_a_text_without_an_end_is_one_sentence() -> None:
+    drawn = {Cues.any([MILL, SHOP], random.Random(seed)) for seed in range(100)}
+    assert drawn == {*sentences(*MILL), *sentences(*SHOP)} and len(drawn) == 5
+    assert sentences("T", "no end") == [("T", "no end")] and sentences("T", " ") == [("T", " ")]
