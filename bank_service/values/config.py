@@ -15,37 +15,37 @@ from bank_service.wire.codec import CODECS
 class BankConfig:
     """Settings of one bank process. ValueError names the field and its rule."""
 
-    data_dir: Path
-    host: str = "127.0.0.1"
-    port: int = 0  # 0: the kernel chooses
-    metrics_port: int | None = None  # Prometheus; None: off, 0: the kernel chooses
-    redis_url: str | None = None  # None: an embedded server
-    codec: str | None = None  # of a new collection's gradients, None: int8; one that exists keeps its own
+    data_dir: Path  # the bank's folder
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 0  # port to listen on; 0: the kernel chooses
+    metrics_port: int | None = None  # port for Prometheus; None: off, 0: the kernel chooses
+    redis_url: str | None = None  # of a Redis server of yours; None: an embedded server
+    codec: str | None = None  # of a new bank's gradients; None: int8; an old bank keeps its own
     cache_bytes: int = 256 * 2**20  # the embedded server's budget; a server by URL has its own
     cache_timeout_ms: int = 250  # a slower cache is a miss
-    cache_ttl_seconds: int = 86_400  # a cached gradient goes so long after it was written
-    encode_batch_size: int = 8  # documents
-    encode_wait_ms: float = 5.0  # for a batch to fill up
-    max_pending_documents: int = 64  # being encoded and stored at once, all streams together
-    embed_threads: int = 0  # 0: as many as CPUs, at most 4
-    snapshot_every: int = 10_000  # changes between two snapshots of the vector index; a tenth of its vectors if more
-    scrub_mib_per_second: float = 0.0  # reading stored gradients again, to find and mend damage early; 0: off
+    cache_ttl_seconds: int = 86_400  # after which a cached gradient expires
+    encode_batch_size: int = 8  # documents encoded together
+    encode_wait_ms: float = 5.0  # to wait for a batch to fill up
+    max_pending_documents: int = 64  # encoded and stored at a time, of all streams together
+    embed_threads: int = 0  # that compute embeddings; 0: as many as CPUs, at most 4
+    snapshot_every: int = 10_000  # changes between two saves of the vector index; a tenth of its vectors if more
+    scrub_mib_per_second: float = 0.0  # of stored gradients that are read again, to find and mend damage; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
-    exact_below: int = 2_000  # documents; a namespace with no more is searched exactly, vector by vector
-    history_seconds: int | None = None  # keep what documents were for so long, for as_of; 0: not; None: as last set
-    drain_seconds: float = 10.0  # for calls under way when the bank stops
-    tokens_file: Path | None = None  # who may do what, see `regrad token`; None: everybody may do everything
-    tls_cert: Path | None = None  # PEM, with what is between it and its root; None: no TLS
-    tls_key: Path | None = None  # PEM, of tls_cert
-    tls_client_ca: Path | None = None  # PEM; clients must have a certificate that it signed; None: they need none
-    max_namespace_documents: int = 0  # 0: no limit; the tokens file has limits of single namespaces
-    max_namespace_bytes: int = 0  # texts and gradients; 0: no limit
-    max_namespace_requests: int = 0  # in flight, a stream is one; 0: no limit
-    max_calls: int = 1024  # in progress, of all kinds together; more are refused
-    max_ingests: int = 64  # streams in progress; more are refused
-    max_queries: int = 256  # in progress or waiting; more are refused
-    ingest_idle_seconds: float = 300.0  # an ingest stream, nothing under way, that sends or reads nothing so long ends
-    unread_seconds: float = 300.0  # of fetch, snapshot, recode: ends where its client reads no answer for so long
+    exact_below: int = 2_000  # documents; a namespace of at most so many is searched exactly
+    history_seconds: int | None = None  # to keep old versions, for as_of; 0: none; None: as last set
+    drain_seconds: float = 10.0  # that calls under way have when the bank stops
+    tokens_file: Path | None = None  # tokens and their scopes, see `regrad token`; None: everybody may do everything
+    tls_cert: Path | None = None  # PEM of the certificate and its chain; None: no TLS
+    tls_key: Path | None = None  # PEM of its key
+    tls_client_ca: Path | None = None  # PEM of the authority that signs clients' certificates; None: they need none
+    max_namespace_documents: int = 0  # of each namespace; 0: no limit
+    max_namespace_bytes: int = 0  # of each namespace's texts and gradients; 0: no limit
+    max_namespace_requests: int = 0  # of each namespace in flight, a stream is one; 0: no limit
+    max_calls: int = 1024  # calls in progress, of all kinds together; more are refused
+    max_ingests: int = 64  # ingest streams in progress; more are refused
+    max_queries: int = 256  # queries in progress or waiting; more are refused
+    ingest_idle_seconds: float = 300.0  # after which an idle or unread ingest stream ends
+    unread_seconds: float = 300.0  # after which an unread fetch, snapshot or recode ends
 
     @property
     def is_loopback(self) -> bool:

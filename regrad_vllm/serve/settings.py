@@ -32,29 +32,29 @@ class SettingsError(ValueError):
 class Settings:
     """The settings of one server. The environment variable of a field is REGRAD_ and its name in capitals."""
 
-    learner: Path  # folder; the default model may go without, one ships for it
+    learner: Path  # its folder; one ships for the default model
     bank: str = "127.0.0.1:50061"  # host:port of the bank
-    namespace: str = "default"  # of requests that name none
-    top_k: int | None = None  # None: the learner's, at most --regrad-max-documents
-    max_documents: int = 16  # of one request: the most for regrad.top_k and regrad.document_ids
-    gamma: float | None = None  # None: the learner's
-    min_score: float | None = None  # None: all hits count
+    namespace: str = "default"  # for requests that name no namespace
+    top_k: int | None = None  # documents of a request; None: the learner's, at most --regrad-max-documents
+    max_documents: int = 16  # of one request, at most 64; bounds regrad.top_k and regrad.document_ids
+    gamma: float | None = None  # strength; None: the learner's
+    min_score: float | None = None  # least cosine of a document; None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
-    default: bool = False  # on: ReGrad also for requests to the base model's name that don't mention it
-    on_error: OnError = "fail_open"  # the base model answers; fail_closed: an error; if ReGrad is on by default only
-    system_prompt: bool = True  # on: add the learner's where a request brings none
-    arena_dir: Path | None = None  # None: shared memory
-    arena_bytes: int = 256 * 2**20  # gradients fetched from the bank, kept on this machine for all workers
-    worker_bytes: int = 256 * 2**20  # gradients that a worker keeps ready for composing, for each worker
-    waiting_slots: int | None = None  # besides --max-loras, for adapters that wait for their turn; None: a 16th of it
+    default: bool = False  # on: requests to the base model's own name have ReGrad too
+    on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error
+    system_prompt: bool = True  # on: a request without a system prompt gets the learner's
+    arena_dir: Path | None = None  # folder of the arena; None: shared memory
+    arena_bytes: int = 256 * 2**20  # of gradients kept on this machine for all workers
+    worker_bytes: int = 256 * 2**20  # of gradients that each worker keeps ready
+    waiting_slots: int | None = None  # for waiting adapters, besides --max-loras; None: a 16th of it
     bank_timeout_ms: int = 5000  # for each call to the bank
-    bank_token_file: Path | None = None  # the token for the bank, which has a --tokens-file; None: no token
-    bank_ca: Path | None = None  # PEM of who signed the bank's certificate, "system" for gRPC's own list; None: no TLS
-    bank_cert: Path | None = None  # PEM of the certificate to show to the bank, where it asks for one
+    bank_token_file: Path | None = None  # the token for the bank; None: no token
+    bank_ca: Path | None = None  # PEM of the bank's authority, "system" for gRPC's own list; None: no TLS
+    bank_cert: Path | None = None  # PEM of your own certificate, if the bank asks for one
     bank_key: Path | None = None  # PEM of its key
-    bank_concurrency: int = 8  # requests that ask the bank at a time; the others wait for their turn
+    bank_concurrency: int = 8  # requests that ask the bank at a time; others wait
     check_base: bool = True  # compare the base model's files with the learner's base at the start
-    kept_requests: int = 1000  # that GET /v1/regrad/requests can tell about
+    kept_requests: int = 1000  # for GET /v1/regrad/requests
 
     def __post_init__(self) -> None:
         host, _, port = self.bank.rpartition(":")
