@@ -29,13 +29,13 @@ import numpy as np
 from bank_service.blobs.blob_store import fsync_folder
 from bank_service.runtime.data_dir import read_address
 from bank_service.service.server import serve
+from bank_service.testing.client import Client, upload_of
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
 from bank_service.wire.codec import GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_CHUNK_BYTES
 from regrad_vllm.local.machine import describe, spread
-from tests.bank.client import Client, upload_of
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder, spec_of
 
 NUM_STREAMS = 8
 START_SECONDS = 60

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bank_service.errors import UnavailableError
+from bank_service.testing.client import Client
 from benchmarks.bank.corpus import BLOCK, Corpus
 from benchmarks.bank.server import BankProcess
-from tests.bank.client import Client
 
 NUM_STREAMS = 16  # of BLOCK documents each
 PROGRESS_SECONDS = 15

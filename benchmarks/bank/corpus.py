@@ -15,10 +15,10 @@ from functools import cached_property
 
 import numpy as np
 
+from bank_service.testing.client import upload_of
 from bank_service.values.vectors import unit
 from bank_service.wire.codec import FloatArray, GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import upload_of
 
 BLOCK = 500  # documents made, and uploaded by one stream, at a time
 NUM_CENTRES = 3_000

@@ -18,13 +18,13 @@ from redis import Redis
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.cache.gradient_cache import KEY_PREFIX
+from bank_service.testing.client import Client, upload_of
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from benchmarks.bank.server import BankProcess, running_bank
 from benchmarks.bank.timing import one_at_a_time, percentile
 from benchmarks.bank_ingest import spec_with
 from regrad_vllm.local.machine import spread
-from tests.bank.client import Client, upload_of
 
 PER_FETCH = 3  # gradients, as many as a request takes by default in the plugin's settings
 NUM_DOCUMENTS = 48  # all of them fit the cache

@@ -15,6 +15,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bank_service.search.usearch_index import MANIFEST, _new_index, expansion_of
+from bank_service.testing.client import Client
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import DEFAULT_NAMESPACE
@@ -22,7 +23,6 @@ from benchmarks.bank.corpus import SELECTIVITIES, Question, id_of, number_of
 from benchmarks.bank.server import BankProcess
 from benchmarks.bank.timing import WIDTH, in_flight, one_at_a_time, percentile, quantiles
 from regrad_vllm.local.machine import spread
-from tests.bank.client import Client
 
 TOP_K = 10
 BATCH = 16

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from bank_service.search.index_follower import snapshot_after
+from bank_service.testing.client import Client
 from bank_service.values.config import BankConfig
 from benchmarks.bank.build import touch
 from benchmarks.bank.corpus import BLOCK, Corpus
 from benchmarks.bank.server import BankProcess, running_bank
-from tests.bank.client import Client
 
 MAX_UNSAVED = 20_000  # two minutes of writing; more takes as much longer
 

@@ -20,10 +20,10 @@ import psutil
 
 from bank_service.runtime.data_dir import read_address
 from bank_service.service.server import serve
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from benchmarks.bank_ingest import spec_with
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 1200  # a bank of a million documents whose index has to be built anew

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from bank_service import __version__
+from bank_service.testing.client import Client
+from bank_service.testing.tokens import Tokens
 from bank_service.values.embedder import MiniLmEmbedder
 from benchmarks.bank.server import BankProcess, running_bank
 from benchmarks.bank.timing import percentile
@@ -34,8 +36,6 @@ from benchmarks.bank_soak.load import Reader, Writer, paced, snapshots
 from benchmarks.bank_soak.model import Log, Space
 from benchmarks.bank_soak.sampling import Sample, growth, sample_until_over
 from regrad_vllm.local.machine import describe
-from tests.bank.client import Client
-from tests.bank.tokens import Tokens
 
 SHARES = {"large": 0.8, "middle": 0.15, "small": 0.05}  # of the documents
 NUM_WRITERS = NUM_READERS = 2  # of a namespace

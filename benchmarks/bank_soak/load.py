@@ -10,11 +10,11 @@ from pathlib import Path
 
 import grpc
 
+from bank_service.testing.client import Client, own_errors
 from bank_service.wire.codec import GradientSpec, record_digest
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_FETCH_DIGESTS
 from benchmarks.bank_soak.model import PAIRS, Content, Log, Space, Stored, digest_of
-from tests.bank.client import Client, own_errors
 
 NOT_FOUND, ABORTED, DENIED = (
     grpc.StatusCode.NOT_FOUND,

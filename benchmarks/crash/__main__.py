@@ -27,9 +27,9 @@ from pathlib import Path
 
 from bank_service import __version__
 from benchmarks.crash.driver import START, WORK, Run, kill_again_and_again
+from benchmarks.crash.faults import POINTS
 from benchmarks.crash.process import Nursery
 from regrad_vllm.local.machine import describe
-from tests.bank.faults import POINTS
 
 
 def main() -> int:

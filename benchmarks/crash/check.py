@@ -15,10 +15,10 @@ from bank_service.backup.snapshot import MANIFEST, WORK_FOLDER
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.catalog.factory import CATALOG_FILE
 from bank_service.errors import SnapshotError
+from bank_service.testing.client import Client
 from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.load import MAX_HITS
 from benchmarks.crash.model import Content, Model, Verdict, is_right
-from tests.bank.client import Client
 
 PAST_SECONDS = 5  # half of what the bank keeps history for: a check takes time
 SWEEP_SECONDS = 20  # the sweep runs beside the first calls

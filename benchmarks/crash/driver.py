@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bank_service.testing.client import Client
 from benchmarks.crash.check import check, check_snapshot
+from benchmarks.crash.faults import POINTS, Fault
 from benchmarks.crash.load import work_until_killed
 from benchmarks.crash.model import Model, Verdict
 from benchmarks.crash.process import END_SECONDS, Nursery, Process, end, has_ended
-from tests.bank.client import Client
-from tests.bank.faults import POINTS, Fault
 
 NUM_WRITERS = 8
 LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment
@@ -44,7 +44,7 @@ async def kill_again_and_again(
     plant: str | None = None,
     progress: Callable[[Run], None] = lambda _: None,
 ) -> Run:
-    """A kill for each of ``kills``, WORK, START or a point of ``tests.bank.faults``, with a check after each."""
+    """A kill for each of ``kills``, WORK, START or a point of ``benchmarks.crash.faults``, with a check after each."""
     target = data_dir.parent / "snapshot"
     run = Run({f"writer{number}": Model() for number in range(NUM_WRITERS)})
     for kill in kills:

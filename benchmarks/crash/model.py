@@ -6,9 +6,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.hash_encoder import HashEncoder, spec_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Self
 import psutil
 
 from bank_service.runtime.data_dir import ADDRESS_FILE, BankAddress, read_address
-from tests.bank.faults import Fault
+from benchmarks.crash.faults import Fault
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60
@@ -69,7 +69,7 @@ class Nursery:
         self._log = log
         self._started: list[psutil.Process] = []
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.bank.bank_nursery"],
+            [sys.executable, "-m", "benchmarks.crash.nursery"],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,

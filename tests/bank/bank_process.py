@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from bank_service.service.server import run_bank
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
-from tests.bank.hash_encoder import HashEncoder
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")

@@ -12,10 +12,10 @@ import pytest
 import pytest_asyncio
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder
 
 
 @pytest.fixture(scope="session")

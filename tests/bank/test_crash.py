@@ -16,8 +16,8 @@ import pytest
 
 from bank_service.runtime.data_dir import read_address
 from benchmarks.crash.driver import START, WORK, kill_again_and_again
+from benchmarks.crash.faults import BUGS, POINTS
 from benchmarks.crash.process import ROOT, Nursery
-from tests.bank.faults import BUGS, POINTS
 
 
 @pytest.fixture(scope="module")

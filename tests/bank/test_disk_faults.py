@@ -15,11 +15,11 @@ import pytest
 from bank_service.errors import CatalogDamagedError
 from bank_service.runtime.data_dir import read_address
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.errors import UnavailableError
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder
 from tests.bank.records.test_fetch import ingested, whole
 
 DISK_MIB = 4

@@ -9,11 +9,11 @@ import pytest
 
 from bank_service.runtime.data_dir import DataDir
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from regrad_vllm.cli import main
 from regrad_vllm.cli.backup import _absolute
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 
 
 def regrad(*arguments: object) -> int:

@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from regrad_vllm.cli import main
 from regrad_vllm.cli.filters import FilterFlag, filter_flag
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

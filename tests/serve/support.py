@@ -25,6 +25,7 @@ from redis import Redis
 
 from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.service.server import BankServer
+from bank_service.testing.client import upload_of
 from bank_service.values.config import BankConfig
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import FloatArray, encode_gradient, record_digest
@@ -43,7 +44,6 @@ from regrad_vllm.serve.composer import Composer
 from regrad_vllm.serve.door import Door
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.slots import Slots
-from tests.bank.client import upload_of
 
 API_KEY = "tests-only"
 BASE = "base"  # the name under which the tests' server serves the default model

@@ -15,14 +15,14 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.wire.channel import BankCredentials
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import endpoint
 from regrad_vllm.serve.status import status_of
-from tests.bank.client import Client
-from tests.bank.tokens import Tokens
 from tests.serve.support import BankThread, DrawingEncoder
 from tests.serve.test_releases import EngineLists, serving
 from tests.spans import recorded_spans

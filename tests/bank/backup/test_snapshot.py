@@ -17,12 +17,12 @@ from bank_service.backup.restore import restore
 from bank_service.backup.snapshot import snapshot_folder
 from bank_service.errors import BankInUseError, SnapshotError
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, own_errors, upload_of
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.errors import DataLossError, InvalidArgumentError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, own_errors, upload_of
-from tests.bank.hash_encoder import HashEncoder
 from tests.bank.records.test_fetch import blob, ingested, whole
 
 

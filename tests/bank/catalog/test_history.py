@@ -16,6 +16,7 @@ from bank_service.bank import Bank
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.catalog_file import describe_copy
 from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.documents import Document, Query
 from bank_service.values.encoder import EncodedDocument
@@ -23,7 +24,6 @@ from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import read_header, record_digest
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 from tests.bank.catalog.test_quota import counted
-from tests.bank.hash_encoder import HashEncoder
 from tests.bank.search.test_as_of import open_bank
 
 SECRET = "quilegren"

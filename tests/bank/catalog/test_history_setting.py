@@ -11,11 +11,11 @@ import pytest
 
 from bank_service.service.offline import opened, scrub
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.config import BankConfig
 from tests.bank.catalog.test_history import put, texts
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 from tests.bank.search.test_as_of import open_bank
 
 

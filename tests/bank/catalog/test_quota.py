@@ -13,15 +13,15 @@ from bank_service.catalog.entries import CollectionIdentity
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.errors import QuotaExceededError
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, upload_of
+from bank_service.testing.hash_encoder import HashEncoder
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Gradient
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, upload_of
-from tests.bank.hash_encoder import HashEncoder
-from tests.bank.tokens import Tokens
 
 IDENTITY = CollectionIdentity("f", "l", "int8", "e", 1)
 

@@ -20,11 +20,11 @@ from bank_service.cache import gradient_cache
 from bank_service.cache.gradient_cache import KEY_PREFIX, GradientCache
 from bank_service.records.discarder import Discarder
 from bank_service.runtime.metrics import BankMetrics
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Query
 from tests.bank.catalog.test_history import blobs, put
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 from tests.bank.search.test_as_of import open_bank
 
 

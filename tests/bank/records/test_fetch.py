@@ -16,13 +16,13 @@ from redis.asyncio import Redis
 
 from bank_service.cache.gradient_cache import KEY_PREFIX
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import GradientSpec, record_digest
 from bank_service.wire.errors import NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder
 
 
 @asynccontextmanager

@@ -21,13 +21,13 @@ from bank_service.search.past import PastRetriever
 from bank_service.search.usearch_index import UsearchIndex
 from bank_service.service.offline import opened
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Gradient, Hit, Query, Retrieval
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.codec import record_digest
 from tests.bank.catalog.test_catalog import IDENTITY
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
 
 SPACES = ("default", "team")
 WORDS = ("owl", "barn", "mice", "comet", "stone", "sugar")

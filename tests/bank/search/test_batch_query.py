@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bank_service.testing.client import Client
 from bank_service.wire.errors import InvalidArgumentError, LearnerMismatchError, LimitExceededError, NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client
 from tests.bank.search.test_query import put_facts
 
 

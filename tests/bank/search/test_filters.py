@@ -14,11 +14,11 @@ from bank_service.search import retrieval
 from bank_service.search.exact_vectors import ExactVectors
 from bank_service.search.retrieval import Retriever
 from bank_service.search.usearch_index import UsearchIndex
+from bank_service.testing.client import Client
 from bank_service.values.documents import Document, Gradient, Query
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.catalog.test_catalog import IDENTITY
-from tests.bank.client import Client
 
 DIMENSION = IDENTITY.embedding_dimension
 COLOURS = ("red", "green", "blue")

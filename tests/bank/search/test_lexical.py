@@ -10,13 +10,13 @@ import pytest
 
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.upkeep.lexical_cleaner import LexicalCleaner
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder
 from tests.bank.search.test_query import FACTS, put_facts
 
 

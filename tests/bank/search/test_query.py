@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import spec_of
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import record_digest, verify_record
 from bank_service.wire.errors import LearnerMismatchError, LimitExceededError, NotFoundError
-from tests.bank.client import Client
-from tests.bank.hash_encoder import spec_of
 
 FACTS = {
     "owl": "The barn owl hunts mice at night by hearing alone.",

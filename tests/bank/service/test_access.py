@@ -12,15 +12,15 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, own_errors, upload_of
+from bank_service.testing.hash_encoder import HashEncoder
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.channel import BankCredentials
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.errors import BankError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, own_errors, upload_of
-from tests.bank.hash_encoder import HashEncoder
-from tests.bank.tokens import Tokens
 
 DOCUMENT = {"namespace": "theirs", "id": "a", "text": "a text"}
 # One request of each method, for a namespace of somebody else.

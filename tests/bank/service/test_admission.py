@@ -9,14 +9,14 @@ import grpc
 import pytest
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, own_errors, upload_of
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import FloatArray, encode_gradient
 from bank_service.wire.errors import DeadlineExceededError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, own_errors, upload_of
-from tests.bank.hash_encoder import HashEncoder
 
 
 class GatedEncoder(HashEncoder):

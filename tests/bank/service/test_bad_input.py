@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from bank_service.testing.client import Client, own_errors, upload_of
+from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.wire import limits
 from bank_service.wire.codec import HEADER_BYTES, encode_gradient
 from bank_service.wire.errors import (
@@ -21,8 +23,6 @@ from bank_service.wire.errors import (
     NotFoundError,
 )
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, own_errors, upload_of
-from tests.bank.hash_encoder import HashEncoder, spec_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

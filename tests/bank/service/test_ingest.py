@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, upload_of
+from bank_service.testing.hash_encoder import BROKEN, MAX_WORDS, NO_TOKENS, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import decode_gradient, encode_gradient
 from bank_service.wire.errors import InternalError, InvalidArgumentError, NotFoundError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, upload_of
-from tests.bank.hash_encoder import BROKEN, MAX_WORDS, NO_TOKENS, HashEncoder
 
 CREATED = pb.IngestDocumentsResponse.CREATED
 UPDATED = pb.IngestDocumentsResponse.UPDATED

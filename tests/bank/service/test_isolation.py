@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.errors import NotFoundError, OutOfRangeError, PermissionDeniedError
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder
-from tests.bank.tokens import Tokens
 
 TEXTS = ("the same in both", "another text", "a third one")
 IDS = ("a", "b")

@@ -14,14 +14,14 @@ from google.protobuf import text_format
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import BROKEN, HashEmbedder, HashEncoder
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.wire.channel import BankCredentials, open_channel
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from tests.bank.client import Client
-from tests.bank.hash_encoder import BROKEN, HashEmbedder, HashEncoder
 from tests.bank.service.test_access import METHODS, call
-from tests.bank.tokens import Tokens
 from tests.spans import recorded_spans
 
 

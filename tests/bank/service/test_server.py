@@ -15,14 +15,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from bank_service.errors import BankInUseError, CollectionMismatchError
 from bank_service.runtime.data_dir import BankAddress, read_address
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import read_header
 from bank_service.wire.errors import UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder, spec_of
 
 SERVICE = "regrad.bank.v1.BankService"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
+from bank_service.testing.hash_encoder import HashEncoder, spec_of
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.channel import VARIABLES, BankCredentials
 from bank_service.wire.errors import UnauthenticatedError, UnavailableError
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.cli import main
-from tests.bank.client import Client
-from tests.bank.hash_encoder import HashEncoder, spec_of
-from tests.bank.tokens import Tokens
 
 
 @pytest.fixture(scope="module")

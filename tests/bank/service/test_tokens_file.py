@@ -7,10 +7,10 @@ import pytest
 
 from bank_service.service.access import Scope
 from bank_service.service.tokens_file import TokensFile, new_token
+from bank_service.testing.tokens import Tokens
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.channel import BankCredentials
 from regrad_vllm.cli import main
-from tests.bank.tokens import Tokens
 
 
 @pytest.fixture

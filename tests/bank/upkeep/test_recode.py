@@ -13,13 +13,13 @@ import pytest
 
 from bank_service.errors import InvalidArgumentError, UnavailableError
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, own_errors, upload_of
+from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import decode_gradient, encode_gradient, read_header
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, own_errors, upload_of
-from tests.bank.hash_encoder import HashEncoder, spec_of
 
 NUM_DOCUMENTS = 150
 

@@ -11,6 +11,8 @@ import pytest
 
 from bank_service.service.offline import opened, scrub
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client, upload_of
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.upkeep import repair
 from bank_service.upkeep.scrub import Scrubber
 from bank_service.values.config import BankConfig
@@ -20,8 +22,6 @@ from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.client import Client, upload_of
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from tests.bank.records.test_fetch import _flush, blob, ingested
 
 DAMAGES = {

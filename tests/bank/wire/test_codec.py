@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bank_service.testing.hash_encoder import spec_of
 from bank_service.wire.codec import (
     CODECS,
     HEADER_BYTES,
@@ -26,7 +27,6 @@ from bank_service.wire.codec import (
     verify_record,
 )
 from bank_service.wire.codecs.dense import INT8_BLOCK, MAX_INT8_SCALE
-from tests.bank.hash_encoder import spec_of
 
 NAMES = sorted(CODECS)
 SPEC = spec_of()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bank_service.testing.hash_encoder import spec_of
 from bank_service.wire.codec import (
     HEADER_BYTES,
     FloatArray,
@@ -24,7 +25,6 @@ from bank_service.wire.codecs import crumbs, nibbles
 from bank_service.wire.codecs.int4 import INT4_BLOCK
 from bank_service.wire.codecs.lowrank import LowRankCodec
 from bank_service.wire.codecs.sensitivity import Sensitivity
-from tests.bank.hash_encoder import spec_of
 from tests.bank.wire.test_codec import random_values, resealed
 
 Part = Callable[[tuple[FloatArray, ...]], tuple[FloatArray, ...]]

@@ -17,9 +17,9 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
 
 from bank_service.runtime.data_dir import read_address
+from bank_service.testing.client import Client
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.tracing import ENDPOINT_VARIABLE, configure_tracing, extract, inject, span
-from tests.bank.client import Client
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT_ID = "b7ad6b7169203331"

@@ -1,4 +1,4 @@
-"""Deaths at chosen places of a bank process, and bugs planted in one. Patches for processes of tests alone."""
+"""Patches for the bank process of a crash test. It dies at a chosen place, or it has a planted bug."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from bank_service.catalog.sqlite.group_commit import GroupCommit
 from bank_service.records.discarder import Discarder
 from bank_service.search.searcher import Searcher
 from bank_service.search.usearch_index import UsearchIndex
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.encoder import EncodedDocument
-from tests.bank.hash_encoder import HashEncoder
 
 # Where → what is called there.
 POINTS: dict[str, tuple[Any, str]] = {

@@ -1,4 +1,4 @@
-"""Tokens for the tests: a file for the bank, and each bearer's own."""
+"""Tokens of a bank: the file that the bank reads, and a file for each bearer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tokens:
         self.secrets: dict[str, str] = {}
 
     def add(self, name: str, scopes: str, *namespaces: str) -> BankCredentials:
-        """``scopes`` apart by spaces."""
+        """``scopes``: separated by spaces."""
         secret, line = new_token(name, scopes.split(), namespaces)
         self.write(self.path.read_text() + line + "\n")
         self.secrets[name] = secret

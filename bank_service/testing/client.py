@@ -1,4 +1,4 @@
-"""A client for the tests: thin, and errors as the bank's own."""
+"""A thin client of a bank. Its errors are the bank's own."""
 
 from __future__ import annotations
 
@@ -49,15 +49,17 @@ class Client:
         return (await self.ingest_requests(request))[0]
 
     async def upload(self, *parts: pb.IngestGradientsRequest) -> list[pb.IngestDocumentsResponse]:
-        """By the blocking client: grpc.aio, where it still sends when the server ends the call, makes an INTERNAL of
-        its own of that ('Failed "execute_batch"') and loses the server's status. Where it is cancelled, so is the call.
+        """One call of the blocking client. A cancelled upload cancels its call.
+
+        grpc.aio can't do this: if the server ends the call early, it reports INTERNAL ('Failed "execute_batch"') and
+        loses the server's own status.
         """
         call = bank_pb2_grpc.BankServiceStub(self._blocking).IngestGradients(iter(parts))
         async with own_errors():
             try:
                 return await asyncio.to_thread(list, call)
             finally:
-                call.cancel()  # of one that has ended: nothing
+                call.cancel()  # does nothing if the call has ended
 
     async def delete(
         self, id: str, namespace: str = "", expected_version: int | None = None, purge: bool = False
@@ -100,7 +102,7 @@ class Client:
             return await self.stub.GetStats(pb.GetStatsRequest())
 
     async def refused(self, call: Any, kind: type[BankError]) -> Any:
-        """The error of that kind that ``call`` must end with."""
+        """Awaits ``call``, which must end with an error of that kind. Returns the error."""
         try:
             await call
         except kind as error:

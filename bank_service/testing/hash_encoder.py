@@ -1,4 +1,4 @@
-"""An encoder and an embedder that need no model: values drawn from a generator that the text seeds."""
+"""An encoder and an embedder without a model. The text seeds a generator, which draws the values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Banks as processes of their own, for tests that kill them: ``python -m tests.bank.bank_nursery``.
+"""Bank processes for a crash test to kill: ``python -m benchmarks.crash.nursery``.
 
-It imports everything, starts nothing, and forks one bank for each line of JSON on its standard input:
-``{"data_dir", "log", "fault", "plant"}``; it answers with the bank's pid. So a bank starts in a fraction of the
-time that its imports take. ``fault``: the fields of a Fault, armed by SIGUSR1; ``plant``: one of BUGS; or null.
+This process imports everything and starts nothing. For each line of JSON on its standard input it forks one bank and
+prints the bank's pid. So a bank starts in a fraction of the time that its imports take. The line is
+``{"data_dir", "log", "fault", "plant"}``. ``fault`` has the fields of a Fault, which SIGUSR1 arms. ``plant`` is one of
+BUGS. Both may be null.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bank_service.service.server import serve
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
-from tests.bank.faults import Fault, plant
-from tests.bank.hash_encoder import HashEmbedder, HashEncoder
+from benchmarks.crash.faults import Fault, plant
 
 
 def run(order: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ def run(order: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the kernel takes the dead away
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the banks; the kernel reaps them
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
