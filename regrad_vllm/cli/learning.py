@@ -24,14 +24,6 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     train.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after so long, with a checkpoint and exit status 75"
     )
-    train.add_argument(
-        "--pack", type=Path, metavar="FOLDER",
-        help="instead of training, write all that it needs in pieces, to be carried to a machine without network",
-    )  # fmt: skip
-    train.add_argument("--piece-mib", type=whole(1), default=35, help="largest piece of --pack, MiB")
-    train.add_argument(
-        "--carried", type=Path, metavar="FOLDER", help="go on from the checkpoint that a packed run left there"
-    )
     train.set_defaults(run=run_train)
 
     published = commands.add_parser("import", help="a checkpoint of the paper's published code as a learner")
@@ -75,15 +67,7 @@ def run_train(args: argparse.Namespace) -> int:
     given |= {"output": args.output and str(Path(args.output).resolve())}
     config = TrainConfig.load(args.config, {key: value for key, value in given.items() if value})
     model_folder = resolve_model(config.base_model)
-    if args.pack:
-        from regrad_vllm.learn.pack import pack
-
-        pieces = pack(config, args.pack, model_folder=model_folder, piece_bytes=args.piece_mib * 2**20)
-        say(f"{args.pack}: {count(len(pieces), 'piece')}; carry run.sh, parts.sha256, state and one piece or more at a "
-            "time, then run run.sh there")  # fmt: skip
-        return 0
-    resume = args.resume or args.carried is not None
-    folder = train(config, model_folder=model_folder, resume=resume, minutes=args.minutes, carried=args.carried)
+    folder = train(config, model_folder=model_folder, resume=args.resume, minutes=args.minutes)
     if folder is None:
         say("not done yet; the same command with --resume goes on")
         return UNFINISHED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,10 +158,9 @@ class MetaState:
         )
         partial.replace(path)
 
-    def load(self, file: Path | IO[bytes]) -> None:
-        """Continues from a checkpoint; ConfigError where another config made it."""
-        path = file if isinstance(file, Path) else "the carried checkpoint"
-        saved = torch.load(file, weights_only=True, map_location=self.phi.device)
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint. ConfigError if another config made it."""
+        saved = torch.load(path, weights_only=True, map_location=self.phi.device)
         if saved.get("config") != self.config.digest:
             raise ConfigError(
                 f"{path} must be of this config ({self.config.digest[:16]}), it is of another "

@@ -19,7 +19,6 @@ from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch, make_reading
-from regrad_vllm.learn.carried import CHECKPOINT, LOG, carried_state
 from regrad_vllm.learn.config import LEARNERS, ConfigError, TrainConfig
 from regrad_vllm.learn.material import data_digests, load_data, make_sampler, validation_batches
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
@@ -31,6 +30,7 @@ from regrad_vllm.learn.teacher import expectations, teacher_phi
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import digest_json
 
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"  # in <output>.run
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,14 +40,11 @@ def train(
     model_folder: Path,
     resume: bool = False,
     minutes: float = math.inf,
-    carried: Path | None = None,
 ) -> Path | None:
-    """Runs meta-training and returns the learner's folder; None where ``minutes`` were over first: then it left a
-    checkpoint to resume from.
+    """Runs meta-training and returns the learner's folder. None if ``minutes`` end first; a checkpoint is left then.
 
-    resume continues from the last checkpoint in <output>.run, and starts at 0 where there is none. Without it a
-    run that left a checkpoint is a ConfigError, so that hours of work aren't overwritten. ``carried``: a folder with
-    what a slice on another machine left (carried.py); the run goes on from it where that is further.
+    ``resume`` continues from the last checkpoint in <output>.run, or starts at 0 if there is none. Without it an
+    existing checkpoint is a ConfigError, so that hours of work aren't overwritten.
     """
     deadline = time.monotonic() + 60 * minutes
     run = Path(config.output + ".run")
@@ -72,8 +69,6 @@ def train(
     state.origin = digest_json({"base": digest, "data": files, "start": None, **fingerprints})
     if checkpoint.exists():
         state.load(checkpoint)
-    if carried is not None:
-        _take_over(state, carried, run)
     data = load_data(config)
     sampler = make_sampler(config, "train", data.train, run)
     validation = validation_batches(config, data.validation, builder, device, run)
@@ -98,19 +93,6 @@ def _begin(config: TrainConfig, state: MetaState, model_folder: Path) -> dict[st
     if "start_phi" in learners:
         state.take_phi(learners["start_phi"])
     return learners
-
-
-def _take_over(state: MetaState, carried: Path, run: Path) -> None:
-    """Goes on from a carried checkpoint, unless it is of another run (ConfigError) or the run is further by itself."""
-    checkpoint, log = carried_state(carried)
-    step = state.step
-    state.load(checkpoint)
-    if state.step < step:
-        _LOG.warning("%s is at step %d and this run at %d; it goes on from its own", carried, state.step, step)
-        state.load(run / CHECKPOINT)
-        return
-    (run / LOG).write_text(log, "utf-8")
-    state.save(run / CHECKPOINT)
 
 
 def _run_steps(

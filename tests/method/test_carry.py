@@ -1,4 +1,4 @@
-"""A training run on a machine that nothing reaches but carried files."""
+"""A training run that is carried to a machine without network, and back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.tools.carry_training import pack, take
 from regrad_vllm.learn.config import ConfigError
-from regrad_vllm.learn.pack import pack
 from regrad_vllm.learn.train import train
 from regrad_vllm.learner import Learner
 from tests.method.test_train import config, model_folder
@@ -82,12 +82,13 @@ def test_a_run_carried_in_pieces_gives_the_learner_that_a_run_at_home_gives(tmp_
     assert steps == [1, 2], "the second slice went on"
 
     other = replace(away, output=str(tmp_path / "other"), num_steps=5)
-    with pytest.raises(ConfigError, match="the carried checkpoint must be of this config"):
-        train(other, model_folder=model_folder, resume=True, carried=out)
-    assert train(away, model_folder=model_folder, resume=True, minutes=0, carried=out) is None
-    behind = tmp_path / "behind"
-    shutil.copytree(out, behind)
-    assert train(away, model_folder=model_folder, resume=True, carried=behind) is not None, "its own step 3 is further"
+    with pytest.raises(ConfigError, match="must be of this config"):
+        take(other, out)
+    assert not Path(other.output + ".run").exists()
+    assert take(away, out)
+    assert train(away, model_folder=model_folder, resume=True, minutes=0) is None
+    assert not take(away, out), "the run's own step 3 is further"
+    assert train(away, model_folder=model_folder, resume=True) is not None
     home, brought = Learner.load(settings.output), Learner.load(away.output)
     assert np.allclose(home.phi, brought.phi, atol=1e-6) and home.config.prompts == brought.config.prompts
     steps = [
@@ -95,4 +96,4 @@ def test_a_run_carried_in_pieces_gives_the_learner_that_a_run_at_home_gives(tmp_
     ]
     assert sorted(set(steps)) == [1, 2, 3, 4]
     with pytest.raises(ConfigError, match=r"must hold checkpoint\.pt\.00"):
-        train(away, model_folder=model_folder, resume=True, carried=tmp_path / "data")
+        take(away, tmp_path / "data")

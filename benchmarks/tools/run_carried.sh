@@ -1,8 +1,9 @@
 #!/bin/sh
-# A slice of a meta-training run. Where pieces are still missing it keeps the ones beside it and says which are.
-# Exit status 75: not finished, run it again.
-#   MINUTES  until it stops, default 8      WORK  kept between slices, default regrad-train at home
-#   OUT      where checkpoint and log go, default the folder state beside this file
+# Trains one slice of a run that carry_training.py packed. If pieces are still missing, it keeps those that are beside it
+# and prints the names of the missing ones. Exit status 75: not finished, run it again.
+#   MINUTES  length of the slice, default 8
+#   WORK     kept between slices, default regrad-train at home
+#   OUT      folder for checkpoint and log, default state beside this file
 set -eu
 begun=$(date +%s)
 here=$(cd "$(dirname "$0")" && pwd)
@@ -12,7 +13,7 @@ mkdir -p "$work/pieces" "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 unpack='import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz").extractall(filter="data")'
-leave='import sys; from pathlib import Path; from regrad_vllm.learn.carried import leave_state as leave; leave(*map(Path, sys.argv[1:]))'
+carry="$python -m benchmarks.tools.carry_training"
 
 cp "$here"/part-* "$work/pieces/" 2>/dev/null || true
 missing=$(cd "$work/pieces" && sha256sum -c "$here/parts.sha256" 2>/dev/null | grep -v ': OK$' | cut -d: -f1 || true)
@@ -28,11 +29,10 @@ if ! cmp -s "$here/parts.sha256" unpacked; then
 fi
 mkdir -p learner.run
 cp vectors/* learner.run/ 2>/dev/null || true
-set --
-[ ! -f "$here/state/checkpoint.pt.00" ] || set -- --carried "$here/state"
 left=$(awk "BEGIN { print (${MINUTES:-8} * 60 - ($(date +%s) - $begun)) / 60 }")
 export PYTHONPATH=code
+[ ! -f "$here/state/checkpoint.pt.00" ] || $carry take config.toml "$here/state" --output learner
 # Whatever ends the slice, what it has done stays.
-trap '[ ! -f learner.run/checkpoint.pt ] || $python -c "$leave" learner.run "$out"' EXIT
+trap '[ ! -f learner.run/checkpoint.pt ] || $carry leave learner.run "$out"' EXIT
 trap 'exit 75' INT TERM
-$python -m regrad_vllm.cli train config.toml --data data --output learner --resume --minutes "$left" "$@"
+$python -m regrad_vllm.cli train config.toml --data data --output learner --resume --minutes "$left"
