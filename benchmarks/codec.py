@@ -40,10 +40,10 @@ from regrad_vllm.adapt.document_cache import load_gradient
 from regrad_vllm.adapt.loops.compose import compose_slot
 from regrad_vllm.adapt.slot_table import SlotTable, whole
 from regrad_vllm.arguments import whole as whole_number
-from regrad_vllm.data.questions import Question
+from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.encoder import GradientEncoder
-from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
+from regrad_vllm.evaluate.datasets import fresh_facts, question_sets
 from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.in_process import InProcess
 from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, score

@@ -28,8 +28,9 @@ from bank_service.wire.codec import decode_gradient
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.data.questions import EvalData
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.evaluate.datasets import EvalData, fresh_facts
+from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.local.machine import describe

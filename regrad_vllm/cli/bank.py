@@ -12,8 +12,7 @@ from bank_service.values.config import BankConfig
 from regrad_vllm.cli.connection import DEFAULT_PORT
 from regrad_vllm.cli.console import CommandError, note, say
 from regrad_vllm.flags import add_flags, given
-
-READY = "bank ready at "
+from regrad_vllm.naming import BANK_READY
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def _say_ready(address: BankAddress) -> None:
     if address.metrics_port is not None:
         note(f"metrics at http://{BankAddress(address.host, address.metrics_port, None).target}/metrics")
-    say(READY + address.target)
+    say(BANK_READY + address.target)
 
 
 def defaults() -> dict[str, Any]:

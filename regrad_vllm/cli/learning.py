@@ -117,7 +117,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from regrad_vllm.evaluate import main
+    from regrad_vllm.evaluate.run import main
     from regrad_vllm.observe import configure_logging
 
     configure_logging()

@@ -25,6 +25,7 @@ from regrad_vllm.cli import (
     token,
 )  # fmt: skip
 from regrad_vllm.cli.console import CommandError, note
+from regrad_vllm.local.processes import ServiceFailure
 
 _INTERRUPTED = 130
 # Commands that hand everything after their name to a parser of their own.
@@ -70,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(command: str, error: Exception) -> str:
-    """What to print of an error: one line, but for a CommandError that chose to have several."""
-    if isinstance(error, CommandError):
+    """The text to print for an error: one line, except for errors whose message may have several."""
+    if isinstance(error, CommandError | ServiceFailure):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get(command, "cpu")

@@ -59,6 +59,17 @@ class DataSplit:
         return tuple(dict.fromkeys(question.set_name for question in self.questions))
 
 
+@dataclass(frozen=True, slots=True)
+class EvalData:
+    """The documents of one bank, in the order of ingest, and the questions about them. Each question has its own id."""
+
+    documents: tuple[SourceDocument, ...]
+    questions: tuple[Question, ...]
+
+    def merged(self, other: EvalData) -> EvalData:
+        return EvalData(self.documents + other.documents, self.questions + other.questions)
+
+
 def load_split(folder: str | Path, split: str) -> DataSplit:
     """Reads a split. FileNotFoundError; DataError, also where a question's document isn't there."""
     documents = load_documents(folder, split)

@@ -1,5 +1,1 @@
-"""Evaluation through a running server. ``main(argv)`` is `regrad eval`."""
-
-from regrad_vllm.evaluate.run import main
-
-__all__ = ["main"]
+"""Evaluation: which share of the questions each method answers, and how that changes as things grow."""

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
-from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
+from regrad_vllm.data.questions import DataSplit, EvalData, Question, SourceDocument, in_passages
 from regrad_vllm.learn.synthetic import Split, synthetic_documents
-
-
-@dataclass(frozen=True, slots=True)
-class EvalData:
-    """One bank's documents, in the order of ingest, and what is asked of it; no two questions have the same id."""
-
-    documents: tuple[SourceDocument, ...]
-    questions: tuple[Question, ...]
-
-    def merged(self, other: EvalData) -> EvalData:
-        return EvalData(self.documents + other.documents, self.questions + other.questions)
 
 
 def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalData:

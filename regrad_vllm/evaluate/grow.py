@@ -25,9 +25,9 @@ import torch
 
 from bank_service.values.embedder import MiniLmEmbedder
 from regrad_vllm.arguments import whole
-from regrad_vllm.data.questions import SourceDocument, in_passages, load_documents
+from regrad_vllm.data.questions import EvalData, SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
-from regrad_vllm.evaluate.datasets import EvalData, fresh_facts, question_sets
+from regrad_vllm.evaluate.datasets import fresh_facts, question_sets
 from regrad_vllm.evaluate.growth import LENGTHS, Grower, Point
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.report import rounded

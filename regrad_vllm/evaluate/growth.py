@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from regrad_vllm.data.passages import count_tokens, split_sentences
-from regrad_vllm.data.questions import DataSplit, SourceDocument, holds, in_passages, plain_words
+from regrad_vllm.data.questions import DataSplit, EvalData, SourceDocument, holds, in_passages, plain_words
 from regrad_vllm.evaluate.asking import Record
-from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.history import history
 from regrad_vllm.evaluate.in_process import InProcess, Searcher
 from regrad_vllm.evaluate.methods import METHODS, Method

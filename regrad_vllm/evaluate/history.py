@@ -9,8 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from regrad_vllm.data.questions import Question, SourceDocument
-from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.data.questions import EvalData, Question, SourceDocument
 from regrad_vllm.learn.synthetic import another_value
 
 CHANGED_SHARE, DELETED_SHARE = 0.3, 0.05  # of the documents, each round

@@ -24,12 +24,11 @@ from bank_service.values.embedder import Embedder, MiniLmEmbedder, embedded_text
 from bank_service.wire.codec import DEFAULT_CODEC, decode_gradient, encode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
-from regrad_vllm.data.questions import SourceDocument
+from regrad_vllm.data.questions import EvalData, SourceDocument
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import Record, record_of, shown
-from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Found, Retrieved, check_controls, with_controls
 from regrad_vllm.evaluate.rivals import RivalSettings

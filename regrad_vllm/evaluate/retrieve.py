@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regrad_vllm.adapt.bank_client import BankClient, Query
-from regrad_vllm.data.questions import Question
-from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.evaluate.methods import Method
 from regrad_vllm.learner import Learner
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.data.questions import EvalData
 from regrad_vllm.learner import Learner, LearnerError, read_adapter, save_adapter
 
 FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.leaks import evaluation_without_leaks
-from regrad_vllm.data.questions import DataSplit, load_documents, load_split
+from regrad_vllm.data.questions import DataSplit, EvalData, load_documents, load_split
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.asking import PER_DOCUMENT, Endpoint, Record, ask_all
-from regrad_vllm.evaluate.datasets import EvalData, distractors, fresh_facts, question_sets
+from regrad_vllm.evaluate.datasets import distractors, fresh_facts, question_sets
 from regrad_vllm.evaluate.ingest import ingest, upload
 from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS, Method
 from regrad_vllm.evaluate.page import render

@@ -22,11 +22,10 @@ from bank_service.wire.codecs.lowrank_fit import long_is_columns
 from bank_service.wire.codecs.sensitivity import Sensitivity
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
-from regrad_vllm.data.questions import Question
+from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.datasets import EvalData
 from regrad_vllm.learner import Learner
 
 _ROWS = 8  # questions in one backward pass, each with an adapter of its own

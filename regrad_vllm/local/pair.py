@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from regrad_vllm.cli.bank import READY
 from regrad_vllm.local.processes import Service, Services, free_port, waiting
+from regrad_vllm.naming import BANK_READY
 from regrad_vllm.serve.launch import KV_CACHE_VARIABLE
 
 _BANK_SECONDS, _SERVER_SECONDS = 180.0, 600.0
@@ -51,7 +51,7 @@ def wait_for_bank(bank: Service) -> str:
 
     def address() -> str | None:
         lines = bank.log.read_text("utf-8", errors="replace").splitlines()
-        return next((line.removeprefix(READY) for line in lines if line.startswith(READY)), None)
+        return next((line.removeprefix(BANK_READY) for line in lines if line.startswith(BANK_READY)), None)
 
     return waiting(bank, address, _BANK_SECONDS)
 

@@ -15,15 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from regrad_vllm.cli.console import CommandError
-
 _TAIL_LINES = 15
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 
 
-class ServiceFailure(CommandError):
-    """A child process ended or didn't get ready; the message names its log and shows the end of it."""
+class ServiceFailure(RuntimeError):
+    """A child process ended or didn't get ready. The message names its log and shows the last lines of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,44 +1,47 @@
-"""The import rules of the house: a table, and a walk over every file's syntax tree."""
+"""The import rules of the house: a table of closed doors, checked on the import graph of the whole project."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.house.import_graph import Import, ImportGraph, imports, is_within
+
 ROOT = Path(__file__).parents[2]
-# Room → packages that no file in it may import, not even inside a function.
+PACKAGES = ("regrad_vllm", "bank_service", "benchmarks")
+# The rooms that make a bank. Only the command line enters them from outside.
+INSIDE_THE_BANK = tuple(
+    f"bank_service.{room}"
+    for room in ("testing", "service", "bank", "upkeep", "backup", "search", "records", "cache", "blobs", "catalog")
+)
+# Room → packages that no file in it may reach: not directly, not inside a function, not through another module.
 FORBIDDEN = {
-    "bank_service": ("regrad_vllm", "torch", "vllm", "transformers", "peft"),
+    "bank_service": ("regrad_vllm", "torch", "vllm", "transformers", "peft", "tests", "benchmarks"),
+    "regrad_vllm": ("tests", "benchmarks"),
+    "regrad_vllm/data": ("grpc", "vllm", "torch", "regrad_vllm.learn", "regrad_vllm.evaluate", *INSIDE_THE_BANK),
     "regrad_vllm/learn": (
-        "grpc",
-        "vllm",
-        "regrad_vllm.serve",
-        "regrad_vllm.adapt.bank_client",
-        "bank_service.service",
+        "grpc", "vllm", "regrad_vllm.serve", "regrad_vllm.adapt.bank_client", "regrad_vllm.evaluate", "regrad_vllm.cli",
+        *INSIDE_THE_BANK,
     ),
     "regrad_vllm/encode": (
-        "grpc",
-        "vllm",
-        "regrad_vllm.serve",
-        "regrad_vllm.adapt.bank_client",
-        "bank_service.service.server",
+        "grpc", "vllm", "regrad_vllm.serve", "regrad_vllm.adapt.bank_client", "regrad_vllm.learn", "regrad_vllm.cli",
+        *INSIDE_THE_BANK,
     ),
-    "regrad_vllm/adapt": ("vllm", "regrad_vllm.serve", "regrad_vllm.cli"),
-    "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo"),
-    "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli"),
-    "regrad_vllm/load": ("vllm", "regrad_vllm.cli"),
-    "regrad_vllm/cli": ("vllm",),
+    "regrad_vllm/adapt": ("vllm", "regrad_vllm.serve", "regrad_vllm.cli", *INSIDE_THE_BANK),
+    "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo", *INSIDE_THE_BANK),
+    "regrad_vllm/local": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
+    "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli", "regrad_vllm.load", *INSIDE_THE_BANK),
+    "regrad_vllm/load": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
+    "regrad_vllm/cli": ("vllm", "bank_service.testing"),
     "regrad_vllm/demo": ("vllm",),
-    "regrad_vllm/local": ("vllm",),
-}
-# What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
+    "benchmarks": ("tests",),
+}  # fmt: skip
 # The bank's rooms, from the top down: a room imports from those below it only.
 BANK_ROOMS = (
+    "testing",
     "service",
     "bank",
     "bank_stats",
@@ -56,6 +59,7 @@ BANK_ROOMS = (
     "wire",
     "errors",
 )
+# What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
 OPEN_TO_ALL = (
     "bank_service.wire",
     "bank_service.values.encoder",
@@ -75,42 +79,28 @@ OPEN_TO_COMMAND_LINE = (
 )
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, at any depth, as absolute names."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide what is imported"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def _is_within(module: str, package: str) -> bool:
-    return module == package or module.startswith(package + ".")
-
-
 def _sources(room: str) -> list[Path]:
     return [path for path in sorted((ROOT / room).rglob("*.py")) if "generated" not in path.parts]
 
 
+@pytest.fixture(scope="module")
+def graph() -> ImportGraph:
+    return ImportGraph(ROOT, PACKAGES)
+
+
 @pytest.mark.parametrize("room", FORBIDDEN)
-def test_a_room_imports_nothing_through_a_closed_door(room: str) -> None:
-    sources = _sources(room)
-    assert sources, f"{room} has no source: mend the table"
-    broken = [
-        f"{path.relative_to(ROOT)} imports {module}"
-        for path in sources
-        for module in _imports(path)
-        if any(_is_within(module, package) for package in FORBIDDEN[room])
-    ]
-    assert not broken
+def test_a_room_reaches_nothing_behind_a_closed_door(graph: ImportGraph, room: str) -> None:
+    modules = graph.within(room.replace("/", "."))
+    assert modules, f"{room} has no source: mend the table"
+    chains = [graph.chain(module, FORBIDDEN[room]) for module in modules]
+    assert not [" → ".join(chain) for chain in chains if chain]
 
 
 def test_only_the_serve_room_imports_vllm() -> None:
     users = {
         path.relative_to(ROOT).parts[1]
         for path in _sources("regrad_vllm")
-        if any(_is_within(module, "vllm") for module in _imports(path))
+        if any(is_within(found.name, "vllm") for found in imports(path))
     }
     assert users == {"serve"}
 
@@ -119,15 +109,15 @@ def test_the_bank_is_entered_through_its_wire_and_only_the_command_line_starts_i
     for path in _sources("regrad_vllm"):
         room = path.relative_to(ROOT).parts[1]
         allowed = OPEN_TO_ALL + (OPEN_TO_COMMAND_LINE if room == "cli" else ())
-        for module in _imports(path):
-            if _is_within(module, "bank_service"):
-                assert any(_is_within(module, package) for package in allowed), f"{path} imports {module}"
+        for found in imports(path):
+            if is_within(found.name, "bank_service"):
+                assert any(is_within(found.name, package) for package in allowed), f"{path} imports {found.name}"
 
 
 def _bank_room(module: str) -> str:
     """The room of one of the bank's modules, by the longest name in the table."""
     inside = module.removeprefix("bank_service.")
-    return max((room for room in BANK_ROOMS if _is_within(inside, room)), key=len, default="")
+    return max((room for room in BANK_ROOMS if is_within(inside, room)), key=len, default="")
 
 
 def test_the_banks_rooms_import_from_the_rooms_below_them_only() -> None:
@@ -138,10 +128,10 @@ def test_the_banks_rooms_import_from_the_rooms_below_them_only() -> None:
     for path in sources:
         own = _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
         assert own, f"{path.relative_to(ROOT)} is in no room: mend the table"
-        for module in _imports(path):
-            other = _bank_room(module) if _is_within(module, "bank_service") else ""
+        for found in imports(path):
+            other = _bank_room(found.name) if is_within(found.name, "bank_service") else ""
             if other and BANK_ROOMS.index(other) < BANK_ROOMS.index(own):
-                broken.append(f"{path.relative_to(ROOT)} imports {module}")
+                broken.append(f"{path.relative_to(ROOT)} imports {found.name}")
     assert not broken
 
 
@@ -176,5 +166,26 @@ def test_light_modules_load_nothing_heavy(statement: str, heavy: tuple[str, ...]
 
 def test_the_walk_sees_an_import_inside_a_function(tmp_path: Path) -> None:
     source = tmp_path / "sample.py"
-    source.write_text("def f():\n    from vllm.lora import request\n    import torch.nn as nn\n")
-    assert list(_imports(source)) == ["vllm.lora.request", "torch.nn"]
+    source.write_text("import os\ndef f():\n    from vllm.lora import request\n    import torch.nn as nn\n")
+    assert list(imports(source)) == [
+        Import("os", at_load=True),
+        Import("vllm.lora.request", at_load=False),
+        Import("torch.nn", at_load=False),
+    ]
+
+
+def test_the_graph_finds_a_closed_door_behind_two_rooms_and_a_package(tmp_path: Path) -> None:
+    files = {
+        "house/__init__.py": "",
+        "house/hall.py": "def f():\n    from house.library import shelf\n",
+        "house/library/__init__.py": "import house.cellar\n",
+        "house/library/shelf.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm\n",
+        "house/cellar.py": "import grpc.aio\ndef f():\n    import torch\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    graph = ImportGraph(tmp_path, ("house",))
+    assert graph.chain("house.hall", ("grpc",)) == ["house.hall", "house.library", "house.cellar", "grpc.aio"]
+    assert graph.chain("house.hall", ("torch", "vllm")) is None, "neither is loaded with the hall"
+    assert graph.chain("house.library.shelf", ("vllm",)) == ["house.library.shelf", "vllm"]

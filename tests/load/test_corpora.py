@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from regrad_vllm.data.questions import Question, SourceDocument
-from regrad_vllm.evaluate.datasets import EvalData
+from regrad_vllm.data.questions import EvalData, Question, SourceDocument
 from regrad_vllm.load.contenders import CONTENDERS
 from regrad_vllm.load.corpora import natural, of_length
 from regrad_vllm.load.options import parser

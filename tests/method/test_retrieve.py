@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from regrad_vllm.data.passages import count_tokens
-from regrad_vllm.data.questions import Question, SourceDocument, load_split
-from regrad_vllm.evaluate.datasets import EvalData, question_sets
+from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_split
+from regrad_vllm.evaluate.datasets import question_sets
 from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.retrieve import Found, check_controls, with_controls

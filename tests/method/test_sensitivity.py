@@ -12,8 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 from bank_service.wire.codecs.sensitivity import Sensitivity
+from regrad_vllm.data.questions import EvalData
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.evaluate.datasets import EvalData, fresh_facts
+from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.learn.sensitivity import _Sums, measure_sensitivity
 from regrad_vllm.learner import Learner, LearnerError
 from regrad_vllm.sensitivity_file import FILE, write_sensitivity
