@@ -25,13 +25,12 @@ import httpx
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.evaluate.ingest import ingest
-from regrad_vllm.evaluate.metrics import Interval, stratified_interval
-from regrad_vllm.evaluate.run import SAMPLE
-from regrad_vllm.local.machine import describe
+from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts
+from regrad_vllm.evaluate.fill_bank import ingest
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT, local_pair, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
+from regrad_vllm.reporting.intervals import Interval, stratified_interval
+from regrad_vllm.reporting.machine import describe
 
 _NAMESPACE, _MODEL = "ability", "base"
 _NUM_CHARACTERS = 600

@@ -43,8 +43,9 @@ from regrad_vllm.encode.encoder import GradientEncoder
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.local.machine import describe, spread
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
+from regrad_vllm.reporting.intervals import spread
+from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.launch import merged_modules
 from regrad_vllm.serve.recipe import Recipe

@@ -35,7 +35,8 @@ from bank_service.values.config import BankConfig
 from bank_service.wire.codec import GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_CHUNK_BYTES
-from regrad_vllm.local.machine import describe, spread
+from regrad_vllm.reporting.intervals import spread
+from regrad_vllm.reporting.machine import describe
 
 NUM_STREAMS = 8
 START_SECONDS = 60

@@ -43,14 +43,14 @@ from regrad_vllm.arguments import whole as whole_number
 from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.encoder import GradientEncoder
-from regrad_vllm.evaluate.datasets import fresh_facts, question_sets
+from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts, load_clean, question_sets
 from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.in_process import InProcess
-from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, score
-from regrad_vllm.evaluate.run import SAMPLE, load_clean
+from regrad_vllm.evaluate.scoring import exact_match, score
 from regrad_vllm.learner import Learner
 from regrad_vllm.load.corpora import filling
-from regrad_vllm.local.machine import describe, spread
+from regrad_vllm.reporting.intervals import bootstrap_interval, spread
+from regrad_vllm.reporting.machine import describe
 
 _REFERENCE = "fp32"
 _UNWEIGHTED = "-unweighted"

@@ -30,11 +30,12 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.evaluate.ingest import ingest
+from regrad_vllm.evaluate.fill_bank import ingest
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.local.machine import describe, spread
 from regrad_vllm.local.pair import local_pair, start_stock_server, wait_for_server
 from regrad_vllm.local.processes import Services
+from regrad_vllm.reporting.intervals import spread
+from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.launch import merged_modules
 
 _SERVERS = ("ours", "stock", "filtered")

@@ -24,7 +24,8 @@ from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import check_base, plan_passes
 from regrad_vllm.encode.gradients import document_gradients
 from regrad_vllm.learner import Learner
-from regrad_vllm.local.machine import describe, spread
+from regrad_vllm.reporting.intervals import spread
+from regrad_vllm.reporting.machine import describe
 
 LENGTHS = (32, 128, 512)
 

@@ -31,10 +31,10 @@ from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import EvalData
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.evaluate.ingest import ingest
+from regrad_vllm.evaluate.fill_bank import ingest
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.local.machine import describe
 from regrad_vllm.local.pair import local_pair
+from regrad_vllm.reporting.machine import describe
 
 _NAMESPACE, _MODEL = "identity", "base"
 _NUM_ADAPTED, _NUM_BASE, _NUM_TOKENS = 64, 24, 16

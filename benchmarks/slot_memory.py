@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.shapes import LLAMA_8B, RANK, SMOLLM2_135M, Shape, made_up_learner, write_model
 from regrad_vllm.arguments import whole
 from regrad_vllm.learner import Learner
-from regrad_vllm.local.machine import describe
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
+from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.launch import merged_modules
 from regrad_vllm.serve.worker import RegradWorkerExtension

@@ -27,9 +27,9 @@ import psutil
 
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.evaluate.ingest import ingest
-from regrad_vllm.local.machine import describe
+from regrad_vllm.evaluate.fill_bank import ingest
 from regrad_vllm.local.pair import local_pair
+from regrad_vllm.reporting.machine import describe
 
 _NAMESPACE, _MODEL = "soak", "base"
 _NUM_DOCUMENTS = 200  # 1.6 MB each: more than the arena holds, so that it has to evict

@@ -30,12 +30,13 @@ from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.evaluate.datasets import SAMPLE
 from regrad_vllm.learn.batches import make_batch
 from regrad_vllm.learn.meta_step import MetaParameters, meta_loss
 from regrad_vllm.learn.tasks import Sampler, StepPlan, question_sets, synthetic_set
 from regrad_vllm.learner import Learner
-from regrad_vllm.local.machine import describe, spread
+from regrad_vllm.reporting.intervals import spread
+from regrad_vllm.reporting.machine import describe
 
 _MAX_DIFFERENCE = 1e-3  # of the meta-gradients in float32, relative
 

@@ -39,7 +39,7 @@ from benchmarks.bank.queries import TOP_K, RawIndex, measure_kinds, measure_quer
 from benchmarks.bank.restart import measure_restarts
 from benchmarks.bank.server import folder_bytes, running_bank
 from benchmarks.bank_ingest import measure_ingest, spec_with
-from regrad_vllm.local.machine import describe
+from regrad_vllm.reporting.machine import describe
 
 SHIPPED_VALUES = 1_520_640  # of a gradient of the shipped learner; 1.6 MB in int8
 

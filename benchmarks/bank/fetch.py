@@ -24,7 +24,7 @@ from bank_service.wire.generated import bank_pb2 as pb
 from benchmarks.bank.server import BankProcess, running_bank
 from benchmarks.bank.timing import one_at_a_time, percentile
 from benchmarks.bank_ingest import spec_with
-from regrad_vllm.local.machine import spread
+from regrad_vllm.reporting.intervals import spread
 
 PER_FETCH = 3  # gradients, as many as a request takes by default in the plugin's settings
 NUM_DOCUMENTS = 48  # all of them fit the cache

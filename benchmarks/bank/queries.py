@@ -22,7 +22,7 @@ from bank_service.wire.limits import DEFAULT_NAMESPACE
 from benchmarks.bank.corpus import SELECTIVITIES, Question, id_of, number_of
 from benchmarks.bank.server import BankProcess
 from benchmarks.bank.timing import WIDTH, in_flight, one_at_a_time, percentile, quantiles
-from regrad_vllm.local.machine import spread
+from regrad_vllm.reporting.intervals import spread
 
 TOP_K = 10
 BATCH = 16

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from regrad_vllm.local.machine import spread
+from regrad_vllm.reporting.intervals import spread
 
 T = TypeVar("T")
 WIDTH = 8  # calls in flight

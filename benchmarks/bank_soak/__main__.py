@@ -35,7 +35,7 @@ from benchmarks.bank_soak.check import differences
 from benchmarks.bank_soak.load import Reader, Writer, paced, snapshots
 from benchmarks.bank_soak.model import Log, Space
 from benchmarks.bank_soak.sampling import Sample, growth, sample_until_over
-from regrad_vllm.local.machine import describe
+from regrad_vllm.reporting.machine import describe
 
 SHARES = {"large": 0.8, "middle": 0.15, "small": 0.05}  # of the documents
 NUM_WRITERS = NUM_READERS = 2  # of a namespace

@@ -29,7 +29,7 @@ from bank_service import __version__
 from benchmarks.crash.driver import START, WORK, Run, kill_again_and_again
 from benchmarks.crash.faults import POINTS
 from benchmarks.crash.process import Nursery
-from regrad_vllm.local.machine import describe
+from regrad_vllm.reporting.machine import describe
 
 
 def main() -> int:

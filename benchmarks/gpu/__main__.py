@@ -37,7 +37,8 @@ from benchmarks.gpu.engines import Adapters, Asked, running
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, Shape, made_up_learner, write_model
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.arguments import whole
-from regrad_vllm.local.machine import describe, spread
+from regrad_vllm.reporting.intervals import spread
+from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.recipe import Recipe
 
 _SHAPES: dict[str, Shape] = {

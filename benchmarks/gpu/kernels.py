@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from regrad_vllm.adapt.triton_lora import Tiles, add_lora
-from regrad_vllm.local.machine import describe
+from regrad_vllm.reporting.machine import describe
 
 _LAYERS = (("gate_up", 2048, (8192, 8192)), ("down", 8192, (2048,)))
 _BATCHES = ((1, 1), (8, 8), (64, 64), (256, 256), (2048, 4), (2048, 64))  # rows, adapters

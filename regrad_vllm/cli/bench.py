@@ -18,6 +18,6 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 def run(args: argparse.Namespace) -> int:
     if not args.rest or args.rest[0] not in _WHAT:
         raise UsageError(f"regrad bench must be followed by {' or '.join(_WHAT)}; see regrad bench load --help")
-    from regrad_vllm.load.run import main, report
+    from regrad_vllm.load.load_command import main, report
 
     return main(args.rest[1:]) if args.rest[0] == "load" else report(args.rest[1:])

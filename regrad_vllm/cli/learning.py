@@ -117,7 +117,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from regrad_vllm.evaluate.run import main
+    from regrad_vllm.evaluate.eval_command import main
     from regrad_vllm.observe import configure_logging
 
     configure_logging()
@@ -125,7 +125,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_growth(args: argparse.Namespace) -> int:
-    from regrad_vllm.evaluate.grow import main
+    from regrad_vllm.evaluate.growth_command import main
     from regrad_vllm.observe import configure_logging
 
     configure_logging()

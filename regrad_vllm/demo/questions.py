@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from regrad_vllm.evaluate.metrics import exact_match
+from regrad_vllm.evaluate.scoring import exact_match
 
 DATA = Path(__file__).parent / "data"
 DOCUMENTS = DATA / "documents"

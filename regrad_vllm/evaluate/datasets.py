@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
-from regrad_vllm.data.questions import DataSplit, EvalData, Question, SourceDocument, in_passages
+from regrad_vllm.data.leaks import evaluation_without_leaks
+from regrad_vllm.data.questions import DataSplit, EvalData, Question, SourceDocument, in_passages, load_split
 from regrad_vllm.learn.synthetic import Split, synthetic_documents
+
+SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licences of its sets
 
 
 def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalData:
@@ -53,3 +59,14 @@ def distractors(documents: Mapping[str, SourceDocument], number: int, seed: int)
         raise ValueError(f"--haystack must be at most {len(documents)}, which the data holds, got {number}")
     chosen = random.Random(f"regrad.evaluate.haystack.{seed}").sample(list(documents), number)
     return EvalData(tuple(documents[key] for key in chosen), ())
+
+
+def load_clean(folder: Path, name: str) -> DataSplit:
+    """A split without documents and questions of the folder's training data. For validation: nor of its test split."""
+    split = load_split(folder, name)
+    for other in ("train", "test") if name == "validation" else ("train",):
+        with suppress(FileNotFoundError):
+            split, left_out = evaluation_without_leaks(split, load_split(folder, other))
+            if left_out:
+                sys.stdout.write(f"{len(left_out)} documents and questions that {other} has too are left out\n")
+    return split

@@ -9,12 +9,12 @@ from statistics import fmean
 
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import DataSplit, EvalData, SourceDocument, holds, in_passages, plain_words
-from regrad_vllm.evaluate.asking import Record
-from regrad_vllm.evaluate.history import history
-from regrad_vllm.evaluate.in_process import InProcess, Searcher
+from regrad_vllm.evaluate.answers import Record
+from regrad_vllm.evaluate.fact_history import history
+from regrad_vllm.evaluate.in_process import ExactSearch, InProcess
 from regrad_vllm.evaluate.methods import METHODS, Method
-from regrad_vllm.evaluate.metrics import Interval, stratified_interval
 from regrad_vllm.evaluate.retrieve import Retrieved
+from regrad_vllm.reporting.intervals import Interval, stratified_interval
 
 TOP_KS = (1, 2, 3, 5, 7, 10)
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -37,7 +37,7 @@ class Point:
 class Grower:
     """Asks the same questions over and over while one thing changes."""
 
-    def __init__(self, runner: InProcess, searcher: Searcher, data: EvalData, top_k: int, seed: int) -> None:
+    def __init__(self, runner: InProcess, searcher: ExactSearch, data: EvalData, top_k: int, seed: int) -> None:
         self._runner = runner
         self._searcher = searcher
         self._data = data

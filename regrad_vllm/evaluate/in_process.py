@@ -28,9 +28,9 @@ from regrad_vllm.data.questions import EvalData, SourceDocument
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.asking import Record, record_of, shown
+from regrad_vllm.evaluate.answers import Record, record_of, shown
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
-from regrad_vllm.evaluate.retrieve import Found, Retrieved, check_controls, with_controls
+from regrad_vllm.evaluate.retrieve import FoundDocument, Retrieved, check_controls, with_controls
 from regrad_vllm.evaluate.rivals import RivalSettings
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.per_document import fit_each
@@ -75,7 +75,7 @@ class InProcess:
         from tqdm import tqdm
 
         self.read(data.documents)
-        questions = Searcher(MiniLmEmbedder.installed()).search(data, top_k, seed)
+        questions = ExactSearch(MiniLmEmbedder.installed()).search(data, top_k, seed)
         check_controls(questions, methods)
         if any(method.per_document for method in methods):
             documents = [(document.title, document.text) for document in data.documents]
@@ -214,7 +214,7 @@ def _documents(asked: Retrieved, method: Method) -> list[tuple[str, float]]:
     return [(hit.id, hit.score) for hit in (asked.hits if method.adapter == "retrieved" else asked.wrong_hits)]
 
 
-class Searcher:
+class ExactSearch:
     """What a bank would find: the same embedder on the same texts, exact search. Embeds a text once."""
 
     def __init__(self, embedder: Embedder) -> None:
@@ -228,7 +228,9 @@ class Searcher:
         for cosines in self._embed([question.question for question in data.questions]) @ documents.T:
             best = np.argsort(-cosines, kind="stable")[:top_k]
             chosen = [(data.documents[index], float(cosines[index])) for index in best]
-            hits.append(tuple(Found(document.id, score, document.title, document.text) for document, score in chosen))
+            hits.append(
+                tuple(FoundDocument(document.id, score, document.title, document.text) for document, score in chosen)
+            )
         return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from regrad_vllm.learner import Learner
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundDocument:
     """A retrieved document."""
 
     id: str
@@ -27,10 +27,10 @@ class Retrieved:
     """A question and what the methods may use for it."""
 
     question: Question
-    hits: tuple[Found, ...]  # best first
+    hits: tuple[FoundDocument, ...]  # best first
     # For the controls; None and nothing where no other question or document will do.
     wrong_query: str | None  # another question of the same set; its hits don't hold the document that answers this one
-    wrong_hits: tuple[Found, ...]
+    wrong_hits: tuple[FoundDocument, ...]
     random_id: str | None  # a document that doesn't answer it
 
     @property
@@ -47,13 +47,13 @@ async def retrieve(
     try:
         for question in data.questions:
             query = Query(namespace=namespace, text=question.question, top_k=top_k, with_text=True)
-            hits.append(tuple(Found(hit.id, hit.score, hit.title, hit.text) for hit in await bank.query(query)))
+            hits.append(tuple(FoundDocument(hit.id, hit.score, hit.title, hit.text) for hit in await bank.query(query)))
     finally:
         await bank.close()
     return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
 
 
-def with_controls(data: EvalData, hits: Sequence[tuple[Found, ...]], rng: random.Random) -> list[Retrieved]:
+def with_controls(data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], rng: random.Random) -> list[Retrieved]:
     """Adds what the controls are given, where there is anything."""
     ids = [document.id for document in data.documents]
     retrieved = []

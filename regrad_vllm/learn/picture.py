@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
 
 SMOOTHING = 0.05  # weight of a new value in the moving mean
 
@@ -13,6 +12,8 @@ SMOOTHING = 0.05  # weight of a new value in the moving mean
 def draw(log: Path, out: Path) -> None:
     """Reads the JSON Lines of a training log and writes an SVG."""
     from matplotlib.figure import Figure
+
+    from regrad_vllm.reporting.plots import save_svg
 
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     losses: dict[str, list[tuple[int, float]]] = {}
@@ -39,14 +40,6 @@ def draw(log: Path, out: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=8)
     save_svg(figure, out)
-
-
-def save_svg(figure: Any, out: Path | IO[str], *, fonttype: Literal["path", "none"] = "path") -> None:
-    """Writes a matplotlib figure, the same figure as the same bytes. ``fonttype`` "none" keeps text as text."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"svg.hashsalt": "regrad", "svg.fonttype": fonttype}):
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -17,8 +17,8 @@ from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_documents
+from regrad_vllm.evaluate.fill_bank import ingest
 from regrad_vllm.evaluate.growth import sized
-from regrad_vllm.evaluate.ingest import ingest
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import digest_json
 

@@ -1,4 +1,4 @@
-"""The engines under load: started, ready to be asked, and stopped again; or running ones, by their URLs."""
+"""The engines under load, started here or already running: their addresses, their askers, and the size of a request."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.load.asking import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
-from regrad_vllm.load.contenders import CONTENDERS, Engine
+from regrad_vllm.load.askers import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
+from regrad_vllm.load.client_composed import Gradients, PeftFolders, SwappedWeights
+from regrad_vllm.load.comparison import CONTENDERS, Engine
 from regrad_vllm.load.corpora import Corpus
-from regrad_vllm.load.processes import Processes
-from regrad_vllm.load.rivals import Gradients, PeftFolders, SwappedWeights
+from regrad_vllm.load.watching import Processes
 from regrad_vllm.local.pair import start_bank, start_server, start_stock_server, wait_for_server
 from regrad_vllm.local.processes import Services
+from regrad_vllm.reporting.server_metrics import labels
 from regrad_vllm.serve.launch import has_gpu, lora_rank, merged_modules
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ MODEL = "base"  # the served model's name, at servers of our own
 _BANK_TIMEOUT_MS = 60_000
 _REQUEST_TIMEOUT_S = 600.0
 _MEMORY = Path("/dev/shm")  # a file system in memory
+_BYTES = {"float32": 4, "bfloat16": 2}
+_BLOCK_TOKENS = 16  # if the server has no such label
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where everything is. Without a stock server "peft_folder" can't be asked."""
+class Addresses:
+    """Addresses of bank and servers. Without a stock server "peft_folder" can't be asked."""
 
     bank: str  # host:port
     server: str  # URL
@@ -42,8 +45,8 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Of servers that are started here."""
+class EngineSettings:
+    """Settings of the servers that are started here."""
 
     model: Path
     learner_folder: Path
@@ -56,7 +59,7 @@ class Settings:
 
 
 @contextmanager
-def started(settings: Settings, learner: Learner, folder: Path) -> Iterator[Place]:
+def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterator[Addresses]:
     """A bank, a server with ReGrad, and a stock one, for as long as the context lasts. ServiceFailure."""
     static = folder / STATIC_ADAPTER
     save_adapter(static, learner, learner.phi)
@@ -80,7 +83,7 @@ def started(settings: Settings, learner: Learner, folder: Path) -> Iterator[Plac
             wait_for_server(stock, stock_url)
             pids["stock"] = stock.process.pid
         wait_for_server(server, url)
-        yield Place(address, url, stock_url, MODEL, pids)
+        yield Addresses(address, url, stock_url, MODEL, pids)
 
 
 def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str, str]:
@@ -113,7 +116,7 @@ class Engines:
 
 @asynccontextmanager
 async def opened(
-    place: Place,
+    addresses: Addresses,
     learner: Learner,
     model: Path,
     dtype: str,
@@ -130,7 +133,7 @@ async def opened(
             client = httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=limits)
             return await stack.enter_async_context(client)
 
-        bank = BankClient(place.bank, learner.spec, _BANK_TIMEOUT_MS)
+        bank = BankClient(addresses.bank, learner.spec, _BANK_TIMEOUT_MS)
         stack.push_async_callback(bank.close)
         parts = {corpus.name: corpus.parts for corpus in corpora if corpus.parts is not None}
         text_bytes = {
@@ -139,16 +142,60 @@ async def opened(
         }
         passages = Passages(bank, learner.config.prompts, parts, text_bytes)
         gradients = Gradients(bank, learner, passages)
-        clients: dict[Engine, httpx.AsyncClient] = {"regrad": await connect(place.server)}
+        clients: dict[Engine, httpx.AsyncClient] = {"regrad": await connect(addresses.server)}
         askers: dict[Engine, Asker] = {
-            "regrad": Served(clients["regrad"], place.model_name, learner.config.prompts, passages)
+            "regrad": Served(clients["regrad"], addresses.model_name, learner.config.prompts, passages)
         }
-        if place.stock is not None and "stock" in wanted:
+        if addresses.stock is not None and "stock" in wanted:
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="regrad-load-", dir=_MEMORY if _MEMORY.is_dir() else None)
             )
-            clients["stock"] = await connect(place.stock)
+            clients["stock"] = await connect(addresses.stock)
             askers["stock"] = PeftFolders(clients["stock"], learner, gradients, Path(folder))
         if "alone" in wanted:
             askers["alone"] = OneAtATime(SwappedWeights(model, learner, gradients, dtype))
-        yield Engines(askers, clients, Processes(place.pids, servers=("server", "stock"), alone=("client",)))
+        yield Engines(askers, clients, Processes(addresses.pids, servers=("server", "stock"), alone=("client",)))
+
+
+def default_dtype() -> str:
+    """bfloat16 where `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
+    import torch
+
+    from regrad_vllm.base_model import fast_dtype
+
+    return str(fast_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+
+
+def served_dtype(server: str) -> str:
+    """What a running server has its LoRA slots in, which is the model's own type unless it was told another.
+
+    httpx.HTTPError; ValueError where it has no ReGrad or another type.
+    """
+    import httpx
+
+    response = httpx.get(f"{server}/v1/regrad/status", timeout=30)
+    found = str(response.json().get("lora_dtype", "")).removeprefix("torch.") if response.is_success else ""
+    if found not in _BYTES:
+        raise ValueError(f"{server} must serve ReGrad in {' or '.join(_BYTES)}, got {found or response.status_code}")
+    return found
+
+
+def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, int]:
+    """KV cache of a token, tokens of its blocks, and a LoRA slot of the learner's rank. httpx.HTTPError."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(model)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return {
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head * _BYTES[dtype],
+        "kv_block_tokens": _block_tokens(server),
+        "adapter_bytes": learner.layout.num_values * _BYTES[dtype],
+    }
+
+
+def _block_tokens(server: str) -> int:
+    import httpx
+
+    text = httpx.get(f"{server}/metrics", timeout=30).raise_for_status().text
+    return next((int(found) for found in labels(text, "block_size") if found.isdigit()), _BLOCK_TOKENS)

@@ -20,8 +20,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from regrad_vllm.evaluate.metrics import Interval, bootstrap_interval
-from regrad_vllm.load.cells import CellLine, RequestLine
+from regrad_vllm.load.comparison import CellLine, RequestLine
+from regrad_vllm.reporting.intervals import Interval, Spread, bootstrap_interval
 
 PERCENTILES = (50, 90, 99)
 _FEWEST_POINTS = 3  # of a line
@@ -33,18 +33,6 @@ class Limits:
 
     ttft_ms: float
     tpot_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values), len(values))
 
 
 @dataclass(frozen=True, slots=True)

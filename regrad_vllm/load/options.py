@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from regrad_vllm.arguments import whole
-from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.plan import CONDITIONS, GrowthPoint
-from regrad_vllm.load.popularity import zipf_exponent
+from regrad_vllm.load.comparison import CONTENDERS
+from regrad_vllm.load.schedule import CONDITIONS, GrowthPoint
+from regrad_vllm.load.traffic import zipf_exponent
 
 _GROWTH = ("1x64", "3x150", "2x512")
 

@@ -14,13 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.evaluate.metrics import exact_match, score
-from regrad_vllm.evaluate.report import rounded
-from regrad_vllm.load.arrivals import Arrival
-from regrad_vllm.load.cells import CellLine, Condition, RequestLine
-from regrad_vllm.load.contenders import CONTENDERS, fair_rival
-from regrad_vllm.load.figures import Figures, Limits, Quality, Spread, break_even, figures, quality, rates, ratio, slope
-from regrad_vllm.load.popularity import Reuse, reuse
+from regrad_vllm.evaluate.scoring import exact_match, score
+from regrad_vllm.load.comparison import CONTENDERS, CellLine, LoadCondition, RequestLine, fair_rival
+from regrad_vllm.load.figures import Figures, Limits, Quality, break_even, figures, quality, rates, ratio, slope
+from regrad_vllm.load.traffic import Arrival, Reuse, reuse
+from regrad_vllm.reporting.intervals import Spread, rounded
 
 _FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # of a comparison that one may conclude from
 RUN, QUESTIONS, REQUESTS, CELLS = "run.json", "questions.json", "requests.jsonl", "cells.jsonl"
@@ -30,7 +28,7 @@ RUN, QUESTIONS, REQUESTS, CELLS = "run.json", "questions.json", "requests.jsonl"
 class Group:
     """The contenders under one condition."""
 
-    condition: Condition
+    condition: LoadCondition
     figures: Mapping[str, Figures]  # by contender, in the order of CONTENDERS
     rates: Mapping[str, Mapping[int, float]]  # requests/s by contender and repeat
     reuse: Reuse | None  # of what was retrieved; None where nothing was
@@ -204,7 +202,7 @@ def _requests(folder: Path) -> dict[tuple[str, str], list[RequestLine]]:
 
 
 def _group(
-    condition: Condition, own: Mapping[str, tuple[Sequence[RequestLine], Sequence[CellLine]]], limits: Limits
+    condition: LoadCondition, own: Mapping[str, tuple[Sequence[RequestLine], Sequence[CellLine]]], limits: Limits
 ) -> Group:
     retrieving = [
         {(line.repeat, line.index): frozenset(line.documents) for line in lines if line.status == "completed"}
@@ -224,7 +222,7 @@ def _group(
 
 def _quality(
     folder: Path,
-    conditions: Mapping[str, Condition],
+    conditions: Mapping[str, LoadCondition],
     lines: Mapping[tuple[str, str], Sequence[RequestLine]],
 ) -> dict[str, Quality]:
     asked = json.loads((folder / QUESTIONS).read_text("utf-8"))
@@ -250,8 +248,8 @@ def _ratios(group: Group) -> dict[str, Any]:
     }
 
 
-def _condition(value: Mapping[str, Any]) -> Condition:
-    return Condition(**{**value, "arrival": Arrival(**value["arrival"])})
+def _condition(value: Mapping[str, Any]) -> LoadCondition:
+    return LoadCondition(**{**value, "arrival": Arrival(**value["arrival"])})
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

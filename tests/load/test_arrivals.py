@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regrad_vllm.load.arrivals import Arrival, TraceEntry, load_trace, offsets
+from regrad_vllm.load.traffic import Arrival, TraceEntry, load_trace, offsets
 
 
 def test_a_poisson_process_has_its_rate_and_starts_at_once() -> None:

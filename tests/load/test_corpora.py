@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument
-from regrad_vllm.load.contenders import CONTENDERS
+from regrad_vllm.load.comparison import CONTENDERS
 from regrad_vllm.load.corpora import natural, of_length
 from regrad_vllm.load.options import parser
-from regrad_vllm.load.plan import GrowthPoint, Plan
+from regrad_vllm.load.schedule import GrowthPoint, Schedule
 
 SENTENCE = "The harbour of town {} has {} cranes and a lighthouse that burns at night. "
 DOCUMENTS = tuple(
@@ -44,10 +44,10 @@ def test_documents_of_a_length_are_passages_of_one_document_each(num_tokens: int
     assert len(corpus.queries) == 5
 
 
-def plan(*words: str) -> tuple[Plan, argparse.Namespace]:
+def plan(*words: str) -> tuple[Schedule, argparse.Namespace]:
     args = parser().parse_args(["--growth", "2x40", *words])
     corpora = [BASE, of_length(BASE, 40, 5, DOCUMENTS, seed=1)]
-    return Plan(args, list(CONTENDERS), corpora, []), args
+    return Schedule(args, list(CONTENDERS), corpora, []), args
 
 
 def test_the_main_comparison_has_everybody_and_the_others_those_named() -> None:

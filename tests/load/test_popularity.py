@@ -5,7 +5,7 @@ import random
 import pytest
 
 from regrad_vllm.data.questions import Question
-from regrad_vllm.load.popularity import Popular, in_own_words, reuse, zipf_exponent
+from regrad_vllm.load.traffic import Popular, in_own_words, reuse, zipf_exponent
 
 
 def _questions(num: int) -> list[Question]:

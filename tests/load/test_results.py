@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from regrad_vllm.load.cells import CellLine, RequestLine
-from regrad_vllm.load.report import write_report
+from regrad_vllm.load.comparison import CellLine, RequestLine
 from regrad_vllm.load.results import CELLS, QUESTIONS, REQUESTS, RUN, load
-from regrad_vllm.load.tables import markdown
+from regrad_vllm.load.results_page import write_report
+from regrad_vllm.load.results_tables import markdown
 from tests.load.made import cell, condition, line
 
 COST = condition()

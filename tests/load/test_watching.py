@@ -14,8 +14,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from regrad_vllm.load.processes import Processes, used
-from regrad_vllm.load.scrape import watched
+from regrad_vllm.load.watching import Processes, used, watched
 from regrad_vllm.serve.metrics import Metrics
 
 

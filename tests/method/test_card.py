@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from regrad_vllm.default_model import shipped_learner
-from regrad_vllm.evaluate.asking import Record
-from regrad_vllm.evaluate.report import Report, summarise
+from regrad_vllm.evaluate.answers import Record
+from regrad_vllm.evaluate.summary import Report, summarise
 
 ROOT = Path(__file__).parents[2]
 FOLDER = shipped_learner()

@@ -18,7 +18,7 @@ from regrad_vllm.data.questions import (
     load_documents,
     load_split,
 )
-from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.evaluate.datasets import SAMPLE
 
 DOCUMENT = {"id": "d1", "title": "T", "text": "Some text.", "set": "s"}
 QUESTION = {"id": "q1", "question": "What?", "answers": ["this"], "documents": ["d1"], "set": "s", "kind": "yesno"}

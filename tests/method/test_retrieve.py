@@ -8,16 +8,15 @@ import torch
 
 from regrad_vllm.data.passages import count_tokens
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_split
-from regrad_vllm.evaluate.datasets import question_sets
+from regrad_vllm.evaluate.datasets import SAMPLE, question_sets
 from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.methods import METHODS
-from regrad_vllm.evaluate.retrieve import Found, check_controls, with_controls
-from regrad_vllm.evaluate.run import SAMPLE
+from regrad_vllm.evaluate.retrieve import FoundDocument, check_controls, with_controls
 from regrad_vllm.learn.probe import wrong_mix
 
 
-def found(*names: str) -> tuple[Found, ...]:
-    return tuple(Found(name, 0.5, "", f"text of {name}") for name in names)
+def found(*names: str) -> tuple[FoundDocument, ...]:
+    return tuple(FoundDocument(name, 0.5, "", f"text of {name}") for name in names)
 
 
 def data() -> EvalData:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.figures import Spread, itl_ms, ttft_ms
+from regrad_vllm.load.comparison import CONTENDERS
+from regrad_vllm.load.figures import itl_ms, ttft_ms
 from regrad_vllm.load.results import Results
-from regrad_vllm.load.tables import memory_bytes
-from regrad_vllm.web_page import bare, svg
+from regrad_vllm.load.results_tables import memory_bytes
+from regrad_vllm.reporting.intervals import Spread
+from regrad_vllm.reporting.plots import bare, new_figure, svg
 
 _COLOURS: Mapping[str, str] = {
     "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "regrad": "#0b6e4f",
@@ -20,7 +21,7 @@ _LEAST_ITL_MS = 5.0  # of the picture; less is two tokens that came together
 
 def throughput(results: Results) -> str:
     """Latency against throughput, a line a contender, a point for so many requests at a time."""
-    figure, (left, right) = _figure(1, 2)
+    figure, (left, right) = new_figure(11, 4.2, 1, 2)
     for axes, what in ((left, "ttft_ms"), (right, "e2el_ms")):
         for name in CONTENDERS:
             points = [
@@ -46,7 +47,7 @@ def throughput(results: Results) -> str:
 
 def distributions(results: Results) -> str:
     """The share of requests (of gaps between tokens) of the main comparison that took at most so long."""
-    figure, (left, right) = _figure(1, 2)
+    figure, (left, right) = new_figure(11, 4.2, 1, 2)
     for name, own in results.main_completed.items():
         _ecdf(left, [ttft_ms(line) for line in own], name)
         _ecdf(right, [gap for line in own for gap in itl_ms(line)], name)
@@ -64,7 +65,7 @@ def distributions(results: Results) -> str:
 
 def memory(results: Results) -> str:
     """MB of KV cache and of LoRA slot that one request holds."""
-    figure, axes = _figure(1, 1, height=3.2)
+    figure, axes = new_figure(8.5, 3.2)
     found = results.main.figures
     labels = [CONTENDERS[name].label for name in found]
     sizes = [memory_bytes(results, name, own) for name, own in found.items()]
@@ -80,7 +81,7 @@ def memory(results: Results) -> str:
 
 def quality(results: Results) -> str:
     """F1 against requests/s."""
-    figure, axes = _figure(1, 1, height=4)
+    figure, axes = new_figure(8.5, 4)
     for name, found in results.quality.items():
         if name not in results.main.figures:
             continue
@@ -102,7 +103,7 @@ def quality(results: Results) -> str:
 
 def growth(results: Results) -> str:
     """Seconds a request against the tokens of its documents, with the line through them."""
-    figure, axes = _figure(1, 1, height=4)
+    figure, axes = new_figure(8.5, 4)
     slopes = results.slopes()
     for name, points in results.growth().items():
         xs = [x for x, _ in points]
@@ -128,10 +129,3 @@ def _ecdf(axes: Any, values: Sequence[float], name: str) -> None:
         ordered = sorted(values)
         shares = [(rank + 1) / len(ordered) for rank in range(len(ordered))]
         axes.step(ordered, shares, where="post", color=_COLOURS[name], linewidth=1.3, label=CONTENDERS[name].label)
-
-
-def _figure(rows: int, columns: int, height: float = 4.2) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11 if columns > 1 else 8.5, height), layout="constrained")
-    return figure, figure.subplots(rows, columns)

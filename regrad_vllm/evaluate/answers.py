@@ -12,8 +12,8 @@ from typing import Any
 from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
-from regrad_vllm.evaluate.metrics import exact_match, score
 from regrad_vllm.evaluate.retrieve import Retrieved
+from regrad_vllm.evaluate.scoring import exact_match, score
 from regrad_vllm.learner import Prompts
 
 PER_DOCUMENT = "-prag"  # ends the namespace that holds LoRAs of documents in place of gradients

@@ -1,11 +1,10 @@
-"""What a benchmark ran on, and medians with their spread."""
+"""The machine that figures were made on."""
 
 from __future__ import annotations
 
 import os
 import platform
-import statistics
-from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,25 +24,17 @@ def describe(*packages: str) -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_kb / 2**20, 1),
         "python": platform.python_version(),
-        **{name: found for name in packages if (found := _version(name))},
+        **versions(*packages),
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest of the repeats."""
-    return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-        "repeats": len(values),
-    }
+def versions(*packages: str) -> dict[str, str]:
+    """Package → version, of those that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _lines(path: str) -> list[str]:

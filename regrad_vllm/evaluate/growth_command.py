@@ -27,14 +27,14 @@ from bank_service.values.embedder import MiniLmEmbedder
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import EvalData, SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
-from regrad_vllm.evaluate.datasets import fresh_facts, question_sets
+from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts, load_clean, question_sets
 from regrad_vllm.evaluate.growth import LENGTHS, Grower, Point
-from regrad_vllm.evaluate.in_process import InProcess, Searcher
-from regrad_vllm.evaluate.report import rounded
-from regrad_vllm.evaluate.run import SAMPLE, load_clean
-from regrad_vllm.learn.picture import save_svg
+from regrad_vllm.evaluate.in_process import ExactSearch, InProcess
 from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learner import Learner
+from regrad_vllm.reporting.intervals import rounded
+from regrad_vllm.reporting.plots import new_figure, save_svg
+from regrad_vllm.reporting.run_folder import write_json
 
 DOCUMENT_COUNTS = (1000, 2000, 5000, 10_000, 20_000, 50_000)
 NUM_HISTORY = 100  # invented documents
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     data, others = _load(args)
     runner = InProcess(model, learner, {}, dtype=getattr(torch, args.dtype))
     top_k = args.top_k or learner.config.top_k
-    grower = Grower(runner, Searcher(MiniLmEmbedder.installed()), data, top_k, args.seed)
+    grower = Grower(runner, ExactSearch(MiniLmEmbedder.installed()), data, top_k, args.seed)
     curves: dict[str, Callable[[], Iterator[Point]]] = {
         "documents": lambda: grower.over_documents(others, args.counts),
         "k": grower.over_top_k,
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         "seconds": round(time.monotonic() - begun, 1),
     }
     summary = {**facts, "points": [rounded(asdict(point)) for point in points]}
-    (args.out / "growth.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    write_json(args.out / "growth.json", summary, ascii=True)
     last = {
         name: [[p.x, round(p.f1.mean, 4)] for p in points if p.curve == name and p.method == "regrad"]
         for name in dict.fromkeys(point.curve for point in points)
@@ -125,14 +125,12 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
 
 def draw(points: Sequence[Point], out: Path) -> None:
     """One panel a curve, intervals as bands; recall, and ReGrad's F1 where the document was found, beside."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(point.curve for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(5 * columns, 4.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    figure, axes_grid = new_figure(5 * columns, 4.6 * rows, rows, columns, squeeze=False)
+    panels = axes_grid.flat
     for name, axes in zip(names, panels, strict=False):
         chosen = [point for point in points if point.curve == name]
         for method in dict.fromkeys(point.method for point in chosen):

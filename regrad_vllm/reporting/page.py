@@ -1,14 +1,10 @@
-"""Parts of self-contained HTML pages: nothing is fetched from elsewhere."""
+"""Self-contained HTML pages. They fetch nothing from elsewhere."""
 
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from string import Template
-from typing import Any, Literal
-
-from regrad_vllm.learn.picture import save_svg
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -31,7 +27,7 @@ def page(title: str, body: str) -> str:
     return _PAGE.substitute(title=html.escape(title), body=body)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = False) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = False) -> str:
     """wide: each cell in one line, however many columns there are."""
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -45,19 +41,3 @@ def facts_table(facts: Mapping[str, object]) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
     )
     return f'<div class="scroll"><table>{rows}</table></div>'
-
-
-def svg(figure: Any) -> str:
-    """A matplotlib figure as an <svg> element; its text stays text."""
-    out = io.StringIO()
-    save_svg(figure, out, fonttype="none")
-    return out.getvalue()[out.getvalue().index("<svg") :]
-
-
-def bare(axes: Any, grid: Literal["both", "x"] = "both") -> None:
-    """A grid, and no frame above and to the right."""
-    axes.grid(axis=grid, color="#e3e3e8")
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -1,25 +1,92 @@
-"""Which documents are asked about: a few all the time, as in real traces, or all alike, the worst case for caches.
+"""The traffic: when requests arrive, and about which documents they ask.
 
-On a published RAG trace (7,106 requests) the most popular fifth of the passages takes 74% of the references, and 17% of
-the requests have a set of passages that came before as a whole.
+Requests arrive a fixed number at a time, by a Poisson process, or as in a trace. Either all documents are equally
+popular, which is the worst case for caches, or a few get most of the requests. On a published RAG trace (7,106
+requests) the most popular fifth of the passages takes 74% of the references. 17% of its requests have a set of passages
+that came before as a whole.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from regrad_vllm.data.questions import Question
 
+Kind = Literal["closed", "poisson", "trace"]
 Popularity = Literal["zipf", "uniform"]
 TOP_FIFTH_SHARE = 0.74  # of all references, on the trace
 _FIFTH = 0.2
 _MAX_EXPONENT = 4.0
 _STEPS = 60  # of the bisection
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """closed: ``value`` requests at a time; each end starts the next. poisson: ``value`` requests a second.
+    trace: as recorded, ``value`` times as fast."""
+
+    kind: Kind
+    value: float
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise ValueError(f"the {self.kind} arrival's value must be above 0, got {self.value}")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEntry:
+    """A recorded request."""
+
+    at_s: float  # since the first
+    question: str
+
+
+def offsets(arrival: Arrival, num: int, rng: random.Random, trace: Sequence[TraceEntry] = ()) -> list[float] | None:
+    """Seconds from the start at which each request is sent. None for "closed": there a request waits for another."""
+    if arrival.kind == "closed":
+        return None
+    if arrival.kind == "trace":
+        return [entry.at_s / arrival.value for entry in trace[:num]]
+    times, now = [], 0.0
+    for _ in range(num):
+        times.append(now)
+        now += rng.expovariate(arrival.value)
+    return times
+
+
+def load_trace(path: Path) -> list[TraceEntry]:
+    """JSON Lines {"at_s": seconds, "question": text}, in order of time. ValueError names the line and the field."""
+    entries: list[TraceEntry] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                entries.append(_entry(f"{path.name}:{number}", line, entries[-1].at_s if entries else 0.0))
+    if not entries:
+        raise ValueError(f"{path} must hold at least one request, it is empty")
+    first = entries[0].at_s
+    return [TraceEntry(entry.at_s - first, entry.question) for entry in entries]
+
+
+def _entry(place: str, line: str, earliest: float) -> TraceEntry:
+    try:
+        value: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} must be a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must be a JSON object, got {type(value).__name__}")
+    at_s, question = value.get("at_s"), value.get("question")
+    if isinstance(at_s, bool) or not isinstance(at_s, int | float) or not earliest <= at_s < float("inf"):
+        raise ValueError(f"{place}: at_s must be seconds, not before the line above ({earliest:g}), got {at_s!r}")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{place}: question must be a text that isn't blank, got {question!r}")
+    return TraceEntry(float(at_s), question.strip())
 
 
 def zipf_exponent(num: int, share: float = TOP_FIFTH_SHARE) -> float:
@@ -64,8 +131,11 @@ class Popular:
 
 
 def in_own_words(questions: Sequence[Question], rng: random.Random) -> list[Question]:
-    """Each with a number of its own at its end, for no two users ask in the same words: the documents may be in every
-    cache, the whole prompt, and the composed adapter, whose weights follow the scores, are in none."""
+    """Adds a number of its own to each question, because no two users ask in the same words.
+
+    So the documents may be in every cache, but the whole prompt is in none. The composed adapter is in none either,
+    because its weights follow the scores.
+    """
     return [replace(question, question=f"{question.question} ({rng.randrange(10**6)})") for question in questions]
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from regrad_vllm.evaluate.asking import Record
-from regrad_vllm.evaluate.metrics import score, stratified_interval
-from regrad_vllm.evaluate.page import render
-from regrad_vllm.evaluate.report import summarise
-from regrad_vllm.evaluate.tables import markdown
+from regrad_vllm.evaluate.answers import Record
+from regrad_vllm.evaluate.scoring import score
+from regrad_vllm.evaluate.summary import summarise
+from regrad_vllm.evaluate.summary_page import markdown, render
+from regrad_vllm.reporting.intervals import stratified_interval
 
 
 def records(methods: tuple[str, ...] = ("base", "rag_learner", "regrad", "regrad_wrong")) -> list[Record]:

@@ -21,9 +21,8 @@ from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.methods import MAX_TOKENS
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.load.asking import Attempt, Passages, chat_body
-from regrad_vllm.load.cells import Condition
-from regrad_vllm.load.contenders import Contender
+from regrad_vllm.load.askers import Attempt, Passages, chat_body
+from regrad_vllm.load.comparison import Contender, LoadCondition
 from regrad_vllm.load.streaming import AnswerError, stream_chat
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Gradients:
         self._learner = learner
         self._passages = passages
 
-    async def adapter(self, question: Question, condition: Condition, attempt: Attempt) -> NDArray[np.float32]:
+    async def adapter(self, question: Question, condition: LoadCondition, attempt: Attempt) -> NDArray[np.float32]:
         """φ_q, (num_values,). BankError."""
         hits = await self._passages.retrieve(question, condition, attempt, texts=False)
         start = time.perf_counter()
@@ -66,7 +65,7 @@ class PeftFolders:
         self._gradients = gradients
         self._folder = folder
 
-    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+    async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         adapter = await self._gradients.adapter(question, condition, attempt)
         start = time.perf_counter()
         name = uuid.uuid4().hex
@@ -107,7 +106,7 @@ class SwappedWeights:
         self._learner = learner
         self._gradients = gradients
 
-    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+    async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         adapter = await self._gradients.adapter(question, condition, attempt)
         stop = threading.Event()
         generating = asyncio.ensure_future(
@@ -121,7 +120,7 @@ class SwappedWeights:
             raise
 
     def _generate(
-        self, question: Question, adapter: NDArray[np.float32], condition: Condition, attempt: Attempt,
+        self, question: Question, adapter: NDArray[np.float32], condition: LoadCondition, attempt: Attempt,
         stop: threading.Event,
     ) -> None:  # fmt: skip
         import torch

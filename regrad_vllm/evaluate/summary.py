@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from regrad_vllm.evaluate.asking import Record
+from regrad_vllm.evaluate.answers import Record
 from regrad_vllm.evaluate.methods import COMPARISONS, METHODS
-from regrad_vllm.evaluate.metrics import Interval, bootstrap_interval, stratified_interval
+from regrad_vllm.reporting.intervals import Interval, bootstrap_interval, rounded, stratified_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +118,3 @@ def _compare(by_set: Mapping[str, Mapping[str, Mapping[str, Record]]], method: s
         stratified_interval(list(differences.values()), list(clusters.values())),
         {name: bootstrap_interval(values, clusters[name]) for name, values in differences.items()},
     )
-
-
-def rounded(value: object) -> dict[str, object]:
-    """The same plain data with numbers of four digits after the point."""
-    result = _rounded(value)
-    assert isinstance(result, dict)
-    return result
-
-
-def _rounded(value: object) -> object:
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, Mapping):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return value

@@ -13,8 +13,7 @@ from regrad_vllm.adapt.bank_client import BankClient, Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.evaluate.methods import MAX_TOKENS
 from regrad_vllm.learner import Prompts
-from regrad_vllm.load.cells import Condition
-from regrad_vllm.load.contenders import Contender
+from regrad_vllm.load.comparison import Contender, LoadCondition
 from regrad_vllm.load.corpora import by_passage
 from regrad_vllm.load.streaming import AnswerError, Stream, stream_chat
 
@@ -40,7 +39,7 @@ class Attempt:
 class Asker(Protocol):
     """Answers one request at a time, many at once."""
 
-    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+    async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         """Fills ``attempt`` as far as it gets. AnswerError, BankError, httpx.HTTPError."""
 
 
@@ -63,7 +62,9 @@ class Passages:
         self._parts = parts
         self._whole = {corpus: by_passage(documents) for corpus, documents in parts.items()}
 
-    async def retrieve(self, question: Question, condition: Condition, attempt: Attempt, *, texts: bool) -> list[Hit]:
+    async def retrieve(
+        self, question: Question, condition: LoadCondition, attempt: Attempt, *, texts: bool
+    ) -> list[Hit]:
         """The passages of the ``top_k`` documents found, the best document first, its passages in order."""
         start = time.perf_counter()
         query = Query(
@@ -78,7 +79,7 @@ class Passages:
             attempt.moved_bytes += self.num_bytes(condition, attempt.documents)
         return hits
 
-    def num_bytes(self, condition: Condition, documents: Sequence[str]) -> int:
+    def num_bytes(self, condition: LoadCondition, documents: Sequence[str]) -> int:
         """Of their texts; 0 for those that a running bank has besides."""
         known = self._text_bytes[condition.corpus]
         return sum(known.get(id, 0) for id in documents)
@@ -86,7 +87,7 @@ class Passages:
     def render(self, hits: Sequence[Hit]) -> list[str]:
         return [self._prompts.render_document(hit.title, hit.text) for hit in hits]
 
-    async def _documents(self, hits: Sequence[Hit], condition: Condition, *, texts: bool) -> list[Hit]:
+    async def _documents(self, hits: Sequence[Hit], condition: LoadCondition, *, texts: bool) -> list[Hit]:
         """All passages of the best ``top_k`` documents; further ones of the corpus where the hits are of fewer."""
         whole, parts = self._whole[condition.corpus], self._parts[condition.corpus]
         found = dict.fromkeys(whole[hit.id] for hit in hits if hit.id in whole)
@@ -104,7 +105,7 @@ class Served:
         self._prompts = prompts
         self._passages = passages
 
-    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+    async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         regrad: dict[str, Any] = {"enabled": False}
         hits: list[Hit] = []
         if contender.adapter == "composed":
@@ -127,7 +128,7 @@ class Served:
                 attempt.moved_bytes += self._passages.num_bytes(condition, attempt.documents)
 
     async def _composed(
-        self, question: Question, contender: Contender, condition: Condition, attempt: Attempt
+        self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt
     ) -> dict[str, Any]:
         options: dict[str, Any] = {"namespace": condition.corpus}
         if contender.shows_passages:
@@ -138,7 +139,7 @@ class Served:
         return {**options, "query": question.question, "top_k": condition.top_k, "min_score": -1.0}
 
 
-def chat_body(model: str, prompts: Prompts, content: str, condition: Condition) -> dict[str, Any]:
+def chat_body(model: str, prompts: Prompts, content: str, condition: LoadCondition) -> dict[str, Any]:
     """The same sampling for all: greedy, so many tokens, or up to the model's own end."""
     length: dict[str, Any] = {"max_tokens": MAX_TOKENS}
     if condition.output_tokens:
@@ -155,6 +156,6 @@ class OneAtATime:
         self._asker = asker
         self._lock = asyncio.Lock()
 
-    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+    async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         async with self._lock:
             await self._asker.ask(question, contender, condition, attempt)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from regrad_vllm.evaluate.tables import percent
-from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.figures import PERCENTILES, Figures, Spread, kv_bytes
+from regrad_vllm.load.comparison import CONTENDERS
+from regrad_vllm.load.figures import PERCENTILES, Figures, kv_bytes
 from regrad_vllm.load.results import Group, Results
+from regrad_vllm.reporting.markdown import markdown_table
 
 
 def markdown(results: Results) -> str:
     """All tables, each with what it was measured under."""
     parts = ["\n\n".join(summary(results))]
     for group in results.of("cost"):
-        parts.append(f"## {describe(group)}\n\n{table(*cost_table(results, group))}")
+        parts.append(f"## {describe(group)}\n\n{markdown_table(*cost_table(results, group))}")
         if group.reuse is not None:
             parts.append(reuse_sentence(group))
     if results.of("curve"):
-        parts.append(f"## Throughput against latency\n\n{table(*curve_table(results))}")
+        parts.append(f"## Throughput against latency\n\n{markdown_table(*curve_table(results))}")
     if results.of("growth"):
-        parts.append(f"## As k and documents grow\n\n{table(*growth_table(results))}")
+        parts.append(f"## As k and documents grow\n\n{markdown_table(*growth_table(results))}")
     if results.quality:
-        parts.append(f"## Quality and cost\n\n{table(*quality_table(results))}")
-    parts.append(f"## What a request holds\n\n{table(*memory_table(results, results.main))}")
-    parts.append(f"## Where the time goes\n\n{table(*stages_table(results.main))}")
-    parts.append(f"## Before the first request\n\n{table(*offline_table(results))}")
+        parts.append(f"## Quality and cost\n\n{markdown_table(*quality_table(results))}")
+    parts.append(f"## What a request holds\n\n{markdown_table(*memory_table(results, results.main))}")
+    parts.append(f"## Where the time goes\n\n{markdown_table(*stages_table(results.main))}")
+    parts.append(f"## Before the first request\n\n{markdown_table(*offline_table(results))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,10 +42,10 @@ def summary(results: Results) -> list[str]:
             over = group.ratio("regrad", name)
             if name is not None and over is not None:
                 label = CONTENDERS[name].label
-                sentences.append(f"ReGrad over {label}: {spread(over)} × the requests/s ({describe(group)}).")
+                sentences.append(f"ReGrad over {label}: {over.text()} × the requests/s ({describe(group)}).")
     for name, line in results.slopes().items():
         sentences.append(
-            f"{CONTENDERS[name].label}: {spread(line.request, 1000)} ms a request and {spread(line.token, 1e6)} µs a "
+            f"{CONTENDERS[name].label}: {line.request.text(1000)} ms a request and {line.token.text(1e6)} µs a "
             "document's token."
         )
     paid = results.break_even()
@@ -101,8 +101,8 @@ def cost_table(results: Results, group: Group) -> Table:
         over = group.ratio(name, rival)
         rows.append(
             [
-                CONTENDERS[name].label, spread(found.requests_s), spread(over) if over else "–",
-                spread(found.output_tokens_s), spread(found.goodput_s), three(found.ttft_ms), three(found.itl_ms),
+                CONTENDERS[name].label, found.requests_s.text(), over.text() if over else "–",
+                found.output_tokens_s.text(), found.goodput_s.text(), three(found.ttft_ms), three(found.itl_ms),
                 three(found.tpot_ms), three(found.e2el_ms), f"{found.completed}, {found.failed}, {found.incomplete}",
             ]
         )  # fmt: skip
@@ -148,7 +148,7 @@ def curve_table(results: Results) -> Table:
         arrival = group.condition.arrival
         for name, found in group.figures.items():
             label = f"{arrival.kind} {arrival.value:g}"
-            own = [spread(found.requests_s), spread(found.goodput_s), three(found.ttft_ms), three(found.e2el_ms)]
+            own = [found.requests_s.text(), found.goodput_s.text(), three(found.ttft_ms), three(found.e2el_ms)]
             rows.append([label, CONTENDERS[name].label, *own])
     return head, rows
 
@@ -163,7 +163,7 @@ def growth_table(results: Results) -> Table:
             rows.append(
                 [
                     str(condition.top_k), str(condition.passage_tokens), CONTENDERS[name].label,
-                    f"{found.prompt_tokens:.0f}", spread(found.requests_s), seconds,
+                    f"{found.prompt_tokens:.0f}", found.requests_s.text(), seconds,
                     f"{found.ttft_ms.get(50, float('nan')):.0f}",
                 ]
             )  # fmt: skip
@@ -176,7 +176,7 @@ def quality_table(results: Results) -> Table:
     for name, found in results.quality.items():
         cost = results.main.figures.get(name)
         rows.append(
-            [CONTENDERS[name].label, percent(found.em), percent(found.f1), spread(cost.requests_s) if cost else "–"]
+            [CONTENDERS[name].label, found.em.percent(), found.f1.percent(), cost.requests_s.text() if cost else "–"]
         )
     return head, rows
 
@@ -205,20 +205,6 @@ def memory_bytes(results: Results, name: str, found: Figures) -> tuple[float, fl
     kv = kv_bytes(found, sizes["kv_bytes_per_token"], sizes["kv_block_tokens"])
     slots = sizes["adapter_bytes"] if contender.adapter == "composed" and contender.engine != "alone" else 0
     return kv, slots
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def spread(found: Spread, scale: float = 1) -> str:
-    """median [least, greatest]"""
-    return f"{_short(found.median * scale)} [{_short(found.low * scale)}, {_short(found.high * scale)}]"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def three(found: Mapping[int, float]) -> str:

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.evaluate.grow import NUM_HISTORY
+from regrad_vllm.evaluate.fact_history import history
 from regrad_vllm.evaluate.growth import NUM_ROUNDS
-from regrad_vllm.evaluate.history import history
+from regrad_vllm.evaluate.growth_command import NUM_HISTORY
 from regrad_vllm.learn.synthetic import another_value
 
 

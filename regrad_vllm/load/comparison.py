@@ -1,0 +1,126 @@
+"""What is compared: contenders under a condition. A cell is one contender under one condition, once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from regrad_vllm.load.traffic import Arrival, Popularity
+
+# regrad: vLLM with our plugin, one server for all of them. stock: vLLM without it. alone: no engine, one at a time.
+Engine = Literal["regrad", "stock", "alone"]
+# static: φ* as a plain LoRA adapter, the same for every request. composed: one of the request's own.
+Adapter = Literal["none", "static", "composed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    name: str
+    label: str
+    engine: Engine
+    adapter: Adapter
+    shows_passages: bool = False  # the hits stand in the prompt
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it asks the bank. If so, the query is part of its times."""
+        return self.shows_passages or self.adapter == "composed"
+
+
+CONTENDERS: Mapping[str, Contender] = MappingProxyType(
+    {
+        contender.name: contender
+        for contender in (
+            Contender("base", "base model, closed book", "regrad", "none"),
+            Contender("learner", "φ* alone, a static adapter", "regrad", "static"),
+            Contender("rag", "RAG", "regrad", "none", shows_passages=True),
+            Contender("rag_learner", "RAG + φ* as a static adapter", "regrad", "static", shows_passages=True),
+            Contender("regrad", "ReGrad", "regrad", "composed"),
+            Contender("regrad_icl", "ReGrad + ICL", "regrad", "composed", shows_passages=True),
+            Contender("peft_folder", "stock vLLM, a PEFT folder per request", "stock", "composed"),
+            Contender("published", "batch size 1, weights swapped and restored", "alone", "composed"),
+        )
+    }
+)
+
+
+def fair_rival(names: Collection[str]) -> str | None:
+    """The RAG to compare ReGrad with, or None if ``names`` has none.
+
+    RAG with φ* comes first, because φ* was trained on questions as ReGrad was. The untuned RAG is second.
+    """
+    return next((name for name in ("rag_learner", "rag") if name in names), None)
+
+
+# cost: the main comparison. curve: throughput against latency. growth: over k and the length of documents.
+# quality: answers of free length. warm-up: thrown away.
+Phase = Literal["warm-up", "cost", "curve", "growth", "quality"]
+Status = Literal["completed", "failed", "incomplete"]  # incomplete: still running when the cell's time was up
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCondition:
+    """Everything that is the same for the contenders of one comparison."""
+
+    phase: Phase
+    corpus: str  # the bank's namespace
+    passage_tokens: int  # 0: passages as they are
+    top_k: int
+    popularity: Popularity
+    prefix_cache: bool
+    arrival: Arrival
+    output_tokens: int  # 0: up to the model
+    num_requests: int
+
+    @property
+    def key(self) -> str:
+        """A name for people and files."""
+        arrival = f"{self.arrival.kind}-{self.arrival.value:g}"
+        cache = "cached" if self.prefix_cache else "uncached"
+        return f"{self.phase}/{self.corpus}/k{self.top_k}/{self.popularity}/{cache}/{arrival}/{self.output_tokens}"
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLine:
+    """One request. Times are in ms from its own start, which is before anything is sent for it."""
+
+    condition: str
+    contender: str
+    repeat: int
+    index: int
+    question_id: str
+    sent_s: float  # since the cell's start
+    late_ms: float  # between its time of arrival and its start
+    status: Status
+    error: str = ""
+    retrieve_ms: float = 0.0  # by the client; the server's own retrieval is part of its first token
+    prepare_ms: float = 0.0  # by the client: composing, writing and loading an adapter
+    event_ms: tuple[float, ...] = ()  # arrival of each event with new tokens
+    end_ms: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    documents: tuple[str, ...] = ()  # that the answer used
+    moved_bytes: int = 0  # texts of passages; gradients and adapter files of the client
+    server_ms: Mapping[str, float] = field(default_factory=dict)  # the server's time for its adapter, by stage
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CellLine:
+    """The resources that a cell used."""
+
+    condition: str
+    contender: str
+    repeat: int
+    seconds: float  # from the first request's start to the last one's end
+    cpu_s: Mapping[str, float] = field(default_factory=dict)  # by process
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)  # proportional set size by process
+    peak_kv_share: float | None = None  # of the engine's KV blocks
+    preemptions: float | None = None
+    fetched_bytes: float | None = None  # gradients from the bank to the server
+    cache_hits: Mapping[str, float] = field(default_factory=dict)  # share by cache: prefix, arena, worker

@@ -1,0 +1,1 @@
+"""Figures for readers: intervals, tables, plots, pages. Evaluation, load and benchmarks share them."""
