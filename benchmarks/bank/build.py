@@ -11,15 +11,15 @@ from typing import Any
 
 from bank_service.errors import UnavailableError
 from bank_service.testing.client import Client
-from benchmarks.bank.corpus import BLOCK, Corpus
-from benchmarks.bank.server import BankProcess
+from benchmarks.bank.child_bank import BankProcess
+from benchmarks.bank.drawn_corpus import BLOCK, DrawnCorpus
 
 NUM_STREAMS = 16  # of BLOCK documents each
 PROGRESS_SECONDS = 15
 RETRIES = 5  # of a block, while the bank says that it is overloaded
 
 
-async def build(process: BankProcess, corpus: Corpus, folder: Path) -> dict[str, Any]:
+async def build(process: BankProcess, corpus: DrawnCorpus, folder: Path) -> dict[str, Any]:
     """Stores what the bank does not have yet. ``folder``/blocks says which blocks are in, ``folder``/build.json how the
     first, whole build fared."""
     done_file, report_file = folder / "blocks", folder / "build.json"
@@ -50,7 +50,7 @@ async def build(process: BankProcess, corpus: Corpus, folder: Path) -> dict[str,
     return report
 
 
-async def touch(process: BankProcess, corpus: Corpus, count: int, note: str) -> None:
+async def touch(process: BankProcess, corpus: DrawnCorpus, count: int, note: str) -> None:
     """Stores about ``count`` documents again with another note in their metadata: changes that the index has to follow,
     after which it holds the same vectors."""
     async with Client(process.target) as client:

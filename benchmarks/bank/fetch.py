@@ -21,7 +21,7 @@ from bank_service.cache.gradient_cache import KEY_PREFIX
 from bank_service.testing.client import Client, upload_of
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
-from benchmarks.bank.server import BankProcess, running_bank
+from benchmarks.bank.child_bank import BankProcess, running_bank
 from benchmarks.bank.timing import one_at_a_time, percentile
 from benchmarks.bank_ingest import spec_with
 from regrad_vllm.reporting.intervals import spread

@@ -19,8 +19,8 @@ from bank_service.testing.client import Client
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import DEFAULT_NAMESPACE
-from benchmarks.bank.corpus import SELECTIVITIES, Question, id_of, number_of
-from benchmarks.bank.server import BankProcess
+from benchmarks.bank.child_bank import BankProcess
+from benchmarks.bank.drawn_corpus import SELECTIVITIES, DrawnQuestion, id_of, number_of
 from benchmarks.bank.timing import WIDTH, in_flight, one_at_a_time, percentile, quantiles
 from regrad_vllm.reporting.intervals import spread
 
@@ -50,7 +50,7 @@ class RawIndex:
 
 
 async def measure_queries(
-    process: BankProcess, raw: RawIndex, questions: list[Question], truth: np.ndarray, repeats: int
+    process: BankProcess, raw: RawIndex, questions: list[DrawnQuestion], truth: np.ndarray, repeats: int
 ) -> dict[str, Any]:
     """A first repeat, of warming up, is left out."""
     requests = [pb.QueryRequest(vector=question.vector.tolist(), top_k=TOP_K) for question in questions]
@@ -119,7 +119,7 @@ def _recall(found: list[list[int]], truth: np.ndarray) -> float:
     return round(float(np.mean(shares)), 4)
 
 
-async def measure_kinds(process: BankProcess, questions: list[Question], repeats: int) -> dict[str, Any]:
+async def measure_kinds(process: BankProcess, questions: list[DrawnQuestion], repeats: int) -> dict[str, Any]:
     """Figures of each kind of query, one at a time: filters, words, both, by text, batches. In turns."""
     calls: dict[str, tuple[Any, list[Any]]] = {}
     embedder = MiniLmEmbedder.installed()
@@ -146,12 +146,12 @@ async def measure_kinds(process: BankProcess, questions: list[Question], repeats
     return {"embedder": embedder.name, **{name: quantiles(each) for name, each in times.items()}}
 
 
-def _filtered(question: Question, name: str) -> pb.QueryRequest:
+def _filtered(question: DrawnQuestion, name: str) -> pb.QueryRequest:
     condition = pb.Filter.Condition(key=name, operator="EQUALS", values=[question.metadata[name]])
     return pb.QueryRequest(vector=question.vector.tolist(), top_k=TOP_K, filter=pb.Filter(conditions=[condition]))
 
 
-def _batches(questions: list[Question]) -> list[pb.BatchQueryRequest]:
+def _batches(questions: list[DrawnQuestion]) -> list[pb.BatchQueryRequest]:
     queries = [pb.QueryRequest(vector=question.vector.tolist(), top_k=TOP_K) for question in questions]
     return [
         pb.BatchQueryRequest(queries=queries[start : start + BATCH])

@@ -13,13 +13,13 @@ from bank_service.search.index_follower import snapshot_after
 from bank_service.testing.client import Client
 from bank_service.values.config import BankConfig
 from benchmarks.bank.build import touch
-from benchmarks.bank.corpus import BLOCK, Corpus
-from benchmarks.bank.server import BankProcess, running_bank
+from benchmarks.bank.child_bank import BankProcess, running_bank
+from benchmarks.bank.drawn_corpus import BLOCK, DrawnCorpus
 
 MAX_UNSAVED = 20_000  # two minutes of writing; more takes as much longer
 
 
-def measure_restarts(data_dir: Path, flags: list[str], corpus: Corpus) -> dict[str, Any]:
+def measure_restarts(data_dir: Path, flags: list[str], corpus: DrawnCorpus) -> dict[str, Any]:
     """The bank must be stopped, and is stopped after: its index snapshot is then of all that it holds."""
     question = corpus.questions(1)[0].vector
     with running_bank(data_dir, *flags) as process:

@@ -28,13 +28,13 @@ from bank_service import __version__
 from bank_service.testing.client import Client
 from bank_service.testing.tokens import Tokens
 from bank_service.values.embedder import MiniLmEmbedder
-from benchmarks.bank.server import BankProcess, running_bank
+from benchmarks.bank.child_bank import BankProcess, running_bank
 from benchmarks.bank.timing import percentile
 from benchmarks.bank_ingest import spec_with
-from benchmarks.bank_soak.check import differences
-from benchmarks.bank_soak.load import Reader, Writer, paced, snapshots
-from benchmarks.bank_soak.model import Log, Space
+from benchmarks.bank_soak.final_check import differences
+from benchmarks.bank_soak.ledger import Log, Space
 from benchmarks.bank_soak.sampling import Sample, growth, sample_until_over
+from benchmarks.bank_soak.workers import SoakReader, SoakWriter, paced, snapshots
 from regrad_vllm.reporting.machine import describe
 
 SHARES = {"large": 0.8, "middle": 0.15, "small": 0.05}  # of the documents
@@ -130,13 +130,13 @@ class Soak:
                 for number, share in enumerate(shares):
                     seed = 1_000 * args.seed + 10 * place + number
                     writers.append(
-                        Writer(
+                        SoakWriter(
                             client, share, number, self._spec, self._dimension, self._log, seed, args.given_up_writes
                         )
                     )
                 for number in range(NUM_READERS):
                     seed = 1_000 * args.seed + 500 + 10 * place + number
-                    readers.append(Reader(client, space, foreign, self._dimension, self._log, seed))
+                    readers.append(SoakReader(client, space, foreign, self._dimension, self._log, seed))
             await asyncio.gather(*(writer.fill() for writer in writers))
             sys.stderr.write(f"filled with {sum(len(space.documents) for space in self._spaces)} documents\n")
             self._log.start()

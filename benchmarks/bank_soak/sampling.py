@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bank.server import BankProcess, folder_bytes
-from benchmarks.bank_soak.model import Log, Space
+from benchmarks.bank.child_bank import BankProcess, folder_bytes
+from benchmarks.bank_soak.ledger import Log, Space
 
 Sample = dict[str, float]
 

@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 
 from bank_service import __version__
-from benchmarks.crash.driver import START, WORK, Run, kill_again_and_again
 from benchmarks.crash.faults import POINTS
-from benchmarks.crash.process import Nursery
+from benchmarks.crash.killable import Nursery
+from benchmarks.crash.kills import START, WORK, Run, kill_again_and_again
 from regrad_vllm.reporting.machine import describe
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from benchmarks.bank.timing import percentile
-from benchmarks.gpu.engines import Adapters, Asked, running
+from benchmarks.gpu.engine_pair import Adapters, Asked, running
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, Shape, made_up_learner, write_model
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.arguments import whole

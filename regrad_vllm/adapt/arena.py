@@ -51,7 +51,7 @@ class ArenaFigures:
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Stored:
     num_bytes: int
     num_pins: int = 0
     doomed: bool = False  # removed with its last pin and not handed out again
@@ -86,7 +86,7 @@ class Arena:
         self._max_bytes = max_bytes
         self._lock_file = lock_file  # open as long as the arena: its flock says that the owner lives
         self._mutex = threading.Lock()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[str, _Stored] = OrderedDict()  # least recently used first
         self._used_bytes = 0
         self._num_leases = 0
         self._num_hits = 0
@@ -185,7 +185,7 @@ class Arena:
                 self._make_room(len(record))
             self._publish(path, record)
             if entry is None:
-                entry = self._entries[digest] = _Entry(len(record))
+                entry = self._entries[digest] = _Stored(len(record))
                 self._used_bytes += len(record)
             entry.doomed = False
             entry.num_pins += 1

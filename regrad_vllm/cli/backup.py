@@ -102,7 +102,7 @@ def _scrub(args: argparse.Namespace) -> int:
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
     from bank_service.service.offline import scrub
     from regrad_vllm.default_model import resolve_model, shipped_learner
-    from regrad_vllm.encode.encoder import GradientEncoder
+    from regrad_vllm.encode.gradient_encoder import GradientEncoder
 
     config = BankConfig(data_dir=args.data_dir)
     if not config.data_dir.is_dir():

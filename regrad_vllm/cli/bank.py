@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
         from bank_service.service.server import run_bank
         from regrad_vllm.default_model import resolve_model, shipped_learner
-        from regrad_vllm.encode.encoder import GradientEncoder
+        from regrad_vllm.encode.gradient_encoder import GradientEncoder
         from regrad_vllm.observe import configure_logging
 
         configure_logging()

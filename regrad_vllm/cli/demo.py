@@ -15,6 +15,6 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run(args: argparse.Namespace) -> int:
-    from regrad_vllm.demo.run import run_demo
+    from regrad_vllm.demo.story import run_demo
 
     return run_demo(model=args.model, learner=args.learner)

@@ -15,7 +15,7 @@ UNFINISHED = 75  # EX_TEMPFAIL: try again
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     train = commands.add_parser("train", help="meta-train a learner")
-    train.add_argument("config", metavar="CONFIG", help="TOML file, see regrad_vllm/learn/config.py")
+    train.add_argument("config", metavar="CONFIG", help="TOML file, see regrad_vllm/learn/train_config.py")
     train.add_argument("--resume", action="store_true", help="go on where the last run stopped")
     train.add_argument(
         "--data", default="", metavar="FOLDER", help="questions and documents, for the config's data_folder"
@@ -58,8 +58,8 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 def run_train(args: argparse.Namespace) -> int:
     from regrad_vllm.default_model import resolve_model
-    from regrad_vllm.learn.config import TrainConfig
     from regrad_vllm.learn.train import train
+    from regrad_vllm.learn.train_config import TrainConfig
     from regrad_vllm.observe import configure_logging
 
     configure_logging()
@@ -98,7 +98,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     from regrad_vllm.data.questions import load_split
     from regrad_vllm.default_model import resolve_model
     from regrad_vllm.evaluate.datasets import fresh_facts, question_sets
-    from regrad_vllm.learn.sensitivity import about, measure_sensitivity
+    from regrad_vllm.learn.measured_sensitivity import about, measure_sensitivity
     from regrad_vllm.learner import Learner
     from regrad_vllm.sensitivity_file import write_sensitivity
 

@@ -35,7 +35,7 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class GeneratedQuestions:
     """What came of a corpus."""
 
     num_passages: int
@@ -46,7 +46,7 @@ class Outcome:
 
 async def write_questions(
     documents: Sequence[SourceDocument], server: str, model: str, out: Path, *, per_passage: int, concurrency: int = 16
-) -> Outcome:
+) -> GeneratedQuestions:
     """Asks ``server`` (http://host:port, the key in OPENAI_API_KEY) about every document.
 
     Writes the splits train and validation into ``out``; all passages of a file and their questions are in one, chosen
@@ -79,7 +79,7 @@ async def write_questions(
             await asyncio.gather(*map(one, documents))
     kept = [document for document in documents if found.get(document.id)]
     _write(out, kept, found)
-    return Outcome(len(documents), sum(map(len, found.values())), num_refused, tuple(failures))
+    return GeneratedQuestions(len(documents), sum(map(len, found.values())), num_refused, tuple(failures))
 
 
 def parse(answer: str) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import EvalData, SourceDocument
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.encoder import GradientEncoder, check_base
+from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.answers import Record, record_of, shown
 from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
@@ -34,7 +34,7 @@ from regrad_vllm.evaluate.retrieve import FoundDocument, Retrieved, check_contro
 from regrad_vllm.evaluate.rivals import RivalSettings
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.per_document import fit_each
-from regrad_vllm.learn.retrieval import embed_all
+from regrad_vllm.learn.training_hits import embed_all
 from regrad_vllm.learner import Learner
 
 _BATCH = 16  # questions

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.encoder import plan_passes
+from regrad_vllm.encode.gradient_encoder import plan_passes
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner
 

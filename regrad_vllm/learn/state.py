@@ -13,8 +13,8 @@ from torch import Tensor
 
 from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.layout import Layout
-from regrad_vllm.learn.config import ConfigError, TrainConfig
 from regrad_vllm.learn.meta_step import MetaParameters
+from regrad_vllm.learn.train_config import ConfigError, TrainConfig
 from regrad_vllm.learner import Learner, LearnerConfig, num_step_sizes
 
 _LOG = logging.getLogger(__name__)

@@ -38,8 +38,8 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieval:
-    """What the bank's embedder makes of a set, see retrieval.py. Vectors are float32 (tasks, dimension), L2 norm 1."""
+class TaskVectors:
+    """What the bank's embedder makes of a set, see training_hits.py. Vectors are float32 (tasks, dimension), L2 norm 1."""
 
     questions: NDArray[np.float32]  # of each task's first question
     documents: NDArray[np.float32]
@@ -54,7 +54,7 @@ class TaskSet:
     tasks: tuple[Task, ...]
     groups: tuple[tuple[int, ...], ...]  # indices of tasks that are about one subject, for hard distractors
     retrievable: bool = True
-    retrieval: Retrieval | None = None
+    retrieval: TaskVectors | None = None
 
 
 def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:

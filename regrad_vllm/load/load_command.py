@@ -1,14 +1,14 @@
 """`regrad bench load`: ReGrad and its rivals with the same questions and hits under load; tables, plots, one page.
 
-Starts a bank, vLLM with ReGrad and a stock vLLM, or uses running ones by their URLs. Ingests the documents, warms up, and
-runs all contenders in turns. --out gets a JSON line for each request and each cell. `regrad bench report FOLDER`
+Starts a bank, vLLM with ReGrad and a stock vLLM, or uses running ones by their URLs. Ingests the documents, warms up,
+and runs all contenders in turns. --out gets a JSON line for each request and each cell. `regrad bench report FOLDER`
 computes the report from these lines, at any time.
 
 How fair the comparison is:
 - A request's clock starts before anything is done for it. RAG retrieves in the client, ReGrad in the server, both from
   the same bank. The two contenders that compose in the client have no cache: they fetch their gradients each time.
-- Every contender that can, runs on one server with ReGrad. Its kernels are faster on CPUs than stock vLLM's. So RAG + φ*
-  is better off here than anywhere else. Stock vLLM has LoRA on the learner's modules alone.
+- Every contender that can, runs on one server with ReGrad. Its kernels are faster on CPUs than stock vLLM's. So
+  RAG + φ* is better off here than anywhere else. Stock vLLM has LoRA on the learner's modules alone.
 - All contenders of a comparison get the same requests, each time in a new order of contenders. Except for quality, each
   question ends in a number of its own. So no prompt and no adapter comes twice, while documents do. Caches stay warm
   over the run, both the prefix cache and those of gradients. "uncached" gives each request its own salt.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regrad_vllm.adapt.document_cache import load_gradient
 from regrad_vllm.adapt.loops import lora
-from regrad_vllm.adapt.loops.compose import compose_slot
+from regrad_vllm.adapt.loops.compose_slot import compose_slot
 from regrad_vllm.adapt.slot_table import SlotTable
 from regrad_vllm.adapt.stored_gradient import StoredGradient
 from regrad_vllm.layout import Part

@@ -26,11 +26,11 @@ from regrad_vllm.base_model import base_digest
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams, vllm_server_seams
 from regrad_vllm.serve.engine import Engine, check_engine_settings
-from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.launch import PLUGIN_NAME
-from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
+from regrad_vllm.serve.plugin_metrics import Metrics
+from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.status import status_of

@@ -20,11 +20,11 @@ from bank_service.wire.tracing import extract, span
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.answer import AnswerTagger, Message, Send
 from regrad_vllm.serve.engine import Engine
-from regrad_vllm.serve.errors import RequestError
-from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.pins import Pins
 from regrad_vllm.serve.plan import Plan, Planner
+from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.prompt import SHAPES, Body, PromptShape
+from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.retriever import Prepared, Retriever
 from regrad_vllm.serve.used import Used, UsedMemory
 

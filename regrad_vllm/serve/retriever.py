@@ -26,10 +26,10 @@ from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
 from regrad_vllm.adapt.bank_client import Answer, BankClient, Hit, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.engine import AdapterError, Engine, Place
-from regrad_vllm.serve.errors import RequestError
-from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.plan import Plan
+from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.used import Used, UsedDocument
 
 

@@ -11,7 +11,7 @@ from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.middleware import Runtime
-from regrad_vllm.serve.process import process_figures
+from regrad_vllm.serve.process_figures import process_figures
 
 Status = Callable[[bool], Awaitable[dict[str, Any]]]
 

@@ -22,7 +22,7 @@ from regrad_vllm.serve import slot_shards, vllm_patches, vllm_seams
 from regrad_vllm.serve.composer import Composer
 from regrad_vllm.serve.door import Door
 from regrad_vllm.serve.launch import PLUGIN_NAME, rank_refusal
-from regrad_vllm.serve.process import process_figures
+from regrad_vllm.serve.process_figures import process_figures
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.slots import Slots

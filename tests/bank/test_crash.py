@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from bank_service.runtime.data_dir import read_address
-from benchmarks.crash.driver import START, WORK, kill_again_and_again
 from benchmarks.crash.faults import BUGS, POINTS
-from benchmarks.crash.process import ROOT, Nursery
+from benchmarks.crash.killable import ROOT, Nursery
+from benchmarks.crash.kills import START, WORK, kill_again_and_again
 
 
 @pytest.fixture(scope="module")

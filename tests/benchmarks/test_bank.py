@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.bank.corpus import BLOCK, Corpus, number_of
+from benchmarks.bank.drawn_corpus import BLOCK, DrawnCorpus, number_of
 from benchmarks.bank_ingest import spec_with
 from benchmarks.bank_soak.__main__ import Soak
-from benchmarks.bank_soak.model import Content, Stored
+from benchmarks.bank_soak.ledger import Content, Stored
 from benchmarks.bank_soak.sampling import growth
-from benchmarks.crash.process import ROOT
+from benchmarks.crash.killable import ROOT
 
 SMALL = (
     "--documents 100 --queries 24 --repeats 1 --fetches 4 --fetch-values 9000 --ingest-documents 8 --ingest-values 900"
@@ -60,9 +60,9 @@ def test_a_bank_is_measured_again_only_as_it_was_built(tmp_path: Path) -> None:
 
 
 def test_a_corpus_is_the_same_each_time_and_its_nearest_are_those_of_a_comparison_with_each() -> None:
-    corpus = Corpus(BLOCK + 100, 32, spec_with(8))
+    corpus = DrawnCorpus(BLOCK + 100, 32, spec_with(8))
     assert [part.SerializeToString(deterministic=True) for part in corpus.uploads(1)] == [
-        part.SerializeToString(deterministic=True) for part in Corpus(BLOCK + 100, 32, spec_with(8)).uploads(1)
+        part.SerializeToString(deterministic=True) for part in DrawnCorpus(BLOCK + 100, 32, spec_with(8)).uploads(1)
     ]
     headers = [part.header for block in range(2) for part in corpus.uploads(block) if part.HasField("header")]
     assert [number_of(header.document.id) for header in headers] == list(range(BLOCK + 100))

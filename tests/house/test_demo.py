@@ -14,7 +14,7 @@ import pytest
 
 from regrad_vllm.cli.corpus import BadInput, find_files, read_corpus
 from regrad_vllm.demo.people import DATA, invented, render
-from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
+from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
 from regrad_vllm.demo.table import WIDTH
 from regrad_vllm.demo.table import render as render_table
 from regrad_vllm.local.processes import ServiceFailure, Services, waiting
@@ -45,7 +45,7 @@ def test_the_demo_asks_at_least_twenty_questions_and_each_answer_stands_in_its_d
 
 
 def test_only_the_whole_answer_counts_as_right() -> None:
-    questions = [Question("Who?", ("Elric Norerria",), "d", True)] * 4
+    questions = [QuizQuestion("Who?", ("Elric Norerria",), "d", True)] * 4
     assert share_right(questions, ["Elric Norerria", "elric norerria.", "Elric", ""]) == 0.5
 
 

@@ -23,7 +23,7 @@ from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.demo import by_hand
-from regrad_vllm.demo.run import base_weights
+from regrad_vllm.demo.story import base_weights
 from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import wait_for_bank, wait_for_server
 from regrad_vllm.local.processes import Services, free_port

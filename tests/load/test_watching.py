@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from regrad_vllm.load.watching import Processes, used, watched
-from regrad_vllm.serve.metrics import Metrics
+from regrad_vllm.serve.plugin_metrics import Metrics
 
 
 def test_counters_are_read_between_two_moments() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks.tools.carry_training import pack, take
-from regrad_vllm.learn.config import ConfigError
 from regrad_vllm.learn.train import train
+from regrad_vllm.learn.train_config import ConfigError
 from regrad_vllm.learner import Learner
 from tests.method.test_train import config, model_folder
 

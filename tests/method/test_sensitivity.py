@@ -15,7 +15,7 @@ from bank_service.wire.codecs.sensitivity import Sensitivity
 from regrad_vllm.data.questions import EvalData
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.learn.sensitivity import _Sums, measure_sensitivity
+from regrad_vllm.learn.measured_sensitivity import _Sums, measure_sensitivity
 from regrad_vllm.learner import Learner, LearnerError
 from regrad_vllm.sensitivity_file import FILE, write_sensitivity
 from tests.method.test_learner import make_learner

@@ -33,7 +33,7 @@ from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from bank_service.wire.limits import channel_options
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.document_cache import DocumentCache, load_gradient
-from regrad_vllm.adapt.loops.compose import compose_slot
+from regrad_vllm.adapt.loops.compose_slot import compose_slot
 from regrad_vllm.adapt.slot_table import SlotTable, whole
 from regrad_vllm.adapt.stored_gradient import StoredGradient
 from regrad_vllm.base_model import base_digest

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bank_service.wire.codec import GradientSpec
 from bank_service.wire.codecs.lowrank import RANK, LowRankCodec, unpacked
-from regrad_vllm.adapt.loops.compose import compose_slot
+from regrad_vllm.adapt.loops.compose_slot import compose_slot
 from regrad_vllm.adapt.slot_table import Shard, SlotTable, whole
 from regrad_vllm.adapt.stored_gradient import FACTORS, FLOAT32, Payload, StoredGradient
 from regrad_vllm.layout import Layout

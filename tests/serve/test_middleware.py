@@ -29,9 +29,9 @@ from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.engine import Engine
-from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
+from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.retriever import Retriever, as_request_error
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory

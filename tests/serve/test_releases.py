@@ -23,9 +23,9 @@ from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.engine import Engine
-from regrad_vllm.serve.metrics import Metrics
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
+from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory

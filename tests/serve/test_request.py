@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regrad_vllm.adapt.bank_client import Condition
-from regrad_vllm.serve.errors import RequestError
 from regrad_vllm.serve.request import RegradOptions
+from regrad_vllm.serve.request_errors import RequestError
 
 EQUALS = {"key": "lang", "operator": "equals", "values": ["de"]}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
-from benchmarks.crash.model import Content, Model, Past, Verdict, is_right, record_of
-from benchmarks.crash.process import Process, end
+from benchmarks.crash.expected import Content, Model, Past, Verdict, is_right, record_of
+from benchmarks.crash.killable import Process, end
 
 IDS_PER_WRITER = 6
 MAX_HITS = 64  # of one query: all documents of all writers

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bank_service.testing.client import Client
 from bank_service.wire.codec import record_digest
-from benchmarks.bank.server import folder_bytes
-from benchmarks.bank_soak.model import Space
+from benchmarks.bank.child_bank import folder_bytes
+from benchmarks.bank_soak.ledger import Space
 
 NUM_SAMPLED = 50  # documents of a namespace whose texts, gradients and vectors are looked at
 SETTLE_SECONDS = 15  # for gradients that nobody has to be removed

@@ -16,7 +16,7 @@ class AskError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ChatRequest:
     """One request. ``regrad`` is the body's object of that name; None asks the base model."""
 
     model: str
@@ -25,12 +25,12 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ChatAnswer:
     text: str
     documents: tuple[tuple[str, float], ...]  # (id, score) of the gradients used, best first
 
 
-async def ask_all(base_url: str, system_prompt: str, asks: Sequence[Ask]) -> list[Answer]:
+async def ask_all(base_url: str, system_prompt: str, asks: Sequence[ChatRequest]) -> list[ChatAnswer]:
     """Sends all requests at the same time; answers in their order, with a progress bar. AskError."""
     import httpx
     from tqdm import tqdm
@@ -39,7 +39,7 @@ async def ask_all(base_url: str, system_prompt: str, asks: Sequence[Ask]) -> lis
     with tqdm(total=len(asks), unit="answer", desc="ask") as bar:
         async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
 
-            async def one(ask: Ask) -> Answer:
+            async def one(ask: ChatRequest) -> ChatAnswer:
                 answer = await _ask(client, system_prompt, ask)
                 bar.update()
                 return answer
@@ -47,7 +47,7 @@ async def ask_all(base_url: str, system_prompt: str, asks: Sequence[Ask]) -> lis
             return await asyncio.gather(*map(one, asks))
 
 
-async def _ask(client: Any, system_prompt: str, ask: Ask) -> Answer:
+async def _ask(client: Any, system_prompt: str, ask: ChatRequest) -> ChatAnswer:
     body: dict[str, Any] = {
         "model": ask.model,
         "messages": [{"role": "system", "content": system_prompt}, {"role": "user", "content": ask.question}],
@@ -62,4 +62,4 @@ async def _ask(client: Any, system_prompt: str, ask: Ask) -> Answer:
     result = response.json()
     used = result.get("regrad") or {}
     documents = tuple((document["id"], float(document["score"])) for document in used.get("documents", ()))
-    return Answer(result["choices"][0]["message"]["content"].strip(), documents)
+    return ChatAnswer(result["choices"][0]["message"]["content"].strip(), documents)

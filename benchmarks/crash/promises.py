@@ -17,8 +17,8 @@ from bank_service.catalog.factory import CATALOG_FILE
 from bank_service.errors import SnapshotError
 from bank_service.testing.client import Client
 from bank_service.wire.errors import BankError, NotFoundError
-from benchmarks.crash.load import MAX_HITS
-from benchmarks.crash.model import Content, Model, Verdict, is_right
+from benchmarks.crash.clients import MAX_HITS
+from benchmarks.crash.expected import Content, Model, Verdict, is_right
 
 PAST_SECONDS = 5  # half of what the bank keeps history for: a check takes time
 SWEEP_SECONDS = 20  # the sweep runs beside the first calls

@@ -23,7 +23,7 @@ PAIRS = {"shelf": 10, "topic": 200}  # metadata: one document in so many has a v
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class SeededContent:
     """A document's content, all of it drawn from ``seed`` but ``note``, which may change alone."""
 
     seed: int
@@ -54,7 +54,7 @@ class Content:
 class Stored:
     """A document as the bank has acknowledged it."""
 
-    content: Content
+    content: SeededContent
     version: int
     digest: str
 
@@ -68,7 +68,7 @@ class Space:
     documents: dict[str, Stored] = field(default_factory=dict)
 
 
-def digest_of(content: Content, spec: GradientSpec) -> str:
+def digest_of(content: SeededContent, spec: GradientSpec) -> str:
     return record_digest(content.record(spec))
 
 

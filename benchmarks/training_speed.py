@@ -1,6 +1,6 @@
 """Meta-training tasks/s against the straightforward loop over tasks, on one machine in one run.
 
-    make bench-train           (python -m benchmarks.train [--repeats N] [--steps N])
+    make bench-train           (python -m benchmarks.training_speed [--repeats N] [--steps N])
 
 The loop is the method as one writes it down: Hugging Face PEFT holds the adapter, each task differentiates each of its
 documents (second order), then answers its questions one at a time; gradients add up over the tasks. Ours takes the

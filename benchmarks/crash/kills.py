@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bank_service.testing.client import Client
-from benchmarks.crash.check import check, check_snapshot
+from benchmarks.crash.clients import work_until_killed
+from benchmarks.crash.expected import Model, Verdict
 from benchmarks.crash.faults import POINTS, Fault
-from benchmarks.crash.load import work_until_killed
-from benchmarks.crash.model import Model, Verdict
-from benchmarks.crash.process import END_SECONDS, Nursery, Process, end, has_ended
+from benchmarks.crash.killable import END_SECONDS, Nursery, Process, end, has_ended
+from benchmarks.crash.promises import check, check_snapshot
 
 NUM_WRITERS = 8
 LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment

@@ -17,7 +17,7 @@ NUM_REAL = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class QuizQuestion:
     """A question whose answer stands in one document."""
 
     text: str
@@ -29,22 +29,22 @@ class Question:
         return bool(exact_match(answer, self.answers))
 
 
-def load_questions() -> tuple[Question, ...]:
+def load_questions() -> tuple[QuizQuestion, ...]:
     """Questions about invented things, which no model can know, then some about real text."""
     return _first("invented", NUM_INVENTED) + _first("squad", NUM_REAL)
 
 
-def share_right(questions: Sequence[Question], answers: Sequence[str]) -> float:
+def share_right(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> float:
     """Exact match: the share of the questions answered right, to three digits."""
     right = sum(question.is_answered_by(answer) for question, answer in zip(questions, answers, strict=True))
     return round(right / len(questions), 3)
 
 
-def _first(name: str, number: int) -> tuple[Question, ...]:
+def _first(name: str, number: int) -> tuple[QuizQuestion, ...]:
     """The first question about each of the first ``number`` documents of a set."""
     lines = (DATA / "questions" / f"{name}.jsonl").read_text("utf-8").splitlines()
-    found: dict[str, Question] = {}
+    found: dict[str, QuizQuestion] = {}
     for record in map(json.loads, lines):
-        question = Question(record["question"], tuple(record["answers"]), record["document"], name == "invented")
+        question = QuizQuestion(record["question"], tuple(record["answers"]), record["document"], name == "invented")
         found.setdefault(question.document_id, question)
     return tuple(islice(found.values(), number))

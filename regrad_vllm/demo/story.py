@@ -18,8 +18,8 @@ from regrad_vllm.cli.corpus import CorpusDocument, find_files, read_corpus
 from regrad_vllm.cli.upload import upload
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.demo import by_hand
-from regrad_vllm.demo.asking import Answer, Ask, ask_all
-from regrad_vllm.demo.questions import DOCUMENTS, Question, load_questions, share_right
+from regrad_vllm.demo.chat import ChatAnswer, ChatRequest, ask_all
+from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
 from regrad_vllm.demo.table import render, shorten
 from regrad_vllm.local.pair import start_bank, start_server, wait_for_server
 from regrad_vllm.local.processes import Services
@@ -56,7 +56,7 @@ class Stage:
     folder: Path
     model: Path
     learner: Path
-    questions: tuple[Question, ...]
+    questions: tuple[QuizQuestion, ...]
 
     def play(self, services: Services) -> dict[str, Any]:
         """From documents to figures."""
@@ -86,13 +86,13 @@ class Stage:
         say(f"ingesting {count(num_documents, 'document')} from {DOCUMENTS} (the server starts meanwhile)")
         say(upload(bank, _NAMESPACE, files, num_documents).summary())
 
-    def _ask_everything(self, url: str) -> tuple[list[Answer], list[Answer], list[Answer]]:
+    def _ask_everything(self, url: str) -> tuple[list[ChatAnswer], list[ChatAnswer], list[ChatAnswer]]:
         """Every question three ways, all at once: base model, φ* alone, ReGrad."""
         texts = [question.text for question in self.questions]
         asks = [
-            *(Ask(BASE, text) for text in texts),
-            *(Ask(REGRAD, text, {"gamma": 0.0}) for text in texts),
-            *(Ask(REGRAD, text, {}) for text in texts),
+            *(ChatRequest(BASE, text) for text in texts),
+            *(ChatRequest(REGRAD, text, {"gamma": 0.0}) for text in texts),
+            *(ChatRequest(REGRAD, text, {}) for text in texts),
         ]
         say(f"asking {len(texts)} questions three ways, {len(asks)} requests at once")
         answers = asyncio.run(ask_all(url, self._system_prompt(), asks))
@@ -104,7 +104,9 @@ class Stage:
 
         return Learner.load(self.learner).config.prompts.system
 
-    def _show(self, base: Sequence[Answer], learner_alone: Sequence[Answer], regrad: Sequence[Answer]) -> None:
+    def _show(
+        self, base: Sequence[ChatAnswer], learner_alone: Sequence[ChatAnswer], regrad: Sequence[ChatAnswer]
+    ) -> None:
         rows = [("question → right answer", "base model", "ReGrad", "documents used, with scores")]
         for question, plain, answer in zip(self.questions, base, regrad, strict=True):
             used = "\n".join(shorten(f"{score:.2f} {name}", _COLUMNS[-1]) for name, score in answer.documents)
@@ -121,7 +123,7 @@ class Stage:
             say(f"{asked}: base model {right[0]}, learner without documents {right[1]}, ReGrad {right[2]}")
         say("(right: the answer to the letter but for case and articles; real text is where this learner is weak)")
 
-    def _delete_one(self, url: str, bank: str, regrad: Sequence[Answer]) -> bool:
+    def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, asks again; True where the answer went."""
         from bank_service.wire.generated import bank_pb2
 
@@ -132,7 +134,7 @@ class Stage:
         question, before = self.questions[right[0]], regrad[right[0]]
         with connect(bank) as stub:
             stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=_NAMESPACE, id=question.document_id))
-        (after,) = asyncio.run(ask_all(url, self._system_prompt(), [Ask(REGRAD, question.text, {})]))
+        (after,) = asyncio.run(ask_all(url, self._system_prompt(), [ChatRequest(REGRAD, question.text, {})]))
         say(f"deleted {question.document_id} and asked again: {question.text}")
         used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))
         say(f"  before: {before.text} (right, from {', '.join(used_before)})")
@@ -141,7 +143,7 @@ class Stage:
         return gone and not question.is_answered_by(after.text)
 
 
-def _marked(question: Question, answer: Answer) -> str:
+def _marked(question: QuizQuestion, answer: ChatAnswer) -> str:
     return f"{'✓' if question.is_answered_by(answer.text) else '✗'} {' '.join(answer.text.split())}"
 
 

@@ -1,6 +1,6 @@
 """Codecs: bytes, answers and speed, on questions whose documents were in no training.
 
-    make bench-codec           (python -m benchmarks.codec [--data FOLDER --split validation] [--questions N] …)
+    make bench-codec           (python -m benchmarks.codec_costs [--data FOLDER --split validation] [--questions N] …)
 
 Each question is answered under the gradient of the passage that holds its answer, once for each codec: encoded,
 decoded, composed with φ*, greedy, all codecs from the same float32 gradient and in the same batches. So a difference is
@@ -37,12 +37,12 @@ from bank_service.wire.codec import CODECS, DEFAULT_CODEC, decode_gradient, enco
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.adapt.document_cache import load_gradient
-from regrad_vllm.adapt.loops.compose import compose_slot
+from regrad_vllm.adapt.loops.compose_slot import compose_slot
 from regrad_vllm.adapt.slot_table import SlotTable, whole
 from regrad_vllm.arguments import whole as whole_number
 from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.encode.encoder import GradientEncoder
+from regrad_vllm.encode.gradient_encoder import GradientEncoder
 from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts, load_clean, question_sets
 from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.in_process import InProcess

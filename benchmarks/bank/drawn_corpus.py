@@ -35,7 +35,7 @@ _ENGLISH = (
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class DrawnQuestion:
     """What is asked of the bank, near one of its documents."""
 
     number: int  # of that document
@@ -45,7 +45,7 @@ class Question:
     metadata: dict[str, str]  # the document's
 
 
-class Corpus:
+class DrawnCorpus:
     """``num_documents`` documents."""
 
     def __init__(self, num_documents: int, dimension: int, spec: GradientSpec, seed: int = 0) -> None:
@@ -84,12 +84,12 @@ class Corpus:
             parts += upload_of(document, record, embedding=vectors[place].tolist(), chunk_bytes=2**20)
         return parts
 
-    def questions(self, count: int) -> list[Question]:
+    def questions(self, count: int) -> list[DrawnQuestion]:
         """Near documents of blocks all over the corpus."""
         generator = np.random.default_rng([self.seed, 8])
         num_blocks = min(self.num_blocks, -(-count // QUESTIONS_PER_BLOCK))
         blocks = generator.choice(self.num_blocks, num_blocks, replace=False)
-        questions: list[Question] = []
+        questions: list[DrawnQuestion] = []
         for number, block in enumerate(map(int, blocks)):
             wanted = (count - len(questions)) // (num_blocks - number)
             vectors, texts, pairs = self.vectors(block), self._texts(block), self._metadata(block)
@@ -97,10 +97,10 @@ class Corpus:
                 vector = unit(vectors[place] + QUESTION_NOISE * self._noise(generator, 1)[0])
                 words = " ".join(generator.choice(texts[place].split(), 8))
                 english = " ".join(generator.choice(_ENGLISH.split(), 20))
-                questions.append(Question(block * BLOCK + place, vector, words, english, pairs[place]))
+                questions.append(DrawnQuestion(block * BLOCK + place, vector, words, english, pairs[place]))
         return questions
 
-    def nearest(self, questions: list[Question], count: int) -> np.ndarray:
+    def nearest(self, questions: list[DrawnQuestion], count: int) -> np.ndarray:
         """(len(questions), count) numbers of the nearest documents, by comparing with each in float32."""
         wanted = np.stack([question.vector for question in questions])
         best = np.full((len(questions), count), -2.0, np.float32)

@@ -14,7 +14,7 @@ from bank_service.testing.client import Client, own_errors
 from bank_service.wire.codec import GradientSpec, record_digest
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_FETCH_DIGESTS
-from benchmarks.bank_soak.model import PAIRS, Content, Log, Space, Stored, digest_of
+from benchmarks.bank_soak.ledger import PAIRS, Log, SeededContent, Space, Stored, digest_of
 
 NOT_FOUND, ABORTED, DENIED = (
     grpc.StatusCode.NOT_FOUND,
@@ -35,7 +35,7 @@ async def paced(interval: float, log: Log, step: Callable[[], Awaitable[None]]) 
         due = max(due + interval, time.monotonic())
 
 
-class Writer:
+class SoakWriter:
     """Changes its own ids in one namespace, and knows what each must be."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Writer:
         elif choice < 0.3:
             await self._put("unchanged", id, stored.content, "UNCHANGED")
         elif choice < 0.4:
-            await self._put("update_metadata", id, Content(stored.content.seed, str(choice)), "UPDATED")
+            await self._put("update_metadata", id, SeededContent(stored.content.seed, str(choice)), "UPDATED")
         elif choice < 0.45:
             async with self._log.call("version_conflict", ABORTED):
                 await self._client.delete(id, self._space.name, expected_version=stored.version + 1)
@@ -91,7 +91,7 @@ class Writer:
         if self._random.random() < 0.2:
             await self._read_back(id)
 
-    async def _put(self, kind: str, id: str, content: Content, outcome: str | None) -> None:
+    async def _put(self, kind: str, id: str, content: SeededContent, outcome: str | None) -> None:
         parts = self._parts(id, content)
         async with self._log.call(kind):
             (response,) = await self._client.upload(*parts)
@@ -127,20 +127,20 @@ class Writer:
             ):
                 self._log.is_wrong(f"{id} must be as acknowledged, version {stored.version}, got {found.version}")
 
-    def _acknowledged(self, id: str, content: Content, response: pb.IngestDocumentsResponse) -> None:
+    def _acknowledged(self, id: str, content: SeededContent, response: pb.IngestDocumentsResponse) -> None:
         digest = digest_of(content, self._spec)
         if response.gradient_digest != digest:
             self._log.is_wrong(f"{id}: the gradient stored is not the one sent")
         self._space.documents[id] = Stored(content, response.version, digest)
 
-    def _new_content(self) -> Content:
-        return Content(self._random.getrandbits(48))
+    def _new_content(self) -> SeededContent:
+        return SeededContent(self._random.getrandbits(48))
 
-    def _parts(self, id: str, content: Content) -> list[pb.IngestGradientsRequest]:
+    def _parts(self, id: str, content: SeededContent) -> list[pb.IngestGradientsRequest]:
         return content.upload(self._space.name, id, self._spec, self._dimension)
 
 
-class Reader:
+class SoakReader:
     """Searches, lists and fetches in one namespace; what comes must be of it, and whole."""
 
     def __init__(self, client: Client, space: Space, foreign: str, dimension: int, log: Log, seed: int) -> None:
@@ -201,7 +201,7 @@ class Reader:
 
     def _fields(self, kind: str) -> dict[str, object]:
         fields: dict[str, object] = {"namespace": self._space.name, "top_k": 10}
-        content = Content(self._random.getrandbits(48))
+        content = SeededContent(self._random.getrandbits(48))
         if kind in ("lexical", "hybrid"):
             return {**fields, "text": " ".join(content.text.split()[:8]), "retrieval": kind.upper()}
         if kind.startswith("filtered"):
@@ -211,7 +211,7 @@ class Reader:
         return {**fields, "vector": self._vector()}
 
     def _vector(self) -> list[float]:
-        return Content(self._random.getrandbits(48)).vector(self._dimension)
+        return SeededContent(self._random.getrandbits(48)).vector(self._dimension)
 
     def _seen(self, kind: str, hits: object) -> None:
         entries = list(hits)  # type: ignore[call-overload]

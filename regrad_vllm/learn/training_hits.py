@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.values.embedder import Embedder, embedded_text
-from regrad_vllm.learn.tasks import Retrieval, TaskSet
+from regrad_vllm.learn.tasks import TaskSet, TaskVectors
 
 NUM_HITS = 10
 _BLOCK = 1024  # questions searched for at once
@@ -37,7 +37,7 @@ def with_retrieval(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSe
         partial.replace(path)
     saved = np.load(path, allow_pickle=False)
     vectors = saved["questions"], saved["documents"]
-    return replace(task_set, retrieval=Retrieval(*vectors, _search(*vectors)))
+    return replace(task_set, retrieval=TaskVectors(*vectors, _search(*vectors)))
 
 
 def _search(questions: NDArray[np.float32], documents: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -24,7 +24,7 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.encoder import GradientEncoder, check_base
+from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner
 

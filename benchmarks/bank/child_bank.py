@@ -1,6 +1,6 @@
 """A bank in a process of its own: started, measured, stopped or killed.
 
-python -m benchmarks.bank.server DATA_DIR [--values N] [--embedder minilm|hash] [--redis-url URL] [...]
+python -m benchmarks.bank.child_bank DATA_DIR [--values N] [--embedder minilm|hash] [--redis-url URL] [...]
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BankProcess:
         """Returns when it answers. Its log is added to ``log``. SystemExit where it doesn't come up."""
         self.data_dir = data_dir
         self.started = time.perf_counter()
-        command = [sys.executable, "-m", "benchmarks.bank.server", str(data_dir), *flags]
+        command = [sys.executable, "-m", "benchmarks.bank.child_bank", str(data_dir), *flags]
         with contextlib.ExitStack() as stack:
             output = None if log is None else stack.enter_context(log.open("ab"))
             self._process = subprocess.Popen(command, cwd=ROOT, stderr=output)
