@@ -155,11 +155,11 @@ def _stored(arena: Arena, learner: Learner, number: int) -> list[str]:
     encoder = GradientEncoder(
         AdaptedModel(base, learner.layout, learner.scaling), PromptBuilder(tokenizer, learner.config.prompts), learner
     )
-    lease, digests = arena.lease(), []
+    hold, digests = arena.hold(), []
     for encoded in encoder.encode([(document.title, document.text) for document in fresh_facts(number, 5).documents]):
         record = encode_gradient(encoded.values, learner.spec, "int8")
         digests.append(record_digest(record))
-        lease.put(digests[-1], record)
+        hold.put(digests[-1], record)
     return digests
 
 

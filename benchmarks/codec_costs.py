@@ -278,9 +278,9 @@ def _speeds(
 
 
 def _stored(arena: Arena, records: Sequence[bytes], learner: Learner) -> list[Any]:
-    lease = arena.lease()
+    hold = arena.hold()
     for record in records:
-        lease.put(record_digest(record), record)
+        hold.put(record_digest(record), record)
     return [load_gradient(str(arena.folder), record_digest(record), learner.spec)[0] for record in records]
 
 

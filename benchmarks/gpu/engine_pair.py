@@ -97,7 +97,7 @@ class Adapters:
             values = self._chance.standard_normal(learner.layout.num_values, np.float32) * np.float32(1e-4)
             record = encode_gradient(values, learner.spec, "int8")
             self._digests.append(record_digest(record))
-            arena.lease().put(self._digests[-1], record)
+            arena.hold().put(self._digests[-1], record)
 
     def recipe(self, num_documents: int) -> Recipe:
         """φ* alone for 0 documents, always the same; else one that was never made before."""

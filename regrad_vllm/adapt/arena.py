@@ -1,8 +1,8 @@
 """The arena: gradient records in shared memory, one file per record, named by its digest.
 
-The API process fills it, the engine's workers map its files read-only. A record that an in-flight request
-uses is pinned and never evicted; among the others the least recently used go first. One folder per server,
-locked by its owner as long as that lives, so that the next start sweeps what a killed server left behind.
+The API process fills it; the engine's workers read its files. A request holds the records that it uses, and a held
+record is never evicted. Among the others the least recently used go first. Each server has its own folder and keeps it
+locked while it lives, so that the next start can sweep the folders of killed servers.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class ArenaCorrupt(ArenaError):
 
 @dataclass(frozen=True, slots=True)
 class ArenaFigures:
-    """What the arena holds and did so far."""
+    """The arena's content and counts since its start. The status endpoint shows them by these names."""
 
     max_bytes: int
     used_bytes: int
     num_records: int
-    num_pinned: int
-    num_leases: int
+    num_pinned: int  # records that are held
+    num_leases: int  # holds
     num_hits: int
     num_misses: int
     num_evictions: int
@@ -53,8 +53,8 @@ class ArenaFigures:
 @dataclass(slots=True)
 class _Stored:
     num_bytes: int
-    num_pins: int = 0
-    doomed: bool = False  # removed with its last pin and not handed out again
+    num_holds: int = 0
+    doomed: bool = False  # removed with its last hold and not handed out again
 
 
 def default_root() -> Path:
@@ -66,8 +66,8 @@ def default_root() -> Path:
 def read_record(folder: str | Path, digest: str, *, verify: bool = True) -> bytes:
     """One record of an arena, checked against its digest. ArenaCorrupt, or ArenaError where it isn't there.
 
-    This is the workers' side: it takes no lock, because a published file is never written again. Without
-    ``verify`` the caller sees to it that the bytes are whole.
+    The workers call it. It takes no lock, because a published file is never written again. Without ``verify`` the
+    caller must check the bytes.
     """
     try:
         record = (Path(folder) / _file_name(digest)).read_bytes()
@@ -85,10 +85,10 @@ class Arena:
         self._folder = folder
         self._max_bytes = max_bytes
         self._lock_file = lock_file  # open as long as the arena: its flock says that the owner lives
-        self._mutex = threading.Lock()
+        self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Stored] = OrderedDict()  # least recently used first
         self._used_bytes = 0
-        self._num_leases = 0
+        self._num_holds = 0
         self._num_hits = 0
         self._num_misses = 0
         self._num_evictions = 0
@@ -117,20 +117,20 @@ class Arena:
     def folder(self) -> Path:
         return self._folder
 
-    def lease(self) -> Lease:
-        """A new lease: what one request pins. Release it when the engine is done with the request."""
-        with self._mutex:
-            self._num_leases += 1
-        return Lease(self)
+    def hold(self) -> ArenaHold:
+        """A new, empty hold for one request. Release it when the engine is done with the request."""
+        with self._lock:
+            self._num_holds += 1
+        return ArenaHold(self)
 
     def figures(self) -> ArenaFigures:
-        with self._mutex:
+        with self._lock:
             return ArenaFigures(
                 max_bytes=self._max_bytes,
                 used_bytes=self._used_bytes,
                 num_records=len(self._entries),
-                num_pinned=sum(entry.num_pins > 0 for entry in self._entries.values()),
-                num_leases=self._num_leases,
+                num_pinned=sum(entry.num_holds > 0 for entry in self._entries.values()),
+                num_leases=self._num_holds,
                 num_hits=self._num_hits,
                 num_misses=self._num_misses,
                 num_evictions=self._num_evictions,
@@ -138,7 +138,7 @@ class Arena:
 
     def close(self) -> None:
         """Removes the folder and gives its lock up. Idempotent."""
-        with self._mutex:
+        with self._lock:
             if self._lock_file < 0:
                 return
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -147,14 +147,14 @@ class Arena:
             self._entries.clear()
             self._used_bytes = 0
 
-    # What leases do, under the mutex.
+    # The work of holds, under the lock.
 
-    def _pin_present(self, lease: Lease, digests: Iterable[str]) -> list[str]:
-        """Pins those of the distinct ``digests`` that are there; the others, in the order given."""
+    def _hold_present(self, hold: ArenaHold, digests: Iterable[str]) -> list[str]:
+        """Holds those of the distinct ``digests`` that are there. Returns the others, in the order given."""
         missing: list[str] = []
-        with self._mutex:
+        with self._lock:
             self._check_open()
-            lease._check_held()
+            hold._check_unreleased()
             for digest in dict.fromkeys(digests):
                 entry = self._entries.get(digest)
                 if entry is None or entry.doomed:
@@ -162,23 +162,23 @@ class Arena:
                     missing.append(digest)
                     continue
                 self._num_hits += 1
-                entry.num_pins += 1
+                entry.num_holds += 1
                 self._entries.move_to_end(digest)
-                lease._pinned.append(digest)
+                hold._digests.append(digest)
         return missing
 
-    def _put_pinned(self, lease: Lease, digest: str, record: bytes) -> None:
-        """Publishes a record and pins it. ArenaCorrupt, ArenaFull."""
+    def _put_held(self, hold: ArenaHold, digest: str, record: bytes) -> None:
+        """Publishes a record and holds it. ArenaCorrupt, ArenaFull."""
         path = self._folder / _file_name(digest)
         if hashlib.sha256(record).hexdigest() != digest:
             raise ArenaCorrupt(f"a gradient's bytes must have the SHA-256 {digest} that it was fetched by; they do not")
-        with self._mutex:
+        with self._lock:
             self._check_open()
-            lease._check_held()
+            hold._check_unreleased()
             entry = self._entries.get(digest)
             if entry is not None and not entry.doomed:  # another request was faster
-                entry.num_pins += 1
-                lease._pinned.append(digest)
+                entry.num_holds += 1
+                hold._digests.append(digest)
                 self._entries.move_to_end(digest)
                 return
             if entry is None:
@@ -188,23 +188,23 @@ class Arena:
                 entry = self._entries[digest] = _Stored(len(record))
                 self._used_bytes += len(record)
             entry.doomed = False
-            entry.num_pins += 1
-            lease._pinned.append(digest)
+            entry.num_holds += 1
+            hold._digests.append(digest)
 
-    def _release(self, lease: Lease, doom: bool) -> None:
-        with self._mutex:
-            if lease._released:
+    def _release(self, hold: ArenaHold, doom: bool) -> None:
+        with self._lock:
+            if hold._released:
                 return
-            lease._released = True
-            self._num_leases -= 1
-            digests, lease._pinned = lease._pinned, []
+            hold._released = True
+            self._num_holds -= 1
+            digests, hold._digests = hold._digests, []
             if self._lock_file < 0:
                 return
             for digest in digests:
                 entry = self._entries[digest]
-                entry.num_pins -= 1
+                entry.num_holds -= 1
                 entry.doomed = entry.doomed or doom
-                if entry.doomed and not entry.num_pins:
+                if entry.doomed and not entry.num_holds:
                     self._remove(digest)
 
     def _check_open(self) -> None:
@@ -226,7 +226,7 @@ class Arena:
     def _evict(self) -> bool:
         """Removes the least recently used record that no request uses; False where there is none."""
         for digest, entry in self._entries.items():
-            if not entry.num_pins:
+            if not entry.num_holds:
                 self._remove(digest)
                 self._num_evictions += 1
                 return True
@@ -266,35 +266,35 @@ class Arena:
             (self._folder / _file_name(digest)).unlink()
 
 
-class Lease:
-    """The records that one request has pinned. Release once, or use as a context manager.
+class ArenaHold:
+    """Keeps the records of one request in the arena. Release it once, or use it as a context manager.
 
-    A thread may still be inside ``put`` while its request is cancelled and the lease released: what it pins goes
-    into the lease's books under the arena's mutex, and a released lease pins nothing.
+    A thread may still be inside ``put`` while its request is cancelled and the hold is released. So the arena's lock
+    guards both, and a released hold takes no more records.
     """
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._pinned: list[str] = []  # with _released, under the arena's mutex
+        self._digests: list[str] = []  # this and _released: under the arena's lock
         self._released = False
 
     def take(self, digests: Sequence[str]) -> list[str]:
-        """Pins those of ``digests`` that are in the arena and returns the others, without repetition."""
-        return self._arena._pin_present(self, digests)
+        """Holds those of ``digests`` that are in the arena. Returns the others, without repetition."""
+        return self._arena._hold_present(self, digests)
 
     def put(self, digest: str, record: bytes) -> None:
-        """Publishes a record and pins it. ArenaCorrupt, ArenaFull."""
-        self._arena._put_pinned(self, digest, record)
+        """Publishes a record and holds it. ArenaCorrupt, ArenaFull."""
+        self._arena._put_held(self, digest, record)
 
     def release(self, *, discard: bool = False) -> None:
-        """Unpins everything, once. With ``discard`` the records leave the arena: they turned out to be unusable."""
+        """Gives up all records, once. With ``discard`` they leave the arena, because they can't be used."""
         self._arena._release(self, discard)
 
-    def _check_held(self) -> None:
+    def _check_unreleased(self) -> None:
         if self._released:
             raise ArenaError("a lease must pin before it is released; it was released")
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> ArenaHold:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 """A worker's stored gradients, ready for composing: one entry a document, whatever adapters it is part of.
 
-Entries that a request needs are pinned; among the others the least recently used go first when the budget is spent. An
-entry was checked when it came in and stays as it is: while it is pinned, composing from it can't fail.
+A request holds the entries that it needs. When the budget is spent, the least recently used of the others go first. An
+entry is checked when it comes in and never changes. So composing from a held entry can't fail.
 """
 
 from __future__ import annotations
@@ -32,109 +32,109 @@ class DocumentCacheFull(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class CacheFigures:
-    """What the cache holds and did so far."""
+    """The cache's content and counts since its start. The status endpoint shows them by these names."""
 
     max_bytes: int
     used_bytes: int
     num_entries: int
-    num_pinned: int
+    num_pinned: int  # entries that are held
     num_hits: int
     num_misses: int
     num_evictions: int
 
 
 @dataclass(slots=True)
-class _Slot(Generic[EntryT]):
+class _Kept(Generic[EntryT]):
     entry: EntryT
     num_bytes: int
-    num_pins: int = 0
+    num_holds: int = 0
 
 
 class DocumentCache(Generic[EntryT]):
     """Entries by digest. Thread-safe."""
 
     def __init__(self, load: Callable[[str, str], tuple[EntryT, int]], max_bytes: int) -> None:
-        """``load(arena folder, digest)`` → entry and its bytes; what it raises goes to the caller of ``pin``."""
+        """``load(arena folder, digest)`` → entry and its bytes; what it raises goes to the caller of ``hold``."""
         self._load = load
         self._max_bytes = max_bytes
-        self._mutex = threading.Lock()
-        self._slots: OrderedDict[str, _Slot[EntryT]] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, _Kept[EntryT]] = OrderedDict()  # least recently used first
         self._used_bytes = 0
         self._num_hits = 0
         self._num_misses = 0
         self._num_evictions = 0
 
-    def pin(self, arena: str, digests: Sequence[str]) -> None:
-        """Loads what is missing and pins every digest once for each time it is named; all or none.
+    def hold(self, arena: str, digests: Sequence[str]) -> None:
+        """Loads the missing entries and holds each entry once for each time it is named; all or none.
 
         DocumentCacheFull, or what ``load`` raises.
         """
-        pinned: list[str] = []
+        held: list[str] = []
         try:
             for digest in digests:
-                if not self._pin_present(digest):
+                if not self._hold_present(digest):
                     entry, num_bytes = self._load(arena, digest)  # without the lock: it reads and hashes megabytes
-                    self._add_pinned(digest, entry, num_bytes)
-                pinned.append(digest)
+                    self._add_held(digest, entry, num_bytes)
+                held.append(digest)
         except BaseException:
-            self.unpin(pinned)
+            self.let_go(held)
             raise
 
-    def unpin(self, digests: Iterable[str]) -> None:
-        """Takes back one pin of each."""
-        with self._mutex:
+    def let_go(self, digests: Iterable[str]) -> None:
+        """Gives up one hold of each."""
+        with self._lock:
             for digest in digests:
-                self._slots[digest].num_pins -= 1
+                self._kept[digest].num_holds -= 1
             self._shrink(0)
 
     def get(self, digests: Sequence[str]) -> list[EntryT]:
-        """The entries of pinned digests, in order."""
-        with self._mutex:
-            return [self._slots[digest].entry for digest in digests]
+        """The entries of held digests, in order."""
+        with self._lock:
+            return [self._kept[digest].entry for digest in digests]
 
     def figures(self) -> CacheFigures:
-        with self._mutex:
+        with self._lock:
             return CacheFigures(
                 max_bytes=self._max_bytes,
                 used_bytes=self._used_bytes,
-                num_entries=len(self._slots),
-                num_pinned=sum(slot.num_pins > 0 for slot in self._slots.values()),
+                num_entries=len(self._kept),
+                num_pinned=sum(kept.num_holds > 0 for kept in self._kept.values()),
                 num_hits=self._num_hits,
                 num_misses=self._num_misses,
                 num_evictions=self._num_evictions,
             )
 
-    def _pin_present(self, digest: str) -> bool:
-        with self._mutex:
-            slot = self._slots.get(digest)
-            if slot is None:
+    def _hold_present(self, digest: str) -> bool:
+        with self._lock:
+            kept = self._kept.get(digest)
+            if kept is None:
                 self._num_misses += 1
                 return False
             self._num_hits += 1
-            slot.num_pins += 1
-            self._slots.move_to_end(digest)
+            kept.num_holds += 1
+            self._kept.move_to_end(digest)
             return True
 
-    def _add_pinned(self, digest: str, entry: EntryT, num_bytes: int) -> None:
-        with self._mutex:
-            slot = self._slots.get(digest)
-            if slot is None:  # else another thread was faster
+    def _add_held(self, digest: str, entry: EntryT, num_bytes: int) -> None:
+        with self._lock:
+            kept = self._kept.get(digest)
+            if kept is None:  # else another thread was faster
                 if not self._shrink(num_bytes):
                     raise DocumentCacheFull(
                         f"a worker must have {num_bytes} bytes free for a gradient, all of its {self._max_bytes} are "
                         "used by running requests; retry later or raise REGRAD_WORKER_BYTES"
                     )
-                slot = self._slots[digest] = _Slot(entry, num_bytes)
+                kept = self._kept[digest] = _Kept(entry, num_bytes)
                 self._used_bytes += num_bytes
-            slot.num_pins += 1
+            kept.num_holds += 1
 
     def _shrink(self, num_bytes: int) -> bool:
         """Evicts until ``num_bytes`` more fit; whether they do."""
-        for digest in list(self._slots):
+        for digest in list(self._kept):
             if self._used_bytes + num_bytes <= self._max_bytes:
                 return True
-            if not self._slots[digest].num_pins:
-                self._used_bytes -= self._slots.pop(digest).num_bytes
+            if not self._kept[digest].num_holds:
+                self._used_bytes -= self._kept.pop(digest).num_bytes
                 self._num_evictions += 1
         return self._used_bytes + num_bytes <= self._max_bytes
 

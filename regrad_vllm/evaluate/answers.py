@@ -67,13 +67,13 @@ async def ask_all(
     from tqdm import tqdm
 
     jobs = [(question, method) for question in questions for method in methods]
-    gate = asyncio.Semaphore(endpoint.concurrency)
+    permits = asyncio.Semaphore(endpoint.concurrency)
     records: list[Record] = []
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="answer", desc="eval") as bar:
         async with httpx.AsyncClient(base_url=endpoint.server, timeout=_TIMEOUT_S) as client:
 
             async def one(asked: Retrieved, method: Method) -> None:
-                async with gate:
+                async with permits:
                     body = request_of(endpoint, prompts, asked, method)
                     prediction, error = await _ask(client, body)
                     nll = await _nll(client, body, builder, asked, method) if builder and not error else None

@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskVectors:
-    """What the bank's embedder makes of a set, see training_hits.py. Vectors are float32 (tasks, dimension), L2 norm 1."""
+    """Vectors of a set by the bank's embedder, see training_hits.py: float32 (tasks, dimension), L2 norm 1."""
 
     questions: NDArray[np.float32]  # of each task's first question
     documents: NDArray[np.float32]

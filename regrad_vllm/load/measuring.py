@@ -63,15 +63,15 @@ class _Cell:
         self._condition = condition
         self._repeat = repeat
         self._times = times
-        self._gate = asyncio.Semaphore(int(condition.arrival.value)) if times is None else None
+        self._permits = asyncio.Semaphore(int(condition.arrival.value)) if times is None else None
         self._start = time.perf_counter()
 
     async def run(self, index: int, question: Question) -> RequestLine:
         """CancelledError if the time is up before the request is sent."""
-        if self._gate is None:
+        if self._permits is None:
             await asyncio.sleep(max(0.0, self._due(index) - time.perf_counter()))
             return await self._ask(index, question)
-        async with self._gate:
+        async with self._permits:
             return await self._ask(index, question)
 
     async def _ask(self, index: int, question: Question) -> RequestLine:

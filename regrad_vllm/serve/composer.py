@@ -1,10 +1,10 @@
 """A worker's composer: adapters into LoRA slots ahead of their requests, off the engine's step.
 
-A request holds a ticket for its adapter from ``admit`` to ``release``. While there is one, the adapter's gradients are
-pinned in the worker's cache, so that it can be composed again without reading anything: a request may be preempted
-and come back when vLLM has given its slot away. So what the engine's step does for an adapter with a ticket is to find
-its slot, and at worst to compose from memory, which was done before without an error. Only an engine that is called
-without our server, which gives every request its ticket on the rank where it runs, reads records in the step.
+A request holds its adapter from ``admit`` to ``release``. Meanwhile the worker's cache holds the adapter's gradients,
+so that it can be composed again without reading anything. This is needed when a request is preempted and comes back
+after vLLM has given its slot away. So for a held adapter the engine's step finds the slot, or at worst composes from
+memory, which worked before. The step reads records only if the engine is called without our server: our server holds
+each request's adapter on the rank where it runs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MAX_KNOWN_TRACES = 4096
 
 
 class SlotWriter(Protocol):
-    """What writes a worker's LoRA slots."""
+    """Writes a worker's LoRA slots."""
 
     def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
-        """φ* − Σ steps[k] δ_k into a slot; whether it is finite in the slot's type."""
+        """Writes φ* − Σ steps[k] δ_k into a slot. Returns whether it is finite in the slot's type."""
 
     @property
     def dtype(self) -> str:
@@ -40,10 +40,10 @@ class SlotWriter(Protocol):
 
 
 @dataclass(slots=True)
-class _Ticket:
+class _AdapterHold:
     recipe: Recipe
     count: int = 0
-    pinned: bool = False
+    has_gradients: bool = False  # they are held in the cache
 
 
 @dataclass(slots=True)
@@ -65,13 +65,13 @@ class Composer:
         self._cache = cache
         self._slots = slots
         self._writer = writer
-        self._tickets: dict[int, _Ticket] = {}
-        self._lock = threading.Lock()  # over the tickets
+        self._holds: dict[int, _AdapterHold] = {}
+        self._lock = threading.Lock()  # guards the holds
         self._traces: OrderedDict[int, str] = OrderedDict()  # traceparent by adapter, until activated
         self._figures = _Figures()
 
     def admit(self, recipe: Recipe, traceparent: str) -> bool:
-        """Gives a ticket; whether the adapter is in a slot already. RecipeError, and then there is no ticket."""
+        """Takes a hold. Returns whether the adapter is in a slot already. RecipeError, and then there is no hold."""
         if recipe.learner != self._learner.fingerprint:
             raise RecipeError(
                 f"the recipe must be for the worker's learner {self._learner.fingerprint}, got {recipe.learner}"
@@ -81,49 +81,49 @@ class Composer:
             while len(self._traces) > _MAX_KNOWN_TRACES:
                 self._traces.popitem(last=False)
         with self._lock:
-            ticket = self._tickets.setdefault(recipe.int_id, _Ticket(recipe))
-            ticket.count += 1
-            return self._slots.keep(recipe.int_id) and ticket.pinned
+            hold = self._holds.setdefault(recipe.int_id, _AdapterHold(recipe))
+            hold.count += 1
+            return self._slots.keep(recipe.int_id) and hold.has_gradients
 
     def is_there(self, adapter_id: int) -> bool:
         """Whether the adapter is in a slot, as a whole."""
         return self._slots.is_there(adapter_id)
 
     def prepare(self, adapter_id: int) -> float:
-        """Composes an admitted adapter into a slot, when one is free; the ms without that wait.
+        """Composes an admitted adapter into a slot, as soon as one is free. Returns the ms without that wait.
 
-        RecipeError, ArenaError, GradientFormatError, DocumentCacheFull. Returns at once where the tickets are gone.
+        RecipeError, ArenaError, GradientFormatError, DocumentCacheFull. Returns at once if nobody holds the adapter.
         """
         to_compose, load_ms = self.load(adapter_id)
         return load_ms + self._compose_ahead(adapter_id) if to_compose else load_ms
 
     def load(self, adapter_id: int) -> tuple[bool, float]:
-        """Pins an admitted adapter's gradients in the cache; whether it must still be composed, and the ms.
+        """Holds an admitted adapter's gradients in the cache. Returns whether it must still be composed, and the ms.
 
         Waits for no slot. ArenaError, GradientFormatError, DocumentCacheFull.
         """
-        ticket = self._tickets.get(adapter_id)
-        if ticket is None:  # released in the meantime
+        hold = self._holds.get(adapter_id)
+        if hold is None:  # released in the meantime
             return False, 0.0
         start = time.perf_counter()
-        pinned = self._pin(adapter_id, ticket)
-        return pinned and not self._slots.is_there(adapter_id), (time.perf_counter() - start) * 1000
+        held = self._hold_gradients(adapter_id, hold)
+        return held and not self._slots.is_there(adapter_id), (time.perf_counter() - start) * 1000
 
     def release(self, adapter_id: int) -> None:
-        """Takes a ticket back. With the last one the adapter's slot may be given away."""
+        """Gives up a hold. After the last one the adapter's slot may be given away."""
         with self._lock:
-            ticket = self._tickets[adapter_id]
-            ticket.count -= 1
-            if ticket.count:
+            hold = self._holds[adapter_id]
+            hold.count -= 1
+            if hold.count:
                 return
-            del self._tickets[adapter_id]
-            if ticket.pinned:
-                self._cache.unpin(ticket.recipe.digests)
+            del self._holds[adapter_id]
+            if hold.has_gradients:
+                self._cache.let_go(hold.recipe.digests)
             self._traces.pop(adapter_id, None)
             self._slots.leave(adapter_id)
 
     def activate(self, recipe: Recipe) -> int:
-        """The adapter's slot, from now on vLLM's; composed here where it isn't yet. Called in the engine's step."""
+        """Gives the adapter's slot to vLLM. Composes it here if that isn't done. Called in the engine's step."""
         start = time.perf_counter()
         adapter_id = recipe.int_id
         with span("regrad.activate", self._trace(adapter_id)):
@@ -143,14 +143,14 @@ class Composer:
     def deactivate(self, adapter_id: int) -> None:
         """vLLM gives an adapter's slot away, though a request may wait for it or have been preempted."""
         with self._lock:  # against a release meanwhile
-            self._slots.put_back(adapter_id, needed=adapter_id in self._tickets)
+            self._slots.put_back(adapter_id, needed=adapter_id in self._holds)
 
     def cache_figures(self) -> dict[str, int]:
         """The cache's counts and bytes, by name."""
         return asdict(self._cache.figures())
 
     def figures(self) -> dict[str, float]:
-        """Counts and sums since the start, and what is held now."""
+        """Counts and sums since the start, and today's holds. The status endpoint shows them by these names."""
         return {
             "num_composed": self._figures.num_composed,
             "num_recomposed": self._figures.num_recomposed,
@@ -158,57 +158,57 @@ class Composer:
             "num_activated": self._figures.num_activated,
             "activate_ms": round(self._figures.activate_ms, 3),
             "num_waiting": self._slots.num_waiting,
-            "num_tickets": len(self._tickets),
+            "num_tickets": len(self._holds),
             **{f"cache_{name}": value for name, value in self.cache_figures().items()},
         }
 
-    def _pin(self, adapter_id: int, ticket: _Ticket) -> bool:
-        """Pins a ticket's gradients; False where the ticket is gone."""
-        if ticket.pinned:
+    def _hold_gradients(self, adapter_id: int, hold: _AdapterHold) -> bool:
+        """Holds an adapter's gradients in the cache. False if the adapter's hold is gone."""
+        if hold.has_gradients:
             return True
-        self._cache.pin(ticket.recipe.arena, ticket.recipe.digests)
+        self._cache.hold(hold.recipe.arena, hold.recipe.digests)
         with self._lock:
-            wanted = self._tickets.get(adapter_id) is ticket
-            if wanted and not ticket.pinned:
-                ticket.pinned = True
+            wanted = self._holds.get(adapter_id) is hold
+            if wanted and not hold.has_gradients:
+                hold.has_gradients = True
                 return True
-        self._cache.unpin(ticket.recipe.digests)  # released, or pinned by another, in the meantime
+        self._cache.let_go(hold.recipe.digests)  # released, or done by another thread, in the meantime
         return wanted
 
     def _compose_ahead(self, adapter_id: int) -> float:
-        ticket = self._tickets.get(adapter_id)
-        if ticket is None or self._slots.is_there(adapter_id):
+        hold = self._holds.get(adapter_id)
+        if hold is None or self._slots.is_there(adapter_id):
             return 0.0
-        slot = self._slots.reserve(adapter_id, lambda: adapter_id in self._tickets)
+        slot = self._slots.hold(adapter_id, lambda: adapter_id in self._holds)
         if slot is None:
             return 0.0
         start = time.perf_counter()
         try:
-            with span("regrad.compose", self._trace(adapter_id), num_documents=len(ticket.recipe.digests)):
-                self._compose(slot, ticket.recipe)
+            with span("regrad.compose", self._trace(adapter_id), num_documents=len(hold.recipe.digests)):
+                self._compose(slot, hold.recipe)
         except BaseException:
-            self._slots.give_up(adapter_id)
+            self._slots.let_go(adapter_id)
             raise
         self._slots.ready(adapter_id)
-        if adapter_id not in self._tickets:  # released in the meantime
-            self._slots.give_up(adapter_id)
+        if adapter_id not in self._holds:  # released in the meantime
+            self._slots.let_go(adapter_id)
         return (time.perf_counter() - start) * 1000
 
     def _compose_in_step(self, slot: int, recipe: Recipe) -> None:
         with self._lock:
-            ticket = self._tickets.get(recipe.int_id)
-            pinned = ticket is not None and ticket.pinned
-            if pinned:
-                ticket.count += 1  # type: ignore[union-attr]  # it can't go while we read
-        if not pinned:  # nobody prepared it: vLLM was called without our server
-            self._cache.pin(recipe.arena, recipe.digests)
+            hold = self._holds.get(recipe.int_id)
+            held = hold is not None and hold.has_gradients
+            if held:
+                hold.count += 1  # type: ignore[union-attr]  # it can't go while we read
+        if not held:  # nobody prepared it: vLLM was called without our server
+            self._cache.hold(recipe.arena, recipe.digests)
         try:
             self._compose(slot, recipe)
         finally:
-            if pinned:
+            if held:
                 self.release(recipe.int_id)
             else:
-                self._cache.unpin(recipe.digests)
+                self._cache.let_go(recipe.digests)
 
     def _compose(self, slot: int, recipe: Recipe) -> None:
         start = time.perf_counter()

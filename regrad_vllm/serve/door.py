@@ -7,7 +7,7 @@ is for the question of that id. Every prepare is followed by one release; those 
 made up for.
 
 Who needs no slot because the adapter is in one already doesn't wait behind those who wait for one. Their gradients are
-read when it is their turn, so that what is pinned is for no more adapters than there are slots, and one.
+read when it is their turn, so that gradients are held for no more adapters than there are slots, and one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Door:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
-        owed: dict[int, int] = {}  # question → adapter that it has a ticket for
+        owed: dict[int, int] = {}  # question → adapter that it holds
         tasks: set[asyncio.Task[None]] = set()
         try:
             if not _is_same_user(writer.get_extra_info("socket")):

@@ -30,8 +30,8 @@ from regrad_vllm.serve.launch import PLUGIN_NAME
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
+from regrad_vllm.serve.preparer import Preparer
 from regrad_vllm.serve.request_errors import RequestError
-from regrad_vllm.serve.retriever import Retriever
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.status import status_of
 from regrad_vllm.serve.used import UsedMemory
@@ -78,7 +78,7 @@ class RegradEndpoint:
         planner = Planner(settings, learner, tuple(path.name for path in models.base_model_paths))
         state.regrad = Runtime(
             planner=planner,
-            retriever=Retriever(learner, bank, arena, engine, metrics, settings.bank_concurrency),
+            preparer=Preparer(learner, bank, arena, engine, metrics, settings.bank_concurrency),
             engine=engine,
             metrics=metrics,
             memory=UsedMemory(settings.kept_requests),

@@ -27,13 +27,13 @@ class AdapterError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a request's adapter is composed and its request must run."""
+class Placement:
+    """The rank where a request runs and its adapter is composed. ``Engine.release`` ends its holds there."""
 
     recipe: Recipe
     rank: int  # data parallel, among this server's
     data_parallel_rank: int | None  # the same for vLLM to be told; None where it has no choice
-    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # workers, and the question that each was asked
+    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # each worker that holds the adapter
 
 
 class Engine:
@@ -87,7 +87,7 @@ class Engine:
         """Data parallel ranks that this server sends requests to."""
         return len(self._doors)
 
-    def place(self, recipe: Recipe, wanted_rank: int | None = None) -> Place:
+    def place(self, recipe: Recipe, wanted_rank: int | None = None) -> Placement:
         """Chooses the rank for a request: the wanted one, else the one with the fewest requests of ours.
 
         A ``release`` must follow, whatever comes of it.
@@ -97,9 +97,9 @@ class Engine:
             turns = [(start + self._last_rank + 1) % self.num_ranks for start in range(self.num_ranks)]
             wanted_rank = self._last_rank = min(turns, key=self._num_placed.__getitem__)
         self._num_placed[wanted_rank] += 1
-        return Place(recipe, wanted_rank, wanted_rank if self.num_ranks > 1 else None)
+        return Placement(recipe, wanted_rank, wanted_rank if self.num_ranks > 1 else None)
 
-    async def prepare(self, place: Place) -> float:
+    async def prepare(self, placement: Placement) -> float:
         """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError.
 
         First one, then the others: who has no slot on the first worker takes none on another, so that two API servers
@@ -109,14 +109,14 @@ class Engine:
         propagate.inject(carrier)
         traceparent = carrier.get("traceparent", "")
         try:
-            first, *others = self._doors[place.rank]
-            answers = [await _ask(first, place, traceparent)]
+            first, *others = self._doors[placement.rank]
+            answers = [await _ask(first, placement, traceparent)]
             if not answers[0]["error"]:
-                answers += await asyncio.gather(*(_ask(door, place, traceparent) for door in others))
+                answers += await asyncio.gather(*(_ask(door, placement, traceparent) for door in others))
         except DoorClosed as error:
             raise AdapterError(str(error)) from error
         for number, answer in enumerate(answers):
-            self.caches[f"{place.rank}/{number}"] = answer["cache"]
+            self.caches[f"{placement.rank}/{number}"] = answer["cache"]
             if answer["error"]:
                 raise AdapterError(answer["error"], damaged=answer["damaged"])
         return max(float(answer["compose_ms"]) for answer in answers)
@@ -125,10 +125,10 @@ class Engine:
         """Returns when the workers have done all that they were asked before, aborts too."""
         await vllm_server_seams.ask_workers(self._client, "regrad_settled")
 
-    def release(self, place: Place) -> None:
+    def release(self, placement: Placement) -> None:
         """The request of an earlier ``place`` is over."""
-        self._num_placed[place.rank] -= 1
-        for door, number in place.asked:
+        self._num_placed[placement.rank] -= 1
+        for door, number in placement.asked:
             door.release(number)
 
     def unfinished(self, request_id: str, recipe: Recipe) -> frozenset[str]:
@@ -150,10 +150,10 @@ class Engine:
         return [digest for rank in ranks for digest in rank]
 
 
-async def _ask(door: DoorClient, place: Place, traceparent: str) -> dict[str, Any]:
+async def _ask(door: DoorClient, placement: Placement, traceparent: str) -> dict[str, Any]:
     number = door.new_question()
-    place.asked.append((door, number))  # before it is sent: it may be cancelled any time after
-    return await door.prepare(number, place.recipe, traceparent)
+    placement.asked.append((door, number))  # before it is sent: it may be cancelled any time after
+    return await door.prepare(number, placement.recipe, traceparent)
 
 
 def check_engine_settings(vllm_config: Any, learner: Learner) -> None:

@@ -20,12 +20,12 @@ from bank_service.wire.tracing import extract, span
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.answer import AnswerTagger, Message, Send
 from regrad_vllm.serve.engine import Engine
-from regrad_vllm.serve.pins import Pins
 from regrad_vllm.serve.plan import Plan, Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
+from regrad_vllm.serve.preparer import PreparedRequest, Preparer
 from regrad_vllm.serve.prompt import SHAPES, Body, PromptShape
 from regrad_vllm.serve.request_errors import RequestError
-from regrad_vllm.serve.retriever import Prepared, Retriever
+from regrad_vllm.serve.request_holds import RequestHolds
 from regrad_vllm.serve.used import Used, UsedMemory
 
 Scope = MutableMapping[str, Any]
@@ -44,12 +44,12 @@ class Runtime:
     """What handles requests, made when vLLM has started its engine; lies in ``app.state.regrad``."""
 
     planner: Planner
-    retriever: Retriever
+    preparer: Preparer
     engine: Engine
     metrics: Metrics
     memory: UsedMemory
     adapter_names: Callable[[], frozenset[str]]  # LoRA adapters that vLLM serves by name
-    releases: set[asyncio.Task[None]]  # leases that wait for the engine
+    releases: set[asyncio.Task[None]]  # holds that wait for the engine
 
 
 class RegradMiddleware:
@@ -91,11 +91,19 @@ class RegradMiddleware:
         await self._serve(prepared, document, shape, scope, receive, send)
 
     async def _serve(
-        self, prepared: Prepared | Used, document: Body, shape: PromptShape, scope: Scope, receive: Receive, send: Send
+        self,
+        prepared: PreparedRequest | Used,
+        document: Body,
+        shape: PromptShape,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
-        """Runs vLLM's handler, with the adapter where there is one, and sees that its pins go."""
+        """Runs vLLM's handler, with the adapter if there is one, and ends its holds."""
         runtime: Runtime = scope["app"].state.regrad
-        pins = Pins(prepared, runtime.engine, runtime.releases) if isinstance(prepared, Prepared) else None
+        holds = (
+            RequestHolds(prepared, runtime.engine, runtime.releases) if isinstance(prepared, PreparedRequest) else None
+        )
         clean = False
         try:
             used = prepared if isinstance(prepared, Used) else prepared.used
@@ -109,13 +117,13 @@ class RegradMiddleware:
                 await self._app(_scope_for(scope, len(body)), replay, tagger)
             clean = tagger.succeeded and not replay.disconnected
         finally:
-            if pins is not None:
-                pins.release(clean=clean)
+            if holds is not None:
+                holds.release(clean=clean)
 
 
 async def _unless_gone(
-    work: Coroutine[Any, Any, Prepared | Used], receive: Receive, drop: Callable[[Prepared | Used], None]
-) -> Prepared | Used | None:
+    work: Coroutine[Any, Any, PreparedRequest | Used], receive: Receive, drop: Callable[[PreparedRequest | Used], None]
+) -> PreparedRequest | Used | None:
     """What ``work`` gives; None, and ``work`` is cancelled, where the client hangs up first.
 
     It may wait for a slot for long: what nobody reads any more must not stand in line. drop: takes what ``work`` gave
@@ -136,7 +144,9 @@ async def _unless_gone(
         hanging_up.cancel()
 
 
-async def _called_off(doing: asyncio.Future[Prepared | Used], drop: Callable[[Prepared | Used], None]) -> None:
+async def _called_off(
+    doing: asyncio.Future[PreparedRequest | Used], drop: Callable[[PreparedRequest | Used], None]
+) -> None:
     doing.cancel()
     with suppress(asyncio.CancelledError, RequestError):
         drop(await doing)  # it may have ended in the same moment
@@ -177,12 +187,12 @@ def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) ->
     )
 
 
-async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> Prepared | Used:
+async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedRequest | Used:
     """The adapter; or, where the policy allows it, why the base model answers instead. RequestError."""
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
     try:
         with span("regrad.prepare", extract(headers), request_id=plan.request_id):
-            return await runtime.retriever.prepare(plan, _wanted_rank(scope))
+            return await runtime.preparer.prepare(plan, _wanted_rank(scope))
     except RequestError as error:
         if plan.by_name or runtime.planner.settings.on_error == "fail_closed":
             raise
@@ -191,7 +201,7 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> Prepared | Use
 
 
 def _for_vllm(
-    prepared: Prepared | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
+    prepared: PreparedRequest | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
 ) -> tuple[vllm_server_seams.ServedCall | None, Body]:
     """What vLLM's handler is called with: (adapter, body)."""
     body = {name: value for name, value in document.items() if name != "regrad"}
@@ -199,8 +209,8 @@ def _for_vllm(
     body["model"] = planner.base_name(model)
     body["request_id"] = used.request_id
     answered_by = model if isinstance(model, str) else planner.model_names[0]
-    place = prepared.place if isinstance(prepared, Prepared) else None
-    if not isinstance(prepared, Prepared) or place is None:
+    placement = prepared.placement if isinstance(prepared, PreparedRequest) else None
+    if not isinstance(prepared, PreparedRequest) or placement is None:
         return vllm_server_seams.ServedCall(None, answered_by), body
     prompts = planner.learner.config.prompts
     changed: Body | None = body
@@ -211,12 +221,12 @@ def _for_vllm(
         raise AssertionError("mode icl was planned for a body without a question")
     if planner.settings.system_prompt and prompts.system:
         changed = shape.with_system(changed, prompts.system)
-    return vllm_server_seams.make_served_call(place.recipe, answered_by, place.data_parallel_rank), changed
+    return vllm_server_seams.make_served_call(placement.recipe, answered_by, placement.data_parallel_rank), changed
 
 
-def _drop(runtime: Runtime, prepared: Prepared | Used) -> None:
-    if isinstance(prepared, Prepared):
-        Pins(prepared, runtime.engine, runtime.releases).let_go()
+def _drop(runtime: Runtime, prepared: PreparedRequest | Used) -> None:
+    if isinstance(prepared, PreparedRequest):
+        RequestHolds(prepared, runtime.engine, runtime.releases).let_go()
 
 
 def _outcome(used: Used) -> str:

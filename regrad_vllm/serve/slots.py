@@ -19,14 +19,14 @@ _LOOK_AGAIN_SECONDS = 1.0  # vLLM may empty slots without a word
 
 
 @dataclass(slots=True)
-class _Reserved:
+class _SlotHold:
     slot: int
     ready: bool = False
     for_step: bool = False  # nobody waits for it, but the step that is being set up
 
 
 class Slots:
-    """Books over all slots of a worker. The engine's step takes, another thread reserves; thread-safe.
+    """Books over all slots of a worker. The engine's step takes slots, another thread holds them. Thread-safe.
 
     There is always a slot for the step: what waits can be composed again later, and there are more slots than vLLM runs
     adapters at a time.
@@ -35,7 +35,7 @@ class Slots:
     def __init__(self, slot_ids: SlotIds) -> None:
         """``slot_ids()`` has a place for every slot."""
         self._slot_ids = slot_ids
-        self._reserved: dict[int, _Reserved] = {}  # by adapter id, oldest first
+        self._holds: dict[int, _SlotHold] = {}  # by adapter id, oldest first
         self._idle: dict[int, None] = {}  # adapters of vLLM's that nobody needs, longest so first
         self._in_step: frozenset[int] = frozenset()  # adapters in the batch that runs, or ran last
         self._is_set_up = True  # the step has all its adapters
@@ -44,7 +44,7 @@ class Slots:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._reserved)
+        return len(self._holds)
 
     def begin_step(self, adapter_ids: frozenset[int]) -> None:
         """A step of the engine begins. Until the next one does, its adapters keep their slots, needed or not: a request
@@ -58,7 +58,7 @@ class Slots:
         """All adapters of the step have been activated: what was put back for it alone and not taken is free."""
         with self._lock:
             self._is_set_up = True
-            self._reserved = {id: entry for id, entry in self._reserved.items() if not entry.for_step}
+            self._holds = {id: entry for id, entry in self._holds.items() if not entry.for_step}
             self._changed.notify_all()
 
     def in_step(self) -> list[int]:
@@ -77,36 +77,38 @@ class Slots:
             self._idle.pop(adapter_id, None)
             return self._is_there(adapter_id)
 
-    def reserve(self, adapter_id: int, wanted: Callable[[], bool]) -> int | None:
-        """A slot for an adapter, as soon as there is one that nobody needs; None when the adapter is no longer
-        ``wanted``, which is asked again whenever something here changes."""
+    def hold(self, adapter_id: int, wanted: Callable[[], bool]) -> int | None:
+        """Holds a slot for an adapter, as soon as there is one that nobody needs.
+
+        None if the adapter is no longer ``wanted``, which is asked again whenever something here changes.
+        """
         with self._lock:
             self._wait(lambda: self._free() is not None or not wanted())
             slot = self._free()
             if slot is None or not wanted():
                 return None
             self._empty(slot)
-            self._reserved[adapter_id] = _Reserved(slot)
+            self._holds[adapter_id] = _SlotHold(slot)
             return slot
 
     def ready(self, adapter_id: int) -> None:
-        """The adapter is in its reserved slot."""
+        """The adapter is composed in the slot held for it."""
         with self._lock:
-            self._reserved[adapter_id].ready = True
+            self._holds[adapter_id].ready = True
             self._changed.notify_all()
 
-    def give_up(self, adapter_id: int) -> None:
-        """Frees the slot that an adapter has reserved and that nobody writes any more."""
+    def let_go(self, adapter_id: int) -> None:
+        """Frees the slot held for an adapter. Nobody may be writing it any more."""
         with self._lock:
-            self._reserved.pop(adapter_id, None)
+            self._holds.pop(adapter_id, None)
             self._changed.notify_all()
 
     def leave(self, adapter_id: int) -> None:
         """Nobody needs the adapter: its slot may be given away, but not before it is composed as a whole."""
         with self._lock:
-            reserved = self._reserved.get(adapter_id)
-            if reserved is not None and reserved.ready:
-                del self._reserved[adapter_id]
+            hold = self._holds.get(adapter_id)
+            if hold is not None and hold.ready:
+                del self._holds[adapter_id]
             there = set(self._slot_ids())
             self._idle = {id: None for id in (*self._idle, adapter_id) if id in there}
             self._changed.notify_all()
@@ -117,18 +119,18 @@ class Slots:
         Waits for a composition that has begun: it is nearly done.
         """
         with self._lock:
-            self._wait(lambda: adapter_id not in self._reserved or self._reserved[adapter_id].ready)
-            reserved = self._reserved.pop(adapter_id, None)
-            if reserved is not None:
-                slot = reserved.slot
+            self._wait(lambda: adapter_id not in self._holds or self._holds[adapter_id].ready)
+            hold = self._holds.pop(adapter_id, None)
+            if hold is not None:
+                slot = hold.slot
             else:
                 self._wait(lambda: self._free() is not None or self._last_ready() is not None)
                 found = self._free()
-                slot = self._reserved.pop(self._last_ready()).slot if found is None else found  # type: ignore[arg-type]
+                slot = self._holds.pop(self._last_ready()).slot if found is None else found  # type: ignore[arg-type]
             self._empty(slot)
             self._slot_ids()[slot] = adapter_id
             self._changed.notify_all()
-            return slot, reserved is not None
+            return slot, hold is not None
 
     def put_back(self, adapter_id: int, *, needed: bool) -> None:
         """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others.
@@ -143,7 +145,7 @@ class Slots:
             self._empty(slot)
             for_step = not needed and not self._is_set_up and adapter_id in self._in_step
             if needed or for_step:
-                self._reserved = {adapter_id: _Reserved(slot, True, for_step), **self._reserved}
+                self._holds = {adapter_id: _SlotHold(slot, True, for_step), **self._holds}
             self._changed.notify_all()
 
     def lose(self, adapter_id: int) -> None:
@@ -152,18 +154,18 @@ class Slots:
             self._slot_ids()[self._slot_ids().index(adapter_id)] = None
             self._changed.notify_all()
 
-    def _wait(self, holds: Callable[[], bool]) -> None:
-        while not holds():
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             self._changed.wait(_LOOK_AGAIN_SECONDS)
 
     def _is_there(self, adapter_id: int) -> bool:
-        reserved = self._reserved.get(adapter_id)
-        return adapter_id in self._slot_ids() or (reserved is not None and reserved.ready)
+        hold = self._holds.get(adapter_id)
+        return adapter_id in self._slot_ids() or (hold is not None and hold.ready)
 
     def _free(self) -> int | None:
         """An empty slot, else the one that nobody has needed for longest and that no step is using."""
         ids = self._slot_ids()
-        taken = {entry.slot for entry in self._reserved.values()}
+        taken = {entry.slot for entry in self._holds.values()}
         for slot, adapter_id in enumerate(ids):
             if adapter_id is None and slot not in taken:
                 return slot
@@ -172,7 +174,7 @@ class Slots:
 
     def _last_ready(self) -> int | None:
         """The adapter that has waited shortest."""
-        return next((id for id in reversed(self._reserved) if self._reserved[id].ready), None)
+        return next((id for id in reversed(self._holds) if self._holds[id].ready), None)
 
     def _empty(self, slot: int) -> None:
         adapter_id = self._slot_ids()[slot]

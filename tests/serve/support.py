@@ -143,9 +143,9 @@ def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str =
     """A recipe whose gradients lie in the arena."""
     encoder = DrawingEncoder(learner)
     records = [encode_gradient(item.values, encoder.spec, codec) for item in encoder.encode([("", t) for t in texts])]
-    lease = arena.lease()
+    hold = arena.hold()
     for record in records:
-        lease.put(record_digest(record), record)
+        hold.put(record_digest(record), record)
     digests = tuple(record_digest(record) for record in records)
     return Recipe(str(arena.folder), learner.fingerprint, digests, tuple(1 / (n + 1) for n in range(len(texts))), 0.7)
 

@@ -30,9 +30,9 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
 
 def fill(arena: Arena, numbers: range) -> None:
     for number in numbers:
-        with arena.lease() as lease:
-            if lease.take([record(number)[0]]):
-                lease.put(*record(number))
+        with arena.hold() as hold:
+            if hold.take([record(number)[0]]):
+                hold.put(*record(number))
 
 
 def holds(arena: Arena, number: int) -> bool:
@@ -41,11 +41,11 @@ def holds(arena: Arena, number: int) -> bool:
 
 def test_a_worker_reads_what_the_server_put(arena: Arena) -> None:
     digest, data = record(1)
-    with arena.lease() as lease:
-        assert lease.take([digest, digest]) == [digest]
-        lease.put(digest, data)
+    with arena.hold() as hold:
+        assert hold.take([digest, digest]) == [digest]
+        hold.put(digest, data)
         assert read_record(arena.folder, digest) == data
-    assert arena.lease().take([digest]) == []
+    assert arena.hold().take([digest]) == []
 
 
 def test_the_least_recently_used_goes_first(arena: Arena) -> None:
@@ -57,9 +57,9 @@ def test_the_least_recently_used_goes_first(arena: Arena) -> None:
     assert (figures.used_bytes, figures.num_records, figures.num_evictions) == (1000, 10, 2)
 
 
-def test_a_pinned_record_stays_until_its_last_lease_goes(arena: Arena) -> None:
+def test_a_held_record_stays_until_its_last_hold_goes(arena: Arena) -> None:
     fill(arena, range(10))
-    first, second = arena.lease(), arena.lease()
+    first, second = arena.hold(), arena.hold()
     assert first.take([record(0)[0]]) == second.take([record(0)[0]]) == []
     first.release()
     first.release()  # once is enough, twice does no harm
@@ -71,40 +71,40 @@ def test_a_pinned_record_stays_until_its_last_lease_goes(arena: Arena) -> None:
     assert arena.figures().num_leases == arena.figures().num_pinned == 0
 
 
-def test_an_arena_full_of_pins_refuses_and_keeps_what_it_has(arena: Arena) -> None:
-    with arena.lease() as lease:
+def test_an_arena_full_of_held_records_refuses_and_keeps_what_it_has(arena: Arena) -> None:
+    with arena.hold() as hold:
         for number in range(10):
-            lease.put(*record(number))
+            hold.put(*record(number))
         with pytest.raises(ArenaFull, match="REGRAD_ARENA_BYTES"):
-            arena.lease().put(*record(10))
+            arena.hold().put(*record(10))
         assert all(holds(arena, number) for number in range(10))
     fill(arena, range(10, 11))
     assert holds(arena, 10)
 
 
 def test_a_record_larger_than_the_arena_is_refused(arena: Arena) -> None:
-    with pytest.raises(ArenaFull, match="must fit"), arena.lease() as lease:
-        lease.put(*record(1, 1001))
+    with pytest.raises(ArenaFull, match="must fit"), arena.hold() as hold:
+        hold.put(*record(1, 1001))
 
 
 def test_bytes_that_are_not_what_their_digest_says_are_never_published(arena: Arena) -> None:
-    with pytest.raises(ArenaCorrupt), arena.lease() as lease:
-        lease.put(record(1)[0], b"something else")
+    with pytest.raises(ArenaCorrupt), arena.hold() as hold:
+        hold.put(record(1)[0], b"something else")
     assert not holds(arena, 1) and arena.figures().used_bytes == 0
 
 
 def test_a_damaged_file_is_noticed_discarded_and_fetched_anew(arena: Arena) -> None:
     digest, data = record(1)
-    lease = arena.lease()
-    lease.put(digest, data)
+    hold = arena.hold()
+    hold.put(digest, data)
     path = arena.folder / digest
     path.chmod(0o600)
     path.write_bytes(b"x" + data[1:])
     with pytest.raises(ArenaCorrupt, match=digest):
         read_record(arena.folder, digest)
-    lease.release(discard=True)
+    hold.release(discard=True)
     assert not path.exists()
-    with arena.lease() as again:
+    with arena.hold() as again:
         assert again.take([digest]) == [digest]
         again.put(digest, data)
         assert read_record(arena.folder, digest) == data
@@ -112,19 +112,19 @@ def test_a_damaged_file_is_noticed_discarded_and_fetched_anew(arena: Arena) -> N
 
 def test_a_discarded_record_stays_for_those_who_pinned_it_but_for_no_others(arena: Arena) -> None:
     digest, data = record(1)
-    reader = arena.lease()
+    reader = arena.hold()
     reader.put(digest, data)
-    finder = arena.lease()
+    finder = arena.hold()
     finder.take([digest])
     finder.release(discard=True)
     assert holds(arena, 1)
-    late = arena.lease()
+    late = arena.hold()
     assert late.take([digest]) == [digest]
     late.put(digest, data)  # whole again
     reader.release()
     assert holds(arena, 1) and arena.figures().used_bytes == len(data)
     late.release()
-    assert arena.lease().take([digest]) == []
+    assert arena.hold().take([digest]) == []
 
 
 def test_a_record_that_is_not_there_says_so(arena: Arena) -> None:
@@ -144,13 +144,13 @@ def test_many_threads_leave_sound_books(arena: Arena) -> None:
     def work(seed: int) -> None:
         for step in range(200):
             wanted = [record((seed * 7 + step * k) % 14) for k in (1, 3)]
-            with arena.lease() as lease:
+            with arena.hold() as hold:
                 try:
-                    missing = lease.take([digest for digest, _ in wanted])
+                    missing = hold.take([digest for digest, _ in wanted])
                     for digest, data in wanted:
                         if digest in missing:
                             missing.remove(digest)
-                            lease.put(digest, data)
+                            hold.put(digest, data)
                         assert read_record(arena.folder, digest) == data
                 except ArenaFull:
                     continue
@@ -175,7 +175,7 @@ def test_the_next_start_sweeps_what_a_killed_server_left(tmp_path: Path) -> None
         "import sys, time, hashlib\n"
         "from regrad_vllm.adapt.arena import Arena\n"
         "arena = Arena.open(sys.argv[1], 1000)\n"
-        "arena.lease().put(hashlib.sha256(b'x').hexdigest(), b'x')\n"
+        "arena.hold().put(hashlib.sha256(b'x').hexdigest(), b'x')\n"
         "print(arena.folder, flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -197,14 +197,14 @@ def test_the_next_start_sweeps_what_a_killed_server_left(tmp_path: Path) -> None
 
 
 def test_a_put_that_comes_after_its_request_was_cancelled_pins_nothing(arena: Arena) -> None:
-    lease, other = arena.lease(), arena.lease()
+    hold, other = arena.hold(), arena.hold()
     other.put(*record(2))
-    lease.release()
+    hold.release()
     for number in (1, 2):
         with pytest.raises(ArenaError, match="released"):
-            lease.put(*record(number))
+            hold.put(*record(number))
     with pytest.raises(ArenaError, match="released"):
-        lease.take([record(2)[0]])
+        hold.take([record(2)[0]])
     other.release()
     assert arena.figures().num_pinned == arena.figures().num_leases == 0
     fill(arena, range(10, 30))
@@ -235,12 +235,12 @@ def test_another_users_folder_is_not_swept(tmp_path: Path) -> None:
 
 def test_a_closed_arena_refuses(tmp_path: Path) -> None:
     arena = Arena.open(tmp_path, 1000)
-    lease = arena.lease()
-    lease.put(*record(1))
+    hold = arena.hold()
+    hold.put(*record(1))
     arena.close()
     with pytest.raises(ArenaError, match="closed"):
-        arena.lease().take([record(1)[0]])
-    lease.release()
+        arena.hold().take([record(1)[0]])
+    hold.release()
 
 
 def test_a_file_system_smaller_than_the_arena_is_a_smaller_arena(tmp_path: Path) -> None:
@@ -249,11 +249,11 @@ def test_a_file_system_smaller_than_the_arena_is_a_smaller_arena(tmp_path: Path)
     try:
         small = Arena.open(tmp_path, 2**30)
         for number in range(10):
-            with small.lease() as lease:
-                lease.put(*record(number, 30_000))
+            with small.hold() as hold:
+                hold.put(*record(number, 30_000))
         figures = small.figures()
         assert 0 < figures.num_records < 10 and figures.num_evictions == 10 - figures.num_records
-        held = small.lease()
+        held = small.hold()
         with pytest.raises(ArenaFull, match="file system .* is full"):
             for number in range(10):
                 held.put(*record(number, 30_000))

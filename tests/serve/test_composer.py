@@ -74,7 +74,7 @@ def test_a_request_that_comes_back_is_composed_from_memory(arena: Arena, learner
     worker.composer.release(recipe.int_id)
     assert worker.cache.figures().num_pinned == 0
     worker.ids[worker.ids.index(recipe.int_id)] = None
-    worker.composer.activate(recipe)  # still cached, though nobody has a ticket
+    worker.composer.activate(recipe)  # still cached, though nobody holds it
 
 
 def test_an_adapter_that_vllm_puts_out_stays_in_its_slot_while_a_request_needs_it(
@@ -107,7 +107,7 @@ def test_what_can_not_be_composed_says_why_and_leaves_nothing(arena: Arena, lear
     foreign = stored_recipe(arena, stranger, ["one"])
     spec = learner.spec
     huge = encode_gradient(np.full(spec.num_values, 3e37, np.float32), spec, "int8")
-    arena.lease().put(record_digest(huge), huge)
+    arena.hold().put(record_digest(huge), huge)
     damaged, cut, empty = (stored_recipe(arena, learner, [text]) for text in ("damaged", "cut", "empty"))
     for broken, change in (
         (damaged, lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),

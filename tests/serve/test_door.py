@@ -48,7 +48,7 @@ def test_the_door_answers_many_at_a_time_and_makes_up_for_a_server_that_is_gone(
         answer = await client.prepare(wrong, replace(recipes[0], learner="f" * 64), "")
         assert "worker's learner" in answer["error"] and not answer["damaged"]
         client.release(wrong)
-        client.release(client.new_question())  # never asked: takes nobody's ticket
+        client.release(client.new_question())  # never asked: takes nobody's hold
         assert await settled(lambda: worker.composer.figures()["num_tickets"] == 2)
         await other.close()
         assert await settled(lambda: worker.composer.figures()["num_tickets"] == 1)
@@ -134,7 +134,7 @@ def test_whatever_goes_wrong_is_answered(
 
     async def run() -> None:
         client = DoorClient(worker.door.address)
-        monkeypatch.setattr(worker.cache, "pin", fails)
+        monkeypatch.setattr(worker.cache, "hold", fails)
         async with asyncio.timeout(10):
             answer = await ask(client, recipe)
         assert "Too many open files" in answer["error"] and not answer["damaged"]

@@ -132,7 +132,7 @@ def stored(arena: Arena, learner: Learner, codecs: list[str]) -> list[str]:
     for codec in codecs:
         values = random.standard_normal(learner.layout.num_values, dtype=np.float32)
         record = encode_gradient(values, learner.spec, codec)
-        arena.lease().put(record_digest(record), record)
+        arena.hold().put(record_digest(record), record)
         digests.append(record_digest(record))
     return digests
 

@@ -32,7 +32,7 @@ from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
-from regrad_vllm.serve.retriever import Retriever, as_request_error
+from regrad_vllm.serve.preparer import Preparer, as_request_error
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
 from tests.serve.support import free_port
@@ -67,7 +67,7 @@ async def ask(
     metrics = Metrics.create(CollectorRegistry())
     app.state.regrad = Runtime(
         planner=Planner(settings, learner, ("base",)),
-        retriever=Retriever(learner, bank, arena, engine, metrics, 2),
+        preparer=Preparer(learner, bank, arena, engine, metrics, 2),
         engine=engine,
         metrics=metrics,
         memory=UsedMemory(10),

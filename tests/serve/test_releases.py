@@ -1,4 +1,4 @@
-"""When a request's pins go: overlapping requests with one adapter; bank and arena are real, vLLM's lists stood in."""
+"""When a request's holds go: overlapping requests with one adapter; bank and arena are real, vLLM's lists stood in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
-from regrad_vllm.serve.retriever import Retriever
+from regrad_vllm.serve.preparer import Preparer
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
 from tests.serve.support import BankThread, Worker
@@ -78,7 +78,7 @@ async def serving(
     workers = Engine(engine, [[DoorClient(worker.door.address)]])
     runtime = app.state.regrad = Runtime(
         planner=Planner(settings, learner, ("base",)),
-        retriever=Retriever(learner, client, arena, workers, metrics, CONCURRENCY),
+        preparer=Preparer(learner, client, arena, workers, metrics, CONCURRENCY),
         engine=workers,
         metrics=metrics,
         memory=UsedMemory(10),
@@ -228,7 +228,7 @@ def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
 
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, runtime, arena, worker):
             client, app = _Client(), _app_of(http)
-            prepare = runtime.retriever.prepare
+            prepare = runtime.preparer.prepare
             asked: list[asyncio.Task[None]] = []
 
             async def ends_as_it_is_cancelled(plan: Any, rank: int | None = None) -> Any:
@@ -237,7 +237,7 @@ def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
                 return prepared
 
             if ended:
-                monkeypatch.setattr(runtime.retriever, "prepare", ends_as_it_is_cancelled)
+                monkeypatch.setattr(runtime.preparer, "prepare", ends_as_it_is_cancelled)
             else:
                 for slot in range(len(worker.ids)):
                     worker.ids[slot] = -1 - slot  # it waits

@@ -15,7 +15,7 @@ from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.adapt.bank_client import BankClient, Condition, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import Retrieval
-from regrad_vllm.serve.retriever import no_hits
+from regrad_vllm.serve.preparer import no_hits
 from tests.serve.support import BankThread
 from tests.serve.test_releases import EngineLists, serving
 

@@ -22,10 +22,10 @@ from bank_service.wire.errors import (
     retry_after_ms,
 )
 from bank_service.wire.tracing import span
-from regrad_vllm.adapt.arena import Arena, ArenaError, Lease
+from regrad_vllm.adapt.arena import Arena, ArenaError, ArenaHold
 from regrad_vllm.adapt.bank_client import Answer, BankClient, Hit, Query
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.engine import AdapterError, Engine, Place
+from regrad_vllm.serve.engine import AdapterError, Engine, Placement
 from regrad_vllm.serve.plan import Plan
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.recipe import Recipe
@@ -34,68 +34,68 @@ from regrad_vllm.serve.used import Used, UsedDocument
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a request may run with. Without a place for an adapter it runs on the base model."""
+class PreparedRequest:
+    """All that a request runs with, held for it. Without a placement it runs on the base model."""
 
     used: Used
-    lease: Lease
-    place: Place | None
+    gradients: ArenaHold  # in the arena
+    placement: Placement | None
     texts: tuple[tuple[str, str], ...]  # (title, text) of the documents, in mode icl
 
 
-class Retriever:
+class Preparer:
     """Prepares adapters of one learner from one bank."""
 
     def __init__(
-        self, learner: Learner, bank: BankClient, arena: Arena, engine: Engine, metrics: Metrics, max_bank_calls: int
+        self, learner: Learner, bank: BankClient, arena: Arena, engine: Engine, metrics: Metrics, max_bank_permits: int
     ) -> None:
         self._learner = learner
         # A burst of requests must not share the bank's deadline by all asking at once.
-        self._bank_calls = asyncio.Semaphore(max_bank_calls)
+        self._bank_permits = asyncio.Semaphore(max_bank_permits)
         self._bank = bank
         self._arena = arena
         self._engine = engine
         self._metrics = metrics
         self._seen_evictions = 0
 
-    async def prepare(self, plan: Plan, wanted_rank: int | None = None) -> Prepared:
-        """Everything that the request needs, pinned; the caller releases the place and the lease.
+    async def prepare(self, plan: Plan, wanted_rank: int | None = None) -> PreparedRequest:
+        """Prepares all that the request needs, and holds it. The caller releases ``placement`` and ``gradients``.
 
-        RequestError, and then nothing is pinned.
+        RequestError, and then nothing is held.
         """
-        lease = self._arena.lease()
-        place: Place | None = None
+        hold = self._arena.hold()
+        placement: Placement | None = None
         timings: dict[str, float] = {}
         try:
-            async with self._bank_calls:
-                answer = await self._find(plan, lease, timings)
+            async with self._bank_permits:
+                answer = await self._find(plan, hold, timings)
             hits = answer.hits
             if not hits:
-                return Prepared(self._used(plan, answer, None, timings), lease, None, ())
-            place = self._engine.place(self._recipe(plan, hits), wanted_rank)
-            await self._compose(place, timings)
+                return PreparedRequest(self._used(plan, answer, None, timings), hold, None, ())
+            placement = self._engine.place(self._recipe(plan, hits), wanted_rank)
+            await self._compose(placement, timings)
             texts = tuple((hit.title, hit.text) for hit in hits) if plan.query.with_text else ()
-            return Prepared(self._used(plan, answer, place.recipe, timings), lease, place, texts)
+            return PreparedRequest(self._used(plan, answer, placement.recipe, timings), hold, placement, texts)
         except AdapterError as error:
-            self._engine.release(_made(place))
-            lease.release(discard=error.damaged)  # what the workers can't read must not stay
+            self._engine.release(_made(placement))
+            hold.release(discard=error.damaged)  # what the workers can't read must not stay
             raise RequestError(503, f"the adapter can't be composed: {error}") from error
         except (BankError, GradientFormatError, ArenaError) as error:
-            lease.release()
+            hold.release()
             raise as_request_error(error, self._bank.address) from error
-        except BaseException:  # cancelled, or a fault of ours: the pins go in any case
-            if place is not None:
-                self._engine.release(place)
-            lease.release()
+        except BaseException:  # cancelled, or a fault of ours: the holds end in any case
+            if placement is not None:
+                self._engine.release(placement)
+            hold.release()
             raise
 
-    async def _find(self, plan: Plan, lease: Lease, timings: dict[str, float]) -> Answer:
-        """Hits with all their gradients pinned in the arena."""
+    async def _find(self, plan: Plan, hold: ArenaHold, timings: dict[str, float]) -> Answer:
+        """Hits, with all their gradients held in the arena."""
         for last_try in (False, True):
             with self._clock("retrieve", timings), span("regrad.retrieve", namespace=plan.query.namespace):
                 answer = await self._bank.answer(plan.query)
             try:
-                await self._fetch(answer.hits, lease, timings)
+                await self._fetch(answer.hits, hold, timings)
                 return answer
             except NotFoundError:
                 # A document was updated or deleted between the query and the fetch: the next query knows.
@@ -103,22 +103,22 @@ class Retriever:
                     raise
         raise AssertionError("unreachable")
 
-    async def _fetch(self, hits: tuple[Hit, ...], lease: Lease, timings: dict[str, float]) -> None:
-        missing = lease.take([hit.gradient_digest for hit in hits])
+    async def _fetch(self, hits: tuple[Hit, ...], hold: ArenaHold, timings: dict[str, float]) -> None:
+        missing = hold.take([hit.gradient_digest for hit in hits])
         self._metrics.arena_lookups.labels("hit").inc(len(hits) - len(missing))
         self._metrics.arena_lookups.labels("miss").inc(len(missing))
         with self._clock("fetch", timings), span("regrad.fetch", num_missing=len(missing)):
             if missing:
                 async for digest, record in self._bank.fetch(missing):
-                    await asyncio.to_thread(lease.put, digest, record)
+                    await asyncio.to_thread(hold.put, digest, record)
                     self._metrics.fetched_bytes.inc(len(record))
         figures = self._arena.figures()
         self._metrics.observe_arena(figures, self._seen_evictions)
         self._seen_evictions = figures.num_evictions
 
-    async def _compose(self, place: Place, timings: dict[str, float]) -> None:
+    async def _compose(self, placement: Placement, timings: dict[str, float]) -> None:
         start = time.perf_counter()
-        compose_ms = await self._engine.prepare(place)
+        compose_ms = await self._engine.prepare(placement)
         for worker, cache in self._engine.caches.items():
             self._metrics.observe_worker(worker, cache)
         wait_ms = (time.perf_counter() - start) * 1000 - compose_ms
@@ -166,10 +166,10 @@ class Retriever:
         (self._metrics.retrieve_ms if name == "retrieve" else self._metrics.fetch_ms).observe(ms)
 
 
-def _made(place: Place | None) -> Place:
-    if place is None:
+def _made(placement: Placement | None) -> Placement:
+    if placement is None:
         raise AssertionError("an adapter was refused before there was one")
-    return place
+    return placement
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:

@@ -1,0 +1,54 @@
+"""The holds of one request: its adapter at the workers and its gradients in the arena; and when they end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from regrad_vllm.serve.engine import Engine
+from regrad_vllm.serve.preparer import PreparedRequest
+
+_POLL_SECONDS = 0.05
+
+
+class RequestHolds:
+    """Of one request. Release them once."""
+
+    def __init__(self, prepared: PreparedRequest, engine: Engine, releases: set[asyncio.Task[None]]) -> None:
+        """releases: keeps the tasks that wait for the engine."""
+        self._prepared = prepared
+        self._engine = engine
+        self._releases = releases
+
+    def release(self, *, clean: bool) -> None:
+        """Ends the holds, but not before the engine has stopped using the adapter for this request.
+
+        A request that ended well (``clean``) is over, except for a last step, which keeps its slot by itself
+        (``Slots.begin_step``). A request that failed, or whose client hung up, may run until its abort arrives, and its
+        adapter may have to be composed again in that time. Its present parts in the engine are its last ones, so the
+        wait ends with them. Other requests with the same adapter have holds of their own.
+        """
+        if clean or self._prepared.placement is None:
+            self.let_go()
+            return
+        task = asyncio.get_running_loop().create_task(self._let_go_later(self._unfinished()))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    def let_go(self) -> None:
+        """Ends the holds at once: the engine was asked nothing, or it is done."""
+        if self._prepared.placement is not None:
+            self._engine.release(self._prepared.placement)
+        self._prepared.gradients.release()
+
+    async def _let_go_later(self, running: frozenset[str]) -> None:
+        try:
+            while self._engine.still_runs(running):
+                await asyncio.sleep(_POLL_SECONDS)
+            await self._engine.settled()  # its last step may still run, on the adapter's slot
+        finally:
+            self.let_go()
+
+    def _unfinished(self) -> frozenset[str]:
+        placement = self._prepared.placement
+        assert placement is not None
+        return self._engine.unfinished(self._prepared.used.request_id, placement.recipe)
