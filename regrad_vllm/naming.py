@@ -14,6 +14,7 @@ from typing import Literal
 
 ADAPTER_PREFIX = "regrad-"
 MODEL_SUFFIX = "-regrad"
+BANK_READY = "bank ready at "  # begins the line that `regrad bank` prints once it serves
 Retrieval = Literal["dense", "lexical", "hybrid"]  # how a text finds documents; the bank's contract says more
 RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
 Operator = Literal["equals", "not_equals", "present", "absent"]  # of a condition on a document's metadata

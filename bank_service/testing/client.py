@@ -85,7 +85,7 @@ class Client:
         async with own_errors():
             return (await self.stub.BatchQuery(request)).responses
 
-    async def fetch(self, digests: Sequence[str]) -> list[tuple[str, bytes]]:
+    async def fetch(self, digests: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         """Records in the order in which they came, put together from their chunks."""
         records: list[tuple[str, bytearray]] = []
         async with own_errors():
