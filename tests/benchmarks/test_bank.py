@@ -15,7 +15,7 @@ import pytest
 from benchmarks.bank.drawn_corpus import BLOCK, DrawnCorpus, number_of
 from benchmarks.bank_ingest import spec_with
 from benchmarks.bank_soak.__main__ import Soak
-from benchmarks.bank_soak.ledger import Content, Stored
+from benchmarks.bank_soak.ledger import SeededContent, Stored
 from benchmarks.bank_soak.sampling import growth
 from benchmarks.crash.killable import ROOT
 
@@ -98,7 +98,7 @@ def test_the_soak_sees_a_document_that_is_not_what_it_should_be(tmp_path: Path) 
         samples = await load(process)
         documents = soak._spaces[0].documents
         first, second, *_ = documents
-        documents[first] = Stored(Content(1), documents[first].version, documents[second].digest)
+        documents[first] = Stored(SeededContent(1), documents[first].version, documents[second].digest)
         del documents[second]
         return samples
 

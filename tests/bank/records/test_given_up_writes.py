@@ -13,14 +13,14 @@ from bank_service.runtime import background
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import spec_of
 from bank_service.wire.codec import record_digest
-from benchmarks.bank_soak.ledger import Content
+from benchmarks.bank_soak.ledger import SeededContent
 
 
 @pytest.mark.asyncio
 async def test_a_write_given_up_does_not_replace_one_that_was_acknowledged_after_it(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_up, kept = Content(1), Content(2)
+    given_up, kept = SeededContent(1), SeededContent(2)
     slow = record_digest(given_up.record(spec_of()))
     reached, may_go_on = threading.Event(), threading.Event()
     put = BlobStore.put
@@ -32,7 +32,7 @@ async def test_a_write_given_up_does_not_replace_one_that_was_acknowledged_after
         put(store, digest, record)
 
     monkeypatch.setattr(BlobStore, "put", put_slowly)
-    await client.upload(*Content(0).upload("n", "x", spec_of(), 384))
+    await client.upload(*SeededContent(0).upload("n", "x", spec_of(), 384))
     write = asyncio.create_task(client.upload(*given_up.upload("n", "x", spec_of(), 384)))
     assert await asyncio.to_thread(reached.wait, 10)
     write.cancel()
