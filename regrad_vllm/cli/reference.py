@@ -69,8 +69,8 @@ def commands() -> str:
 
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
     """Every command with the parser that reads its arguments, in the order of ``regrad --help``."""
-    from regrad_vllm.evaluate.grow import build_parser as growth
-    from regrad_vllm.evaluate.run import build_parser as evaluate
+    from regrad_vllm.evaluate.eval_command import build_parser as evaluate
+    from regrad_vllm.evaluate.growth_command import build_parser as growth
     from regrad_vllm.load.options import parser as load
     from regrad_vllm.serve.launch import build_parser as serve
 

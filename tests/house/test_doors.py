@@ -139,11 +139,11 @@ def test_only_the_catalogs_factory_knows_its_store_and_only_the_store_knows_sql(
     broken = []
     for path in _sources("bank_service"):
         room = _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        for module in _imports(path):
-            is_store = _is_within(module, "bank_service.catalog.sqlite") and room != "catalog.factory"
-            is_sql = any(_is_within(module, package) for package in ("sqlalchemy", "sqlite3"))
+        for found in imports(path):
+            is_store = is_within(found.name, "bank_service.catalog.sqlite") and room != "catalog.factory"
+            is_sql = any(is_within(found.name, package) for package in ("sqlalchemy", "sqlite3"))
             if room != "catalog.sqlite" and (is_store or is_sql):
-                broken.append(f"{path.relative_to(ROOT)} imports {module}")
+                broken.append(f"{path.relative_to(ROOT)} imports {found.name}")
     assert not broken
 
 
