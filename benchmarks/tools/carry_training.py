@@ -29,9 +29,9 @@ from typing import IO, Any, cast
 from bank_service.values.embedder import installed_files
 from regrad_vllm.data.questions import SPLITS
 from regrad_vllm.default_model import resolve_model
-from regrad_vllm.learn.config import LEARNERS, ConfigError, TrainConfig
 from regrad_vllm.learn.material import fill_caches
 from regrad_vllm.learn.train import CHECKPOINT, LOG
+from regrad_vllm.learn.train_config import LEARNERS, ConfigError, TrainConfig
 
 _CODE = Path(__file__).resolve().parents[2]
 _SCRIPT = Path(__file__).with_name("run_carried.sh")

@@ -23,7 +23,7 @@ if [ -n "$missing" ]; then
 fi
 cd "$work"
 if ! cmp -s "$here/parts.sha256" unpacked; then
-    rm -rf code data model start vectors config.toml learner learner.run
+    rm -rf code data model start start_phi teacher vectors config.toml learner learner.run
     cat pieces/part-* | $python -c "$unpack"
     cp "$here/parts.sha256" unpacked
 fi

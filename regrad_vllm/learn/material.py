@@ -16,12 +16,12 @@ from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
 from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch
-from regrad_vllm.learn.config import TrainConfig
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.meta_step import MetaBatch
-from regrad_vllm.learn.retrieval import with_retrieval
 from regrad_vllm.learn.synthetic import Split
 from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
+from regrad_vllm.learn.train_config import TrainConfig
+from regrad_vllm.learn.training_hits import with_retrieval
 
 VALIDATION_TOP_KS = (1, 3)
 EMPTY = DataSplit({}, ())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.learn.config import ConfigError
+from regrad_vllm.learn.train_config import ConfigError
 from regrad_vllm.learner import Learner
 
 

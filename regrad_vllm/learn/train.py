@@ -16,10 +16,9 @@ import torch
 
 from regrad_vllm.base_model import base_digest, build_layout, fast_dtype, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.encoder import check_base
+from regrad_vllm.encode.gradient_encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch, make_reading
-from regrad_vllm.learn.config import LEARNERS, ConfigError, TrainConfig
 from regrad_vllm.learn.material import data_digests, load_data, make_sampler, validation_batches
 from regrad_vllm.learn.meta_step import MetaBatch, meta_loss
 from regrad_vllm.learn.picture import draw
@@ -27,6 +26,7 @@ from regrad_vllm.learn.probe import probe
 from regrad_vllm.learn.state import MetaState
 from regrad_vllm.learn.tasks import Sampler
 from regrad_vllm.learn.teacher import expectations, teacher_phi
+from regrad_vllm.learn.train_config import LEARNERS, ConfigError, TrainConfig
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import digest_json
 

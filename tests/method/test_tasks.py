@@ -11,11 +11,12 @@ from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.codec import FloatArray
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.evaluate.metrics import bootstrap_interval, exact_match, token_f1
+from regrad_vllm.evaluate.scoring import exact_match, token_f1
 from regrad_vllm.learn.cues import Cues
-from regrad_vllm.learn.retrieval import with_retrieval
 from regrad_vllm.learn.synthetic import synthetic_documents
 from regrad_vllm.learn.tasks import Sampler, TaskSet, question_sets, synthetic_set
+from regrad_vllm.learn.training_hits import with_retrieval
+from regrad_vllm.reporting.intervals import bootstrap_interval
 
 
 def sampler(seed: int) -> Sampler:

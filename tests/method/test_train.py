@@ -13,12 +13,12 @@ import torch
 from regrad_vllm.base_model import build_layout, load_base_model
 from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.encoder import GradientEncoder, plan_passes
-from regrad_vllm.learn.config import ConfigError, TrainConfig
+from regrad_vllm.encode.gradient_encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.material import load_data
 from regrad_vllm.learn.state import MetaState
 from regrad_vllm.learn.train import _JsonLog, train
+from regrad_vllm.learn.train_config import ConfigError, TrainConfig
 from regrad_vllm.learner import Learner, LearnerError
 from tests.method.conftest import tiny_model
 
