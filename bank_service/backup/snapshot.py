@@ -23,6 +23,7 @@ from bank_service.catalog.entries import CatalogCopy
 from bank_service.catalog.factory import CATALOG_FILE, copy_catalog, describe_copy
 from bank_service.errors import SnapshotError
 from bank_service.runtime.data_dir import DataDir
+from bank_service.runtime.ownership import Ownership
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -157,8 +158,8 @@ def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
             f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}; name it with --data-dir, or a running "
             "bank with --bank"
         )
-    owner = DataDir(data_dir)
-    owner.claim()
+    owner: Ownership = DataDir(data_dir)
+    owner.take()
     try:
         with closing(SnapshotWriter(data_dir, BlobStore(data_dir / "blobs"), target)) as writer:
             for digests in writer.batches():

@@ -15,7 +15,8 @@ from bank_service.errors import BankError, DataLossError, InvalidArgumentError, 
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue
 from bank_service.records.stores import Pools, Stores
-from bank_service.runtime.background import Background, KeyedLocks, finished
+from bank_service.runtime.background import Background, finished
+from bank_service.runtime.locks import KeyedLocks
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import (
     Document,
@@ -104,7 +105,7 @@ class Writer:
         is replaced: nobody but its uploader knows whether it belongs to the text.
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
-        async with self._locks.hold((document.namespace, document.id)), self._pending:
+        async with self._locks.lock((document.namespace, document.id)), self._pending:
             current = await in_thread(self._pools.reads, self._standing, document, expected_version)
             if current.has_content and current.is_encoded:
                 return self._unchanged(current.stored)
@@ -134,7 +135,7 @@ class Writer:
         def check() -> tuple[str, _Standing]:
             return self._check_record(record), self._standing(document, expected_version)
 
-        async with self._locks.hold((document.namespace, document.id)), self._pending:
+        async with self._locks.lock((document.namespace, document.id)), self._pending:
             digest, current = await in_thread(self._pools.reads, check)
             if embedding:
                 vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
@@ -154,7 +155,7 @@ class Writer:
         the bank's files still hold of it soon after; see Eraser. UnavailableError where a gradient can't be removed.
         """
         namespace, id = check_namespace(namespace), check_id(id)
-        async with self._locks.hold((namespace, id)):
+        async with self._locks.lock((namespace, id)):
             return await finished(self._background.run(self._commit_deletion(namespace, id, expected_version, purge)))
 
     async def change_codec(self, codec: str) -> None:
@@ -167,7 +168,7 @@ class Writer:
     async def recode(self, namespace: str, id: str) -> bool:
         """Gives a document its gradient in the collection's codec, as a new version; False where it has that, or is
         gone. DataLossError, QuotaExceededError."""
-        async with self._locks.hold((namespace, id)), self._pending:
+        async with self._locks.lock((namespace, id)), self._pending:
             stored = await in_thread(self._pools.reads, self._stored, namespace, id)
             if stored is None:
                 return False

@@ -1,1 +1,1 @@
-"""The process: threads, background work, metrics, the data folder, libraries that must load in order."""
+"""The process: ownership, holds, locks, wake-ups, threads, background work, metrics, libraries that load in order."""

@@ -1,13 +1,11 @@
-"""Work that a call starts and does not wait for; and locks by key."""
+"""Background work: a call starts it and does not wait for it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Hashable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from bank_service.errors import BankError
@@ -18,20 +16,20 @@ CANCEL_SECONDS = 1.0  # between two attempts to end a task
 
 
 class Background:
-    """Tasks that outlive the call that started them, and are waited for when the bank stops."""
+    """Tasks that outlive the call that started them. The bank waits for them when it stops."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Starts ``work``. What goes wrong is logged, but for the bank's own errors, which its caller answers with."""
+        """Starts ``work``. Its errors are logged, except for the bank's own, which the caller answers with."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
 
     async def drain(self) -> None:
-        """Returns when all is done, also what was started meanwhile."""
+        """Returns when all tasks are done, also those that were started meanwhile."""
         while self._tasks:
             await asyncio.wait(list(self._tasks))
             await asyncio.sleep(0)  # lets the callbacks run
@@ -44,17 +42,17 @@ class Background:
 
 
 async def cancelled(task: asyncio.Task[Any] | None) -> None:
-    """Ends a task, and returns when it has ended, however; None is one that never began."""
+    """Cancels a task and returns when it has ended. None stands for a task that never began."""
     if task is not None:
         while not task.done():
-            # Again where it got lost: before Python 3.12, asyncio.wait_for (in redis-py) may swallow it.
+            # Again where it was lost: before Python 3.12, asyncio.wait_for (in redis-py) may swallow it.
             task.cancel()
             await asyncio.wait([task], timeout=CANCEL_SECONDS)
         await asyncio.gather(task, return_exceptions=True)
 
 
 async def finished(task: asyncio.Task[T]) -> T:
-    """The task's result. Where the caller is cancelled the task goes on, and the caller ends when it has."""
+    """The task's result. A cancelled caller does not stop the task, and ends only after it."""
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -62,28 +60,3 @@ async def finished(task: asyncio.Task[T]) -> T:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         raise
-
-
-@dataclass(slots=True)
-class _Entry:
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    num_users: int = 0
-
-
-class KeyedLocks:
-    """One lock per key, first come first served; nothing is kept of keys that nobody uses."""
-
-    def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
-
-    @asynccontextmanager
-    async def hold(self, key: Hashable) -> AsyncIterator[None]:
-        entry = self._entries.setdefault(key, _Entry())
-        entry.num_users += 1
-        try:
-            async with entry.lock:
-                yield
-        finally:
-            entry.num_users -= 1
-            if not entry.num_users:
-                del self._entries[key]

@@ -1,4 +1,4 @@
-"""The folder of one bank: owned by one process at a time, with the address that it serves at."""
+"""The folder of one bank: one process owns it at a time, and says there at which address it serves."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class BankAddress:
 
 
 class DataDir:
-    """Holds the folder's lock from ``claim`` to ``release``; the kernel lets go of it when the process ends."""
+    """Implements ``Ownership`` by a lock on a file of the folder. The kernel unlocks it when the process ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
 
-    def claim(self) -> None:
-        """Creates the folder where needed. BankInUseError where another bank has it."""
+    def take(self) -> None:
+        """Creates the folder where needed. BankInUseError where another bank has it, OSError where it can't be
+        written."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
@@ -48,7 +49,7 @@ class DataDir:
                 "mend that or use another data directory",
             ) from error
         try:
-            self._take(lock)
+            self._lock_file(lock)
         except BankInUseError:
             lock.close()
             raise
@@ -59,15 +60,15 @@ class DataDir:
         (self.path / ADDRESS_FILE).unlink(missing_ok=True)  # of a bank that was killed
 
     def check_free(self) -> None:
-        """BankInUseError where another bank has the folder. Creates nothing; has the lock itself for a moment."""
+        """BankInUseError where another bank has the folder. Creates nothing; takes the lock for a moment."""
         try:
             lock = (self.path / "lock").open("r+")
         except OSError:
-            return  # no bank has been there, or ``claim`` says what is wrong
+            return  # no bank has been there, or ``take`` says what is wrong
         with lock:
-            self._take(lock)
+            self._lock_file(lock)
 
-    def _take(self, lock: IO[str]) -> None:
+    def _lock_file(self, lock: IO[str]) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

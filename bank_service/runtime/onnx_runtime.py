@@ -1,8 +1,7 @@
-"""ONNX Runtime, imported as it has to be.
+"""Imports ONNX Runtime before usearch, and without its telemetry.
 
-Before usearch: with usearch 2.26 loaded first, importing onnxruntime 1.32 ends the process with a segmentation fault.
-So whatever imports usearch imports this first. And without its telemetry, which leaves an id of the machine in the
-user's cache folder.
+With usearch 2.26 loaded first, importing onnxruntime 1.32 ends the process with a segmentation fault. So every module
+that imports usearch imports this one first. The telemetry would leave an id of the machine in the user's cache folder.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What repeats for as long as a fault lasts, said once a minute."""
+"""Log messages about a lasting fault, once a minute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LOG_SECONDS = 60.0
 
 
 class Seldom:
-    """Whether it is time to say something again."""
+    """Tells whether a message is due again."""
 
     def __init__(self) -> None:
         self._said: float | None = None

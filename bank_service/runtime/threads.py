@@ -22,8 +22,8 @@ async def in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, 
 
 
 async def stoppable_in_thread(pool: Executor, function: Callable[[Callable[[], None]], T]) -> T:
-    """As ``in_thread``, of a function that is to call what it is given now and then: once the caller is cancelled that
-    raises CancelledError there."""
+    """As ``in_thread``. The function gets a callable, and calls it now and then. Once the caller is cancelled, the
+    callable raises CancelledError."""
     stopped = threading.Event()
 
     def go_on() -> None:
@@ -37,12 +37,12 @@ async def stoppable_in_thread(pool: Executor, function: Callable[[Callable[[], N
 
 
 async def ended_in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """As ``in_thread``, but a cancelled caller goes on only when the function has ended."""
+    """As ``in_thread``, but a cancelled caller goes on only after the function has ended."""
     work = asyncio.ensure_future(in_thread(pool, function, *args, **kwargs))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         while not work.done():
-            with contextlib.suppress(asyncio.CancelledError):  # cancelled once more: still not before it has ended
+            with contextlib.suppress(asyncio.CancelledError):  # cancelled once more
                 await asyncio.wait([work])
         raise

@@ -1,7 +1,7 @@
-"""Calls in progress, counted and bounded: what the bank doesn't take on, it refuses at once with a time to come back.
+"""Calls in progress, counted and bounded.
 
-With each stream's window, the bounds on calls bound what waits inside: an ingest stream has so many documents under
-way and reads no further, so that the bank's memory doesn't grow with its callers.
+The bank refuses at once what it doesn't take on, and says when to come back. An ingest stream has a bounded number of
+documents under way and reads no further. So the bank's memory doesn't grow with its callers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Admission:
         self._in_namespace: Counter[str] = Counter()
 
     @contextmanager
-    def admitted(self, method: str) -> Iterator[Place]:
-        """A place for one call, until it ends. OverloadedError where there is none."""
+    def admitted(self, method: str) -> Iterator[Permit]:
+        """A permit for one call, until it ends. OverloadedError where there is none left."""
         kinds = ["calls", *({_KINDS[method]} if method in _KINDS else ())]
         for kind in kinds:
             if self._in_progress[kind] >= self._most[kind]:
@@ -40,12 +40,12 @@ class Admission:
                     retry_after_ms=RETRY_AFTER_MS,
                 )
         self._in_progress.update(kinds)
-        place = Place(self)
+        permit = Permit(self)
         try:
-            yield place
+            yield permit
         finally:
             self._in_progress.subtract(kinds)
-            self._in_namespace.subtract(place.namespaces)
+            self._in_namespace.subtract(permit.namespaces)
             self._in_namespace += Counter()  # drops the zeros
 
     def enter(self, namespace: str) -> None:
@@ -62,8 +62,8 @@ class Admission:
         self._in_namespace[namespace] += 1
 
 
-class Place:
-    """One call's place. A stream is one request in each namespace that its documents are of, until it ends."""
+class Permit:
+    """One call's permit. Until it ends, a stream is one request in each namespace that its documents belong to."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -78,9 +78,9 @@ class Place:
 class Call:
     """What a call may do. The servicer asks for each request, before anything is done for it."""
 
-    def __init__(self, caller: Caller, place: Place) -> None:
+    def __init__(self, caller: Caller, permit: Permit) -> None:
         self.caller = caller
-        self._place = place
+        self._permit = permit
 
     def check(self, scope: Scope, namespace: str) -> None:
         """UnauthenticatedError, PermissionDeniedError; QuotaExceededError where too many are in flight."""
@@ -89,4 +89,4 @@ class Call:
 
     def enter(self, namespace: str) -> None:
         """Counts the call in a namespace that it names by nothing but its content. QuotaExceededError."""
-        self._place.enter(namespace)
+        self._permit.enter(namespace)

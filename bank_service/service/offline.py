@@ -10,6 +10,7 @@ from bank_service.bank import Bank
 from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.runtime.data_dir import DataDir
 from bank_service.runtime.metrics import BankMetrics
+from bank_service.runtime.ownership import Ownership
 from bank_service.upkeep.scrub import ScrubCounts
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder, MiniLmEmbedder
@@ -18,16 +19,16 @@ from bank_service.values.encoder import Encoder
 
 @asynccontextmanager
 async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> AsyncIterator[Bank]:
-    """The bank of ``config.data_dir``, which must exist. What ``BankServer.start`` raises; FileNotFoundError.
+    """Opens the bank of ``config.data_dir``, which must exist. FileNotFoundError; the errors of ``BankServer.start``.
 
-    Its past versions stay, also those whose time is over: to drop them is for who serves the bank.
+    Past versions stay, also expired ones: only a bank that is served drops them.
     """
     if not config.data_dir.is_dir():
         raise FileNotFoundError(f"{config.data_dir} must be the folder of a bank, it does not exist")
     async with AsyncExitStack() as stack:
-        data_dir = DataDir(config.data_dir)
-        await asyncio.to_thread(data_dir.claim)
-        stack.callback(data_dir.release)
+        owner: Ownership = DataDir(config.data_dir)
+        await asyncio.to_thread(owner.take)
+        stack.callback(owner.release)
         redis = EmbeddedRedis(config.data_dir, config.cache_bytes)
         stack.push_async_callback(redis.stop)
         await redis.start()

@@ -1,6 +1,6 @@
-"""What keeps a bank from starting, as far as it can be asked in a moment: before a model is loaded for it.
+"""Finds in a moment what would keep a bank from starting, before a model is loaded for it.
 
-``BankServer.start`` asks again by taking the folder and the ports: between the two anything can happen.
+``BankServer.start`` finds out again when it takes the folder and the ports: anything can happen between the two.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from bank_service.wire.ports import check_port
 
 
 def check_startable(config: BankConfig) -> None:
-    """Creates nothing, keeps nothing. BankInUseError where another bank has the folder; RuntimeError where a port can't
-    be had; OSError, ValueError where the tokens file or a file for TLS can't be used."""
+    """Creates nothing and keeps nothing. BankInUseError where another bank has the folder; RuntimeError where a port is
+    taken; OSError, ValueError where the tokens file or a file for TLS can't be used."""
     DataDir(config.data_dir).check_free()
     if config.tokens_file is not None:
         TokensFile(config.tokens_file)

@@ -38,7 +38,7 @@ __all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
 
 logger = logging.getLogger(__name__)
 
-_SPARE_CALLS = 256  # health, reflection, and calls that are told why they are refused
+_SPARE_CALLS = 256  # for health, reflection, and calls that are refused with a reason
 SERVICE = bank_pb2.DESCRIPTOR.services_by_name["BankService"].full_name
 
 
@@ -49,7 +49,7 @@ class BankServer:
     """
 
     def __init__(self, config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> None:
-        """``embedder``: the installed MiniLM where None."""
+        """Without an ``embedder``, the installed MiniLM."""
         self._config = config
         self._encoder = encoder
         self._embedder = embedder
@@ -103,7 +103,7 @@ class BankServer:
         self._tokens = None if config.tokens_file is None else TokensFile(config.tokens_file)
         credentials = server_credentials(config)
         data_dir = DataDir(config.data_dir)
-        await asyncio.to_thread(data_dir.claim)
+        await asyncio.to_thread(data_dir.take)
         self._stack.callback(data_dir.release)
         cache_url = config.redis_url
         if cache_url is None:
@@ -132,7 +132,7 @@ class BankServer:
             ("grpc.max_receive_message_length", limits.MAX_REQUEST_BYTES),
             ("grpc.so_reuseport", 0),  # two servers on one port: an error
         ]
-        # Beyond what admission refuses with a reason, gRPC refuses before it reads anything.
+        # Above this, gRPC refuses calls before it reads them. Below it, admission refuses with a reason.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._config.max_calls + _SPARE_CALLS)
         config = self._config
         admission = Admission(config, self._limits_of)
@@ -144,7 +144,7 @@ class BankServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         target = target_of(config.host, config.port)
-        # Health and reflection have no check of tokens: they tell nothing of documents.
+        # Health and reflection check no tokens: they tell nothing about documents.
         try:
             port = (
                 server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)

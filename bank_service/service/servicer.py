@@ -55,8 +55,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
         idle_seconds: float,
         unread_seconds: float,
     ) -> None:
-        """``idle_seconds``: of an ingest stream whose client does nothing; ``unread_seconds``: of another stream whose
-        client does not read."""
+        """After ``idle_seconds``, an ingest stream ends whose client does nothing. After ``unread_seconds``, any other
+        stream ends whose client does not read."""
         self._bank = bank
         self._idle_seconds = idle_seconds
         self._unread_seconds = unread_seconds
@@ -233,13 +233,13 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
 
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Call]:
-        """Around a call: its caller and its place, its span, its metrics, and its errors as statuses."""
+        """Around a call: its caller and its permit, its span, its metrics, and its errors as statuses."""
         started = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             metadata = context.invocation_metadata()
-            with span(f"bank.{method}", extract(metadata)), self._admission.admitted(method) as place:
-                yield Call(self._authority.caller(metadata), place)
+            with span(f"bank.{method}", extract(metadata)), self._admission.admitted(method) as permit:
+                yield Call(self._authority.caller(metadata), permit)
         except BankError as error:
             code = status_code(error)
             if isinstance(error, InternalError):

@@ -39,7 +39,7 @@ def test_a_folder_that_another_bank_has_comes_before_a_model_that_is_not_there(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     owner = DataDir(data_dir)
-    owner.claim()
+    owner.take()
     address = BankAddress("127.0.0.1", 1, None)
     owner.announce(address)
     try:

@@ -1,0 +1,46 @@
+"""Locks by key, and wake-ups."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from bank_service.runtime.locks import KeyedLocks
+from bank_service.runtime.wakeup import WakeUp
+
+
+@pytest.mark.asyncio
+async def test_one_key_has_one_user_at_a_time_in_order_of_arrival_and_keys_do_not_wait_for_each_other() -> None:
+    locks = KeyedLocks()
+    order: list[str] = []
+
+    async def use(key: str, name: str) -> None:
+        async with locks.lock(key):
+            order.append(f"{name} in")
+            await asyncio.sleep(0)
+            order.append(f"{name} out")
+
+    async with locks.lock("a"):
+        waiting = [asyncio.create_task(use("a", name)) for name in ("first", "second", "third")]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(use("b", "other"), 10)
+        assert order == ["other in", "other out"]
+        order.clear()
+        waiting[1].cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert order == ["first in", "first out", "third in", "third out"]
+    assert not locks._locks, "nothing is kept of keys that nobody uses"
+
+
+@pytest.mark.asyncio
+async def test_a_wake_up_that_came_before_is_not_lost_and_counts_once() -> None:
+    wake_up = WakeUp()
+    wake_up.wake()
+    wake_up.wake()
+    await asyncio.wait_for(wake_up.sleep(), 10)
+    sleeping = asyncio.create_task(wake_up.sleep())
+    await asyncio.sleep(0.01)
+    assert not sleeping.done()
+    wake_up.wake()
+    await asyncio.wait_for(sleeping, 10)
