@@ -97,7 +97,7 @@ class Bank:
         reads = self._pools.reads
         catalog = open_catalog(config.data_dir, self.identity, limits_of, history_seconds=config.history_seconds)
         cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
-        self._stores = Stores(catalog, BlobStore(config.data_dir / "blobs"), cache)
+        self._stores = Stores(catalog, BlobStore.in_folder(config.data_dir / "blobs"), cache)
         self._discarder = Discarder(self._stores, self._pools.writes, metrics)
         self._background = Background()
         index = UsearchIndex(embedder.dimension)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from bank_service.blobs.blob_store import fsync_folder
+from bank_service.blobs.folder_objects import fsync_folder
 from bank_service.runtime.data_dir import read_address
 from bank_service.service.server import serve
 from bank_service.testing.client import Client, upload_of

@@ -1,4 +1,4 @@
-"""A snapshot becomes the folder of a bank: every byte verified first, all of it or nothing."""
+"""Makes the folder of a bank from a snapshot. Every byte is verified first. The folder is whole or not there."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bank_service.backup.snapshot import BATCH, Manifest, Progress, blob_name, file_digest
-from bank_service.backup.snapshot_store import SnapshotStore, open_store
-from bank_service.blobs.blob_store import BlobStore, fsync_folder
+from bank_service.backup.target import open_target
+from bank_service.blobs.blob_store import BlobStore
+from bank_service.blobs.folder_objects import fsync_folder
+from bank_service.blobs.objects import Objects
 from bank_service.catalog.factory import CATALOG_FILE, check_catalog, describe_copy
 from bank_service.errors import SnapshotError
 from bank_service.wire.codec import record_digest
 
 
 def restore(source: str, data_dir: Path) -> Iterator[Progress]:
-    """Makes ``data_dir``, which must be absent or empty. SnapshotError names what is not whole; OSError."""
+    """Makes ``data_dir``, which must be absent or empty. SnapshotError names the damaged or missing part; OSError."""
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise SnapshotError(f"{data_dir} must be absent or an empty folder; restore into another and swap them")
-    store = open_store(source)
-    manifest = Manifest.read(store)
+    snapshot = open_target(source)
+    manifest = Manifest.read(snapshot)
     if manifest is None:
         raise SnapshotError(
             f"{source} must be a whole snapshot, it has no manifest.json: it is none, or it was not finished; "
@@ -31,7 +33,7 @@ def restore(source: str, data_dir: Path) -> Iterator[Progress]:
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{data_dir.name}.restoring-", dir=data_dir.parent))  # for this user alone
     try:
-        yield from _fill(store, manifest, folder)
+        yield from _fill(snapshot, manifest, folder)
         os.rename(folder, data_dir)
         fsync_folder(data_dir.parent)
     except BaseException:
@@ -42,10 +44,10 @@ def restore(source: str, data_dir: Path) -> Iterator[Progress]:
     )
 
 
-def _fill(store: SnapshotStore, manifest: Manifest, folder: Path) -> Iterator[Progress]:
+def _fill(snapshot: Objects, manifest: Manifest, folder: Path) -> Iterator[Progress]:
     catalog = folder / CATALOG_FILE
     try:
-        store.get(manifest.catalog, catalog)
+        snapshot.get_file(manifest.catalog, catalog)
     except FileNotFoundError:
         raise SnapshotError(f"the snapshot must have its {manifest.catalog}, which is missing") from None
     if file_digest(catalog) != manifest.catalog_digest:
@@ -56,11 +58,11 @@ def _fill(store: SnapshotStore, manifest: Manifest, folder: Path) -> Iterator[Pr
     sizes = describe_copy(catalog).gradients
     if hashlib.sha256("\n".join(sizes).encode()).hexdigest() != manifest.gradients_digest:
         raise SnapshotError("the snapshot's catalog must name the gradients of its manifest, it names others")
-    blobs = BlobStore(folder / "blobs")
+    blobs = BlobStore.in_folder(folder / "blobs")
     copied_bytes = 0
     for number, digest in enumerate(sizes, 1):
         try:
-            record = store.read(blob_name(digest))
+            record = snapshot.read(blob_name(digest))
         except FileNotFoundError:
             raise SnapshotError(f"the snapshot must have gradient {digest}, which is missing") from None
         if record_digest(record) != digest:

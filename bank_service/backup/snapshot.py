@@ -1,8 +1,8 @@
 """Snapshots of a whole bank: ``manifest.json``, ``catalog-<SHA-256>.sqlite``, ``blobs/ab/cdef…``.
 
-The manifest is written last and names the catalog by its digest; the catalog names the gradients by theirs. So what
-lies at a target is a whole snapshot, the one before or the new one, or none. A gradient that is there already, by its
-name and size, is not copied again; what the new manifest does not need is removed after it.
+The manifest is written last. It names the catalog by its digest, and the catalog names the gradients by theirs. So a
+target has a whole snapshot, the one before or the new one, or none. A gradient that is there already, by its name and
+size, is not copied again. What the new manifest does not need is removed after it is written.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bank_service import __version__
-from bank_service.backup.snapshot_store import SnapshotStore, open_store
-from bank_service.blobs.blob_store import BlobStore
+from bank_service.backup.target import open_target
+from bank_service.blobs.blob_store import BlobStore, name_of
+from bank_service.blobs.objects import Objects
 from bank_service.catalog.entries import CatalogCopy
 from bank_service.catalog.factory import CATALOG_FILE, copy_catalog, describe_copy
 from bank_service.errors import SnapshotError
 from bank_service.runtime.data_dir import DataDir
 from bank_service.runtime.ownership import Ownership
+from bank_service.wire.codec import record_digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -33,7 +35,7 @@ BATCH = 64  # gradients copied between two reports of progress
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a whole snapshot says of itself."""
+    """The description of a whole snapshot, in ``manifest.json``."""
 
     format: int
     collection_id: str  # of the catalog's file
@@ -53,10 +55,10 @@ class Manifest:
         return f"catalog-{self.catalog_digest}{Path(CATALOG_FILE).suffix}"
 
     @classmethod
-    def read(cls, store: SnapshotStore) -> Manifest | None:
+    def read(cls, target: Objects) -> Manifest | None:
         """None where there is none. SnapshotError where it can't be read."""
         try:
-            content = json.loads(store.read(MANIFEST))
+            content = json.loads(target.read(MANIFEST))
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
         except FileNotFoundError:
             return None
@@ -68,25 +70,29 @@ class Manifest:
             raise SnapshotError(f"the snapshot's format must be {FORMAT}, got {manifest.format}; use its own version")
         return manifest
 
+    def write(self, target: Objects) -> None:
+        """Makes a snapshot whole. Everything that the manifest names must be durable."""
+        target.put(MANIFEST, json.dumps(asdict(self), indent=1).encode())
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a snapshot has come."""
+    """The state of a snapshot that is being written."""
 
     num_gradients: int  # in all
     num_done: int
     num_copied: int  # those that were not there before
     copied_bytes: int
-    manifest: Manifest | None = None  # of the snapshot, once it is whole
+    manifest: Manifest | None = None  # once the snapshot is whole
 
 
 class SnapshotWriter:
-    """Writes one snapshot. ``close`` it, whatever happened. The caller keeps the gradients from being swept."""
+    """Writes one snapshot. ``close`` it, whatever happened. The caller holds all gradients meanwhile."""
 
     def __init__(self, data_dir: Path, blobs: BlobStore, target: str) -> None:
         """Takes the catalog as it is now. SnapshotError where ``target`` holds something else; OSError."""
         self._blobs = blobs
-        self._store = open_store(target)
+        self._target = open_target(target)
         self._folder = data_dir / WORK_FOLDER
         remove_leftovers(data_dir)
         self._folder.mkdir(mode=0o700)
@@ -96,8 +102,7 @@ class SnapshotWriter:
             copy = describe_copy(self._catalog)
             self._sizes = copy.gradients
             self._manifest = _manifest(self._catalog, copy)
-            self._there = self._store.sizes()
-            self._check_target(target)
+            self._there = self._look(target)
         except BaseException:
             self.close()
             raise
@@ -112,47 +117,68 @@ class SnapshotWriter:
     def copy(self, digests: Sequence[str]) -> Progress:
         """Copies those that are not there, each verified. DataLossError; may be called again with the same."""
         for digest in digests:
-            name = blob_name(digest)
-            path = self._blobs.path(digest)
-            if self._there.get(name) != self._sizes[digest] or not self._store.is_sound(name, path, digest):
-                self._copied_bytes += len(self._blobs.get(digest))
-                self._store.put(name, path)
-                self._there[name] = self._sizes[digest]
-                self._num_copied += 1
+            if not self._is_there(digest):
+                self._copy(digest)
         self._num_done += len(digests)
         return self._progress()
 
     def finish(self) -> Progress:
-        """Makes the snapshot whole, then removes what belongs to none."""
-        self._store.put(self._manifest.catalog, self._catalog)
-        self._store.flush()
-        self._store.write(MANIFEST, json.dumps(asdict(self._manifest), indent=1).encode())
-        self._store.flush()
-        wanted = {MANIFEST, self._manifest.catalog, *map(blob_name, self._sizes)}
-        for name in self._there.keys() - wanted:
-            self._store.remove(name)
+        """Makes the snapshot whole, then removes what does not belong to it."""
+        self._target.put_file(self._manifest.catalog, self._catalog)
+        wanted = {self._manifest.catalog, *map(blob_name, self._sizes)}
+        self._target.sync(wanted)
+        self._manifest.write(self._target)
+        for name in self._there.keys() - wanted - {MANIFEST}:
+            with suppress(FileNotFoundError):
+                self._target.remove(name)
         return self._progress(self._manifest)
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _is_there(self, digest: str) -> bool:
+        name = blob_name(digest)
+        if self._there.get(name) != self._sizes[digest]:
+            return False
+        own, copy = self._blobs.path(digest), self._target.path(name)
+        if copy is None:
+            return True  # such a store verifies what it keeps
+        # The bank verifies and mends its own file. A mended one is another file; the linked one stays damaged.
+        is_linked = own is not None and own.exists() and own.samefile(copy)
+        return is_linked or record_digest(copy.read_bytes()) == digest
+
+    def _copy(self, digest: str) -> None:
+        name, path = blob_name(digest), self._blobs.path(digest)
+        record = self._blobs.get(digest)
+        if path is None:
+            self._target.put(name, record)
+        else:
+            self._target.put_file(name, path)
+        self._there[name] = self._sizes[digest]
+        self._num_copied += 1
+        self._copied_bytes += len(record)
+
     def _progress(self, manifest: Manifest | None = None) -> Progress:
         return Progress(len(self._sizes), self._num_done, self._num_copied, self._copied_bytes, manifest)
 
-    def _check_target(self, target: str) -> None:
-        strange = [name for name in self._there if not name.startswith(("blobs/", "catalog-", MANIFEST))]
-        if strange:
-            raise SnapshotError(f"{target} must be empty or a snapshot of this bank, got {strange[0]!r} in it")
-        before = Manifest.read(self._store)
+    def _look(self, target: str) -> dict[str, int]:
+        """Name → bytes of what is at the target. SnapshotError where that is no snapshot of this bank."""
+        found: dict[str, int] = {}
+        for name, size in self._target.sizes():
+            if not name.startswith(("blobs/", "catalog-", MANIFEST)):  # somebody's: look no further
+                raise SnapshotError(f"{target} must be empty or a snapshot of this bank, got {name!r} in it")
+            found[name] = size
+        before = Manifest.read(self._target)
         if before is not None and before.collection_id != self._manifest.collection_id:
             raise SnapshotError(
                 f"{target} must be empty or a snapshot of this bank, got one of collection {before.collection_id}; "
                 "each bank needs a target of its own"
             )
+        return found
 
 
 def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
-    """Writes a snapshot of a bank that does not run. BankInUseError where it does; as ``SnapshotWriter``."""
+    """Writes a snapshot of a bank that does not run. BankInUseError where it runs; the errors of ``SnapshotWriter``."""
     if not (data_dir / CATALOG_FILE).is_file():
         raise SnapshotError(
             f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}; name it with --data-dir, or a running "
@@ -161,7 +187,7 @@ def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
     owner: Ownership = DataDir(data_dir)
     owner.take()
     try:
-        with closing(SnapshotWriter(data_dir, BlobStore(data_dir / "blobs"), target)) as writer:
+        with closing(SnapshotWriter(data_dir, BlobStore.in_folder(data_dir / "blobs"), target)) as writer:
             for digests in writer.batches():
                 yield writer.copy(digests)
             yield writer.finish()
@@ -170,13 +196,13 @@ def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
 
 
 def remove_leftovers(data_dir: Path) -> None:
-    """What a snapshot that was killed left in the bank's folder. No snapshot may be under way."""
+    """Removes what a killed snapshot left in the bank's folder. No snapshot may be under way."""
     shutil.rmtree(data_dir / WORK_FOLDER, ignore_errors=True)
 
 
 def blob_name(digest: str) -> str:
     """A gradient's name in a snapshot."""
-    return f"blobs/{digest[:2]}/{digest[2:]}"
+    return f"blobs/{name_of(digest)}"
 
 
 def _manifest(catalog: Path, copy: CatalogCopy) -> Manifest:

@@ -1,4 +1,4 @@
-"""Has gradients that nobody names any more leave the blob store and the cache, in batches; again where that fails."""
+"""Removes gradients that no document names any more, from the blob store and the cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 class Discarder:
-    """Removes gradients. What could not be removed is remembered for ``retry``; after a crash the start's sweep finds
-    it."""
+    """Removes gradients in batches. What it could not remove it remembers for ``retry``. After a crash, the first sweep
+    finds it."""
 
     def __init__(self, stores: Stores, pool: Executor, metrics: BankMetrics) -> None:
         self._catalog = stores.catalog
@@ -31,14 +31,14 @@ class Discarder:
         self._sweep_failures = Seldom()
 
     async def sweep(self) -> None:
-        """Removes gradients that no document or past version names: what a crash between blob and catalog leaves."""
+        """Looks through all gradients. A crash between blob and catalog leaves some that nothing names."""
         removed, _ = await self._remove(None)
         if removed:
             self._metrics.swept(removed)
             logger.info("removed %d gradients that no document names (left by a crash)", removed)
 
     async def discard(self, digests: Iterable[str]) -> None:
-        """Removes those that no document or past version names any more, now or, where that fails, later."""
+        """Removes those of ``digests`` that no document or past version names. Where that fails, ``retry`` does."""
         if wanted := list(dict.fromkeys(digests)):
             await self._remove(wanted)
 
@@ -61,7 +61,7 @@ class Discarder:
         """Tries again what failed."""
         if self._must_sweep:
             await self.sweep()
-        if not self._blobs.is_keeping:
+        if not self._blobs.is_holding_all:
             await self.discard(self._failed | self._spared)
         await self._cache.retry()
 
@@ -87,7 +87,7 @@ class Discarder:
                 len(new),
                 sweep.failed[min(new)],
             )
-        # Also those that had no file: it may have gone when the cache could not be asked.
+        # Also those without a file: it may have gone while the cache did not answer.
         if sweep.unwanted:
             await self._cache.remove(sorted(sweep.unwanted))
         return sweep.num_removed, next(iter(sweep.failed.values()), None)

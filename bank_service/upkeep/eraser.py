@@ -135,7 +135,7 @@ class Eraser:
                 if after <= self._rewritten and self._discarder.is_done(erasure.digests):
                     gone.append(after)
         self._since = since
-        return [] if self._blobs.is_keeping else gone
+        return [] if self._blobs.is_holding_all else gone
 
     async def _finish(self, gone: list[int]) -> None:
         """Says so in the catalog, and forgets purges of long ago; they can't come again with the version expected."""

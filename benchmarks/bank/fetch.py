@@ -61,7 +61,7 @@ async def _in_turns(
         digests, record_bytes = await _fill(client, generator, num_values)
         chosen = [generator.choice(digests, PER_FETCH, replace=False).tolist() for _ in range(num_fetches)]
         with Redis.from_url(url) as redis:
-            ways = _ways(client, redis, BlobStore(data_dir / "blobs"))
+            ways = _ways(client, redis, BlobStore.in_folder(data_dir / "blobs"))
             hits = 0
             for repeat in range(repeats + 1):
                 for name, fetch in ways.items() if repeat % 2 else list(ways.items())[::-1]:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import bank_service.blobs.blob_store
+import bank_service.blobs.folder_objects
 import bank_service.catalog.sqlite.catalog_writes
 import bank_service.search.usearch_index
-from bank_service.backup.snapshot import SnapshotWriter
-from bank_service.backup.snapshot_store import FolderStore
+from bank_service.backup.snapshot import Manifest, SnapshotWriter
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.gradient_cache import GradientCache
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
@@ -28,8 +27,8 @@ from bank_service.values.encoder import EncodedDocument
 
 # Where → what is called there.
 POINTS: dict[str, tuple[Any, str]] = {
-    "in the write of a blob": (bank_service.blobs.blob_store, "os.fsync"),
-    "before a blob gets its name": (bank_service.blobs.blob_store, "os.replace"),
+    "in the write of a blob": (bank_service.blobs.folder_objects, "os.fsync"),
+    "before a blob gets its name": (bank_service.blobs.folder_objects, "os.replace"),
     "between blob and catalog": (SqliteCatalog, "put"),
     "in a transaction of the catalog": (bank_service.catalog.sqlite.catalog_writes, "_next_sequence"),
     "between commit and acknowledgement": (Searcher, "acknowledge"),
@@ -39,7 +38,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "in a sweep, before anything is removed": (Discarder, "_references"),
     "after a sweep, before the cache": (GradientCache, "remove"),
     "in a bank snapshot": (SnapshotWriter, "copy"),
-    "before a bank snapshot's manifest": (FolderStore, "write"),
+    "before a bank snapshot's manifest": (Manifest, "write"),
 }
 
 

@@ -128,7 +128,7 @@ def check_snapshot(target: Path, verdict: Verdict) -> None:
         except (SnapshotError, OSError) as error:
             verdict.wrong.append(f"a snapshot that says it is whole can't be restored: {error}")
             return
-        blobs = BlobStore(restored / "blobs")
+        blobs = BlobStore.in_folder(restored / "blobs")
         with closing(sqlite3.connect(restored / CATALOG_FILE)) as catalog:
             rows = catalog.execute("SELECT id, title, text, gradient_digest FROM documents WHERE NOT deleted")
             for id, title, text, digest in rows:

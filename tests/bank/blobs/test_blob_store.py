@@ -1,3 +1,5 @@
+"""Records under their digests. What concerns no file is tested on each kind of store."""
+
 from __future__ import annotations
 
 import threading
@@ -8,8 +10,16 @@ from pathlib import Path
 import pytest
 
 from bank_service.blobs.blob_store import BlobStore
+from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import DataLossError
 from bank_service.wire.codec import record_digest
+
+
+@pytest.fixture(params=["folder", "remote"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    if request.param == "folder":
+        return BlobStore.in_folder(tmp_path)
+    return BlobStore(RemoteObjects.at(f"memory://{tmp_path}"))
 
 
 def put(blobs: BlobStore, record: bytes) -> str:
@@ -24,12 +34,12 @@ def path_of(folder: Path, digest: str) -> Path:
 
 
 def test_a_record_comes_back_also_from_a_store_opened_anew(tmp_path: Path) -> None:
-    digest = put(BlobStore(tmp_path), b"one")
-    assert BlobStore(tmp_path).get(digest) == b"one"
+    digest = put(BlobStore.in_folder(tmp_path), b"one")
+    assert BlobStore.in_folder(tmp_path).get(digest) == b"one"
 
 
 def test_putting_a_record_again_writes_nothing(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+    blobs = BlobStore.in_folder(tmp_path)
     digest = put(blobs, b"one")
     before = path_of(tmp_path, digest).stat()
     put(blobs, b"one")
@@ -37,8 +47,7 @@ def test_putting_a_record_again_writes_nothing(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_a_missing_record_is_a_loss_that_names_its_digest(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+def test_a_missing_record_is_a_loss_that_names_its_digest(blobs: BlobStore) -> None:
     with pytest.raises(DataLossError) as caught:
         blobs.get("0" * 64)
     assert caught.value.digest == "0" * 64 and "missing" in caught.value.message
@@ -46,7 +55,7 @@ def test_a_missing_record_is_a_loss_that_names_its_digest(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("damaged", [b"", b"oNe", b"one more"])
 def test_a_corrupt_record_is_a_loss_and_putting_it_again_heals_it(tmp_path: Path, damaged: bytes) -> None:
-    blobs = BlobStore(tmp_path)
+    blobs = BlobStore.in_folder(tmp_path)
     digest = put(blobs, b"one")
     path_of(tmp_path, digest).write_bytes(damaged)
     with pytest.raises(DataLossError, match="corrupt"):
@@ -57,7 +66,7 @@ def test_a_corrupt_record_is_a_loss_and_putting_it_again_heals_it(tmp_path: Path
 
 def test_a_record_that_the_disk_does_not_give_is_a_loss(tmp_path: Path) -> None:
     """A folder in its place: the read fails as one of a bad sector does, with an OSError of another kind."""
-    blobs = BlobStore(tmp_path)
+    blobs = BlobStore.in_folder(tmp_path)
     digest = put(blobs, b"one")
     path_of(tmp_path, digest).unlink()
     path_of(tmp_path, digest).mkdir()
@@ -67,15 +76,16 @@ def test_a_record_that_the_disk_does_not_give_is_a_loss(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    put(BlobStore(tmp_path), b"one")
+    put(BlobStore.in_folder(tmp_path), b"one")
     (tmp_path / "tmp" / "17").write_bytes(b"half a rec")
-    BlobStore(tmp_path)
+    BlobStore.in_folder(tmp_path)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_a_sweep_removes_what_is_neither_referenced_nor_held(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+    blobs = BlobStore.in_folder(tmp_path)
     kept, orphan, held = (put(blobs, name) for name in (b"kept", b"orphan", b"held"))
+    (tmp_path / "ab").mkdir(exist_ok=True)
     (tmp_path / "ab" / "not a digest").write_text("someone's notes")
     with blobs.hold(held), blobs.hold(held):
         assert blobs.sweep(lambda digests: {kept} & set(digests)).num_removed == 1
@@ -85,15 +95,13 @@ def test_a_sweep_removes_what_is_neither_referenced_nor_held(tmp_path: Path) -> 
     assert (tmp_path / "ab" / "not a digest").exists()
 
 
-def test_a_sweep_of_named_digests_leaves_the_others_alone(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+def test_a_sweep_of_named_digests_leaves_the_others_alone(blobs: BlobStore) -> None:
     one, two = put(blobs, b"one"), put(blobs, b"two")
     assert blobs.sweep(lambda digests: set(), [one]).num_removed == 1
     assert blobs.is_sound(two) and not blobs.is_sound(one)
 
 
-def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(blobs: BlobStore) -> None:
     committed: set[str] = set()
     stop = threading.Event()
 
@@ -133,7 +141,7 @@ def test_sweeps_and_ingests_at_once_never_lose_a_record_that_was_committed(tmp_p
 def test_what_a_sweep_is_removing_can_be_held_at_once_and_is_put_after_it(
     tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blobs = BlobStore(tmp_path)
+    blobs = BlobStore.in_folder(tmp_path)
     digest = put(blobs, b"one")
     reached, may_go_on = threading.Event(), threading.Event()
     unlink = Path.unlink
@@ -149,7 +157,7 @@ def test_what_a_sweep_is_removing_can_be_held_at_once_and_is_put_after_it(
     assert reached.wait(30)
 
     def hold() -> None:
-        with blobs.hold(digest), blobs.keep_all():
+        with blobs.hold(digest), blobs.hold_all():
             pass
 
     pool.submit(hold).result(10)
@@ -161,8 +169,7 @@ def test_what_a_sweep_is_removing_can_be_held_at_once_and_is_put_after_it(
     assert blobs.is_sound(digest), "a put that finds the file still there would have left it to the sweep"
 
 
-def test_what_was_committed_after_a_sweep_looked_into_the_catalog_stays(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+def test_what_was_committed_after_a_sweep_looked_into_the_catalog_stays(blobs: BlobStore) -> None:
     digest = put(blobs, b"one")
 
     def outdated(_: list[str]) -> set[str]:
@@ -175,7 +182,7 @@ def test_what_was_committed_after_a_sweep_looked_into_the_catalog_stays(tmp_path
 
 
 def test_a_file_that_cannot_be_removed_is_named_and_holds_up_no_other(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+    blobs = BlobStore.in_folder(tmp_path)
     digests = [put(blobs, name) for name in (b"one", b"two", b"three")]
     path_of(tmp_path, digests[0]).unlink()
     path_of(tmp_path, digests[0]).mkdir()
@@ -184,8 +191,7 @@ def test_a_file_that_cannot_be_removed_is_named_and_holds_up_no_other(tmp_path: 
     assert (sweep.num_removed, sweep.unwanted, sweep.failed.keys()) == (1, set(digests), {digests[0]})
 
 
-def test_a_name_that_is_no_digest_reaches_no_file(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path)
+def test_a_name_that_is_no_digest_reaches_no_file(blobs: BlobStore) -> None:
     for name in ("../../etc/passwd", "A" * 64, "a" * 63, ""):
         with pytest.raises(ValueError, match="64 lower-case hex digits"):
             blobs.get(name)

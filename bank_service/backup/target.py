@@ -1,0 +1,58 @@
+"""Where a snapshot lies: an absolute folder, or a URL of a store that fsspec knows."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from bank_service.blobs.folder_objects import FolderObjects
+from bank_service.blobs.objects import Objects
+from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.errors import InvalidArgumentError, SnapshotError
+from bank_service.values.config import BankConfig
+
+# Beside the gradients: a snapshot that was killed leaves files there, and the next one removes them.
+_UNFINISHED = "blobs/new"
+
+
+def open_target(target: str) -> Objects:
+    """The objects of a snapshot. SnapshotError where the target can't be opened."""
+    target = target.removeprefix("file://")
+    if "://" not in target:
+        if not target.startswith("/"):
+            raise SnapshotError(f"a snapshot must lie in an absolute folder or at a URL, got {target[:200]!r}")
+        return FolderObjects(Path(target), _UNFINISHED)
+    try:
+        return RemoteObjects.at(target)
+    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose package is missing
+        if isinstance(error, ImportError) and error.name == "fsspec":
+            raise SnapshotError(
+                "fsspec must be installed for snapshots at URLs; pip install fsspec and its package for that store"
+            ) from error
+        raise SnapshotError(
+            f"a snapshot must lie at a URL that fsspec can open, got {target[:200]!r}: {error}"
+        ) from None
+
+
+def check_target(config: BankConfig, target: str) -> None:
+    """InvalidArgumentError where a caller may not have the bank write there."""
+    url = target.removeprefix("file://")
+    path = PurePosixPath(url.split("://", 1)[-1])
+    is_named = path.is_absolute() and len(path.parts) > 1 if "://" not in url else bool(path.parts)
+    if not is_named or ".." in path.parts:
+        raise InvalidArgumentError(
+            f"target must be an absolute folder of the bank's machine or a URL, without .., got {target[:200]!r}",
+            field="target",
+        )
+    root = config.snapshot_root
+    if root is None:
+        allowed = config.is_loopback
+    elif "://" in url:
+        allowed = url == root or url.startswith(root.rstrip("/") + "/")
+    else:
+        allowed = Path(url).resolve().is_relative_to(Path(root.removeprefix("file://")).resolve())
+    if not allowed:
+        raise InvalidArgumentError(
+            f"target must lie below the bank's --snapshot-root, {root or 'which it was started without'}, "
+            f"got {target[:200]!r}",
+            field="target",
+        )

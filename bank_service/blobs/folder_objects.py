@@ -1,0 +1,111 @@
+"""Objects in a folder of this machine: one file each."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class FolderObjects:
+    """Implements ``Objects``. One process may write to the folder at a time."""
+
+    def __init__(self, root: Path, unfinished: str) -> None:
+        """``unfinished`` names the folder in ``root`` where a file lies until it is whole. Creates nothing yet."""
+        self._root = root
+        self._unfinished = root / unfinished
+        self._numbers = itertools.count(1)
+        self._durable: set[Path] = set()  # folders that are themselves durable
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def put(self, name: str, content: bytes) -> None:
+        with self._written(name) as new, new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.sync([name])
+
+    def list(self) -> Iterator[str]:
+        return self._below("")
+
+    def remove(self, name: str) -> None:
+        (self._root / name).unlink()
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        for name in self._below(""):
+            yield name, (self._root / name).stat().st_size
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Links the file where both are on one file system: objects and their copies never change."""
+        with self._written(name) as new:
+            try:
+                os.link(path, new)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, new)
+                with new.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def get_file(self, name: str, path: Path) -> None:
+        shutil.copyfile(self._root / name, path)
+
+    def sync(self, names: Iterable[str]) -> None:
+        folders = {(self._root / name).parent for name in names}
+        wanted = set(folders)
+        for folder in folders - self._durable:
+            while folder != self._root.parent:
+                folder = folder.parent
+                wanted.add(folder)
+        for folder in wanted:
+            fsync_folder(folder)
+        self._durable |= folders
+
+    def path(self, name: str) -> Path | None:
+        return self._root / name
+
+    def remove_unfinished(self) -> None:
+        """Removes what a killed process left half-written. Nobody may write meanwhile."""
+        with suppress(FileNotFoundError):
+            for path in self._unfinished.iterdir():
+                path.unlink()
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[Path]:
+        """A path for a file that does not exist yet. At the end the file becomes the object."""
+        path = self._root / name
+        new = self._unfinished / str(next(self._numbers))
+        if path.parent not in self._durable:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # texts are for this user alone
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        new.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            yield new
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _below(self, folder: str) -> Iterator[str]:
+        try:
+            with os.scandir(self._root / folder) as entries:
+                found = [(entry.name, entry.is_dir()) for entry in entries]
+        except FileNotFoundError:
+            return
+        for name, is_folder in found:
+            if is_folder:
+                yield from self._below(f"{folder}{name}/")
+            else:
+                yield folder + name
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
