@@ -96,7 +96,7 @@ class Bank:
         )
         reads = self._pools.reads
         catalog = open_catalog(config.data_dir, self.identity, limits_of, history_seconds=config.history_seconds)
-        cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
+        self._cache = cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore.in_folder(config.data_dir / "blobs"), cache)
         self._discarder = Discarder(self._stores, self._pools.writes, metrics)
         self._background = Background()
@@ -161,7 +161,7 @@ class Bank:
         bank._background.run(bank._discarder.sweep())
         bank._recoder.resume()
         if config.redis_url is not None:
-            bank._background.run(bank._stores.cache.warn_where_unlimited())
+            bank._background.run(bank._cache.warn_where_unlimited())
         bank._publish(metrics)
         return bank
 

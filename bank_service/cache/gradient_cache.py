@@ -1,10 +1,8 @@
-"""Hot gradient records in Redis. A cache only: whatever happens to it, a fetch succeeds from the blobs.
+"""Hot gradient records in Redis. Whatever happens to the cache, a fetch succeeds from the blobs.
 
-Every record expires: a server without a limit of its own does not grow for ever. What could not be removed, because the
-server failed or rested, is removed when it answers again, as far as it has not expired by then.
-
-Every record read is checked against its digest. A server that fails or is slow is left alone for a moment, so
-that each call does not wait for it anew.
+Every record expires, so that a server without a limit of its own does not grow for ever. A server that fails or is slow
+is left alone for a moment, so that not every call waits for it. What could not be removed meanwhile is removed when the
+server answers again, unless it has expired by then.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from bank_service.cache.record_cache import CacheCounts
 from bank_service.runtime.seldom import Seldom
 from bank_service.runtime.threads import in_thread
 from bank_service.wire.codec import record_digest
@@ -33,21 +31,11 @@ KEY_PREFIX = "regrad:gradient:"
 MAX_KEYS = 1000  # in one UNLINK
 
 
-@dataclass(slots=True)
-class CacheCounts:
-    """What the cache has done so far."""
-
-    hits: int = 0
-    misses: int = 0
-    corrupt: int = 0  # records that didn't match their digest; also misses
-    errors: int = 0  # calls that failed or timed out; their records are also misses
-
-
 class GradientCache:
-    """Records by digest. No method raises for a fault of the server."""
+    """Implements ``RecordCache`` by a server of Redis' protocol."""
 
     def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:
-        """``ttl_seconds``: after its last write a record goes."""
+        """A record goes ``ttl_seconds`` after its last write."""
         timeout = timeout_ms / 1000
         self._connections = BlockingConnectionPool.from_url(
             url,
@@ -72,7 +60,6 @@ class GradientCache:
         await self._connections.aclose()
 
     async def is_available(self) -> bool:
-        """The server answers now."""
         try:
             async with asyncio.timeout(self._timeout):
                 await self._redis.ping()
@@ -81,7 +68,6 @@ class GradientCache:
         return True
 
     async def get(self, digests: Sequence[str]) -> dict[str, bytes]:
-        """Those of ``digests`` that are cached, each checked against its digest."""
         if not digests:
             return {}
         values = await self._call("MGET", *[KEY_PREFIX + digest for digest in digests])
@@ -99,7 +85,6 @@ class GradientCache:
         return found
 
     async def put(self, records: Mapping[str, bytes]) -> None:
-        """Offers records; the server may drop any. The caller then sees that they are still to be there."""
         if records and not self._rests():
             pipeline = self._redis.pipeline(transaction=False)
             for digest, record in records.items():
@@ -109,19 +94,16 @@ class GradientCache:
             self._unremoved.update({digest: expired for digest in records if failed or digest in self._unremoved})
 
     async def remove(self, digests: Sequence[str]) -> None:
-        """Removes records, now or when the server answers again, as far as they have not expired by then."""
         for digest in digests:
             self._unremoved.setdefault(digest, time.monotonic() + self._ttl_seconds)
         await self._unlink(digests)
 
     async def retry(self) -> None:
-        """Removes what could not be removed before."""
         now = time.monotonic()
         self._unremoved = {digest: expired for digest, expired in self._unremoved.items() if expired > now}
         await self._unlink(list(self._unremoved))
 
     def may_have(self, digests: Iterable[str]) -> bool:
-        """One of ``digests`` is still to be removed."""
         return any(digest in self._unremoved for digest in digests)
 
     async def warn_where_unlimited(self) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of a bank share: its stores and its threads."""
+"""The stores and the threads that the parts of a bank share."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from bank_service.blobs.blob_store import BlobStore
-from bank_service.cache.gradient_cache import GradientCache
+from bank_service.cache.record_cache import RecordCache
 from bank_service.catalog.contract import Catalog
 
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where a collection lies."""
+    """Everything that a collection is stored in."""
 
     catalog: Catalog
     blobs: BlobStore
-    cache: GradientCache
+    cache: RecordCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Pools:
     """Threads by kind of work, so that one kind does not hold up another."""
 
     reads: Executor
-    past_queries: Executor  # each may compare with all past versions of a namespace
+    past_queries: Executor  # a query may compare with all past versions of a namespace
     writes: Executor
     query_embeds: Executor
     document_embeds: Executor

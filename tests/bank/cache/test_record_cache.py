@@ -1,0 +1,160 @@
+"""What every cache of records does: one suite, run on each, with its server alive, silent and dead."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from bank_service.cache import gradient_cache
+from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.cache.gradient_cache import KEY_PREFIX, GradientCache
+from bank_service.cache.record_cache import RecordCache
+from bank_service.wire.codec import record_digest
+
+TIMEOUT_MS = 500
+TTL_SECONDS = 2
+RECORDS = {record_digest(record): record for record in (b"one", b"two", b"three")}
+ONE, TWO, THREE = RECORDS
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A server and what tests do to it behind the cache's back."""
+
+    url: str
+    pid: int
+
+    @asynccontextmanager
+    async def cache(self) -> AsyncIterator[RecordCache]:
+        with ThreadPoolExecutor(1) as pool:
+            cache: RecordCache = GradientCache(self.url, TIMEOUT_MS, TTL_SECONDS, pool)
+            try:
+                yield cache
+            finally:
+                await cache.close()
+
+    def silence(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def answer(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    async def spoil(self, digest: str) -> None:
+        async with Redis.from_url(self.url) as redis:
+            await redis.set(KEY_PREFIX + digest, b"rot")
+
+
+@pytest_asyncio.fixture(params=["embedded valkey", "redis-server"])
+async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Backend]:
+    if request.param == "redis-server":
+        url = request.getfixturevalue("redis_server")
+        async with Redis.from_url(url) as redis:
+            pid = (await redis.info("server"))["process_id"]
+        yield Backend(url, pid)
+        return
+    server = EmbeddedRedis(tmp_path, 8 * 2**20)
+    await server.start()
+    try:
+        yield Backend(server.url, server.pid)
+    finally:
+        await server.stop()
+
+
+@pytest.mark.asyncio
+async def test_what_was_offered_is_found_and_counted(backend: Backend) -> None:
+    async with backend.cache() as cache:
+        assert await cache.is_available()
+        assert await cache.get(list(RECORDS)) == {} and await cache.get([]) == {}
+        await cache.put({ONE: RECORDS[ONE], TWO: RECORDS[TWO]})
+        await cache.put({})
+        assert await cache.get(list(RECORDS)) == {ONE: RECORDS[ONE], TWO: RECORDS[TWO]}
+        assert (cache.counts.hits, cache.counts.misses, cache.counts.errors) == (2, 4, 0)
+
+
+@pytest.mark.asyncio
+async def test_what_was_removed_is_gone_and_the_rest_is_not(backend: Backend) -> None:
+    async with backend.cache() as cache:
+        await cache.put(RECORDS)
+        await cache.remove([ONE, THREE])
+        assert set(await cache.get(list(RECORDS))) == {TWO}
+        assert not cache.may_have(RECORDS)
+        await cache.remove([ONE])  # again
+
+
+@pytest.mark.asyncio
+async def test_a_record_that_does_not_match_its_digest_is_never_given_and_leaves_the_cache(backend: Backend) -> None:
+    async with backend.cache() as cache:
+        await cache.put(RECORDS)
+        await backend.spoil(ONE)
+        assert set(await cache.get(list(RECORDS))) == {TWO, THREE}
+        assert (cache.counts.corrupt, cache.counts.misses) == (1, 1)
+        await cache.get([ONE])
+        assert cache.counts.corrupt == 1, "it was removed"
+
+
+@pytest.mark.asyncio
+async def test_no_record_stays_for_ever(backend: Backend) -> None:
+    async with backend.cache() as cache:
+        await cache.put(RECORDS)
+        assert await cache.get([ONE])
+        await asyncio.sleep(TTL_SECONDS + 0.5)
+        assert await cache.get(list(RECORDS)) == {}
+
+
+@pytest.mark.asyncio
+async def test_a_silent_cache_raises_nothing_and_removes_later_what_it_could_not_remove(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 0.0)
+    async with backend.cache() as cache:
+        await cache.put(RECORDS)
+        backend.silence()
+        try:
+            async with asyncio.timeout(30):
+                assert not await cache.is_available()
+                assert await cache.get([ONE]) == {}
+                await cache.remove([ONE])
+            assert cache.counts.errors == 2 and cache.may_have([ONE, TWO]) and not cache.may_have([TWO])
+        finally:
+            backend.answer()
+        await cache.retry()
+        assert not cache.may_have([ONE]) and await cache.get([ONE]) == {}
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_failed_is_left_alone_for_a_moment(backend: Backend) -> None:
+    async with backend.cache() as cache:
+        backend.silence()
+        try:
+            await cache.get([ONE])
+            begun = asyncio.get_running_loop().time()
+            for _ in range(20):
+                await cache.put(RECORDS)
+                assert await cache.get([ONE]) == {}
+            assert asyncio.get_running_loop().time() < begun + TIMEOUT_MS / 1000, "each call would have waited as long"
+            assert cache.counts.errors == 1 and cache.counts.misses == 21
+        finally:
+            backend.answer()
+
+
+@pytest.mark.asyncio
+async def test_a_dead_cache_is_a_cache_without_records(backend: Backend) -> None:
+    async with backend.cache() as cache:
+        await cache.put(RECORDS)
+        backend.answer()
+        os.kill(backend.pid, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            assert await cache.get(list(RECORDS)) == {}
+            await cache.remove([ONE])
+            await cache.retry()
+        assert cache.may_have([ONE])
