@@ -25,6 +25,7 @@ from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListE
 from bank_service.catalog.factory import CATALOG_FILE, open_catalog, stored_codec
 from bank_service.catalog.failures import document_not_found
 from bank_service.errors import LearnerMismatchError, NotFoundError
+from bank_service.records.committer import Committer
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue
 from bank_service.records.record_reader import MayRead, RecordReader
@@ -108,18 +109,18 @@ class Bank:
         max_past = max(1, int(PAST_SHARE * config.max_queries))
         self._searcher = Searcher(catalog, retriever, past, self._follower, reads, self._pools.past_queries, max_past)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
-        self._writer = Writer(
+        committer = Committer(
             self._stores,
             self._discarder,
-            self._pools,
+            self._pools.writes,
             self._background,
-            self._encodes,
-            embedder,
             spec,
             codec,
-            config.max_pending_documents,
             lambda: self._follower.near(self._searcher.acknowledged),
             self._acknowledge,
+        )
+        self._writer = Writer(
+            self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents
         )
         repairer = Repairer(
             self._stores, self._writer, self._discarder, self._encodes, self._background, reads, metrics

@@ -1,4 +1,4 @@
-"""Batches the documents of concurrent ingests for the encoder: one worker thread, one gradient record each."""
+"""Encodes documents in batches, made up from all ingests that run at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Job:
 
 
 class EncodeQueue:
-    """Documents in, records out. A document that the encoder refuses does not harm its batch."""
+    """Documents in, records out, in one thread. A document that the encoder refuses does not harm its batch."""
 
     def __init__(self, encoder: Encoder, codec: str, batch_size: int, wait_ms: float, metrics: BankMetrics) -> None:
         self._encoder = encoder

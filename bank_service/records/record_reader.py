@@ -1,4 +1,4 @@
-"""Gradient records for reading: from the cache where it has them, else from the blobs; always verified."""
+"""Reads gradient records from the cache, or else from the blobs. Every record is verified."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MayRead = Callable[[str], bool]  # whether the caller may read a namespace
 
 
 class RecordReader:
-    """Reads records by digest. The catalog says which exist: those of documents and of their past versions."""
+    """Reads records by digest. The catalog says which exist: those of documents and of past versions."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class RecordReader:
         metrics: BankMetrics,
         repair: Callable[[str], Awaitable[bool]],
     ) -> None:
-        """``repair``: makes a damaged record sound again, where it can."""
+        """``repair`` makes a damaged record sound again, where that is possible."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._cache = stores.cache
@@ -37,8 +37,8 @@ class RecordReader:
         self._repair = repair
 
     async def check(self, digests: Sequence[str], may_read: MayRead | None = None) -> set[str]:
-        """The namespaces whose documents have or had the digests, of those that the caller may read. NotFoundError for
-        the first digest that no document there has or, as far as the catalog knows, had."""
+        """The namespaces of the documents and past versions that have the digests, as far as the caller may read them.
+        NotFoundError for the first digest that none has."""
         known = await in_thread(self._pool, self._known, digests, may_read)
         for digest in digests:
             if digest not in known:
@@ -63,7 +63,7 @@ class RecordReader:
 
     async def _fill_cache(self, records: dict[str, bytes]) -> None:
         await self._cache.put(records)
-        # A record whose last document went between the read and the put would stay: its removal came before the put.
+        # Its last document may have gone between the read and the put. Then the removal came first, and is made again.
         known = await in_thread(self._pool, self._known, list(records), None)
         if gone := records.keys() - known:
             await self._cache.remove(list(gone))
@@ -80,13 +80,13 @@ class RecordReader:
         try:
             return self._blobs.get(digest)
         except DataLossError:
-            if digest not in self._known([digest], may_read):  # its document went between the check and the read
+            if digest not in self._known([digest], may_read):  # the document was deleted after the check
                 raise _not_found(digest) from None
             self._metrics.lost()
             raise
 
     def _known(self, digests: Sequence[str], may_read: MayRead | None) -> dict[str, set[str]]:
-        """digest → the namespaces in which the caller may read it, where there is one."""
+        """digest → the namespaces in which the caller may read it. A digest without one is left out."""
         with self._catalog.view() as view:
             found = view.gradient_namespaces(digests)
         if may_read is None:

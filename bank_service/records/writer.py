@@ -1,21 +1,20 @@
-"""Documents and gradients into the bank: each change is durable before it is acknowledged."""
+"""Takes documents and gradients in: checks them, encodes them, and hands them to the committer."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from bank_service.catalog.entries import DeleteResult
 from bank_service.catalog.failures import version_conflict
-from bank_service.errors import BankError, DataLossError, InvalidArgumentError, LearnerMismatchError, UnavailableError
-from bank_service.records.discarder import Discarder
+from bank_service.errors import InvalidArgumentError, LearnerMismatchError
+from bank_service.records.committer import Committer
 from bank_service.records.encode_queue import EncodeQueue
 from bank_service.records.stores import Pools, Stores
-from bank_service.runtime.background import Background, finished
 from bank_service.runtime.locks import KeyedLocks
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import (
@@ -34,8 +33,6 @@ from bank_service.wire.codec import (
     GradientFormatError,
     GradientSpec,
     WrongLearnerError,
-    decode_gradient,
-    encode_gradient,
     read_header,
     record_digest,
     verify_record,
@@ -44,12 +41,12 @@ from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
 
-UPLOADED = 0  # tokens of a gradient that was computed elsewhere: unknown; an encoder's own has at least one
+UPLOADED = 0  # number of tokens of an uploaded gradient: it is unknown; an encoded one has at least one token
 
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """A document that is to be written, against what is stored under its id."""
+    """How a document that is to be written compares with the stored one of its id."""
 
     stored: StoredDocument | None  # None: nothing, or nothing with a sound gradient
     is_encoded: bool  # the gradient is the bank's own, not one that was uploaded
@@ -70,39 +67,34 @@ class Writer:
     def __init__(
         self,
         stores: Stores,
-        discarder: Discarder,
+        committer: Committer,
         pools: Pools,
-        background: Background,
         encodes: EncodeQueue,
         embedder: Embedder,
         spec: GradientSpec,
-        codec: str,
         max_pending: int,
-        room: Callable[[], Awaitable[None]],
-        acknowledge: Callable[[int], None],
     ) -> None:
-        """``room`` returns when a document may be stored. ``acknowledge`` is told the sequence of each change before
-        its caller is."""
+        """``max_pending``: documents being encoded and stored at once."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
-        self._discarder = discarder
+        self._committer = committer
         self._pools = pools
-        self._background = background
         self._encodes = encodes
         self._embedder = embedder
         self._spec = spec
-        self.codec = codec
-        self._room = room
-        self._acknowledge = acknowledge
         self._locks = KeyedLocks()
         self._pending = asyncio.Semaphore(max_pending)
-        self._storing: set[asyncio.Task[PutResult]] = set()
+
+    @property
+    def codec(self) -> str:
+        """The codec of what is stored from now on."""
+        return self._committer.codec
 
     async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
         """Stores a document with the gradient that the bank's encoder computes; durable on return.
 
-        The same content again costs nothing; a change of metadata alone keeps the gradient. One that was uploaded
-        is replaced: nobody but its uploader knows whether it belongs to the text.
+        The same content again costs nothing. A change of metadata alone keeps the gradient. An uploaded gradient is
+        replaced, because only its uploader knows whether it belongs to the text.
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
         async with self._locks.lock((document.namespace, document.id)), self._pending:
@@ -110,7 +102,7 @@ class Writer:
             if current.has_content and current.is_encoded:
                 return self._unchanged(current.stored)
             if current.has_text and current.is_encoded and current.stored is not None:
-                return await self._store(document, current.stored.gradient, None, expected_version)
+                return await self._committer.store(document, current.stored.gradient, None, expected_version)
             with span("bank.encode"):
                 encoded, embedding = await asyncio.gather(
                     asyncio.wrap_future(self._encodes.submit(document.title, document.text)),
@@ -119,15 +111,15 @@ class Writer:
             gradient = await in_thread(
                 self._pools.reads, _gradient, encoded.record, embedding, encoded.num_tokens, encoded.truncated
             )
-            return await self._store(document, gradient, encoded.record, expected_version)
+            return await self._committer.store(document, gradient, encoded.record, expected_version)
 
     async def put_gradient(
         self, document: Document, record: bytes, embedding: Sequence[float] = (), expected_version: int | None = None
     ) -> PutResult:
         """Stores a document with a gradient record that was computed elsewhere; durable on return.
 
-        ``embedding``: empty, then the bank embeds the text. LearnerMismatchError, InvalidArgumentError for a
-        malformed record or embedding, VersionConflictError.
+        Where ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
+        InvalidArgumentError for a malformed record or embedding.
         """
         if embedding:
             check_vector(embedding, self._embedder.dimension, "header.embedding")
@@ -144,30 +136,28 @@ class Writer:
             gradient = Gradient(digest, len(record), UPLOADED, False, vector)
             if current.has_content and current.has_gradient(gradient):
                 return self._unchanged(current.stored)
-            return await self._store(document, gradient, record, expected_version)
+            return await self._committer.store(document, gradient, record, expected_version)
 
     async def delete(
         self, namespace: str, id: str, expected_version: int | None = None, *, purge: bool = False
     ) -> DeleteResult:
         """Deletes a document; durable on return. NotFoundError, VersionConflictError.
 
-        ``purge``: what it was before, too, also where it is deleted already; its gradients are gone on return, and what
-        the bank's files still hold of it soon after; see Eraser. UnavailableError where a gradient can't be removed.
+        ``purge`` removes its past versions, too, also where it is deleted already. The gradients are gone on return.
+        Other traces are erased soon after; see Eraser. UnavailableError where a gradient can't be removed.
         """
         namespace, id = check_namespace(namespace), check_id(id)
         async with self._locks.lock((namespace, id)):
-            return await finished(self._background.run(self._commit_deletion(namespace, id, expected_version, purge)))
+            return await self._committer.delete(namespace, id, expected_version, purge=purge)
 
     async def change_codec(self, codec: str) -> None:
         """Returns when nothing can be stored in another codec any more."""
-        self.codec = self._encodes.codec = codec
-        storing = list(self._storing)
-        if storing:
-            await asyncio.wait(storing)
+        self._encodes.codec = codec
+        await self._committer.change_codec(codec)
 
     async def recode(self, namespace: str, id: str) -> bool:
-        """Gives a document its gradient in the collection's codec, as a new version; False where it has that, or is
-        gone. DataLossError, QuotaExceededError."""
+        """Gives a document its gradient in the collection's codec, as a new version. False where it has that codec, or
+        is gone. DataLossError, QuotaExceededError."""
         async with self._locks.lock((namespace, id)), self._pending:
             stored = await in_thread(self._pools.reads, self._stored, namespace, id)
             if stored is None:
@@ -175,7 +165,7 @@ class Writer:
             record = await in_thread(self._pools.reads, self._blobs.get, stored.gradient.digest)
             if read_header(record).codec == self.codec:
                 return False
-            await self._store(stored.document, stored.gradient, record, stored.version)
+            await self._committer.store(stored.document, stored.gradient, record, stored.version)
             return True
 
     def _stored(self, namespace: str, id: str) -> StoredDocument | None:
@@ -183,14 +173,14 @@ class Writer:
             return view.get(namespace, id)
 
     def _standing(self, document: Document, expected_version: int | None) -> _Standing:
-        """What the catalog has of the document now. VersionConflictError, QuotaExceededError, before any work."""
+        """Looks into the catalog before any work is done. VersionConflictError, QuotaExceededError."""
         with self._catalog.view() as view:
             stored = view.get(document.namespace, document.id)
             version = 0 if stored is None else stored.version
             if expected_version is not None and version != expected_version:
                 raise version_conflict(document.namespace, document.id, expected_version, version)
             self._catalog.check_room(view, document, stored)
-        # Content whose gradient got lost is taken as new: ingesting it again is how it is healed.
+        # A document whose gradient is lost counts as new: ingesting it again heals it.
         if stored is None or not self._blobs.is_sound(stored.gradient.digest):
             return _Standing(None, is_encoded=False, has_text=False, has_content=False)
         return _Standing(
@@ -202,73 +192,8 @@ class Writer:
 
     def _unchanged(self, stored: StoredDocument | None) -> PutResult:
         assert stored is not None
-        self._acknowledge(stored.sequence)
+        self._committer.acknowledge(stored.sequence)
         return PutResult(stored, Outcome.UNCHANGED)
-
-    async def _store(
-        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
-    ) -> PutResult:
-        await self._room()
-        # A caller that goes away stops nothing from here on: what is committed must reach the index, and the next
-        # write of the document, which waits for its lock, must come after it.
-        with span("bank.store"):
-            task = self._background.run(self._commit(document, gradient, record, expected_version))
-            self._storing.add(task)
-            task.add_done_callback(self._storing.discard)
-            return await finished(task)
-
-    async def _commit(
-        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
-    ) -> PutResult:
-        try:
-            while record is not None and read_header(record).codec != (codec := self.codec):
-                # Made before the collection's codec changed.
-                record = await in_thread(self._pools.writes, _recoded, record, self._spec, codec)
-                gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
-            result = await self._write(document, gradient, record, expected_version)
-        except BankError:
-            if record is not None:  # written before the catalog refused it: else refused uploads would fill the disk
-                self._background.run(self._discarder.discard([gradient.digest]))
-            raise
-        self._acknowledge(result.stored.sequence)
-        if result.replaced_digest is not None:
-            self._background.run(self._discarder.discard([result.replaced_digest]))
-        return result
-
-    async def _commit_deletion(
-        self, namespace: str, id: str, expected_version: int | None, purge: bool
-    ) -> DeleteResult:
-        result = await in_thread(self._pools.writes, self._delete, namespace, id, expected_version, purge)
-        self._acknowledge(result.sequence)
-        if result.erasure is None:
-            self._background.run(self._discarder.discard(result.digests))
-        else:
-            await self._discarder.erase(result.digests)
-            await asyncio.wrap_future(self._catalog.acknowledge_purge(result.erasure))
-        return result
-
-    async def _write(
-        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
-    ) -> PutResult:
-        with self._blobs.hold(gradient.digest):
-            if record is not None:
-                await in_thread(self._pools.writes, self._write_blob, gradient.digest, record)
-            # No thread waits for the commit: as many writes share one as there are on the way.
-            with span("catalog.put"):
-                return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version))
-
-    def _write_blob(self, digest: str, record: bytes) -> None:
-        with span("blobs.put", record_bytes=len(record)):
-            try:
-                self._blobs.put(digest, record)
-            except OSError as error:
-                raise UnavailableError(f"the blob store must be writable, got {error}") from error
-
-    def _delete(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
-        with self._catalog.view() as view:
-            view.check_namespace(namespace)
-        with span("catalog.delete"):
-            return self._catalog.delete(namespace, id, expected_version, purge=purge).result()
 
     def _embed_document(self, document: Document) -> bytes:
         with span("bank.embed"):
@@ -288,16 +213,6 @@ class Writer:
                 field="chunk",
             )
         return record_digest(record)
-
-
-def _recoded(record: bytes, spec: GradientSpec, codec: str) -> bytes:
-    try:
-        return encode_gradient(decode_gradient(record, spec), spec, codec)
-    except GradientFormatError as error:
-        raise DataLossError(
-            f"a stored gradient can't be given the codec {codec}: {error}; ingest its document again",
-            digest=record_digest(record),
-        ) from error
 
 
 def _gradient(record: bytes, embedding: bytes, num_tokens: int, truncated: bool) -> Gradient:

@@ -1,0 +1,142 @@
+"""Changes become durable, and only then are acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import replace
+
+from bank_service.catalog.entries import DeleteResult
+from bank_service.errors import BankError, DataLossError, UnavailableError
+from bank_service.records.discarder import Discarder
+from bank_service.records.stores import Stores
+from bank_service.runtime.background import Background, finished
+from bank_service.runtime.threads import in_thread
+from bank_service.values.documents import Document, Gradient, PutResult
+from bank_service.wire.codec import (
+    GradientFormatError,
+    GradientSpec,
+    decode_gradient,
+    encode_gradient,
+    read_header,
+    record_digest,
+)
+from bank_service.wire.tracing import span
+
+
+class Committer:
+    """Writes the blob, then the catalog, then acknowledges. The caller has the document's lock.
+
+    A caller that goes away stops nothing that has begun. What is committed must reach the index, and the next write of
+    the document, which waits for its lock, must come after it.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        discarder: Discarder,
+        pool: Executor,
+        background: Background,
+        spec: GradientSpec,
+        codec: str,
+        room: Callable[[], Awaitable[None]],
+        acknowledge: Callable[[int], None],
+    ) -> None:
+        """``room`` returns when a document may be stored. ``acknowledge`` learns the sequence of each change before the
+        caller does."""
+        self._catalog = stores.catalog
+        self._blobs = stores.blobs
+        self._discarder = discarder
+        self._pool = pool
+        self._background = background
+        self._spec = spec
+        self.codec = codec
+        self._room = room
+        self.acknowledge = acknowledge
+        self._storing: set[asyncio.Task[PutResult]] = set()
+
+    async def store(
+        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+    ) -> PutResult:
+        """Stores a document. ``record`` is None where its gradient is stored already. VersionConflictError,
+        QuotaExceededError, UnavailableError where the blob store can't be written."""
+        await self._room()
+        with span("bank.store"):
+            task = self._background.run(self._store(document, gradient, record, expected_version))
+            self._storing.add(task)
+            task.add_done_callback(self._storing.discard)
+            return await finished(task)
+
+    async def delete(self, namespace: str, id: str, expected_version: int | None, *, purge: bool) -> DeleteResult:
+        """Deletes a document. NotFoundError, VersionConflictError; with ``purge`` UnavailableError where a gradient
+        can't be removed."""
+        return await finished(self._background.run(self._delete(namespace, id, expected_version, purge)))
+
+    async def change_codec(self, codec: str) -> None:
+        """Returns when nothing can be stored in another codec any more."""
+        self.codec = codec
+        storing = list(self._storing)
+        if storing:
+            await asyncio.wait(storing)
+
+    async def _store(
+        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+    ) -> PutResult:
+        try:
+            while record is not None and read_header(record).codec != (codec := self.codec):
+                # Made before the collection's codec changed.
+                record = await in_thread(self._pool, _recoded, record, self._spec, codec)
+                gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
+            result = await self._write(document, gradient, record, expected_version)
+        except BankError:
+            if record is not None:  # else uploads that the catalog refuses would fill the disk
+                self._background.run(self._discarder.discard([gradient.digest]))
+            raise
+        self.acknowledge(result.stored.sequence)
+        if result.replaced_digest is not None:
+            self._background.run(self._discarder.discard([result.replaced_digest]))
+        return result
+
+    async def _delete(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
+        result = await in_thread(self._pool, self._delete_row, namespace, id, expected_version, purge)
+        self.acknowledge(result.sequence)
+        if result.erasure is None:
+            self._background.run(self._discarder.discard(result.digests))
+        else:
+            await self._discarder.erase(result.digests)
+            await asyncio.wrap_future(self._catalog.acknowledge_purge(result.erasure))
+        return result
+
+    async def _write(
+        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+    ) -> PutResult:
+        with self._blobs.hold(gradient.digest):
+            if record is not None:
+                await in_thread(self._pool, self._write_blob, gradient.digest, record)
+            # No thread waits for the commit, so any number of writes can share one.
+            with span("catalog.put"):
+                return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version))
+
+    def _write_blob(self, digest: str, record: bytes) -> None:
+        with span("blobs.put", record_bytes=len(record)):
+            try:
+                self._blobs.put(digest, record)
+            except OSError as error:
+                raise UnavailableError(f"the blob store must be writable, got {error}") from error
+
+    def _delete_row(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
+        with self._catalog.view() as view:
+            view.check_namespace(namespace)
+        with span("catalog.delete"):
+            return self._catalog.delete(namespace, id, expected_version, purge=purge).result()
+
+
+def _recoded(record: bytes, spec: GradientSpec, codec: str) -> bytes:
+    try:
+        return encode_gradient(decode_gradient(record, spec), spec, codec)
+    except GradientFormatError as error:
+        raise DataLossError(
+            f"a stored gradient can't be given the codec {codec}: {error}; ingest its document again",
+            digest=record_digest(record),
+        ) from error
