@@ -22,7 +22,7 @@ from bank_service.records.writer import Writer
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import StoredDocument
-from bank_service.wire.codec import CODECS
+from bank_service.wire.codec import GradientFormatError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class Recoder:
     async def run(self, codec: str) -> AsyncGenerator[RecodeProgress, None]:
         """Begins, or joins what is under way to the same codec, and tells how it goes until it is done. Nobody needs to
         listen. InvalidArgumentError; UnavailableError while it is under way to another codec."""
-        if codec not in CODECS:
-            raise InvalidArgumentError(
-                f"codec must be one of {', '.join(sorted(CODECS))}, got {codec[:80]!r}", field="codec"
-            )
+        try:
+            check_choice(codec[:80])
+        except GradientFormatError as error:
+            raise InvalidArgumentError(str(error), field="codec") from error
         async with self._beginning:
             if self._task is None or self._task.done():
                 await in_thread(self._pool, lambda: self._stores.catalog.begin_recoding(codec).result())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bank_service.values.namespace_limits import NamespaceLimits
-from bank_service.wire.codec import CODECS
+from bank_service.wire.codec import check_choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,8 @@ class BankConfig:
         object.__setattr__(self, "data_dir", Path(self.data_dir).absolute())
         if self.embed_threads == 0:
             object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
-        if self.codec is not None and self.codec not in CODECS:
-            raise ValueError(f"codec must be one of {', '.join(sorted(CODECS))}, got {self.codec!r}")
+        if self.codec is not None:
+            check_choice(self.codec)
         host = self.host[1:-1] if self.host[:1] + self.host[-1:] == "[]" else self.host  # as URLs have IPv6
         object.__setattr__(self, "host", host)
         if not self.host:

@@ -4,7 +4,7 @@ Header, little-endian: magic "RGRD", version u16, header size u16, codec (16 byt
 fingerprint (32), layout id (8), num_values u64, payload_bytes u64, SHA-256 (32) of the header before it and
 of the payload, zeros. The payload starts at a multiple of 64, so that an mmap of the record can be read in place.
 
-A record is checked from its length inwards: nothing is allocated by a size that the record only claims.
+The length of a record is checked first. No memory is allocated by a size that the record only claims.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bank_service.wire.codecs import CODECS, DEFAULT_CODEC, codec_named
+from bank_service.wire.codecs import CODECS, DEFAULT_CODEC, check_choice, codec_named
 from bank_service.wire.codecs.base import (
     MAX_VALUES,
     Buffer,
@@ -28,8 +28,8 @@ from bank_service.wire.codecs.base import (
 
 __all__ = [
     "CODECS", "DEFAULT_CODEC", "HEADER_BYTES", "MAX_VALUES", "Buffer", "FloatArray", "GradientFormatError",
-    "GradientHeader", "GradientSpec", "WrongLearnerError", "codec_named", "decode_gradient", "encode_gradient",
-    "max_record_bytes", "read_header", "record_digest", "verify_record",
+    "GradientHeader", "GradientSpec", "WrongLearnerError", "check_choice", "codec_named", "decode_gradient",
+    "encode_gradient", "max_record_bytes", "read_header", "record_digest", "verify_record",
 ]  # fmt: skip
 
 MAGIC = b"RGRD"
@@ -52,7 +52,7 @@ class WrongLearnerError(GradientFormatError):
 
 @dataclass(frozen=True, slots=True)
 class GradientHeader:
-    """What a record says about itself."""
+    """The header of a record."""
 
     codec: str
     fingerprint: str
@@ -102,7 +102,7 @@ def encode_gradient(values: FloatArray, spec: GradientSpec, codec: str) -> bytes
 
 
 def read_header(record: Buffer) -> GradientHeader:
-    """The header, checked for itself but not against the payload. GradientFormatError."""
+    """Reads the header and checks it, but not against the payload. GradientFormatError."""
     view = memoryview(record).cast("B")
     if view.nbytes < HEADER_BYTES:
         raise GradientFormatError(f"a record must have at least {HEADER_BYTES} bytes, got {view.nbytes}")
@@ -125,7 +125,7 @@ def read_header(record: Buffer) -> GradientHeader:
 
 
 def verify_record(record: Buffer, spec: GradientSpec) -> GradientHeader:
-    """Everything that ``decode_gradient`` needs, without decoding.
+    """Checks everything that ``decode_gradient`` needs, without decoding.
 
     WrongLearnerError for a sound record of another learner or layout, GradientFormatError for all else.
     """

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     published.set_defaults(run=run_import)
 
     sensitivity = commands.add_parser(
-        "sensitivity", help="measure which errors in gradients matter to a learner, for the lowrank codecs"
+        "sensitivity", help="measure which errors in gradients matter to a learner, for the codec lowrank64"
     )
     sensitivity.add_argument("learner", type=Path, metavar="LEARNER", help="learner folder; the file goes there")
     sensitivity.add_argument(

@@ -1,4 +1,4 @@
-"""The codecs by name. A record says which one made it."""
+"""All codecs by name. Each record names the codec that made it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,26 @@ def _registry(*codecs: Codec) -> Mapping[str, Codec]:
     return MappingProxyType({codec.name: codec for codec in codecs})
 
 
-CODECS: Mapping[str, Codec] = _registry(
-    Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), *map(LowRankCodec, (32, 64, 128, 256))
-)
+# A collection can choose among these.
+CODECS: Mapping[str, Codec] = _registry(Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), LowRankCodec(64))
+# Older collections may have these, and keep them until they are recoded. The format is lowrank64's.
+RETIRED_CODECS: Mapping[str, Codec] = _registry(*map(LowRankCodec, (32, 128, 256)))
 DEFAULT_CODEC = Int8Codec.name
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name; GradientFormatError lists the known ones."""
-    if name not in CODECS:
+    """The codec of that name, also a retired one; GradientFormatError lists those that can be chosen."""
+    found = CODECS.get(name) or RETIRED_CODECS.get(name)
+    if found is None:
         raise GradientFormatError(f"codec must be one of {', '.join(sorted(CODECS))}, got {name!r}")
-    return CODECS[name]
+    return found
+
+
+def check_choice(name: str) -> None:
+    """GradientFormatError, with the remedy, unless a collection can choose the codec."""
+    codec_named(name)
+    if name in RETIRED_CODECS:
+        raise GradientFormatError(
+            f"codec must be one of {', '.join(sorted(CODECS))}, got {name!r}, which is retired; a collection that has "
+            "it keeps it without being told, until `regrad recode` gives it another"
+        )

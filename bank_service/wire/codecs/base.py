@@ -30,7 +30,7 @@ class GradientSpec:
     fingerprint: str  # of the learner, 64 hex digits
     layout_id: str  # 16 hex digits
     shapes: tuple[tuple[int, int], ...]  # of each tensor in layout order, for codecs that work per tensor
-    # Which errors matter to this learner; for encoding alone, no reader needs it.
+    # Says which errors matter to this learner. Only encoding needs it.
     sensitivity: Sensitivity | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What codecs share: blocks of codes with a scale each, and the upper halves of float32."""
+"""Parts that codecs share: blocks of codes with a scale each, and the upper halves of float32."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def num_bytes(num_codes: int) -> int:
 
 
 def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Odd codes in −3..3; what is left of the last byte is 0."""
+    """Packs odd codes in −3..3. The rest of the last byte is 0."""
     quarters = np.zeros(4 * num_bytes(len(codes)), np.uint8)
     quarters[: len(codes)] = (codes + MAX_CODE) // 2
     packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(quarters.reshape(-1, 4) << _SHIFTS, axis=1)

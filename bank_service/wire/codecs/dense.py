@@ -14,7 +14,7 @@ MAX_INT8_SCALE = 2.0**121  # 127 times as much is still finite in float32
 
 
 class Fp32Codec:
-    """The values themselves. 4 bytes a value: for figures to be held against."""
+    """The values themselves, 4 bytes each: the reference for other codecs."""
 
     name = "fp32"
 

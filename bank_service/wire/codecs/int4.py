@@ -45,7 +45,7 @@ class Int4Codec:
 
 
 def int4_codes(payload: memoryview, spec: GradientSpec) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """(codes, scales) of a checked payload, a byte a code: then it is composed from as int8 is."""
+    """(codes, scales) of a checked payload, one byte for each code, as int8 has them."""
     scales, packed = _parts(payload, spec)
     return nibbles.unpack(packed, spec.num_values), scales
 

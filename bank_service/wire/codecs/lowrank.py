@@ -1,11 +1,11 @@
-"""Low-rank factors of two and four bits: of every tensor the directions whose loss would cost most.
+"""Low-rank factors of two and four bits: of every tensor, the directions whose loss would cost most.
 
 A document's gradient is nearly of rank one in each tensor. A tensor (rows, columns) of a LoRA pair has one short side,
-the rank; a **component** of it is a vector along the long side times one along the short side. Which components of
-which tensors are kept, and with how many bits, is chosen by what they save for each byte (``lowrank_fit``), until a
-budget is spent that is the same for every document: the best first, wherever they lie. What an error costs is the
-learner's Fisher information (``sensitivity``), as in FWSVD (Hsu et al., 2022), here of both sides of a tensor; without
-it, its square.
+the rank. A **component** of it is a vector along the long side times one along the short side. ``lowrank_fit`` chooses
+which components of which tensors are kept, and with how many bits. The component that saves most for each byte comes
+first, until a budget is spent. The budget is the same for every document. The cost of an error is the learner's Fisher
+information (``sensitivity``), as in FWSVD (Hsu et al., 2022), here of both sides of a tensor. Without it, the cost is
+the square of the error.
 
 Payload, little-endian:
     version  u8, 255
@@ -14,12 +14,12 @@ Payload, little-endian:
     shorts   bf16, the short vectors
     codes    four or two bits a value of the long vectors, each component from a new byte
 Value (i, j) of a tensor is Σ short[c, i] · (scale · code)[c, j] over its components in order, in float32, i along the
-short side. Before there were two bits and a version a payload began with a byte for each tensor, its components of four
-bits; such payloads are still read.
+short side. The oldest payloads have no version and no components of two bits. They begin with a byte for each tensor,
+its components of four bits, and are still read.
 
-Error, beside the components left out: long vectors are rounded to a step of their block, chosen for the least cost
-among some, and the short vectors are then fitted anew to the rounded ones, so that no other short vectors would have
-been better, before they are rounded to 8 bits of mantissa.
+Beside the components left out, rounding makes an error. Long vectors are rounded to a step of their block. Among some
+steps, the one with the least cost is chosen. The short vectors are then fitted to the rounded long ones, so that no
+others would be better. At last they are rounded to 8 bits of mantissa.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _VERSION = 255
 _LIMIT = 2.0**58  # of scales and short values: the sum of 510 products with 7 times one is finite in float32
 _LARGEST_VALUE = 2.0**50  # of a gradient: its short values keep below the limit
 _FP32_BYTES = 4
-_RECORD_HEADER_BYTES = 128  # counted in: the promise is about the record
+_RECORD_HEADER_BYTES = 128  # part of the promise, which is about the whole record
 
 Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A payload unpacked: codes a byte each, scales and short values in float32.
+    """An unpacked payload: one byte for each code, scales and short values in float32.
 
-    ``table``, int64 (tensors, TABLE_FIELDS), says where each tensor's lie: its first value in the flat vector, columns,
+    ``table``, int64 (tensors, TABLE_FIELDS), has a row for each tensor: its first value in the flat vector, columns,
     components, whether the long side is the columns, first code, first scale, first short value, length of the long
     and of the short side. Components follow one another, in steps of the long side, its blocks and the short side.
     """
@@ -74,7 +74,7 @@ class LowRankCodec:
         fixed = _fixed_bytes(spec.shapes)
         budget = _FP32_BYTES * spec.num_values // self._share - _RECORD_HEADER_BYTES - fixed
         everything = sum(min(shape) * component_bytes(shape, 4) for shape in spec.shapes)
-        # A learner so small that no component fits still gets the smallest.
+        # Even the smallest learner gets one component.
         return fixed + min(max(budget, min(component_bytes(shape, 2) for shape in spec.shapes)), everything)
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
@@ -107,7 +107,7 @@ class LowRankCodec:
             if four + two > min(shape):
                 raise GradientFormatError(f"tensor {index} must have at most {min(shape)} components, got {four + two}")
             num_bytes += four * component_bytes(shape, 4) + two * component_bytes(shape, 2)
-        if payload.nbytes != num_bytes:  # before a plan is made, which is kept
+        if payload.nbytes != num_bytes:  # before a plan is made, which stays in memory
             raise GradientFormatError(
                 f"a {self.name} payload of these counts must be {num_bytes} bytes, got {payload.nbytes}"
             )
@@ -136,7 +136,7 @@ class LowRankCodec:
 
 
 def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:
-    """A checked payload as it is composed from."""
+    """Unpacks a checked payload. Slots are composed from this."""
     plan = _plan(_counts(payload, spec.shapes), spec.shapes)
     halves, packed = _parts(payload, plan)
     numbers = from_bf16(halves)
@@ -151,7 +151,7 @@ def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Where a component's codes lie among all."""
+    """The place of a component's codes among all."""
 
     kind: ModuleType  # ``nibbles`` or ``crumbs``
     start: int  # its first byte
@@ -164,7 +164,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where everything of a payload lies, which its counts alone decide."""
+    """The places of all parts of a payload. They depend on its counts alone."""
 
     table: Int64Array
     rows: tuple[_Row, ...]
@@ -175,7 +175,7 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Of each tensor's components, and the bytes that say so."""
+    """The number of each tensor's components, and the length of the head that has them."""
 
     four: bytes
     two: bytes

@@ -1,7 +1,7 @@
-"""Which low-rank factors a gradient is kept as: what it costs to leave a direction out decides, not its length.
+"""Chooses the low-rank factors that a gradient is kept as, by the cost of leaving a direction out.
 
-All in float64, of a tensor as (short side, long side), with costs by the learner's ``Sensitivity`` where it has one,
-else by the squared error.
+All of it is in float64, of a tensor as (short side, long side). Costs come from the learner's ``Sensitivity``. For a
+learner without one, the cost is the squared error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from bank_service.wire.codecs.base import FloatArray, GradientSpec
 from bank_service.wire.codecs.blocks import from_bf16, to_bf16
 
 LONG_BLOCK = 128
-MAX_COUNT = 255  # of one tensor's components: a byte says how many
-# Of a direction's cost, what is left when its long vector has codes of so many bits: measured on gradients, rounded.
+MAX_COUNT = 255  # of one tensor's components: their number is a byte
+# The share of a direction's cost that is left when its long vector has codes of two or four bits; measured, rounded.
 _LEFT_BY_TWO, _LEFT_BY_FOUR = 0.13, 0.013
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest value in a block, tried for its step
 
@@ -28,7 +28,7 @@ Int8Array = npt.NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One of a tensor's: a long vector as codes with a scale for each 128, and the short vector that goes with it."""
+    """A component of a tensor: a long vector as codes, with a scale for each 128, and the short vector beside it."""
 
     codes: Int8Array
     scales: npt.NDArray[np.uint16]  # bf16
@@ -48,7 +48,7 @@ class Count:
 
 
 class Directions:
-    """A tensor's, in order of what it costs to leave them out."""
+    """The directions of a tensor. The one that costs most to leave out comes first."""
 
     def __init__(self, tensor: Float64Array, short_root: Float64Array | None, long_root: Float64Array | None) -> None:
         """tensor: (short side, long side). An error E of it costs ‖short_root · E · diag(long_root)‖²."""
@@ -58,22 +58,22 @@ class Directions:
         costs, vectors = np.linalg.eigh(self._weighted @ self._weighted.T)
         vectors = vectors.T[::-1]
         flipped = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=1)[:, np.newaxis], axis=1) < 0
-        self._vectors = np.where(flipped, -vectors, vectors)  # a sign of their own: equal values give equal bytes
+        self._vectors = np.where(flipped, -vectors, vectors)  # the sign is fixed: equal values give equal bytes
         self.costs: Float64Array = np.where(costs[::-1] > costs[-1] * 1e-12, costs[::-1], 0.0)  # the rest is rounding
 
     def components(self, count: Count) -> list[Component]:
-        """Those that cost most, rounded; their short vectors are the best for what the long ones became."""
+        """The directions that cost most, rounded. Their short vectors are the best ones for the rounded long ones."""
         if not count.rank:
             return []
-        # Where an error costs nothing, anything will do: nothing.
+        # Where an error costs nothing, the value becomes 0.
         weights = np.where(self._weights > 0, self._weights, np.inf)
         long = self._vectors[: count.rank] @ self._weighted / weights
-        long /= np.abs(long).max(axis=1, keepdims=True)  # what costs are measured in leaves no trace
+        long /= np.abs(long).max(axis=1, keepdims=True)  # the unit of costs has no effect
         parts = ((long[: count.four], nibbles.MAX_CODE), (long[count.four :], crumbs.MAX_CODE))
         rounded = [each for rows, largest in parts if len(rows) for each in _quantised(rows, largest, self._weights)]
         values = np.stack([_values(codes, scales) for codes, scales in rounded]) * self._weights
-        # By the normal equations: long vectors are nearly at right angles, and there are few. Whatever the errors cost
-        # along the short side, the best short vectors are these.
+        # By the normal equations: the few long vectors are nearly at right angles. These short vectors are the best
+        # ones for any costs along the short side.
         shorts = np.linalg.lstsq(values @ values.T, values @ (self._tensor * self._weights).T, rcond=None)[0]
         return [
             Component(codes, _bf16(scales), _bf16(short))
@@ -92,9 +92,9 @@ def directions_of(values: FloatArray, spec: GradientSpec) -> list[Directions]:
 
 
 def chosen(directions: Sequence[Directions], shapes: Sequence[tuple[int, int]], budget: int) -> list[Count]:
-    """Components of each tensor: what saves most for a byte first, while it fits into ``budget`` bytes.
+    """The number of components of each tensor. What saves most for each byte comes first, while ``budget`` bytes last.
 
-    A direction is first worth two bits a value, then, if it is a strong one, two more.
+    A direction gets two bits a value first. A strong one then gets two more.
     """
     sizes = [(component_bytes(shape, 2), component_bytes(shape, 4) - component_bytes(shape, 2)) for shape in shapes]
     options = []
@@ -103,7 +103,7 @@ def chosen(directions: Sequence[Directions], shapes: Sequence[tuple[int, int]], 
             options.append((-float(cost) * (1 - _LEFT_BY_TWO) / first, index, False))
             options.append((-float(cost) * (_LEFT_BY_TWO - _LEFT_BY_FOUR) / max(more, 1), index, True))
     ranks, fours = [0] * len(shapes), [0] * len(shapes)
-    for _, index, is_more in sorted(options):  # of one tensor, whose all cost the same bytes, the strongest come first
+    for _, index, is_more in sorted(options):  # within one tensor, the strongest come first
         size = sizes[index][is_more]
         if size <= budget and (fours[index] < ranks[index] if is_more else ranks[index] < MAX_COUNT):
             budget -= size
@@ -124,7 +124,7 @@ def long_is_columns(shape: tuple[int, int]) -> bool:
 
 
 def _quantised(long: Float64Array, largest_code: int, weights: Float64Array) -> list[tuple[Int8Array, FloatArray]]:
-    """Of each row codes (length,), and scales (blocks,), exact in bf16, with the least weighted error among some."""
+    """For each row codes (length,) and scales (blocks,), exact in bf16. Of some scales, those with the least error."""
     length = long.shape[1]
     padding = -length % LONG_BLOCK
     blocks = np.pad(long, ((0, 0), (0, padding))).reshape(len(long), -1, LONG_BLOCK)
@@ -146,7 +146,7 @@ def _quantised(long: Float64Array, largest_code: int, weights: Float64Array) -> 
 
 
 def _nearest_code(places: Float64Array, largest_code: int) -> Float64Array:
-    """Two-bit codes are odd, so that none of four is wasted on a zero of both signs."""
+    """Codes of two bits are odd: all four of them are of use then."""
     if largest_code == crumbs.MAX_CODE:
         return 2 * np.floor(places / 2) + 1
     return np.rint(places)

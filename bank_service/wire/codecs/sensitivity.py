@@ -1,12 +1,11 @@
-"""What an error in a gradient costs, for codecs that choose which error to make.
+"""The cost of an error in a gradient. The low-rank codec chooses its errors by it.
 
-How far answers move from those that a document's gradient leads to is, for a small error of the gradient, a quadratic
-form of it: the Fisher information of the answers. As one matrix it would have as many rows as a gradient has values, so
-each tensor has a Kronecker-factored one, as in K-FAC (Martens and Grosse, 2015): a matrix over its short side, the
-rank, and a diagonal over its long side. An error E (short side, long side) of a tensor costs tr(S · E · diag(l) · Eᵀ).
+A small error of a gradient moves the answers. How far is a quadratic form of the error: the Fisher information of the
+answers. As one matrix it would have as many rows as a gradient has values. So each tensor has a Kronecker-factored one,
+as in K-FAC (Martens and Grosse, 2015): a matrix over its short side, the rank, and a diagonal over its long side. An
+error E (short side, long side) of a tensor costs tr(S · E · diag(l) · Eᵀ).
 
-It belongs to a learner, is measured once (``regrad sensitivity``), and is needed to encode well. Nothing needs it to
-decode.
+A learner has one, which ``regrad sensitivity`` measures once. Encoding needs it to be good; decoding does not need it.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-DAMPING = 0.1  # of the mean goes into every direction: what the questions measured never asked for is not free
+DAMPING = 0.1  # of the mean is added to every direction: one that no measured question needed is not free
 _ROUNDING = 1e-4  # of the greatest eigenvalue
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """Of each tensor in layout order: ``short``, float32 (short side, short side), symmetric; ``long``, float32 (long
+    """For each tensor in layout order: ``short``, float32 (short side, short side), symmetric; ``long``, float32 (long
     side,)."""
 
     short: tuple[FloatArray, ...]
     long: tuple[FloatArray, ...]
 
     def check(self, shapes: tuple[tuple[int, int], ...]) -> None:
-        """ValueError where it can't be of tensors of these shapes."""
+        """ValueError where it doesn't fit tensors of these shapes."""
         if not len(self.short) == len(self.long) == len(shapes):
             raise ValueError(f"a sensitivity must have {len(shapes)} tensors, got {len(self.short)}, {len(self.long)}")
         for index, (short, long, shape) in enumerate(zip(self.short, self.long, shapes, strict=True)):
@@ -50,7 +49,7 @@ class Sensitivity:
 
     @cached_property
     def roots(self) -> tuple[tuple[Float64Array, Float64Array], ...]:
-        """Of each tensor (H, d): an error E costs ‖H · E · diag(d)‖²."""
+        """(H, d) for each tensor: an error E costs ‖H · E · diag(d)‖²."""
         return tuple(_root(short, long) for short, long in zip(self.short, self.long, strict=True))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,27 @@ async def test_an_unknown_codec_and_a_second_one_meanwhile_are_refused(
             await client.refused(recoded(client, "int4"), UnavailableError)
             break
         assert (await recoded(client, "bf16")).finished
+
+
+@pytest.mark.asyncio
+async def test_a_collection_with_a_retired_codec_goes_on_until_it_is_recoded(
+    data_dir: Path, embedder: MiniLmEmbedder
+) -> None:
+    async with BankServer(BankConfig(data_dir=data_dir, codec="lowrank64"), HashEncoder(), embedder):
+        pass
+    with closing(sqlite3.connect(data_dir / "catalog.sqlite")) as catalog, catalog:
+        catalog.execute("UPDATE collection SET codec = 'lowrank32'")  # as made by a version that had it
+    with pytest.raises(ValueError, match="which is retired; a collection that has it keeps it without being told"):
+        BankConfig(data_dir=data_dir, codec="lowrank32")
+    async with (
+        BankServer(BankConfig(data_dir=data_dir), HashEncoder(), embedder) as server,
+        Client(server.address.target) as client,
+    ):
+        stored = await client.put("a", "a text")
+        ((_, record),) = await client.fetch([stored.gradient_digest])
+        assert read_header(record).codec == (await client.stats()).codec == "lowrank32"
+        await client.refused(recoded(client, "lowrank128"), InvalidArgumentError)
+        assert (await recoded(client, "lowrank64")).num_recoded == 1
+        (entry,) = (await client.list()).documents
+        ((_, record),) = await client.fetch([entry.gradient_digest])
+        assert read_header(record).codec == (await client.stats()).codec == "lowrank64"

@@ -19,6 +19,7 @@ from bank_service.wire.codec import (
     GradientFormatError,
     GradientSpec,
     WrongLearnerError,
+    check_choice,
     decode_gradient,
     encode_gradient,
     max_record_bytes,
@@ -26,6 +27,7 @@ from bank_service.wire.codec import (
     record_digest,
     verify_record,
 )
+from bank_service.wire.codecs import RETIRED_CODECS
 from bank_service.wire.codecs.dense import INT8_BLOCK, MAX_INT8_SCALE
 
 NAMES = sorted(CODECS)
@@ -161,6 +163,17 @@ def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
     unknown = resealed(encode_gradient(random_values(), SPEC, "int8"), {8: b"int3"})
     with pytest.raises(GradientFormatError, match=f"{', '.join(NAMES)}, got 'int3'"):
         decode_gradient(unknown, SPEC)
+
+
+def test_a_retired_codec_is_read_and_written_but_no_choice() -> None:
+    assert sorted(RETIRED_CODECS) == ["lowrank128", "lowrank256", "lowrank32"]
+    for codec in CODECS:
+        check_choice(codec)
+    for codec in RETIRED_CODECS:
+        values = decode_gradient(encode_gradient(random_values(), SPEC, codec), SPEC)
+        assert values.any() and not np.array_equal(values, random_values())
+        with pytest.raises(GradientFormatError, match=f"{', '.join(NAMES)}, got '{codec}', which is retired; .*recode"):
+            check_choice(codec)
 
 
 def test_another_learners_gradient_is_refused_with_both_fingerprints() -> None:
