@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 
 class Patience:
-    """How long a stream waits for its client. One that nobody uses holds a place that others need."""
+    """How long an ingest stream waits for a client that does nothing. Such a stream has a permit that others need.
+
+    gRPC's keepalive can't do this. It is made for a client that is dead or cut off and answers no ping. A client that
+    is alive but sends nothing answers every ping. And while a put is under way, the client waits for the bank, as only
+    the bank knows.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -25,7 +30,7 @@ class Patience:
         self._since = self._loop.time()
 
     async def heard(self, requests: AsyncIterator[T]) -> AsyncIterator[T]:
-        """``requests``, each of which says that the client is there."""
+        """``requests``. Each of them shows that the client is active."""
         async for request in requests:
             self.renew()
             yield request
@@ -34,7 +39,7 @@ class Patience:
         self._since = self._loop.time()
 
     async def of(self, waiting: Callable[[], Awaitable[T]]) -> T:
-        """What ``waiting`` gives. DeadlineExceededError where that takes longer than the client is silent for."""
+        """The result of ``waiting``. DeadlineExceededError where the client is silent for too long meanwhile."""
         while True:
             try:
                 async with asyncio.timeout_at(self._since + self._seconds):
@@ -53,9 +58,9 @@ async def acknowledge_in_order(
 ) -> AsyncGenerator[PutResult, None]:
     """Results of ``puts`` in order, up to ``window`` running at once.
 
-    The first error, of a put or of ``puts`` itself, is raised in its turn, after the results before it; it
-    carries its index. What was started after it is cancelled; it may or may not have been stored.
-    ``patience`` is for the client alone: it does not run out while a put is under way.
+    The first error, of a put or of ``puts`` itself, is raised after the results before it, and carries its index. What
+    was started after it is cancelled; it may or may not have been stored. ``patience`` does not run out while a put is
+    under way.
     """
     started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None] = asyncio.Queue(window)
     tasks: set[asyncio.Task[PutResult]] = set()
@@ -89,7 +94,7 @@ async def _start_all(
             task = asyncio.create_task(put)
             tasks.add(task)
             await started.put(task)
-    except Exception as error:  # noqa: BLE001 - raised by the consumer, in its turn
+    except Exception as error:  # noqa: BLE001 - raised by the consumer, in order
         await started.put(error)
     else:
         await started.put(None)
@@ -100,8 +105,8 @@ async def uploads(
 ) -> AsyncIterator[tuple[pb.IngestGradientsRequest.Header, bytes]]:
     """Each header with its whole record. InvalidArgumentError where parts are missing, too large or out of order.
 
-    ``check`` is asked for each document's namespace before its record is read. Memory grows with the bytes that have
-    come, not with those that were announced.
+    ``check`` is called with each document's namespace before its record is read. Memory grows with the bytes that have
+    come, not with those that the header announces.
     """
     header: pb.IngestGradientsRequest.Header | None = None
     record = bytearray()

@@ -1,4 +1,8 @@
-"""What a stream's client is sent: within a time, and quietly where it has gone."""
+"""Sends answers on a stream, and gives up on a client that does not read them.
+
+gRPC's keepalive can't do this. It is made for a client that is dead or cut off and answers no ping. Where a client is
+alive but reads nothing, its library answers every ping, while flow control holds the answer up for ever.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,13 @@ from bank_service.errors import BankError, DeadlineExceededError
 from bank_service.wire.errors import abort
 
 Context: TypeAlias = "grpc.aio.ServicerContext"
-_LAST_WORD_SECONDS = 1.0  # for a status to go out; it stands in line behind answers that nobody reads
+_LAST_WORD_SECONDS = 1.0  # for a status to go out; it waits behind answers that nobody reads
 
 
 async def send(context: Context, answer: Any, seconds: float, setting: str) -> None:
-    """Returns when the answer is on its way; it waits where the client does not read.
+    """Returns when the answer is on its way. That takes until the client reads.
 
-    ``setting``: where ``seconds`` come from. DeadlineExceededError after them, CancelledError where the client
-    has gone.
+    DeadlineExceededError after ``seconds``, which come from ``setting``; CancelledError where the client has gone.
     """
     try:
         async with asyncio.timeout(seconds):
@@ -33,7 +36,7 @@ async def send(context: Context, answer: Any, seconds: float, setting: str) -> N
 
 
 async def end_with(context: Context, error: BankError) -> NoReturn:
-    """Ends the call with the error's status. CancelledError where the client has gone, or does not read: gRPC then
+    """Ends the call with the error's status. CancelledError where the client has gone or does not read; gRPC then
     resets the stream."""
     try:
         async with asyncio.timeout(_LAST_WORD_SECONDS):
