@@ -17,13 +17,13 @@ from regrad_vllm.cli.console import CommandError, count, note, say
 if TYPE_CHECKING:
     from bank_service.backup.snapshot import Progress
 
-_SNAPSHOT = """A snapshot of a whole bank, while it runs: one consistent state of its catalog and every gradient that it
-names, to a folder or to a URL that fsspec can open (s3://… with the package s3fs, …). Again to the same target, it
-copies only what is new. Until it is whole, the snapshot before stays what is restored."""
-_RESTORE = """A new bank's folder out of a snapshot, every byte verified by its digest; all of it or nothing."""
-_SCRUB = """Reads every gradient of a bank that does not run, and makes damaged ones again from the texts of their
-documents. Gradients that were uploaded can't be made again: they are counted as lost. A bank that runs mends what it
-meets, and with --scrub-mib-per-second looks for it."""
+_SNAPSHOT = """Copies a whole bank while it runs: one consistent state of its catalog, and every gradient in it. The
+target is a folder, or a URL that fsspec can open (s3://… needs the package s3fs). A second snapshot to the same target
+copies only new gradients. Until it is whole, the snapshot before stays valid."""
+_RESTORE = """Makes a new bank's folder of a snapshot. Every byte is verified by its digest. It is all or nothing."""
+_SCRUB = """Reads every gradient of a stopped bank. Damaged ones are made again from the texts of their documents.
+Uploaded gradients can't be made again, so they are counted as lost. A running bank mends the damage that it meets. With
+--scrub-mib-per-second it also looks for damage."""
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type

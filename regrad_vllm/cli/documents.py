@@ -42,7 +42,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     add_bank_flags(delete)
     delete.set_defaults(run=run_delete)
 
-    stats = commands.add_parser("stats", help="what a bank holds, as JSON")
+    stats = commands.add_parser("stats", help="the counts of a bank, as JSON")
     add_bank_flags(stats, namespace=False)
     stats.set_defaults(run=run_stats)
 

@@ -1,7 +1,7 @@
-"""`regrad ingest`: files and folders → bank, all or nothing as far as can be known before it starts.
+"""`regrad ingest`: puts files and folders into a bank. Unusable input is named before anything is sent.
 
-A document's id is its file's path: as named or, in a folder that is named, below that folder; "#2" is the file's second
-passage, or line of a .jsonl file that gives no "id".
+A document's id is its file's path: as you name the file, or below the folder that you name. "#2" is the file's second
+passage, or the second line of a .jsonl file without an "id".
 """
 
 from __future__ import annotations

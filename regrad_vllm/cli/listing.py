@@ -17,7 +17,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     listing = commands.add_parser(
         "list",
         help="a namespace's documents",
-        description="The documents of a namespace in order of id. What changes meanwhile may be in it or not.",
+        description="The documents of a namespace in order of id. A change meanwhile may show or not.",
     )
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(listing)

@@ -8,10 +8,9 @@ from typing import Any
 from regrad_vllm.cli.connection import add_bank_flags, connect
 from regrad_vllm.cli.console import CommandError, count, note, say
 
-_DESCRIPTION = """Gives every gradient of a running bank another codec, while it serves; each document gets a new
-version. What is stored from now on has the new codec at once. Goes on in the bank where this command is interrupted,
-and after a restart; the same command again shows how far it is. What a coarser codec has lost doesn't come back in a
-finer one."""
+_DESCRIPTION = """Gives every gradient of a running bank another codec, while it serves. Each document gets a new
+version. New documents have the new codec at once. The bank goes on if this command is interrupted, and after a restart.
+The same command again shows the progress. A finer codec doesn't bring back the bits that a coarser one lost."""
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type

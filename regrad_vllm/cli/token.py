@@ -14,16 +14,18 @@ _SCOPES = ("read", "write", "admin")
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     parser = commands.add_parser("token", help="a new token for a bank", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="whose it is; shown to its bearer where it is refused")
+    parser.add_argument("name", metavar="NAME", help="the bearer's name, shown when the token is refused")
     parser.add_argument(
-        "--scope", action="append", choices=_SCOPES, required=True, help="what it allows; repeat for several"
+        "--scope", action="append", choices=_SCOPES, required=True, help="an allowed scope; repeat for several"
     )
-    parser.add_argument("--namespace", action="append", required=True, help="where; '*' for all; repeat for several")
+    parser.add_argument(
+        "--namespace", action="append", required=True, help="an allowed namespace; '*' for all; repeat for several"
+    )
     parser.add_argument(
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="new file for the token, in place of showing it; as clients take it",
+        help="new file for the token, which is then not shown",
     )
     parser.set_defaults(run=run)
 

@@ -1,10 +1,16 @@
 """`regrad growth`: what happens to the answers as things grow.
 
-Curves over the number of documents in the bank, documents an adapter (k), γ, the length of the document that holds the
-answer, the size of a corpus that continual pre-training (CPT) has to hold in one adapter, and a history of updates and
-deletes. In one process with exact search, so that only documents that are found have to be encoded. Each point says
-the share of questions whose document was found, so that what retrieval loses and what the method loses can be told
-apart; "regrad_gold" is the method with the right document given.
+There is a curve over each of these:
+- the number of documents in the bank;
+- the documents of an adapter (k);
+- the strength γ;
+- the length of the document that holds the answer;
+- the size of a corpus that continual pre-training (CPT) holds in one adapter;
+- a history of updates and deletes.
+
+It runs in one process with exact search, so only found documents have to be encoded. Each point says the share of
+questions whose document was found. So the losses of retrieval and of the method can be told apart. "regrad_gold" is the
+method with the right document given.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_MADE = re.compile(r"<!-- made: .*?<!-- end -->", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
@@ -28,7 +27,7 @@ class Page:
         return cls(path, path.read_text("utf-8"))
 
     def sentences(self) -> Iterator[str]:
-        """The sentences of paragraphs and list items: no code, tables, headings, nor what is made from the code."""
+        """The sentences of paragraphs and list items: no code, tables and headings."""
         for paragraph in self._paragraphs():
             plain = _LINK.sub(r"\1", _CODE.sub("CODE", paragraph))
             yield from filter(None, _SENTENCE_END.split(plain.strip()))
@@ -60,7 +59,7 @@ class Page:
 
     def _paragraphs(self) -> Iterator[str]:
         lines: list[str] = []
-        for line in [*_FENCED.sub("", _COMMENT.sub("", _MADE.sub("", self.text))).splitlines(), ""]:
+        for line in [*self._without_code().splitlines(), ""]:
             starts = bool(_ITEM.match(line.lstrip()))
             ends = not line.strip() or line.startswith(("|", "#", "    "))
             if (starts or ends) and lines:
