@@ -51,6 +51,7 @@ class BlobStore:
         """Opens or creates. What an earlier process left half-written is removed."""
         objects = FolderObjects(folder, "tmp")
         objects.remove_unfinished()
+        objects.add_folders(f"{byte:02x}" for byte in range(256))
         return cls(objects)
 
     def hold(self, digest: str) -> AbstractContextManager[None]:

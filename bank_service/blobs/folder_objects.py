@@ -18,7 +18,7 @@ class FolderObjects:
         self._root = root
         self._unfinished = root / unfinished
         self._numbers = itertools.count(1)
-        self._durable: set[Path] = set()  # folders that are themselves durable
+        self._durable: set[Path] = set()  # folders whose own names are durable
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
@@ -54,18 +54,18 @@ class FolderObjects:
         shutil.copyfile(self._root / name, path)
 
     def sync(self, names: Iterable[str]) -> None:
-        folders = {(self._root / name).parent for name in names}
-        wanted = set(folders)
-        for folder in folders - self._durable:
-            while folder != self._root.parent:
-                folder = folder.parent
-                wanted.add(folder)
-        for folder in wanted:
-            fsync_folder(folder)
-        self._durable |= folders
+        self._sync_folders({(self._root / name).parent for name in names})
 
     def path(self, name: str) -> Path | None:
         return self._root / name
+
+    def add_folders(self, names: Iterable[str]) -> None:
+        """Makes folders ahead, durably. Else the first ``put`` into each has to do that."""
+        folders = {self._root / name for name in names}
+        for folder in folders:
+            self._make(folder)
+        self._sync_folders({folder.parent for folder in folders})
+        self._durable |= folders
 
     def remove_unfinished(self) -> None:
         """Removes what a killed process left half-written. Nobody may write meanwhile."""
@@ -79,15 +79,30 @@ class FolderObjects:
         path = self._root / name
         new = self._unfinished / str(next(self._numbers))
         if path.parent not in self._durable:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # texts are for this user alone
-            self._unfinished.mkdir(parents=True, exist_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make(path.parent)
         new.unlink(missing_ok=True)  # of a process that was killed
         try:
             yield new
             os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)
+
+    def _make(self, folder: Path) -> None:
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # texts are for this user alone
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _sync_folders(self, folders: set[Path]) -> None:
+        """Makes the entries of folders durable, and the folders' own names."""
+        wanted, new = set(folders), set()
+        for folder in folders:
+            while folder != self._root.parent and folder not in self._durable:
+                new.add(folder)
+                folder = folder.parent
+                wanted.add(folder)
+        for folder in wanted:
+            fsync_folder(folder)
+        self._durable |= new
 
     def _below(self, folder: str) -> Iterator[str]:
         try:

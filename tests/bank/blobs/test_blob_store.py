@@ -85,7 +85,6 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
 def test_a_sweep_removes_what_is_neither_referenced_nor_held(tmp_path: Path) -> None:
     blobs = BlobStore.in_folder(tmp_path)
     kept, orphan, held = (put(blobs, name) for name in (b"kept", b"orphan", b"held"))
-    (tmp_path / "ab").mkdir(exist_ok=True)
     (tmp_path / "ab" / "not a digest").write_text("someone's notes")
     with blobs.hold(held), blobs.hold(held):
         assert blobs.sweep(lambda digests: {kept} & set(digests)).num_removed == 1

@@ -149,5 +149,10 @@ def test_a_folder_makes_durable_the_file_then_its_name_and_every_new_folder(
     objects.put(name, b"two")
     assert synced == [str(root / "unfinished" / "2"), str(folder)]
     synced.clear()
-    FolderObjects(root, "unfinished").sync([name])
+    again = FolderObjects(root, "unfinished")
+    again.sync([name])
     assert set(synced) == {str(folder), str(root), str(tmp_path)}
+    synced.clear()
+    again.add_folders(["x", "y"])
+    again.put("x/z", b"three")
+    assert synced == [str(root), str(root / "unfinished" / "1"), str(root / "x")]

@@ -239,7 +239,6 @@ async def test_a_start_sweep_that_failed_is_made_again(data_dir: Path, monkeypat
     async with open_bank(data_dir) as bank:
         path = bank._stores.blobs.path("ab" * 32)
     assert path is not None
-    path.parent.mkdir(parents=True)
     path.write_bytes(b"left by a crash")
     failures = [OSError("the folder can't be read")] * 2
     listed = BlobStore._digests

@@ -253,7 +253,6 @@ async def test_old_gradients_and_orphans_are_removed_from_disk(data_dir: Path, e
         await client.delete("b")
     assert len(list((data_dir / "blobs").glob("??/*"))) == 1
     orphan = data_dir / "blobs" / "ab" / ("c" * 62)
-    orphan.parent.mkdir(exist_ok=True)
     orphan.write_bytes(b"from a crash between blob and catalog")
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         for _ in range(100):
