@@ -1,4 +1,4 @@
-"""What to type after the demo, to do the same by hand."""
+"""Commands to do the same by hand after the demo."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _TIMEOUT_SECONDS = 600.0
 
 
 class AskError(RuntimeError):
-    """The server didn't answer as it should; the message says what it said."""
+    """The server didn't answer as it should. The message is the server's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class QuizQuestion:
     text: str
     answers: tuple[str, ...]
     document_id: str
-    invented: bool  # nobody knows the answer without the document
+    invented: bool  # nobody can know the answer without the document
 
     def is_answered_by(self, answer: str) -> bool:
         return bool(exact_match(answer, self.answers))

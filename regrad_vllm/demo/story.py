@@ -30,7 +30,7 @@ _COLUMNS = (36, 22, 22, 31)
 
 
 def run_demo(*, model: str | None, learner: Path | None) -> int:
-    """Runs it all. Returns 0 where everything came out as it must; raises what a service died of."""
+    """Plays the whole demo. Returns 0 if every result is as it must be. ServiceFailure if a service ends."""
     begun = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="regrad-demo-"))
     model_folder = resolve_model(model) if model else ensure_default_model()
@@ -51,7 +51,7 @@ def run_demo(*, model: str | None, learner: Path | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One performance: where it writes, what it serves, what it asks."""
+    """One run of the demo: its folder, its model and learner, its questions."""
 
     folder: Path
     model: Path
@@ -59,7 +59,7 @@ class Stage:
     questions: tuple[QuizQuestion, ...]
 
     def play(self, services: Services) -> dict[str, Any]:
-        """From documents to figures."""
+        """Plays from documents to figures."""
         _, bank = start_bank(services, self.model, self.learner, self.folder / "bank")
         flags = ["--max-model-len", "1024"]
         server, url = start_server(services, self.model, self.learner, bank, BASE, _NAMESPACE, flags)
@@ -124,7 +124,7 @@ class Stage:
         say("(right: the answer to the letter but for case and articles; real text is where this learner is weak)")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
-        """Deletes the document of a question that ReGrad answered right, asks again; True where the answer went."""
+        """Deletes the document of a question that ReGrad answered right, asks again. True if the answer is gone."""
         from bank_service.wire.generated import bank_pb2
 
         right = [i for i, question in enumerate(self.questions) if question.is_answered_by(regrad[i].text)]
@@ -148,7 +148,7 @@ def _marked(question: QuizQuestion, answer: ChatAnswer) -> str:
 
 
 def base_weights(url: str) -> Any:
-    """The digests that the workers compute of their base weights now."""
+    """Digests of the workers' base weights now."""
     import httpx
 
     response = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=120)

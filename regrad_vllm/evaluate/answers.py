@@ -1,4 +1,4 @@
-"""Asks a running server every question under every method; one record per answer, wrong or missing ones too."""
+"""Asks a running server every question under every method. Each answer gives a record, also a wrong or missing one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server and its bank, and how to ask them."""
+    """A server, its bank, and the settings of the requests."""
 
     server: str  # http://host:port
     bank: str  # host:port
@@ -38,7 +38,7 @@ class Record:
     """One answer."""
 
     question_id: str
-    document_id: str  # that answers it, the best
+    document_id: str  # the best document that answers it
     set_name: str
     method: str
     question: str
@@ -46,9 +46,9 @@ class Record:
     prediction: str
     em: float
     f1: float  # for yes/no and choices the accuracy
-    gold_retrieved: bool  # the document that answers it was among the retrieved
-    error: str  # empty where the server answered
-    answer_nll: float | None = None  # mean negative log-likelihood of the first answer's tokens, where it was asked for
+    gold_retrieved: bool  # a document that answers it was among the retrieved
+    error: str  # empty if the server answered
+    answer_nll: float | None = None  # mean negative log-likelihood of the first answer's tokens, if asked for
 
 
 async def ask_all(
@@ -59,9 +59,9 @@ async def ask_all(
     out: Path,
     builder: PromptBuilder | None = None,
 ) -> list[Record]:
-    """Every question under every method, interleaved, ``concurrency`` at a time; each answer a line of ``out``.
+    """Asks every question under every method, interleaved, ``concurrency`` at a time. Each answer is a line of ``out``.
 
-    With ``builder`` a second request each tells the likelihood of the right answer.
+    With ``builder`` a second request each gives the likelihood of the right answer.
     """
     import httpx
     from tqdm import tqdm
@@ -101,7 +101,10 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     elif method.adapter in ("gold", "random"):
         options["document_ids"] = [asked.question.documents[0] if method.adapter == "gold" else asked.random_id]
     if "query" in options:
-        options |= {"top_k": endpoint.top_k, "min_score": -1.0}  # what RAG is shown, whatever the server's settings
+        options |= {
+            "top_k": endpoint.top_k,
+            "min_score": -1.0,
+        }  # the documents that RAG is shown, whatever the server's settings
     content = prompts.render_blind(question)
     if method.shows_documents:
         content = prompts.render_icl(question, shown(asked, method, prompts))
@@ -120,7 +123,7 @@ def shown(asked: Retrieved, method: Method, prompts: Prompts) -> list[str]:
 
 
 def record_of(asked: Retrieved, method: Method, prediction: str, error: str = "") -> Record:
-    """Scores one answer. Nothing answered is wrong."""
+    """Scores one answer. A missing answer is wrong."""
     question: Question = asked.question
     return Record(
         question_id=question.id,
@@ -138,7 +141,7 @@ def record_of(asked: Retrieved, method: Method, prediction: str, error: str = ""
 
 
 async def _ask(client: Any, body: dict[str, Any]) -> tuple[str, str]:
-    """(the answer, why there is none)."""
+    """(the answer, the reason if there is none)."""
     import httpx
 
     try:
@@ -153,7 +156,7 @@ async def _ask(client: Any, body: dict[str, Any]) -> tuple[str, str]:
 async def _nll(
     client: Any, body: dict[str, Any], builder: PromptBuilder, asked: Retrieved, method: Method
 ) -> float | None:
-    """Mean −log p of the first answer and its end under the same model and adapter; None where the server refuses."""
+    """Mean −log p of the first answer and its end under the same model and adapter; None if the server refuses."""
     import httpx
 
     question = asked.question

@@ -1,4 +1,4 @@
-"""What is asked: documents for the bank, and questions whose answers stand in them."""
+"""The data of an evaluation: documents for the bank, and questions whose answers stand in them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def question_sets(
 
 
 def distractors(documents: Mapping[str, SourceDocument], number: int, seed: int) -> EvalData:
-    """``number`` documents that answer nothing. ValueError where there are fewer."""
+    """``number`` documents that answer nothing. ValueError if there are fewer."""
     if number > len(documents):
         raise ValueError(f"--haystack must be at most {len(documents)}, which the data holds, got {number}")
     chosen = random.Random(f"regrad.evaluate.haystack.{seed}").sample(list(documents), number)

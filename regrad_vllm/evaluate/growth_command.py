@@ -110,8 +110,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
-    """What is asked, and documents to grow by: the data's other texts and invented ones in one random order, so that
-    a bank of any size has the same mixture."""
+    """The questions with their documents, and more documents to grow by.
+
+    These are the data's other texts and invented ones, in one random order, so that a bank of any size has the same
+    mixture.
+    """
     folder = args.data or SAMPLE
     split = load_clean(folder, args.split)
     names = args.sets or list(split.set_names)
@@ -130,7 +133,7 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
 
 
 def draw(points: Sequence[Point], out: Path) -> None:
-    """One panel a curve, intervals as bands; recall, and ReGrad's F1 where the document was found, beside."""
+    """One panel a curve: F1 with intervals, recall, and ReGrad's F1 over the questions whose document was found."""
     names = list(dict.fromkeys(point.curve for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
     columns = min(3, len(names))

@@ -1,8 +1,7 @@
 """The same evaluation without server and bank: one process, Hugging Face's own generation, exact search.
 
-The reference that the served figures are held against, and the way to measure a learner where no engine runs. Slow:
-every batch waits for its longest answer. What was asked before in the same words under the same adapter isn't generated
-again.
+It is the reference for the served figures, and it measures a learner on machines without an engine. It is slow, because
+every batch waits for its longest answer. A prompt that was asked before under the same adapter isn't generated again.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class InProcess:
         self._fitted: dict[str, bytes] = {}
 
     def ask_all(self, data: EvalData, methods: Sequence[Method], top_k: int, seed: int, out: Path) -> list[Record]:
-        """Every question under every method; each answer a line added to ``out``."""
+        """Asks every question under every method. Each answer is a line added to ``out``."""
         from tqdm import tqdm
 
         self.read(data.documents)
@@ -95,7 +94,7 @@ class InProcess:
         return records
 
     def pretrain(self, documents: Sequence[SourceDocument], *, go_on: bool = False) -> None:
-        """Makes the adapter of "cpt": φ*, or with ``go_on`` the one that there is, that has read these documents."""
+        """Makes the adapter of "cpt": φ*, or with ``go_on`` the present adapter, trained on these documents."""
         start = self._own["cpt"] if go_on else self._learner.phi
         texts = [(document.title, document.text) for document in documents]
         rate, epochs = self._settings.cpt_learning_rate, self._settings.cpt_epochs
@@ -103,7 +102,7 @@ class InProcess:
         self._own = {**self._own, "cpt": adapter}
 
     def read(self, documents: Sequence[SourceDocument]) -> None:
-        """Makes documents known, or their new texts; a gradient is computed when first needed."""
+        """Adds documents, or their new texts. A gradient is computed when first needed."""
         for document in documents:
             text = (document.title, document.text)
             if self._texts.get(document.id, text) != text:
@@ -111,7 +110,7 @@ class InProcess:
             self._texts[document.id] = text
 
     def ask(self, questions: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
-        """Any number of questions under one method, in their order. ``gamma``: the learner's where None."""
+        """Asks any number of questions under one method, in their order. ``gamma``: the learner's if None."""
         prompts = [
             self.builder.question(asked.question.question, shown(asked, method, self.builder.prompts))
             for asked in questions
@@ -131,7 +130,7 @@ class InProcess:
         return [record_of(asked, method, self._answers[keys[index]]) for index, asked in enumerate(questions)]
 
     def _answer(self, waiting: dict[_Key, tuple[list[int], NDArray[np.float32] | None]]) -> None:
-        """Generates what is waited for, all with an adapter or all without, and leaves nothing waiting."""
+        """Generates all waiting answers, all with an adapter or all without, and empties ``waiting``."""
         if waiting:
             prompts = [prompt for prompt, _ in waiting.values()]
             adapters = [adapter for _, adapter in waiting.values() if adapter is not None]
@@ -151,7 +150,7 @@ class InProcess:
         return compose(self._learner.phi, deltas, weights, config.gamma if gamma is None else gamma)
 
     def _encode(self, questions: Sequence[Retrieved], method: Method) -> None:
-        """Makes the gradients that are needed and not there."""
+        """Makes the missing gradients."""
         if method.per_document:
             return
         keys = dict.fromkeys(key for asked in questions for key, _ in _documents(asked, method))
@@ -215,14 +214,14 @@ def _documents(asked: Retrieved, method: Method) -> list[tuple[str, float]]:
 
 
 class ExactSearch:
-    """What a bank would find: the same embedder on the same texts, exact search. Embeds a text once."""
+    """Finds a bank's documents without a bank: the same embedder, the same texts, exact search. Embeds a text once."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
         self._known: dict[str, NDArray[np.float32]] = {}
 
     def search(self, data: EvalData, top_k: int, seed: int) -> list[Retrieved]:
-        """The hits of every question among all documents, and what the controls are given."""
+        """The hits of every question among all documents, and the documents of the controls."""
         documents = self._embed([embedded_text(document.title, document.text) for document in data.documents])
         hits = []
         for cosines in self._embed([question.question for question in data.questions]) @ documents.T:

@@ -1,7 +1,7 @@
-"""Makes ``sample/`` anew, from the whole data:  python -m regrad_vllm.evaluate.make_sample FOLDER
+"""Makes ``sample/`` anew from the whole data: python -m regrad_vllm.evaluate.make_sample FOLDER
 
-A sample of the test split and of the haystack, of the sets that may be passed on, so that `regrad eval` runs
-without more data.
+The sample is of the test split and of the haystack, from sets that may be passed on. With it `regrad eval` runs without
+more data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _one_a_document(data: DataSplit, name: str, rng: random.Random) -> list[Question]:
-    """NUM_QUESTIONS questions of a set about as many documents."""
+    """NUM_QUESTIONS questions of a set, each about another document."""
     found = [question for question in data.questions if question.set_name == name]
     rng.shuffle(found)
     first = {question.documents[0]: question for question in reversed(found)}

@@ -1,7 +1,7 @@
 """The methods compared: which adapter answers, and whether the documents stand in the prompt.
 
-All ask with the learner's system prompt, greedily, and take the same hits from the same bank, so that they differ in
-nothing else.
+All ask greedily with the learner's system prompt and take the same hits from the same bank. So they differ in nothing
+else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the bank finds for each question, once for all methods, and the documents of the controls."""
+"""The bank's hits for each question, once for all methods, and the documents of the controls."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class FoundDocument:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """A question and what the methods may use for it."""
+    """A question and the documents that the methods may use for it."""
 
     question: Question
     hits: tuple[FoundDocument, ...]  # best first
-    # For the controls; None and nothing where no other question or document will do.
+    # For the controls. None or empty if no other question or document fits.
     wrong_query: str | None  # another question of the same set; its hits don't hold the document that answers this one
     wrong_hits: tuple[FoundDocument, ...]
     random_id: str | None  # a document that doesn't answer it
@@ -54,7 +54,7 @@ async def retrieve(
 
 
 def with_controls(data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], rng: random.Random) -> list[Retrieved]:
-    """Adds what the controls are given, where there is anything."""
+    """Adds the documents of the controls, if there are any."""
     ids = [document.id for document in data.documents]
     retrieved = []
     for own, (question, found) in enumerate(zip(data.questions, hits, strict=True)):
@@ -73,7 +73,7 @@ def with_controls(data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], rng
 
 
 def check_controls(questions: Sequence[Retrieved], methods: Sequence[Method]) -> None:
-    """ValueError where a control is to be asked and a question has nothing for it."""
+    """ValueError if a control is to be asked and a question has no document for it."""
     adapters = {method.adapter for method in methods}
     for asked in questions:
         if ("wrong" in adapters and asked.wrong_query is None) or ("random" in adapters and asked.random_id is None):

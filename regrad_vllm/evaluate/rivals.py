@@ -1,4 +1,4 @@
-"""What the other methods need: a LoRA tuned for RAG, one pre-trained on the corpus, a learner without meta-training."""
+"""Adapters of the other methods: tuned for RAG, pre-trained on the corpus, without meta-training, one a document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
 
 @dataclass(frozen=True, slots=True)
 class RivalSettings:
-    """Of the methods that train on the evaluated documents; chosen on validation."""
+    """Settings of the methods that train on the evaluated documents. They were chosen on validation."""
 
     cpt_learning_rate: float = 1e-3
     prag_learning_rate: float = 1e-3
@@ -26,7 +26,7 @@ class RivalSettings:
 
 
 class Rivals:
-    """Made where first asked for, in the learner's layout, so that no method has more parameters than another."""
+    """Makes each adapter when first asked for, in the learner's layout, so that no method has more parameters."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Rivals:
         return folder
 
     def adapter(self, method: str, data: EvalData) -> Path:
-        """PEFT folder of a method's own adapter. LearnerError where it isn't there."""
+        """PEFT folder of a method's own adapter. LearnerError if it isn't there."""
         if method == "ft_rag":
             if not self.has_ft_rag:
                 raise LearnerError(

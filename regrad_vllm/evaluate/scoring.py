@@ -19,18 +19,18 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the normalised prediction is one of the answers, else 0.0. Nothing answered is wrong."""
+    """1.0 if the normalised prediction is one of the answers, else 0.0. An empty prediction is wrong."""
     predicted = normalise(prediction)
     return float(bool(predicted) and any(predicted == normalise(answer) for answer in answers))
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best F1 over the answers, of the tokens that prediction and answer share. Nothing answered is 0."""
+    """The best F1 over the answers, of the tokens that prediction and answer share. An empty prediction is 0."""
     return max((_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers), default=0.0)
 
 
 def score(prediction: str, answers: Sequence[str], kind: Kind) -> float:
-    """F1; or the accuracy: 1.0 where a choice is a right one, where the answer to yes or no begins with it."""
+    """F1, or the accuracy of other kinds: 1.0 for a right choice, or for text that begins with the right yes or no."""
     if kind == "span":
         return token_f1(prediction, answers)
     said = _plain_words(prediction)

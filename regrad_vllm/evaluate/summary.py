@@ -17,7 +17,7 @@ class Row:
     em: Interval
     f1: Interval
     failed: int
-    answer_nll: Interval | None  # over the questions where every method has one; None where it wasn't asked for
+    answer_nll: Interval | None  # over the questions for which every method has one; None if it wasn't asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Report:
         return sum(entry.num_questions for entry in self.sets)
 
     def figures(self) -> dict[str, object]:
-        """What the command's last line says."""
+        """The figures of the command's last line."""
         plain = {
             method: {"mean_f1": interval.mean, "low": interval.low, "high": interval.high}
             for method, interval in self.overall.items()
@@ -58,12 +58,12 @@ class Report:
         return rounded({**plain, "questions": self.num_questions})
 
     def plain(self) -> dict[str, object]:
-        """Everything, as JSON takes it."""
+        """Everything, as plain data for JSON."""
         return rounded(asdict(self))
 
 
 def summarise(records: Sequence[Record]) -> Report:
-    """ValueError for no records, or where a method lacks a question that another answered."""
+    """ValueError for no records, or if a method lacks a question that another answered."""
     methods = tuple(name for name in METHODS if any(record.method == name for record in records))
     by_set: dict[str, dict[str, dict[str, Record]]] = {}
     for record in records:

@@ -64,7 +64,7 @@ def _difference_rows(report: Report) -> list[list[str]]:
 
 
 def render(report: Report, facts: Mapping[str, object]) -> str:
-    """``facts``: what a reader needs to make it again, name → value; "documents" is shown above too."""
+    """``facts``: name → value, for a reader who makes it again. "documents" is shown above, too."""
     names = [entry.name for entry in report.sets]
     sets_rows = []
     for method in report.methods:

@@ -1,4 +1,4 @@
-"""How each kind of engine answers one question. The clock of a request starts before anything is done for it."""
+"""Asks the server with ReGrad one question, and the parts that the other engines' askers share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import httpx
 
 STATIC_ADAPTER = "phi-star"  # φ* alone, as the server knows it
-# ReGrad + ICL asks the same questions: of another strength its adapters are others, and none is ready in a slot.
+# ReGrad + ICL asks the same questions. Another strength gives it other adapters, so that none is ready in a slot.
 _ICL_GAMMA = 0.9999
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One request as it goes."""
+    """One request while it runs."""
 
     stream: Stream = field(default_factory=Stream)
     retrieve_ms: float = 0.0
@@ -37,10 +37,10 @@ class Attempt:
 
 
 class Asker(Protocol):
-    """Answers one request at a time, many at once."""
+    """Answers a request. Many may run at once."""
 
     async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
-        """Fills ``attempt`` as far as it gets. AnswerError, BankError, httpx.HTTPError."""
+        """Fills ``attempt`` as the request goes on. AnswerError, BankError, httpx.HTTPError."""
 
 
 class Passages:
@@ -53,7 +53,7 @@ class Passages:
         parts: Mapping[str, Mapping[str, tuple[str, ...]]],
         text_bytes: Mapping[str, Mapping[str, int]],
     ) -> None:
-        """parts: corpus → document → its passages' ids in the bank, where a document is several passages.
+        """parts: corpus → document → its passages' ids in the bank, if a document is several passages.
         text_bytes: corpus → passage → bytes of its title and text.
         """
         self._text_bytes = text_bytes
@@ -80,7 +80,7 @@ class Passages:
         return hits
 
     def num_bytes(self, condition: LoadCondition, documents: Sequence[str]) -> int:
-        """Of their texts; 0 for those that a running bank has besides."""
+        """Bytes of their texts; 0 for other documents of a running bank."""
         known = self._text_bytes[condition.corpus]
         return sum(known.get(id, 0) for id in documents)
 
@@ -88,7 +88,7 @@ class Passages:
         return [self._prompts.render_document(hit.title, hit.text) for hit in hits]
 
     async def _documents(self, hits: Sequence[Hit], condition: LoadCondition, *, texts: bool) -> list[Hit]:
-        """All passages of the best ``top_k`` documents; further ones of the corpus where the hits are of fewer."""
+        """All passages of the best ``top_k`` documents. Others of the corpus fill up if the hits are of fewer."""
         whole, parts = self._whole[condition.corpus], self._parts[condition.corpus]
         found = dict.fromkeys(whole[hit.id] for hit in hits if hit.id in whole)
         names = [*found, *(name for name in parts if name not in found)][: condition.top_k]
@@ -97,7 +97,7 @@ class Passages:
 
 
 class Served:
-    """Requests to the server with ReGrad: every contender that it answers."""
+    """Requests to the server with ReGrad, for every contender that runs there."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, prompts: Prompts, passages: Passages) -> None:
         self._client = client
@@ -115,7 +115,7 @@ class Served:
         content = self._prompts.render_blind(question.question)
         if hits:
             content = self._prompts.render_icl(question.question, self._passages.render(hits))
-        if contender.adapter == "static":  # a plain adapter of the server's: no word about ReGrad
+        if contender.adapter == "static":  # a plain adapter: the request doesn't mention ReGrad
             body = chat_body(STATIC_ADAPTER, self._prompts, content, condition)
         else:
             body = {**chat_body(self._model, self._prompts, content, condition), "regrad": regrad}
@@ -140,17 +140,17 @@ class Served:
 
 
 def chat_body(model: str, prompts: Prompts, content: str, condition: LoadCondition) -> dict[str, Any]:
-    """The same sampling for all: greedy, so many tokens, or up to the model's own end."""
+    """The same sampling for all: greedy, a fixed number of tokens, or up to the model's own end."""
     length: dict[str, Any] = {"max_tokens": MAX_TOKENS}
     if condition.output_tokens:
         length = {"max_tokens": condition.output_tokens, "ignore_eos": True}
-    # A salt of its own makes a request's blocks nobody else's: what it costs without prefix caching, on one server.
+    # With a salt of its own a request shares no blocks. So one server also measures the cost without prefix caching.
     salt = {} if condition.prefix_cache else {"cache_salt": uuid.uuid4().hex}
     return {"model": model, "messages": prompts.messages(content), "temperature": 0, **length, **salt}
 
 
 class OneAtATime:
-    """Lets one request through at a time: for what can't do more."""
+    """Lets one request through at a time, for an asker that can't do more."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker

@@ -1,4 +1,4 @@
-"""What one does without this project: an adapter folder per request on stock vLLM, or the published code's way."""
+"""Two ways without this project: an adapter folder per request on stock vLLM, and the published code's way."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PeftFolders:
     """Stock vLLM: each request's adapter written as a PEFT folder, loaded by name, asked, unloaded, deleted."""
 
     def __init__(self, client: httpx.AsyncClient, learner: Learner, gradients: Gradients, folder: Path) -> None:
-        """folder: on a file system in memory where there is one."""
+        """folder: on a file system in memory if there is one."""
         self._client = client
         self._learner = learner
         self._gradients = gradients
@@ -169,7 +169,7 @@ class SwappedWeights:
 
 
 class _Times:
-    """What ``generate`` calls with the prompt, then with each token."""
+    """A streamer: ``generate`` calls it with the prompt, then with each token."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt

@@ -1,4 +1,4 @@
-"""What is asked about: documents in namespaces of one bank, and the questions that they answer."""
+"""The documents under load, in namespaces of one bank, and the questions that they answer."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _ASKED_AT_ONCE = 50  # documents
 class Corpus:
     """One namespace."""
 
-    name: str  # with a digest of the documents: what an earlier run left in a bank is found where it is the same
+    name: str  # with a digest of the documents, so that equal documents of an earlier run are found
     data: EvalData
     passage_tokens: int  # 0: as they are
-    # document → its passages, where documents were made to a length and one may be several passages
+    # document → its passages, if documents were made to a length and one may be several passages
     parts: Mapping[str, tuple[str, ...]] | None
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """Those with answers."""
+        """The questions with answers."""
         return self.data.questions
 
     @property
     def queries(self) -> tuple[Question, ...]:
-        """What is asked for cost: a question of each document, else a sentence of it, whose answer nobody scores."""
+        """The questions for cost: one about each document, else a sentence of it, whose answer isn't scored."""
         names = {document.id: document.id for document in self.data.documents} | self.document_of
         asked = {names[question.documents[0]]: question for question in self.data.questions}
         for document in self.data.documents:
@@ -54,7 +54,7 @@ class Corpus:
 
     @property
     def document_of(self) -> dict[str, str]:
-        """Passage → its document, where documents were made to a length."""
+        """Passage → its document, if documents were made to a length."""
         return by_passage(self.parts or {})
 
     @property
@@ -66,10 +66,10 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """What making the gradients of a corpus took, the command's start included."""
+    """The cost of making a corpus's gradients, the command's start included."""
 
     num_documents: int
-    seconds: float | None  # None where the bank had them all from an earlier run
+    seconds: float | None  # None if the bank had them all from an earlier run
     gradient_bytes: int  # of all, as stored
 
 
@@ -109,8 +109,10 @@ def _name(kind: str, data: EvalData) -> str:
 
 @contextmanager
 def ingested(corpus: Corpus, bank: str, learner: Learner, folder: Path, *, keep: bool) -> Iterator[Ingested]:
-    """A corpus in its namespace. What wasn't there before goes when the context ends, unless ``keep``, also where the
-    ingest broke off. RuntimeError where the bank refuses it, BankError."""
+    """A corpus in its namespace while the context lasts. RuntimeError if the bank refuses it, BankError.
+
+    At the end new documents are deleted, unless ``keep``, even if the ingest broke off.
+    """
     ids = [document.id for document in corpus.data.documents]
     try:
         asyncio.run(_stored_bytes(bank, learner, corpus.name, ids))
@@ -128,7 +130,7 @@ def ingested(corpus: Corpus, bank: str, learner: Learner, folder: Path, *, keep:
 
 
 def _remove(corpus: Corpus, bank: str) -> None:
-    """Deletes a corpus's documents, as far as the bank lets: what was measured is worth more than an error here."""
+    """Deletes a corpus's documents, as far as the bank allows. An error here must not spoil the measurement."""
     import grpc
 
     with open_channel(bank) as channel:

@@ -41,7 +41,7 @@ class Addresses:
     server: str  # URL
     stock: str | None  # URL
     model_name: str
-    pids: Mapping[str, int]  # by role; of what runs here
+    pids: Mapping[str, int]  # by role, of the processes started here
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class EngineSettings:
 
 @contextmanager
 def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterator[Addresses]:
-    """A bank, a server with ReGrad, and a stock one, for as long as the context lasts. ServiceFailure."""
+    """A bank, a server with ReGrad, and a stock one, while the context lasts. ServiceFailure."""
     static = folder / STATIC_ADAPTER
     save_adapter(static, learner, learner.phi)
     model, number = settings.model, str(settings.max_num_seqs)
@@ -78,7 +78,10 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
         if settings.with_stock:  # while the other starts
             flags = [*common, "--max-loras", number, "--max-cpu-loras", number]
             flags += ["--max-lora-rank", str(lora_rank(learner.layout.rank))]
-            flags += ["--lora-target-modules", *merged_modules(learner)]  # stock at its best: LoRA where it is needed
+            flags += [
+                "--lora-target-modules",
+                *merged_modules(learner),
+            ]  # stock at its best: LoRA only on the needed modules
             stock, stock_url = start_stock_server(services, model, MODEL, flags, runtime_adapters=True)
             wait_for_server(stock, stock_url)
             pids["stock"] = stock.process.pid
@@ -87,8 +90,7 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
 
 
 def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str, str]:
-    """Contender → what it needs and a running server lacks. httpx.HTTPError; ValueError where it lacks the
-    model."""
+    """Contender → its need that a running server can't meet. httpx.HTTPError; ValueError if the model is missing."""
     import httpx
 
     response = httpx.get(f"{server}/v1/models", timeout=30).raise_for_status()
@@ -123,7 +125,7 @@ async def opened(
     corpora: Sequence[Corpus],
     wanted: Collection[Engine],
 ) -> AsyncIterator[Engines]:
-    """Connections to what runs, and the published way where ``wanted`` has "alone"."""
+    """Connections to bank and servers, and the published way if ``wanted`` has "alone"."""
     import httpx
 
     async with AsyncExitStack() as stack:
@@ -158,7 +160,7 @@ async def opened(
 
 
 def default_dtype() -> str:
-    """bfloat16 where `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
+    """bfloat16 if `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
     import torch
 
     from regrad_vllm.base_model import fast_dtype
@@ -167,9 +169,9 @@ def default_dtype() -> str:
 
 
 def served_dtype(server: str) -> str:
-    """What a running server has its LoRA slots in, which is the model's own type unless it was told another.
+    """The type of a running server's LoRA slots: the model's own, unless the server was told another.
 
-    httpx.HTTPError; ValueError where it has no ReGrad or another type.
+    httpx.HTTPError; ValueError if the server has no ReGrad or another type.
     """
     import httpx
 

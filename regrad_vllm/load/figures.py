@@ -2,15 +2,15 @@
 
     TTFT    from the start of a request (before its retrieval, before anything is sent) to its first token; in an open
             loop from its time of arrival, so that waiting counts
-    ITL     between two events of a stream that bring tokens, each pair
+    ITL     between each two events of a stream that bring tokens
     TPOT    (end − first token) / (output tokens − 1), one value a request
-    E2EL    from there to its end
+    E2EL    from the start of a request, as for TTFT, to its end
     requests/s, output tokens/s    completed requests (their tokens) over the cell's seconds
     goodput    completed requests within all limits (TTFT, TPOT), over the cell's seconds
 
 A cell's seconds go from its first request's start to its last one's end. Rates are medians over the repeats, with the
-least and the greatest; latencies are percentiles over the completed requests of all repeats, a p99 only of a hundred or
-more. Failed and incomplete requests are counted apart.
+least and the greatest. Latencies are percentiles over the completed requests of all repeats; a p99 needs a hundred.
+Failed and incomplete requests are counted apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FEWEST_POINTS = 3  # of a line
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request must keep to count for goodput."""
+    """The limits that a request must keep to count for goodput."""
 
     ttft_ms: float
     tpot_ms: float
@@ -46,13 +46,13 @@ class Figures:
     requests_s: Spread
     output_tokens_s: Spread
     goodput_s: Spread
-    ttft_ms: Mapping[int, float]  # percentile → ms; nothing where nothing was completed
+    ttft_ms: Mapping[int, float]  # percentile → ms; empty if no request was completed
     itl_ms: Mapping[int, float]
     tpot_ms: Mapping[int, float]
     e2el_ms: Mapping[int, float]
     retrieve_ms: float  # of the client, median
     prepare_ms: float
-    server_ms: Mapping[str, float]  # medians of what the server took for adapters, by stage
+    server_ms: Mapping[str, float]  # medians of the server's times for adapters, by stage
     preemptions: float  # in all
     prompt_tokens: float  # mean
     output_tokens: float
@@ -135,8 +135,10 @@ def rates(lines: Sequence[RequestLine], cells: Sequence[CellLine]) -> dict[int, 
 
 
 def ratio(own: Mapping[int, float], rival: Mapping[int, float]) -> Spread:
-    """Of rates, over the repeats that both have: they had the same requests. ValueError where there is none, or where
-    the rival completed nothing in one."""
+    """Own rate over the rival's in each common repeat, in which both had the same requests.
+
+    ValueError if there is no common repeat, or if the rival completed nothing in one.
+    """
     common = sorted(set(own) & set(rival))
     if not common or not all(rival[repeat] for repeat in common):
         raise ValueError(f"both must have completed requests in a common repeat, got {dict(own)} and {dict(rival)}")
@@ -164,7 +166,7 @@ def within(line: RequestLine, limits: Limits) -> bool:
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
-    """The nearest ranks; only those that are not just the greatest of few values, nothing for no values."""
+    """The nearest ranks, without those that would be the greatest of few values. Empty for no values."""
     ordered = sorted(values)
     return {
         p: ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)]
@@ -184,8 +186,10 @@ def quality(scores: Sequence[tuple[float, float, str]]) -> Quality:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares y ≈ intercept + slope · x: (intercept, slope). ValueError for less than three different x: two
-    points always lie on a line."""
+    """Least squares y ≈ intercept + slope · x: (intercept, slope).
+
+    ValueError for less than three different x, because two points always lie on a line.
+    """
     if len({x for x, _ in points}) < _FEWEST_POINTS:
         raise ValueError(f"a slope needs points at {_FEWEST_POINTS} different x at least")
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -194,8 +198,9 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def break_even(encode_s: float, requests_s: float, rival_requests_s: float) -> float | None:
-    """Requests a document after which making its gradient has cost this machine less time than the rival's way did:
-    encode_s / (1 / rival_requests_s − 1 / requests_s). None where a request saves nothing.
+    """Requests a document after which its gradient has paid off: this machine has spent less time than the rival's way.
+
+    encode_s / (1 / rival_requests_s − 1 / requests_s). None if a request saves nothing.
 
     encode_s: seconds a document, of the whole machine; the others: requests a second, of the whole machine.
     """
@@ -205,7 +210,7 @@ def break_even(encode_s: float, requests_s: float, rival_requests_s: float) -> f
 
 
 def kv_bytes(found: Figures, bytes_per_token: int, block_tokens: int) -> float:
-    """Of one request at its end, in whole blocks, none of them shared."""
+    """KV cache of one request at its end, in whole blocks, none of them shared."""
     return math.ceil((found.prompt_tokens + found.output_tokens) / block_tokens) * block_tokens * bytes_per_token
 
 

@@ -56,7 +56,7 @@ _MAX_DOCUMENTS = 64  # passages of one request, where documents are several
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0, or 1 where a request failed. ValueError for options that don't go together."""
+    """Returns 0, or 1 if a request failed. ValueError for options that don't go together."""
     begun = time.monotonic()
     args = parser().parse_args(argv)
     contenders = _contenders(args)
@@ -117,14 +117,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """`regrad bench report FOLDER`: from the lines of an earlier run, also one that was cut short."""
+    """`regrad bench report FOLDER`: a report from the lines of an earlier run, even if it was cut short."""
     reader = argparse.ArgumentParser(prog="regrad bench report", description=report.__doc__)
     reader.add_argument("folder", type=Path, metavar="FOLDER")
     return write_report(reader.parse_args(argv).folder)
 
 
 def _contenders(args: argparse.Namespace) -> list[str]:
-    """Those named, else all that can be asked here. ValueError."""
+    """The named contenders, else all that can be asked here. ValueError."""
     if bool(args.server) != bool(args.bank):
         raise ValueError("--server and --bank must come together; leave both out to have them started")
     cannot = {} if args.server is None else cannot_be_asked(args.server, args.stock_server, args.model_name)

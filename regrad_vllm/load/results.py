@@ -1,7 +1,7 @@
-"""A run's folder → results. The folder holds what was measured; all figures are computed from it here, any time again.
+"""A run's folder → results. The folder holds the measurements; all figures are computed from them here, at any time.
 
-run.json         what was run, on what, with which settings; conditions, corpora, sizes
-questions.json   what was asked, with the right answers
+run.json         the run's machine and settings, conditions, corpora, sizes
+questions.json   the questions, with the right answers
 requests.jsonl   a line for each request
 cells.jsonl      a line for each cell
 """
@@ -20,7 +20,7 @@ from regrad_vllm.load.figures import Figures, Limits, Quality, break_even, figur
 from regrad_vllm.load.traffic import Arrival, Reuse, reuse
 from regrad_vllm.reporting.intervals import Spread, rounded
 
-_FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # of a comparison that one may conclude from
+_FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # that a comparison needs for a conclusion
 RUN, QUESTIONS, REQUESTS, CELLS = "run.json", "questions.json", "requests.jsonl", "cells.jsonl"
 
 
@@ -31,7 +31,7 @@ class Group:
     condition: LoadCondition
     figures: Mapping[str, Figures]  # by contender, in the order of CONTENDERS
     rates: Mapping[str, Mapping[int, float]]  # requests/s by contender and repeat
-    reuse: Reuse | None  # of what was retrieved; None where nothing was
+    reuse: Reuse | None  # of the retrieved documents; None if there were none
     same_documents: float | None  # share of the answers with the documents that another contender's answer had
 
     @property
@@ -40,7 +40,7 @@ class Group:
         return fair_rival(self.figures)
 
     def ratio(self, contender: str, rival: str | None) -> Spread | None:
-        """Requests/s over another's, paired; None where one wasn't asked, or not all of its requests were completed."""
+        """Requests/s over another's, paired. None if one wasn't asked or didn't complete all its requests."""
         if rival is None or contender not in self.rates or rival not in self.rates:
             return None
         if any(self.figures[name].failed + self.figures[name].incomplete for name in (contender, rival)):
@@ -67,7 +67,7 @@ class Results:
 
     @property
     def main(self) -> Group:
-        """What the last line tells: the first cost condition."""
+        """The first cost condition, which the last line reports."""
         return self.of("cost")[0]
 
     @property
@@ -88,9 +88,9 @@ class Results:
         return [group for group in self.groups if group.condition.phase == phase]
 
     def growth(self) -> dict[str, list[tuple[float, Mapping[int, float]]]]:
-        """Contender → (tokens of the documents, requests/s by repeat) of each point where all was completed.
+        """Contender → (tokens of the documents, requests/s by repeat), for each point with all requests completed.
 
-        The tokens are those that RAG's prompts have more than ReGrad's; where one of the two wasn't asked, the
+        The tokens are the difference between RAG's prompts and ReGrad's. If one of the two wasn't asked, they are the
         documents' nominal length.
         """
         points: dict[str, list[tuple[float, Mapping[int, float]]]] = {}
@@ -105,7 +105,7 @@ class Results:
         return {name: sorted(own, key=lambda point: point[0]) for name, own in points.items()}
 
     def slopes(self) -> dict[str, Line]:
-        """The line through each contender's growth, where it has three points."""
+        """The line through each contender's growth, if it has three points."""
         lines = {}
         for name, points in self.growth().items():
             repeats = set.intersection(*(set(rates) for _, rates in points))
@@ -119,7 +119,7 @@ class Results:
 
     @property
     def is_small(self) -> bool:
-        """Whether the main comparison is a look at what a run prints rather than a measurement."""
+        """Whether the main comparison is too small for a measurement, and only shows a run's output."""
         own = [
             (found.completed + found.failed + found.incomplete, found.requests_s.repeats)
             for name, found in self.main.figures.items()
@@ -155,7 +155,7 @@ class Results:
         return rounded(line)
 
     def plain(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Everything, as plain data for JSON."""
         return rounded(
             {
                 "run": self.run,
@@ -172,8 +172,7 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Reads a run's folder, also one whose run was cut short. FileNotFoundError; ValueError where no cost was
-    measured."""
+    """Reads a run's folder, even if the run was cut short. FileNotFoundError; ValueError if no cost was measured."""
     run = json.loads((folder / RUN).read_text("utf-8"))
     conditions = {key: _condition(value) for key, value in run["conditions"].items()}
     limits = Limits(**run["limits"])

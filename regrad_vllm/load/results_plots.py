@@ -20,7 +20,7 @@ _LEAST_ITL_MS = 5.0  # of the picture; less is two tokens that came together
 
 
 def throughput(results: Results) -> str:
-    """Latency against throughput, a line a contender, a point for so many requests at a time."""
+    """Latency against throughput: a line a contender, a point for each number of requests at a time."""
     figure, (left, right) = new_figure(11, 4.2, 1, 2)
     for axes, what in ((left, "ttft_ms"), (right, "e2el_ms")):
         for name in CONTENDERS:
@@ -46,7 +46,7 @@ def throughput(results: Results) -> str:
 
 
 def distributions(results: Results) -> str:
-    """The share of requests (of gaps between tokens) of the main comparison that took at most so long."""
+    """Distributions of TTFT and ITL in the main comparison: the share of values up to each time."""
     figure, (left, right) = new_figure(11, 4.2, 1, 2)
     for name, own in results.main_completed.items():
         _ecdf(left, [ttft_ms(line) for line in own], name)

@@ -11,7 +11,7 @@ from regrad_vllm.reporting.markdown import markdown_table
 
 
 def markdown(results: Results) -> str:
-    """All tables, each with what it was measured under."""
+    """All tables, each with its conditions."""
     parts = ["\n\n".join(summary(results))]
     for group in results.of("cost"):
         parts.append(f"## {describe(group)}\n\n{markdown_table(*cost_table(results, group))}")
@@ -30,7 +30,7 @@ def markdown(results: Results) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """What a reader in a hurry wants to know."""
+    """The main results, for a reader in a hurry."""
     sentences = []
     if results.is_small:
         sentences.append(
@@ -58,7 +58,7 @@ def summary(results: Results) -> list[str]:
 
 
 def reuse_sentence(group: Group) -> str:
-    """How much of what was retrieved came again, beside the trace."""
+    """The share of retrieved documents that came again, beside the trace."""
     assert group.reuse is not None and group.same_documents is not None
     return (
         f"Of the {group.reuse.references} references to documents the most popular fifth of those found takes "
@@ -110,7 +110,7 @@ def cost_table(results: Results, group: Group) -> Table:
 
 
 def memory_table(results: Results, group: Group) -> Table:
-    """What a running request holds, what was moved for it, and how large the processes became."""
+    """Memory of a running request, bytes moved for it, and the peak sizes of the processes."""
     roles = list(dict.fromkeys(role for found in group.figures.values() for role in found.peak_bytes))
     head = [
         "", "prompt tokens", "KV cache a request, MB", "LoRA slot a request, MB", "moved a request, kB",
@@ -182,7 +182,7 @@ def quality_table(results: Results) -> Table:
 
 
 def stages_table(group: Group) -> Table:
-    """Medians of the way to an adapter, CPU time a request by process, and the shares that caches answered."""
+    """Median times on the way to an adapter, CPU time a request by process, and hit rates of the caches."""
     found = group.figures.values()
     stages = list(dict.fromkeys(stage for own in found for stage in own.server_ms))
     roles = list(dict.fromkeys(role for own in found for role in own.cpu_s))

@@ -1,4 +1,4 @@
-"""What is run: conditions with their contenders, and the questions of each cell, the same for all its contenders."""
+"""The schedule of a run: conditions with their contenders, and the questions of each cell."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Planned = tuple[LoadCondition, Sequence[str]]  # and its contenders
 
 @dataclass(frozen=True, slots=True)
 class GrowthPoint:
-    """So many documents of so many tokens in a request."""
+    """Documents a request, and tokens of each."""
 
     top_k: int
     tokens: int
@@ -102,7 +102,7 @@ class Schedule:
         ]
 
     def growths(self) -> list[Planned]:
-        """Without prefix caching: what is measured is the cost of the tokens, not which of them were there before."""
+        """Without prefix caching, because the cost of all tokens is measured, not of the new ones."""
         args = self._args
         names = self._among(args.growth_contenders)
         at_a_time = max(1, args.concurrency // 2)  # long prompts take long
@@ -126,9 +126,10 @@ class Schedule:
         return [(condition, self._contenders)]
 
     def questions(self, condition: LoadCondition, contender: Contender, repeat: int) -> list[Question]:
-        """Those of a cell; of the same condition and repeat the same, whoever answers.
+        """The questions of a cell. All contenders get the same ones under the same condition and repeat.
 
-        Who answers one at a time gets the first few where only cost is measured: its rate doesn't depend on the number.
+        A contender that answers one at a time gets only the first few if cost is measured: its rate doesn't depend on
+        their number.
         """
         asked = self._questions(condition, repeat)
         few = contender.engine == "alone" and condition.phase != "quality"
@@ -153,7 +154,7 @@ class Schedule:
         return in_own_words(popular.draw(condition.num_requests, rng), numbers)
 
     def _among(self, names: Sequence[str] | None) -> list[str]:
-        """Those of them that take part at all; ReGrad and the RAG that it is compared with where none were named."""
+        """The named contenders that take part at all. If none are named: ReGrad and its rival."""
         wanted = names if names is not None else (fair_rival(self._contenders), "regrad")
         return [name for name in self._contenders if name in wanted]
 
@@ -181,8 +182,10 @@ class Schedule:
 def interleaved(
     conditions: Sequence[tuple[LoadCondition, Sequence[str]]], repeats: int, seed: int
 ) -> list[tuple[LoadCondition, str, int]]:
-    """(condition, contender, repeat) in the order of running: every repeat all of them, each time in another order, so
-    that no contender always comes after the same one."""
+    """(condition, contender, repeat) in the order of the run.
+
+    Each repeat has all contenders, each time in another order, so that none always comes after the same one.
+    """
     order = []
     for repeat in range(repeats):
         for condition, names in conditions:

@@ -16,12 +16,12 @@ _DONE = "[DONE]"
 
 
 class AnswerError(RuntimeError):
-    """The server refused a request or broke off; the message is what it said."""
+    """The server refused a request or broke off. The message is the server's."""
 
 
 @dataclass(slots=True)
 class Stream:
-    """What has arrived so far."""
+    """The answer so far."""
 
     event_times: list[float] = field(default_factory=list)  # time.perf_counter()
     ended: float | None = None  # the answer is whole
@@ -58,7 +58,7 @@ def _take(event: Mapping[str, Any], stream: Stream) -> None:
         stream.output_tokens = event["usage"]["completion_tokens"]
     for choice in event.get("choices", ()):
         delta = choice.get("delta", {})
-        # vLLM sends the role by itself, with an empty content, when the first token is there; and the first token.
+        # vLLM first sends the role with an empty content, then the first token. Only the second counts.
         if "role" in delta and not delta.get("content"):
             continue
         if "content" in delta or choice.get("finish_reason"):

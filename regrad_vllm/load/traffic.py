@@ -92,7 +92,7 @@ def _entry(place: str, line: str, earliest: float) -> TraceEntry:
 def zipf_exponent(num: int, share: float = TOP_FIFTH_SHARE) -> float:
     """s such that of ``num`` documents with weights rank^−s the first fifth has ``share`` of the sum.
 
-    0 for less than five documents. ValueError where share isn't between a fifth and 1.
+    0 for less than five documents. ValueError if share isn't between a fifth and 1.
     """
     if not _FIFTH <= share < 1:
         raise ValueError(f"share must be at least {_FIFTH} and below 1, got {share}")
@@ -141,7 +141,7 @@ def in_own_words(questions: Sequence[Question], rng: random.Random) -> list[Ques
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """What a stream of requests looks like to a cache."""
+    """How often a cache sees documents of a stream of requests again."""
 
     references: int  # requests times their documents
     top_fifth_share: float  # of the references that go to the most popular fifth of the documents that were used

@@ -1,4 +1,4 @@
-"""What a cell takes from the machine: CPU time and memory of the processes, counters of the server."""
+"""The resources that a cell uses: CPU time and memory of the processes, counters of the server."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Processes:
         return total
 
     def memory_bytes(self) -> dict[str, int]:
-        """Proportional set size by role: what processes share is divided among them."""
+        """Proportional set size by role: shared memory is divided among the processes."""
         total: dict[str, int] = {}
         for role, process in self._all():
             with contextlib.suppress(psutil.Error, OSError):
@@ -138,7 +138,7 @@ class Scraped:
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, float]:
-    """What the server's /metrics says now. httpx.HTTPError."""
+    """The server's counters now. httpx.HTTPError."""
     response = await client.get("/metrics")
     return samples(response.raise_for_status().text)
 
