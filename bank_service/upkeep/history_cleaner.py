@@ -1,4 +1,4 @@
-"""Has past versions leave the catalog when their time is over, and then the gradients that nobody names any more."""
+"""Removes past versions from the catalog when their time is over, and then the gradients that nobody names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bank_service.runtime.background import cancelled
 
 logger = logging.getLogger(__name__)
 
-CLEAN_SECONDS = 5.0  # between two rounds: how much longer than asked for a version may stay
-STEP = 256  # versions dropped in one write, between the catalog's others
+CLEAN_SECONDS = 5.0  # between two rounds: a version may stay so much longer
+STEP = 256  # versions dropped in one write
 
 
 class HistoryCleaner:
-    """Drops expired versions, from one task. Gradients that a crash leaves behind are the next start's sweep's."""
+    """Drops expired versions, from one task. The sweep at the next start finds gradients that a crash leaves."""
 
     def __init__(self, catalog: Catalog, discard: Callable[[Iterable[str]], Awaitable[None]]) -> None:
-        """``discard``: removes gradients that neither a document nor a past version names."""
+        """``discard`` removes gradients that neither a document nor a past version names."""
         self._catalog = catalog
         self._discard = discard
         self._task: asyncio.Task[None] | None = None
@@ -44,7 +44,7 @@ class HistoryCleaner:
             try:
                 await self.clean()
                 if not self._catalog.history_seconds:
-                    return  # no version will come
-            except Exception:  # nothing is lost; it stays longer than it should
+                    return  # no more versions will come
+            except Exception:  # nothing is lost: versions stay a little longer
                 logger.exception("expired versions could not be dropped; trying again")
             await asyncio.sleep(CLEAN_SECONDS)

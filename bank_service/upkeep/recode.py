@@ -1,11 +1,11 @@
-"""A collection from one codec to another, while it serves.
+"""Gives a collection another codec, while it serves.
 
-The collection takes the new codec at once, in one commit: what is stored from then on has it. Then every stored
-gradient is decoded and encoded anew, a document at a time, each as a new version in one commit: whoever reads has the
-old record or the new one, whole. That there is something left to do stands in the catalog, so a bank that stops or is
-killed on the way goes on when it opens again.
+The collection takes the new codec at once, in one commit, for everything that is stored from then on. Then every stored
+gradient is decoded and encoded anew, document by document. Each becomes a new version in one commit, so a reader gets
+the old record or the new one, whole. The catalog knows that the work is not done. So a bank that stops or is killed on
+the way goes on when it opens again.
 
-What a coarser codec has lost doesn't come back in a finer one; for that the documents must be ingested again.
+A finer codec doesn't bring back what a coarser one has lost. For that, ingest the documents again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOOK_SECONDS = 0.5  # between two messages about the progress
 
 @dataclass(frozen=True, slots=True)
 class RecodeProgress:
-    """How far it got."""
+    """The state of the work."""
 
     codec: str
     num_documents: int = 0  # of the collection, when the pass began
@@ -50,23 +50,23 @@ class Recoder:
         self._writer = writer
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
-        self._beginning = asyncio.Lock()  # two callers at once must not begin twice
+        self._beginning = asyncio.Lock()  # so that two callers don't both begin
         self._progress = RecodeProgress(writer.codec)
 
     def resume(self) -> None:
-        """Goes on where an earlier process was stopped on the way."""
+        """Goes on where an earlier process stopped."""
         with self._stores.catalog.view() as view:
             unfinished = view.is_recoding()
         if unfinished:
             self._start()
 
     async def stop(self) -> None:
-        """What is left is done when the bank opens again."""
+        """Stops. The rest is done when the bank opens again."""
         await cancelled(self._task)
 
     async def run(self, codec: str) -> AsyncGenerator[RecodeProgress, None]:
-        """Begins, or joins what is under way to the same codec, and tells how it goes until it is done. Nobody needs to
-        listen. InvalidArgumentError; UnavailableError while it is under way to another codec."""
+        """Begins, or joins the work under way to the same codec. Reports progress until the end; it goes on without a
+        listener. InvalidArgumentError; UnavailableError while the collection is on its way to another codec."""
         try:
             check_choice(codec[:80])
         except GradientFormatError as error:
@@ -108,7 +108,7 @@ class Recoder:
         recoded = failed = False
         try:
             recoded = await self._writer.recode(stored.document.namespace, stored.document.id)
-        except DataLossError as error:  # the next reader has it repaired, in the new codec
+        except DataLossError as error:  # the next read repairs it, in the new codec
             failed = True
             logger.error("document %r keeps its gradient: %s", stored.document.id, error)
         except BankError as error:

@@ -1,11 +1,11 @@
-"""A gradient that is lost or damaged on disk, made again from the text of its document.
+"""Makes a gradient that is lost or damaged on disk again, from the text of its document.
 
-Only what the bank's own encoder made can be made again: a gradient that was uploaded is its uploader's business.
-Where the encoder gives the same record again, the document stays as it is; where it gives another, the document gets
-that one as a new version, in one commit. A document never has a gradient that its text did not give.
+Only a gradient of the bank's own encoder can be made again, not an uploaded one. Where the encoder gives the same
+record, the document stays as it is. Where it gives another, the document gets that one as a new version, in one commit.
+A document never has a gradient that its text did not give.
 
-Past versions keep their texts and are repaired likewise, in the collection's codec of now. Where that gives another
-record, ``as_of`` answers with that one: the gradient that was used then is lost, which only its digest can tell.
+Past versions are repaired likewise, in the collection's present codec. Where that gives another record, ``as_of``
+answers with the new one. Only the digest then shows that the old gradient is lost.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from bank_service.wire.codec import record_digest
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 10.0  # of a reader for a repair; it goes on without the reader
-MAX_OWNERS = 64  # documents of one gradient that are written anew; one of them is enough where the record is the same
+WAIT_SECONDS = 10.0  # so long a reader waits for a repair, which goes on without it
+MAX_OWNERS = 64  # documents of one gradient that are written anew; one is enough where the record is the same
 
 
 class Mended(enum.Enum):
     """How a repair ended."""
 
-    MADE = enum.auto()  # the record is there and sound again, or its owners have another in its place
-    GONE = enum.auto()  # nobody names it any more: there was nothing to repair
+    MADE = enum.auto()  # the record is sound again, or its owners have another one
+    GONE = enum.auto()  # nobody names it any more
     LOST = enum.auto()
 
 
 class Repairer:
-    """Repairs gradients, each once however many find it damaged."""
+    """Repairs gradients. Many readers may find one damaged; it is repaired once."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Repairer:
         self._running: dict[str, asyncio.Task[Mended]] = {}
 
     async def repair_for_reader(self, digest: str) -> bool:
-        """Like ``repair``; UnavailableError where it takes longer than WAIT_SECONDS, and goes on."""
+        """As ``repair``. UnavailableError where it takes longer than WAIT_SECONDS; the repair goes on."""
         try:
             return await asyncio.wait_for(self.repair(digest), WAIT_SECONDS)
         except TimeoutError:
@@ -72,11 +72,11 @@ class Repairer:
             ) from None
 
     async def repair(self, digest: str) -> bool:
-        """The record is there and sound again, or nobody names it any more. False where that can't be."""
+        """True where the record is sound again, or nobody names it any more. False where it is lost."""
         return await self.mend(digest) is not Mended.LOST
 
     async def mend(self, digest: str) -> Mended:
-        """As ``repair``, for who counts them."""
+        """As ``repair``, and says how it ended."""
         task = self._running.get(digest)
         if task is None:
             task = self._background.run(self._repair(digest))
@@ -91,7 +91,7 @@ class Repairer:
             if stored.gradient.num_tokens == UPLOADED:
                 continue
             try:
-                # A document whose gradient is not sound is taken as new; see Writer.
+                # A document whose gradient is not sound counts as new; see Writer.
                 await self._writer.put(stored.document, stored.version)
                 is_made = True
             except VersionConflictError:
@@ -101,7 +101,7 @@ class Repairer:
         is_made |= await self._repair_past(digest)
         left = await in_thread(self._pool, self._owners, digest)
         past = await in_thread(self._pool, self._past_owners, digest)
-        if not (left or past or is_made):  # the last of its documents went before the repair, or while it began
+        if not (left or past or is_made):  # its last document went before the repair, or as it began
             return Mended.GONE
         if not (left or past) or await self._is_sound(digest):
             self._metrics.repaired()
@@ -118,7 +118,7 @@ class Repairer:
         return Mended.LOST
 
     async def _repair_past(self, digest: str) -> bool:
-        """Whether a version got its record, or another in its place, anew."""
+        """Whether a past version got its record, or another one, anew."""
         is_made = False
         for stored in await in_thread(self._pool, self._past_owners, digest):
             if stored.gradient.num_tokens == UPLOADED or await self._is_sound(digest):
@@ -154,7 +154,7 @@ class Repairer:
                 ).result()
 
         is_made = await in_thread(self._pool, write)
-        # The damaged record; and the new one, where the version was purged or has expired meanwhile.
+        # Removes the damaged record. Also the new one, where the version was purged or has expired meanwhile.
         await self._discarder.discard({stored.gradient.digest, made.digest})
         return is_made
 

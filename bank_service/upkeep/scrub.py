@@ -1,4 +1,4 @@
-"""Reads every gradient again, slowly, so that damage is found while it can still be mended."""
+"""Reads every gradient again, slowly, to find damage while it can still be repaired."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScrubCounts:
 
 
 class Scrubber:
-    """Verifies the blobs that the catalog names, at a bounded rate, and has damaged ones repaired."""
+    """Verifies the blobs that the catalog names, at a bounded rate. Damaged ones are repaired."""
 
     def __init__(
         self, stores: Stores, mend: Callable[[str], Awaitable[Mended]], pool: Executor, mib_per_second: float
@@ -43,7 +43,7 @@ class Scrubber:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Goes on for ever, where there is a rate."""
+        """Starts passes without end, unless the rate is 0."""
         if self._bytes_per_second:
             self._task = asyncio.create_task(self._run(), name="bank-scrubber")
 
