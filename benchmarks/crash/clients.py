@@ -9,7 +9,7 @@ from pathlib import Path
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
-from benchmarks.crash.expected import Content, Model, Past, Verdict, is_right, record_of
+from benchmarks.crash.expected import Content, Model, Recorded, Verdict, is_right, record_of
 from benchmarks.crash.killable import Process, end
 
 IDS_PER_WRITER = 6
@@ -118,7 +118,7 @@ def _acknowledged(model: Model, id: str, content: Content | None, sequence: int)
     model.states[id] = [content]
     model.sequence = sequence
     model.num_acknowledged += 1
-    model.past.append(Past(id, content, sequence))
+    model.past.append(Recorded(id, content, sequence))
 
 
 async def _read_own(client: Client, id: str, model: Model, verdict: Verdict) -> None:

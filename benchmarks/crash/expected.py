@@ -38,7 +38,7 @@ def is_right(digest: str, record: bytes, title: str, text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class Recorded:
     """What a document was, by an acknowledgement."""
 
     id: str
@@ -56,7 +56,7 @@ class Model:
     versions: dict[str, int] = field(default_factory=dict)  # the last one acknowledged or seen
     sequence: int = 0  # of the last change acknowledged
     num_acknowledged: int = 0
-    past: deque[Past] = field(default_factory=lambda: deque(maxlen=16))
+    past: deque[Recorded] = field(default_factory=lambda: deque(maxlen=16))
 
 
 @dataclass(slots=True)
