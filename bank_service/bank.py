@@ -31,16 +31,14 @@ from bank_service.records.encode_queue import EncodeQueue
 from bank_service.records.record_reader import MayRead, RecordReader
 from bank_service.records.stores import Pools, Stores
 from bank_service.records.writer import Writer
+from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.background import Background
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
 from bank_service.search.batch import answer_batch
-from bank_service.search.exact_vectors import ExactVectors
-from bank_service.search.index_follower import IndexFollower
-from bank_service.search.past import PastRetriever
-from bank_service.search.retrieval import Retriever
-from bank_service.search.searcher import Searcher
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.search.nearest import Nearest
+from bank_service.search.queries import Queries
+from bank_service.search.usearch.usearch_nearest import UsearchNearest
 from bank_service.upkeep.recode import RecodeProgress, Recoder
 from bank_service.upkeep.repair import Repairer
 from bank_service.upkeep.scrub import Scrubber, ScrubCounts
@@ -101,13 +99,18 @@ class Bank:
         self._stores = Stores(catalog, BlobStore.in_folder(config.data_dir / "blobs"), cache)
         self._discarder = Discarder(self._stores, self._pools.writes, metrics)
         self._background = Background()
-        index = UsearchIndex(embedder.dimension)
-        self._follower = IndexFollower(catalog, index, config.data_dir / "index", reads, config.snapshot_every)
-        exact = ExactVectors(embedder.dimension)
-        retriever = Retriever(index, exact, config.exact_below)
-        past = PastRetriever(catalog, index, exact, config.exact_below)
+        self._acknowledged = AcknowledgedSequence()
+        self._nearest: Nearest = UsearchNearest(
+            catalog,
+            embedder.dimension,
+            config.data_dir / "index",
+            self._acknowledged,
+            reads,
+            exact_below=config.exact_below,
+            snapshot_every=config.snapshot_every,
+        )
         max_past = max(1, int(PAST_SHARE * config.max_queries))
-        self._searcher = Searcher(catalog, retriever, past, self._follower, reads, self._pools.past_queries, max_past)
+        self._queries = Queries(catalog, self._nearest, self._acknowledged, reads, self._pools.past_queries, max_past)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         committer = Committer(
             self._stores,
@@ -116,8 +119,8 @@ class Bank:
             self._background,
             spec,
             codec,
-            lambda: self._follower.near(self._searcher.acknowledged),
-            self._acknowledge,
+            lambda: self._nearest.keep_up(self._acknowledged.value),
+            self._acknowledged.advance,
         )
         self._writer = Writer(
             self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents
@@ -129,7 +132,7 @@ class Bank:
         self._snapshotter = Snapshotter(config, self._stores, reads, repairer.repair, self._discarder.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
         self._scrubber = Scrubber(self._stores, repairer.mend, reads, config.scrub_mib_per_second)
-        self._upkeep = Upkeep(self._stores, self._discarder, index, self._follower, reads)
+        self._upkeep = Upkeep(self._stores, self._discarder, self._nearest, reads)
 
     @property
     def max_upload_bytes(self) -> int:
@@ -152,11 +155,11 @@ class Bank:
         versions go when their time is over."""
         bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics, limits_of)
         try:
-            await bank._follower.start()
+            await bank._nearest.start()
         except BaseException:
             await bank.close()
             raise
-        bank._searcher.acknowledge(bank._follower.sequence)
+        bank._acknowledged.advance(bank._nearest.sequence)
         bank._upkeep.start(expires_history=expires_history)
         bank._scrubber.start()
         bank._background.run(bank._discarder.sweep())
@@ -173,7 +176,7 @@ class Bank:
         await self._snapshotter.stop()
         await self._background.drain()
         await self._upkeep.stop()
-        await self._follower.stop()
+        await self._nearest.stop()
         await asyncio.to_thread(self._encodes.close)
         pools = self._pools
         for pool in (pools.query_embeds, pools.document_embeds, pools.writes, pools.past_queries, pools.reads):
@@ -242,12 +245,12 @@ class Bank:
         """
         vector = await self._vector(query)
         while True:
-            result = await self._searcher.search(query, vector)
+            result = await self._queries.search(query, vector)
             if not query.include_gradients:
                 return result
             try:
                 own = query.namespace.__eq__
-                fitting = self._searcher.fitting(result.hits)
+                fitting = self._queries.fitting(result.hits)
                 records = await self._records.read(fitting, own)
             except NotFoundError:
                 continue  # a hit was updated or deleted after the search: the next search knows
@@ -259,7 +262,7 @@ class Bank:
         The errors of ``query``, with the query's place; LimitExceededError where texts and gradients don't fit one
         message together.
         """
-        return await answer_batch(queries, self._vector, self._searcher, self._records)
+        return await answer_batch(queries, self._vector, self._queries, self._records)
 
     async def _vector(self, query: Query) -> FloatArray | None:
         """Checks the query against the collection; what to search for, None where documents are named."""
@@ -275,7 +278,7 @@ class Bank:
             return np.asarray(query.vector, dtype=np.float32)
         if not query.text:
             return None
-        await self._searcher.check_namespace(query.namespace)  # before the work; a search finds out by itself
+        await self._queries.check_namespace(query.namespace)  # before the work; a search finds out by itself
         with span("bank.embed"):
             return await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
 
@@ -313,11 +316,11 @@ class Bank:
     async def stats(self, may_see: MayRead | None = None) -> BankStats:
         """``may_see``: the figures as if the other namespaces were not there, and none of the cache's."""
         identity = replace(self.identity, codec=self._writer.codec)
-        return await read_stats(self._stores, self._pools.reads, identity, self._follower.sequence, may_see)
+        return await read_stats(self._stores, self._pools.reads, identity, self._nearest.sequence, may_see)
 
     def _publish(self, metrics: BankMetrics) -> None:
-        metrics.sequence.set_function(lambda: self._searcher.acknowledged)
-        metrics.indexed_sequence.set_function(lambda: self._follower.sequence)
+        metrics.sequence.set_function(lambda: self._acknowledged.value)
+        metrics.indexed_sequence.set_function(lambda: self._nearest.sequence)
         eraser = self._upkeep.eraser
         metrics.erasures.set_function(lambda: eraser.num_pending)
         metrics.erasure_seconds.set_function(lambda: eraser.oldest_seconds)
@@ -326,7 +329,3 @@ class Bank:
         metrics.cache.labels("misses").set_function(lambda: counts.misses)
         metrics.cache.labels("corrupt").set_function(lambda: counts.corrupt)
         metrics.cache.labels("errors").set_function(lambda: counts.errors)
-
-    def _acknowledge(self, sequence: int) -> None:
-        self._searcher.acknowledge(sequence)
-        self._follower.wake()

@@ -29,7 +29,7 @@ class BankStats:
 async def read_stats(
     stores: Stores, pool: Executor, identity: CollectionIdentity, indexed: int, may_see: MayRead | None
 ) -> BankStats:
-    """``indexed``: the sequence that the index reflects. ``may_see``: as ``Bank.stats``."""
+    """``indexed``: the sequence that the vectors reflect. ``may_see``: as ``Bank.stats``."""
 
     def read() -> tuple[Totals, int]:
         with stores.catalog.view() as view:

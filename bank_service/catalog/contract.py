@@ -108,13 +108,6 @@ class CatalogView(Protocol):
         """The keys among ``keys`` whose documents meet all conditions. ``as_of``: as in ``matching``."""
         ...
 
-    def best_words(self, namespace: str, text: str, conditions: Sequence[Condition], count: int) -> dict[int, float]:
-        """key → BM25 of up to ``count`` documents that share a word with ``text`` and meet all conditions.
-
-        Best first, ties by id. The score depends on the namespace's own documents alone.
-        """
-        ...
-
     # The past
 
     def horizon(self, namespace: str) -> int:
@@ -187,13 +180,35 @@ class CatalogView(Protocol):
         """The numbers of erasures that are finished and were not acknowledged."""
         ...
 
-    def uncleaned_words(self) -> dict[int, int]:
-        """The lists of words from which documents were taken out but not erased: number → how many documents."""
+
+class WordSearch(Protocol):
+    """Best documents by BM25, with k1 = 1.2 and b = 0.75, over title and text.
+
+    A word is a run of letters and digits, without regard to case or accents. A word in half of the documents or more
+    counts next to nothing, and never less. An implementation must pass ``tests/bank/search/test_word_search.py``.
+    """
+
+    def best(
+        self, view: CatalogView, namespace: str, text: str, conditions: Sequence[Condition], count: int
+    ) -> dict[int, float]:
+        """key → score of up to ``count`` documents that share a word with ``text`` and meet all conditions.
+
+        Best first, ties by id. The score depends on the namespace's own documents alone. ``view`` is the catalog's.
+        """
+        ...
+
+    async def clean(self) -> None:
+        """Leaves nothing in the store's files, but in its log, of words that were removed before."""
         ...
 
 
 class Catalog(Protocol):
     """One collection of documents."""
+
+    @property
+    def words(self) -> WordSearch:
+        """The search by words. Each document's words are written and removed together with it."""
+        ...
 
     @property
     def collection_id(self) -> str:
@@ -274,13 +289,6 @@ class Catalog(Protocol):
 
     def forget_erasures(self, numbers: Collection[int]) -> Future[None]:
         """The finished ones of these can't come again with the version that they expected."""
-        ...
-
-    def clean_words(self, number: int, num_removed: int, *, first: bool) -> Future[bool]:
-        """One step of erasing words from a list of ``uncleaned_words``. True once all is erased.
-
-        Begin with ``first``, then go on without.
-        """
         ...
 
     def cut_log(self) -> Future[bool]:

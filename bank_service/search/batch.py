@@ -1,4 +1,4 @@
-"""Several queries answered by one call: all or none, and together no larger than one message."""
+"""Answers several queries in one message: all or none."""
 
 from __future__ import annotations
 
@@ -7,50 +7,53 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from bank_service.errors import BankError, InvalidArgumentError, LimitExceededError, NotFoundError, OutOfRangeError
 from bank_service.records.record_reader import RecordReader
-from bank_service.search.searcher import MESSAGE_RESERVE_BYTES, Searcher, text_bytes_of
+from bank_service.search.queries import MESSAGE_RESERVE_BYTES, Queries, text_bytes_of
 from bank_service.values.documents import Query, QueryResult
 from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 
 HIT_BYTES = 512  # id, digest, scores and framing of one hit, with the longest id
-MAX_TRIES = 5  # where hits are updated or deleted between the search and the read of their gradients
-CONCURRENCY = 4  # queries of one batch that are embedded or searched at once, so that others get their turn
+MAX_TRIES = 5  # of a batch whose hits change between the search and the read of their gradients
+CONCURRENCY = 4  # queries of one batch that are embedded or searched at once; the rest of the pool is for others
 
 
 async def answer_batch(
-    queries: Sequence[Query],
+    batch: Sequence[Query],
     vector_of: Callable[[Query], Awaitable[FloatArray | None]],
-    searcher: Searcher,
+    queries: Queries,
     records: RecordReader,
 ) -> tuple[QueryResult, ...]:
-    """A result for each query, in order. The error of the first that fails, with its place; LimitExceededError."""
+    """A result for each query, in order. The error of the first query that fails, with its place.
+
+    LimitExceededError where the answers don't fit one message.
+    """
     turns = asyncio.Semaphore(CONCURRENCY)
 
     async def answer(index: int, query: Query) -> QueryResult:
         try:
             async with turns:
-                return await searcher.search(query, await vector_of(query))
+                return await queries.search(query, await vector_of(query))
         except BankError as error:
             raise placed(error, index) from error
 
     for last_try in (*(False,) * (MAX_TRIES - 1), True):
         answers = await asyncio.gather(
-            *(answer(index, query) for index, query in enumerate(queries)), return_exceptions=True
+            *(answer(index, query) for index, query in enumerate(batch)), return_exceptions=True
         )
         results = []
         for found in answers:
             if isinstance(found, BaseException):
                 raise found
             results.append(found)
-        _check_size(queries, results)
+        _check_size(batch, results)
         try:
             return tuple(
                 [
                     QueryResult(result.hits, await records.read(_digests(query, result)), result.sequence)
-                    for query, result in zip(queries, results, strict=True)
+                    for query, result in zip(batch, results, strict=True)
                 ]
             )
-        except NotFoundError:  # a hit was updated or deleted after the search: the next search knows
+        except NotFoundError:  # a hit was updated or deleted after the search; another search sees that
             if last_try:
                 raise
     raise AssertionError("unreachable")
@@ -65,9 +68,9 @@ def placed(error: BankError, index: int) -> BankError:
     return error
 
 
-def _check_size(queries: Sequence[Query], results: Sequence[QueryResult]) -> None:
+def _check_size(batch: Sequence[Query], results: Sequence[QueryResult]) -> None:
     num_bytes = sum(HIT_BYTES * len(result.hits) + text_bytes_of(result.hits) for result in results)
-    for query, result in zip(queries, results, strict=True):
+    for query, result in zip(batch, results, strict=True):
         if query.include_gradients:
             num_bytes += sum(hit.gradient_bytes for hit in result.hits)
     if num_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:

@@ -4,10 +4,9 @@ The catalog overwrites deleted content (``secure_delete``), but words stay in FT
 pages in the write-ahead log until it is emptied, and the vector in the index: in memory and in its snapshot. A round
 erases what all purges before it left; ``erasures`` in the catalog says what is left after a crash.
 
-How long that takes: a round rewrites the namespaces' words and their part of the index's snapshot (about 1 s per GB),
-and overwrites each removed vector whose place is free, in the milliseconds that adding one takes; where they are many,
-the namespace's graph is built anew instead, each vector in it added once. Rounds are a fifth of the time at most, so a
-purge's traces are gone ERASE_SECONDS and six rounds later: seconds in a bank of some thousand documents. What holds a
+How long that takes: a round rewrites the namespaces' words (about 1 s per GB), and has the vector store erase its part
+(see ``Nearest.erase``). Rounds are a fifth of the time at most, so a purge's traces are gone ERASE_SECONDS and six
+rounds later: seconds in a bank of some thousand documents. What holds a
 round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within seconds), a
 disk that fails, a rebuild of a namespace's index, a snapshot, whose copy of the catalog may have all of it. Gradients
 that disk or cache refuse hold up nothing else.
@@ -26,20 +25,14 @@ from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Stores
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.seldom import Seldom
-from bank_service.runtime.threads import ended_in_thread, in_thread
-from bank_service.search.index_follower import IndexFollower
-from bank_service.search.usearch_index import UsearchIndex
-from bank_service.upkeep.compaction import Compactor
-from bank_service.upkeep.lexical_cleaner import LexicalCleaner
+from bank_service.runtime.threads import in_thread
+from bank_service.search.nearest import Nearest
 
 logger = logging.getLogger(__name__)
 
 ERASE_SECONDS = 1.0  # between two rounds, so that many purges share one
 REST_FACTOR = 4  # a round rewrites whole files: at most a fifth of the time goes into it
 MAX_PER_ROUND = 500  # purges that a round rewrites for
-OVERWRITE_STEP = 128  # removed vectors; some tenths of a second, for which a bank that stops waits
-MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and with more than the share below, it is rebuilt
-MAX_OVERWRITTEN_SHARE = 0.1  # of its places, so that a rebuild takes ten times as long as overwriting them at most
 STOP_SECONDS = 3.0
 LATE_SECONDS = 60.0  # after which a purge that is not erased is worth a warning
 REPEAT_SECONDS = 3600.0  # after all is erased, for which a purge can come again: its answer may have been lost
@@ -52,19 +45,13 @@ class Eraser:
         self,
         stores: Stores,
         discarder: Discarder,
-        cleaner: LexicalCleaner,
-        index: UsearchIndex,
-        follower: IndexFollower,
-        compactor: Compactor,
+        nearest: Nearest,
         pool: Executor,
     ) -> None:
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._discarder = discarder
-        self._cleaner = cleaner
-        self._index = index
-        self._follower = follower
-        self._compactor = compactor
+        self._nearest = nearest
         self._pool = pool
         self._rewritten = 0  # up to this number erasures' words and vectors are gone from the files
         self._since: dict[int, float] = {}  # erasures that are not finished, and since when they are known, in order
@@ -158,18 +145,9 @@ class Eraser:
         return not self._must_cut
 
     async def _rewrite(self, namespaces: set[str], sequence: int) -> None:
-        await self._cleaner.clean()
-        await self._follower.reach(sequence)
-        # A rebuild that began before the purge would bring the vector back, in its own removed places.
-        async with self._compactor.turn:
-            wasteful = self._index.wasteful(MAX_OVERWRITTEN_SHARE, MAX_OVERWRITTEN + 1)
-            for namespace in namespaces:
-                if namespace in wasteful:
-                    await self._compactor.rebuild(namespace)
-                    continue
-                for _ in range(0, self._index.num_dead(namespace), OVERWRITE_STEP):
-                    await ended_in_thread(self._pool, self._index.overwrite_removed, namespace, OVERWRITE_STEP)
-            await self._follower.save()
+        await self._catalog.words.clean()
+        await self._nearest.reach(sequence)
+        await self._nearest.erase(namespaces)
 
     def _look(self) -> tuple[list[Erasure], set[int], int]:
         with self._catalog.view() as view:

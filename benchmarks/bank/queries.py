@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bank_service.search.usearch_index import MANIFEST, _new_index, expansion_of
+from bank_service.search.usearch.graph import expansion_of, new_index
+from bank_service.search.usearch.usearch_index import MANIFEST
 from bank_service.testing.client import Client
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
@@ -35,7 +36,7 @@ class RawIndex:
     def __init__(self, data_dir: Path, dimension: int) -> None:
         folder = data_dir / "index"
         (name, _) = json.loads((folder / MANIFEST).read_text())["files"][DEFAULT_NAMESPACE]
-        self.index = _new_index(dimension)
+        self.index = new_index(dimension)
         self.index.load((folder / name).read_bytes())
         self.index.expansion_search = expansion_of(len(self.index))
         with closing(sqlite3.connect(f"{(data_dir / 'catalog.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as file:

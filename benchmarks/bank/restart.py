@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bank_service.search.index_follower import snapshot_after
+from bank_service.search.usearch.index_follower import snapshot_after
 from bank_service.testing.client import Client
 from bank_service.values.config import BankConfig
 from benchmarks.bank.build import touch

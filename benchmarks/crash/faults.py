@@ -13,15 +13,15 @@ from typing import Any
 
 import bank_service.blobs.folder_objects
 import bank_service.catalog.sqlite.catalog_writes
-import bank_service.search.usearch_index
+import bank_service.search.usearch.usearch_index
 from bank_service.backup.snapshot import Manifest, SnapshotWriter
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.gradient_cache import GradientCache
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.group_commit import GroupCommit
 from bank_service.records.discarder import Discarder
-from bank_service.search.searcher import Searcher
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.runtime.acknowledged import AcknowledgedSequence
+from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.encoder import EncodedDocument
 
@@ -31,10 +31,10 @@ POINTS: dict[str, tuple[Any, str]] = {
     "before a blob gets its name": (bank_service.blobs.folder_objects, "os.replace"),
     "between blob and catalog": (SqliteCatalog, "put"),
     "in a transaction of the catalog": (bank_service.catalog.sqlite.catalog_writes, "_next_sequence"),
-    "between commit and acknowledgement": (Searcher, "acknowledge"),
+    "between commit and acknowledgement": (AcknowledgedSequence, "advance"),
     "in a deletion": (SqliteCatalog, "delete"),
     "at the start of an index snapshot": (UsearchIndex, "save"),
-    "between the old and the new index snapshot": (bank_service.search.usearch_index, "os.replace"),
+    "between the old and the new index snapshot": (bank_service.search.usearch.usearch_index, "os.replace"),
     "in a sweep, before anything is removed": (Discarder, "_references"),
     "after a sweep, before the cache": (GradientCache, "remove"),
     "in a bank snapshot": (SnapshotWriter, "copy"),

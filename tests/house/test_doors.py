@@ -47,6 +47,7 @@ BANK_ROOMS = (
     "bank_stats",
     "upkeep",
     "backup",
+    "search.usearch",
     "search",
     "records",
     "cache",
@@ -145,6 +146,15 @@ def test_only_the_catalogs_factory_knows_its_store_and_only_the_store_knows_sql(
             if room != "catalog.sqlite" and (is_store or is_sql):
                 broken.append(f"{path.relative_to(ROOT)} imports {found.name}")
     assert not broken
+
+
+def test_only_the_bank_knows_its_vector_store() -> None:
+    users = {
+        _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for path in _sources("bank_service")
+        if any(is_within(found.name, "bank_service.search.usearch") for found in imports(path))
+    }
+    assert users == {"bank", "search.usearch"}
 
 
 @pytest.mark.parametrize(

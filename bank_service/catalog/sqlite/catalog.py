@@ -26,8 +26,8 @@ from bank_service.catalog.sqlite import erasures, history
 from bank_service.catalog.sqlite.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog.sqlite.catalog_view import SqliteView
 from bank_service.catalog.sqlite.catalog_writes import delete_document, purge_document, put_document
+from bank_service.catalog.sqlite.fts5_words import Fts5Words
 from bank_service.catalog.sqlite.group_commit import GroupCommit
-from bank_service.catalog.sqlite.lexical import clean_step
 from bank_service.catalog.sqlite.prepared import run_text
 from bank_service.catalog.sqlite.quota import check_room, create_counters, enforced
 from bank_service.catalog.sqlite.tables import collection, metadata, recoding
@@ -69,11 +69,12 @@ class SqliteCatalog:
             raise
         # Connections of its own: what a reader opened while the disk was read-only never writes again.
         self._writer = GroupCommit(_engine(path))
+        self.words = Fts5Words(self.view, self._writer)
 
     def close(self) -> None:
         """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
         with contextlib.suppress(BankError):  # a disk that fails; the next start goes on
-            self._clean_all(time.monotonic() + CLOSE_SECONDS)
+            self.words.clean_until(time.monotonic() + CLOSE_SECONDS)
         self._writer.close()
         self._engine.dispose()
 
@@ -146,18 +147,6 @@ class SqliteCatalog:
     def replace_past_gradient(self, began: int, digest: str, gradient: Gradient) -> Future[bool]:
         """One ``history.replace_gradient``."""
         return self._writer.submit(lambda connection: history.replace_gradient(connection, began, digest, gradient))
-
-    def clean_words(self, number: int, num_removed: int, *, first: bool) -> Future[bool]:
-        """One ``lexical.clean_step``."""
-        return self._writer.submit(lambda connection: clean_step(connection, number, num_removed, first=first))
-
-    def _clean_all(self, deadline: float) -> None:
-        with self.view() as view:
-            tables = view.uncleaned_words()
-        for number, num_removed in tables.items():
-            first = True
-            while time.monotonic() < deadline and not self.clean_words(number, num_removed, first=first).result():
-                first = False
 
     def begin_recoding(self, codec: str) -> Future[None]:
         """The collection has another codec from now on, and gradients that may not have it yet."""

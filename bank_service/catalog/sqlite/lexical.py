@@ -4,7 +4,7 @@ A table per namespace. FTS5's statistics (how many documents, how many have a wo
 table's: in one table for all, a namespace's scores would tell how often a word stands in another's documents.
 
 The tables are contentless: a document is taken out by the words that its row in the catalog had. FTS5 keeps a word
-that was taken out, and marks it, until its segments are merged; ``LexicalCleaner`` has that done after a change
+that was taken out, and marks it, until its segments are merged; ``WordCleaner`` has that done after a change
 that took something out, and the catalog's ``secure_delete`` overwrites what the merge leaves.
 """
 

@@ -80,7 +80,7 @@ async def test_a_version_goes_when_its_time_is_over_and_its_gradient_with_it(
         assert await texts(bank, last + 1) == {"a": "other", "b": "stays"}
         while len(blobs(data_dir)) > 2:
             await asyncio.sleep(0.02)
-        await bank._upkeep.word_cleaner.clean()  # the words of texts, which are not the history's
+        await bank._stores.catalog.words.clean()  # the words of texts, which are not the history's
         assert SECRET.encode() not in bytes_of(data_dir)
 
 
@@ -116,7 +116,7 @@ async def test_a_purge_leaves_nothing_of_a_document_and_everything_of_the_others
         result = await bank.delete("", "a", 3, purge=True)
         assert (result.version, result.sequence) == (3, newest + 1)
         assert len(blobs(data_dir)) == 1, "of the text that the other document has, too"
-        await bank._upkeep.word_cleaner.clean()
+        await bank._stores.catalog.words.clean()
         assert SECRET.encode() not in bytes_of(data_dir)
         oldest = (await bank.stats()).totals.oldest_as_of
         assert oldest == (0 if history_seconds else newest), "a purge takes nobody else's past"
@@ -141,7 +141,7 @@ async def test_what_is_deleted_already_can_still_be_purged(data_dir: Path) -> No
         result = await bank.delete("", "a", 0, purge=True)
         assert (result.version, result.sequence) == (1, deleted.sequence)
         assert await texts(bank, first) == {} and not blobs(data_dir)
-        await bank._upkeep.word_cleaner.clean()
+        await bank._stores.catalog.words.clean()
         assert SECRET.encode() not in bytes_of(data_dir)
 
 

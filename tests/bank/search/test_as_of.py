@@ -9,25 +9,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from bank_service.bank import Bank
-from bank_service.catalog.factory import open_catalog
 from bank_service.errors import InvalidArgumentError, NotFoundError, OutOfRangeError
-from bank_service.search import past
-from bank_service.search.exact_vectors import ExactVectors
-from bank_service.search.past import PastRetriever
-from bank_service.search.usearch_index import UsearchIndex
 from bank_service.service.offline import opened
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.documents import Document, Gradient, Hit, Query, Retrieval
+from bank_service.values.documents import Document, Hit, Query, Retrieval
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.codec import record_digest
-from tests.bank.catalog.test_catalog import IDENTITY
+from tests.bank.search.collection import go, usearch_of
 
 SPACES = ("default", "team")
 WORDS = ("owl", "barn", "mice", "comet", "stone", "sugar")
@@ -146,8 +140,7 @@ def _as_of(query: Query, sequence: int, top_k: int, min_score: float) -> Query:
 async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(past, "SCAN_SIZE", {"proposals": 0, "all": 0}.get(way, 5000))
-    monkeypatch.setattr(past, "MAX_PROPOSALS", 0 if way == "all" else 20_000)
+    go(way, monkeypatch)
     exact_below = 2000 if way == "exact" else 0
     life = Life(random.Random(way))
     for _ in range(3):
@@ -155,7 +148,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
             for _ in range(16):
                 await life.step(bank)
             for namespace in SPACES:
-                await bank._upkeep.compactor.compact(namespace)
+                await usearch_of(bank).compactor.compact(namespace)
             await life.check(bank, life.sequence - 10)
     assert life.purged and sum(map(bool, life.answers.values())) > 80, "else this test shows little"
     async with open_bank(tmp_path / "bank", exact_below=exact_below) as bank:
@@ -171,37 +164,9 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
             await bank.query(Query(SPACES[0], "x", top_k=1, as_of=0))
 
 
-def test_the_index_proposes_what_has_not_changed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of so many documents that neither all are proposed nor the first proposals are enough."""
-    monkeypatch.setattr(past, "SCAN_SIZE", 3)
-    catalog = open_catalog(tmp_path, IDENTITY, history_seconds=HISTORY_SECONDS)
-    dimension = IDENTITY.embedding_dimension
-    index = UsearchIndex(dimension)
-    generator, draw = np.random.default_rng(0), random.Random(0)
-    vectors: dict[str, np.ndarray] = {}
-    then: dict[int, dict[str, np.ndarray]] = {}
-    for step in range(1500):
-        id = f"doc {step if step < 600 else draw.randrange(600)}"
-        vector = generator.standard_normal(dimension).astype("<f4")
-        vectors[id] = vector / np.linalg.norm(vector)
-        gradient = Gradient("0" * 64, 1, 1, False, vectors[id].tobytes())
-        stored = catalog.put(Document("n", id, "", "text"), gradient, None).result().stored
-        index.put("n", [stored.key], vectors[id][None])
-        if stored.sequence in (300, 600, 700, 1100, 1500):
-            then[stored.sequence] = dict(vectors)
-    retriever = PastRetriever(catalog, index, ExactVectors(dimension), exact_below=0)
-    target = generator.standard_normal(dimension).astype(np.float32)
-    for sequence, known in then.items():
-        right = sorted(known, key=lambda id: -float(known[id] @ target))
-        for top_k in (1, 10, 64):
-            answer = retriever.search(Query("n", vector=(1.0,), top_k=top_k, as_of=sequence), target)
-            assert [hit.id for hit in answer.hits] == right[:top_k], (sequence, top_k)
-    catalog.close()
-
-
 @pytest.mark.asyncio
 async def test_the_past_stands_still_while_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(past, "SCAN_SIZE", 3)
+    go("proposals", monkeypatch)
     async with open_bank(tmp_path / "bank", exact_below=0) as bank:
         for number in range(60):
             await bank.put(Document("", f"d{number}", "", f"{WORDS[number % 6]} {number}"))

@@ -1,28 +1,11 @@
-"""Filters: whatever holds of few or many, in small and large namespaces, nothing that matches is missed."""
+"""Filters, as a caller sees them. ``test_nearest`` has filters of many documents."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from pathlib import Path
-
-import numpy as np
 import pytest
 
-from bank_service.catalog.factory import open_catalog
-from bank_service.search import retrieval
-from bank_service.search.exact_vectors import ExactVectors
-from bank_service.search.retrieval import Retriever
-from bank_service.search.usearch_index import UsearchIndex
 from bank_service.testing.client import Client
-from bank_service.values.documents import Document, Gradient, Query
-from bank_service.values.filters import Condition, Operator
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.catalog.test_catalog import IDENTITY
-
-DIMENSION = IDENTITY.embedding_dimension
-COLOURS = ("red", "green", "blue")
-Expected = Callable[[dict[str, str]], bool]
 
 
 def where(*conditions: tuple[str, str, list[str]]) -> pb.Filter:
@@ -77,45 +60,3 @@ async def test_a_filter_sees_a_change_of_metadata_and_a_deletion_at_once(client:
     await client.put("a", "text", metadata={"colour": "red"})
     await client.delete("a")
     assert not (await client.query(text="x", top_k=1, filter=red)).hits
-
-
-@pytest.fixture(params=["exact", "scan", "proposals", "all"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the retriever finds what matches: its bounds are set so that it goes this way."""
-    way = str(request.param)
-    monkeypatch.setattr(retrieval, "SCAN_SIZE", {"proposals": 3, "all": 3}.get(way, 10_000))
-    monkeypatch.setattr(retrieval, "MAX_PROPOSALS", 0 if way == "all" else 10_000)
-    return way
-
-
-def test_a_filtered_search_finds_the_nearest_that_match_whichever_way_it_goes(tmp_path: Path, way: str) -> None:
-    catalog = open_catalog(tmp_path, IDENTITY)
-    index = UsearchIndex(DIMENSION)
-    generator, draw = np.random.default_rng(0), random.Random(0)
-    vectors, pairs = {}, {}
-    for number in range(600):
-        id = f"doc {number}"
-        vector = generator.standard_normal(DIMENSION).astype("<f4")
-        vectors[id] = vector / np.linalg.norm(vector)
-        pairs[id] = {"colour": draw.choice(COLOURS)} | ({"rare": "yes"} if number % 40 == 0 else {})
-        gradient = Gradient("0" * 64, 1, 1, False, vectors[id].tobytes())
-        stored = catalog.put(Document("n", id, "", "text", pairs[id]), gradient, None).result().stored
-        index.put("n", [stored.key], vectors[id][None])
-    retriever = Retriever(index, ExactVectors(DIMENSION), 10_000 if way == "exact" else 0)
-    target = generator.standard_normal(DIMENSION).astype(np.float32)
-    cases: list[tuple[Condition, Expected]] = [
-        (Condition("colour", Operator.EQUALS, ("red",)), lambda found: found["colour"] == "red"),
-        (Condition("colour", Operator.NOT_EQUALS, ("red", "blue")), lambda found: found["colour"] == "green"),
-        (Condition("rare", Operator.PRESENT), lambda found: "rare" in found),
-        (Condition("rare", Operator.ABSENT), lambda found: "rare" not in found),
-        (Condition("colour", Operator.EQUALS, ("black",)), lambda found: False),
-    ]
-    for condition, expected in cases:
-        for top_k in (1, 10, 64):
-            with catalog.view() as view:
-                query = Query("n", vector=(1.0,), top_k=top_k, conditions=(condition,))
-                found = retriever.find(view, query, target, 600)
-                hits = view.hits(found.scores, include_text=False)
-            right = sorted((id for id in vectors if expected(pairs[id])), key=lambda id: -float(vectors[id] @ target))
-            assert [hit.id for hit in hits] == right[:top_k] and not found.is_stale
-    catalog.close()

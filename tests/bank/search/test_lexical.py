@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from pathlib import Path
 
 import pytest
 
-from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
-from bank_service.upkeep.lexical_cleaner import LexicalCleaner
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
+from tests.bank.search.plain_words import bm25
 from tests.bank.search.test_query import FACTS, put_facts
 
 
@@ -25,24 +22,11 @@ async def lexical(client: Client, text: str, **fields: object) -> list[tuple[str
     return [(hit.id, hit.score) for hit in found.hits]
 
 
-def bm25(texts: list[list[str]], words: list[str]) -> list[float]:
-    """The formula, slowly: k1 1.2, b 0.75."""
-    mean = sum(map(len, texts)) / len(texts)
-    scores = [0.0] * len(texts)
-    for word in words:
-        num = sum(word in text for text in texts)
-        rarity = max(math.log((len(texts) - num + 0.5) / (num + 0.5)), 1e-6)
-        for index, text in enumerate(texts):
-            count = text.count(word)
-            scores[index] += rarity * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * len(text) / mean))
-    return scores
-
-
 @pytest.mark.asyncio
 async def test_scores_are_bm25_over_the_namespace_alone(client: Client) -> None:
     texts = ["owl owl mice", "mice in the barn", "a bridge of stone", "the owl of the barn at night", "sugar", "comet"]
     await client.ingest(*({"id": str(number), "text": text} for number, text in enumerate(texts)))
-    expected = bm25([text.split() for text in texts], ["owl", "barn"])
+    expected = bm25({number: text.split() for number, text in enumerate(texts)}, ["owl", "barn"])
     before = await lexical(client, "Owl, barn!")
     assert [id for id, _ in before] == sorted("013", key=lambda id: -expected[int(id)])
     assert [score for _, score in before] == pytest.approx([expected[int(id)] for id, _ in before], rel=1e-5)
@@ -118,31 +102,6 @@ async def test_hybrid_is_reciprocal_rank_fusion_of_the_two_lists(client: Client)
     hits = (await client.query(text=text, top_k=4, retrieval=pb.HYBRID)).hits
     assert {hit.id: hit.score for hit in hits} == pytest.approx(ranks)
     assert len(set(ranks.values())) > 1 and set(ranks) == set(FACTS)
-
-
-@pytest.mark.asyncio
-async def test_a_deleted_documents_rare_word_leaves_the_file(tmp_path: Path, pool: object) -> None:
-    path = tmp_path / "catalog.sqlite"
-
-    def has_word() -> bool:
-        with sqlite3.connect(path) as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return b"quilegren" in path.read_bytes()
-
-    catalog = SqliteCatalog(path, IDENTITY)
-    for number in range(50):
-        catalog.put(document(f"{number}", f"words of number {number}"), gradient(), None).result()
-    catalog.put(document("rare", "the quilegren"), gradient(), None).result()
-    assert has_word()
-    catalog.delete("n", "rare", None).result()
-    cleaner = LexicalCleaner(catalog, pool)  # type: ignore[arg-type]
-    assert has_word(), "else this test shows nothing: FTS5 keeps the word until a merge"
-    assert await cleaner.clean() == 1
-    assert not has_word()
-    with catalog.view() as view:
-        assert view.uncleaned_words() == {}
-    assert await cleaner.clean() == 0
-    catalog.close()
 
 
 @pytest.mark.asyncio

@@ -15,7 +15,7 @@ import pytest
 from bank_service.bank import NUM_IO_THREADS
 from bank_service.catalog.entries import Candidate
 from bank_service.errors import OverloadedError
-from bank_service.search import past, searcher
+from bank_service.search import past, queries
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
@@ -35,9 +35,9 @@ class Gate:
         self.opened = threading.Event()
         self.reached = threading.Event()
         self.num_batches = self.num_waiting = 0
-        real, real_thread = past._nearest, searcher.stoppable_in_thread
+        real, real_thread = past._merged, queries.stoppable_in_thread
 
-        def nearest(
+        def merged(
             query: Query, vector: FloatArray, best: Iterable[Candidate], more: Iterable[Candidate]
         ) -> list[Candidate]:
             self.num_batches += 1
@@ -52,8 +52,8 @@ class Gate:
             finally:
                 self.num_waiting -= 1
 
-        monkeypatch.setattr(past, "_nearest", nearest)
-        monkeypatch.setattr(searcher, "stoppable_in_thread", counted)
+        monkeypatch.setattr(past, "_merged", merged)
+        monkeypatch.setattr(queries, "stoppable_in_thread", counted)
         monkeypatch.setattr(past, "BATCH", 1)
 
     @contextmanager

@@ -17,10 +17,12 @@ from bank_service.bank import Bank
 from bank_service.blobs.blob_store import Sweep
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.search.usearch import usearch_nearest
+from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.upkeep import eraser
 from bank_service.values.documents import Document, Gradient, Query
 from tests.bank.catalog.test_history import SECRET, blobs, put
+from tests.bank.search.collection import usearch_of
 from tests.bank.search.test_as_of import open_bank
 
 BOUND_SECONDS = 20.0  # for a bank of a few documents; a few of its own, and what other work takes on a test's machine
@@ -61,7 +63,7 @@ async def filled(bank: Bank) -> bytes:
         await put(bank, f"d{number}", f"text number {number}")
     await put(bank, "a", f"the {SECRET} " * 500)  # more than a page, so that it has some of its own
     await put(bank, "a", f"the {SECRET} again")
-    await bank._follower.save()
+    await usearch_of(bank).follower.save()
     return await embedding_of(bank, "a")
 
 
@@ -143,7 +145,7 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
         # The rebuild stands between its copy of the catalog's state and its taking the old graph's place.
-        advance = bank._upkeep.compactor._advance
+        advance = usearch_of(bank).compactor._advance
 
         def slowly(fresh: UsearchIndex, namespace: str, after: int) -> int:
             sequence = advance(fresh, namespace, after)
@@ -153,15 +155,15 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
             return sequence
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(bank._upkeep.compactor, "_advance", slowly)
-        rebuild = asyncio.create_task(bank._upkeep.compactor.compact("default"))
+        monkeypatch.setattr(usearch_of(bank).compactor, "_advance", slowly)
+        rebuild = asyncio.create_task(usearch_of(bank).compactor.compact("default"))
         await reached.wait()
         await bank.delete("", "a", purge=True)
         await asyncio.sleep(3 * eraser.ERASE_SECONDS)
         may_go_on.set()
         await rebuild
         await within_the_bound(lambda: not num_erasures(data_dir))
-        await bank._follower.save()
+        await usearch_of(bank).follower.save()
         assert not traces(data_dir, embedding)
 
 
@@ -170,17 +172,17 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
 async def test_a_purge_overwrites_few_removed_vectors_and_rebuilds_where_they_are_many(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(eraser, "MAX_OVERWRITTEN", most)
+    monkeypatch.setattr(usearch_nearest, "MAX_OVERWRITTEN", most)
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
         for number in range(2):
             await bank.delete("", f"d{number}")
         deletion = await bank.delete("", "a", purge=True)
-        await bank._follower.reach(deletion.sequence)
+        await bank._nearest.reach(deletion.sequence)
         await within_the_bound(lambda: not num_erasures(data_dir))
         assert not traces(data_dir, embedding)
-        assert bank._upkeep.compactor.num_compacted == (most == 2)
-        assert bank._upkeep.compactor._index.num_dead("default") == (0 if most == 2 else 3)
+        assert usearch_of(bank).compactor.num_compacted == (most == 2)
+        assert usearch_of(bank).index.num_dead("default") == (0 if most == 2 else 3)
         found = await bank.query(Query("", "text number 4", top_k=64))
         assert {hit.id for hit in found.hits} == {"d2", "d3", "d4"}
 

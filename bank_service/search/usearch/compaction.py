@@ -1,8 +1,8 @@
-"""Gives the index the places of removed vectors back, while queries and changes go on.
+"""Frees the nodes of removed vectors, while queries and changes go on.
 
-usearch keeps a removed vector's node in the graph until a new vector takes its place. Where more are removed than
-come, searches walk through them and memory stays: then the namespace's graph is built anew from the catalog beside
-the old one, brought up to the last change, and put in its place.
+usearch keeps the node of a removed vector until a new vector takes it. Where many are removed and few come, searches
+walk through dead nodes and memory stays. Then the graph of that namespace is built anew from the catalog beside the
+old one, brought up to the last change, and put in its place.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import Change
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import in_thread
-from bank_service.search.index_follower import IndexFollower
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.search.usearch.index_follower import IndexFollower
+from bank_service.search.usearch.usearch_index import UsearchIndex
 
 logger = logging.getLogger(__name__)
 
-DEAD_SHARE = 0.3  # of a namespace's places
-MIN_DEAD = 1_000  # places; fewer are not worth a rebuild
+DEAD_SHARE = 0.3  # of a namespace's nodes
+MIN_DEAD = 1_000  # nodes; fewer are not worth a rebuild
 CHANGES_PER_STEP = 512
 CHECK_SECONDS = 5.0
 
@@ -37,15 +37,13 @@ class Compactor:
         index: UsearchIndex,
         follower: IndexFollower,
         pool: Executor,
-        every: float = CHECK_SECONDS,
     ) -> None:
         self._catalog = catalog
         self._index = index
         self._follower = follower
         self._pool = pool
-        self._every = every
         self._task: asyncio.Task[None] | None = None
-        self.turn = asyncio.Lock()  # of who puts a namespace's graph in another's place
+        self.turn = asyncio.Lock()  # held while a graph is replaced or erased
         self.num_compacted = 0  # namespaces rebuilt since the start
 
     def start(self) -> None:
@@ -57,27 +55,28 @@ class Compactor:
         self._task = None
 
     async def compact(self, namespace: str) -> None:
-        """Rebuilds one namespace and puts it in the old one's place."""
+        """Rebuilds the graph of one namespace and replaces the old one."""
         async with self.turn:
             await self.rebuild(namespace)
 
     async def rebuild(self, namespace: str) -> None:
-        """As ``compact``, for who has the turn. Of what was removed before, nothing is left in the new graph."""
+        """As ``compact``, for a caller that holds ``turn``. The new graph has nothing of removed vectors."""
         fresh = self._index.empty_like()
         sequence = 0
         while (reached := await in_thread(self._pool, self._advance, fresh, namespace, sequence)) != sequence:
             sequence = reached
-        # What came meanwhile, with the follower held: after it, the two hold the same or the fresh one is ahead.
+        # The changes that came meanwhile, with the follower paused: then the fresh graph has all that the old one has.
         async with self._follower.paused():
             while (reached := await in_thread(self._pool, self._advance, fresh, namespace, sequence)) != sequence:
                 sequence = reached
+            self._follower.expect(sequence)
             self._index.take(namespace, fresh)
         self.num_compacted += 1
         logger.info("rebuilt the index of namespace %s: %d vectors", namespace, self._index.size(namespace))
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._every)
+            await asyncio.sleep(CHECK_SECONDS)
             try:
                 for namespace in await in_thread(self._pool, self._index.wasteful, DEAD_SHARE, MIN_DEAD):
                     await self.compact(namespace)

@@ -1,7 +1,6 @@
 """Float32 vectors of small namespaces in memory, for searches that miss nothing.
 
-Derived from the catalog like the index, but on a query's own view of it: before each use a namespace's vectors are
-brought up to that view by the changes since the last.
+They follow the catalog, too, but on each query's own view: a search first applies the changes since the last one.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from bank_service.values.vectors import KeyArray, unit
 from bank_service.wire.codec import FloatArray
 
 TIE = 1e-5  # between the cosines of vectors that are taken as equally near
-MAX_VECTORS = 100_000  # of all namespaces together, with the room they have: 150 MB at 384 dimensions
+MAX_VECTORS = 100_000  # of all namespaces together, with their spare room: 150 MB at 384 dimensions
 
 
 class ExactVectors:
-    """Nearest vectors by comparing with each. Those of namespaces that were not asked for longest are forgotten."""
+    """Nearest vectors by comparing with each. Forgets the namespaces that nobody asked for longest."""
 
     def __init__(self, dimension: int, max_vectors: int = MAX_VECTORS) -> None:
         self._dimension = dimension
         self._max_vectors = max_vectors
         self._lock = threading.Lock()  # of the table below
         self._spaces: OrderedDict[str, _Space] = OrderedDict()
-        self._num_places = 0  # the sum of the spaces' ``counted``, kept: summing takes longer with each
+        self._num_places = 0  # the sum of ``counted`` over all spaces
 
     def search(
         self,
@@ -38,11 +37,10 @@ class ExactVectors:
         count: int,
         keep: Callable[[], Collection[int]] | None = None,
     ) -> list[int]:
-        """Keys of the ``count`` nearest documents in the view, of those that ``keep`` gives where it is given, and of
-        all that are as near as the last of them: which of those belong to the nearest is not told by the vectors.
+        """Keys of the ``count`` nearest documents in the view, and of all that are as near as the last of them.
 
-        Nothing may have been read from ``view`` before: only from its first read on it stays at one state, which is
-        then no older than the vectors.
+        ``keep`` gives the only keys that may be found. ``view`` must be fresh: it stays at one state from its first
+        read on, and a state from before this call may be older than the vectors.
         """
         with self._lock:
             space = self._spaces.setdefault(namespace, _Space(self._dimension))
@@ -57,7 +55,7 @@ class ExactVectors:
         return found
 
     def _count(self, namespace: str, space: _Space) -> None:
-        """Brings the sum up to the space's room, unless the space was forgotten meanwhile. Call it with the lock."""
+        """Adds the space's growth to the sum, unless the space was forgotten meanwhile. Call it with the lock."""
         if self._spaces.get(namespace) is space:
             self._num_places += space.room - space.counted
             space.counted = space.room
@@ -69,7 +67,7 @@ class _Space:
     def __init__(self, dimension: int) -> None:
         self.lock = threading.Lock()
         self.size = 0
-        self.counted = 0  # places of the table's sum that are this space's
+        self.counted = 0  # the space's part of the table's sum
         self._sequence = 0  # of the view that it was last brought up to
         self._rows: dict[int, int] = {}  # key → row
         self._keys: KeyArray = np.empty(16, np.int64)
@@ -77,7 +75,7 @@ class _Space:
 
     @property
     def room(self) -> int:
-        """Vectors that there is memory for."""
+        """Number of vectors for which there is memory."""
         return len(self._keys)
 
     def follow(self, view: CatalogView, namespace: str) -> None:

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,33 +14,59 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank_service.search import usearch_index
-from bank_service.search.usearch_index import MANIFEST, UsearchIndex, _Space
-from bank_service.search.vector_index import ExactIndex, VectorIndex
+from bank_service.search.usearch import graph
+from bank_service.search.usearch.graph import Graph
+from bank_service.search.usearch.usearch_index import MANIFEST, UsearchIndex
+from bank_service.values.vectors import KeyArray, unit
 from bank_service.wire.codec import FloatArray
 
 DIMENSION = 16
-Make = Callable[[], VectorIndex]
-MAKERS: dict[str, Make] = {"exact": ExactIndex, "usearch": lambda: UsearchIndex(DIMENSION)}
+
+
+class ExactIndex:
+    """Compares with every vector: the oracle."""
+
+    def __init__(self) -> None:
+        self._spaces: dict[str, dict[int, FloatArray]] = {}
+
+    def put(self, namespace: str, keys: Sequence[int], vectors: FloatArray) -> None:
+        self._spaces.setdefault(namespace, {}).update(zip(keys, unit(vectors), strict=True))
+
+    def remove(self, namespace: str, keys: Sequence[int]) -> None:
+        for key in keys:
+            self._spaces.get(namespace, {}).pop(key, None)
+
+    def search(self, namespace: str, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
+        space = self._spaces.get(namespace, {})
+        keys = np.fromiter(space, dtype=np.int64)
+        scores = np.asarray([stored @ unit(vector) for stored in space.values()], np.float32)
+        best = np.lexsort((keys, -scores))[:count]
+        return keys[best], scores[best]
+
+    def size(self, namespace: str) -> int:
+        return len(self._spaces.get(namespace, {}))
+
+
+Index = UsearchIndex | ExactIndex
 
 
 def vectors(count: int, seed: int = 0) -> FloatArray:
     return np.random.default_rng(seed).standard_normal((count, DIMENSION)).astype(np.float32)
 
 
-@pytest.fixture(params=sorted(MAKERS))
-def index(request: pytest.FixtureRequest) -> VectorIndex:
-    return MAKERS[request.param]()
+@pytest.fixture(params=["exact", "usearch"])
+def index(request: pytest.FixtureRequest) -> Index:
+    return ExactIndex() if request.param == "exact" else UsearchIndex(DIMENSION)
 
 
 @pytest.fixture(params=["exhaustive", "graph"])
 def usearch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> UsearchIndex:
     if request.param == "graph":
-        monkeypatch.setattr(usearch_index, "EXHAUSTIVE_SIZE", 0)
+        monkeypatch.setattr(graph, "EXHAUSTIVE_SIZE", 0)
     return UsearchIndex(DIMENSION)
 
 
-def test_the_nearest_come_best_first_with_their_cosines(index: VectorIndex) -> None:
+def test_the_nearest_come_best_first_with_their_cosines(index: Index) -> None:
     stored = np.zeros((3, DIMENSION), np.float32)
     stored[0, 0], stored[1, 1], stored[2] = 5, 2, [3, 4] + [0] * (DIMENSION - 2)
     index.put("n", [10, 11, 12], stored)
@@ -49,7 +75,7 @@ def test_the_nearest_come_best_first_with_their_cosines(index: VectorIndex) -> N
     np.testing.assert_allclose(scores, [1, 0.6, 0], atol=2e-3)
 
 
-def test_a_namespace_never_sees_anothers_keys(index: VectorIndex) -> None:
+def test_a_namespace_never_sees_anothers_keys(index: Index) -> None:
     index.put("few", [1, 2], vectors(2))
     index.put("many", list(range(100, 200)), vectors(100, seed=1))
     assert sorted(index.search("few", vectors(1)[0], 50)[0].tolist()) == [1, 2]
@@ -69,7 +95,7 @@ def test_a_search_has_its_turn_while_many_vectors_are_put(usearch: UsearchIndex)
     assert num_searches > 20 and usearch.size("n") == 9_000
 
 
-def test_a_key_put_again_has_its_new_vector_only(index: VectorIndex) -> None:
+def test_a_key_put_again_has_its_new_vector_only(index: Index) -> None:
     stored = vectors(2)
     index.put("n", [1], stored[:1])
     index.put("n", [1], stored[1:])
@@ -79,7 +105,7 @@ def test_a_key_put_again_has_its_new_vector_only(index: VectorIndex) -> None:
     assert index.search("n", stored[0], 5)[1][0] < 0.9
 
 
-def test_a_removed_key_is_gone_and_an_unknown_one_is_no_error(index: VectorIndex) -> None:
+def test_a_removed_key_is_gone_and_an_unknown_one_is_no_error(index: Index) -> None:
     stored = vectors(10)
     index.put("n", list(range(10)), stored)
     index.remove("n", [3, 777])
@@ -90,7 +116,7 @@ def test_a_removed_key_is_gone_and_an_unknown_one_is_no_error(index: VectorIndex
     assert index.search("n", stored[3], 1)[0].tolist() == [3]
 
 
-def test_a_namespace_emptied_answers_with_nothing(index: VectorIndex) -> None:
+def test_a_namespace_emptied_answers_with_nothing(index: Index) -> None:
     index.put("n", [1, 2], vectors(2))
     index.remove("n", [1, 2])
     assert len(index.search("n", vectors(1)[0], 5)[0]) == 0
@@ -135,9 +161,9 @@ def test_the_places_are_those_that_usearch_counts_whatever_is_done_to_it(steps: 
                 index.save(Path(folder) / "index", "collection", 1)
                 index = UsearchIndex(DIMENSION)
                 assert index.load(Path(folder) / "index", "collection") == 1
-        space = index._spaces["n"]
+        space = index._graphs["n"]
         num_places = int(space._index.stats.nodes)
-        assert (space.num_places(), index.num_dead("n")) == (num_places, num_places - len(space._index))
+        assert (space.num_nodes(), index.num_dead("n")) == (num_places, num_places - len(space._index))
 
 
 class Uncounted:
@@ -157,7 +183,7 @@ class Uncounted:
 def test_overwriting_does_not_walk_through_the_graph_for_each_vector() -> None:
     index = UsearchIndex(DIMENSION)
     index.put("n", [1, 2, 3], vectors(3))
-    index._spaces["n"]._index = Uncounted(index._spaces["n"]._index)  # type: ignore[assignment]
+    index._graphs["n"]._index = Uncounted(index._graphs["n"]._index)  # type: ignore[assignment]
     index.put("n", [3, 4], vectors(2))
     index.remove("n", [1])
     index.overwrite_removed("n", index.num_dead("n"))
@@ -173,8 +199,8 @@ def test_a_search_is_full_after_most_keys_were_removed(usearch: UsearchIndex) ->
 
 
 def test_a_large_graph_is_searched_wider_as_its_size_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usearch_index, "LARGE_SIZE", 2)
-    monkeypatch.setattr(usearch_index, "HUGE_SIZE", 3)
+    monkeypatch.setattr(graph, "LARGE_SIZE", 2)
+    monkeypatch.setattr(graph, "HUGE_SIZE", 3)
     index = UsearchIndex(DIMENSION)
     vectors = np.eye(4, DIMENSION, dtype=np.float32)
     looked_at = []
@@ -182,12 +208,12 @@ def test_a_large_graph_is_searched_wider_as_its_size_changes(monkeypatch: pytest
         index.put("n", list(range(size)), vectors[:size])
         index.remove("n", list(range(size, 4)))
         index.search("n", vectors[0], 1)
-        looked_at.append(index._spaces["n"]._index.expansion_search)
+        looked_at.append(index._graphs["n"]._index.expansion_search)
     assert looked_at == [128, 256, 384, 256]
 
 
 def test_the_graph_finds_nearly_all_true_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usearch_index, "EXHAUSTIVE_SIZE", 0)
+    monkeypatch.setattr(graph, "EXHAUSTIVE_SIZE", 0)
     ours, oracle = UsearchIndex(DIMENSION), ExactIndex()
     for index in (ours, oracle):
         index.put("n", list(range(2000)), vectors(2000))
@@ -271,7 +297,7 @@ def test_a_crash_in_a_snapshot_leaves_the_one_before_or_the_new_one(
     folder, crashed, index = tmp_path / "index", tmp_path / "crashed", small_index()
     index.save(folder, "collection", 1)
     answer = answers(index)
-    owner = {"save": _Space, "replace": os, "unlink": Path}[point]
+    owner = {"save": Graph, "replace": os, "unlink": Path}[point]
     act = getattr(owner, point)
 
     def copied_first(*args: object) -> object:
@@ -307,7 +333,7 @@ def test_a_snapshot_that_fails_leaves_the_one_before_and_no_file_of_its_own(
         def refused(*args: object) -> None:
             raise OSError("gone" if files_in(folder) == before else "left")
 
-        patch.setattr(_Space, "save", refused)
+        patch.setattr(Graph, "save", refused)
         index.save(folder, "collection", 2)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no manifest"):
         patch.setattr(os, "replace", Mock(side_effect=OSError("no manifest")))

@@ -16,11 +16,12 @@ import pytest
 
 from bank_service.catalog.factory import open_catalog
 from bank_service.errors import NotFoundError, UnavailableError
-from bank_service.search import index_follower
-from bank_service.search.index_follower import MAX_FAILURES, IndexFollower
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.search.usearch import index_follower
+from bank_service.search.usearch.index_follower import MAX_FAILURES, IndexFollower
+from bank_service.search.usearch.usearch_index import UsearchIndex
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 from tests.bank.catalog.test_history import put
+from tests.bank.search.collection import usearch_of
 from tests.bank.search.test_as_of import open_bank
 
 
@@ -67,14 +68,14 @@ async def test_who_writes_waits_for_an_index_that_is_far_behind(
 ) -> None:
     monkeypatch.setattr(index_follower, "MAX_LAG", 3)
     async with open_bank(data_dir) as bank:
-        async with bank._follower.paused():
+        async with usearch_of(bank).follower.paused():
             for number in range(4):
                 await put(bank, f"d{number}", f"text {number}")
             late = asyncio.create_task(put(bank, "late", "one more"))
             abandoned = asyncio.create_task(put(bank, "abandoned", "and one"))
             done, _ = await asyncio.wait([late, abandoned], timeout=0.5)
             assert not done
-            assert bank._follower.sequence == 0
+            assert usearch_of(bank).sequence == 0
             abandoned.cancel()
             await bank.delete("", "d0")  # makes no more work than it saves
         await late
@@ -90,7 +91,7 @@ async def test_nobody_waits_to_write_for_an_index_that_can_not_follow(tmp_path: 
     follower = IndexFollower(catalog, FailingIndex(IDENTITY.embedding_dimension, 1000), tmp_path / "index", pool, 1000)
     await follower.start()
     catalog.put(document(), gradient(), None).result()
-    waiting = asyncio.create_task(follower.near(index_follower.MAX_LAG + 1))
+    waiting = asyncio.create_task(follower.keep_up(index_follower.MAX_LAG + 1))
     await asyncio.sleep(0)
     assert not waiting.done()
     follower.wake()

@@ -1,7 +1,6 @@
-"""Keeps the vector index up with the catalog: one way in for start-up, live changes and repair.
+"""Keeps the index up with the catalog: one way for start-up, live changes and repair.
 
-The follower reads the catalog's changes after the sequence number that the index reflects and applies them in
-order. Queries wait until it has come to what was acknowledged before them.
+The follower reads the changes after the sequence that the index reflects, and applies them in order.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from bank_service.catalog.entries import Change
 from bank_service.errors import UnavailableError
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import ended_in_thread, in_thread
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.search.usearch.usearch_index import UsearchIndex
 
 logger = logging.getLogger(__name__)
 
 CHANGES_PER_STEP = 512
-MAX_LAG = 1024  # changes; further behind, writers wait: else steady ingest would leave queries no index to wait for
+MAX_LAG = 1024  # changes; writers wait for an index further behind, or queries would wait for it in vain
 SNAPSHOT_SHARE = 0.1  # changes between two snapshots over vectors, where that is more than ``snapshot_every``
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
@@ -35,8 +34,7 @@ MAX_FAILURES = 4  # in a row; after that, queries do not wait for the next attem
 
 
 def snapshot_after(snapshot_every: int, num_vectors: int) -> int:
-    """Changes after which a snapshot is due: of a large index a share of its vectors, or writing it whole again and
-    again would be most of the work."""
+    """How many changes make a snapshot due. For a large index it is a share of its vectors, which bounds the work."""
     return max(snapshot_every, math.ceil(SNAPSHOT_SHARE * num_vectors))
 
 
@@ -57,19 +55,20 @@ class IndexFollower:
         self._task: asyncio.Task[None] | None = None
         self._saved_sequence = 0
         self._failures = 0  # of the last attempts, in a row
-        self._failure = ""  # what the last one was
-        self.sequence = 0  # that the index reflects
+        self._failure = ""  # the last one
+        self.sequence = 0  # every change up to this one is in the index
+        self.newest = 0  # no change after this one is in the index
 
     async def start(self) -> None:
         """Loads the snapshot, catches up with the catalog, then follows it."""
-        self.sequence = await in_thread(self._pool, self._load)
+        self.sequence = self.newest = await in_thread(self._pool, self._load)
         self._saved_sequence = self.sequence
         while await self._step():
             pass
         self._task = asyncio.create_task(self._follow(), name="bank-index-follower")
 
     async def stop(self) -> None:
-        """Ends following, catches up with what the catalog has by then and saves a snapshot."""
+        """Ends following, catches up with the catalog and saves a snapshot."""
         if self._task is not None:
             await cancelled(self._task)
             self._task = None
@@ -84,6 +83,10 @@ class IndexFollower:
         """The catalog has changed."""
         self._wake.set()
 
+    def expect(self, sequence: int) -> None:
+        """From now on, the index may have changes up to this one."""
+        self.newest = max(self.newest, sequence)
+
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         """Nobody changes or saves the index inside."""
@@ -96,12 +99,13 @@ class IndexFollower:
             await ended_in_thread(self._pool, self._write)
 
     async def reach(self, sequence: int) -> None:
-        """Returns once the index reflects ``sequence``.
+        """Returns when the index reflects ``sequence``.
 
-        UnavailableError where that takes too long, at once where attempt after attempt fails.
+        UnavailableError where that takes too long, at once where the last MAX_FAILURES attempts failed.
         """
         if self.sequence >= sequence:
             return
+        self.wake()  # the change may be committed and not acknowledged: then nobody else wakes the follower
         try:
             async with asyncio.timeout(WAIT_SECONDS), self._moved:
                 await self._moved.wait_for(lambda: self.sequence >= sequence or self._failures >= MAX_FAILURES)
@@ -115,8 +119,8 @@ class IndexFollower:
                 f"a row, last with {self._failure}; the bank's log has the traceback"
             )
 
-    async def near(self, sequence: int) -> None:
-        """Returns once the index is MAX_LAG changes behind ``sequence`` at most; at once where it can't follow now."""
+    async def keep_up(self, sequence: int) -> None:
+        """Returns when the index is at most MAX_LAG changes behind ``sequence``; at once where it can't follow now."""
         if self.sequence < sequence - MAX_LAG:
             async with self._moved:
                 await self._moved.wait_for(lambda: self.sequence >= sequence - MAX_LAG or self._failures > 0)
@@ -129,7 +133,7 @@ class IndexFollower:
                 while await self._step():
                     pass
             except Exception as error:
-                # Whatever it is, the changes are still in the catalog: nothing is lost by waiting, all by ending.
+                # Whatever failed, the catalog still has the changes: another attempt loses nothing.
                 delay = min(RETRY_SECONDS * 2**self._failures, MAX_RETRY_SECONDS)
                 logger.exception("the index can't follow the catalog; trying again in %.1f s", delay)
                 await self._failed(error)
@@ -150,7 +154,7 @@ class IndexFollower:
             return await self._step_alone()
 
     async def _step_alone(self) -> bool:
-        # Ended, not left behind: ``stop`` saves next, and nothing else may change or save the index then.
+        # The thread must have ended when this returns: ``stop`` saves next, and nothing may change the index then.
         sequence = await ended_in_thread(self._pool, self._advance, self.sequence)
         if sequence == self.sequence:
             return False
@@ -164,14 +168,17 @@ class IndexFollower:
     def _advance(self, after_sequence: int) -> int:
         with self._catalog.view() as view:
             changes = view.changes(after_sequence, CHANGES_PER_STEP)
+        if not changes:
+            return after_sequence
+        self.expect(changes[-1].sequence)
         self._apply(changes, lambda change: change.embedding is None, self._remove)
         self._apply(changes, lambda change: change.embedding is not None, self._put)
-        return changes[-1].sequence if changes else after_sequence
+        return changes[-1].sequence
 
     def _apply(
         self, changes: list[Change], chosen: Callable[[Change], bool], act: Callable[[str, list[Change]], None]
     ) -> None:
-        # A document shows at most once in ``changes``, so their order does not matter.
+        # A document comes at most once in ``changes``, so their order does not matter.
         spaces: dict[str, list[Change]] = {}
         for change in filter(chosen, changes):
             spaces.setdefault(change.namespace, []).append(change)

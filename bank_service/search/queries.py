@@ -1,4 +1,4 @@
-"""Queries against index and catalog: the index proposes, the catalog's float32 vectors decide."""
+"""Answers queries: the entrance of the room."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import Score
 from bank_service.catalog.failures import document_not_found
 from bank_service.errors import LimitExceededError, OverloadedError
+from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.threads import in_thread, stoppable_in_thread
-from bank_service.search.index_follower import IndexFollower
-from bank_service.search.past import PastRetriever
-from bank_service.search.retrieval import Retriever
+from bank_service.search.nearest import Nearest
+from bank_service.search.past import Past
+from bank_service.search.present import Present
 from bank_service.values.documents import Hit, Query, QueryResult
 from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
@@ -27,39 +28,34 @@ MESSAGE_RESERVE_BYTES = 256 * 2**10  # ids, digests, scores and framing of 64 hi
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     result: QueryResult
-    is_stale: bool  # a document found had changed since the index was read
-    newest_sequence: int  # of the catalog, where it matters
+    newer: int | None  # a stale attempt: the sequence that the vectors must reflect before the next one
 
 
-class Searcher:
-    """Finds documents. Reflects at least every change that was acknowledged before the search."""
+class Queries:
+    """Finds documents. A query sees at least every change that was acknowledged before it began."""
 
     def __init__(
         self,
         catalog: Catalog,
-        retriever: Retriever,
-        past: PastRetriever,
-        follower: IndexFollower,
+        nearest: Nearest,
+        acknowledged: AcknowledgedSequence,
         pool: Executor,
         past_pool: Executor,
         max_past: int,
     ) -> None:
-        """``past_pool``: for queries as_of, which may take much longer than others and must not hold those up.
+        """``past_pool``: for queries with as_of, which may take long and must not hold others up.
 
-        ``max_past``: how many of them may be in progress or waiting.
+        ``max_past``: how many of them may run or wait at once.
         """
         self._catalog = catalog
-        self._retriever = retriever
-        self._past = past
-        self._follower = follower
+        self._nearest = nearest
+        self._acknowledged = acknowledged
+        self._present = Present(nearest, catalog.words)
+        self._past = Past(catalog, nearest)
         self._pool = pool
         self._past_pool = past_pool
         self._max_past = max_past
         self._num_past = 0  # queries with as_of in progress
-        self.acknowledged = 0  # sequence of the last change that a caller was told of
-
-    def acknowledge(self, sequence: int) -> None:
-        self.acknowledged = max(self.acknowledged, sequence)
 
     async def check_namespace(self, namespace: str) -> None:
         """NotFoundError."""
@@ -77,12 +73,12 @@ class Searcher:
         ``as_of``: InvalidArgumentError, OutOfRangeError, OverloadedError.
         """
         if query.as_of is not None:
-            result = await self._as_of(query, query.as_of, vector)
+            result = await self._then(query, query.as_of, vector)
         elif vector is None:
             with span("catalog.read"):
                 result = await in_thread(self._pool, self._named, query)
         else:
-            result = await self._nearest(query, vector)
+            result = await self._now(query, vector)
         text_bytes = text_bytes_of(result.hits)
         if text_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:
             raise LimitExceededError(
@@ -104,7 +100,7 @@ class Searcher:
             digests.append(hit.gradient_digest)
         return digests
 
-    async def _as_of(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
+    async def _then(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
         if self._num_past >= self._max_past:
             raise OverloadedError(
                 f"the bank takes {self._max_past} queries with as_of at a time and has as many; try again later",
@@ -115,39 +111,32 @@ class Searcher:
         try:
             await in_thread(self._pool, self._past.check, query)
             if vector is not None:
-                if sequence > self._follower.sequence:
-                    self._follower.wake()
-                await self._follower.reach(sequence)
+                await self._nearest.reach(sequence)
             return await stoppable_in_thread(self._past_pool, partial(self._past.search, query, vector))
         finally:
             self._num_past -= 1
 
-    async def _nearest(self, query: Query, vector: FloatArray) -> QueryResult:
-        await self._follower.reach(self.acknowledged)
+    async def _now(self, query: Query, vector: FloatArray) -> QueryResult:
+        await self._nearest.reach(self._acknowledged.value)
         for _ in range(MAX_ATTEMPTS - 1):
             attempt = await in_thread(self._pool, self._attempt, query, vector)
-            if not attempt.is_stale:
+            if attempt.newer is None:
                 return attempt.result
-            # Committed, perhaps not yet acknowledged: nobody else wakes the follower for certain.
-            self._follower.wake()
-            await self._follower.reach(attempt.newest_sequence)
-        # Documents that change faster than this are ranked by what they are now; deleted ones are left out.
+            await self._nearest.reach(attempt.newer)
+        # Documents that change faster than this are ranked by their content now. Deleted ones are left out.
         return (await in_thread(self._pool, self._attempt, query, vector)).result
 
     def _attempt(self, query: Query, vector: FloatArray) -> _Attempt:
-        indexed = self._follower.sequence
         with span("catalog.read"), self._catalog.view() as view:
-            found = self._retriever.find(view, query, vector, indexed)
+            found = self._present.find(view, query, vector)
             if not found.scores:
                 view.check_namespace(query.namespace)
             if query.include_text:
                 hits = tuple(view.hits(found.scores, include_text=True))
             else:
                 hits = tuple(found.candidates[key].hit(score) for key, score in found.scores.items())
-            newest = view.sequence() if found.is_stale or query.conditions else found.sequence
-            # Where a filter was read from the view before the index was searched, the index may be ahead of the view.
-            is_ahead = bool(query.conditions) and self._follower.sequence > newest
-            return _Attempt(QueryResult(hits, {}, found.sequence), found.is_stale or is_ahead, newest)
+            result = QueryResult(hits, {}, found.sequence)
+            return _Attempt(result, view.sequence() if found.is_stale else None)
 
     def _named(self, query: Query) -> QueryResult:
         with self._catalog.view() as view:

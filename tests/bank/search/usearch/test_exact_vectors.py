@@ -1,4 +1,4 @@
-"""Small namespaces are searched vector by vector: nothing is missed, whatever was done to them."""
+"""Small namespaces are compared vector by vector, within bounds on memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.factory import open_catalog
-from bank_service.search.exact_vectors import ExactVectors, _Space
-from bank_service.search.retrieval import Retriever
-from bank_service.search.usearch_index import UsearchIndex
+from bank_service.search.usearch.exact_vectors import ExactVectors, _Space
 from bank_service.values.documents import Document, Gradient, Query
 from bank_service.wire.codec import FloatArray
 from tests.bank.catalog.test_catalog import IDENTITY
-
-DIMENSION = IDENTITY.embedding_dimension
+from tests.bank.search.collection import DIMENSION, Collection
 
 
 def put(catalog: Catalog, id: str, vector: FloatArray, namespace: str = "n") -> int:
@@ -29,23 +26,22 @@ def put(catalog: Catalog, id: str, vector: FloatArray, namespace: str = "n") -> 
 
 def test_neighbours_that_float16_can_not_tell_apart_come_in_their_true_order(tmp_path: Path) -> None:
     """Far more of them than the index is asked for: by float16 alone the nearest are found by luck."""
-    catalog, index = open_catalog(tmp_path, IDENTITY), UsearchIndex(DIMENSION)
     target = np.asarray([1, 0, 0, 0], np.float32)
-    for number in np.random.default_rng(0).permutation(400).tolist():
-        angle = np.pi / 4 + 7e-7 * number
-        vector = np.asarray([np.cos(angle), np.sin(angle), 0, 0], np.float32)
-        index.put("n", [put(catalog, f"{number:03}", vector)], vector[None])
+    numbers = np.random.default_rng(0).permutation(400).tolist()
+    angles = {f"{number:03}": np.pi / 4 + 7e-7 * number for number in numbers}
 
     def found(exact_below: int) -> list[str]:
-        retriever = Retriever(index, ExactVectors(DIMENSION), exact_below)
-        with catalog.view() as view:
-            answer = retriever.find(view, Query("n", vector=(1.0,), top_k=3), target, 400)
-            return [hit.id for hit in view.hits(answer.scores, include_text=False)]
+        folder = tmp_path / f"{exact_below}"
+        folder.mkdir()
+        collection = Collection(folder, exact_below=exact_below)
+        collection.fill({id: np.asarray([np.cos(angle), np.sin(angle), 0, 0]) for id, angle in angles.items()})
+        answer = collection.answer(Query("n", vector=(1.0,), top_k=3), target)
+        collection.close()
+        return answer
 
     right = ["000", "001", "002"]
     assert found(399) != right, "else this test shows nothing"
     assert found(400) == right
-    catalog.close()
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,4 +1,4 @@
-"""An index that gives the places of removed vectors back, while others search and change it."""
+"""An index frees the nodes of removed vectors, while others search and change it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ import numpy as np
 import pytest
 
 from bank_service.catalog.factory import open_catalog
-from bank_service.search.exact_vectors import ExactVectors
-from bank_service.search.index_follower import IndexFollower
-from bank_service.search.past import PastRetriever
-from bank_service.search.retrieval import Retriever
-from bank_service.search.searcher import Searcher
-from bank_service.search.usearch_index import UsearchIndex
-from bank_service.upkeep import compaction
-from bank_service.upkeep.compaction import Compactor
+from bank_service.runtime.acknowledged import AcknowledgedSequence
+from bank_service.search.queries import Queries
+from bank_service.search.usearch import compaction
+from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.values.documents import Document, Gradient, Query
 from tests.bank.catalog.test_catalog import IDENTITY
+from tests.bank.search.collection import usearch
 
 NUM_DOCUMENTS = 300
 
 
 class Parts:
-    """Catalog, index and follower as a bank has them, with changes that wait for the index."""
+    """A catalog and its vector store as a bank has them, with changes that wait for the store."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
         self.catalog = open_catalog(folder, IDENTITY)
-        self.index = UsearchIndex(IDENTITY.embedding_dimension)
-        self.follower = IndexFollower(self.catalog, self.index, folder / "index", pool, 10**6)
-        self.compactor = Compactor(self.catalog, self.index, self.follower, pool, every=0.01)
-        exact = ExactVectors(IDENTITY.embedding_dimension)
-        retriever, past = Retriever(self.index, exact, 0), PastRetriever(self.catalog, self.index, exact, 0)
-        self.searcher = Searcher(self.catalog, retriever, past, self.follower, pool, pool, 1)
+        self.acknowledged = AcknowledgedSequence()
+        self.nearest = usearch(self.catalog, folder / "index", pool, self.acknowledged)
+        self.index, self.compactor = self.nearest.index, self.nearest.compactor
+        self.queries = Queries(self.catalog, self.nearest, self.acknowledged, pool, pool, 1)
         self._generator = np.random.default_rng(0)
 
     async def put(self, *ids: str) -> None:
@@ -52,25 +47,23 @@ class Parts:
         await self._reach([(await asyncio.wrap_future(future)).sequence for future in futures])
 
     async def _reach(self, sequences: list[int]) -> None:
-        self.searcher.acknowledge(max(sequences))
-        self.follower.wake()
-        await self.follower.reach(max(sequences))
+        self.acknowledged.advance(max(sequences))
+        await self.nearest.reach(max(sequences))
 
     async def ids(self, top_k: int = 64) -> set[str]:
         vector = np.asarray([1, 0, 0, 0], np.float32)
-        found = await self.searcher.search(Query("n", vector=(1.0,), top_k=top_k), vector)
+        found = await self.queries.search(Query("n", vector=(1.0,), top_k=top_k), vector)
         return {hit.id for hit in found.hits}
 
 
 @asynccontextmanager
 async def parts_in(folder: Path, pool: ThreadPoolExecutor) -> AsyncIterator[Parts]:
     parts = Parts(folder, pool)
-    await parts.follower.start()
+    await parts.nearest.start()
     try:
         yield parts
     finally:
-        await parts.compactor.stop()
-        await parts.follower.stop()
+        await parts.nearest.stop()
         parts.catalog.close()
 
 
@@ -104,9 +97,9 @@ async def test_queries_and_changes_go_on_while_the_index_is_compacted(
 ) -> None:
     monkeypatch.setattr(compaction, "MIN_DEAD", 20)
     monkeypatch.setattr(compaction, "DEAD_SHARE", 0.1)
+    monkeypatch.setattr(compaction, "CHECK_SECONDS", 0.01)
     async with parts_in(tmp_path, pool) as parts:
         await parts.put(*names(range(NUM_DOCUMENTS)))
-        parts.compactor.start()
         living = set(names(range(NUM_DOCUMENTS)))
         stop = asyncio.Event()
 

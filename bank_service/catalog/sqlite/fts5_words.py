@@ -1,0 +1,51 @@
+"""The search by words of a SQLite catalog, with FTS5; see ``contract.WordSearch``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+
+from bank_service.catalog.contract import CatalogView
+from bank_service.catalog.sqlite.catalog_view import SqliteView
+from bank_service.catalog.sqlite.group_commit import GroupCommit
+from bank_service.catalog.sqlite.lexical import clean_step
+from bank_service.values.filters import Condition
+
+
+class Fts5Words:
+    """Searches, and merges the tables from which words were taken out. A crash loses nothing: the catalog counts."""
+
+    def __init__(self, view: Callable[[], AbstractContextManager[SqliteView]], writer: GroupCommit) -> None:
+        self._view = view
+        self._writer = writer
+        self._cleaning = asyncio.Lock()  # two at once would count the same removals twice
+
+    def best(
+        self, view: CatalogView, namespace: str, text: str, conditions: Sequence[Condition], count: int
+    ) -> dict[int, float]:
+        assert isinstance(view, SqliteView)
+        return view.best_words(namespace, text, conditions, count)
+
+    async def clean(self) -> None:
+        async with self._cleaning:
+            for number, num_removed in (await asyncio.to_thread(self._uncleaned)).items():
+                first = True
+                while not await asyncio.wrap_future(self._step(number, num_removed, first=first)):
+                    first = False
+
+    def clean_until(self, deadline: float) -> None:
+        """As ``clean``, without an event loop, for at most the time until ``deadline`` of ``time.monotonic``."""
+        for number, num_removed in self._uncleaned().items():
+            first = True
+            while time.monotonic() < deadline and not self._step(number, num_removed, first=first).result():
+                first = False
+
+    def _uncleaned(self) -> dict[int, int]:
+        with self._view() as view:
+            return view.uncleaned_words()
+
+    def _step(self, number: int, num_removed: int, *, first: bool) -> Future[bool]:
+        return self._writer.submit(lambda connection: clean_step(connection, number, num_removed, first=first))

@@ -1,0 +1,79 @@
+"""Queries of now, on one view of the catalog: first the candidates, then their order.
+
+The vector store proposes documents, and WordSearch does where the query asks for words. Equally near documents come in
+the order of their ids, also where some of them are cut off. Only an approximate store may choose among them by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bank_service.catalog.contract import CatalogView, WordSearch
+from bank_service.catalog.entries import Candidate, Score
+from bank_service.search.nearest import Nearest, Neighbours
+from bank_service.search.ranking import candidates_of, closest, cosines_of, depth_of
+from bank_service.values.documents import Query, Retrieval
+from bank_service.wire.codec import FloatArray
+from bank_service.wire.tracing import span
+
+RANK_CONSTANT = 60  # of reciprocal rank fusion, as Cormack et al. (2009) set it
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """The documents that answer a query, as they are in a view."""
+
+    scores: dict[int, Score]  # by key, best first
+    candidates: dict[int, Candidate]  # by key, at least those of ``scores``
+    sequence: int  # every change up to this one is reflected
+    is_stale: bool  # vector store and view do not agree: a newer view may give another answer
+
+
+class Present:
+    """Finds and orders documents."""
+
+    def __init__(self, nearest: Nearest, words: WordSearch) -> None:
+        self._nearest = nearest
+        self._words = words
+
+    def find(self, view: CatalogView, query: Query, vector: FloatArray) -> Ranked:
+        """The best ``top_k``, without those below ``min_score``. ``view`` must be fresh: nothing was read from it."""
+        depth = depth_of(query)
+        proposed = self._proposed(view, query, vector, depth)
+        dense = closest(view, proposed.keys, vector, depth)
+        is_stale = (
+            proposed.is_ahead
+            or len(dense) < min(len(proposed.keys), depth)
+            or any(candidate.sequence > proposed.sequence for candidate in dense.values())
+        )
+        words: dict[int, float] = {}
+        if query.retrieval is not Retrieval.DENSE:
+            with span("catalog.words"):
+                words = self._words.best(view, query.namespace, query.text, query.conditions, depth)
+        candidates = dense | candidates_of(view, [key for key in words if key not in dense])
+        cosines = cosines_of(candidates, vector)
+        if query.retrieval is Retrieval.LEXICAL:
+            values = words
+        elif query.retrieval is Retrieval.DENSE:
+            values = {key: cosines[key] for key in dense}
+        else:
+            nearest = sorted(dense, key=lambda key: (-cosines[key], dense[key].id))
+            values = _fused([nearest, list(words)])
+        best = sorted(values, key=lambda key: (-values[key], candidates[key].id))[: query.top_k]
+        scores = {key: Score(values[key], cosines[key]) for key in best if cosines[key] >= query.min_score}
+        return Ranked(scores, candidates, proposed.sequence, is_stale)
+
+    def _proposed(self, view: CatalogView, query: Query, vector: FloatArray, depth: int) -> Neighbours:
+        if query.retrieval is Retrieval.LEXICAL:
+            return Neighbours([], view.sequence())
+        return self._nearest.nearest(view, query.namespace, vector, depth, query.conditions)
+
+
+def _fused(lists: Sequence[Sequence[int]]) -> dict[int, float]:
+    """Reciprocal rank fusion: key → the sum of 1 / (60 + rank) over the lists that have it, ranks from 1."""
+    values: dict[int, float] = {}
+    for keys in lists:
+        for rank, key in enumerate(keys, 1):
+            values[key] = values.get(key, 0.0) + 1 / (RANK_CONSTANT + rank)
+    return values

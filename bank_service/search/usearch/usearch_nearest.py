@@ -1,0 +1,145 @@
+"""The vector store of the bank's own process. It searches where nothing is missed, as far as that is fast enough.
+
+- A small namespace is compared vector by vector.
+- So are the documents that a filter leaves, where they are few.
+- Else the graph proposes. Where a filter leaves too few of its proposals, it proposes more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+from bank_service.catalog.contract import Catalog, CatalogView
+from bank_service.runtime.acknowledged import AcknowledgedSequence
+from bank_service.runtime.threads import ended_in_thread
+from bank_service.search.nearest import Neighbours
+from bank_service.search.usearch.compaction import Compactor
+from bank_service.search.usearch.exact_vectors import ExactVectors
+from bank_service.search.usearch.index_follower import IndexFollower
+from bank_service.search.usearch.usearch_index import UsearchIndex
+from bank_service.values.filters import Condition
+from bank_service.wire.codec import FloatArray
+from bank_service.wire.tracing import span
+
+SCAN_SIZE = 5_000  # documents that a filter leaves; reading their vectors takes tens of milliseconds
+MAX_PROPOSALS = 20_000  # of the graph, for one filtered query; beyond, all documents that match are compared
+GROWTH = 4  # of the number of proposals, from one search of the graph to the next
+OVERWRITE_STEP = 128  # removed vectors; some tenths of a second, for which a bank that stops waits
+MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and more than the share below, it is rebuilt
+MAX_OVERWRITTEN_SHARE = 0.1  # of its nodes, so that a rebuild takes at most ten times as long as overwriting them
+
+
+class UsearchNearest:
+    """Implements ``search.nearest.Nearest``."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        dimension: int,
+        folder: Path,
+        acknowledged: AcknowledgedSequence,
+        pool: Executor,
+        *,
+        exact_below: int,
+        snapshot_every: int,
+    ) -> None:
+        """``folder``: for the snapshot. ``exact_below``: documents up to which a namespace is small.
+        ``snapshot_every``: changes, at least, from one snapshot to the next."""
+        self._exact = ExactVectors(dimension)
+        self._exact_below = exact_below
+        self._pool = pool
+        self.index = UsearchIndex(dimension)
+        self.follower = IndexFollower(catalog, self.index, folder, pool, snapshot_every)
+        self.compactor = Compactor(catalog, self.index, self.follower, pool)
+        acknowledged.on_advance(self.follower.wake)
+
+    @property
+    def sequence(self) -> int:
+        return self.follower.sequence
+
+    async def start(self) -> None:
+        await self.follower.start()
+        self.compactor.start()
+
+    async def stop(self) -> None:
+        await self.compactor.stop()
+        await self.follower.stop()
+
+    async def reach(self, sequence: int) -> None:
+        await self.follower.reach(sequence)
+
+    async def keep_up(self, sequence: int) -> None:
+        await self.follower.keep_up(sequence)
+
+    def nearest(
+        self,
+        view: CatalogView,
+        namespace: str,
+        vector: FloatArray,
+        depth: int,
+        conditions: Sequence[Condition] = (),
+        as_of: int | None = None,
+    ) -> Neighbours:
+        def matching(limit: int | None = None) -> list[int]:
+            with span("catalog.filter"):
+                return view.matching(namespace, conditions, limit, as_of)
+
+        is_filtered = bool(conditions) or as_of is not None
+        sequence = self.follower.sequence  # before the search: what comes later may be missed
+        if self.index.size(namespace) <= self._exact_below:
+            with span("exact.search"):
+                keys = self._exact.search(view, namespace, vector, depth, matching if is_filtered else None)
+            return Neighbours(keys, view.sequence())
+        if not is_filtered:
+            return Neighbours(self._search(namespace, vector, depth), sequence)
+        few = matching(SCAN_SIZE + 1)
+        if len(few) <= SCAN_SIZE:
+            return Neighbours(few, view.sequence())
+        proposed = self._proposed(view, namespace, vector, depth, conditions, as_of)
+        if proposed is not None:
+            return Neighbours(proposed, sequence, is_ahead=self.follower.newest > view.sequence())
+        return Neighbours(matching(), view.sequence())
+
+    async def erase(self, namespaces: Collection[str]) -> None:
+        """Overwrites the removed vectors, in the milliseconds that adding each takes. Where they are many, it rebuilds
+        the namespace's graph. Then it writes the snapshot."""
+        # A rebuild that began before a removal would bring the vector back, in the new graph's own dead nodes.
+        async with self.compactor.turn:
+            wasteful = self.index.wasteful(MAX_OVERWRITTEN_SHARE, MAX_OVERWRITTEN + 1)
+            for namespace in namespaces:
+                if namespace in wasteful:
+                    await self.compactor.rebuild(namespace)
+                    continue
+                for _ in range(0, self.index.num_dead(namespace), OVERWRITE_STEP):
+                    await ended_in_thread(self._pool, self.index.overwrite_removed, namespace, OVERWRITE_STEP)
+            await self.follower.save()
+
+    def _search(self, namespace: str, vector: FloatArray, count: int) -> list[int]:
+        with span("index.search", count=count):
+            keys: list[int] = self.index.search(namespace, vector, count)[0].tolist()
+            return keys
+
+    def _proposed(
+        self,
+        view: CatalogView,
+        namespace: str,
+        vector: FloatArray,
+        depth: int,
+        conditions: Sequence[Condition],
+        as_of: int | None,
+    ) -> list[int] | None:
+        """At least ``depth`` near documents that match, by the graph; None where that takes too many proposals."""
+        count = depth * GROWTH
+        checked: set[int] = set()
+        matching: set[int] = set()
+        while count <= MAX_PROPOSALS:
+            keys = self._search(namespace, vector, count)
+            matching |= view.among([key for key in keys if key not in checked], conditions, as_of)
+            checked.update(keys)
+            found = [key for key in keys if key in matching]
+            if len(found) >= depth:
+                return found
+            count *= GROWTH
+        return None
