@@ -59,11 +59,13 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
     sets: list[TaskSet] = question_sets(data, real) if real else []
     if "synthetic" in config.sets:
         sets.append(synthetic_set(split, config.seed, config.num_synthetic))
-    retrieved = config.neighbour_share or config.score_temperature_init
-    embedder = MiniLmEmbedder.installed() if retrieved or config.cue_share else None
-    if embedder is not None and retrieved:
-        sets = [with_retrieval(task_set, embedder, cache) if task_set.retrievable else task_set for task_set in sets]
-    cues = Cues(embedder) if embedder is not None and config.cue_share else None
+    retrieved = [_is_retrieved(config, task_set) for task_set in sets]
+    embedder = MiniLmEmbedder.installed() if config.cue_share or any(retrieved) else None
+    if embedder is not None:
+        sets = [
+            with_retrieval(task_set, embedder, cache) if needed else task_set
+            for task_set, needed in zip(sets, retrieved, strict=True)
+        ]
     return Sampler(
         sets=tuple(sets),
         set_weights=tuple(config.sets[task_set.name] for task_set in sets),
@@ -78,8 +80,14 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
         cue_share=config.cue_share,
         wrong_cue_share=config.wrong_cue_share,
         gradient_dropout=config.gradient_dropout,
-        cues=cues,
+        cues=Cues(embedder) if embedder is not None else None,
     )
+
+
+def _is_retrieved(config: TrainConfig, task_set: TaskSet) -> bool:
+    """Whether hits are drawn, or several documents are weighted by their scores."""
+    several = max(config.top_k_weights[1:], default=0.0) > 0 or any(task.partners for task in task_set.tasks)
+    return task_set.retrievable and bool(config.neighbour_share or (config.score_temperature_init and several))
 
 
 def fill_caches(config: TrainConfig, cache: Path) -> None:
