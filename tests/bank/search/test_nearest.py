@@ -108,7 +108,7 @@ def test_as_of_finds_what_has_not_changed_since(collection: Collection) -> None:
     assert collection.nearest.sequence == 1000
     target = drawn(generator)
     even = Condition("parity", Operator.EQUALS, ("0",))
-    for as_of in (300, 600, 700, 1000):
+    for as_of in (400, 600, 700, 1000):
         for conditions in ((), (even,)):
             expected = {id: vectors[id] for id in vectors if began[id] <= as_of and began[id] % 2 < 2 - len(conditions)}
             assert len(expected) > 64 and (len(expected) == 600) == (as_of == 1000 and not conditions)
