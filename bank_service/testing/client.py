@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import grpc
 
-from bank_service.wire.channel import BankCredentials, open_aio_channel, open_channel
+from bank_service.wire.channel import open_aio_channel, open_channel
+from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bank_service.service.tokens_file import new_token
-from bank_service.wire.channel import BankCredentials
+from bank_service.wire.credentials import BankCredentials
 
 
 class Tokens:

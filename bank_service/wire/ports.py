@@ -6,6 +6,9 @@ import errno
 import os
 import socket
 
+DEFAULT_PORT = 50061
+DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"  # where a bank listens, unless somebody says otherwise
+
 
 def target_of(host: str, port: int) -> str:
     """For a gRPC channel."""

@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from bank_service.wire.channel import BankCredentials
-
+from bank_service.wire.credentials import BankCredentials
+from bank_service.wire.limits import DEFAULT_NAMESPACE
+from bank_service.wire.ports import DEFAULT_BANK
 from regrad_vllm.flags import as_text
 from regrad_vllm.naming import RETRIEVALS, Retrieval
 
@@ -33,8 +33,8 @@ class Settings:
     """The settings of one server. The environment variable of a field is REGRAD_ and its name in capitals."""
 
     learner: Path  # its folder; one ships for the default model
-    bank: str = "127.0.0.1:50061"  # host:port of the bank
-    namespace: str = "default"  # for requests that name no namespace
+    bank: str = DEFAULT_BANK  # host:port of the bank
+    namespace: str = DEFAULT_NAMESPACE  # for requests that name no namespace
     top_k: int | None = None  # documents of a request; None: the learner's, at most --regrad-max-documents
     max_documents: int = 16  # of one request, at most 64; bounds regrad.top_k and regrad.document_ids
     gamma: float | None = None  # strength; None: the learner's
@@ -115,8 +115,6 @@ class Settings:
     @property
     def bank_credentials(self) -> BankCredentials:
         """SettingsError where they don't go together."""
-        from bank_service.wire.channel import BankCredentials
-
         try:
             return BankCredentials(
                 token_file=self.bank_token_file, ca=self.bank_ca, cert=self.bank_cert, key=self.bank_key

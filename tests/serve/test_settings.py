@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.wire.channel import BankCredentials
+from bank_service.wire.credentials import BankCredentials
 from regrad_vllm.serve.launch import command_line
 from regrad_vllm.serve.settings import Settings, SettingsError
 
@@ -41,7 +41,7 @@ def test_what_the_bank_asks_for_is_named_by_files_whose_content_no_setting_shows
              "REGRAD_BANK_KEY": "/k"}  # fmt: skip
     settings = Settings.from_environment({**LEARNER, **given})
     assert settings is not None and settings.bank_credentials == BankCredentials.from_environment(given)
-    assert settings.bank_credentials.token() == "regrad_secret"
+    assert settings.bank_credentials.read_token() == "regrad_secret"
     shown = command_line(settings.environment(), ["vllm", "serve"])
     assert str(token) in shown and "regrad_secret" not in shown + repr(settings) + repr(settings.bank_credentials)
 

@@ -17,8 +17,8 @@ from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.channel import BankCredentials
 from bank_service.wire.codec import encode_gradient
+from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.errors import BankError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from bank_service.wire.generated import bank_pb2 as pb
 

@@ -18,7 +18,8 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import BROKEN, HashEmbedder, HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
-from bank_service.wire.channel import BankCredentials, open_channel
+from bank_service.wire.channel import open_channel
+from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from tests.bank.service.test_access import METHODS, call

@@ -9,7 +9,7 @@ from bank_service.service.access import Scope
 from bank_service.service.tokens_file import TokensFile, new_token
 from bank_service.testing.tokens import Tokens
 from bank_service.values.namespace_limits import NamespaceLimits
-from bank_service.wire.channel import BankCredentials
+from bank_service.wire.credentials import BankCredentials
 from regrad_vllm.cli import main
 
 
@@ -119,5 +119,5 @@ def test_a_token_file_with_no_token_in_it_is_refused_without_being_shown(tmp_pat
     path = tmp_path / "token"
     path.write_text(text)
     with pytest.raises(ValueError, match="must hold one token and nothing else") as caught:
-        BankCredentials(token_file=path).token()
+        BankCredentials(token_file=path).read_token()
     assert not text or text not in str(caught.value)
