@@ -50,7 +50,7 @@ def main() -> None:
     with local_pair(
         model, shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=flags
     ) as pair:
-        ingest(fresh_facts(100, seed=2).documents, pair.bank, _NAMESPACE, folder)
+        ingest(fresh_facts(100, seed=2).documents, pair.bank, _NAMESPACE)
         for title, text in texts:
             for name, options in WAYS.items():
                 found.setdefault(name, []).append(_logprobs(pair.url, title, text, options))

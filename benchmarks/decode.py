@@ -25,9 +25,9 @@ from typing import Any
 import httpx
 
 from bank_service.wire.codec import decode_gradient
-from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
+from regrad_vllm.client import Bank, Query
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.fill_bank import ingest
@@ -64,9 +64,9 @@ def main() -> None:
     with local_pair(
         ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=common
     ) as pair:
-        ingest(documents, pair.bank, _NAMESPACE, folder)
+        ingest(documents, pair.bank, _NAMESPACE)
         ids = [document.id for document in documents]
-        adapters = asyncio.run(_adapters(pair.bank, learner, ids, folder))
+        adapters = _adapters(pair.bank, learner, ids, folder)
 
         def ours(repeat: int, index: int) -> dict[str, Any]:
             regrad = {"namespace": _NAMESPACE, "document_ids": [ids[index]], "gamma": 1 - repeat / 100}
@@ -132,21 +132,15 @@ async def _measure(url: str, adapter: Bodies, args: argparse.Namespace) -> dict[
     }
 
 
-async def _adapters(address: str, learner: Learner, ids: Sequence[str], folder: Path) -> list[Path]:
+def _adapters(address: str, learner: Learner, ids: Sequence[str], folder: Path) -> list[Path]:
     """A PEFT folder for each document, from the bank's gradient."""
-    bank = BankClient(address, learner.spec, 30_000)
     paths = []
-    try:
+    with Bank(address, spec=learner.spec) as bank:
         for index, id in enumerate(ids):
-            query = Query(namespace=_NAMESPACE, document_ids=(id,))
-            (hit,) = await bank.query(query)
-            async for _, record in bank.fetch([hit.gradient_digest]):
-                paths.append(folder / f"adapter-{index}")
-                save_adapter(
-                    paths[-1], learner, compose(learner.phi, [decode_gradient(record, learner.spec)], [1.0], 1.0)
-                )
-    finally:
-        await bank.close()
+            (hit,) = bank.query(Query(namespace=_NAMESPACE, document_ids=(id,))).hits
+            ((_, record),) = bank.fetch([hit.gradient_digest])
+            paths.append(folder / f"adapter-{index}")
+            save_adapter(paths[-1], learner, compose(learner.phi, [decode_gradient(record, learner.spec)], [1.0], 1.0))
     return paths
 
 

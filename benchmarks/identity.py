@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from bank_service.wire.codec import decode_gradient
-from regrad_vllm.adapt.bank_client import BankClient, Query
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.client import Bank, Query
 from regrad_vllm.data.questions import EvalData
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
@@ -65,9 +65,9 @@ def _share(dtype: str) -> dict[str, Any]:
     with local_pair(
         model_folder, shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=flags
     ) as pair:
-        ingest(data.documents, pair.bank, _NAMESPACE, folder)
+        ingest(data.documents, pair.bank, _NAMESPACE)
         served = asyncio.run(_serve(pair.url, asks))
-        adapters = asyncio.run(_compose(pair.bank, learner, asks))
+        adapters = _compose(pair.bank, learner, asks)
     same = {"regrad": [], "base": []}  # type: dict[str, list[bool]]
     plain = [_greedy(base, ask.prompt) for ask in asks]
     changed = 0
@@ -122,19 +122,18 @@ async def _serve(url: str, asks: list[Ask]) -> list[list[int]]:
         return list(await asyncio.gather(*map(one, asks)))
 
 
-async def _compose(address: str, learner: Learner, asks: list[Ask]) -> list[np.ndarray[Any, Any] | None]:
+def _compose(address: str, learner: Learner, asks: list[Ask]) -> list[np.ndarray[Any, Any] | None]:
     spec = learner.spec
-    bank = BankClient(address, spec, timeout_ms=60_000)
     adapters: list[np.ndarray[Any, Any] | None] = []
-    for ask in asks:
-        if not ask.document_ids:
-            adapters.append(None)
-            continue
-        hits = await bank.query(Query(namespace=_NAMESPACE, document_ids=ask.document_ids))
-        records = {digest: record async for digest, record in bank.fetch([hit.gradient_digest for hit in hits])}
-        deltas = [decode_gradient(records[hit.gradient_digest], spec) for hit in hits]
-        adapters.append(compose(learner.phi, deltas, [1.0] * len(deltas), learner.config.gamma))
-    await bank.close()
+    with Bank(address, spec=spec) as bank:
+        for ask in asks:
+            if not ask.document_ids:
+                adapters.append(None)
+                continue
+            hits = bank.query(Query(namespace=_NAMESPACE, document_ids=ask.document_ids)).hits
+            records = dict(bank.fetch([hit.gradient_digest for hit in hits]))
+            deltas = [decode_gradient(records[hit.gradient_digest], spec) for hit in hits]
+            adapters.append(compose(learner.phi, deltas, [1.0] * len(deltas), learner.config.gamma))
     return adapters
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     sets = random.Random(0).sample(possible, counts[-1] + args.warm_up)
     documents = fresh_facts(_NUM_DOCUMENTS, seed=1).documents
     with local_pair(ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE) as pair:
-        ingest(documents, pair.bank, _NAMESPACE, folder)
+        ingest(documents, pair.bank, _NAMESPACE)
         ids = [document.id for document in documents]
         asyncio.run(_ask(pair.url, ids, sets[: args.warm_up]))
         readings = [{"requests": 0, **_reading(pair.url)}]

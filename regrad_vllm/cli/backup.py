@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from bank_service.values.config import BankConfig
 from regrad_vllm.cli.bank import defaults
 from regrad_vllm.cli.connection import add_credential_flags, connect
-from regrad_vllm.cli.console import CommandError, count, note, say
+from regrad_vllm.console import CommandError, count, note, say
 
 if TYPE_CHECKING:
     from bank_service.backup.snapshot import Progress
+    from regrad_vllm.client import SnapshotProgress
 
 _SNAPSHOT = """Copies a whole bank while it runs: one consistent state of its catalog, and every gradient in it. The
 target is a folder, or a URL that fsspec can open (s3://… needs the package s3fs). A second snapshot to the same target
@@ -69,14 +70,12 @@ def _snapshot(args: argparse.Namespace) -> int:
 
 
 def _online(address: str, target: str) -> None:
-    from bank_service.wire.generated import bank_pb2 as pb
-
-    last = pb.CreateSnapshotResponse()
-    with connect(address) as stub:
-        for part in stub.CreateSnapshot(pb.CreateSnapshotRequest(target=target)):
-            _note_progress(last.num_done, part.num_done, part.num_gradients)
+    last: SnapshotProgress | None = None
+    with connect(address) as bank:
+        for part in bank.snapshot(target):
+            _note_progress(last.num_done if last else 0, part.num_done, part.num_gradients)
             last = part
-    if not last.is_whole:
+    if last is None or not last.is_whole:
         raise CommandError(f"the snapshot at {target} must be whole, the bank ended before it was; try again")
     _report(target, last.num_copied, last.num_gradients, last.sequence)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from bank_service.runtime.data_dir import BankAddress
 from bank_service.values.config import BankConfig
-from regrad_vllm.cli.connection import DEFAULT_PORT
-from regrad_vllm.cli.console import CommandError, note, say
+from bank_service.wire.ports import DEFAULT_PORT
+from regrad_vllm.console import CommandError, note, say
 from regrad_vllm.flags import add_flags, given
 from regrad_vllm.naming import BANK_READY
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from regrad_vllm.cli.console import UsageError
+from regrad_vllm.console import UsageError
 
 _WHAT = ("load", "report")
 

@@ -1,4 +1,4 @@
-"""The command line's connection to a bank: plain blocking gRPC."""
+"""How a command finds its bank, and what it says where the bank can't help."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from regrad_vllm.cli.console import CommandError, count, one_line
+from bank_service.errors import BankError, NotFoundError, UnauthenticatedError, UnavailableError
+from bank_service.wire.credentials import VARIABLES
+from bank_service.wire.limits import DEFAULT_NAMESPACE
+from bank_service.wire.ports import DEFAULT_BANK
+from regrad_vllm.console import CommandError, count, one_line
 
 if TYPE_CHECKING:
-    from bank_service.wire.errors import BankError
+    from bank_service.wire.codec import GradientSpec
+    from regrad_vllm.client import Bank
 
-DEFAULT_PORT = 50061
-DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"
+T = TypeVar("T")
+
 _CREDENTIALS = {
     "token_file": "file with the token for the bank",
     "ca": "PEM of who signed the bank's certificate, 'system' for the well-known ones; switches TLS on",
@@ -29,53 +34,44 @@ def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -
     parser.add_argument("--bank", default=DEFAULT_BANK, metavar="HOST:PORT", help="a running bank (%(default)s)")
     add_credential_flags(parser)
     if namespace:
-        parser.add_argument("--namespace", default="default", help="whose documents (%(default)s)")
+        parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="whose documents (%(default)s)")
 
 
 def add_credential_flags(parser: argparse.ArgumentParser) -> None:
     """What a bank may ask of its clients."""
     for name, what in _CREDENTIALS.items():
-        flag = f"--bank-{name.replace('_', '-')}"
-        variable = f"REGRAD_BANK_{name.upper()}"
+        flag, variable = f"--bank-{name.replace('_', '-')}", VARIABLES[name]
         parser.add_argument(
             flag, action=_Export, const=variable, type=Path, metavar="FILE", help=f"{what} (${variable})"
         )
 
 
 class _Export(argparse.Action):
-    """A flag for a variable of the environment, where this process and its children look when they make a channel."""
+    """A flag for a variable of the environment. This process and its children read it when they connect."""
 
     def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         os.environ[str(self.const)] = str(values)
 
 
 @contextmanager
-def connect(address: str) -> Iterator[Any]:
-    """A stub of the bank's service; a failed call inside is a CommandError that says what the bank said."""
-    import grpc
+def connect(address: str, spec: GradientSpec | None = None) -> Iterator[Bank]:
+    """A client of the bank. A failed call inside is a CommandError that says what the bank said."""
+    from regrad_vllm.client import Bank
 
-    from bank_service.wire.channel import open_channel
-    from bank_service.wire.errors import from_rpc_error
-    from bank_service.wire.generated.bank_pb2_grpc import BankServiceStub
-
-    with open_channel(address) as channel:
+    with Bank(address, spec=spec) as bank:
         try:
-            yield BankServiceStub(channel)
-        except grpc.RpcError as error:
-            raise CommandError(describe_failure(address, from_rpc_error(error))) from error
+            yield bank
+        except BankError as error:
+            raise CommandError(describe_failure(address, error)) from error
 
 
-def each_there(ids: Sequence[str], namespace: str, call: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
-    """Each id with what ``call`` answers. Those that are not there are named by a CommandError at the end."""
-    import grpc
-
+def each_there(ids: Sequence[str], namespace: str, call: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """Each id with what ``call`` answers. At the end a CommandError names those that are not there."""
     missing = []
     for id in ids:
         try:
             answer = call(id)
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
+        except NotFoundError:
             missing.append(id)
         else:
             yield id, answer
@@ -87,8 +83,6 @@ def each_there(ids: Sequence[str], namespace: str, call: Callable[[str], Any]) -
 
 def describe_failure(address: str, error: BankError) -> str:
     """One line for a failed call."""
-    from bank_service.wire.errors import UnauthenticatedError, UnavailableError
-
     if isinstance(error, UnauthenticatedError):
         return f"{error.message}; name a file with the token: --bank-token-file or REGRAD_BANK_TOKEN_FILE"
     if isinstance(error, UnavailableError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from regrad_vllm.arguments import whole
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
-from regrad_vllm.cli.console import UsageError, note, one_line, say
-from regrad_vllm.cli.filters import HELP, METAVAR, filter_flag, filter_of
+from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
+from regrad_vllm.console import UsageError, note, one_line, say
 from regrad_vllm.naming import RETRIEVALS
 
 _SHOWN_CHARACTERS = 80
@@ -48,22 +50,22 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run_query(args: argparse.Namespace) -> int:
-    from bank_service.wire.generated import bank_pb2
+    from regrad_vllm.client import Query
 
     if not args.text.strip():
         raise UsageError(f"TEXT must hold what to search for, got {args.text!r}")
-    request = bank_pb2.QueryRequest(
+    query = Query(
+        args.text,
         namespace=args.namespace,
-        text=args.text,
         top_k=args.top_k,
         min_score=args.min_score,
-        include_text=True,
-        retrieval=args.retrieval.upper(),
-        filter=filter_of(args.filter),
+        with_text=True,
+        retrieval=args.retrieval,
+        conditions=conditions_of(args.filter),
         as_of=args.as_of,
     )
-    with connect(args.bank) as stub:
-        answer = stub.Query(request)
+    with connect(args.bank) as bank:
+        answer = bank.query(query)
     note(f"{'' if answer.hits else 'no document matches, '}as of sequence {answer.sequence}")
     for hit in answer.hits:
         if args.json:
@@ -78,32 +80,16 @@ def run_query(args: argparse.Namespace) -> int:
 
 
 def run_delete(args: argparse.Namespace) -> int:
-    """Deletes what is there; ids that are not are named at the end, with exit status 1."""
-    from bank_service.wire.generated import bank_pb2
-
+    """Deletes what is there. Names the other ids at the end, with exit status 1."""
     done = "purged" if args.purge else "deleted"
-    with connect(args.bank) as stub:
-
-        def delete(id: str) -> Any:
-            request = bank_pb2.DeleteDocumentRequest(namespace=args.namespace, id=id, purge=args.purge)
-            return stub.DeleteDocument(request)
-
+    with connect(args.bank) as bank:
+        delete = partial(bank.delete, namespace=args.namespace, purge=args.purge)
         for id, answer in each_there(args.ids, args.namespace, delete):
             say(f"{done} {one_line(id)} (version {answer.version}, sequence {answer.sequence})")
     return 0
 
 
 def run_stats(args: argparse.Namespace) -> int:
-    from google.protobuf.json_format import MessageToDict
-
-    from bank_service.wire.generated import bank_pb2
-
-    with connect(args.bank) as stub:
-        answer = stub.GetStats(bank_pb2.GetStatsRequest())
-    # protobuf writes 64-bit integers as strings; these fit JSON's numbers.
-    plain = MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    numbers = {field.name for field in answer.DESCRIPTOR.fields if isinstance(getattr(answer, field.name), int)}
-    plain |= {name: int(plain[name]) for name in numbers - {"cache_available"}}
-    plain["namespaces"] = {entry.namespace: entry.num_documents for entry in answer.namespaces}
-    say(json.dumps(plain, indent=1))
+    with connect(args.bank) as bank:
+        say(json.dumps(asdict(bank.stats()), indent=1))
     return 0

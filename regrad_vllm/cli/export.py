@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrad_vllm.cli.connection import add_bank_flags, describe_failure
-from regrad_vllm.cli.console import CommandError, UsageError, count, say
+from regrad_vllm.cli.connection import add_bank_flags, connect
+from regrad_vllm.console import CommandError, UsageError, count, say
 
 if TYPE_CHECKING:
     from bank_service.wire.codec import GradientSpec
-
-_TIMEOUT_MS = 30_000
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -39,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     learner = Learner.load(args.learner or shipped_learner())
     spec = learner.spec
-    records = asyncio.run(fetch_records(args.bank, args.namespace, spec, args.document))
+    records = fetch_records(args.bank, args.namespace, spec, args.document)
     deltas = [decode_gradient(record, spec) for record in records]
     gamma = learner.config.gamma if args.gamma is None else args.gamma
     adapter = compose(learner.phi, deltas, [1.0] * len(deltas), gamma)
@@ -48,21 +45,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def fetch_records(bank: str, namespace: str, spec: GradientSpec, document_ids: Sequence[str]) -> list[bytes]:
+def fetch_records(address: str, namespace: str, spec: GradientSpec, document_ids: Sequence[str]) -> list[bytes]:
     """The gradient record of each document. CommandError where one is unknown, damaged or of another learner."""
     from bank_service.wire.codec import record_digest
-    from bank_service.wire.errors import BankError
-    from regrad_vllm.adapt.bank_client import BankClient, Query
+    from regrad_vllm.client import Query
 
-    client = BankClient(bank, spec, timeout_ms=_TIMEOUT_MS)
-    try:
-        hits = await client.query(Query(namespace=namespace, document_ids=tuple(document_ids)))
+    with connect(address, spec) as bank:
+        hits = bank.query(Query(namespace=namespace, document_ids=tuple(document_ids))).hits
         digests = [hit.gradient_digest for hit in hits]
-        records = {digest: record async for digest, record in client.fetch(list(dict.fromkeys(digests)))}
-    except BankError as error:
-        raise CommandError(describe_failure(bank, error)) from error
-    finally:
-        await client.close()
+        records = dict(bank.fetch(list(dict.fromkeys(digests))))
     for digest, record in records.items():
         if record_digest(record) != digest:
             raise CommandError(f"the bank sent a damaged gradient for digest {digest}; check its storage")

@@ -6,12 +6,9 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from regrad_vllm.client import Condition
 from regrad_vllm.naming import OPERATORS_WITH_VALUES, Operator
-
-if TYPE_CHECKING:
-    from bank_service.wire.generated import bank_pb2
 
 HELP = (
     "only documents whose metadata match, each time given; again with the same key: one of these values (or none of "
@@ -49,18 +46,11 @@ def filter_flag(text: str) -> FilterFlag:
     return FilterFlag(key, "equals" if compared[2] == "=" else "not_equals", value)
 
 
-def filter_of(flags: Sequence[FilterFlag]) -> bank_pb2.Filter:
-    """On the wire. Values that one key must be, or must not be, are one condition."""
-    from bank_service.wire.generated import bank_pb2
-
+def conditions_of(flags: Sequence[FilterFlag]) -> tuple[Condition, ...]:
+    """The query's conditions. Values that one key must be, or must not be, are one condition."""
     grouped: dict[tuple[str, Operator], list[str]] = {}
     for flag in flags:
         values = grouped.setdefault((flag.key, flag.operator), [])
         if flag.operator in OPERATORS_WITH_VALUES:
             values.append(flag.value)
-    kind = bank_pb2.Filter.Condition
-    return bank_pb2.Filter(
-        conditions=[
-            kind(key=key, operator=operator.upper(), values=values) for (key, operator), values in grouped.items()
-        ]
-    )
+    return tuple(Condition(key, operator, tuple(values)) for (key, operator), values in grouped.items())

@@ -7,13 +7,14 @@ passage, or the second line of a .jsonl file without an "id".
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.connection import add_bank_flags
-from regrad_vllm.cli.console import UsageError, count, note, say
-from regrad_vllm.cli.corpus import ENDINGS, BadInput, find_files, read_corpus
-from regrad_vllm.cli.upload import upload
+from regrad_vllm.cli.connection import add_bank_flags, connect, describe_failure
+from regrad_vllm.client.corpus import ENDINGS, BadInput, CorpusFile, find_files, read_corpus
+from regrad_vllm.client.upload import UploadError, UploadOutcome, upload
+from regrad_vllm.console import CommandError, UsageError, count, note, say
 
 _MAX_LISTED = 20
 
@@ -43,13 +44,24 @@ def run(args: argparse.Namespace) -> int:
     _report_bad(bad, skip=args.skip_bad)
     if not num_documents:
         raise UsageError("nothing to ingest: the paths named hold no document that can be used")
-    outcome = upload(args.bank, args.namespace, files, num_documents, in_flight=args.in_flight, skip_bad=args.skip_bad)
-    for item in outcome.refused:
-        note(str(item))
+    outcome = _upload(args, files, num_documents)
+    for refusal in outcome.refused:
+        note(f"{refusal.place}: {describe_failure(args.bank, refusal.error)}")
     say(outcome.summary())
     if outcome.sequence:
         note(f"as of sequence {outcome.sequence}")
     return 1 if outcome.refused or bad else 0
+
+
+def _upload(args: argparse.Namespace, files: Sequence[CorpusFile], num_documents: int) -> UploadOutcome:
+    from tqdm import tqdm
+
+    with connect(args.bank) as bank, tqdm(total=num_documents, unit="doc", desc="ingest") as bar:
+        flags = {"namespace": args.namespace, "in_flight": args.in_flight, "skip_bad": args.skip_bad}
+        try:
+            return upload(bank, files, progress=bar.update, **flags)
+        except UploadError as failure:
+            raise CommandError(failure.told(describe_failure(args.bank, failure.error))) from failure
 
 
 def _report_bad(bad: list[BadInput], *, skip: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_vllm.arguments import whole
-from regrad_vllm.cli.console import UsageError, count, say
+from regrad_vllm.console import UsageError, count, say
 
 UNFINISHED = 75  # EX_TEMPFAIL: try again
 

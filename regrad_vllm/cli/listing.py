@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
-from bank_service.wire.limits import MAX_PAGE_SIZE
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
-from regrad_vllm.cli.console import count, note, one_line, say
-
-_PAGE = MAX_PAGE_SIZE
+from regrad_vllm.console import count, note, one_line, say
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -34,44 +32,31 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from bank_service.wire.generated import bank_pb2
-
-    request = bank_pb2.ListDocumentsRequest(namespace=args.namespace, page_size=_PAGE)
     num_documents = 0
-    with connect(args.bank) as stub:
-        while True:
-            page = stub.ListDocuments(request)
-            num_documents += len(page.documents)
-            for entry in page.documents:
-                if args.json:
-                    fields = {"id": entry.id, "version": entry.version, "title": entry.title}
-                    fields |= {"num_text_bytes": entry.num_text_bytes, "gradient_digest": entry.gradient_digest}
-                    say(json.dumps(fields, ensure_ascii=False))
-                else:
-                    title = f"  {' '.join(entry.title.split())}" if entry.title else ""
-                    size = count(entry.num_text_bytes, "byte")
-                    say(f"{one_line(entry.id)}  version {entry.version}, {size} of text{title}")
-            if not page.next_page_token:
-                break
-            request.page_token = page.next_page_token
+    with connect(args.bank) as bank:
+        for entry in bank.list(namespace=args.namespace):
+            num_documents += 1
+            if args.json:
+                fields = {"id": entry.id, "version": entry.version, "title": entry.title}
+                fields |= {"num_text_bytes": entry.num_text_bytes, "gradient_digest": entry.gradient_digest}
+                say(json.dumps(fields, ensure_ascii=False))
+            else:
+                title = f"  {' '.join(entry.title.split())}" if entry.title else ""
+                size = count(entry.num_text_bytes, "byte")
+                say(f"{one_line(entry.id)}  version {entry.version}, {size} of text{title}")
     note(f"{count(num_documents, 'document')} in namespace {args.namespace!r}")
     return 0
 
 
 def run_get(args: argparse.Namespace) -> int:
-    """Gets what is there; ids that are not are named at the end, with exit status 1."""
-    from bank_service.wire.generated import bank_pb2
-
-    with connect(args.bank) as stub:
-
-        def get(id: str) -> Any:
-            return stub.GetDocument(bank_pb2.GetDocumentRequest(namespace=args.namespace, id=id))
-
+    """Gets what is there. Names the other ids at the end, with exit status 1."""
+    with connect(args.bank) as bank:
+        get = partial(bank.get, namespace=args.namespace)
         for id, answer in each_there(args.ids, args.namespace, get):
             document = answer.document
             fields = {"id": id, "title": document.title, "text": document.text, "metadata": dict(document.metadata)}
             say(json.dumps(fields, ensure_ascii=False))
-            when = answer.updated_at.ToDatetime().isoformat(" ", "seconds")
+            when = answer.updated_at.replace(tzinfo=None).isoformat(" ", "seconds")
             cut = ", longer than the learner reads" if answer.truncated else ""
             note(
                 f"{one_line(id)}: version {answer.version}, sequence {answer.sequence}, {when} UTC, "

@@ -24,7 +24,7 @@ from regrad_vllm.cli import (
     serve,
     token,
 )  # fmt: skip
-from regrad_vllm.cli.console import CommandError, note
+from regrad_vllm.console import CommandError, note
 from regrad_vllm.local.processes import ServiceFailure
 
 _INTERRUPTED = 130

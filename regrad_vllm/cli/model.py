@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import note, say
+from regrad_vllm.console import note, say
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type

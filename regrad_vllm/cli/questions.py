@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from regrad_vllm.arguments import whole
-from regrad_vllm.cli.console import CommandError, UsageError, count, note, say
-from regrad_vllm.cli.corpus import ENDINGS, CorpusDocument, find_files, read_corpus
+from regrad_vllm.client.corpus import ENDINGS, CorpusDocument, find_files, read_corpus
+from regrad_vllm.console import CommandError, UsageError, count, note, say
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type

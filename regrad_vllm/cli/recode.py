@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.cli.connection import add_bank_flags, connect
-from regrad_vllm.cli.console import CommandError, count, note, say
+from regrad_vllm.console import CommandError, count, note, say
+
+if TYPE_CHECKING:
+    from regrad_vllm.client import RecodeProgress
 
 _DESCRIPTION = """Gives every gradient of a running bank another codec, while it serves. Each document gets a new
 version. New documents have the new codec at once. The bank goes on if this command is interrupted, and after a restart.
@@ -22,13 +25,11 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where a gradient kept its codec."""
-    from bank_service.wire.generated import bank_pb2 as pb
-
-    last = pb.RecodeCollectionResponse()
-    with connect(args.bank) as stub:
-        for last in stub.RecodeCollection(pb.RecodeCollectionRequest(codec=args.codec)):
+    last: RecodeProgress | None = None
+    with connect(args.bank) as bank:
+        for last in bank.recode(args.codec):
             note(f"{last.num_done:,} of {count(last.num_documents, 'document')}")
-    if not last.finished:
+    if last is None or not last.finished:
         raise CommandError("the bank ended before it was done; it goes on when it is started again")
     say(f"{args.codec}: {last.num_recoded:,} of {count(last.num_done, 'gradient')} recoded, {last.num_failed:,} failed")
     return int(bool(last.num_failed))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.console import CommandError, note, say
+from regrad_vllm.console import CommandError, note, say
 
 _SCOPES = ("read", "write", "admin")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from regrad_vllm.cli.connection import DEFAULT_BANK
-from regrad_vllm.cli.console import say
+from bank_service.wire.ports import DEFAULT_BANK
+from regrad_vllm.console import say
 
 _COMMANDS = f"""
 Go on by hand, from this folder. Three terminals, or & behind the first two:
@@ -30,10 +30,9 @@ Go on by hand, from this folder. Three terminals, or & behind the first two:
   END
 
   python - <<'END'
-  import grpc
-  from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-  bank = bank_pb2_grpc.BankServiceStub(grpc.insecure_channel("{DEFAULT_BANK}"))
-  for hit in bank.Query(bank_pb2.QueryRequest(text="Who commands the Quilegren?", top_k=3)).hits:
+  from regrad_vllm.client import Bank
+  bank = Bank("{DEFAULT_BANK}")
+  for hit in bank.query("Who commands the Quilegren?").hits:
       print(hit.id, hit.version, hit.score)
   END
 """

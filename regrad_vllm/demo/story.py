@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.cli.connection import connect
-from regrad_vllm.cli.console import count, say
-from regrad_vllm.cli.corpus import CorpusDocument, find_files, read_corpus
-from regrad_vllm.cli.upload import upload
+from tqdm import tqdm
+
+from regrad_vllm.client import Bank
+from regrad_vllm.client.corpus import CorpusDocument, find_files, read_corpus
+from regrad_vllm.client.upload import upload
+from regrad_vllm.console import count, say
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.chat import ChatAnswer, ChatRequest, ask_all
@@ -84,7 +86,9 @@ class Stage:
         files, _, _ = find_files([DOCUMENTS])
         num_documents = sum(isinstance(item, CorpusDocument) for item in read_corpus(files))
         say(f"ingesting {count(num_documents, 'document')} from {DOCUMENTS} (the server starts meanwhile)")
-        say(upload(bank, _NAMESPACE, files, num_documents).summary())
+        with Bank(bank) as client, tqdm(total=num_documents, unit="doc", desc="ingest") as bar:
+            outcome = upload(client, files, namespace=_NAMESPACE, progress=bar.update)
+        say(outcome.summary())
 
     def _ask_everything(self, url: str) -> tuple[list[ChatAnswer], list[ChatAnswer], list[ChatAnswer]]:
         """Every question three ways, all at once: base model, φ* alone, ReGrad."""
@@ -125,15 +129,13 @@ class Stage:
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, asks again. True if the answer is gone."""
-        from bank_service.wire.generated import bank_pb2
-
         right = [i for i, question in enumerate(self.questions) if question.is_answered_by(regrad[i].text)]
         if not right:
             say("ReGrad answered no question right, so there is no answer to take away")
             return False
         question, before = self.questions[right[0]], regrad[right[0]]
-        with connect(bank) as stub:
-            stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=_NAMESPACE, id=question.document_id))
+        with Bank(bank) as client:
+            client.delete(question.document_id, namespace=_NAMESPACE)
         (after,) = asyncio.run(ask_all(url, self._system_prompt(), [ChatRequest(REGRAD, question.text, {})]))
         say(f"deleted {question.document_id} and asked again: {question.text}")
         used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))

@@ -116,7 +116,7 @@ def _served(
         folder.mkdir(exist_ok=True)
         own = {method.name: rivals.adapter(method.name, data) for method in chosen if method.adapter == "own"}
         with _endpoint(args, rivals.model, learner, learner_folder, folder, own, _namespace(data)) as endpoint:
-            ingest(data.documents, endpoint.bank, endpoint.namespace, folder)
+            ingest(data.documents, endpoint.bank, endpoint.namespace)
             if any(method.per_document for method in chosen):
                 deltas = rivals.per_document(data)
                 upload(data.documents, deltas, learner, endpoint.bank, endpoint.namespace + PER_DOCUMENT)

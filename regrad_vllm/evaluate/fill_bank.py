@@ -1,60 +1,43 @@
-"""Brings documents into a bank: by `regrad ingest`, as users do, or with gradients made here."""
+"""Brings documents into a bank, which encodes them, or with gradients made here."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.wire.codec import DEFAULT_CODEC, encode_gradient
-from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from bank_service.wire.limits import MAX_CHUNK_BYTES
+from regrad_vllm.client import Bank, Document
 from regrad_vllm.data.questions import SourceDocument
 from regrad_vllm.learner import Learner
 
 
-def ingest(documents: Sequence[SourceDocument], bank: str, namespace: str, folder: Path) -> None:
-    """Writes ``folder``/documents.jsonl and ingests it. RuntimeError if the bank refuses it."""
-    corpus = folder / "documents.jsonl"
-    lines = (json.dumps({"id": d.id, "title": d.title, "text": d.text}, ensure_ascii=False) for d in documents)
-    corpus.write_text("\n".join(lines) + "\n", "utf-8")
-    command = ["-m", "regrad_vllm.cli", "ingest", str(corpus), "--bank", bank, "--namespace", namespace]
-    if subprocess.run([sys.executable, *command]).returncode:
-        raise RuntimeError(f"the bank at {bank} must take the documents; what it refused stands above")
+def ingest(documents: Sequence[SourceDocument], address: str, namespace: str) -> None:
+    """Stores the documents, with a progress bar. BankError if one is refused."""
+    from tqdm import tqdm
+
+    with Bank(address) as bank:
+        receipts = bank.ingest(map(_as_stored, documents), namespace=namespace)
+        for _ in tqdm(receipts, total=len(documents), unit="doc", desc="ingest"):
+            pass
 
 
 def upload(
     documents: Sequence[SourceDocument],
     deltas: Iterable[tuple[int, NDArray[np.float32]]],
     learner: Learner,
-    bank: str,
+    address: str,
     namespace: str,
 ) -> None:
-    """Stores documents with deltas that were computed here, int8, one stream. grpc.RpcError where one is refused."""
-    from bank_service.wire.channel import open_channel
-
-    with open_channel(bank) as channel:
-        stub = bank_pb2_grpc.BankServiceStub(channel)
-        for _ in stub.IngestGradients(_messages(documents, deltas, learner, namespace)):
+    """Stores documents with deltas that were computed here, as int8. BankError where one is refused."""
+    gradients = (
+        (_as_stored(documents[index]), encode_gradient(delta, learner.spec, DEFAULT_CODEC)) for index, delta in deltas
+    )
+    with Bank(address) as bank:
+        for _ in bank.ingest_gradients(gradients, namespace=namespace):
             pass
 
 
-def _messages(
-    documents: Sequence[SourceDocument],
-    deltas: Iterable[tuple[int, NDArray[np.float32]]],
-    learner: Learner,
-    namespace: str,
-) -> Iterator[bank_pb2.IngestGradientsRequest]:
-    for index, delta in deltas:
-        entry = documents[index]
-        record = encode_gradient(delta, learner.spec, DEFAULT_CODEC)
-        document = bank_pb2.Document(namespace=namespace, id=entry.id, title=entry.title, text=entry.text)
-        header = bank_pb2.IngestGradientsRequest.Header(document=document, record_bytes=len(record))
-        yield bank_pb2.IngestGradientsRequest(header=header)
-        for start in range(0, len(record), MAX_CHUNK_BYTES):
-            yield bank_pb2.IngestGradientsRequest(chunk=record[start : start + MAX_CHUNK_BYTES])
+def _as_stored(document: SourceDocument) -> Document:
+    return Document(document.id, document.text, document.title)

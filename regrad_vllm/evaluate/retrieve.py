@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from regrad_vllm.adapt.bank_client import BankClient, Query
+from regrad_vllm.client import AsyncBank, Query
 from regrad_vllm.data.questions import EvalData, Question
 from regrad_vllm.evaluate.methods import Method
 from regrad_vllm.learner import Learner
@@ -42,14 +42,11 @@ async def retrieve(
     bank_address: str, namespace: str, data: EvalData, learner: Learner, top_k: int, seed: int
 ) -> list[Retrieved]:
     """Asks the bank as the server does. BankError."""
-    bank = BankClient(bank_address, learner.spec, timeout_ms=60_000)
     hits = []
-    try:
+    async with AsyncBank(bank_address, spec=learner.spec, timeout_ms=60_000) as bank:
         for question in data.questions:
-            query = Query(namespace=namespace, text=question.question, top_k=top_k, with_text=True)
-            hits.append(tuple(FoundDocument(hit.id, hit.score, hit.title, hit.text) for hit in await bank.query(query)))
-    finally:
-        await bank.close()
+            answer = await bank.query(Query(question.question, namespace=namespace, top_k=top_k, with_text=True))
+            hits.append(tuple(FoundDocument(hit.id, hit.score, hit.title, hit.text) for hit in answer.hits))
     return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
 
 

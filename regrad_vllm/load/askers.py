@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from regrad_vllm.adapt.bank_client import BankClient, Hit, Query
+from regrad_vllm.client import AsyncBank, Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.evaluate.methods import MAX_TOKENS
 from regrad_vllm.learner import Prompts
@@ -48,7 +48,7 @@ class Passages:
 
     def __init__(
         self,
-        bank: BankClient,
+        bank: AsyncBank,
         prompts: Prompts,
         parts: Mapping[str, Mapping[str, tuple[str, ...]]],
         text_bytes: Mapping[str, Mapping[str, int]],
@@ -70,7 +70,7 @@ class Passages:
         query = Query(
             namespace=condition.corpus, text=question.question, top_k=condition.top_k, min_score=-1.0, with_text=texts
         )
-        hits = list(await self._bank.query(query))
+        hits = list((await self._bank.query(query)).hits)
         if condition.corpus in self._parts:
             hits = await self._documents(hits, condition, texts=texts)
         attempt.retrieve_ms = (time.perf_counter() - start) * 1000
@@ -93,7 +93,8 @@ class Passages:
         found = dict.fromkeys(whole[hit.id] for hit in hits if hit.id in whole)
         names = [*found, *(name for name in parts if name not in found)][: condition.top_k]
         ids = tuple(part for name in names for part in parts[name])
-        return list(await self._bank.query(Query(namespace=condition.corpus, document_ids=ids, with_text=texts)))
+        query = Query(namespace=condition.corpus, document_ids=ids, with_text=texts)
+        return list((await self._bank.query(query)).hits)
 
 
 class Served:

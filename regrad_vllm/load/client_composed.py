@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.wire.codec import decode_gradient
-from regrad_vllm.adapt.bank_client import BankClient, Hit
 from regrad_vllm.adapt.compose import compose
+from regrad_vllm.client import AsyncBank, Hit
 from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.methods import MAX_TOKENS
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Gradients:
     """Gradients from the bank, composed by the client."""
 
-    def __init__(self, bank: BankClient, learner: Learner, passages: Passages) -> None:
+    def __init__(self, bank: AsyncBank, learner: Learner, passages: Passages) -> None:
         self._bank = bank
         self._learner = learner
         self._passages = passages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import sys
 import time
@@ -11,10 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bank_service.wire.channel import open_channel
-from bank_service.wire.errors import NotFoundError
-from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from regrad_vllm.adapt.bank_client import BankClient, Query
+from bank_service.errors import BankError, NotFoundError
+from regrad_vllm.client import Bank, Query
 from regrad_vllm.data.passages import count_tokens, split_sentences
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_documents
 from regrad_vllm.evaluate.fill_bank import ingest
@@ -66,7 +63,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """The cost of making a corpus's gradients, the command's start included."""
+    """The cost of making a corpus's gradients."""
 
     num_documents: int
     seconds: float | None  # None if the bank had them all from an earlier run
@@ -108,22 +105,22 @@ def _name(kind: str, data: EvalData) -> str:
 
 
 @contextmanager
-def ingested(corpus: Corpus, bank: str, learner: Learner, folder: Path, *, keep: bool) -> Iterator[Ingested]:
-    """A corpus in its namespace while the context lasts. RuntimeError if the bank refuses it, BankError.
+def ingested(corpus: Corpus, bank: str, learner: Learner, *, keep: bool) -> Iterator[Ingested]:
+    """A corpus in its namespace while the context lasts. BankError.
 
     At the end new documents are deleted, unless ``keep``, even if the ingest broke off.
     """
     ids = [document.id for document in corpus.data.documents]
     try:
-        asyncio.run(_stored_bytes(bank, learner, corpus.name, ids))
+        _stored_bytes(bank, learner, corpus.name, ids)
         is_there = True
     except NotFoundError:
         is_there = False
     try:
         start = time.perf_counter()
-        ingest(corpus.data.documents, bank, corpus.name, folder)
+        ingest(corpus.data.documents, bank, corpus.name)
         seconds = None if is_there else time.perf_counter() - start
-        yield Ingested(len(ids), seconds, asyncio.run(_stored_bytes(bank, learner, corpus.name, ids)))
+        yield Ingested(len(ids), seconds, _stored_bytes(bank, learner, corpus.name, ids))
     finally:
         if not keep and not is_there:
             _remove(corpus, bank)
@@ -131,29 +128,24 @@ def ingested(corpus: Corpus, bank: str, learner: Learner, folder: Path, *, keep:
 
 def _remove(corpus: Corpus, bank: str) -> None:
     """Deletes a corpus's documents, as far as the bank allows. An error here must not spoil the measurement."""
-    import grpc
-
-    with open_channel(bank) as channel:
-        stub = bank_pb2_grpc.BankServiceStub(channel)
+    with Bank(bank) as client:
         for document in corpus.data.documents:
             try:
-                stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=corpus.name, id=document.id))
-            except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.NOT_FOUND:
-                    sys.stdout.write(f"namespace {corpus.name} of the bank keeps documents: {error.details()}\n")
-                    return
+                client.delete(document.id, namespace=corpus.name)
+            except NotFoundError:
+                continue
+            except BankError as error:
+                sys.stdout.write(f"namespace {corpus.name} of the bank keeps documents: {error.message}\n")
+                return
 
 
-async def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[str]) -> int:
-    bank = BankClient(address, learner.spec, _TIMEOUT_MS)
-    try:
-        total = 0
+def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[str]) -> int:
+    total = 0
+    with Bank(address, spec=learner.spec, timeout_ms=_TIMEOUT_MS) as bank:
         for start in range(0, len(ids), _ASKED_AT_ONCE):
             query = Query(namespace=namespace, document_ids=tuple(ids[start : start + _ASKED_AT_ONCE]))
-            total += sum(hit.gradient_bytes for hit in await bank.query(query))
-        return total
-    finally:
-        await bank.close()
+            total += sum(hit.gradient_bytes for hit in bank.query(query).hits)
+    return total
 
 
 def filling(folder: Path, split: str) -> list[SourceDocument]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.client import AsyncBank
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.load.askers import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
 from regrad_vllm.load.client_composed import Gradients, PeftFolders, SwappedWeights
@@ -135,7 +135,7 @@ async def opened(
             client = httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=limits)
             return await stack.enter_async_context(client)
 
-        bank = BankClient(addresses.bank, learner.spec, _BANK_TIMEOUT_MS)
+        bank = AsyncBank(addresses.bank, spec=learner.spec, timeout_ms=_BANK_TIMEOUT_MS)
         stack.push_async_callback(bank.close)
         parts = {corpus.name: corpus.parts for corpus in corpora if corpus.parts is not None}
         text_bytes = {

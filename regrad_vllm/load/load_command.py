@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     schedule = Schedule(args, contenders, corpora, trace)
     keep = args.keep_documents or not args.server  # else they are put into somebody's bank
     with _addresses(args, contenders, model, learner_folder, learner, dtype, out) as addresses, ExitStack() as stack:
-        found = [stack.enter_context(ingested(c, addresses.bank, learner, out, keep=keep)) for c in corpora]
+        found = [stack.enter_context(ingested(c, addresses.bank, learner, keep=keep)) for c in corpora]
         run: dict[str, Any] = {
             "facts": {
                 "command": shlex.join(["regrad", "bench", "load", *argv]),

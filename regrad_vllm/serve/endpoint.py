@@ -21,8 +21,8 @@ from fastapi.responses import JSONResponse
 
 from bank_service.wire.tracing import configure_tracing
 from regrad_vllm.adapt.arena import Arena
-from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.base_model import base_digest
+from regrad_vllm.client import AsyncBank
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams, vllm_server_seams
 from regrad_vllm.serve.engine import Engine, check_engine_settings
@@ -72,7 +72,13 @@ class RegradEndpoint:
         warn_of_small_budgets(settings, learner, engine_client.vllm_config.scheduler_config.max_num_seqs)
         arena = Arena.open(settings.arena_dir, settings.arena_bytes)
         atexit.register(arena.close)
-        bank = BankClient(settings.bank, learner.spec, settings.bank_timeout_ms, settings.bank_credentials)
+        bank = AsyncBank(
+            settings.bank,
+            credentials=settings.bank_credentials,
+            spec=learner.spec,
+            timeout_ms=settings.bank_timeout_ms,
+            attempts=1,  # a request that may go on without documents doesn't wait for a bank that isn't there
+        )
         metrics = _metrics()
         models = state.openai_serving_models
         planner = Planner(settings, learner, tuple(path.name for path in models.base_model_paths))

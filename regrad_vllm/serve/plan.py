@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
-from regrad_vllm.adapt.bank_client import Query
+from regrad_vllm.client import Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import MODEL_SUFFIX
 from regrad_vllm.serve.prompt import Body, PromptShape

@@ -23,7 +23,7 @@ from bank_service.wire.errors import (
 )
 from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, ArenaHold
-from regrad_vllm.adapt.bank_client import Answer, BankClient, Hit, Query
+from regrad_vllm.client import Answer, AsyncBank, Hit, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.engine import AdapterError, Engine, Placement
 from regrad_vllm.serve.plan import Plan
@@ -47,7 +47,7 @@ class Preparer:
     """Prepares adapters of one learner from one bank."""
 
     def __init__(
-        self, learner: Learner, bank: BankClient, arena: Arena, engine: Engine, metrics: Metrics, max_bank_permits: int
+        self, learner: Learner, bank: AsyncBank, arena: Arena, engine: Engine, metrics: Metrics, max_bank_permits: int
     ) -> None:
         self._learner = learner
         # A burst of requests must not share the bank's deadline by all asking at once.
@@ -93,7 +93,7 @@ class Preparer:
         """Hits, with all their gradients held in the arena."""
         for last_try in (False, True):
             with self._clock("retrieve", timings), span("regrad.retrieve", namespace=plan.query.namespace):
-                answer = await self._bank.answer(plan.query)
+                answer = await self._bank.query(plan.query)
             try:
                 await self._fetch(answer.hits, hold, timings)
                 return answer

@@ -8,7 +8,7 @@ from typing import Any
 
 from bank_service.wire.errors import BankError
 from regrad_vllm.adapt.arena import Arena
-from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.client import AsyncBank
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.middleware import Runtime
 from regrad_vllm.serve.process_figures import process_figures
@@ -16,7 +16,7 @@ from regrad_vllm.serve.process_figures import process_figures
 Status = Callable[[bool], Awaitable[dict[str, Any]]]
 
 
-def status_of(runtime: Runtime, arena: Arena, bank: BankClient, dtype: str) -> Status:
+def status_of(runtime: Runtime, arena: Arena, bank: AsyncBank, dtype: str) -> Status:
     """``status(with_base_weights)`` → plain data."""
 
     async def status(with_base_weights: bool) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def status_of(runtime: Runtime, arena: Arena, bank: BankClient, dtype: str) -> S
     return status
 
 
-async def _bank_state(bank: BankClient) -> dict[str, Any]:
+async def _bank_state(bank: AsyncBank) -> dict[str, Any]:
     try:
         stats = await bank.stats()
     except BankError as error:

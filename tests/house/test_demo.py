@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from regrad_vllm.cli.corpus import BadInput, find_files, read_corpus
+from regrad_vllm.client.corpus import BadInput, find_files, read_corpus
 from regrad_vllm.demo.people import DATA, invented, render
 from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
 from regrad_vllm.demo.table import WIDTH

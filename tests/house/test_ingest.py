@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from regrad_vllm.cli import listing, main
+from regrad_vllm.cli import main
 from regrad_vllm.learner import Learner
 
 
@@ -118,9 +118,8 @@ def test_deleting_names_what_was_not_there_and_deletes_the_rest(
 
 
 def test_documents_are_listed_and_got_as_they_were_ingested(
-    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(listing, "_PAGE", 2)
     documents = [
         {"id": "a", "title": "Orlen", "text": "The harbour\nof Orlén.", "metadata": {"lang": "de"}},
         {"id": "b", "title": "", "text": "A lighthouse. " * 200, "metadata": {}},

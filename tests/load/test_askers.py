@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 
-from regrad_vllm.adapt.bank_client import Hit, Query
+from regrad_vllm.client import Answer, Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.learner import Prompts
 from regrad_vllm.load.askers import STATIC_ADAPTER, Attempt, Passages, Served
@@ -32,11 +32,12 @@ class Bank:
     def __init__(self) -> None:
         self.asked: list[Query] = []
 
-    async def query(self, query: Query) -> tuple[Hit, ...]:
+    async def query(self, query: Query) -> Answer:
         self.asked.append(query)
         found = query.document_ids or (("a", "b") if query.namespace == "natural" else ("a#2", "a#1", "b"))
         limit = len(found) if query.document_ids else query.top_k
-        return tuple(Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}") for id in found[:limit])
+        hits = (Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}") for id in found[:limit])
+        return Answer(tuple(hits), 1)
 
 
 def sent(name: str, own: LoadCondition, adapter: str | None = "regrad-x") -> tuple[dict[str, Any], Attempt, Bank]:

@@ -26,7 +26,7 @@ from bank_service.wire.errors import (
 )
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.adapt.arena import Arena
-from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.client import AsyncBank
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
@@ -62,7 +62,7 @@ async def ask(
         return {"got": await request.json()}
 
     app.add_middleware(RegradMiddleware)
-    bank = BankClient(settings.bank, learner.spec, 500)
+    bank = AsyncBank(settings.bank, spec=learner.spec, timeout_ms=500, attempts=1)
     engine = Engine(None, [])  # never asked: without gradients there is nothing to compose
     metrics = Metrics.create(CollectorRegistry())
     app.state.regrad = Runtime(

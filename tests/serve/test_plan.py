@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from regrad_vllm.adapt.bank_client import Condition
+from regrad_vllm.client import Condition
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.plan import Plan, Planner
 from regrad_vllm.serve.prompt import SHAPES

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 
 from regrad_vllm.adapt.arena import Arena
-from regrad_vllm.adapt.bank_client import BankClient
+from regrad_vllm.client import AsyncBank
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient
@@ -72,7 +72,7 @@ async def serving(
     app.add_middleware(RegradMiddleware)
     settings = Settings(learner=folder, bank=bank.address)
     arena = Arena.open(folder, 2**26)
-    client = BankClient(settings.bank, learner.spec, 30_000)
+    client = AsyncBank(settings.bank, spec=learner.spec)
     metrics = Metrics.create(CollectorRegistry())
     worker = Worker(learner)
     workers = Engine(engine, [[DoorClient(worker.door.address)]])

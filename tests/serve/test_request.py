@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regrad_vllm.adapt.bank_client import Condition
+from regrad_vllm.client import Condition
 from regrad_vllm.serve.request import RegradOptions
 from regrad_vllm.serve.request_errors import RequestError
 

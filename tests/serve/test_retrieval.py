@@ -12,7 +12,7 @@ import pytest
 from fastapi.responses import JSONResponse
 
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from regrad_vllm.adapt.bank_client import BankClient, Condition, Query
+from regrad_vllm.client import AsyncBank, Condition, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import Retrieval
 from regrad_vllm.serve.preparer import no_hits
@@ -32,8 +32,8 @@ def test_weights_are_made_of_cosines_where_scores_are_none(
         return JSONResponse({})
 
     async def run() -> None:
-        client = BankClient(bank.address, learner.spec, 30_000)
-        hits = await client.query(Query("default", text=QUESTION, top_k=3, retrieval=retrieval))
+        client = AsyncBank(bank.address, spec=learner.spec)
+        hits = (await client.query(Query(QUESTION, top_k=3, retrieval=retrieval))).hits
         await client.close()
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, _, _):
             regrad = {"query": QUESTION, "top_k": 3, "retrieval": retrieval}
@@ -139,4 +139,4 @@ def test_a_request_as_of_an_earlier_sequence_gets_the_documents_of_then(
 def test_where_no_document_is_used_the_reason_says_what_one_would_have_had_to_meet(
     fields: dict[str, Any], reason: str
 ) -> None:
-    assert no_hits(Query("default", text="x", **fields)) == f"{reason}; the base model answers"
+    assert no_hits(Query("x", **fields)) == f"{reason}; the base model answers"

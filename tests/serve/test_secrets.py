@@ -18,8 +18,8 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
-from bank_service.wire.channel import BankCredentials
-from regrad_vllm.adapt.bank_client import BankClient
+from bank_service.wire.credentials import BankCredentials
+from regrad_vllm.client import AsyncBank
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import endpoint
 from regrad_vllm.serve.status import status_of
@@ -58,7 +58,7 @@ def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_log
             assert answer.status_code == expected, answer.text
             app = FastAPI()
             app.include_router(endpoint._router())
-            client = BankClient(target, learner.spec, 30_000)
+            client = AsyncBank(target, spec=learner.spec)
             app.state.regrad_status = status_of(runtime, arena, client, "float32")
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as asking:
                 status = await asking.get("/v1/regrad/status")
@@ -88,4 +88,4 @@ def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_log
         assert expected in everything, "else this test looks at the wrong things"
     for name, secret in tokens.secrets.items():
         assert secret not in everything, f"the token {name!r} shows"
-    assert BankCredentials(token_file=unknown).token() == tokens.secrets["unknown"]
+    assert BankCredentials(token_file=unknown).read_token() == tokens.secrets["unknown"]

@@ -9,14 +9,14 @@ import pytest
 
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
-from bank_service.testing.hash_encoder import HashEncoder, spec_of
+from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.channel import VARIABLES, BankCredentials
+from bank_service.wire.credentials import VARIABLES, BankCredentials
 from bank_service.wire.errors import UnauthenticatedError, UnavailableError
-from regrad_vllm.adapt.bank_client import BankClient
 from regrad_vllm.cli import main
+from regrad_vllm.client import AsyncBank
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ async def test_the_plugins_client_and_the_command_line_bring_token_and_certifica
     paths = {"token_file": token_file, "ca": pem / "ca.pem", "cert": pem / "client.pem", "key": pem / "client.key"}
     async with BankServer(config, HashEncoder(), embedder) as server:
         target = server.address.target
-        client = BankClient(target, spec_of(), 10_000, BankCredentials(**paths))
+        client = AsyncBank(target, credentials=BankCredentials(**paths))
         assert (await client.stats()).num_documents == 0
         await client.close()
-        nameless = BankClient(target, spec_of(), 10_000, BankCredentials(**paths | {"token_file": None}))
+        nameless = AsyncBank(target, credentials=BankCredentials(**paths | {"token_file": None}))
         with pytest.raises(UnauthenticatedError):
             await nameless.stats()
         await nameless.close()

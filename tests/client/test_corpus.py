@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bank_service.wire.limits import MAX_ID_BYTES, MAX_METADATA_PAIRS, MAX_TEXT_BYTES
-from regrad_vllm.cli.corpus import BadInput, CorpusDocument, find_files, read_corpus
+from regrad_vllm.client.corpus import BadInput, CorpusDocument, find_files, read_corpus
 
 
 def _read(*paths: Path) -> tuple[list[CorpusDocument], list[BadInput]]:

@@ -1,4 +1,4 @@
-"""What the command line says, and how it fails: one line, what is wrong and what to do, no traceback."""
+"""What a command says, and how it fails: one line that names the fault and the remedy, without a traceback."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import sys
 
 
 class CommandError(Exception):
-    """The command can't do its work. Printed as one line; the exit status is 1."""
+    """The command can't do its work. It is printed as one line, and the exit status is 1."""
 
     exit_status = 1
 
 
 class UsageError(CommandError):
-    """The command was given something that it can't use. Printed as one line; the exit status is 2."""
+    """The command was given something that it can't use. It is printed as one line, and the exit status is 2."""
 
     exit_status = 2
 
@@ -35,5 +35,5 @@ def count(number: int, noun: str) -> str:
 
 
 def one_line(id: str) -> str:
-    """An id as it is, in quotes where it would take more than its part of a line."""
+    """An id as it is, or in quotes where it would spread over more than its part of a line."""
     return id if id.isprintable() else repr(id)

@@ -1,6 +1,6 @@
 """The stream to the bank: bounded, in order, and nothing lost where a document in the middle is refused.
 
-The real bank refuses little that the command line lets through, so a server of its own plays one that does.
+The real bank refuses little that the corpus reader lets through. So a server of this test plays one that refuses more.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
-from bank_service.wire.errors import InvalidArgumentError, to_status
+from bank_service.errors import InvalidArgumentError, NotFoundError
+from bank_service.wire.errors import to_status
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from regrad_vllm.cli.console import CommandError
-from regrad_vllm.cli.corpus import CorpusFile
-from regrad_vllm.cli.upload import upload
+from regrad_vllm.client import Bank
+from regrad_vllm.client.corpus import CorpusFile
+from regrad_vllm.client.upload import UploadError, UploadOutcome, upload
 
 
 class _Picky(bank_pb2_grpc.BankServiceServicer):  # type: ignore[misc]  # generated code has no types
@@ -67,7 +68,8 @@ class _Picky(bank_pb2_grpc.BankServiceServicer):  # type: ignore[misc]  # genera
             yield bank_pb2.IngestDocumentsResponse(id=document_id, version=1, outcome=outcome)
 
     def DeleteDocument(self, request: Any, context: grpc.ServicerContext) -> Any:
-        context.abort(grpc.StatusCode.NOT_FOUND, "nothing is ever deleted here")
+        missing = NotFoundError("nothing is ever deleted here", kind="document", name=request.id)
+        context.abort_with_status(rpc_status.to_status(to_status(missing)))
 
 
 @pytest.fixture
@@ -86,14 +88,19 @@ def _corpus(path: Path, ids: list[str]) -> list[CorpusFile]:
     return [CorpusFile(path, path.name)]
 
 
+def _upload(address: str, files: list[CorpusFile], **flags: Any) -> UploadOutcome:
+    with Bank(address) as bank:
+        return upload(bank, files, namespace="n", **flags)
+
+
 def test_documents_arrive_in_order_with_no_more_in_flight_than_allowed(
     picky: tuple[_Picky, str], tmp_path: Path
 ) -> None:
     servicer, address = picky
     ids = [f"d{n}" for n in range(60)]
-    outcome = upload(address, "n", _corpus(tmp_path / "c.jsonl", ids), len(ids), in_flight=5)
+    outcome = _upload(address, _corpus(tmp_path / "c.jsonl", ids), in_flight=5)
     assert servicer.stored == ids
-    assert outcome.counts["CREATED"] == 60
+    assert outcome.counts["created"] == 60
     assert 1 < servicer.most_ahead <= 5
 
 
@@ -104,7 +111,7 @@ def test_a_refused_document_is_passed_over_and_no_other_is_lost(
     servicer, address = picky
     ids = [f"bad{n}" if n in bad_places else f"d{n}" for n in range(20)]
     files = _corpus(tmp_path / "c.jsonl", ids)
-    outcome = upload(address, "n", files, len(ids), in_flight=6, skip_bad=True)
+    outcome = _upload(address, files, in_flight=6, skip_bad=True)
     assert servicer.stored == [name for name in ids if not name.startswith("bad")]
     assert [item.place for item in outcome.refused] == [f"{tmp_path}/c.jsonl:{n + 1}" for n in bad_places]
 
@@ -114,6 +121,6 @@ def test_without_skipping_the_first_refusal_ends_it_and_says_how_far_it_came(
 ) -> None:
     servicer, address = picky
     files = _corpus(tmp_path / "c.jsonl", ["d0", "d1", "bad2", "d3"])
-    with pytest.raises(CommandError, match=r"c\.jsonl:3: .*bad2 is bad.*\(2 documents before it are in\)"):
-        upload(address, "n", files, 4)
+    with pytest.raises(UploadError, match=r"c\.jsonl:3: .*bad2 is bad.*\(2 documents before it are in\)"):
+        _upload(address, files)
     assert servicer.stored == ["d0", "d1"]

@@ -1,34 +1,31 @@
-"""Files and folders → documents, with every line that can't be used reported by file and line.
+"""Files and folders → documents. What can't be used is reported by file and line.
 
-.txt and .md files are cut into passages; a .jsonl file holds one document a line. Ids come from the file's
-path: as it was named or, in a folder that was named, below that folder. So ingesting a changed file again updates
-its documents, and files of the same name do not get into each other's way.
+.txt and .md files are cut into passages. A .jsonl file holds one document a line. An id comes from the file's path: as
+it was named or, in a folder that was named, below that folder. So a changed file, ingested again, updates its
+documents, and two files of the same name have different ids.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bank_service.errors import InvalidArgumentError
-from bank_service.values.documents import Document
+from bank_service.values import documents as bank_documents
+from regrad_vllm.client.values import Document
 from regrad_vllm.data.passages import split_markdown, split_plain
 
 ENDINGS = (".txt", ".md", ".jsonl")
 
 
 @dataclass(frozen=True, slots=True)
-class CorpusDocument:
-    """One document of a corpus. ``place`` says where it was read: "notes.jsonl:3", "guide.md#2"."""
+class CorpusDocument(Document):
+    """One document of a corpus."""
 
-    id: str
-    title: str
-    text: str
-    place: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    place: str = field(kw_only=True)  # where it was read: "notes.jsonl:3", "guide.md#2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class CorpusFile:
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], list[BadInput]]:
-    """(files to read in order, files in folders that have another ending, paths that can't be used)."""
+    """Files to read in order, files in folders that have another ending, and paths that can't be used."""
     files: list[CorpusFile] = []
     left_out: list[Path] = []
     bad: list[BadInput] = []
@@ -70,7 +67,7 @@ def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], lis
 
 
 def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInput]:
-    """Every document of the files in order, and in its place what can't be one. Reads one file at a time."""
+    """Every document of the files in order, with what can't be one in its place. Reads one file at a time."""
     seen: dict[str, str] = {}
     for file in files:
         for item in _read_file(file):
@@ -121,7 +118,7 @@ def _read_text(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadIn
         yield BadInput(str(file.path), "must hold some text, it is empty")
     for number, passage in enumerate(passages, 1):
         mark = f"#{number}" if len(passages) > 1 else ""
-        yield _checked(CorpusDocument(file.id + mark, passage.title, passage.text, f"{file.path}{mark}"))
+        yield _checked(CorpusDocument(file.id + mark, passage.text, passage.title, place=f"{file.path}{mark}"))
 
 
 def _read_jsonl(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadInput]:
@@ -155,7 +152,7 @@ def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | B
     metadata = _metadata(record)
     if isinstance(metadata, _Reason):
         return BadInput(place, metadata)
-    return _checked(CorpusDocument(fields["id"], fields["title"], fields["text"], place, metadata))
+    return _checked(CorpusDocument(fields["id"], fields["text"], fields["title"], metadata, place=place))
 
 
 class _Reason(str):
@@ -190,11 +187,11 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
 
 
 def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:
-    """The document, or what the bank would refuse in it: asked here, so that a corpus is refused as a whole."""
+    """The document, or what the bank would refuse in it. Asked here, so that a corpus can be refused as a whole."""
     if not document.id:
         return BadInput(document.place, "id must not be empty; leave the field out for an id made from the file's name")
     try:
-        Document("", document.id, document.title, document.text, document.metadata)
+        bank_documents.Document("", document.id, document.title, document.text, document.metadata)
     except InvalidArgumentError as error:
         return BadInput(document.place, error.message)
     except UnicodeEncodeError:

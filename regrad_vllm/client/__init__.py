@@ -1,0 +1,51 @@
+"""A Python client of the gradient bank: ``Bank`` for blocking programs, ``AsyncBank`` for asynchronous ones.
+
+    with Bank("127.0.0.1:50061") as bank:
+        for receipt in bank.ingest([Document("harbour", "The harbour master of Orlen is Ada Quist.")]):
+            print(receipt.id, receipt.version)
+        print(bank.query("Who is the harbour master?").hits)
+
+The errors are those of ``bank_service.errors``. gRPC is loaded when a client is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bank_service.wire.credentials import BankCredentials
+from regrad_vllm.client.values import (
+    Answer,
+    Condition,
+    Deletion,
+    Document,
+    Hit,
+    ListedDocument,
+    Query,
+    Receipt,
+    RecodeProgress,
+    SnapshotProgress,
+    Stats,
+    StoredDocument,
+)
+
+if TYPE_CHECKING:
+    from regrad_vllm.client.async_bank import AsyncBank
+    from regrad_vllm.client.bank import Bank
+
+__all__ = [
+    "Answer", "AsyncBank", "Bank", "BankCredentials", "Condition", "Deletion", "Document", "Hit", "ListedDocument",
+    "Query", "Receipt", "RecodeProgress", "SnapshotProgress", "Stats", "StoredDocument",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The two that load gRPC."""
+    if name == "Bank":
+        from regrad_vllm.client.bank import Bank
+
+        return Bank
+    if name == "AsyncBank":
+        from regrad_vllm.client.async_bank import AsyncBank
+
+        return AsyncBank
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

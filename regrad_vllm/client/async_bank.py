@@ -1,0 +1,192 @@
+"""A bank, as an asynchronous program sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from bank_service.wire.channel import open_aio_channel, open_channel
+from bank_service.wire.codec import GradientSpec, verify_record
+from bank_service.wire.credentials import BankCredentials
+from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.generated import bank_pb2_grpc
+from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_PAGE_SIZE
+from bank_service.wire.ports import DEFAULT_BANK
+from bank_service.wire.tracing import inject
+from regrad_vllm.client import messages
+from regrad_vllm.client.bank import GRADIENTS_IN_FLIGHT, IN_FLIGHT, as_query, credentials_of, needed, own_errors
+from regrad_vllm.client.ingest_call import IngestCall
+from regrad_vllm.client.records import RecordStream
+from regrad_vllm.client.retries import DEFAULT_ATTEMPTS, retry_options
+from regrad_vllm.client.values import (
+    Answer,
+    Deletion,
+    Document,
+    ListedDocument,
+    Query,
+    Receipt,
+    RecodeProgress,
+    SnapshotProgress,
+    Stats,
+    StoredDocument,
+)
+
+T = TypeVar("T")
+
+
+class AsyncBank:
+    """As ``Bank``, with its arguments and errors. Made and used in one event loop."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_BANK,
+        *,
+        token: str | None = None,
+        credentials: BankCredentials | None = None,
+        spec: GradientSpec | None = None,
+        timeout_ms: int | None = None,
+        attempts: int = DEFAULT_ATTEMPTS,
+    ) -> None:
+        """As ``Bank``. OSError, ValueError."""
+        self.address = address
+        self._spec = spec
+        self._timeout_s = None if timeout_ms is None else timeout_ms / 1000
+        self._credentials = credentials_of(token, credentials)
+        self._channel = open_aio_channel(address, self._credentials, retry_options(attempts))
+        self._stub = bank_pb2_grpc.BankServiceStub(self._channel)
+        self._blocking: Any = None  # a channel for ingests, opened at the first
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+        if self._blocking is not None:
+            self._blocking.close()
+
+    def ingest(
+        self,
+        documents: Iterable[Document] | AsyncIterable[Document],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        in_flight: int = IN_FLIGHT,
+    ) -> AsyncIterator[Receipt]:
+        """As ``Bank.ingest``."""
+        requests = ([messages.ingest_request(document, namespace)] async for document in _each(documents))
+        return self._ingest("IngestDocuments", requests, in_flight)
+
+    def ingest_gradients(
+        self,
+        gradients: Iterable[tuple[Document, bytes]] | AsyncIterable[tuple[Document, bytes]],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        in_flight: int = GRADIENTS_IN_FLIGHT,
+    ) -> AsyncIterator[Receipt]:
+        """As ``Bank.ingest_gradients``."""
+        requests = (
+            messages.gradient_requests(document, record, namespace) async for document, record in _each(gradients)
+        )
+        return self._ingest("IngestGradients", requests, in_flight)
+
+    async def delete(self, id: str, *, namespace: str = DEFAULT_NAMESPACE, purge: bool = False) -> Deletion:
+        """NotFoundError where there is no such document. purge: erases its past versions, too."""
+        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge)
+        return messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
+
+    async def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
+        """NotFoundError where there is no such document."""
+        request = pb.GetDocumentRequest(namespace=namespace, id=id)
+        return messages.stored_document_of(await self._ask(self._stub.GetDocument, request))
+
+    async def list(
+        self, *, namespace: str = DEFAULT_NAMESPACE, page_size: int = MAX_PAGE_SIZE
+    ) -> AsyncIterator[ListedDocument]:
+        """As ``Bank.list``."""
+        request = pb.ListDocumentsRequest(namespace=namespace, page_size=page_size)
+        while True:
+            page = await self._ask(self._stub.ListDocuments, request)
+            for entry in page.documents:
+                yield messages.listed_document_of(entry)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def query(self, query: Query | str) -> Answer:
+        """As ``Bank.query``."""
+        request = messages.query_request(as_query(query), self._learner)
+        return messages.answer_of(await self._ask(self._stub.Query, request))
+
+    async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
+        """As ``Bank.fetch``."""
+        spec = needed(self._spec)
+        stream = RecordStream(digests, spec)
+        with own_errors():
+            async for message in self._call(self._stub.FetchGradients, pb.FetchGradientsRequest(digests=digests)):
+                record = stream.add(message)
+                if record is not None:
+                    await asyncio.to_thread(verify_record, record, spec)
+                    yield message.digest, record
+        stream.end()
+
+    async def stats(self) -> Stats:
+        """The bank's own figures."""
+        return messages.stats_of(await self._ask(self._stub.GetStats, pb.GetStatsRequest()))
+
+    async def snapshot(self, target: str) -> AsyncIterator[SnapshotProgress]:
+        """As ``Bank.snapshot``."""
+        with own_errors():
+            request = pb.CreateSnapshotRequest(target=target)
+            async for message in self._stub.CreateSnapshot(request, metadata=tuple(inject())):
+                yield messages.snapshot_progress_of(message)
+
+    async def recode(self, codec: str) -> AsyncIterator[RecodeProgress]:
+        """As ``Bank.recode``."""
+        with own_errors():
+            request = pb.RecodeCollectionRequest(codec=codec)
+            async for message in self._stub.RecodeCollection(request, metadata=tuple(inject())):
+                yield messages.recode_progress_of(message)
+
+    @property
+    def _learner(self) -> str:
+        return self._spec.fingerprint if self._spec else ""
+
+    def _call(self, method: Any, request: Any) -> Any:
+        return method(request, timeout=self._timeout_s, metadata=tuple(inject()))
+
+    async def _ask(self, method: Any, request: Any) -> Any:
+        with own_errors():
+            return await self._call(method, request)
+
+    async def _ingest(
+        self, method: str, requests: AsyncIterator[Iterable[Any]], in_flight: int
+    ) -> AsyncIterator[Receipt]:
+        if self._blocking is None:
+            self._blocking = open_channel(self.address, self._credentials)
+        stub = bank_pb2_grpc.BankServiceStub(self._blocking)
+        call = IngestCall(getattr(stub, method), in_flight, tuple(inject()))
+        try:
+            async for request in requests:
+                call.send(request)
+                while call.must_receive and (receipt := await asyncio.to_thread(call.receive)):
+                    yield receipt
+            call.finish()
+            while receipt := await asyncio.to_thread(call.receive):
+                yield receipt
+        finally:
+            call.cancel()
+
+
+async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

@@ -1,0 +1,212 @@
+"""A bank, as a blocking program sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from bank_service.wire.channel import open_channel
+from bank_service.wire.codec import GradientSpec, verify_record
+from bank_service.wire.credentials import BankCredentials
+from bank_service.wire.errors import from_rpc_error
+from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.generated import bank_pb2_grpc
+from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_PAGE_SIZE
+from bank_service.wire.ports import DEFAULT_BANK
+from bank_service.wire.tracing import inject
+from regrad_vllm.client import messages
+from regrad_vllm.client.ingest_call import IngestCall
+from regrad_vllm.client.records import RecordStream
+from regrad_vllm.client.retries import DEFAULT_ATTEMPTS, retry_options
+from regrad_vllm.client.values import (
+    Answer,
+    Deletion,
+    Document,
+    ListedDocument,
+    Query,
+    Receipt,
+    RecodeProgress,
+    SnapshotProgress,
+    Stats,
+    StoredDocument,
+)
+
+IN_FLIGHT = 64  # documents sent ahead of the bank's answers
+GRADIENTS_IN_FLIGHT = 8  # each has megabytes
+
+
+class Bank:
+    """One connection to one bank, for any number of threads. Every method may raise any BankError."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_BANK,
+        *,
+        token: str | None = None,
+        credentials: BankCredentials | None = None,
+        spec: GradientSpec | None = None,
+        timeout_ms: int | None = None,
+        attempts: int = DEFAULT_ATTEMPTS,
+    ) -> None:
+        """Connects at the first call. OSError, ValueError where token or files can't be used.
+
+        credentials: files with token and certificates; by default as the environment's REGRAD_BANK_* say.
+        token: in place of the credentials' own.
+        spec: of a learner; a bank of another one is then refused. ``fetch`` needs it.
+        timeout_ms: for each call but ingests, snapshots and recoding; None: no limit.
+        attempts: tries of a call that a repeat can't make wrong, while the bank is not available.
+        """
+        self.address = address
+        self._spec = spec
+        self._timeout_s = None if timeout_ms is None else timeout_ms / 1000
+        self._channel = open_channel(address, credentials_of(token, credentials), retry_options(attempts))
+        self._stub = bank_pb2_grpc.BankServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def ingest(
+        self, documents: Iterable[Document], *, namespace: str = DEFAULT_NAMESPACE, in_flight: int = IN_FLIGHT
+    ) -> Iterator[Receipt]:
+        """Stores documents while the result is iterated over, and gives a receipt for each in their order.
+
+        At most ``in_flight`` documents are ahead of the bank's answers, and no more are in memory. An error's ``index``
+        is the place of the document that the bank refused; those with a receipt are stored.
+        """
+        requests = ([messages.ingest_request(document, namespace)] for document in documents)
+        return self._ingest(self._stub.IngestDocuments, requests, in_flight)
+
+    def ingest_gradients(
+        self,
+        gradients: Iterable[tuple[Document, bytes]],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        in_flight: int = GRADIENTS_IN_FLIGHT,
+    ) -> Iterator[Receipt]:
+        """As ``ingest``, with the record of each document's gradient, which somebody else has encoded."""
+        requests = (messages.gradient_requests(document, record, namespace) for document, record in gradients)
+        return self._ingest(self._stub.IngestGradients, requests, in_flight)
+
+    def delete(self, id: str, *, namespace: str = DEFAULT_NAMESPACE, purge: bool = False) -> Deletion:
+        """NotFoundError where there is no such document. purge: erases its past versions, too."""
+        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge)
+        return messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
+
+    def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
+        """NotFoundError where there is no such document."""
+        request = pb.GetDocumentRequest(namespace=namespace, id=id)
+        return messages.stored_document_of(self._ask(self._stub.GetDocument, request))
+
+    def list(self, *, namespace: str = DEFAULT_NAMESPACE, page_size: int = MAX_PAGE_SIZE) -> Iterator[ListedDocument]:
+        """The documents of a namespace in order of id, one page in memory. Changes meanwhile may show or not."""
+        request = pb.ListDocumentsRequest(namespace=namespace, page_size=page_size)
+        while True:
+            page = self._ask(self._stub.ListDocuments, request)
+            yield from map(messages.listed_document_of, page.documents)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def query(self, query: Query | str) -> Answer:
+        """The documents nearest to a text, or those named by id. A text alone asks for the 3 best."""
+        return messages.answer_of(self._ask(self._stub.Query, messages.query_request(as_query(query), self._learner)))
+
+    def fetch(self, digests: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """(digest, record) in the order asked for, each record checked to be one of this learner.
+
+        ``record_digest`` tells whether a record's bytes have the digest. GradientFormatError; ValueError without a
+        spec.
+        """
+        spec = needed(self._spec)
+        stream = RecordStream(digests, spec)
+        with own_errors():
+            for message in self._call(self._stub.FetchGradients, pb.FetchGradientsRequest(digests=digests)):
+                record = stream.add(message)
+                if record is not None:
+                    verify_record(record, spec)
+                    yield message.digest, record
+        stream.end()
+
+    def stats(self) -> Stats:
+        """The bank's own figures."""
+        return messages.stats_of(self._ask(self._stub.GetStats, pb.GetStatsRequest()))
+
+    def snapshot(self, target: str) -> Iterator[SnapshotProgress]:
+        """Writes a snapshot of the whole bank while the result is iterated over.
+
+        target: an absolute folder of the bank's machine, or a URL.
+        """
+        with own_errors():
+            request = pb.CreateSnapshotRequest(target=target)
+            for message in self._stub.CreateSnapshot(request, metadata=tuple(inject())):
+                yield messages.snapshot_progress_of(message)
+
+    def recode(self, codec: str) -> Iterator[RecodeProgress]:
+        """Gives every gradient another codec. The bank goes on where the iteration is left."""
+        with own_errors():
+            request = pb.RecodeCollectionRequest(codec=codec)
+            for message in self._stub.RecodeCollection(request, metadata=tuple(inject())):
+                yield messages.recode_progress_of(message)
+
+    @property
+    def _learner(self) -> str:
+        return self._spec.fingerprint if self._spec else ""
+
+    def _call(self, method: Any, request: Any) -> Any:
+        return method(request, timeout=self._timeout_s, metadata=tuple(inject()))
+
+    def _ask(self, method: Any, request: Any) -> Any:
+        with own_errors():
+            return self._call(method, request)
+
+    def _ingest(self, method: Any, requests: Iterable[Iterable[Any]], in_flight: int) -> Iterator[Receipt]:
+        call = IngestCall(method, in_flight, tuple(inject()))
+        try:
+            for request in requests:
+                call.send(request)
+                while call.must_receive and (receipt := call.receive()):
+                    yield receipt
+            call.finish()
+            while receipt := call.receive():
+                yield receipt
+        finally:
+            call.cancel()
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """A failed call inside is the bank's own error. BankError."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+
+
+def credentials_of(token: str | None, credentials: BankCredentials | None) -> BankCredentials:
+    """Without ``credentials``, as the environment says; with ``token``, that one. ValueError."""
+    found = BankCredentials.from_environment() if credentials is None else credentials
+    return found if token is None else replace(found, token=token)
+
+
+def as_query(query: Query | str) -> Query:
+    return Query(query) if isinstance(query, str) else query
+
+
+def needed(spec: GradientSpec | None) -> GradientSpec:
+    """ValueError where there is none."""
+    if spec is None:
+        raise ValueError("fetch must know the learner whose gradients these are; give spec when the client is made")
+    return spec

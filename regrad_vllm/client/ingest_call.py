@@ -1,0 +1,75 @@
+"""One stream of documents to a bank: so many ahead of its answers and no more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from bank_service.wire.errors import BankError, InternalError, from_rpc_error
+from regrad_vllm.client.messages import receipt_of
+from regrad_vllm.client.values import Receipt
+
+
+class IngestCall:
+    """Both clients use it. grpc.aio can't: it loses the bank's status where the bank ends a call that still sends.
+
+    The caller's thread takes the documents, a thread of gRPC's sends them, and one of ours reads the answers as they
+    come: where a call fails, gRPC drops the answers that nobody has read.
+    """
+
+    def __init__(self, method: Any, in_flight: int, metadata: tuple[tuple[str, str], ...]) -> None:
+        """ValueError."""
+        if in_flight < 1:
+            raise ValueError(f"in_flight must be at least 1, got {in_flight}")
+        self._in_flight = in_flight
+        self._num_ahead = 0  # documents that were sent and not answered
+        self._finished = False
+        self._messages: SimpleQueue[Any] = SimpleQueue()  # None ends it
+        self._answers: SimpleQueue[Receipt | BankError | None] = SimpleQueue()
+        self._call = method(iter(self._messages.get, None), metadata=metadata)
+        threading.Thread(target=self._read, name="ingest-answers", daemon=True).start()
+
+    @property
+    def must_receive(self) -> bool:
+        """Whether an answer is to be received before another document is sent."""
+        return self._num_ahead >= self._in_flight or not self._answers.empty()
+
+    def send(self, messages: Iterable[Any]) -> None:
+        """The messages of one document. Doesn't wait."""
+        for message in messages:
+            self._messages.put(message)
+        self._num_ahead += 1
+
+    def finish(self) -> None:
+        """No document follows."""
+        self._finished = True
+        self._messages.put(None)
+
+    def receive(self) -> Receipt | None:
+        """The answer to the oldest document that has none. Waits for it. None after the last. BankError."""
+        answer = self._answers.get()
+        if isinstance(answer, BankError):
+            raise answer
+        if answer is not None:
+            self._num_ahead -= 1
+        elif self._num_ahead or not self._finished:
+            raise InternalError("the bank must answer every document of a stream, it ended the stream before")
+        return answer
+
+    def cancel(self) -> None:
+        """Ends the call, where it hasn't ended, and its threads."""
+        self._call.cancel()
+        self._messages.put(None)
+
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                self._answers.put(receipt_of(message))
+        except grpc.RpcError as error:
+            self._answers.put(from_rpc_error(error))
+        else:
+            self._answers.put(None)

@@ -1,0 +1,165 @@
+"""The client's values as messages of the contract, and the bank's messages as values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC
+from typing import cast
+
+from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.limits import MAX_CHUNK_BYTES
+from regrad_vllm.client.values import (
+    Answer,
+    Condition,
+    Deletion,
+    Document,
+    Hit,
+    ListedDocument,
+    Outcome,
+    Query,
+    Receipt,
+    RecodeProgress,
+    SnapshotProgress,
+    Stats,
+    StoredDocument,
+)
+
+
+def ingest_request(document: Document, namespace: str) -> pb.IngestDocumentsRequest:
+    return pb.IngestDocumentsRequest(document=_document(document, namespace))
+
+
+def gradient_requests(document: Document, record: bytes, namespace: str) -> Iterator[pb.IngestGradientsRequest]:
+    """A document with its gradient: a header, then the record in chunks."""
+    header = pb.IngestGradientsRequest.Header(document=_document(document, namespace), record_bytes=len(record))
+    yield pb.IngestGradientsRequest(header=header)
+    for start in range(0, len(record), MAX_CHUNK_BYTES):
+        yield pb.IngestGradientsRequest(chunk=record[start : start + MAX_CHUNK_BYTES])
+
+
+def receipt_of(message: pb.IngestDocumentsResponse) -> Receipt:
+    return Receipt(
+        id=message.id,
+        version=message.version,
+        gradient_digest=message.gradient_digest,
+        outcome=cast(Outcome, pb.IngestDocumentsResponse.Outcome.Name(message.outcome).lower()),
+        num_tokens=message.num_tokens,
+        truncated=message.truncated,
+        sequence=message.sequence,
+    )
+
+
+def deletion_of(message: pb.DeleteDocumentResponse) -> Deletion:
+    return Deletion(message.version, message.sequence)
+
+
+def stored_document_of(message: pb.GetDocumentResponse) -> StoredDocument:
+    document = message.document
+    return StoredDocument(
+        document=Document(document.id, document.text, document.title, dict(document.metadata)),
+        version=message.version,
+        gradient_digest=message.gradient_digest,
+        updated_at=message.updated_at.ToDatetime(tzinfo=UTC),
+        num_tokens=message.num_tokens,
+        truncated=message.truncated,
+        sequence=message.sequence,
+    )
+
+
+def listed_document_of(entry: pb.ListDocumentsResponse.Entry) -> ListedDocument:
+    return ListedDocument(entry.id, entry.title, entry.version, entry.gradient_digest, entry.num_text_bytes)
+
+
+def query_request(query: Query, learner_fingerprint: str) -> pb.QueryRequest:
+    return pb.QueryRequest(
+        namespace=query.namespace,
+        text=query.text,
+        document_ids=query.document_ids,
+        top_k=0 if query.document_ids else query.top_k,
+        min_score=query.min_score,
+        learner_fingerprint=learner_fingerprint,
+        include_text=query.with_text,
+        retrieval="DENSE" if query.document_ids else query.retrieval.upper(),
+        filter=_filter_of(query.conditions),
+        as_of=query.as_of,
+    )
+
+
+def answer_of(message: pb.QueryResponse) -> Answer:
+    hits = (
+        Hit(
+            id=hit.id,
+            version=hit.version,
+            score=hit.score,
+            cosine=hit.cosine if hit.HasField("cosine") else hit.score,  # a bank from before: dense only
+            gradient_digest=hit.gradient_digest,
+            gradient_bytes=hit.gradient_bytes,
+            title=hit.title,
+            text=hit.text,
+        )
+        for hit in message.hits
+    )
+    return Answer(tuple(hits), message.sequence)
+
+
+def stats_of(message: pb.GetStatsResponse) -> Stats:
+    return Stats(
+        namespaces={entry.namespace: entry.num_documents for entry in message.namespaces},
+        num_documents=message.num_documents,
+        num_gradients=message.num_gradients,
+        gradient_bytes=message.gradient_bytes,
+        sequence=message.sequence,
+        indexed_sequence=message.indexed_sequence,
+        learner_fingerprint=message.learner_fingerprint,
+        layout_id=message.layout_id,
+        codec=message.codec,
+        embedder=message.embedder,
+        embedding_dimension=message.embedding_dimension,
+        cache_hits=message.cache_hits,
+        cache_misses=message.cache_misses,
+        cache_available=message.cache_available,
+        version=message.version,
+        num_past_versions=message.num_past_versions,
+        oldest_as_of=message.oldest_as_of,
+    )
+
+
+def snapshot_progress_of(message: pb.CreateSnapshotResponse) -> SnapshotProgress:
+    return SnapshotProgress(
+        num_gradients=message.num_gradients,
+        num_done=message.num_done,
+        num_copied=message.num_copied,
+        copied_bytes=message.copied_bytes,
+        is_whole=message.is_whole,
+        sequence=message.sequence,
+        catalog_digest=message.catalog_digest,
+    )
+
+
+def recode_progress_of(message: pb.RecodeCollectionResponse) -> RecodeProgress:
+    return RecodeProgress(
+        num_documents=message.num_documents,
+        num_done=message.num_done,
+        num_recoded=message.num_recoded,
+        num_failed=message.num_failed,
+        finished=message.finished,
+    )
+
+
+def _document(document: Document, namespace: str) -> pb.Document:
+    return pb.Document(
+        namespace=namespace,
+        id=document.id,
+        title=document.title,
+        text=document.text,
+        metadata=dict(document.metadata),
+    )
+
+
+def _filter_of(conditions: Sequence[Condition]) -> pb.Filter | None:
+    if not conditions:
+        return None
+    kind = pb.Filter.Condition
+    return pb.Filter(
+        conditions=[kind(key=item.key, operator=item.operator.upper(), values=item.values) for item in conditions]
+    )

@@ -1,0 +1,43 @@
+"""Gradient records out of the pieces in which the bank sends them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bank_service.wire.codec import GradientSpec, max_record_bytes
+from bank_service.wire.errors import DataLossError
+from bank_service.wire.generated import bank_pb2 as pb
+
+
+class RecordStream:
+    """Puts one answer of FetchGradients together and holds it to what was asked for."""
+
+    def __init__(self, digests: Sequence[str], spec: GradientSpec) -> None:
+        self._expected = iter(digests)
+        self._max_bytes = max_record_bytes(spec)
+        self._buffer = bytearray()
+
+    def add(self, message: pb.FetchGradientsResponse) -> bytes | None:
+        """The record that ``message`` completes, or None. DataLossError where it doesn't fit."""
+        if message.record_bytes > self._max_bytes:
+            raise _broken(message.digest, f"claims {message.record_bytes} bytes, more than any of this learner")
+        if message.offset != len(self._buffer):
+            raise _broken(message.digest, f"has a hole: chunk at {message.offset}, {len(self._buffer)} bytes read")
+        self._buffer += message.chunk
+        if len(self._buffer) < message.record_bytes:
+            return None
+        if message.digest != next(self._expected, None):
+            raise _broken(message.digest, "was not the one asked for")
+        record = bytes(self._buffer)
+        self._buffer.clear()
+        return record
+
+    def end(self) -> None:
+        """Called at the end of the stream. DataLossError where a record is missing."""
+        missing = next(self._expected, None)
+        if missing is not None:
+            raise _broken(missing, "did not arrive")
+
+
+def _broken(digest: str, what: str) -> DataLossError:
+    return DataLossError(f"the bank's stream of gradient {digest} {what}; is it a bank of this version?", digest=digest)

@@ -1,0 +1,158 @@
+"""Files and folders → bank, as `regrad ingest` does it: refused documents can be passed over, and what a shortened file
+no longer holds is deleted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bank_service.errors import BankError, InvalidArgumentError, NotFoundError, VersionConflictError
+from regrad_vllm.client.corpus import CorpusDocument, CorpusFile, read_corpus
+from regrad_vllm.client.values import OUTCOMES, Receipt
+
+if TYPE_CHECKING:
+    from regrad_vllm.client.bank import Bank
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A document that the bank refused."""
+
+    place: str
+    error: BankError
+
+
+@dataclass(frozen=True, slots=True)
+class UploadOutcome:
+    """What became of a corpus."""
+
+    counts: Counter[str]  # by outcome, and "truncated", "removed"
+    refused: tuple[Refusal, ...]
+    sequence: int  # of the last change; 0 where nothing was answered
+
+    def summary(self) -> str:
+        parts = [f"{self.counts[name]:,} {name}" for name in OUTCOMES]
+        if self.counts["removed"]:
+            parts.append(f"{self.counts['removed']:,} removed that their files no longer hold")
+        if self.counts["truncated"]:
+            parts.append(
+                f"{self.counts['truncated']:,} longer than the learner reads (the rest is not in the gradient)"
+            )
+        if self.refused:
+            parts.append(f"{len(self.refused):,} refused")
+        return ", ".join(parts)
+
+
+class UploadError(Exception):
+    """An upload that ended early. ``place`` is that of the document at fault, empty where none is."""
+
+    def __init__(self, error: BankError, place: str, num_stored: int) -> None:
+        self.error = error
+        self.place = place
+        self.num_stored = num_stored
+        super().__init__(self.told(error.message))
+
+    def told(self, reason: str) -> str:
+        """One line with the bank's message in the caller's words."""
+        where = f"{self.place}: " if self.place else ""
+        return f"{where}{reason} ({self.num_stored:,} documents before it are in)"
+
+
+def upload(
+    bank: Bank,
+    files: Sequence[CorpusFile],
+    *,
+    namespace: str,
+    in_flight: int = 64,
+    skip_bad: bool = False,
+    progress: Callable[[], object] = lambda: None,
+) -> UploadOutcome:
+    """Streams the files' documents to the bank, at most ``in_flight`` ahead of its answers.
+
+    skip_bad: passes over documents that the bank refuses. ``progress`` is called after each document. UploadError where
+    the stream ends early, BankError where a deletion fails.
+    """
+    feed = _Feed(item for item in read_corpus(files) if isinstance(item, CorpusDocument))
+    counts: Counter[str] = Counter()
+    refused: list[Refusal] = []
+    while not feed.at_end:
+        try:
+            for receipt in bank.ingest(feed.documents(), namespace=namespace, in_flight=in_flight):
+                feed.answered(receipt)
+                counts[receipt.outcome] += 1
+                counts["truncated"] += receipt.truncated
+                progress()
+        except BankError as error:
+            document = feed.rewind()
+            own_fault = document is not None and isinstance(error, InvalidArgumentError | VersionConflictError)
+            if document is None or not (skip_bad and own_fault):
+                place = document.place if document is not None and own_fault else ""
+                raise UploadError(error, place, sum(counts[name] for name in OUTCOMES)) from error
+            refused.append(Refusal(document.place, error))
+            progress()
+    sequence = feed.sequence
+    for file in files:
+        for change in _remove_rest(bank, namespace, file.id, feed.highest):
+            counts["removed"] += 1
+            sequence = max(sequence, change)
+    return UploadOutcome(counts, tuple(refused), sequence)
+
+
+class _Feed:
+    """Documents on their way: not sent, sent, answered."""
+
+    def __init__(self, documents: Iterable[CorpusDocument]) -> None:
+        self._documents = iter(documents)
+        self._again: deque[CorpusDocument] = deque()  # sent on a stream that failed
+        self._sent: deque[CorpusDocument] = deque()
+        self.at_end = False
+        self.sequence = 0  # the highest of the answers
+        self.highest: dict[str, int] = {}  # file → its last passage's number, 0 where it is one whole document
+
+    def documents(self) -> Iterator[CorpusDocument]:
+        """For one stream."""
+        while document := self._again.popleft() if self._again else next(self._documents, None):
+            self._sent.append(document)
+            yield document
+        self.at_end = True
+
+    def answered(self, receipt: Receipt) -> None:
+        """The oldest document sent is in the bank."""
+        self.sequence = max(self.sequence, receipt.sequence)
+        document = self._sent.popleft()
+        base, _, number = document.id.rpartition("#")
+        if base and number.isdecimal():
+            self.highest[base] = max(self.highest.get(base, 0), int(number))
+        else:
+            self.highest.setdefault(document.id, 0)
+
+    def rewind(self) -> CorpusDocument | None:
+        """After a stream failed: what was sent and not answered goes first on the next, but for the first: returned."""
+        failed = self._sent.popleft() if self._sent else None
+        self._again.extendleft(reversed(self._sent))
+        self._sent.clear()
+        self.at_end = False
+        return failed
+
+
+def _remove_rest(bank: Bank, namespace: str, file_id: str, highest: dict[str, int]) -> Iterator[int]:
+    """Deletes the passages that the file had at an earlier ingest and has no more; each deletion's sequence."""
+    if file_id not in highest:
+        return
+    last = highest[file_id]
+    if last and (change := _delete(bank, namespace, file_id)):
+        yield change
+    while change := _delete(bank, namespace, f"{file_id}#{last + 1}"):
+        yield change
+        last += 1
+
+
+def _delete(bank: Bank, namespace: str, document_id: str) -> int:
+    """The deletion's sequence; 0 where there is no such document."""
+    try:
+        return bank.delete(document_id, namespace=namespace).sequence
+    except NotFoundError:
+        return 0
