@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import pytest
 import pytest_asyncio
 
-from regrad_vllm.client import AsyncBank, Bank
 from bank_service.testing.hash_encoder import spec_of
+from regrad_vllm.client import AsyncBank, Bank
 
 ROOT = Path(__file__).parents[2]
 

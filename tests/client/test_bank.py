@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError
+from bank_service.testing.hash_encoder import spec_of
 from bank_service.wire.codec import WrongLearnerError, encode_gradient, record_digest
 from regrad_vllm.client import AsyncBank, Bank, Condition, Document, Query
-from bank_service.testing.hash_encoder import spec_of
 from tests.client.conftest import Call
 
 pytestmark = pytest.mark.asyncio

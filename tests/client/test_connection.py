@@ -17,13 +17,13 @@ from bank_service.errors import (
     UnavailableError,
 )
 from bank_service.service.server import BankServer
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
+from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.wire.codec import GradientSpec
 from bank_service.wire.generated import bank_pb2
 from regrad_vllm.client import AsyncBank, Bank, BankCredentials, Document
 from regrad_vllm.client.retries import REPEATABLE, SERVICE
-from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
-from bank_service.testing.tokens import Tokens
 from tests.client.conftest import Call, asynchronous, blocking
 
 DOCUMENT = Document("a", "a text")
