@@ -36,7 +36,7 @@ from benchmarks.bank.build import build
 from benchmarks.bank.child_bank import folder_bytes, running_bank
 from benchmarks.bank.drawn_corpus import DrawnCorpus
 from benchmarks.bank.fetch import measure_fetch
-from benchmarks.bank.queries import TOP_K, RawIndex, measure_kinds, measure_queries
+from benchmarks.bank.query_times import TOP_K, RawIndex, measure_kinds, measure_queries
 from benchmarks.bank.restart import measure_restarts
 from benchmarks.bank_ingest import measure_ingest, spec_with
 from regrad_vllm.reporting.machine import describe
