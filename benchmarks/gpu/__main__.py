@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from benchmarks.bank.timing import percentile
-from benchmarks.gpu.engine_pair import Adapters, Asked, running
+from benchmarks.gpu.engine_pair import Adapters, RunningEngine, running
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, Shape, made_up_learner, write_model
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.arguments import whole
@@ -118,7 +118,9 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-async def _activation(args: argparse.Namespace, ours: Asked, stock: Asked, adapters: Adapters) -> dict[str, Any]:
+async def _activation(
+    args: argparse.Namespace, ours: RunningEngine, stock: RunningEngine, adapters: Adapters
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for k in args.documents:
         ms: dict[str, list[float]] = {"ours": [], "ours_active": [], "stock": []}
@@ -145,7 +147,9 @@ async def _activation(args: argparse.Namespace, ours: Asked, stock: Asked, adapt
     return found
 
 
-async def _decode(args: argparse.Namespace, ours: Asked, stock: Asked, adapters: Adapters) -> dict[str, Any]:
+async def _decode(
+    args: argparse.Namespace, ours: RunningEngine, stock: RunningEngine, adapters: Adapters
+) -> dict[str, Any]:
     first = adapters.written(adapters.recipe(1), 0)
     paths = [first, *(adapters.named_again(first, number) for number in range(1, max(args.adapters)))]
     chance = np.random.default_rng(2)
@@ -179,7 +183,7 @@ async def _decode(args: argparse.Namespace, ours: Asked, stock: Asked, adapters:
     return found
 
 
-async def _load(args: argparse.Namespace, ours: Asked, adapters: Adapters) -> dict[str, Any]:
+async def _load(args: argparse.Namespace, ours: RunningEngine, adapters: Adapters) -> dict[str, Any]:
     chance = np.random.default_rng(3)
     static = adapters.recipe(0)
     per_s: dict[str, list[float]] = {way: [] for way in ("regrad", "rag", "base")}

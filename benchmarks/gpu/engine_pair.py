@@ -25,7 +25,7 @@ from regrad_vllm.serve.launch import GPU_COMPILATION, merged_modules
 from regrad_vllm.serve.recipe import Recipe
 
 
-class Asked:
+class RunningEngine:
     """An engine that answers requests, ours or stock vLLM."""
 
     def __init__(self, client: Any, doors: Engine | None) -> None:
@@ -129,7 +129,7 @@ async def running(
     max_tokens: int,
     memory_share: float,
     graph_sizes: Sequence[int],
-) -> AsyncIterator[Asked]:
+) -> AsyncIterator[RunningEngine]:
     """An engine of ``folder``/model for as many requests of so many tokens, with ``folder``/learner where it is ours.
 
     memory_share: of the GPU's memory. graph_sizes: requests in a step for which CUDA graphs are made.
@@ -159,7 +159,7 @@ async def running(
     try:
         if ours:
             doors, _ = await Engine.connect(client, learner)
-        yield Asked(client, doors)
+        yield RunningEngine(client, doors)
     finally:
         if doors is not None:
             await doors.close()
