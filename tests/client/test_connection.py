@@ -24,6 +24,7 @@ from bank_service.wire.codec import GradientSpec
 from bank_service.wire.generated import bank_pb2
 from regrad_vllm.client import AsyncBank, Bank, BankCredentials, Document
 from regrad_vllm.client.retries import REPEATABLE, SERVICE
+from regrad_vllm.local.processes import free_port
 from tests.client.conftest import Call, asynchronous, blocking
 
 DOCUMENT = Document("a", "a text")
@@ -86,7 +87,7 @@ def test_a_token_that_can_be_none_is_refused_and_none_is_shown() -> None:
 
 @pytest.mark.asyncio
 async def test_a_call_that_may_be_repeated_outlasts_a_restart_and_a_deletion_is_not_repeated(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     async with both(f"127.0.0.1:{port}", attempts=5) as calls:
         async with server_of(tmp_path, port=port):
             await calls[0]("ingest", [DOCUMENT])
@@ -103,7 +104,7 @@ async def test_a_call_that_may_be_repeated_outlasts_a_restart_and_a_deletion_is_
 @pytest.mark.asyncio
 async def test_a_bank_that_is_not_there_is_unavailable_however_often_it_is_tried() -> None:
     for attempts in (1, 3):
-        async with both(f"127.0.0.1:{_free_port()}", attempts=attempts) as calls:
+        async with both(f"127.0.0.1:{free_port()}", attempts=attempts) as calls:
             for call in calls:
                 with pytest.raises(UnavailableError):
                     await call("stats")
@@ -149,9 +150,3 @@ async def test_records_of_several_messages_arrive_whole(tmp_path: Path) -> None:
     sizes = {hit.gradient_digest: hit.gradient_bytes for hit in hits}
     assert {digest: len(record) for digest, record in fetched[0]} == sizes
     assert min(sizes.values()) > 2**20
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
