@@ -61,16 +61,26 @@ class CatalogView(Protocol):
         """The document, or None where there is none now."""
         ...
 
-    def keys(self, namespace: str, ids: Sequence[str]) -> dict[str, int]:
-        """id → key of the documents that exist. At most MAX_KEYS ids."""
-        ...
-
     def page(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
         """Up to ``size`` documents after ``after_id``, in the order of their ids' UTF-8 bytes."""
         ...
 
     def after_key(self, key: int, limit: int) -> list[StoredDocument]:
         """Up to ``limit`` documents of all namespaces after a key, in order of key."""
+        ...
+
+    def began(self, namespace: str, ids: Sequence[str], as_of: int | None = None) -> dict[str, int]:
+        """id → the sequence with which its version began that held at ``as_of``, or holds now.
+
+        Without documents that did not exist then. At most MAX_KEYS ids.
+        """
+        ...
+
+    def hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:
+        """A hit for each version in ``scores``, in its order. At most MAX_KEYS versions.
+
+        A version is named by the sequence with which it began. Those that are gone are left out.
+        """
         ...
 
     # Changes, for what follows the catalog
@@ -89,10 +99,6 @@ class CatalogView(Protocol):
 
     def candidates(self, keys: Sequence[int]) -> list[Candidate]:
         """The documents among ``keys`` that are not deleted, in any order. At most MAX_KEYS keys."""
-        ...
-
-    def hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:
-        """A hit for each key in ``scores``, in its order. Every key must be in ``candidates``."""
         ...
 
     def matching(
@@ -120,18 +126,8 @@ class CatalogView(Protocol):
         """The next of the past versions that the namespace held at ``as_of``, beside its documents that still live.
 
         Reads up to ``limit`` versions that ended after ``after``, which is ``as_of`` in the first call. Gives those
-        that meet all conditions, and the next ``after``; None where there are no more. A candidate's key is the
-        sequence with which the version began.
+        that meet all conditions, and the next ``after``; None where there are no more.
         """
-        ...
-
-    def began(self, namespace: str, ids: Sequence[str], as_of: int) -> dict[str, int]:
-        """id → the sequence with which its version at ``as_of`` began. Without ids that did not exist then."""
-        ...
-
-    def past_hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:
-        """A hit for each version in ``scores``, in its order. Versions are named by the sequence with which they
-        began, and those that are gone are left out."""
         ...
 
     # Gradients
@@ -172,12 +168,8 @@ class CatalogView(Protocol):
 
     # Purges
 
-    def unfinished_erasures(self, after: int, limit: int) -> list[Erasure]:
-        """Up to ``limit`` erasures that are not finished and have a number above ``after``, in order."""
-        ...
-
-    def repeatable_erasures(self) -> set[int]:
-        """The numbers of erasures that are finished and were not acknowledged."""
+    def pending_erasures(self, after: int, limit: int) -> list[Erasure]:
+        """Up to ``limit`` erasures with a number above ``after``, in order."""
         ...
 
 
@@ -250,7 +242,8 @@ class Catalog(Protocol):
     ) -> Future[DeleteResult]:
         """Deletes a document. ``purge``: its past versions, too, also those of a document that is deleted already.
 
-        NotFoundError, VersionConflictError.
+        A purge may come again with the version that it expected: its answer may have been lost. Each leaves an
+        erasure, in the same transaction. NotFoundError, VersionConflictError.
         """
         ...
 
@@ -279,18 +272,11 @@ class Catalog(Protocol):
 
     # Purges
 
-    def acknowledge_purge(self, number: int) -> Future[None]:
-        """The caller of the purge is told of its success."""
-        ...
-
     def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
-        """Nothing of these is left anywhere."""
+        """Nothing of these purges is left anywhere."""
         ...
 
-    def forget_erasures(self, numbers: Collection[int]) -> Future[None]:
-        """The finished ones of these can't come again with the version that they expected."""
-        ...
-
-    def cut_log(self) -> Future[bool]:
-        """Empties the store's own log of changes. False where a view at an older state keeps it from that."""
+    def empty_log(self) -> Future[bool]:
+        """Empties the log in which the store still has what was deleted. False where a view at an older state keeps
+        the store from that: try again. A store whose log is not its own gives true, and says how long the log stays."""
         ...

@@ -90,7 +90,6 @@ class DeleteResult:
     version: int  # of the deleted document
     sequence: int
     digests: frozenset[str]  # of gradients that may now belong to nobody
-    erasure: int | None = None  # the number of a purge's erasure
 
 
 @dataclass(frozen=True, slots=True)

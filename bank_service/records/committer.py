@@ -101,11 +101,10 @@ class Committer:
     async def _delete(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
         result = await in_thread(self._pool, self._delete_row, namespace, id, expected_version, purge)
         self.acknowledge(result.sequence)
-        if result.erasure is None:
-            self._background.run(self._discarder.discard(result.digests))
-        else:
+        if purge:
             await self._discarder.erase(result.digests)
-            await asyncio.wrap_future(self._catalog.acknowledge_purge(result.erasure))
+        else:
+            self._background.run(self._discarder.discard(result.digests))
         return result
 
     async def _write(

@@ -100,7 +100,7 @@ class Past:
                         name=id,
                     )
             scores = {began[id]: Score(1.0, 1.0) for id in query.document_ids}
-            return QueryResult(tuple(view.past_hits(scores, query.include_text)), {}, as_of)
+            return QueryResult(tuple(view.hits(scores, query.include_text)), {}, as_of)
 
 
 def _as_of(view: CatalogView, query: Query) -> int:
@@ -137,7 +137,7 @@ def _answer(view: CatalogView, query: Query, vector: FloatArray, nearest: list[C
     ids = {candidate.sequence: candidate.id for candidate in nearest}
     best = sorted(cosines, key=lambda began: (-cosines[began], ids[began]))[: query.top_k]
     scores = {began: Score(cosines[began], cosines[began]) for began in best if cosines[began] >= query.min_score}
-    hits = view.past_hits(scores, query.include_text)
+    hits = view.hits(scores, query.include_text)
     return QueryResult(tuple(hits), {}, _as_of(view, query)) if len(hits) == len(scores) else None
 
 

@@ -132,7 +132,8 @@ class Queries:
             if not found.scores:
                 view.check_namespace(query.namespace)
             if query.include_text:
-                hits = tuple(view.hits(found.scores, include_text=True))
+                scores = {found.candidates[key].sequence: score for key, score in found.scores.items()}
+                hits = tuple(view.hits(scores, include_text=True))
             else:
                 hits = tuple(found.candidates[key].hit(score) for key, score in found.scores.items())
             result = QueryResult(hits, {}, found.sequence)
@@ -140,12 +141,12 @@ class Queries:
 
     def _named(self, query: Query) -> QueryResult:
         with self._catalog.view() as view:
-            keys = view.keys(query.namespace, query.document_ids)
+            began = view.began(query.namespace, query.document_ids)
             for id in query.document_ids:
-                if id not in keys:
+                if id not in began:
                     view.check_namespace(query.namespace)
                     raise document_not_found(query.namespace, id)
-            hits = view.hits({keys[id]: Score(1.0, 1.0) for id in query.document_ids}, query.include_text)
+            hits = view.hits({began[id]: Score(1.0, 1.0) for id in query.document_ids}, query.include_text)
             return QueryResult(tuple(hits), {}, view.sequence())
 
 

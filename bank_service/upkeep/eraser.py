@@ -1,15 +1,17 @@
 """Erases what a purge leaves behind its commit: bytes that no query finds, but that the bank's files still hold.
 
-The catalog overwrites deleted content (``secure_delete``), but words stay in FTS5's segments until they are merged, old
-pages in the write-ahead log until it is emptied, and the vector in the index: in memory and in its snapshot. A round
-erases what all purges before it left; ``erasures`` in the catalog says what is left after a crash.
+Each store erases by its own means. The catalog overwrites deleted rows, erases deleted words from its lists and
+empties its log. A namespace's index is rid of the removed vectors, and its file is written anew. Gradients leave the
+blob store and the cache. The catalog knows what is left after a crash.
 
-How long that takes: a round rewrites the namespaces' words (about 1 s per GB), and has the vector store erase its part
-(see ``Nearest.erase``). Rounds are a fifth of the time at most, so a purge's traces are gone ERASE_SECONDS and six
-rounds later: seconds in a bank of some thousand documents. What holds a
+What remains: snapshots of the bank that were made before the purge, and logs and backups of a store that is not the
+bank's own.
+
+A round rewrites the words and the index of each namespace with a purge, which takes seconds with some thousand
+documents, and at most as long as adding all of its vectors. Rounds are a fifth of the time at most. What holds a
 round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within seconds), a
-disk that fails, a rebuild of a namespace's index, a snapshot, whose copy of the catalog may have all of it. Gradients
-that disk or cache refuse hold up nothing else.
+disk that fails, a snapshot, whose copy of the catalog may have all of it. Gradients that disk or cache refuse hold up
+nothing else.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ REST_FACTOR = 4  # a round rewrites whole files: at most a fifth of the time goe
 MAX_PER_ROUND = 500  # purges that a round rewrites for
 STOP_SECONDS = 3.0
 LATE_SECONDS = 60.0  # after which a purge that is not erased is worth a warning
-REPEAT_SECONDS = 3600.0  # after all is erased, for which a purge can come again: its answer may have been lost
 
 
 class Eraser:
@@ -55,8 +56,7 @@ class Eraser:
         self._pool = pool
         self._rewritten = 0  # up to this number erasures' words and vectors are gone from the files
         self._since: dict[int, float] = {}  # erasures that are not finished, and since when they are known, in order
-        self._repeatable: dict[int, float] = {}  # those that are, since when, as far as they have rows
-        self._must_cut = True  # the log may have what went from the catalog
+        self._is_log_empty = False  # of what went from the catalog
         self._late = Seldom()
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -93,21 +93,18 @@ class Eraser:
 
     async def _erase(self) -> bool:
         await self._discarder.retry()
-        fresh, repeatable, sequence = await in_thread(self._pool, self._look)
-        self._must_cut |= not repeatable.issuperset(self._repeatable)  # the rows that went have digests
-        now = time.monotonic()
-        self._repeatable = {number: self._repeatable.get(number, now) for number in repeatable}
+        fresh, sequence = await in_thread(self._pool, self._look)
         if fresh:
-            self._must_cut = True
+            self._is_log_empty = False
             await self._rewrite({erasure.namespace for erasure in fresh}, sequence)
             # Neither blob store nor cache is to keep a gradient that nobody names. What they refuse is tried again.
             await self._discarder.discard([digest for erasure in fresh for digest in erasure.digests])
             self._rewritten = fresh[-1].number
         gone = await self._gone()
-        if not await self._cut():
+        if not await self._empty_log():
             return False
         await self._finish(gone)
-        return await self._cut() and not self._since
+        return await self._empty_log() and not self._since
 
     async def _gone(self) -> list[int]:
         """Those of which nothing is left but what the log has."""
@@ -115,7 +112,7 @@ class Eraser:
         since: dict[int, float] = {}
         gone: list[int] = []
         after = 0
-        while page := await in_thread(self._pool, self._unfinished, after):
+        while page := await in_thread(self._pool, self._pending, after):
             for erasure in page:
                 after = erasure.number
                 since[after] = self._since.get(after, now)
@@ -125,38 +122,30 @@ class Eraser:
         return [] if self._blobs.is_holding_all else gone
 
     async def _finish(self, gone: list[int]) -> None:
-        """Says so in the catalog, and forgets purges of long ago; they can't come again with the version expected."""
-        now = time.monotonic()
         for start in range(0, len(gone), MAX_PER_ROUND):
             numbers = gone[start : start + MAX_PER_ROUND]
             await asyncio.wrap_future(self._catalog.finish_erasures(numbers))
-            self._must_cut = True
+            self._is_log_empty = False  # it has their digests
             for number in numbers:
                 del self._since[number]
-                self._repeatable[number] = now
-        lapsed = [number for number, since in self._repeatable.items() if now > since + REPEAT_SECONDS]
-        if lapsed:
-            await asyncio.wrap_future(self._catalog.forget_erasures(lapsed[:MAX_PER_ROUND]))
-            self._must_cut = True
 
-    async def _cut(self) -> bool:
-        if self._must_cut:
-            self._must_cut = not await asyncio.wrap_future(self._catalog.cut_log())
-        return not self._must_cut
+    async def _empty_log(self) -> bool:
+        if not self._is_log_empty:
+            self._is_log_empty = await asyncio.wrap_future(self._catalog.empty_log())
+        return self._is_log_empty
 
     async def _rewrite(self, namespaces: set[str], sequence: int) -> None:
         await self._catalog.words.clean()
         await self._nearest.reach(sequence)
         await self._nearest.erase(namespaces)
 
-    def _look(self) -> tuple[list[Erasure], set[int], int]:
+    def _look(self) -> tuple[list[Erasure], int]:
         with self._catalog.view() as view:
-            fresh = view.unfinished_erasures(self._rewritten, MAX_PER_ROUND)
-            return fresh, view.repeatable_erasures(), view.sequence()
+            return view.pending_erasures(self._rewritten, MAX_PER_ROUND), view.sequence()
 
-    def _unfinished(self, after: int) -> list[Erasure]:
+    def _pending(self, after: int) -> list[Erasure]:
         with self._catalog.view() as view:
-            return view.unfinished_erasures(after, MAX_PER_ROUND)
+            return view.pending_erasures(after, MAX_PER_ROUND)
 
     async def _run(self) -> None:
         while True:

@@ -40,7 +40,9 @@ class RawIndex:
         self.index.load((folder / name).read_bytes())
         self.index.expansion_search = expansion_of(len(self.index))
         with closing(sqlite3.connect(f"{(data_dir / 'catalog.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as file:
-            rows = file.execute("SELECT key, id FROM documents WHERE namespace = ?", (DEFAULT_NAMESPACE,))
+            rows = file.execute(
+                "SELECT key, id FROM versions WHERE ended IS NULL AND namespace = ?", (DEFAULT_NAMESPACE,)
+            )
             self._numbers = {int(key): number_of(id) for key, id in rows}
 
     def search(self, vector: np.ndarray) -> Any:

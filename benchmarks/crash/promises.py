@@ -130,7 +130,9 @@ def check_snapshot(target: Path, verdict: Verdict) -> None:
             return
         blobs = BlobStore.in_folder(restored / "blobs")
         with closing(sqlite3.connect(restored / CATALOG_FILE)) as catalog:
-            rows = catalog.execute("SELECT id, title, text, gradient_digest FROM documents WHERE NOT deleted")
+            rows = catalog.execute(
+                "SELECT id, title, text, gradient_digest FROM versions WHERE ended IS NULL AND NOT deleted"
+            )
             for id, title, text, digest in rows:
                 if not is_right(digest, blobs.get(digest), title, text):
                     verdict.wrong.append(f"{id} in a snapshot: a gradient that its text does not give")

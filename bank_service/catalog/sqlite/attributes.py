@@ -12,13 +12,13 @@ import sqlalchemy as sa
 
 from bank_service.catalog.contract import MAX_KEYS
 from bank_service.catalog.sqlite.prepared import Prepared
-from bank_service.catalog.sqlite.tables import documents, metadata
+from bank_service.catalog.sqlite.tables import living, metadata, now, versions
 from bank_service.values.filters import Condition, Operator
 
 attributes = sa.Table(
     "attributes",
     metadata,
-    sa.Column("key", sa.Integer, primary_key=True),  # of the document's row
+    sa.Column("key", sa.Integer, primary_key=True),  # of the document
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("namespace", sa.Text, nullable=False),
     sa.Column("value", sa.Text, nullable=False),
@@ -44,12 +44,10 @@ def remove_attributes(connection: sa.Connection, key: int) -> None:
 
 def fill_attributes(connection: sa.Connection) -> None:
     """Makes the table from the documents' own JSON: for a catalog that had none."""
-    pairs = sa.func.json_each(documents.c.metadata).table_valued("key", "value").alias("pairs")
-    rows = sa.select(documents.c.key, pairs.c.key, documents.c.namespace, pairs.c.value).where(
-        sa.not_(documents.c.deleted)
-    )
+    pairs = sa.func.json_each(versions.c.metadata).table_valued("key", "value").alias("pairs")
+    rows = sa.select(versions.c.key, pairs.c.key, versions.c.namespace, pairs.c.value).where(living)
     names = ["key", "name", "namespace", "value"]
-    connection.execute(sa.insert(attributes).from_select(names, rows.select_from(sa.join(documents, pairs, sa.true()))))
+    connection.execute(sa.insert(attributes).from_select(names, rows.select_from(sa.join(versions, pairs, sa.true()))))
 
 
 def matching(
@@ -65,8 +63,8 @@ def matching(
     """
     driver = _rarest(connection, namespace, conditions, limit)
     if driver is None:
-        query = sa.select(documents.c.key).where(documents.c.namespace == namespace, sa.not_(documents.c.deleted))
-        key: sa.ColumnElement[int] = documents.c.key
+        query = sa.select(versions.c.key).where(versions.c.namespace == namespace, living)
+        key: sa.ColumnElement[int] = versions.c.key
     else:
         query = sa.select(attributes.c.key).where(_pair(attributes, driver), attributes.c.namespace == namespace)
         key = attributes.c.key
@@ -84,30 +82,29 @@ def among(
     """Those of ``keys`` whose documents match. ``as_of``: and have not changed since."""
     found: set[int] = set()
     for start in range(0, len(keys), MAX_KEYS):
-        query = sa.select(documents.c.key).where(
-            documents.c.key.in_(keys[start : start + MAX_KEYS]),
-            sa.not_(documents.c.deleted),
-            *(holds(condition, documents.c.key) for condition in conditions),
+        query = sa.select(versions.c.key).where(
+            versions.c.key.in_(keys[start : start + MAX_KEYS]),
+            living,
+            *(holds(condition, versions.c.key) for condition in conditions),
         )
         if as_of is not None:
-            query = query.where(documents.c.sequence <= as_of)
+            query = query.where(versions.c.began <= as_of)
         found.update(connection.execute(query).scalars())
     return found
 
 
 def holds(condition: Condition, key: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
-    """The condition on the document whose row key is ``key``, in SQL; one look into the table's primary key."""
+    """The condition on the document with this key, in SQL; one look into the table's primary key."""
     table = attributes.alias()
     found = sa.exists().where(table.c.key == key, _pair(table, condition))
     return found if condition.operator in (Operator.EQUALS, Operator.PRESENT) else sa.not_(found)
 
 
 def _unchanged_since(as_of: int, key: sa.ColumnElement[int], *, is_joined: bool) -> sa.ColumnElement[bool]:
-    """``is_joined``: ``key`` is a row of ``documents`` already."""
+    """``is_joined``: the query reads ``versions`` already."""
     if is_joined:
-        return documents.c.sequence <= as_of
-    table = documents.alias()
-    return sa.exists().where(table.c.key == key, table.c.sequence <= as_of)
+        return versions.c.began <= as_of
+    return sa.exists().where(versions.c.key == key, now, versions.c.began <= as_of)
 
 
 def _pair(table: sa.FromClause, condition: Condition) -> sa.ColumnElement[bool]:

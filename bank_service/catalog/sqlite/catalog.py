@@ -1,9 +1,11 @@
-"""The catalog: documents, versions, namespaces, embeddings, digests, sequence numbers. The truth of a bank.
+"""The catalog in SQLite: WAL mode with synchronous=FULL, so that an acknowledged change survives a crash.
 
-SQLite in WAL mode with synchronous=FULL: what ``put`` and ``delete`` have returned survives a crash. A deleted
-document's row stays without its content, so that its key and version numbers are never used for other content
-and every follower learns of the deletion by its sequence number. Where history is kept, ``history.py`` has the content
-of past versions.
+A deletion is a version without content. It stays, so that a document's key and version numbers are never used for
+other content, and every follower learns of the deletion by its sequence number.
+
+What a purge takes out leaves the files by SQLite's own means. ``secure_delete`` overwrites deleted rows with zeros.
+FTS5 merges its lists of words (``clean_words``). A checkpoint empties the write-ahead log (``empty_log``). Copies that
+were made before, such as snapshots, keep what they have.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ import sqlalchemy as sa
 
 from bank_service.catalog.contract import CatalogView
 from bank_service.catalog.entries import CollectionIdentity, DeleteResult, Usage
-from bank_service.catalog.sqlite import erasures, history
+from bank_service.catalog.sqlite import erasures, history, versions
 from bank_service.catalog.sqlite.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog.sqlite.catalog_view import SqliteView
 from bank_service.catalog.sqlite.catalog_writes import delete_document, purge_document, put_document
 from bank_service.catalog.sqlite.fts5_words import Fts5Words
 from bank_service.catalog.sqlite.group_commit import GroupCommit
 from bank_service.catalog.sqlite.prepared import run_text
-from bank_service.catalog.sqlite.quota import check_room, create_counters, enforced
+from bank_service.catalog.sqlite.quota import check_room, enforced
 from bank_service.catalog.sqlite.tables import collection, metadata, recoding
 from bank_service.catalog.sqlite.upgrade import SCHEMA_VERSION, upgrade
 from bank_service.errors import BankError, CatalogReadError, CollectionMismatchError
@@ -80,9 +82,7 @@ class SqliteCatalog:
 
     @contextmanager
     def view(self) -> Iterator[SqliteView]:
-        """Reads of one committed state, unmoved by later writes. Keep it for no longer than they need: meanwhile no
-        purged text leaves the write-ahead log."""
-        self._writer.wait_for_cut()
+        self._writer.wait_to_read()
         try:
             with self._engine.begin() as connection:
                 yield SqliteView(connection)
@@ -90,10 +90,6 @@ class SqliteCatalog:
             raise CatalogReadError(f"the catalog must be readable, got {error}") from error
 
     def check_room(self, view: CatalogView, document: Document, stored: StoredDocument | None) -> None:
-        """QuotaExceededError where ``put`` has no room for the text alone, in the place of what is ``stored``.
-
-        For before the work is done. Only ``put`` itself, which is alone then, finds all that has no room.
-        """
         num_bytes = len(document.text.encode())
         if stored is not None:
             num_bytes -= len(stored.document.text.encode()) + stored.gradient.num_bytes
@@ -103,9 +99,6 @@ class SqliteCatalog:
             check_room(document.namespace, limits, view.usage(document.namespace), more)
 
     def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
-        """Stores a version of a document. VersionConflictError where it isn't at ``expected_version``,
-        QuotaExceededError."""
-
         def operation(connection: sa.Connection) -> PutResult:
             with enforced(connection, document.namespace, self._limits_of(document.namespace)):
                 return put_document(connection, document, gradient, expected_version, keep=self.history_seconds > 0)
@@ -115,8 +108,6 @@ class SqliteCatalog:
     def delete(
         self, namespace: str, id: str, expected_version: int | None, *, purge: bool = False
     ) -> Future[DeleteResult]:
-        """Deletes a document. ``purge``: its past versions, too, and those alone where it is deleted already.
-        NotFoundError, VersionConflictError."""
         if purge:
             return self._writer.submit(lambda connection: purge_document(connection, namespace, id, expected_version))
         keep = self.history_seconds > 0
@@ -124,43 +115,30 @@ class SqliteCatalog:
             lambda connection: delete_document(connection, namespace, id, expected_version, keep=keep)
         )
 
-    def acknowledge_purge(self, number: int) -> Future[None]:
-        """One ``erasures.acknowledge``."""
-        return self._writer.submit(lambda connection: erasures.acknowledge(connection, number))
-
-    def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
-        """One ``erasures.finish``."""
-        return self._writer.submit(lambda connection: erasures.finish(connection, numbers))
-
-    def forget_erasures(self, numbers: Collection[int]) -> Future[None]:
-        """One ``erasures.forget``."""
-        return self._writer.submit(lambda connection: erasures.forget(connection, numbers))
-
-    def cut_log(self) -> Future[bool]:
-        """One ``GroupCommit.cut_log``."""
-        return self._writer.cut_log()
-
     def expire_history(self, before_us: int | None, limit: int) -> Future[list[str] | None]:
-        """One ``history.expire``."""
-        return self._writer.submit(lambda connection: history.expire(connection, before_us, limit))
+        return self._writer.submit(lambda connection: versions.expire(connection, before_us, limit))
 
     def replace_past_gradient(self, began: int, digest: str, gradient: Gradient) -> Future[bool]:
-        """One ``history.replace_gradient``."""
-        return self._writer.submit(lambda connection: history.replace_gradient(connection, began, digest, gradient))
+        return self._writer.submit(
+            lambda connection: versions.replace_past_gradient(connection, began, digest, gradient)
+        )
 
     def begin_recoding(self, codec: str) -> Future[None]:
-        """The collection has another codec from now on, and gradients that may not have it yet."""
         return self._writer.submit(lambda connection: _begin_recoding(connection, codec))
 
     def end_recoding(self) -> Future[None]:
-        """All gradients have the collection's codec."""
         return self._writer.submit(_end_recoding)
+
+    def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
+        return self._writer.submit(lambda connection: erasures.finish(connection, numbers))
+
+    def empty_log(self) -> Future[bool]:
+        return self._writer.checkpoint()
 
     def _claim(self, path: Path, identity: CollectionIdentity) -> str:
         wanted = asdict(identity)
         with self._engine.begin() as connection:
             metadata.create_all(connection)
-            create_counters(connection)
             row = connection.execute(sa.select(collection)).mappings().one_or_none()
             if row is None:
                 check_not_lost(path)

@@ -65,9 +65,12 @@ def copy_catalog(path: Path, target: Path) -> None:
 def describe_copy(path: Path) -> CatalogCopy:
     """What a copy made by ``copy_catalog`` holds, also one that an older version made."""
     with naming_damage(path), closing(sqlite3.connect(path)) as connection:
-        named = "SELECT gradient_digest, gradient_bytes FROM documents WHERE gradient_digest IS NOT NULL"
-        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'history'").fetchone():  # not in old ones
-            named += " UNION ALL SELECT gradient_digest, gradient_bytes FROM history"
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        named = " UNION ALL ".join(
+            f"SELECT gradient_digest, gradient_bytes FROM {table} WHERE gradient_digest IS NOT NULL"
+            for table in ("versions", "documents", "history")  # the latter two of schemas before 5
+            if table in tables
+        )
         query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"
         gradients = {str(digest): int(size) for digest, size in connection.execute(query)}
         ((uuid, fingerprint, sequence),) = connection.execute(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from typing import Any, TypeAlias, TypeVar
@@ -15,27 +15,26 @@ from sqlalchemy.exc import SQLAlchemyError
 from bank_service.errors import BankError, InternalError, UnavailableError
 
 T = TypeVar("T")
-Item: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]  # an operation, and who waits for it
+Write: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]  # an operation, and the future of its caller
 MAX_BATCH = 256  # operations in one transaction
-BUSY_MS = 500  # that writes wait at most for readers, and readers that begin for writes, once for each ``cut_log``
+BUSY_MS = 500  # the longest wait of writes for readers, and of new readers for writes, in one checkpoint
 
 
 class GroupCommit:
     """Runs write operations one after the other in a shared transaction.
 
-    An operation's future is resolved after the commit, never before; a failing operation leaves no trace and
+    An operation's future is resolved after the commit, never before. A failing operation leaves no trace and
     does not touch its neighbours. Where the commit itself fails, each of its operations gets an UnavailableError.
-    An operation may be run twice: where one of a transaction fails, the transaction is rolled back and run anew with
+    An operation may run twice: where one of a transaction fails, the transaction is rolled back, and all run anew with
     a savepoint around each.
     """
 
     def __init__(self, engine: Engine) -> None:
         """``engine`` is its own from now on."""
         self._engine = engine
-        self._cuts: queue.SimpleQueue[Future[bool]] = queue.SimpleQueue()  # asked for, not made yet
-        self._may_read = threading.Event()  # no cut is under way
+        self._may_read = threading.Event()  # no checkpoint is under way
         self._may_read.set()
-        self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Write | Future[bool] | None] = queue.SimpleQueue()  # a future alone: checkpoint
         self._lock = threading.Lock()  # no operation may follow the end mark
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="bank-catalog-writer", daemon=True)
@@ -44,25 +43,21 @@ class GroupCommit:
     def submit(self, operation: Callable[[Connection], T]) -> Future[T]:
         """The future's result is ``operation``'s, once it is durable. UnavailableError after ``close``."""
         future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # a commit under way can't be called back
-        with self._lock:
-            if self._closed:
-                raise UnavailableError("the catalog is closed; the bank is stopping")
-            self._queue.put((operation, future))
+        self._put((operation, future), future)
         return future
 
-    def cut_log(self) -> Future[bool]:
-        """Moves what is committed by now into the database's file and empties its write-ahead log, which still has what
-        the pages were before. False where a reader is at an older state, and keeps it from that: try again."""
-        cut: Future[bool] = Future()
-        cut.set_running_or_notify_cancel()
-        self._cuts.put(cut)
-        self.submit(_nothing)  # has the thread come to it
-        return cut
+    def checkpoint(self) -> Future[bool]:
+        """Moves what is committed into the database's file and empties the write-ahead log, which still has what the
+        pages were before. False where a reader at an older state is in the way: try again."""
+        future: Future[bool] = Future()
+        self._put(future, future)
+        return future
 
-    def wait_for_cut(self) -> None:
-        """Readers call it before they begin: did they overlap without end, no cut would find the log unread. It takes
-        no longer than a cut waits for those that are there."""
+    def wait_to_read(self) -> None:
+        """Readers call it before they begin, or a checkpoint would never find the log unread where they overlap.
+
+        It takes no longer than a checkpoint waits for the readers that are there.
+        """
         self._may_read.wait(BUSY_MS / 1000)
 
     def close(self) -> None:
@@ -74,18 +69,27 @@ class GroupCommit:
         self._thread.join()
         self._engine.dispose()
 
+    def _put(self, item: Write | Future[bool], future: Future[Any]) -> None:
+        future.set_running_or_notify_cancel()  # a commit under way can't be called back
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the catalog is closed; the bank is stopping")
+            self._queue.put(item)
+
     def _run(self) -> None:
         while True:
             batch = [self._queue.get()]
             while len(batch) < MAX_BATCH and batch[-1] is not None and not self._queue.empty():
                 batch.append(self._queue.get())
-            self._commit([item for item in batch if item is not None])
-            while not self._cuts.empty():
-                self._cut(self._cuts.get())
+            self._commit([item for item in batch if isinstance(item, tuple)])
+            for item in batch:
+                if isinstance(item, Future):
+                    self._checkpoint(item)
             if batch[-1] is None:
                 return
 
-    def _commit(self, batch: list[Item]) -> None:
+    def _commit(self, batch: list[Write]) -> None:
+        futures = [future for _, future in batch]
         try:
             try:
                 done = self._together(batch)
@@ -93,20 +97,20 @@ class GroupCommit:
                 done = self._apart(batch)
         except SQLAlchemyError as error:
             self._engine.dispose()  # SQLite opens a file for reading where it must, and then it stays at that
-            self._fail(batch, UnavailableError, _unwritable(error), error)
+            _fail(futures, UnavailableError, _unwritable(error), error)
         except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
             message = f"an operation of the catalog failed: {type(error).__name__}: {error}"
-            self._fail(batch, InternalError, message, error)
+            _fail(futures, InternalError, message, error)
         else:
             for future, result in done:
                 future.set_result(result)
 
-    def _together(self, batch: list[Item]) -> list[tuple[Future[Any], Any]]:
+    def _together(self, batch: list[Write]) -> list[tuple[Future[Any], Any]]:
         """Each future with its operation's result. The first BankError of an operation, and no trace of any."""
         with self._engine.begin() as connection:
             return [(future, operation(connection)) for operation, future in batch]
 
-    def _apart(self, batch: list[Item]) -> list[tuple[Future[Any], Any]]:
+    def _apart(self, batch: list[Write]) -> list[tuple[Future[Any], Any]]:
         """The same, but an operation that fails is told so, and left out."""
         done: list[tuple[Future[Any], Any]] = []
         with self._engine.begin() as connection:
@@ -120,7 +124,7 @@ class GroupCommit:
                     done.append((future, result))
         return done
 
-    def _cut(self, cut: Future[bool]) -> None:
+    def _checkpoint(self, future: Future[bool]) -> None:
         self._may_read.clear()
         try:
             with closing(self._engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
@@ -130,30 +134,21 @@ class GroupCommit:
                     ((busy, _, _),) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 finally:
                     cursor.execute(f"PRAGMA busy_timeout={usual}")
-        except Exception as error:  # noqa: BLE001 - whatever it is, the thread goes on, and who waits raises it
-            self._fail([(_nothing, cut)], UnavailableError, _unwritable(error), error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread goes on, and the caller raises it
+            _fail([future], UnavailableError, _unwritable(error), error)
         else:
-            cut.set_result(not busy)
+            future.set_result(not busy)
         finally:
             self._may_read.set()
 
-    def _fail(
-        self,
-        batch: list[Item],
-        kind: type[BankError],
-        message: str,
-        cause: Exception,
-    ) -> None:
-        for _, future in batch:
-            if not future.done():
-                # One each: a stream marks its error with the place that its own request had.
-                failure = kind(message)
-                failure.__cause__ = cause
-                future.set_exception(failure)
 
-
-def _nothing(_: Connection) -> None:
-    """An operation without one."""
+def _fail(futures: Sequence[Future[Any]], kind: type[BankError], message: str, cause: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            # One each: a stream marks its error with the place that its own request had.
+            failure = kind(message)
+            failure.__cause__ = cause
+            future.set_exception(failure)
 
 
 def _unwritable(error: Exception) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from bank_service.catalog.sqlite.prepared import Prepared, run_text
-from bank_service.catalog.sqlite.tables import documents, metadata
+from bank_service.catalog.sqlite.tables import living, metadata, versions
 from bank_service.values.embedder import embedded_text
 
 MERGE_PAGES = 200  # of one step of a merge: milliseconds in the catalog's one writer
@@ -51,13 +51,13 @@ def remove_words(connection: sa.Connection, key: int, namespace: str, title: str
 
 def fill_words(connection: sa.Connection) -> None:
     """Makes all tables from the documents: for a catalog that had none."""
-    spaces = sa.select(documents.c.namespace).where(sa.not_(documents.c.deleted)).distinct()
+    spaces = sa.select(versions.c.namespace).where(living).distinct()
     for namespace in connection.execute(spaces).scalars().all():
         table = _create(connection, namespace)
         copy = (
             f"INSERT INTO {table}(rowid, text) "
             "SELECT key, CASE title WHEN '' THEN text ELSE title || char(10) || text END "
-            "FROM documents WHERE namespace = :namespace AND NOT deleted"
+            "FROM versions WHERE namespace = :namespace AND ended IS NULL AND NOT deleted"
         )
         connection.execute(sa.text(copy), {"namespace": namespace})
 

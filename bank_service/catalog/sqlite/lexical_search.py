@@ -22,7 +22,7 @@ from bank_service.catalog.sqlite.attributes import holds
 from bank_service.catalog.sqlite.lexical import table_of
 from bank_service.catalog.sqlite.prepared import Prepared, among, listed, run_text
 from bank_service.catalog.sqlite.quota import usage
-from bank_service.catalog.sqlite.tables import documents
+from bank_service.catalog.sqlite.tables import now, versions
 from bank_service.values.filters import Condition
 
 MAX_WORDS = 128  # different words of a query that count; each is a list of documents to go through
@@ -34,7 +34,7 @@ _DIGITS = 9  # of a score, behind the point; FTS5's sums are right to about 14
 _ROUNDING = 10.0**-_DIGITS
 _WORD = re.compile(r"\w+")
 
-_IDS = Prepared(sa.select(documents.c.key, documents.c.id).where(documents.c.key.in_(among("keys"))))
+_IDS = Prepared(sa.select(versions.c.key, versions.c.id).where(versions.c.key.in_(among("keys")), now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class _Search:
         rows = self._connection.execute(self._scored.limit(count + SPARE)).all()
         if len(rows) == count + SPARE and rows[-1].score == rows[count - 1].score:
             # So many are equal that ids must be compared of more than were read: with the documents' rows, slower.
-            joined = self._scored.join_from(self._found, documents, documents.c.key == self._found.c.rowid)
-            rows = self._connection.execute(joined.order_by(documents.c.id).limit(count)).all()
+            joined = self._scored.join_from(self._found, versions, sa.and_(versions.c.key == self._found.c.rowid, now))
+            rows = self._connection.execute(joined.order_by(versions.c.id).limit(count)).all()
         keys = [int(row.rowid) for row in rows]
         ids = dict(_IDS.rows(self._connection, keys=listed(keys)))
         ordered = sorted(rows, key=lambda row: (-row.score, ids[row.rowid]))

@@ -1,10 +1,9 @@
-"""What a namespace may hold, and how much it holds: counted by the database with each change, in its transaction.
+"""What a namespace may hold, and how much it holds.
 
-The counters are a row per namespace, so that a check reads one row whatever the namespace's size; a sum over an index
-would read all of its documents. Triggers keep them, not the code that writes documents: so they hold for every way
-of writing, also that of an older program on the same file.
+A row per namespace says it, so that a check reads one row whatever the namespace's size. ``versions`` counts in the
+transaction of each change.
 
-Past versions count, in full, towards the bytes: else a namespace could fill the disk with updates of one document.
+Past versions count in full towards the bytes, or a namespace could fill the disk with updates of one document.
 Where history is kept, bytes come free when it expires, or at once by a purge.
 """
 
@@ -16,61 +15,49 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 
 from bank_service.catalog.entries import Usage
+from bank_service.catalog.sqlite.prepared import Prepared, run_text
+from bank_service.catalog.sqlite.tables import namespace_usage, now, versions
 from bank_service.errors import QuotaExceededError
 from bank_service.values.namespace_limits import NamespaceLimits
 
-_CHANGES = {
-    "insert": "NEW.namespace, NOT NEW.deleted, NEW.num_text_bytes + NEW.gradient_bytes",
-    "update": "NEW.namespace, OLD.deleted - NEW.deleted, "
-    "NEW.num_text_bytes + NEW.gradient_bytes - OLD.num_text_bytes - OLD.gradient_bytes",
-    "delete": "OLD.namespace, OLD.deleted - 1, -OLD.num_text_bytes - OLD.gradient_bytes",
-}
-
-_PAST_CHANGES = {  # a past version had a document before it, so its namespace has a row
-    "insert": ("NEW", "NEW.num_text_bytes + NEW.gradient_bytes"),
-    "update": ("NEW", "NEW.gradient_bytes - OLD.gradient_bytes"),
-    "delete": ("OLD", "-OLD.num_text_bytes - OLD.gradient_bytes"),
-}
+_USAGE = Prepared(
+    sa.select(namespace_usage.c.num_documents, namespace_usage.c.num_bytes).where(
+        namespace_usage.c.namespace == sa.bindparam("namespace")
+    )
+)
+_COUNT = (
+    "INSERT INTO namespace_usage (namespace, num_documents, num_bytes) VALUES (?, ?, ?) "
+    "ON CONFLICT (namespace) DO UPDATE SET "
+    "num_documents = num_documents + excluded.num_documents, num_bytes = num_bytes + excluded.num_bytes"
+)
 
 
-def create_counters(connection: sa.Connection) -> None:
-    """Adds the counters to a catalog that lacks them, and counts what is there. Call it in a transaction."""
-    if not sa.inspect(connection).has_table("namespace_usage"):
-        _count_documents(connection)
-    for event, (row, change) in _PAST_CHANGES.items():
-        connection.exec_driver_sql(
-            f"CREATE TRIGGER IF NOT EXISTS history_{event}_usage AFTER {event.upper()} ON history BEGIN "
-            f"UPDATE namespace_usage SET num_bytes = num_bytes + {change} WHERE namespace = {row}.namespace; END"
-        )
+def count(connection: sa.Connection, namespace: str, *, num_documents: int, num_bytes: int) -> None:
+    """Adds to what a namespace holds; less where negative."""
+    run_text(connection, _COUNT, (namespace, num_documents, num_bytes))
 
 
-def _count_documents(connection: sa.Connection) -> None:
-    statements = [
-        "CREATE TABLE namespace_usage (namespace TEXT PRIMARY KEY, num_documents BIGINT NOT NULL, "
-        "num_bytes BIGINT NOT NULL) WITHOUT ROWID",
-        "INSERT INTO namespace_usage SELECT namespace, SUM(NOT deleted), SUM(num_text_bytes + gradient_bytes) "
-        "FROM documents GROUP BY namespace",
-    ]
-    for event, change in _CHANGES.items():
-        statements.append(
-            f"CREATE TRIGGER documents_{event}_usage AFTER {event.upper()} ON documents BEGIN "
-            f"INSERT INTO namespace_usage VALUES ({change}) ON CONFLICT (namespace) DO UPDATE SET "
-            "num_documents = num_documents + excluded.num_documents, num_bytes = num_bytes + excluded.num_bytes; END"
-        )
-    for statement in statements:
-        connection.exec_driver_sql(statement)
+def count_anew(connection: sa.Connection) -> None:
+    """Counts all versions: for a catalog of an older schema."""
+    connection.execute(sa.delete(namespace_usage))
+    columns = versions.c
+    sums = sa.select(
+        columns.namespace,
+        sa.func.sum(sa.and_(now, sa.not_(columns.deleted))),
+        sa.func.sum(columns.num_text_bytes + columns.gradient_bytes),
+    ).group_by(columns.namespace)
+    connection.execute(sa.insert(namespace_usage).from_select(["namespace", "num_documents", "num_bytes"], sums))
 
 
 def usage(connection: sa.Connection, namespace: str) -> Usage:
-    query = sa.text("SELECT num_documents, num_bytes FROM namespace_usage WHERE namespace = :namespace")
-    row = connection.execute(query, {"namespace": namespace}).one_or_none()
-    return Usage() if row is None else Usage(*map(int, row))
+    row = _USAGE.one(connection, namespace=namespace)
+    return Usage() if row is None else Usage(row["num_documents"], row["num_bytes"])
 
 
 def all_usage(connection: sa.Connection) -> dict[str, Usage]:
     """By namespace, in order, also of those that lost their last document."""
-    rows = connection.exec_driver_sql("SELECT namespace, num_documents, num_bytes FROM namespace_usage ORDER BY 1")
-    return {name: Usage(int(num_documents), int(num_bytes)) for name, num_documents, num_bytes in rows}
+    rows = connection.execute(sa.select(namespace_usage).order_by(namespace_usage.c.namespace))
+    return {row.namespace: Usage(row.num_documents, row.num_bytes) for row in rows}
 
 
 @contextmanager

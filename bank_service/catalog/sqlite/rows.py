@@ -1,4 +1,4 @@
-"""Rows of the catalog's tables as values."""
+"""Rows of versions as values."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ def to_stored(row: Mapping[str, Any] | sa.RowMapping) -> StoredDocument:
     gradient = Gradient(
         row["gradient_digest"], row["gradient_bytes"], row["num_tokens"], bool(row["truncated"]), row["embedding"]
     )
-    return StoredDocument(row["key"], document, gradient, row["version"], row["sequence"], row["updated_us"])
+    return StoredDocument(row["key"], document, gradient, row["version"], row["began"], row["updated_us"])

@@ -20,16 +20,22 @@ collection = sa.Table(
     sa.Column("embedding_dimension", sa.Integer, nullable=False),
 )
 
-documents = sa.Table(
-    "documents",
+# Each document has one version that holds now, where ``ended`` is null, and past ones where history is kept. The state
+# at sequence s consists of the versions with began <= s < ended. A change begins one version and ends at most one.
+# A deletion is a version without content; it is never kept once it has ended.
+versions = sa.Table(
+    "versions",
     metadata,
-    sa.Column("key", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("began", sa.Integer, primary_key=True, autoincrement=False),  # sequence of the change that made it
+    sa.Column("ended", sa.BigInteger),  # sequence of the change that took its place; null: it holds now
+    sa.Column("ended_us", sa.BigInteger),  # microseconds since 1970
+    sa.Column("key", sa.BigInteger, nullable=False),  # of the document: the sequence of its first change
     sa.Column("namespace", sa.Text, nullable=False),
     sa.Column("id", sa.Text, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
-    sa.Column("sequence", sa.BigInteger, nullable=False),
     sa.Column("deleted", sa.Boolean, nullable=False),
-    sa.Column("updated_us", sa.BigInteger, nullable=False),
+    sa.Column("purged", sa.Boolean, nullable=False),  # deleted with all that came before
+    sa.Column("updated_us", sa.BigInteger, nullable=False),  # microseconds since 1970
     sa.Column("content_digest", sa.Text),
     sa.Column("gradient_digest", sa.Text),
     sa.Column("gradient_bytes", sa.BigInteger, nullable=False),
@@ -40,44 +46,19 @@ documents = sa.Table(
     sa.Column("metadata", sa.Text, nullable=False),  # JSON object
     sa.Column("embedding", sa.LargeBinary),  # float32 (embedding_dimension,), L2 norm 1
     sa.Column("text", sa.Text, nullable=False),  # last: SQLite reads a row from its start
-    sa.UniqueConstraint("namespace", "id"),
-    sa.Index("documents_by_sequence", "sequence", unique=True),
-    sa.Index("documents_by_namespace", "namespace", "sequence"),
-    # All that is asked of a gradient: a row is read for none of it.
-    sa.Index("documents_by_gradient", "gradient_digest", "namespace", "gradient_bytes"),
-    sqlite_autoincrement=True,
 )
+now: sa.ColumnElement[bool] = versions.c.ended.is_(None)
+past: sa.ColumnElement[bool] = versions.c.ended.is_not(None)
+living: sa.ColumnElement[bool] = sa.and_(now, sa.not_(versions.c.deleted))
+sa.Index("versions_now", versions.c.namespace, versions.c.id, unique=True, sqlite_where=now)
+sa.Index("versions_by_key", versions.c.key, versions.c.ended)
+sa.Index("versions_by_namespace", versions.c.namespace, versions.c.ended, versions.c.began)
+# Every question about a gradient is answered from this index alone.
+sa.Index("versions_by_gradient", versions.c.gradient_digest, versions.c.namespace, versions.c.gradient_bytes)
+sa.Index("versions_by_time", versions.c.ended_us, sqlite_where=past)
 
 recoding = sa.Table(  # a row while the gradients are on their way to the collection's codec
     "recoding", metadata, sa.Column("id", sa.Integer, primary_key=True)
-)
-
-# Versions that were superseded or deleted: of the state at sequence s are those with began <= s < ended. A change makes
-# at most one version and ends at most one, so ``began`` and ``ended`` are each unique, and ``began`` names a version.
-history = sa.Table(
-    "history",
-    metadata,
-    sa.Column("began", sa.Integer, primary_key=True, autoincrement=False),  # sequence of the change that made it
-    sa.Column("ended", sa.BigInteger, nullable=False),  # sequence of the change that took its place
-    sa.Column("ended_us", sa.BigInteger, nullable=False),  # microseconds since 1970
-    sa.Column("key", sa.Integer, nullable=False, index=True),  # of the document's row
-    sa.Column("namespace", sa.Text, nullable=False),
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("version", sa.BigInteger, nullable=False),
-    sa.Column("updated_us", sa.BigInteger, nullable=False),
-    sa.Column("content_digest", sa.Text, nullable=False),
-    sa.Column("gradient_digest", sa.Text, nullable=False),
-    sa.Column("gradient_bytes", sa.BigInteger, nullable=False),
-    sa.Column("num_tokens", sa.Integer, nullable=False),
-    sa.Column("truncated", sa.Boolean, nullable=False),
-    sa.Column("num_text_bytes", sa.Integer, nullable=False),
-    sa.Column("title", sa.Text, nullable=False),
-    sa.Column("metadata", sa.Text, nullable=False),
-    sa.Column("embedding", sa.LargeBinary, nullable=False),
-    sa.Column("text", sa.Text, nullable=False),  # last: SQLite reads a row from its start
-    sa.Index("history_by_namespace", "namespace", "ended", "began"),
-    sa.Index("history_by_time", "ended_us"),
-    sa.Index("history_by_gradient", "gradient_digest", "namespace", "gradient_bytes"),
 )
 
 history_setting = sa.Table(  # a row once somebody, or the creation of the catalog, has said how long history is kept
@@ -92,5 +73,14 @@ horizons = sa.Table(  # of namespaces that lost a version: the oldest sequence w
     metadata,
     sa.Column("namespace", sa.Text, primary_key=True),
     sa.Column("sequence", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+namespace_usage = sa.Table(  # a row for each namespace that ever had a document
+    "namespace_usage",
+    metadata,
+    sa.Column("namespace", sa.Text, primary_key=True),
+    sa.Column("num_documents", sa.BigInteger, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),  # of texts and gradients, also of past versions
     sqlite_with_rowid=False,
 )

@@ -8,27 +8,79 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bank_service.catalog.sqlite.attributes import fill_attributes
+from bank_service.catalog.sqlite.erasures import pending_erasures
 from bank_service.catalog.sqlite.history import fill_horizons
 from bank_service.catalog.sqlite.lexical import fill_words
-from bank_service.catalog.sqlite.tables import collection, documents, history
+from bank_service.catalog.sqlite.quota import count_anew
+from bank_service.catalog.sqlite.tables import collection, now, versions
 
 logger = logging.getLogger(__name__)
 
-# 1 had no tables for filters and lexical retrieval, 2 none for past versions, 3 an index of digests alone.
-SCHEMA_VERSION = 4
+# 1 had no tables for filters and lexical retrieval, 2 none for past versions, 3 an index of digests alone. Up to 4,
+# documents and past versions had a table each, and triggers counted what namespaces hold.
+SCHEMA_VERSION = 5
+MOVED_ROWS = 5_000  # at a time: the file reuses the room of what moved before
+_IN_BOTH = (
+    "key, namespace, id, version, updated_us, content_digest, gradient_digest, gradient_bytes, num_tokens, truncated, "
+    "num_text_bytes, title, metadata, embedding, text"
+)
 
 
 def upgrade(connection: sa.Connection, schema_version: int, path: Path) -> sa.RowMapping:
     """Whole or not at all, in the caller's transaction, where all tables are there. The collection's row."""
-    for table in (documents, history):
-        for index in table.indexes:
-            index.create(connection, checkfirst=True)
-        connection.exec_driver_sql(f"DROP INDEX IF EXISTS ix_{table.name}_gradient_digest")
+    logger.info("upgrading the catalog %s from schema %d; minutes for a million documents", path, schema_version)
+    _join_versions(connection)
     if schema_version < 2:
-        logger.info("making the tables for filters and lexical retrieval in %s; minutes for a million documents", path)
         fill_attributes(connection)
         fill_words(connection)
     if schema_version < 3:
         fill_horizons(connection)
+    _move_erasures(connection)
+    count_anew(connection)
     connection.execute(sa.update(collection).values(schema_version=SCHEMA_VERSION))
     return connection.execute(sa.select(collection)).mappings().one()
+
+
+def _join_versions(connection: sa.Connection) -> None:
+    """Moves the rows of ``documents`` and ``history`` into ``versions``. Their triggers go with the tables."""
+    for index in versions.indexes:
+        index.drop(connection)
+    _move(connection, "documents", "sequence", {"ended": "NULL", "ended_us": "NULL", "deleted": "deleted"})
+    if sa.inspect(connection).has_table("history"):
+        _move(connection, "history", "began", {"ended": "ended", "ended_us": "ended_us", "deleted": "FALSE"})
+    for index in versions.indexes:
+        index.create(connection)
+
+
+def _move(connection: sa.Connection, table: str, began: str, values: dict[str, str]) -> None:
+    for (trigger,) in connection.exec_driver_sql(
+        "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
+    ).all():
+        connection.exec_driver_sql(f"DROP TRIGGER {trigger}")
+    names, sources = ", ".join(values), ", ".join(values.values())
+    while True:
+        page = f"SELECT max({began}) FROM (SELECT {began} FROM {table} ORDER BY {began} LIMIT {MOVED_ROWS})"
+        last = connection.exec_driver_sql(page).scalar_one()
+        if last is None:
+            break
+        connection.exec_driver_sql(
+            f"INSERT INTO versions (began, purged, {names}, {_IN_BOTH}) "
+            f"SELECT {began}, FALSE, {sources}, {_IN_BOTH} FROM {table} WHERE {began} <= ? ORDER BY {began}",
+            (last,),
+        )
+        connection.exec_driver_sql(f"DELETE FROM {table} WHERE {began} <= ?", (last,))
+    connection.exec_driver_sql(f"DROP TABLE {table}")
+
+
+def _move_erasures(connection: sa.Connection) -> None:
+    """What is not erased yet moves into ``pending_erasures``; every purge that had a row may come again."""
+    if not sa.inspect(connection).has_table("erasures"):
+        return
+    purged = sa.text("SELECT key FROM erasures").columns(sa.column("key", sa.BigInteger))
+    deletions = sa.update(versions).where(now, versions.c.deleted, versions.c.key.in_(purged))
+    connection.execute(deletions.values(purged=True))
+    columns = "number, key, namespace, digests"
+    connection.exec_driver_sql(
+        f"INSERT INTO {pending_erasures.name} ({columns}) SELECT {columns} FROM erasures WHERE NOT erased"
+    )
+    connection.exec_driver_sql("DROP TABLE erasures")

@@ -89,7 +89,7 @@ def test_a_view_does_not_move_with_later_writes(catalog: SqliteCatalog) -> None:
 
 def test_one_failing_write_does_not_touch_its_neighbours_in_the_transaction(catalog: SqliteCatalog) -> None:
     def fail(connection: sa.Connection) -> None:
-        connection.execute(sa.text("DELETE FROM documents"))
+        connection.execute(sa.text("DELETE FROM versions"))
         raise VersionConflictError("no", namespace="n", id="x", expected_version=1, actual_version=2)
 
     with ThreadPoolExecutor(20) as pool:
@@ -166,7 +166,7 @@ def test_a_deleted_documents_text_is_gone_from_the_file(tmp_path: Path) -> None:
         catalog.delete("n", "a", None).result()
     catalog.close()
     connection = sqlite3.connect(tmp_path / "catalog.sqlite")
-    assert connection.execute("SELECT deleted, text, embedding FROM documents").fetchall() == [(1, "", None)]
+    assert connection.execute("SELECT deleted, text, embedding FROM versions").fetchall() == [(1, "", None)]
     connection.close()
     assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 

@@ -9,12 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 
 from bank_service.backup.restore import restore
 from bank_service.bank import Bank
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
-from bank_service.catalog.sqlite.catalog_file import describe_copy
 from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.upkeep import history_cleaner
@@ -55,7 +53,7 @@ def bytes_of(folder: Path) -> bytes:
 def digest_of(folder: Path, version: int) -> str:
     """Of a past version."""
     with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
-        ((digest,),) = connection.execute("SELECT gradient_digest FROM history WHERE version = ?", [version])
+        ((digest,),) = connection.execute("SELECT gradient_digest FROM versions WHERE ended AND version = ?", [version])
         return str(digest)
 
 
@@ -276,41 +274,6 @@ def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_p
     assert catalog.expire_history(None, 1).result() == ["0" * 64] and horizons() == [3, 0]
     assert catalog.expire_history(None, 10).result() == ["0" * 64, "1" * 64] and horizons() == [5, 6]
     assert catalog.expire_history(None, 10).result() is None
-    catalog.close()
-
-
-def test_a_catalog_of_the_second_schema_knows_from_when_on_it_knows(tmp_path: Path) -> None:
-    path = tmp_path / "catalog.sqlite"
-    catalog = SqliteCatalog(path, IDENTITY)
-    for namespace in ("new", "changed", "emptied"):
-        for id in "ab":
-            catalog.put(document(id, namespace=namespace), gradient(), None).result()
-    catalog.put(document("a", "other", namespace="changed"), gradient("1"), None).result()
-    catalog.delete("emptied", "b", None).result()
-    catalog.put(document("c", namespace="changed"), gradient(), None).result()
-    catalog.close()
-    with closing(sqlite3.connect(path)) as connection:
-        for table in ("history", "horizons", "history_setting"):
-            connection.execute(f"DROP TABLE {table}")
-        connection.execute("DROP INDEX documents_by_gradient")
-        connection.execute("CREATE INDEX ix_documents_gradient_digest ON documents (gradient_digest)")
-        connection.execute("UPDATE collection SET schema_version = 2")
-        connection.commit()
-        assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'history%'").fetchall()
-    assert describe_copy(path).gradients == {"0" * 64: 100, "1" * 64: 100}, "a snapshot from before can be restored"
-    for _ in range(2):  # upgraded once, and found so the next time
-        catalog = SqliteCatalog(path, IDENTITY, history_seconds=3600)
-        with catalog.view() as view:
-            found = {name: view.horizon(name) for name in ("new", "changed", "emptied", "none")}
-            indexes = {index["name"] for index in sa.inspect(view._connection).get_indexes("documents")}
-        assert found == {"new": 0, "changed": 7, "emptied": 8, "none": 0}
-        assert indexes == {"documents_by_gradient", "documents_by_namespace", "documents_by_sequence"}
-        catalog.close()
-    catalog = SqliteCatalog(path, IDENTITY, history_seconds=3600)
-    catalog.put(document("a", "third", namespace="changed"), gradient("2"), None).result()
-    with catalog.view() as view:
-        assert view.began("changed", ["a", "c"], 9) == {"a": 7, "c": 9}
-    assert counted(path)["changed"] == (3, sum(100 + len(text) for text in ("third", "text", "text", "other")))
     catalog.close()
 
 

@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
-from bank_service.testing.hash_encoder import HashEncoder
-from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.search.plain_words import bm25
 from tests.bank.search.test_query import FACTS, put_facts
@@ -102,29 +98,3 @@ async def test_hybrid_is_reciprocal_rank_fusion_of_the_two_lists(client: Client)
     hits = (await client.query(text=text, top_k=4, retrieval=pb.HYBRID)).hits
     assert {hit.id: hit.score for hit in hits} == pytest.approx(ranks)
     assert len(set(ranks.values())) > 1 and set(ranks) == set(FACTS)
-
-
-@pytest.mark.asyncio
-async def test_a_catalog_of_the_first_schema_is_indexed_when_it_is_opened(
-    data_dir: Path, embedder: MiniLmEmbedder
-) -> None:
-    config = BankConfig(data_dir=data_dir)
-    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
-        await put_facts(client)
-        await client.put("tagged", "a tagged owl", title="Tag", metadata={"colour": "red"})
-        await client.delete("comet")
-        expected = await lexical(client, "owl tag comet")
-    with sqlite3.connect(data_dir / "catalog.sqlite") as connection:
-        for (number,) in connection.execute("SELECT number FROM lexical_spaces").fetchall():
-            connection.execute(f"DROP TABLE lexical_{number}")
-        for table in ("lexical_spaces", "attributes"):
-            connection.execute(f"DROP TABLE {table}")
-        connection.execute("DROP INDEX documents_by_namespace")
-        connection.execute("UPDATE collection SET schema_version = 1")
-    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
-        assert await lexical(client, "owl tag comet") == expected and expected
-        condition = pb.Filter.Condition(key="colour", operator=pb.Filter.Condition.EQUALS, values=["red"])
-        found = await client.query(text="x", top_k=9, filter=pb.Filter(conditions=[condition]))
-        assert [hit.id for hit in found.hits] == ["tagged"]
-        await client.delete("owl")
-        assert [id for id, _ in await lexical(client, "owl")] == ["tagged"]

@@ -50,7 +50,7 @@ async def within_the_bound(holds: Callable[[], bool]) -> None:
 
 def num_erasures(folder: Path) -> int:
     with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
-        return int(connection.execute("SELECT count(*) FROM erasures").fetchone()[0])
+        return int(connection.execute("SELECT count(*) FROM pending_erasures").fetchone()[0])
 
 
 async def embedding_of(bank: Bank, id: str) -> bytes:
@@ -128,7 +128,7 @@ async def test_a_reader_at_an_older_state_holds_up_the_erasing_and_no_write(data
         embedding = await filled(bank)
         with closing(sqlite3.connect(data_dir / "catalog.sqlite")) as reader:
             reader.execute("BEGIN")
-            reader.execute("SELECT count(*) FROM documents").fetchone()
+            reader.execute("SELECT count(*) FROM versions").fetchone()
             await bank.delete("", "a", purge=True)
             await within_the_bound(lambda: INDEX not in traces(data_dir, embedding))
             assert not await bank._upkeep.eraser.erase() and traces(data_dir, embedding)

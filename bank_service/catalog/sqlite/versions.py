@@ -1,0 +1,107 @@
+"""Writes of versions. No other module adds, ends or removes one, so what namespaces hold is counted here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import sqlalchemy as sa
+
+from bank_service.catalog.sqlite.history import move_horizon
+from bank_service.catalog.sqlite.prepared import Prepared
+from bank_service.catalog.sqlite.quota import count
+from bank_service.catalog.sqlite.tables import now, past, versions
+from bank_service.values.documents import Gradient
+
+Row: TypeAlias = Mapping[str, Any] | sa.RowMapping
+
+_CURRENT = Prepared(
+    sa.select(versions).where(
+        versions.c.namespace == sa.bindparam("namespace"), versions.c.id == sa.bindparam("id"), now
+    )
+)
+_INSERT = Prepared(sa.insert(versions), [column.name for column in versions.c])
+_OF_ROW = versions.c.began == sa.bindparam("row")
+_END = Prepared(sa.update(versions).where(_OF_ROW), ["ended", "ended_us"])
+_REMOVE = Prepared(sa.delete(versions).where(_OF_ROW))
+_MARK_PURGED = Prepared(sa.update(versions).where(_OF_ROW), ["purged"])
+
+
+def current(connection: sa.Connection, namespace: str, id: str) -> Row | None:
+    """The version that holds now, also a deletion's."""
+    return _CURRENT.one(connection, namespace=namespace, id=id)
+
+
+def add(connection: sa.Connection, row: Row) -> None:
+    """Adds a version that holds now. The one before must have gone."""
+    _INSERT.run(connection, ended=None, ended_us=None, **row)
+    count(connection, row["namespace"], num_documents=int(not row["deleted"]), num_bytes=_num_bytes(row))
+
+
+def end(connection: sa.Connection, row: Row, sequence: int) -> None:
+    """Makes a version a past one: the change ``sequence`` takes its place."""
+    _END.run(connection, row=row["began"], ended=sequence, ended_us=time.time_ns() // 1000)
+    count(connection, row["namespace"], num_documents=-int(not row["deleted"]), num_bytes=0)
+
+
+def remove(connection: sa.Connection, row: Row) -> None:
+    """Removes a version that holds now."""
+    _REMOVE.run(connection, row=row["began"])
+    count(connection, row["namespace"], num_documents=-int(not row["deleted"]), num_bytes=-_num_bytes(row))
+
+
+def mark_purged(connection: sa.Connection, row: Row) -> None:
+    """Says of a deletion that all before it is purged, too."""
+    _MARK_PURGED.run(connection, row=row["began"], purged=True)
+
+
+def remove_past(connection: sa.Connection, key: int) -> set[str]:
+    """Removes all past versions of a document. The digests of their gradients; empty where there were none."""
+    return set(_remove_past(connection, versions.c.key == key))
+
+
+def expire(connection: sa.Connection, before_us: int | None, limit: int) -> list[str] | None:
+    """See ``Catalog.expire_history``. Moves the horizons of the namespaces that lose a version."""
+    columns = versions.c
+    query = sa.select(columns.began, columns.namespace, columns.ended).where(past)
+    if before_us is not None:
+        query = query.where(columns.ended_us < before_us)
+    rows = connection.execute(query.order_by(columns.ended_us).limit(limit)).all()
+    if not rows:
+        return None
+    for namespace in {row.namespace for row in rows}:
+        move_horizon(connection, namespace, max(row.ended for row in rows if row.namespace == namespace))
+    return sorted(set(_remove_past(connection, columns.began.in_([row.began for row in rows]))))
+
+
+def replace_past_gradient(connection: sa.Connection, began: int, digest: str, gradient: Gradient) -> bool:
+    """See ``Catalog.replace_past_gradient``."""
+    chosen = (versions.c.began == began, versions.c.gradient_digest == digest, past)
+    row = connection.execute(sa.select(versions.c.namespace, versions.c.gradient_bytes).where(*chosen)).one_or_none()
+    if row is None:
+        return False
+    values = {
+        "gradient_digest": gradient.digest,
+        "gradient_bytes": gradient.num_bytes,
+        "num_tokens": gradient.num_tokens,
+        "truncated": gradient.truncated,
+    }
+    connection.execute(sa.update(versions).where(*chosen).values(**values))
+    count(connection, row.namespace, num_documents=0, num_bytes=gradient.num_bytes - row.gradient_bytes)
+    return True
+
+
+def _remove_past(connection: sa.Connection, chosen: sa.ColumnElement[bool]) -> list[str]:
+    """Removes past versions; the digests of their gradients."""
+    columns = versions.c
+    gone = sa.delete(versions).where(chosen, past)
+    returned = (columns.namespace, columns.gradient_digest, columns.gradient_bytes, columns.num_text_bytes)
+    rows = connection.execute(gone.returning(*returned)).mappings().all()
+    for row in rows:
+        count(connection, row["namespace"], num_documents=0, num_bytes=-_num_bytes(row))
+    return [row["gradient_digest"] for row in rows]
+
+
+def _num_bytes(row: Row) -> int:
+    return int(row["num_text_bytes"] + row["gradient_bytes"])
