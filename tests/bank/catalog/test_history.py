@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -12,16 +11,12 @@ import pytest
 
 from bank_service.backup.restore import restore
 from bank_service.bank import Bank
-from bank_service.catalog.sqlite.catalog import SqliteCatalog
-from bank_service.errors import NotFoundError, OutOfRangeError, QuotaExceededError, VersionConflictError
+from bank_service.errors import NotFoundError, OutOfRangeError, VersionConflictError
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.documents import Document, Query
 from bank_service.values.encoder import EncodedDocument
-from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import read_header, record_digest
-from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
-from tests.bank.catalog.test_quota import counted
 from tests.bank.search.test_as_of import open_bank
 
 SECRET = "quilegren"
@@ -239,56 +234,3 @@ async def test_without_history_the_past_ends_where_a_document_gets_another_gradi
             with pytest.raises(OutOfRangeError) as caught:
                 await texts(bank, first)
             assert caught.value.limit == changed
-
-
-def test_past_versions_count_towards_a_namespaces_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "catalog.sqlite"
-    limits = NamespaceLimits(max_bytes=330)
-    catalog = SqliteCatalog(path, IDENTITY, lambda _: limits, history_seconds=3600)  # a gradient has 100 bytes
-    for digit in "012":
-        catalog.put(document(text=f"text {digit}"), gradient(digit), None).result()
-    assert counted(path) == {"n": (1, 3 * 106)}
-    with pytest.raises(QuotaExceededError, match="with purge"):
-        catalog.put(document(text="text 3"), gradient("3"), None).result()
-    catalog.delete("n", "a", None).result()
-    assert counted(path) == {"n": (0, 3 * 106)}
-    assert catalog.expire_history(None, 1).result() == ["0" * 64]
-    assert counted(path) == {"n": (0, 2 * 106)}
-    catalog.delete("n", "a", None, purge=True).result()
-    assert counted(path) == {"n": (0, 0)}
-    catalog.close()
-
-
-def test_the_horizon_goes_only_as_far_as_what_was_dropped_of_its_namespace(tmp_path: Path) -> None:
-    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=3600)
-
-    def horizons(names: Iterable[str] = ("n", "m")) -> list[int]:
-        with catalog.view() as view:
-            return [view.horizon(name) for name in names]
-
-    for number in range(3):
-        for namespace in ("n", "m"):
-            catalog.put(document(text=f"text {number}", namespace=namespace), gradient(str(number)), None).result()
-    assert horizons() == [0, 0]
-    assert catalog.expire_history(0, 10).result() is None and horizons() == [0, 0]
-    assert catalog.expire_history(None, 1).result() == ["0" * 64] and horizons() == [3, 0]
-    assert catalog.expire_history(None, 10).result() == ["0" * 64, "1" * 64] and horizons() == [5, 6]
-    assert catalog.expire_history(None, 10).result() is None
-    catalog.close()
-
-
-def test_a_gradient_counts_once_whoever_has_and_had_it(tmp_path: Path) -> None:
-    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, history_seconds=60)
-    for namespace, id, digit in (("one", "a", "0"), ("one", "b", "0"), ("two", "a", "0"), ("two", "b", "1")):
-        catalog.put(document(id, namespace=namespace), gradient(digit), None).result()
-    catalog.put(document("b", "later", namespace="two"), gradient("2"), None).result()
-    catalog.put(document("b", "last", namespace="two"), gradient("0"), None).result()
-    catalog.delete("one", "a", None).result()
-    seen: list[Callable[[str], bool] | None] = [None, "one".__eq__, "two".__eq__, "none".__eq__]
-    with catalog.view() as view:
-        totals = [view.totals(may_see) for may_see in seen]
-    assert [item.num_gradients for item in totals] == [3, 1, 3, 0]
-    assert [item.gradient_bytes for item in totals] == [300, 100, 300, 0]
-    assert [item.num_past_versions for item in totals] == [3, 1, 2, 0]
-    assert [item.num_documents for item in totals] == [{"default": 0, "one": 1, "two": 2}, {"one": 1}, {"two": 2}, {}]
-    catalog.close()

@@ -1,16 +1,16 @@
+"""What a namespace may hold: in every catalog, and in a bank."""
+
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
-from bank_service.catalog.entries import CollectionIdentity
-from bank_service.catalog.sqlite.catalog import SqliteCatalog
+from bank_service.catalog.contract import Catalog
 from bank_service.errors import QuotaExceededError
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, upload_of
@@ -23,63 +23,76 @@ from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 
-IDENTITY = CollectionIdentity("f", "l", "int8", "e", 1)
+if TYPE_CHECKING:
+    from tests.bank.catalog.conftest import Opener
 
 
-def put(catalog: SqliteCatalog, id: str, text: str, namespace: str = "n", gradient_bytes: int = 100) -> Future[Any]:
-    gradient = Gradient(f"{id}{text}", gradient_bytes, 1, False, b"\0\0\0\0")
+def put(catalog: Catalog, id: str, text: str, namespace: str = "n", gradient_bytes: int = 100) -> Future[Any]:
+    gradient = Gradient(f"{id}{text}", gradient_bytes, 1, False, b"\0\0\0\0" * 4)
     return catalog.put(Document(namespace, id, "", text), gradient, None)
 
 
-def counted(path: Path) -> dict[str, tuple[int, int]]:
-    with sqlite3.connect(path) as connection:
-        rows = connection.execute("SELECT namespace, num_documents, num_bytes FROM namespace_usage")
-        return {name: (documents, size) for name, documents, size in rows}
+def usage(catalog: Catalog, namespace: str = "n") -> tuple[int, int]:
+    with catalog.view() as view:
+        used = view.usage(namespace)
+    return used.num_documents, used.num_bytes
 
 
-def summed(path: Path) -> dict[str, tuple[int, int]]:
-    """What the counters must say, the slow way."""
-    with sqlite3.connect(path) as connection:
-        rows = connection.execute(
-            "SELECT namespace, deleted OR ended IS NOT NULL, text, gradient_bytes FROM versions"
-        ).fetchall()
-    sums: dict[str, tuple[int, int]] = {}
-    for namespace, is_gone, text, gradient_bytes in rows:
-        documents, size = sums.get(namespace, (0, 0))
-        sums[namespace] = (documents + (not is_gone), size + len(text.encode()) + gradient_bytes)
-    return sums
-
-
-def test_the_counters_follow_every_kind_of_change(tmp_path: Path) -> None:
-    path = tmp_path / "catalog.sqlite"
-    catalog = SqliteCatalog(path, IDENTITY)
+def test_usage_follows_every_kind_of_change(catalog: Catalog) -> None:
+    assert usage(catalog) == (0, 0)
     for id, text in (("a", "one"), ("b", "zwölf"), ("a", "longer than one"), ("c", "three")):
         put(catalog, id, text).result()
     put(catalog, "a", "elsewhere", "m").result()
     catalog.delete("n", "b", None).result()
     put(catalog, "b", "back again", gradient_bytes=7).result()
+    put(catalog, "b", "back again", gradient_bytes=7).result()
     catalog.delete("n", "c", None).result()
-    catalog.delete("m", "a", None).result()
-    assert counted(path) == summed(path) == {"n": (2, 15 + 100 + 10 + 7), "m": (0, 0)}
-    catalog.close()
+    catalog.delete("m", "a", None, purge=True).result()
+    assert (usage(catalog), usage(catalog, "m")) == ((2, 15 + 100 + 10 + 7), (0, 0))
 
 
-def test_writers_at_once_do_not_share_the_last_place(tmp_path: Path) -> None:
-    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_documents=5))
+def test_past_versions_count_towards_a_namespaces_bytes(open_store: Opener) -> None:
+    catalog = open_store(limits_of=lambda _: NamespaceLimits(max_bytes=330), history_seconds=3600)
+    for digit in "012":
+        put(catalog, "a", f"text {digit}").result()
+    assert usage(catalog) == (1, 3 * 106)
+    with pytest.raises(QuotaExceededError, match="with purge"):
+        put(catalog, "a", "text 3").result()
+    catalog.delete("n", "a", None).result()
+    assert usage(catalog) == (0, 3 * 106)
+    assert catalog.expire_history(None, 1).result() == ["atext 0"]
+    assert usage(catalog) == (0, 2 * 106)
+    catalog.delete("n", "a", None, purge=True).result()
+    assert usage(catalog) == (0, 0)
+
+
+def test_a_namespace_takes_no_more_documents_than_it_may_have(open_store: Opener) -> None:
+    catalog = open_store(limits_of=lambda _: NamespaceLimits(max_documents=2))
+    for id in "ab":
+        put(catalog, id, "x").result()
+    with pytest.raises(QuotaExceededError, match="'n' must have at most 2 documents"):
+        put(catalog, "c", "x").result()
+    put(catalog, "a", "changed").result()  # no more documents than before
+    put(catalog, "c", "x", "m").result()  # each namespace for itself
+    catalog.delete("n", "b", None).result()
+    put(catalog, "c", "x").result()
+
+
+def test_writers_at_once_do_not_share_the_last_place(open_store: Opener) -> None:
+    catalog = open_store(limits_of=lambda _: NamespaceLimits(max_documents=5))
     puts = [put(catalog, str(number), "x") for number in range(40)]  # many of them in one transaction
     outcomes = [future.exception() for future in puts]
     assert sum(error is None for error in outcomes) == 5
     assert all(isinstance(error, QuotaExceededError) for error in outcomes if error is not None)
-    assert counted(tmp_path / "catalog.sqlite") == {"n": (5, 5 * 101)}
+    assert usage(catalog) == (5, 5 * 101)
     put(catalog, "0", "an update goes through").result()
     catalog.delete("n", "0", None).result()
     put(catalog, "new", "in its place").result()
-    catalog.close()
 
 
-def test_bytes_are_those_of_texts_and_gradients_and_a_smaller_one_always_fits(tmp_path: Path) -> None:
+def test_bytes_are_those_of_texts_and_gradients_and_a_smaller_one_always_fits(open_store: Opener) -> None:
     most = [210]
-    catalog = SqliteCatalog(tmp_path / "catalog.sqlite", IDENTITY, lambda _: NamespaceLimits(max_bytes=most[0]))
+    catalog = open_store(limits_of=lambda _: NamespaceLimits(max_bytes=most[0]))
     put(catalog, "a", "12345").result()
     put(catalog, "b", "12345").result()
     for id, text in (("c", "1"), ("a", "123456")):
@@ -88,7 +101,6 @@ def test_bytes_are_those_of_texts_and_gradients_and_a_smaller_one_always_fits(tm
     most[0] = 50  # lowered below what is there
     put(catalog, "a", "1234").result()
     put(catalog, "c", "x", "elsewhere", gradient_bytes=1).result()  # each namespace for itself
-    catalog.close()
 
 
 @pytest.mark.asyncio
