@@ -4,7 +4,7 @@ A deletion is a version without content. It stays, so that a document's key and 
 other content, and every follower learns of the deletion by its sequence number.
 
 What a purge takes out leaves the files by SQLite's own means. ``secure_delete`` overwrites deleted rows with zeros.
-FTS5 merges its lists of words (``clean_words``). A checkpoint empties the write-ahead log (``empty_log``). Copies that
+FTS5 merges its lists of words (``words.clean``). A checkpoint empties the write-ahead log (``empty_log``). Copies that
 were made before, such as snapshots, keep what they have.
 """
 
