@@ -168,7 +168,7 @@ def test_searches_go_on_while_others_write(collection: Collection) -> None:
     target = drawn(generator)
     deleted: set[int] = set()
     with collection.catalog.view() as view:
-        key_of = view.keys("n", names)
+        key_of = {item.document.id: item.key for item in view.after_key(0, 100)}
     failures: list[str] = []
     stop = threading.Event()
 
