@@ -44,7 +44,7 @@ FORBIDDEN = {
     "regrad_vllm/demo": ("vllm", "regrad_vllm.cli"),
     "benchmarks": ("tests", "regrad_vllm.cli"),
 }  # fmt: skip
-# The bank's rooms, from the top down: a room imports from those below it only.
+# Rooms of a package, from the top down: a room imports from those below it only.
 BANK_ROOMS = (
     "testing",
     "service",
@@ -65,6 +65,11 @@ BANK_ROOMS = (
     "wire",
     "errors",
 )
+REGRAD_ROOMS = (
+    "cli", "observe", "demo", "load", "evaluate", "console", "local", "learn", "arguments", "serve", "reporting", "encode",
+    "adapt", "client", "default_model", "base_model", "flags", "learner", "sensitivity_file", "data", "naming", "layout",
+)  # fmt: skip
+ROOMS = {"bank_service": BANK_ROOMS, "regrad_vllm": REGRAD_ROOMS}
 # What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
 OPEN_TO_ALL = (
     "bank_service.wire",
@@ -132,23 +137,29 @@ def test_the_bank_is_entered_through_its_wire_and_only_the_command_line_starts_i
                 assert any(is_within(found.name, package) for package in allowed), f"{path} imports {found.name}"
 
 
-def _bank_room(module: str) -> str:
-    """The room of one of the bank's modules, by the longest name in the table."""
-    inside = module.removeprefix("bank_service.")
-    return max((room for room in BANK_ROOMS if is_within(inside, room)), key=len, default="")
+def _room(module: str) -> str:
+    """The room of one of the project's modules, by the longest name in its package's table; else nothing."""
+    package, _, inside = module.partition(".")
+    return max((room for room in ROOMS.get(package, ()) if is_within(inside, room)), key=len, default="")
 
 
-def test_the_banks_rooms_import_from_the_rooms_below_them_only() -> None:
-    sources = [
-        path for path in _sources("bank_service") if path.parent.name != "bank_service" or path.stem != "__init__"
-    ]
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_from_the_rooms_below_them_only(package: str) -> None:
+    """So no chain of imports runs back up, and there are no circles."""
+    rooms = ROOMS[package]
     broken = []
-    for path in sources:
-        own = _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for path in _sources(package):
+        if path == ROOT / package / "__init__.py":
+            continue
+        own = _room(_module(path))
         assert own, f"{path.relative_to(ROOT)} is in no room: mend the table"
         for found in imports(path):
-            other = _bank_room(found.name) if is_within(found.name, "bank_service") else ""
-            if other and BANK_ROOMS.index(other) < BANK_ROOMS.index(own):
+            other = _room(found.name) if is_within(found.name, package) else ""
+            if other and rooms.index(other) < rooms.index(own):
                 broken.append(f"{path.relative_to(ROOT)} imports {found.name}")
     assert not broken
 
@@ -156,7 +167,7 @@ def test_the_banks_rooms_import_from_the_rooms_below_them_only() -> None:
 def test_only_the_catalogs_factory_knows_its_store_and_only_the_store_knows_sql() -> None:
     broken = []
     for path in _sources("bank_service"):
-        room = _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        room = _room(_module(path))
         for found in imports(path):
             is_store = is_within(found.name, "bank_service.catalog.sqlite") and room != "catalog.factory"
             is_sql = any(is_within(found.name, package) for package in ("sqlalchemy", "sqlite3"))
@@ -167,7 +178,7 @@ def test_only_the_catalogs_factory_knows_its_store_and_only_the_store_knows_sql(
 
 def test_only_the_bank_knows_its_vector_store() -> None:
     users = {
-        _bank_room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        _room(_module(path))
         for path in _sources("bank_service")
         if any(is_within(found.name, "bank_service.search.usearch") for found in imports(path))
     }
