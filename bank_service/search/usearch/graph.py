@@ -132,7 +132,7 @@ class Graph:
 def expansion_of(size: int) -> int:
     """How many candidates a search keeps in a graph of ``size`` vectors.
 
-    Of the ten nearest of a million, 128 found 95.5%, 256 found 97.5%, 384 found 99.3% (benchmarks/README.md).
+    Of the ten nearest of a million, 128 found 95.5%, 256 found 97.5%, 384 found 99.3% (docs/benchmarks.md).
     """
     return 128 if size <= LARGE_SIZE else 256 if size <= HUGE_SIZE else 384
 
