@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import grpc
 import pytest
 
-from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from regrad_vllm.client import Bank
 from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.demo import by_hand
@@ -32,7 +31,7 @@ from tests.house.pages import ROOT, all_examples, examples, pages
 
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
 RUN = {
-    "bank", "server", "ingest", "curl", "openai", "grpc", "backup", "export", "eval", "load", "vllm_bench", "questions",
+    "bank", "server", "ingest", "curl", "openai", "client", "backup", "export", "eval", "load", "vllm_bench", "questions",
 }  # fmt: skip
 
 
@@ -119,7 +118,7 @@ def test_the_examples_of_the_server_ingest_ask_and_name_the_document_they_used(h
 
 @pytest.mark.timeout(300)
 def test_the_example_of_the_bank_stores_finds_and_deletes(house: House, tmp_path: Path) -> None:
-    lines = house.run("grpc", tmp_path).splitlines()
+    lines = house.run("client", tmp_path).splitlines()
     assert re.fullmatch(r"harbour 1 [0-9a-f]{64}", lines[0])
     assert lines[1].startswith("harbour 0.")
 
@@ -129,8 +128,8 @@ def test_the_example_of_the_backup_makes_another_bank_of_the_same_documents(hous
     house.run("ingest", tmp_path)
     house.run("backup", tmp_path)
     num_restored = len(list((tmp_path / "bank-restored" / "blobs").glob("[0-9a-f][0-9a-f]/*")))
-    with grpc.insecure_channel(house.bank) as channel:
-        stats = bank_pb2_grpc.BankServiceStub(channel).GetStats(bank_pb2.GetStatsRequest())
+    with Bank(house.bank) as bank:
+        stats = bank.stats()
     assert num_restored == stats.num_gradients >= 60
 
 
@@ -189,10 +188,10 @@ def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_d
     assert figures["regrad_over_rag_learner"] is None
     assert figures["regrad_over_rag"] > 0 and figures["regrad_over_base"] > 0
     assert all(figures[name]["failed"] == 0 and figures[name]["requests_s"] > 0 for name in ("base", "regrad"))
-    with grpc.insecure_channel(house.bank) as channel:
-        stats = bank_pb2_grpc.BankServiceStub(channel).GetStats(bank_pb2.GetStatsRequest())
-    own = [space for space in stats.namespaces if space.namespace.startswith(("natural-", "tokens-"))]
-    assert own and not any(space.num_documents for space in own), "they were there, and are gone again"
+    with Bank(house.bank) as bank:
+        stats = bank.stats()
+    own = {name: number for name, number in stats.namespaces.items() if name.startswith(("natural-", "tokens-"))}
+    assert own and not any(own.values()), "they were there, and are gone again"
     command = [sys.executable, "-m", "regrad_vllm.cli", "bench", "load", "--server", f"http://{house.server}"]
     command += ["--bank", house.bank, "--model-name", "smollm2", "--contenders", "rag_learner"]
     refused = subprocess.run(command, capture_output=True, text=True)
@@ -254,7 +253,7 @@ def test_every_link_leads_to_a_file() -> None:
 def test_what_the_demo_prints_to_go_on_by_hand_are_the_readmes_examples(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand.show()
     shown = " ".join(capsys.readouterr().out.split())
-    for name in ("bank", "server", "ingest", "openai", "grpc"):
+    for name in ("bank", "server", "ingest", "openai", "client"):
         for line in examples()[name].code.splitlines():
             if line.startswith(("regrad", "bank =", "client =")):
                 assert " ".join(line.split()) in shown

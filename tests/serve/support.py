@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import numpy as np
 import torch
@@ -25,18 +24,16 @@ from redis import Redis
 
 from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.service.server import BankServer
-from bank_service.testing.client import upload_of
 from bank_service.values.config import BankConfig
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import FloatArray, encode_gradient, record_digest
-from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from bank_service.wire.limits import channel_options
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.document_cache import DocumentCache, load_gradient
 from regrad_vllm.adapt.loops.compose_slot import compose_slot
 from regrad_vllm.adapt.slot_table import SlotTable, whole
 from regrad_vllm.adapt.stored_gradient import StoredGradient
 from regrad_vllm.base_model import base_digest
+from regrad_vllm.client import Bank, Document
 from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, Prompts
@@ -197,22 +194,16 @@ class BankThread:
 
     def ingest(self, documents: Sequence[tuple[str, str]], namespace: str = "default") -> list[str]:
         """Stores (id, text) pairs; their gradients' digests."""
-        messages = [
-            bank_pb2.IngestDocumentsRequest(document=bank_pb2.Document(namespace=namespace, id=id, text=text))
-            for id, text in documents
-        ]
-        with grpc.insecure_channel(self.address, options=channel_options()) as channel:
-            stub = bank_pb2_grpc.BankServiceStub(channel)
-            return [answer.gradient_digest for answer in stub.IngestDocuments(iter(messages), timeout=120)]
+        with Bank(self.address) as bank:
+            receipts = bank.ingest((Document(id, text) for id, text in documents), namespace=namespace)
+            return [receipt.gradient_digest for receipt in receipts]
 
     def upload(self, id: str, text: str) -> str:
         """Stores a document with a gradient that the bank did not make, and could not make again; its digest."""
         record = encode_gradient(self._encoder.encode([("", text)])[0].values, self._encoder.spec, "int8")
-        document = bank_pb2.Document(id=id, text=text)
-        with grpc.insecure_channel(self.address) as channel:
-            stub = bank_pb2_grpc.BankServiceStub(channel)
-            (stored,) = stub.IngestGradients(iter(upload_of(document, record, chunk_bytes=2**20)))
-            return str(stored.gradient_digest)
+        with Bank(self.address) as bank:
+            (receipt,) = bank.ingest_gradients([(Document(id, text), record)])
+            return receipt.gradient_digest
 
     def redis(self) -> Redis:
         """A client of the server that caches for this bank."""
@@ -224,9 +215,8 @@ class BankThread:
         found.unlink()
 
     def delete(self, id: str, namespace: str = "default") -> None:
-        with grpc.insecure_channel(self.address) as channel:
-            stub = bank_pb2_grpc.BankServiceStub(channel)
-            stub.DeleteDocument(bank_pb2.DeleteDocumentRequest(namespace=namespace, id=id), timeout=30)
+        with Bank(self.address) as bank:
+            bank.delete(id, namespace=namespace)
 
 
 def free_port() -> int:

@@ -7,12 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from fastapi.responses import JSONResponse
 
-from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
-from regrad_vllm.client import AsyncBank, Condition, Query
+from regrad_vllm.client import AsyncBank, Bank, Condition, Document, Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import Retrieval
 from regrad_vllm.serve.preparer import no_hits
@@ -53,14 +51,9 @@ def test_weights_are_made_of_cosines_where_scores_are_none(
 def test_a_filter_in_the_request_keeps_to_the_documents_that_match(
     bank: BankThread, learner: Learner, tmp_path: Path
 ) -> None:
-    with grpc.insecure_channel(bank.address) as channel:
-        stub = bank_pb2_grpc.BankServiceStub(channel)
-        documents = [
-            bank_pb2.Document(namespace="filtered", id=lang, text=f"{QUESTION} in {lang}", metadata={"lang": lang})
-            for lang in ("de", "fr", "en")
-        ]
-        requests = [bank_pb2.IngestDocumentsRequest(document=document) for document in documents]
-        assert len(list(stub.IngestDocuments(iter(requests), timeout=120))) == 3
+    with Bank(bank.address) as client:
+        documents = [Document(lang, f"{QUESTION} in {lang}", metadata={"lang": lang}) for lang in ("de", "fr", "en")]
+        assert len(list(client.ingest(documents, namespace="filtered"))) == 3
 
     async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
         return JSONResponse({"adapter": lora_name})
@@ -88,11 +81,9 @@ def test_a_request_as_of_an_earlier_sequence_gets_the_documents_of_then(
     bank: BankThread, learner: Learner, tmp_path: Path
 ) -> None:
     def put(id: str, text: str) -> int:
-        document = bank_pb2.Document(namespace="times", id=id, text=text)
-        with grpc.insecure_channel(bank.address) as channel:
-            stub = bank_pb2_grpc.BankServiceStub(channel)
-            (stored,) = stub.IngestDocuments(iter([bank_pb2.IngestDocumentsRequest(document=document)]), timeout=120)
-        return int(stored.sequence)
+        with Bank(bank.address) as client:
+            (receipt,) = client.ingest([Document(id, text)], namespace="times")
+        return receipt.sequence
 
     async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
         return JSONResponse({})
