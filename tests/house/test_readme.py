@@ -31,7 +31,8 @@ from tests.house.pages import ROOT, all_examples, examples, pages
 
 BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
 RUN = {
-    "bank", "server", "ingest", "curl", "openai", "client", "backup", "export", "eval", "load", "vllm_bench", "questions",
+    "bank", "server", "ingest", "curl", "openai", "client", "backup", "export", "eval", "load", "vllm_bench",
+    "questions",
 }  # fmt: skip
 
 
