@@ -1,7 +1,7 @@
-"""Writes what was used into an answer on its way out: two headers, and a ``regrad`` object in the JSON.
+"""Writes the used documents into an answer on its way out: two headers, and a ``regrad`` object in the JSON.
 
-The object goes in as bytes after the first brace, so that nothing of vLLM's answer is parsed or reordered:
-of the whole body where it is JSON, of the first event where it is a stream.
+The object goes in as bytes after the first brace, so nothing of vLLM's answer is parsed or reordered. In a JSON body
+that is the body's first brace, in a stream that of the first event.
 """
 
 from __future__ import annotations

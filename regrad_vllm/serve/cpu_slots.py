@@ -21,7 +21,7 @@ from regrad_vllm.serve.slot_shards import shards
 
 
 class CpuSlots:
-    """The slots of one worker's LoRA manager. What isn't the learner's gets memory of its own in the same form."""
+    """The slots of one worker's LoRA manager. Slots of other modules get memory of their own in the same form."""
 
     def __init__(self, manager: Any, learner: Learner) -> None:
         """Replaces the stacked tensors of all linear LoRA layers of vLLM's manager by views of ours.

@@ -1,13 +1,15 @@
 """The worker's door: where the API server asks for an adapter without waiting for the engine's turn.
 
-A socket of the machine in the abstract namespace: it has no file, so it ends with its process, however that ends. Only
-the same user may enter. Lines of JSON: {"id", "op": "prepare", "path", "traceparent"} is answered by {"id",
-"compose_ms", "error", "damaged", "cache"} when the adapter is in its slot, {"id", "op": "release"} isn't answered and
-is for the question of that id. Every prepare is followed by one release; those that a connection owes when it ends are
-made up for.
+It is a socket in the machine's abstract namespace. It has no file, so it ends with its process, however that ends. Only
+the same user may enter. The lines are JSON:
+- {"id", "op": "prepare", "path", "traceparent"} is answered by {"id", "compose_ms", "error", "damaged", "cache"} when
+  the adapter is in its slot.
+- {"id", "op": "release"} isn't answered. It is for the question of that id.
 
-Who needs no slot because the adapter is in one already doesn't wait behind those who wait for one. Their gradients are
-read when it is their turn, so that gradients are held for no more adapters than there are slots, and one.
+Every prepare is followed by one release. Those that a connection owes when it ends are made up for.
+
+A request whose adapter is in a slot already doesn't wait behind those that wait for a slot. The gradients of waiting
+requests are read at their turn. So gradients are held for at most one adapter more than there are slots.
 """
 
 from __future__ import annotations

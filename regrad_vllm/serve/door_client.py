@@ -56,7 +56,7 @@ class DoorClient:
     def release(self, number: int) -> None:
         """The request of a ``prepare`` is over, whatever came of it, cancelled or not even sent.
 
-        What a closed connection owed is released already.
+        The debts of a closed connection are released already.
         """
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(json.dumps({"id": number, "op": "release"}).encode() + b"\n")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class RegradEndpoint:
-    """What vLLM calls when it builds its API server. Does nothing where REGRAD_LEARNER is unset."""
+    """The plugin that vLLM calls when it builds its API server. Does nothing where REGRAD_LEARNER is unset."""
 
     name = PLUGIN_NAME
     required_tasks = ("generate",)
@@ -96,8 +96,10 @@ class RegradEndpoint:
 
 
 def warn_of_small_budgets(settings: Settings, learner: Learner, max_num_seqs: int) -> None:
-    """Says at the start which budget is too small for as many requests as the engine runs, each with documents of its
-    own: the ones over it would be refused."""
+    """Warns at the start of a budget that is too small for the engine's number of requests.
+
+    Each may have documents of its own. The requests over the budget would be refused.
+    """
     top_k = settings.top_k or min(learner.config.top_k, settings.max_documents)
     needed = max_num_seqs * top_k * learner.layout.num_values  # a byte a value: int8, the bank's default
     for flag, size in (("arena", settings.arena_bytes), ("worker", settings.worker_bytes)):
@@ -157,7 +159,7 @@ def _router() -> APIRouter:
 
     @router.get("/v1/regrad/requests/{request_id}")
     async def used(request: Request, request_id: str) -> JSONResponse:
-        """What one of the last requests used."""
+        """The documents that one of the last requests used."""
         runtime: Runtime = request.app.state.regrad
         found = runtime.memory.get(request_id)
         if found is None:

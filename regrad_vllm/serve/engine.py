@@ -102,8 +102,8 @@ class Engine:
     async def prepare(self, placement: Placement) -> float:
         """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError.
 
-        First one, then the others: who has no slot on the first worker takes none on another, so that two API servers
-        can't wait for each other's.
+        First one worker is asked, then the others. A request without a slot on the first takes none on another. So two
+        API servers can't wait for each other's slots.
         """
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
@@ -132,7 +132,7 @@ class Engine:
             door.release(number)
 
     def unfinished(self, request_id: str, recipe: Recipe) -> frozenset[str]:
-        """What still runs of one API request, for ``still_runs``."""
+        """The parts of one API request that still run, for ``still_runs``."""
         return vllm_server_seams.unfinished(self._client, request_id, recipe.name)
 
     def still_runs(self, engine_ids: frozenset[str]) -> bool:
@@ -157,7 +157,7 @@ async def _ask(door: DoorClient, placement: Placement, traceparent: str) -> dict
 
 
 def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
-    """What must hold between vLLM's flags and the learner. SettingsError says which flag to set."""
+    """Checks that vLLM's flags fit the learner. SettingsError says which flag to set."""
     lora = vllm_config.lora_config
     if lora is None:
         raise SettingsError("the engine must run with LoRA; set --enable-lora")

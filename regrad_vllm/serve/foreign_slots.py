@@ -1,7 +1,7 @@
 """Slots in which an operator's own adapter has been: they are emptied before they are ours again.
 
-vLLM empties a slot before it writes an adapter there. Ours write their own values alone, so what another adapter left
-in modules that the learner doesn't adapt, or in ranks above the learner's, must go first.
+vLLM empties a slot before it writes an adapter there. Ours write their own values alone. So
+the values of another adapter must go first: in modules that the learner doesn't adapt, and in ranks above its own.
 """
 
 from __future__ import annotations

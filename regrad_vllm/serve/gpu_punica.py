@@ -15,7 +15,7 @@ from regrad_vllm.adapt.triton_lora import MAX_RANK, Tiles, add_lora
 
 
 class TilesPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final to vLLM
-    """What vLLM makes in each worker (``CudaPlatform.get_punica_wrapper``)."""
+    """The wrapper that vLLM makes in each worker (``CudaPlatform.get_punica_wrapper``)."""
 
     def __init__(
         self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any

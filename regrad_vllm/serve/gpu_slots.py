@@ -1,11 +1,12 @@
 """LoRA slots on a GPU: vLLM's own stacked tensors, written by one Triton launch on a stream of its own.
 
-What goes to the device goes through one pinned buffer on that stream, so that a copy holds up neither the engine's
-stream nor the thread that asked for it. A composition waits on the device for the last step that reads the slot, for
-the adapter that was there, and for no other: waiting for the step under way would let one request a step begin. The
-composing thread waits for the composition, since it must know whether the values are finite before the request goes
-on. The engine's stream waits for the composition's event before it reads the slot: the loop itself waits for none, but
-where it composes.
+Copies to the device go through one pinned buffer on that stream. So a copy holds up neither the engine's stream nor
+the thread that asked for it.
+
+A composition waits on the device for the last step that reads the slot for its old adapter, and for no other step.
+Waiting for the step under way would let one request a step begin. The composing thread waits for the composition,
+because it must know that the values are finite before the request goes on. The engine's stream waits for the
+composition's event before it reads the slot. The engine's loop waits for none, unless it composes itself.
 """
 
 from __future__ import annotations

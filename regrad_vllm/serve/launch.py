@@ -1,7 +1,7 @@
 """``regrad serve MODEL …``: ``vllm serve`` with every flag that ReGrad needs filled in and all others passed on.
 
-A flag that the user gave is left as it is; what doesn't fit the learner is refused with a message that names the
-flag: here where a worker couldn't even start with it, else when the server has started
+A flag that the user gave is left as it is. A value that doesn't fit the learner is refused, and the message names the
+flag. That happens here if a worker couldn't start with it, else when the server has started
 (``engine.check_engine_settings``).
 """
 

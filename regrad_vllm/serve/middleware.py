@@ -1,6 +1,6 @@
 """The ASGI middleware: sees each request before vLLM's handlers and gives it its adapter.
 
-The endpoint plugin adds it in ``attach_router``, not ``--middleware``: so it stands inside vLLM's own middleware,
+The endpoint plugin adds it in ``attach_router``, not by ``--middleware``. So it stands inside vLLM's own middleware,
 and a request without a valid API key never reaches the bank.
 """
 
@@ -41,7 +41,7 @@ _LOGGER = logging.getLogger("regrad")
 
 @dataclass(frozen=True)
 class Runtime:
-    """What handles requests, made when vLLM has started its engine; lies in ``app.state.regrad``."""
+    """The parts that handle requests, in ``app.state.regrad``. They are made when vLLM has started its engine."""
 
     planner: Planner
     preparer: Preparer
@@ -124,10 +124,10 @@ class RegradMiddleware:
 async def _unless_gone(
     work: Coroutine[Any, Any, PreparedRequest | Used], receive: Receive, drop: Callable[[PreparedRequest | Used], None]
 ) -> PreparedRequest | Used | None:
-    """What ``work`` gives; None, and ``work`` is cancelled, where the client hangs up first.
+    """The result of ``work``. If the client hangs up first, ``work`` is cancelled, and the result is None.
 
-    It may wait for a slot for long: what nobody reads any more must not stand in line. drop: takes what ``work`` gave
-    when it is too late for it.
+    It may wait for a slot for long, and a request without a reader must not stand in line. ``drop`` takes a result that
+    comes too late.
     """
     doing = asyncio.ensure_future(work)
     hanging_up = asyncio.ensure_future(receive())  # after the body, all that comes is the end
@@ -203,7 +203,7 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedReques
 def _for_vllm(
     prepared: PreparedRequest | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
 ) -> tuple[vllm_server_seams.ServedCall | None, Body]:
-    """What vLLM's handler is called with: (adapter, body)."""
+    """The arguments of vLLM's handler: (adapter, body)."""
     body = {name: value for name, value in document.items() if name != "regrad"}
     model = body.get("model")
     body["model"] = planner.base_name(model)

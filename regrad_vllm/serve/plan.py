@@ -1,4 +1,4 @@
-"""What ReGrad does for one request, decided from its body and the settings alone: no I/O."""
+"""The plan of one request, decided from its body and the settings alone, without I/O."""
 
 from __future__ import annotations
 

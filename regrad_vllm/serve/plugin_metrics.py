@@ -66,14 +66,14 @@ class Metrics:
         )
 
     def observe_arena(self, figures: ArenaFigures, seen_evictions: int) -> None:
-        """What the arena holds; ``seen_evictions`` were counted before."""
+        """Records the arena's figures; ``seen_evictions`` were counted before."""
         self.arena_bytes.set(figures.used_bytes)
         self.arena_records.set(figures.num_records)
         self.arena_leases.set(figures.num_leases)
         self.arena_evictions.inc(figures.num_evictions - seen_evictions)
 
     def observe_worker(self, worker: str, cache: Mapping[str, int]) -> None:
-        """What a worker says of its cache (``CacheFigures``)."""
+        """Records a worker's figures of its cache (``CacheFigures``)."""
         self.worker_bytes.labels(worker).set(cache["used_bytes"])
         self.worker_records.labels(worker).set(cache["num_entries"])
         self.worker_lookups.labels(worker, "hit").set(cache["num_hits"])

@@ -173,7 +173,7 @@ def _made(placement: Placement | None) -> Placement:
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:
-    """What a client is told for a failure on the way to its adapter."""
+    """The error that a client gets for a failure on the way to its adapter."""
     if isinstance(error, NotFoundError) and error.kind in ("namespace", "document"):
         param = {"namespace": "regrad.namespace", "document": "regrad.document_ids"}[error.kind]
         return RequestError(404, error.message, param)

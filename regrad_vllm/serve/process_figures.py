@@ -1,4 +1,4 @@
-"""What a process holds: the sizes that must stay flat however many requests it served."""
+"""The sizes of a process that must stay flat, however many requests it served."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class PromptShape(Protocol):
 
     @property
     def id_prefix(self) -> str:
-        """What a new request_id in the body starts with."""
+        """The start of a new request_id in the body."""
 
     def question(self, body: Body) -> str | None:
         """The last thing that the user said, as text; None where there is none."""

@@ -1,7 +1,7 @@
-"""The recipe of an adapter: what a LoRARequest's path says, so that the worker can compose φ_q from it.
+"""The recipe of an adapter. It stands in a LoRARequest's path, and the worker composes φ_q from it.
 
-The path is ``regrad:`` and canonical JSON. It names gradients by digest and the arena that holds them; the
-adapter's own name is the digest of everything that its bits depend on (``naming.adapter_name``).
+The path is ``regrad:`` and canonical JSON. It names gradients by digest and the arena that holds them. The adapter's
+own name is the digest of everything that its bits depend on (``naming.adapter_name``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a request asks for: the ``regrad`` object of its body, parsed strictly.
+"""The ``regrad`` object of a request's body, parsed strictly.
 
 An option that the server wouldn't use is an error, never silently dropped.
 """

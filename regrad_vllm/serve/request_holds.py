@@ -23,7 +23,7 @@ class RequestHolds:
         """Ends the holds, but not before the engine has stopped using the adapter for this request.
 
         A request that ended well (``clean``) is over, except for a last step, which keeps its slot by itself
-        (``Slots.begin_step``). A request that failed, or whose client hung up, may run until its abort arrives, and its
+        (``Slots.begin_step``). A request that failed, or whose client hung up, may run until its abort arrives. Its
         adapter may have to be composed again in that time. Its present parts in the engine are its last ones, so the
         wait ends with them. Other requests with the same adapter have holds of their own.
         """

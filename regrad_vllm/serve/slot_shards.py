@@ -14,7 +14,7 @@ from regrad_vllm.serve import vllm_seams
 
 
 def shards(modules: Sequence[tuple[Sequence[str], Any]], layout: Layout) -> dict[tuple[str, Part], Shard]:
-    """What of each of the learner's tensors vLLM's layers on this worker compute with, by their own slicing.
+    """The part of each of the learner's tensors on this worker, by the slicing of vLLM's layers.
 
     A merged layer may be the learner's in some of its slices only. ValueError where a layer's slices are no blocks.
     """
@@ -61,7 +61,7 @@ def refusal(manager: Any, layout: Layout) -> str:
 
 
 def _sliced(module: Any, part: Part, tensors: list[Any]) -> list[Any]:
-    """What this worker's layer keeps of each slice's tensor; None stays None. ValueError."""
+    """The part of each slice's tensor that this worker's layer keeps; None stays None. ValueError."""
     if len(tensors) != module.n_slices:
         raise ValueError(
             f"vLLM must compute with a learner's module in one piece, it has {module.n_slices} for {len(tensors)}"

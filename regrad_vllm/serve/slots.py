@@ -1,10 +1,11 @@
 """Which adapter holds which LoRA slot: those that vLLM runs, those composed ahead, those that nobody needs any more.
 
-vLLM's manager hands out ``max_loras`` slots inside the engine's step and keeps finished adapters in them. Here an
-adapter gets its slot, and is composed into it, on another thread before its request is scheduled; activating it is then
-a matter of writing its id into the manager's list. There are a few more slots than ``max_loras``, for adapters that
-wait while as many as can run are running. The slot of an adapter whose requests are over may be given away at any time;
-vLLM's manager learns of it when it looks for the adapter in its list.
+vLLM's manager hands out ``max_loras`` slots inside the engine's step and keeps finished adapters in them. Here another
+thread gives an adapter its slot and composes it, before its request is scheduled. Activating it then only writes its id
+into the manager's list. There are a few more slots than ``max_loras``, for adapters that wait while all others run.
+
+The slot of an adapter may be given away once its requests are over. vLLM's manager learns of it when it looks for the
+adapter in its list.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class _SlotHold:
 class Slots:
     """Books over all slots of a worker. The engine's step takes slots, another thread holds them. Thread-safe.
 
-    There is always a slot for the step: what waits can be composed again later, and there are more slots than vLLM runs
-    adapters at a time.
+    There is always a slot for the step. There are more slots than adapters that vLLM runs at a time, and a waiting
+    adapter can be composed again later.
     """
 
     def __init__(self, slot_ids: SlotIds) -> None:
@@ -47,8 +48,10 @@ class Slots:
         return len(self._holds)
 
     def begin_step(self, adapter_ids: frozenset[int]) -> None:
-        """A step of the engine begins. Until the next one does, its adapters keep their slots, needed or not: a request
-        that is over for its client, at a stop word say, runs in the engine until the abort arrives there."""
+        """A step of the engine begins. Until the next one does, its adapters keep their slots, needed or not.
+
+        A request that is over for its client, at a stop word say, runs in the engine until the abort arrives there.
+        """
         with self._lock:
             self._in_step = adapter_ids
             self._is_set_up = False
@@ -135,8 +138,8 @@ class Slots:
     def put_back(self, adapter_id: int, *, needed: bool) -> None:
         """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others.
 
-        So does one that nobody needs, but the step that is being set up: vLLM makes room by putting out adapters of the
-        same batch whose turn comes later.
+        So does one that only the step needs that is being set up. vLLM makes room by putting out adapters of the same
+        batch whose turn comes later.
         """
         with self._lock:
             if adapter_id not in self._slot_ids():  # it was idle, and another has it since vLLM looked
@@ -149,7 +152,7 @@ class Slots:
             self._changed.notify_all()
 
     def lose(self, adapter_id: int) -> None:
-        """What was taken for an adapter couldn't be composed."""
+        """The adapter of a taken slot couldn't be composed."""
         with self._lock:
             self._slot_ids()[self._slot_ids().index(adapter_id)] = None
             self._changed.notify_all()

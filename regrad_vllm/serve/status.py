@@ -1,4 +1,4 @@
-"""What GET /v1/regrad/status tells: everything that an operator asks first, and every size that must not grow."""
+"""The answer of GET /v1/regrad/status: an operator's first questions, and every size that must not grow."""
 
 from __future__ import annotations
 

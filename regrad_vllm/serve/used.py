@@ -1,4 +1,4 @@
-"""What a request used: the ``regrad`` object of an answer, and a bounded memory of the last ones."""
+"""The documents of an answer: its ``regrad`` object, and a bounded memory of the last ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UsedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What one answer was made with. Without an adapter it came from the base model, and ``reason`` says why."""
+    """The documents and settings of one answer. ``reason`` says why there is no adapter, if there is none."""
 
     request_id: str
     namespace: str

@@ -1,4 +1,4 @@
-"""What replaces vLLM's own in the workers; ``vllm_seams`` has the places and the versions that they were read in."""
+"""Our replacements of vLLM's parts in the workers. ``vllm_seams`` has their places and versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CUDA_WRAPPER = "regrad_vllm.serve.gpu_punica.TilesPunicaWrapper"
 
 @dataclass(frozen=True, slots=True)
 class SlotBooks:
-    """Who has which slot, in vLLM's manager's place. All are called inside the engine's step."""
+    """The books over slots, in the place of those of vLLM's manager. All are called inside the engine's step."""
 
     begin_step: Callable[[frozenset[int]], None]  # ids of the batch's adapters, before anything is done for them
     step_is_set_up: Callable[[], None]  # when all has been done
@@ -202,7 +202,7 @@ def install_kernels() -> None:
 
 
 def make_lora_model(recipe: Recipe, rank: int) -> LoRAModel:
-    """What stands for a recipe's adapter in vLLM's books: it has no tensors, its slot has."""
+    """The entry of a recipe's adapter in vLLM's books. It has no tensors; its slot has."""
     from vllm.lora.lora_model import LoRAModel
 
     model = LoRAModel(recipe.int_id, rank, {})

@@ -1,13 +1,14 @@
 """All that is not public vLLM API in the workers, each seam with the versions it was read against.
 
-What is put in vLLM's place lies in ``vllm_patches``, what is not public in the API server in ``vllm_server_seams``, our
-LoRA kernels in ``cpu_punica`` and ``gpu_punica``; nothing else reaches behind vLLM's API. ``check_seams`` compares
-every seam with the vLLM that is installed and says what changed; nothing is patched before it has passed. Patches are
-idempotent, and with no ReGrad request they leave vLLM's answers as they were.
+Three other places reach behind vLLM's API, and no more. ``vllm_patches`` replaces parts of the workers.
+``vllm_server_seams`` uses parts of the API server. ``cpu_punica`` and ``gpu_punica`` are our LoRA kernels.
+
+``check_seams`` compares every seam with the installed vLLM and says the differences. Nothing is patched before it has
+passed. Patches are idempotent. Without a ReGrad request they leave vLLM's answers as they were.
 
 Rows without an adapter carry the slot index −1. vLLM's own CPU kernels (``lora/ops/torch_ops``) index the stacked
-tensors with it, so that such a row gets whatever adapter lies in the last slot; ours skip it. The Triton kernels of the
-CUDA build return early for it (``lora_ops``: ``if lora_id == -1: return``).
+tensors with it. So such a row gets the adapter of the last slot; ours skip it. The Triton kernels of the CUDA build
+return early for it (``lora_ops``: ``if lora_id == -1: return``).
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def slot_form(manager: Any) -> tuple[int, int, torch.dtype]:
 
 
 def sliced(module: Any, part: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What of each slice's whole A or B this worker's layer keeps."""
+    """The part of each slice's whole A or B that this worker's layer keeps."""
     if module.tp_size == 1:
         return tensors
     cut = module.slice_lora_a if part == "A" else module.slice_lora_b
@@ -204,8 +205,8 @@ def count_adapters(worker: Any) -> tuple[int, int]:
 def base_weights(worker: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every base weight tensor as the worker computes with it, by name, in a fixed order.
 
-    On CPUs vLLM packs a linear layer's weight into a handle of its math library and empties the parameter:
-    such a weight is read back through the layer itself, as its answer to the identity (exact: 1·w + 0·…).
+    On CPUs vLLM packs a linear layer's weight into a handle of its math library and empties the parameter.
+    Such a weight is read back through the layer itself, as its answer to the identity (exact: 1·w + 0·…).
     """
     import torch
 

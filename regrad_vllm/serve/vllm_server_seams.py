@@ -53,7 +53,7 @@ _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 @dataclass(frozen=True, slots=True)
 class ServedCall:
-    """What the serving layer must use for the API request that is being handled."""
+    """The adapter and names that the serving layer must use for the current API request."""
 
     lora_request: LoRARequest | None  # None: vLLM's own choice
     model_name: str  # for the answer's "model"
@@ -140,10 +140,10 @@ async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:
 
 
 def unfinished(engine_client: Any, request_id: str, lora_name: str) -> frozenset[str]:
-    """The engine's own ids of what still runs of one API request with this adapter.
+    """The engine's own ids of the parts that still run of one API request with this adapter.
 
-    One API request is several of the engine's where it has several prompts or asks for several answers: vLLM's
-    external id is the API's behind a prefix of the endpoint, with a number after it where there are several.
+    One API request is several of the engine's if it has several prompts or asks for several answers. vLLM's
+    external id is the API's behind a prefix of the endpoint. A number follows if there are several.
     """
     states = engine_client.output_processor.request_states
 
@@ -167,7 +167,7 @@ def still_runs(engine_client: Any, engine_ids: frozenset[str]) -> bool:
 def install_bounded_lora_metrics() -> None:
     """All ReGrad adapters count under one name in vllm:lora_requests_info.
 
-    vLLM labels that gauge with the names of the running adapters and keeps every label set it has seen; with a
+    vLLM labels that gauge with the names of the running adapters and keeps every label set it has seen. With a
     name for each request that would grow without end.
     """
     from vllm.v1.metrics.stats import LoRARequestStates

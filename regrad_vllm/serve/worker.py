@@ -1,9 +1,10 @@
 """The worker's side of the plugin.
 
-``register`` is the ``vllm.general_plugins`` entry point; vLLM runs it in every one of its processes. A worker makes its
-composer when vLLM has made its LoRA layers; the server then asks it through its door for each request's adapter, before
-it submits the request (``composer``), so that an adapter that can't be composed is one request's error: an exception
-inside the engine's step would be the end of the engine.
+``register`` is the ``vllm.general_plugins`` entry point. vLLM runs it in every one of its processes. A worker makes its
+composer when vLLM has made its LoRA layers.
+
+The server asks the composer through its door for each request's adapter, before it submits the request. So an adapter
+that can't be composed is one request's error. An exception inside the engine's step would end the engine.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def register() -> None:
 
 
 class _WorkerPart:
-    """What a process of vLLM has of ours if it becomes a worker."""
+    """Our part of a process of vLLM that becomes a worker."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -110,7 +111,7 @@ class _WorkerPart:
         return vllm_patches.SlotBooks(begin_step, step_is_set_up, activate, composer.deactivate)
 
     def load(self, manager: Any, request: LoRARequest) -> LoRAModel:
-        """What vLLM keeps of our adapter. RecipeError."""
+        """The model that vLLM keeps for our adapter. RecipeError."""
         recipe = Recipe.parse(request.lora_path)
         if request.lora_name != recipe.name:
             raise RecipeError(f"an adapter's name must be its recipe's digest {recipe.name}, got {request.lora_name}")
@@ -130,7 +131,7 @@ def _slot_memory(manager: Any, learner: Learner) -> CpuSlots | GpuSlots:
 
 @dataclass(slots=True)
 class AdoptedManager:
-    """What of ours belongs to one of vLLM's LoRA managers."""
+    """Our parts of one of vLLM's LoRA managers."""
 
     learner: Learner
     slots: Slots
@@ -182,7 +183,7 @@ class RegradWorkerExtension:
         """The answer says that the worker did all that it was asked before."""
 
     def regrad_check(self) -> dict[str, Any]:
-        """What the server needs to know at its start: {"error", "learner", "modules", "dtype", "door"}."""
+        """The worker's answer to the server at its start: {"error", "learner", "modules", "dtype", "door"}."""
         part = self._part
         return {
             "error": part.refusal,
