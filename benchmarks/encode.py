@@ -21,8 +21,8 @@ import torch
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.document_gradients import document_gradients
 from regrad_vllm.encode.gradient_encoder import check_base, plan_passes
-from regrad_vllm.encode.gradients import document_gradients
 from regrad_vllm.learner import Learner
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe

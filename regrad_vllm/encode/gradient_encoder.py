@@ -10,7 +10,7 @@ import torch
 from bank_service.values.encoder import EncodedDocument
 from regrad_vllm.base_model import base_digest, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.gradients import document_deltas
+from regrad_vllm.encode.document_gradients import document_deltas
 from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner, LearnerError

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.gradients import document_deltas
+from regrad_vllm.encode.document_gradients import document_deltas
 from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters
 
 

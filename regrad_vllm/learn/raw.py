@@ -10,7 +10,7 @@ import torch
 
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.gradients import document_gradients
+from regrad_vllm.encode.document_gradients import document_gradients
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch
 from regrad_vllm.learn.state import initial_phi

@@ -8,7 +8,7 @@ import torch
 
 from regrad_vllm.base_model import BaseModelError, build_layout
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.gradients import document_deltas, document_gradients
+from regrad_vllm.encode.document_gradients import document_deltas, document_gradients
 from regrad_vllm.encode.inner_loss import InnerLoss
 from tests.method.reference import lm_loss, peft_model, relative_error
 

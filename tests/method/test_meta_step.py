@@ -67,7 +67,7 @@ def test_the_meta_gradient_equals_the_per_task_reference(any_model: Any, kind: s
 
 
 def meta_loss_first_order(model: AdaptedModel, phi: Tensor, flat_steps: Tensor, batch: MetaBatch) -> Tensor:
-    from regrad_vllm.encode.gradients import document_deltas
+    from regrad_vllm.encode.document_gradients import document_deltas
 
     deltas = document_deltas(model, phi.detach(), flat_steps.detach(), batch.documents)
     adapters = model.split(phi - GAMMA * (batch.mix @ deltas))
