@@ -1,17 +1,18 @@
 """Erases what a purge leaves behind its commit: bytes that no query finds, but that the bank's files still hold.
 
 Each store erases by its own means. The catalog overwrites deleted rows, erases deleted words from its lists and
-empties its log. A namespace's index is rid of the removed vectors, and its file is written anew. Gradients leave the
-blob store and the cache. The catalog knows what is left after a crash.
+empties its log. A namespace's index is built anew without the removed vectors. Gradients leave the blob store and the
+cache. The catalog knows what is left after a crash.
 
 What remains: snapshots of the bank that were made before the purge, and logs and backups of a store that is not the
 bank's own.
 
-A round rewrites the words and the index of each namespace with a purge, which takes seconds with some thousand
-documents, and at most as long as adding all of its vectors. Rounds are a fifth of the time at most. What holds a
-round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within seconds), a
-disk that fails, a snapshot, whose copy of the catalog may have all of it. Gradients that disk or cache refuse hold up
-nothing else.
+A round rewrites the words and the index of each namespace with a purge. That takes seconds with some thousand
+documents, and with more as long as adding all vectors of the namespace. Rounds are a fifth of the time at most.
+
+What holds a round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within
+seconds), a disk that fails, a snapshot, whose copy of the catalog may have all of it. Gradients that disk or cache
+refuse hold up nothing else.
 """
 
 from __future__ import annotations

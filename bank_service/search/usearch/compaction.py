@@ -62,13 +62,10 @@ class Compactor:
     async def rebuild(self, namespace: str) -> None:
         """As ``compact``, for a caller that holds ``turn``. The new graph has nothing of removed vectors."""
         fresh = self._index.empty_like()
-        sequence = 0
-        while (reached := await in_thread(self._pool, self._advance, fresh, namespace, sequence)) != sequence:
-            sequence = reached
+        sequence = await self._catch_up(fresh, namespace, 0)
         # The changes that came meanwhile, with the follower paused: then the fresh graph has all that the old one has.
         async with self._follower.paused():
-            while (reached := await in_thread(self._pool, self._advance, fresh, namespace, sequence)) != sequence:
-                sequence = reached
+            sequence = await self._catch_up(fresh, namespace, sequence)
             self._follower.expect(sequence)
             self._index.take(namespace, fresh)
         self.num_compacted += 1
@@ -83,8 +80,15 @@ class Compactor:
             except Exception:  # the old graph goes on serving
                 logger.exception("a namespace's index could not be rebuilt; trying again")
 
-    def _advance(self, fresh: UsearchIndex, namespace: str, after_sequence: int) -> int:
-        """Applies the namespace's next changes; the sequence of the last."""
+    async def _catch_up(self, fresh: UsearchIndex, namespace: str, sequence: int) -> int:
+        """Applies the changes after ``sequence`` until few are left, so that steady writes don't keep it for ever."""
+        num_changes = CHANGES_PER_STEP
+        while num_changes == CHANGES_PER_STEP:
+            sequence, num_changes = await in_thread(self._pool, self._advance, fresh, namespace, sequence)
+        return sequence
+
+    def _advance(self, fresh: UsearchIndex, namespace: str, after_sequence: int) -> tuple[int, int]:
+        """Applies the namespace's next changes; the sequence of the last, and how many."""
         with self._catalog.view() as view:
             changes = view.changes_of(namespace, after_sequence, CHANGES_PER_STEP)
         gone = [change.key for change in changes if change.embedding is None]
@@ -92,7 +96,7 @@ class Compactor:
         living = [change for change in changes if change.embedding is not None]
         if living:
             fresh.put(namespace, [change.key for change in living], _vectors(living))
-        return changes[-1].sequence if changes else after_sequence
+        return changes[-1].sequence if changes else after_sequence, len(changes)
 
 
 def _vectors(changes: list[Change]) -> np.ndarray:

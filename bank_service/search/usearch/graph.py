@@ -20,13 +20,12 @@ import bank_service.runtime.onnx_runtime  # noqa: F401 - before usearch
 
 from usearch.index import Index  # isort: skip
 
-from bank_service.values.vectors import KeyArray, unit
+from bank_service.values.vectors import KeyArray
 from bank_service.wire.codec import FloatArray
 
 LARGE_SIZE, HUGE_SIZE = 50_000, 300_000  # vectors; a search of a graph above this size looks at more
 EXHAUSTIVE_SIZE = 5_000  # vectors; up to this size, comparing with each is as fast as the graph
 VECTORS_PER_HOLD = 16  # of a ``put``; searches wait for so many, about 1 ms each in a graph of a million
-FILLER_KEY = 2**63 - 1  # no catalog gives a document this key
 _VERSIONS = itertools.count()  # of graphs; none is given twice
 
 
@@ -82,23 +81,6 @@ class Graph:
     def num_dead(self) -> int:
         """Nodes of removed vectors. Does not wait for the lock either."""
         return max(0, self._nodes - self._size)
-
-    def overwrite_removed(self, count: int) -> None:
-        """Overwrites the ``count`` vectors that were removed first.
-
-        usearch gives a new vector the node that was free first, and a removed vector's node becomes free last. So
-        fillers, each removed at once, pass through one node after the other.
-        """
-        generator = np.random.default_rng()
-        key = np.asarray([FILLER_KEY], dtype=np.uint64)
-        for _ in range(count):
-            filler = unit(generator.standard_normal((1, self._index.ndim)).astype(np.float32))
-            with self._turn():
-                # Without a free node, the filler would get a new one.
-                if self._nodes > len(self._index):
-                    self.version = next(_VERSIONS)
-                    self._index.add(key, filler, threads=1)
-                    self._index.remove(key)
 
     def save(self, path: Path) -> int:
         """Writes the graph to a file; the version that was written. OSError."""

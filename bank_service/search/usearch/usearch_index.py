@@ -68,20 +68,6 @@ class UsearchIndex:
             graphs = dict(self._graphs)
         return [name for name, graph in graphs.items() if graph.num_dead() > max(share * graph.num_nodes(), least - 1)]
 
-    def num_dead(self, namespace: str) -> int:
-        """Nodes of removed vectors. The vectors stay in them until they are overwritten."""
-        graph = self._graph(namespace)
-        return 0 if graph is None else graph.num_dead()
-
-    def overwrite_removed(self, namespace: str, count: int) -> None:
-        """Overwrites the ``count`` vectors that were removed first. Each takes as long as adding one.
-
-        With a ``count`` of ``num_dead``, nothing is left of vectors that were removed before.
-        """
-        graph = self._graph(namespace)
-        if graph is not None:
-            graph.overwrite_removed(count)
-
     def empty_like(self) -> UsearchIndex:
         """An empty index for the same vectors."""
         return UsearchIndex(self._dimension)

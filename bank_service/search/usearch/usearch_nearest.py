@@ -13,7 +13,6 @@ from pathlib import Path
 
 from bank_service.catalog.contract import Catalog, CatalogView
 from bank_service.runtime.acknowledged import AcknowledgedSequence
-from bank_service.runtime.threads import ended_in_thread
 from bank_service.search.nearest import Neighbours
 from bank_service.search.usearch.compaction import Compactor
 from bank_service.search.usearch.exact_vectors import ExactVectors
@@ -26,9 +25,6 @@ from bank_service.wire.tracing import span
 SCAN_SIZE = 5_000  # documents that a filter leaves; reading their vectors takes tens of milliseconds
 MAX_PROPOSALS = 20_000  # of the graph, for one filtered query; beyond, all documents that match are compared
 GROWTH = 4  # of the number of proposals, from one search of the graph to the next
-OVERWRITE_STEP = 128  # removed vectors; some tenths of a second, for which a bank that stops waits
-MAX_OVERWRITTEN = 2_000  # removed vectors of a namespace; with more, and more than the share below, it is rebuilt
-MAX_OVERWRITTEN_SHARE = 0.1  # of its nodes, so that a rebuild takes at most ten times as long as overwriting them
 
 
 class UsearchNearest:
@@ -103,17 +99,14 @@ class UsearchNearest:
         return Neighbours(matching(), view.sequence())
 
     async def erase(self, namespaces: Collection[str]) -> None:
-        """Overwrites the removed vectors, in the milliseconds that adding each takes. Where they are many, it rebuilds
-        the namespace's graph. Then it writes the snapshot."""
-        # A rebuild that began before a removal would bring the vector back, in the new graph's own dead nodes.
+        """Rebuilds the graphs that have removed vectors, then writes the snapshot.
+
+        A rebuild takes as long as adding all vectors of the namespace.
+        """
+        # Looks while no rebuild is under way: one that began before a removal has the vector in a dead node.
         async with self.compactor.turn:
-            wasteful = self.index.wasteful(MAX_OVERWRITTEN_SHARE, MAX_OVERWRITTEN + 1)
-            for namespace in namespaces:
-                if namespace in wasteful:
-                    await self.compactor.rebuild(namespace)
-                    continue
-                for _ in range(0, self.index.num_dead(namespace), OVERWRITE_STEP):
-                    await ended_in_thread(self._pool, self.index.overwrite_removed, namespace, OVERWRITE_STEP)
+            for namespace in set(self.index.wasteful(0.0, 1)).intersection(namespaces):
+                await self.compactor.rebuild(namespace)
             await self.follower.save()
 
     def _search(self, namespace: str, vector: FloatArray, count: int) -> list[int]:

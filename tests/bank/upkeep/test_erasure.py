@@ -17,7 +17,6 @@ from bank_service.bank import Bank
 from bank_service.blobs.blob_store import Sweep
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.errors import NotFoundError, UnavailableError, VersionConflictError
-from bank_service.search.usearch import usearch_nearest
 from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.upkeep import eraser
 from bank_service.values.documents import Document, Gradient, Query
@@ -147,12 +146,12 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
         # The rebuild stands between its copy of the catalog's state and its taking the old graph's place.
         advance = usearch_of(bank).compactor._advance
 
-        def slowly(fresh: UsearchIndex, namespace: str, after: int) -> int:
-            sequence = advance(fresh, namespace, after)
-            if sequence == after and not reached.is_set():
+        def slowly(fresh: UsearchIndex, namespace: str, after: int) -> tuple[int, int]:
+            advanced = advance(fresh, namespace, after)
+            if not reached.is_set():
                 loop.call_soon_threadsafe(reached.set)
                 asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result(30)
-            return sequence
+            return advanced
 
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(usearch_of(bank).compactor, "_advance", slowly)
@@ -168,49 +167,20 @@ async def test_a_rebuild_under_way_does_not_bring_a_purged_vector_back(
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("most", [2, 3])
-async def test_a_purge_overwrites_few_removed_vectors_and_rebuilds_where_they_are_many(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch, most: int
-) -> None:
-    monkeypatch.setattr(usearch_nearest, "MAX_OVERWRITTEN", most)
+async def test_a_purge_rebuilds_the_index_of_its_namespace_and_of_no_other(data_dir: Path) -> None:
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
-        for number in range(2):
-            await bank.delete("", f"d{number}")
+        await bank.put(Document("other", "gone", "", "a text"))
+        await bank.delete("other", "gone")
+        await bank.delete("", "d0")
         deletion = await bank.delete("", "a", purge=True)
         await bank._nearest.reach(deletion.sequence)
         await within_the_bound(lambda: not num_erasures(data_dir))
         assert not traces(data_dir, embedding)
-        assert usearch_of(bank).compactor.num_compacted == (most == 2)
-        assert usearch_of(bank).index.num_dead("default") == (0 if most == 2 else 3)
+        assert usearch_of(bank).compactor.num_compacted == 1
+        assert usearch_of(bank).index.wasteful(0.0, 1) == ["other"]
         found = await bank.query(Query("", "text number 4", top_k=64))
-        assert {hit.id for hit in found.hits} == {"d2", "d3", "d4"}
-
-
-def test_a_removed_vector_is_overwritten_in_the_index_and_costs_no_other(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(0).standard_normal((200, 32)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = UsearchIndex(32)
-    index.put("n", range(1, 201), vectors)
-    index.remove("n", range(1, 41))
-
-    def left(saved: Path) -> int:
-        content = (saved / "0.usearch").read_bytes()
-        return sum(vector.astype("<f2").tobytes() in content for vector in vectors[:40])
-
-    index.save(tmp_path / "before", "c", 1)
-    assert left(tmp_path / "before") == 40, "else this test shows nothing"
-    loaded = UsearchIndex(32)
-    assert loaded.load(tmp_path / "before", "c") == 1
-    for name, erased in (("one", index), ("other", loaded)):
-        erased.overwrite_removed("n", 15)
-        erased.remove("n", [41])
-        erased.overwrite_removed("n", erased.num_dead("n") + 1)
-        erased.save(tmp_path / name, "c", 2)
-        assert left(tmp_path / name) == 0 and erased.num_dead("n") == 41
-        for key in range(42, 201):
-            keys, scores = erased.search("n", vectors[key - 1], 200)
-            assert keys[0] == key and scores[0] > 0.99 and sorted(keys) == list(range(42, 201))
+        assert {hit.id for hit in found.hits} == {"d1", "d2", "d3", "d4"}
 
 
 # Disks and blobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from bank_service.search.queries import Queries
 from bank_service.search.usearch import compaction
 from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.values.documents import Document, Gradient, Query
-from tests.bank.catalog.test_catalog import IDENTITY
+from tests.bank.catalog.test_catalog import IDENTITY, gradient
 from tests.bank.search.collection import usearch
 
 NUM_DOCUMENTS = 300
@@ -89,6 +90,26 @@ async def test_a_namespace_is_wasteful_from_the_share_and_the_number_on(
         await parts.compactor.compact("n")
         assert parts.index.wasteful(0.0, 1) == [] and parts.index.size("n") == 69
         assert await parts.ids() <= set(names(range(31, 100)))
+
+
+@pytest.mark.asyncio
+async def test_a_rebuild_ends_though_every_look_finds_new_changes(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with parts_in(tmp_path, pool) as parts:
+        await parts.put(*names(range(10)))
+        advance, numbers = parts.compactor._advance, itertools.count(10)
+
+        def behind(fresh: UsearchIndex, namespace: str, after: int) -> tuple[int, int]:
+            advanced = advance(fresh, namespace, after)
+            stored = Document("n", f"doc {next(numbers)}", "", "text")
+            parts.catalog.put(stored, gradient(), None).result()
+            return advanced
+
+        monkeypatch.setattr(parts.compactor, "_advance", behind)
+        async with asyncio.timeout(10):
+            await parts.compactor.compact("n")
+        assert parts.index.size("n") >= 10
 
 
 @pytest.mark.asyncio

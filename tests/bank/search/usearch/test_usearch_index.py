@@ -142,7 +142,7 @@ def test_usearch_holds_what_the_oracle_holds_whatever_is_done_to_it(steps: list[
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["put", "remove", "overwrite", "reload"]), st.sets(st.integers(0, 40), min_size=1)),
+        st.tuples(st.sampled_from(["put", "remove", "reload"]), st.sets(st.integers(0, 40), min_size=1)),
         max_size=30,
     )
 )
@@ -154,8 +154,6 @@ def test_the_places_are_those_that_usearch_counts_whatever_is_done_to_it(steps: 
             index.put("n", sorted(keys), vectors(len(keys), seed=number))
         elif action == "remove":
             index.remove("n", sorted(keys))
-        elif action == "overwrite":
-            index.overwrite_removed("n", len(keys))
         else:
             with tempfile.TemporaryDirectory() as folder:
                 index.save(Path(folder) / "index", "collection", 1)
@@ -163,7 +161,7 @@ def test_the_places_are_those_that_usearch_counts_whatever_is_done_to_it(steps: 
                 assert index.load(Path(folder) / "index", "collection") == 1
         space = index._graphs["n"]
         num_places = int(space._index.stats.nodes)
-        assert (space.num_nodes(), index.num_dead("n")) == (num_places, num_places - len(space._index))
+        assert (space.num_nodes(), space.num_dead()) == (num_places, num_places - len(space._index))
 
 
 class Uncounted:
@@ -180,13 +178,12 @@ class Uncounted:
         return len(self._index)  # type: ignore[arg-type]
 
 
-def test_overwriting_does_not_walk_through_the_graph_for_each_vector() -> None:
+def test_no_change_walks_through_the_graph_to_count_it() -> None:
     index = UsearchIndex(DIMENSION)
     index.put("n", [1, 2, 3], vectors(3))
     index._graphs["n"]._index = Uncounted(index._graphs["n"]._index)  # type: ignore[assignment]
     index.put("n", [3, 4], vectors(2))
     index.remove("n", [1])
-    index.overwrite_removed("n", index.num_dead("n"))
     assert index.wasteful(0.1, 1) == ["n"]
 
 
@@ -248,7 +245,6 @@ CHANGES: dict[str, Change] = {
     "put": lambda index: index.put("b", [9], vectors(1)),
     "update": lambda index: index.put("b", [1], vectors(1, seed=5)),
     "remove": lambda index: index.remove("b", [1]),
-    "overwrite": lambda index: index.overwrite_removed("b", 1),
     "take": lambda index: index.take("b", small_index()),
     "nothing": lambda index: index.remove("b", [777]),
 }
