@@ -72,8 +72,8 @@ def load_base_model(
 def fast_dtype(device: str) -> torch.dtype:
     """To train an adapter in: bfloat16, but float32 on a CPU that is slow at it.
 
-    On two cores of an AMD EPYC without AVX-512 a step of ``learn.continual`` on four documents took 110 s in bfloat16
-    and 2.7 s in float32 (`regrad eval --in-process --methods cpt`).
+    A step of ``learn.continual`` on four documents took 110 s in bfloat16 and 2.7 s in float32, on two cores of an AMD
+    EPYC without AVX-512 (`regrad eval --in-process --methods cpt`).
     """
     import torch
 
@@ -133,7 +133,7 @@ def _positions(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_parts(folder: Path) -> dict[str, Any]:
-    """What turns text into tokens; absent and null settings count alike."""
+    """The parts that turn text into tokens; absent and null settings count alike."""
     tokenizer = _read_json(folder / "tokenizer.json")
     model = tokenizer.get("model", {})
     added = [(entry["id"], entry["content"], entry["special"]) for entry in tokenizer.get("added_tokens") or ()]

@@ -1,4 +1,4 @@
-"""What a command says, and how it fails: one line that names the fault and the remedy, without a traceback."""
+"""The words and the failures of a command. A failure is one line with fault and remedy, without a traceback."""
 
 from __future__ import annotations
 

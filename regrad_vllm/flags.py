@@ -51,7 +51,7 @@ def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> t
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> None:
-    """One flag per setting, --data-dir for data_dir. What is not given is not in the result; see ``given``."""
+    """One flag per setting, --data-dir for data_dir. A flag that is not given is not in the result; see ``given``."""
     for setting in settings_of(config_class, defaults):
         default = f" ({setting.default_text})" if setting.default_text else ""
         parser.add_argument(

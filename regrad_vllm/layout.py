@@ -17,7 +17,7 @@ Part = Literal["A", "B"]
 
 
 class FlatArray(Protocol):
-    """What numpy arrays and torch tensors have in common here."""
+    """The methods that numpy arrays and torch tensors share here."""
 
     def __getitem__(self, item: slice, /) -> FlatArray: ...
     def reshape(self, shape: tuple[int, int], /) -> FlatArray: ...

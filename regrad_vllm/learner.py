@@ -1,8 +1,8 @@
 """The learner: φ*, its step sizes, its layout, its prompts, and what it was made for.
 
-On disk it is a PEFT adapter folder that Hugging Face PEFT loads as it is (``adapter_config.json`` and
-``adapter_model.safetensors`` hold φ*), with ``regrad.json`` and ``step_sizes.safetensors`` beside it.
-numpy only: a server process reads a learner without torch.
+On disk it is an adapter folder that Hugging Face PEFT loads as it is. ``adapter_config.json`` and
+``adapter_model.safetensors`` hold φ*; ``regrad.json`` and ``step_sizes.safetensors`` lie beside them. It needs numpy
+only, so a server process reads a learner without torch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    """What a learner is, beside its numbers."""
+    """A learner's properties, beside its numbers."""
 
     base_digest: str  # SHA-256 of the base model's weights, config and tokenizer, 64 hex digits
     lora_alpha: float
@@ -162,7 +162,7 @@ class Learner:
 
     @cached_property
     def spec(self) -> GradientSpec:
-        """What every gradient of this learner must be."""
+        """The shape and identity of every gradient of this learner."""
         return GradientSpec(self.fingerprint, self.layout.id, self.layout.shapes, self.sensitivity)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Identity is content: every name, digest and fingerprint of the project is made here.
 
-vLLM keys its prefix cache and its adapter sets by an adapter's name, so equal names must mean equal bits
-and different bits must get different names. Hence digests, never counters.
+vLLM keys its prefix cache and its adapter sets by an adapter's name. So equal names must mean equal bits, and different
+bits must get different names. Hence digests, never counters.
 """
 
 from __future__ import annotations

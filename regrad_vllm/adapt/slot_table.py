@@ -1,7 +1,7 @@
 """Where a learner's values lie in a LoRA slot: this worker's shard of them, each tensor with the rank first.
 
 A flat vector holds A as (rank, in) and B as (out, rank). A slot holds both with the rank first, (rank, in) and
-(rank, out): then the loops read rows, and a slot of a higher rank than the learner's has the learner's values in its
+(rank, out), so that the loops read rows. A slot of a higher rank than the learner's has the learner's values in its
 first rows and zeros in the others.
 """
 
@@ -46,8 +46,9 @@ class SlotTensor:
 class SlotTable:
     """Copies of blocks from the flat vector into a slot's row.
 
-    ``rows`` is int64 (tensors, 7): first value in the flat vector, values between its rows, rows, columns, first value
-    in the slot's row, whether it is transposed on the way, its tensor's place in the layout.
+    ``rows`` is int64 (tensors, 7). Its columns are:
+    - the first value in the flat vector, the values between its rows, rows, columns;
+    - the first value in the slot's row, 1 if it is transposed on the way, the tensor's place in the layout.
     """
 
     tensors: tuple[SlotTensor, ...]

@@ -38,8 +38,13 @@ class Payload:
 
 
 class StoredGradient:
-    """One document's δ where it lies: int8 codes with a float32 scale for each 64, bf16 halves, float32, or low-rank
-    factors (codes with a float32 scale for each 128, short vectors in float32, a table)."""
+    """One document's δ where it lies, in one of four forms:
+
+    - int8 codes with a float32 scale for each 64;
+    - bf16 halves;
+    - float32;
+    - low-rank factors: codes with a float32 scale for each 128, short vectors in float32, a table.
+    """
 
     __slots__ = ("_kept", "row")
 

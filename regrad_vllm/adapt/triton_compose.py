@@ -1,7 +1,8 @@
 """Composing into vLLM's stacked LoRA tensors on a GPU: one Triton launch for all tensors of a slot.
 
-For each value the same operations in the same order as ``adapt.compose.compose``, without fused multiply-adds, then one
-multiplication by the scaling in B and one rounding to the slot's type: so a float32 slot has the formula's very bits.
+Each value has the same operations in the same order as in ``adapt.compose.compose``, without fused multiply-adds. Then
+B is multiplied by the scaling, and the value is rounded once to the slot's type. So a float32 slot has the formula's
+very bits.
 """
 
 from __future__ import annotations
@@ -68,9 +69,13 @@ def launch(
 ) -> Tensor:
     """Writes φ* − Σ steps[k] δ_k into a slot of every target, B times the scaling, on the current stream.
 
-    All on the device: phi: float32 (num_values,); sources: int64 (k, ROW_FIELDS), the rows of ``StoredGradient`` with
-    addresses there; factors: float32 (k + 1,), the steps and the scaling; the last two from addresses divisible by 16,
-    as Triton compiles for. Returns int32 (1,) there: how many values are not finite in ``dtype``.
+    All arguments are on the device:
+    - phi: float32 (num_values,);
+    - sources: int64 (k, ROW_FIELDS), the rows of ``StoredGradient`` with addresses there;
+    - factors: float32 (k + 1,), the steps and the scaling.
+
+    The last two lie at addresses divisible by 16, because Triton compiles for that. The result is int32 (1,) there: the
+    number of values that are not finite in ``dtype``.
     """
     infinite = torch.zeros(1, dtype=torch.int32, device=phi.device)
     if table.num_tiles:

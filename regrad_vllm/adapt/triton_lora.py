@@ -1,12 +1,13 @@
 """LoRA in a batch's linear layers on a GPU, where nearly every request has an adapter of its own.
 
 vLLM's own kernels (``lora/ops/triton_ops``) launch a program for each block of rows, block of outputs, slice and
-*slot*: with every row on another adapter nearly all of them end at once, and together they cost more than the base
+*slot*. With every row on another adapter nearly all of them end at once, and together they cost more than the base
 model. Here the rows that share an adapter are cut into tiles, listed once for a step, and a program computes a tile.
 
-Two launches a layer: ``_shrink`` multiplies by A, cut along the inputs so that few rows keep the device busy too, and
-``_expand`` sums those parts up in a fixed order, multiplies by B and adds to the base layer's output. Sums are float32;
-A x is rounded to the slots' type before B, as vLLM's kernels and PEFT do. No atomics: the same batch has the same bits.
+There are two launches a layer. ``_shrink`` multiplies by A, cut along the inputs so that few rows keep the device busy
+too. ``_expand`` sums those parts in a fixed order, multiplies by B and adds to the base layer's output. Sums are
+float32. A x is rounded to the slots' type before B, as vLLM's kernels and PEFT do. There are no atomics, so the same
+batch has the same bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What keeps a bank's documents: `regrad snapshot`, `regrad restore`, `regrad scrub`."""
+"""Commands that keep a bank's documents: `regrad snapshot`, `regrad restore`, `regrad scrub`."""
 
 from __future__ import annotations
 

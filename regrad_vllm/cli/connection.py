@@ -38,7 +38,7 @@ def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -
 
 
 def add_credential_flags(parser: argparse.ArgumentParser) -> None:
-    """What a bank may ask of its clients."""
+    """Flags for the credentials that a bank may ask of its clients."""
     for name, what in _CREDENTIALS.items():
         flag, variable = f"--bank-{name.replace('_', '-')}", VARIABLES[name]
         parser.add_argument(

@@ -29,9 +29,9 @@ class FilterFlag:
 
 
 def filter_flag(text: str) -> FilterFlag:
-    """argparse's type of --filter. A key can't be empty here, nor have one of "!=<>" in it, and a value can't begin
-    with "=", though metadata can: "size>3" and "lang==de" are meant otherwise and would find nothing. So would the
-    spaces of "lang = de", which are left out.
+    """argparse's type of --filter. A key can't be empty here, nor have one of "!=<>" in it. A value can't begin
+    with "=". Metadata can, but "size>3" and "lang==de" are meant otherwise and would find nothing. The spaces of
+    "lang = de" are left out, because they would find nothing either.
     """
     condition = text.strip()
     compared = _COMPARISON.fullmatch(condition)

@@ -1,8 +1,8 @@
 """A frozen causal LM with LoRA tensors that may differ from row to row, split at the first adapted layer.
 
-Works on any Hugging Face causal LM built like Llama (``model.model.layers`` of decoder layers, a final norm and
-``lm_head``): the two halves run the library's own forward pass, so masks, rotary embeddings and sliding windows
-are the library's. Rows are padded on the right and attention is causal, so padding reaches no real token
+It works on any Hugging Face causal LM built like Llama: ``model.model.layers`` of decoder layers, a final norm and
+``lm_head``. The two halves run the library's own forward pass, so masks, rotary embeddings and sliding windows are the
+library's. Rows are padded on the right and attention is causal, so padding reaches no real token
 and no padding mask is needed.
 """
 

@@ -1,7 +1,7 @@
 """Per-document gradients, exact, for a whole batch in one backward pass.
 
-Each document gets its own copy (by broadcast) of φ* as the differentiation variable: the gradient of the sum of
-the documents' losses with respect to copy i is then the gradient of document i's loss alone.
+Each document gets its own copy (by broadcast) of φ* as the differentiation variable. The gradient of the sum of all
+losses with respect to copy i is then the gradient of document i's loss alone.
 For the linear layers this is gB_i = s · δ_iᵀ (A x_i), gA_i = s · (δ_i B)ᵀ x_i, computed as batched matrix products.
 """
 

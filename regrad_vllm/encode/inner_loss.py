@@ -17,8 +17,8 @@ class InnerLoss:
     """L(d) = Σ_t w_t ℓ_t / (T^p · 32^(1−p)) over the T tokens of a document, ℓ_t their cross-entropies.
 
     length_exponent: p. 1 is the paper's mean, in which each fact of a long document counts less than a short one's.
-    token_head: float32 (hidden + 1,), makes w_t of the target's hidden state h below the first adapted layer:
-    w_t = softplus(u · h / rms(h) + b) / ln 2, so that zeros give w_t = 1. None: w_t = 1.
+    token_head: float32 (hidden + 1,), makes w_t of the target's hidden state h below the first adapted layer. None:
+    w_t = 1. The formula is w_t = softplus(u · h / rms(h) + b) / ln 2, so zeros give w_t = 1.
     """
 
     length_exponent: float = 1.0

@@ -1,7 +1,7 @@
 """Composing into a slot: one pass over φ* and the stored gradients, in float32, with the scaling folded into B.
 
-For each value the same operations in the same order as ``adapt.compose.compose``, then one multiplication by the
-scaling in B and one rounding to the slot's type: so a float32 slot has the formula's very bits.
+Each value has the same operations in the same order as in ``adapt.compose.compose``. Then B is multiplied by the
+scaling, and the value is rounded once to the slot's type. So a float32 slot has the formula's very bits.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def _subtract_int8(out: Any, gradient: Any, step: Any, start: Any, num_values: A
 def _tile(
     out: Any, delta: Any, phi: Any, tensor: Any, start: Any, size: Any, gradients: Any, steps: Any, num_values: Any,
 ) -> None:  # fmt: skip
-    """out[:size] = φ* − Σ steps[k] δ_k for the flat values from ``start``, all of one tensor of the layout: a part of
-    a row, or whole rows. ``delta`` is room to work in."""
+    """out[:size] = φ* − Σ steps[k] δ_k for the flat values from ``start``.
+
+    They are a part of a row, or whole rows, of one tensor of the layout. ``delta`` is room to work in.
+    """
     # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
     base = phi[start : start + size]
     for j in range(size):
@@ -131,10 +133,11 @@ def compose_slot(
     """Writes φ* − Σ steps[k] δ_k into a slot's row, B times ``scaling``; whether all of it is finite in its type.
 
     slot: contiguous (table.num_values,); phi: float32 (num_values,). Runs without Python's lock, on the calling thread
-    alone: the engine's step has the cores, and a composition is much shorter than a step. Measured on two cores, an
-    adapter of 7 MB (3.5 million bfloat16 values, an 8B model's) of three int8 gradients: 5.2 ms on one core and 4.9 ms
-    on two when they are idle, it is bound by memory; beside a step of 90 ms on both cores 8.5 ms on one thread and
-    9.7 ms on two, and the step takes 13 ms longer with either.
+    alone: the engine's step has the cores, and a composition is much shorter than a step.
+
+    Measured on two cores, an adapter of 7 MB (3.5 million bfloat16 values, an 8B model's) of three int8 gradients:
+    - on idle cores 5.2 ms on one and 4.9 ms on two, bound by memory;
+    - beside a step of 90 ms on both cores 8.5 ms on one thread and 9.7 ms on two. The step takes 13 ms longer then.
     """
     loop = _loop(slot.dtype)
     rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, ROW_FIELDS)

@@ -41,8 +41,10 @@ def _add_along(part: Any, short: Any, codes: Any, scales: Any, column: Any) -> N
 
 @numba.njit(nogil=True)
 def expand(delta: Any, gradient: Any, tensor: Any, start: Any) -> None:
-    """delta = the values of a gradient from the flat vector's ``start`` on, all of one tensor of the layout: parts of a
-    row or whole rows, whichever of its sides is the long one."""
+    """delta = the values of a gradient from the flat vector's ``start`` on.
+
+    They are parts of a row, or whole rows, of one tensor of the layout. Either of its sides may be the long one.
+    """
     entry = i64_array(gradient[TABLE], (tensor + 1) * TABLE_FIELDS)[tensor * TABLE_FIELDS :]
     length, rank, width, columns = entry[LONG_LENGTH], entry[RANK], entry[SHORT_LENGTH], entry[COLUMNS]
     blocks = (length + LONG_BLOCK - 1) // LONG_BLOCK

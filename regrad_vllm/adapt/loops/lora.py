@@ -1,8 +1,8 @@
 """y += B (A x), each row of x with the adapter in its own slot: decoding with hundreds of adapters.
 
 vLLM's CPU path copies the whole A and B of every row's slot and converts them, module by module. Here a row's A and B
-are read once, where they lie. A thread takes a row, or where there are more threads than rows a part of its columns,
-and computes h = A x again for it: A is read from its cache then.
+are read once, where they lie. A thread takes a row. With more threads than rows it takes a part of a row's
+columns and computes h = A x again for it, with A from its cache.
 """
 
 from __future__ import annotations
@@ -185,8 +185,9 @@ class LoraRows:
     """The A and B of one module, stacked by slot, as the loop reads them."""
 
     def __init__(self, a_stacked: Sequence[Tensor], b_stacked: Sequence[Tensor], output_slices: Sequence[int]) -> None:
-        """a_stacked: (slots, 1, rank, in), b_stacked: (slots, 1, out, rank) for each slice; each slot's A is
-        C-contiguous and each slot's B is so transposed, as (rank, out). ValueError where not.
+        """For each slice a_stacked: (slots, 1, rank, in), b_stacked: (slots, 1, out, rank).
+
+        Each slot's A is C-contiguous, and so is each slot's B transposed, as (rank, out). Else ValueError.
         """
         offset = 0
         rows = []

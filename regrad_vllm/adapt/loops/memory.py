@@ -1,4 +1,4 @@
-"""What the loops share: float types that numba doesn't know, and arrays at raw addresses.
+"""Shared by the loops: float types that numba doesn't know, and arrays at raw addresses.
 
 A tensor goes in as its address, because numba has no bfloat16 and float16 on CPUs; their bits are read and written as
 uint16.

@@ -2,8 +2,8 @@
 
 vLLM binds the threads of PyTorch's OpenMP library to cores, and a thread started later inherits one core. A second
 pool of threads (numba's) would share that core and fight for the others. So the loops run on the team that PyTorch
-has already, through ``GOMP_parallel``, the entry point that GCC compiles every parallel region to; LLVM's and Intel's
-libraries have it too. Where there is none, a loop runs on the calling thread.
+has already. The way in is ``GOMP_parallel``, to which GCC compiles every parallel region. LLVM's and Intel's libraries
+have it too. Without it a loop runs on the calling thread.
 """
 
 from __future__ import annotations
