@@ -1,8 +1,9 @@
-"""Locks by key."""
+"""Locks: only one task, or one thread, is inside at a time."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,3 +33,21 @@ class KeyedLocks:
             own.num_users -= 1
             if not own.num_users:
                 del self._locks[key]
+
+
+class FairLock:
+    """A lock of threads, in order of arrival: ``with lock:``.
+
+    A plain lock goes back to a thread that takes it again at once, while others wait.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = threading.Lock()  # of the thread that waits for ``_lock``
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

@@ -59,7 +59,7 @@ class Eraser:
         self._since: dict[int, float] = {}  # erasures that are not finished, and since when they are known, in order
         self._is_log_empty = False  # of what went from the catalog
         self._late = Seldom()
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -89,7 +89,7 @@ class Eraser:
 
     async def erase(self) -> bool:
         """One round; false where something is left to be done in another."""
-        async with self._turn:
+        async with self._lock:
             return await self._erase()
 
     async def _erase(self) -> bool:

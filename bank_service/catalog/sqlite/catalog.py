@@ -61,7 +61,8 @@ class SqliteCatalog:
             check_catalog(path)
         self._engine = _engine(path)
         try:
-            self.collection_id = self._claim(path, identity)  # changes with the file, not with the collection's content
+            # The id belongs to the file: it stays when the content changes.
+            self.collection_id = self._open_collection(path, identity)
             with self._engine.begin() as connection:  # once the collection is known to be the caller's
                 self.history_seconds = history.seconds_kept(connection, history_seconds)
         except BaseException as error:
@@ -135,7 +136,7 @@ class SqliteCatalog:
     def empty_log(self) -> Future[bool]:
         return self._writer.checkpoint()
 
-    def _claim(self, path: Path, identity: CollectionIdentity) -> str:
+    def _open_collection(self, path: Path, identity: CollectionIdentity) -> str:
         wanted = asdict(identity)
         with self._engine.begin() as connection:
             metadata.create_all(connection)

@@ -43,7 +43,7 @@ class Compactor:
         self._follower = follower
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
-        self.turn = asyncio.Lock()  # held while a graph is replaced or erased
+        self.lock = asyncio.Lock()  # of whoever replaces or erases a graph
         self.num_compacted = 0  # namespaces rebuilt since the start
 
     def start(self) -> None:
@@ -56,11 +56,11 @@ class Compactor:
 
     async def compact(self, namespace: str) -> None:
         """Rebuilds the graph of one namespace and replaces the old one."""
-        async with self.turn:
+        async with self.lock:
             await self.rebuild(namespace)
 
     async def rebuild(self, namespace: str) -> None:
-        """As ``compact``, for a caller that holds ``turn``. The new graph has nothing of removed vectors."""
+        """As ``compact``, for a caller that has ``lock``. The new graph has nothing of removed vectors."""
         fresh = self._index.empty_like()
         sequence = await self._catch_up(fresh, namespace, 0)
         # The changes that came meanwhile, with the follower paused: then the fresh graph has all that the old one has.

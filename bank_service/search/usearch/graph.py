@@ -9,9 +9,6 @@ usearch keeps the node of a removed vector until a new vector takes its place. `
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ import bank_service.runtime.onnx_runtime  # noqa: F401 - before usearch
 
 from usearch.index import Index  # isort: skip
 
+from bank_service.runtime.locks import FairLock
 from bank_service.values.vectors import KeyArray
 from bank_service.wire.codec import FloatArray
 
@@ -40,13 +38,12 @@ class Graph:
         self._size = len(index)
         self._nodes = int(index.stats.nodes)  # counted here from now on: usearch walks through all nodes to tell
         self.version = next(_VERSIONS)  # another after each change
-        self._lock = threading.Lock()
-        self._next = threading.Lock()  # held by the one who waits for ``_lock``
+        self._lock = FairLock()  # a long ``put`` lets searches in between its parts
 
     def put(self, keys: KeyArray | np.ndarray, vectors: FloatArray) -> None:
         for start in range(0, len(keys), VECTORS_PER_HOLD):
             part = slice(start, start + VECTORS_PER_HOLD)
-            with self._turn():
+            with self._lock:
                 self.version = next(_VERSIONS)
                 self._remove(keys[part])
                 self._index.add(keys[part], vectors[part], threads=1)
@@ -54,12 +51,12 @@ class Graph:
                 self._nodes = max(self._nodes, self._size)  # new vectors fill the places of removed ones first
 
     def remove(self, keys: np.ndarray) -> None:
-        with self._turn():
+        with self._lock:
             self._remove(keys)
             self._size = len(self._index)
 
     def search(self, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
-        with self._turn():
+        with self._lock:
             size = self._size
             wanted = min(count, size)
             if not wanted:
@@ -84,7 +81,7 @@ class Graph:
 
     def save(self, path: Path) -> int:
         """Writes the graph to a file; the version that was written. OSError."""
-        with self._turn():
+        with self._lock:
             try:
                 self._index.save(str(path))
             except RuntimeError as error:  # usearch's word for a disk that is full
@@ -93,16 +90,6 @@ class Graph:
             if path.stat().st_size != self._index.serialized_length:
                 raise OSError(f"{path} could not be written: its end is missing")
             return self.version
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The lock, in fair order. A lock alone would go back to a ``put`` that asks again at once."""
-        with self._next:
-            self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _remove(self, keys: np.ndarray) -> None:
         present = keys[np.atleast_1d(self._index.contains(keys))]

@@ -20,6 +20,7 @@ from bank_service.catalog.entries import Change
 from bank_service.errors import UnavailableError
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import ended_in_thread, in_thread
+from bank_service.runtime.wakeup import WakeUp
 from bank_service.search.usearch.usearch_index import UsearchIndex
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class IndexFollower:
         self._snapshot_every = snapshot_every
         self._moved = asyncio.Condition()
         self._stepping = asyncio.Lock()
-        self._wake = asyncio.Event()
+        self._wake_up = WakeUp()
         self._task: asyncio.Task[None] | None = None
         self._saved_sequence = 0
         self._failures = 0  # of the last attempts, in a row
@@ -81,7 +82,7 @@ class IndexFollower:
 
     def wake(self) -> None:
         """The catalog has changed."""
-        self._wake.set()
+        self._wake_up.wake()
 
     def expect(self, sequence: int) -> None:
         """From now on, the index may have changes up to this one."""
@@ -127,8 +128,7 @@ class IndexFollower:
 
     async def _follow(self) -> None:
         while True:
-            await self._wake.wait()
-            self._wake.clear()
+            await self._wake_up.sleep()
             try:
                 while await self._step():
                     pass
@@ -138,7 +138,7 @@ class IndexFollower:
                 logger.exception("the index can't follow the catalog; trying again in %.1f s", delay)
                 await self._failed(error)
                 await asyncio.sleep(delay)
-                self._wake.set()
+                self._wake_up.wake()
             else:
                 self._failures = 0
 

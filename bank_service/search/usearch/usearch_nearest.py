@@ -104,7 +104,7 @@ class UsearchNearest:
         A rebuild takes as long as adding all vectors of the namespace.
         """
         # Looks while no rebuild is under way: one that began before a removal has the vector in a dead node.
-        async with self.compactor.turn:
+        async with self.compactor.lock:
             for namespace in set(self.index.wasteful(0.0, 1)).intersection(namespaces):
                 await self.compactor.rebuild(namespace)
             await self.follower.save()

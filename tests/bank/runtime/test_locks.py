@@ -1,12 +1,14 @@
-"""Locks by key, and wake-ups."""
+"""Locks and wake-ups."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bank_service.runtime.locks import KeyedLocks
+from bank_service.runtime.locks import FairLock, KeyedLocks
 from bank_service.runtime.wakeup import WakeUp
 
 
@@ -44,3 +46,16 @@ async def test_a_wake_up_that_came_before_is_not_lost_and_counts_once() -> None:
     assert not sleeping.done()
     wake_up.wake()
     await asyncio.wait_for(sleeping, 10)
+
+
+def test_nobody_is_inside_with_another() -> None:
+    lock, inside = FairLock(), []
+
+    def use(name: int) -> bool:
+        with lock:
+            inside.append(name)
+            time.sleep(0.0002)
+            return inside.pop() == name and not inside
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(use, range(200)))
