@@ -1,7 +1,7 @@
-"""The documents' metadata as a table of the catalog, by which filters are answered.
+"""The documents' metadata as a table of the catalog. Filters are answered from it.
 
-It has a row for each pair of a living document's metadata, written in the document's own transaction: an index over
-(namespace, name, value) finds the few documents that match among a million, which the JSON in a document's row can't.
+It has a row for each pair of a living document's metadata, written in the document's own transaction. Its index over
+(namespace, name, value) finds the few documents that match among a million.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def remove_attributes(connection: sa.Connection, key: int) -> None:
 
 
 def fill_attributes(connection: sa.Connection) -> None:
-    """Makes the table from the documents' own JSON: for a catalog that had none."""
+    """Fills the table from the versions' JSON, in a catalog that had none."""
     pairs = sa.func.json_each(versions.c.metadata).table_valued("key", "value").alias("pairs")
     rows = sa.select(versions.c.key, pairs.c.key, versions.c.namespace, pairs.c.value).where(living)
     names = ["key", "name", "namespace", "value"]
@@ -57,10 +57,7 @@ def matching(
     limit: int | None = None,
     as_of: int | None = None,
 ) -> list[int]:
-    """Keys of the namespace's documents that match, in order of key; at most ``limit`` of them.
-
-    ``as_of``: only those that have not changed since.
-    """
+    """See ``CatalogView.matching``."""
     driver = _rarest(connection, namespace, conditions, limit)
     if driver is None:
         query = sa.select(versions.c.key).where(versions.c.namespace == namespace, living)
@@ -79,7 +76,7 @@ def matching(
 def among(
     connection: sa.Connection, keys: Sequence[int], conditions: Sequence[Condition], as_of: int | None = None
 ) -> set[int]:
-    """Those of ``keys`` whose documents match. ``as_of``: and have not changed since."""
+    """See ``CatalogView.among``."""
     found: set[int] = set()
     for start in range(0, len(keys), MAX_KEYS):
         query = sa.select(versions.c.key).where(
@@ -116,7 +113,7 @@ def _pair(table: sa.FromClause, condition: Condition) -> sa.ColumnElement[bool]:
 def _rarest(
     connection: sa.Connection, namespace: str, conditions: Sequence[Condition], limit: int | None
 ) -> Condition | None:
-    """The condition that fewest pairs meet, counted up to ``limit``; None where each is of an absence."""
+    """The condition that the fewest pairs meet, counted up to ``limit``; None where all are about absence."""
     counts: list[tuple[int, int]] = []
     for index, condition in enumerate(conditions):
         if condition.operator in (Operator.EQUALS, Operator.PRESENT):

@@ -1,4 +1,4 @@
-"""The catalog's file as a file: whether it is whole, and a consistent copy of it while a bank writes."""
+"""The catalog's file: checking it, copying it while a bank writes, and reading a copy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_catalog(path: Path) -> None:
 def check_not_lost(path: Path) -> None:
     """CatalogDamagedError where a catalog that has just been created finds gradients in its folder.
 
-    Its predecessor is gone. Went the bank on, its first sweep would remove every gradient.
+    Then the catalog before it is lost. The bank must not go on: its first sweep would remove every gradient.
     """
     if next((path.parent / "blobs").glob(_BLOB_FOLDERS), None) is not None:
         raise damaged(path, "it is missing or empty, but gradients of it are there")
@@ -34,7 +34,7 @@ def check_not_lost(path: Path) -> None:
 
 @contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
-    """SQLite's word for a damaged file as a CatalogDamagedError. What the disk refuses stays an OperationalError."""
+    """Turns SQLite's error for a damaged file into a CatalogDamagedError. The disk's own errors stay as they are."""
     try:
         yield
     except sqlite3.OperationalError:

@@ -27,10 +27,10 @@ MAX_SECONDS = 2**31  # longer than anything was kept
 
 
 def seconds_kept(connection: sa.Connection, given: int | None) -> int:
-    """How long past versions are kept: as ``given``, which is remembered, or as it was given last; at first, not.
+    """How long past versions are kept: as ``given``, which is remembered, or as it was given last; at first not at all.
 
-    A catalog from before it was remembered may have past versions and not know until when they are to stay. Then all
-    stay until somebody says it: what is kept too long can still be dropped.
+    A catalog from before it was remembered may have past versions and no setting. Then all stay until somebody gives
+    one: a version that is kept too long can still be dropped.
     """
     known = connection.execute(sa.select(history_setting.c.seconds)).scalar_one_or_none()
     seconds = given if given is not None else known

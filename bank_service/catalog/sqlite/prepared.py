@@ -1,8 +1,8 @@
 """Statements compiled once.
 
-SQLAlchemy builds a statement, its cache key and its result's description for each call, which takes it several times
-as long as SQLite takes to answer a query by key. What runs with every query or write is built with it too, but
-compiled when the module is loaded, and its text handed to the driver.
+For each call, SQLAlchemy builds a statement, its cache key and a description of its result. That takes several times
+as long as SQLite's answer to a query by key. So the statements of every query and write are compiled when their module
+is loaded, and the driver gets their text.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def all_usage(connection: sa.Connection) -> dict[str, Usage]:
 def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits) -> Iterator[None]:
     """Around a write: QuotaExceededError where it takes the namespace further above a limit; roll it back then.
 
-    A write that takes less than what was there goes through, also where a limit was lowered below it. The catalog
-    has one writer, so nothing changes between the two readings.
+    A write that frees room goes through, also where the limit was lowered below what is there. The catalog has one
+    writer, so nothing else changes between the two readings.
     """
     if not (limits.max_documents or limits.max_bytes):
         yield
