@@ -1,9 +1,8 @@
 """The bank: documents in, gradients out; keeps catalog, blobs, index and cache consistent.
 
-Write order: blob (durable) → catalog commit → acknowledgement → index. What follows the acknowledgement can be lost
-and is made again from what comes before it; the cache is filled by reads alone, so that an ingest of many documents
-does not put out what queries ask for. A query waits for the index to reflect everything that was acknowledged before
-it began.
+Write order: blob (durable) → catalog commit → acknowledgement → index. The index can be lost and is made again from the
+catalog. Reads alone fill the cache, so an ingest of many documents does not put out the records of queries. A query
+waits until the index reflects every change that was acknowledged before it began.
 """
 
 from __future__ import annotations
@@ -239,9 +238,8 @@ class Bank:
     async def query(self, query: Query) -> QueryResult:
         """Nearest or named documents. Sees every change acknowledged before the call.
 
-        InvalidArgumentError, NotFoundError, LearnerMismatchError; LimitExceededError where the texts asked for
-        don't fit one message; DataLossError where a gradient asked for is lost; OutOfRangeError where what it was as
-        of then is no longer known.
+        InvalidArgumentError, NotFoundError, LearnerMismatchError. LimitExceededError where the texts don't fit one
+        message. DataLossError where a gradient is lost. OutOfRangeError where that past is no longer known.
         """
         vector = await self._vector(query)
         while True:

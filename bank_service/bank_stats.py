@@ -1,4 +1,4 @@
-"""What a bank says of itself."""
+"""The figures of a bank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bank_service.runtime.threads import in_thread
 
 @dataclass(frozen=True, slots=True)
 class BankStats:
-    """What a bank holds and how its cache fares."""
+    """A bank's documents and gradients, and the hits of its cache."""
 
     totals: Totals
     identity: CollectionIdentity

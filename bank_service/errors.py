@@ -1,4 +1,4 @@
-"""What can go wrong in a bank. These errors know no gRPC; ``wire/errors.py`` maps them to status codes."""
+"""The errors of a bank. These errors know no gRPC; ``wire/errors.py`` maps them to status codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may do what: scopes on namespaces. The servicer asks here for each request, before anything is done for it.
+"""Permissions: scopes on namespaces. The servicer asks here for each request, before anything is done for it.
 
 A refusal is the same whether the namespace exists or not.
 """
@@ -18,7 +18,7 @@ _SCHEME = "bearer "
 
 
 class Scope(Enum):
-    """What a token lets its bearer do in its namespaces. Admin has the others in it."""
+    """A permission of a token in its namespaces. Admin includes the others."""
 
     READ = "read"
     WRITE = "write"
@@ -27,7 +27,7 @@ class Scope(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one token allows."""
+    """The permissions of one token."""
 
     name: str
     scopes: frozenset[Scope]
@@ -47,7 +47,7 @@ class Grants(Protocol):
     """Where the tokens are known."""
 
     def find(self, secret: str) -> Grant | None:
-        """What the token with this secret allows now; None for an unknown one."""
+        """The present permissions of the token with this secret; None for an unknown one."""
 
 
 class Caller:

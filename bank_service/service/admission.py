@@ -76,7 +76,7 @@ class Permit:
 
 
 class Call:
-    """What a call may do. The servicer asks for each request, before anything is done for it."""
+    """The permissions and places of a call. The servicer asks for each request, before anything is done for it."""
 
     def __init__(self, caller: Caller, permit: Permit) -> None:
         self.caller = caller

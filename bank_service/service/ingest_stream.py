@@ -58,8 +58,8 @@ async def acknowledge_in_order(
 ) -> AsyncGenerator[PutResult, None]:
     """Results of ``puts`` in order, up to ``window`` running at once.
 
-    The first error, of a put or of ``puts`` itself, is raised after the results before it, and carries its index. What
-    was started after it is cancelled; it may or may not have been stored. ``patience`` does not run out while a put is
+    The first error, of a put or of ``puts`` itself, is raised after the results before it, and carries its index.
+    Later puts are cancelled; they may or may not have been stored. ``patience`` does not run out while a put is
     under way.
     """
     started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None] = asyncio.Queue(window)

@@ -13,8 +13,8 @@ from bank_service.wire.ports import check_port
 
 
 def check_startable(config: BankConfig) -> None:
-    """Creates nothing and keeps nothing. BankInUseError where another bank has the folder; RuntimeError where a port is
-    taken; OSError, ValueError where the tokens file or a file for TLS can't be used."""
+    """Creates nothing and keeps nothing. BankInUseError where another bank has the folder. RuntimeError where a port is
+    taken. OSError, ValueError where the tokens file or a file for TLS can't be used."""
     DataDir(config.data_dir).check_free()
     if config.tokens_file is not None:
         TokensFile(config.tokens_file)

@@ -3,9 +3,10 @@
     tokens."ci" = { sha256 = "9f86…", scopes = ["read", "write"], namespaces = ["team-a"] }
     limits."team-a" = { max_documents = 10000, max_bytes = 1000000000, max_requests = 16 }
 
-A token is 256 random bits, so that one round of SHA-256 keeps it as safe as a slow hash would. The file is read again
-when it has changed. One that can't be used at the start is an error; later the bank goes on with what it had read
-before, and its log says so: a slip of the pen neither opens the bank nor stops it.
+A token is 256 random bits, so one round of SHA-256 keeps it as safe as a slow hash would.
+
+The file is read again when it has changed. An unusable file is an error at the start. Later the bank goes on with the
+tokens that it had read before, and its log says so. So a slip of the pen neither opens the bank nor stops it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class TokensFile:
         self._contents = _read(path)
 
     def find(self, secret: str) -> Grant | None:
-        """What the token allows; all digests are compared, each in constant time."""
+        """The permissions of a token. All digests are compared, each in constant time."""
         digest = hashlib.sha256(secret.encode()).digest()
         found = None
         for known, grant in self._current().grants.items():

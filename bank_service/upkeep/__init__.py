@@ -1,1 +1,1 @@
-"""What a bank does of itself: compact, erase, expire, verify, repair, recode."""
+"""The work that a bank does of itself: compact, erase, expire, verify, repair, recode."""

@@ -57,7 +57,7 @@ class BankConfig:
 
     @property
     def missing_protection(self) -> tuple[str, ...]:
-        """What callers from other machines would need and this bank does not have."""
+        """The protection that callers from other machines need and this bank lacks."""
         has_callers = self.tokens_file is not None or self.tls_client_ca is not None
         return (*(() if has_callers else ("authentication",)), *(("TLS",) if self.tls_cert is None else ()))
 

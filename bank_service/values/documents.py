@@ -64,7 +64,7 @@ def _canonical_digest(*parts: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a caller stores."""
+    """A document as a caller stores it."""
 
     namespace: str  # empty: the default
     id: str  # empty: derived from title and text
@@ -133,7 +133,7 @@ class StoredDocument:
 
 
 class Outcome(Enum):
-    """What an ingest did."""
+    """The outcome of an ingest."""
 
     CREATED = 1
     UPDATED = 2
@@ -159,7 +159,7 @@ class Retrieval(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for: exactly one of text, vector, document_ids."""
+    """A query, for exactly one of text, vector, document_ids."""
 
     namespace: str = ""
     text: str = ""

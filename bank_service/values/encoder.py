@@ -1,4 +1,4 @@
-"""What the bank needs of an encoder. The command line hands one in; the bank imports none."""
+"""The contract of an encoder. The command line hands one in; the bank imports none."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Operator(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What one key of a document's metadata must be. InvalidArgumentError names its part."""
+    """A rule for one key of a document's metadata. InvalidArgumentError names its part."""
 
     key: str
     operator: Operator

@@ -1,4 +1,4 @@
-"""What one namespace may have."""
+"""The limits of one namespace."""
 
 from __future__ import annotations
 

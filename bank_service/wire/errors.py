@@ -1,7 +1,7 @@
 """Domain error ↔ gRPC status with google.rpc details, by one table for both directions.
 
-Every status carries an ErrorInfo that names the row and the error's fields, from which a client gets the same
-error back, and before it the google.rpc message that generic clients know for that code.
+Every status carries an ErrorInfo that names the row and the error's fields. A client makes the same error from it.
+Before it stands the google.rpc message that generic clients know for that code.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ async def abort(context: grpc.aio.ServicerContext, error: BankError) -> NoReturn
 
 
 def from_rpc_error(error: grpc.RpcError) -> BankError:
-    """What a failed call means: the bank's own error, else the nearest by status code."""
+    """The error of a failed call: the bank's own, else the nearest by status code."""
     call = cast(grpc.aio.AioRpcError, error)  # the synchronous client's errors have the same three methods
     status = _details(call.trailing_metadata() or ())
     if status is not None:

@@ -1,8 +1,9 @@
 """Questions for a corpus that has none, written by a model behind any OpenAI-compatible server.
 
-Every passage is shown to the model, which writes questions with short answers as JSON. Kept is what can be checked
-without a reader: the answer stands in the passage, the question doesn't give it away and doesn't speak of "the text". A
-model that follows instructions is needed, larger than the one to be taught: the default model hardly writes any.
+Every passage is shown to the model, which writes questions with short answers as JSON. A question is kept if three
+things hold: its answer stands in the passage, it doesn't give the answer away, and it doesn't speak of "the text".
+
+The model must follow instructions and be larger than the one to be taught. The default model hardly writes any.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class GeneratedQuestions:
-    """What came of a corpus."""
+    """The questions of a corpus, and the failures."""
 
     num_passages: int
     num_questions: int

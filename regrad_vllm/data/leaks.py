@@ -23,8 +23,11 @@ class Leak:
 
 
 def find_leaks(training: DataSplit, evaluation: DataSplit) -> list[Leak]:
-    """Pairs of documents that share more than MAX_SHARED of the smaller one's n-grams (where one is shorter than an
-    n-gram: its whole text), and questions that both ask with the same answer."""
+    """Pairs of documents that share text, and questions that both ask with the same answer.
+
+    Documents share text if they have more than MAX_SHARED of the smaller one's n-grams in common. Of a document shorter
+    than an n-gram the whole text is compared.
+    """
     return [*_document_leaks(training, evaluation), *_question_leaks(training, evaluation)]
 
 

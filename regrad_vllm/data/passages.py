@@ -1,9 +1,10 @@
 """Long texts → passages of about 160 tokens, cut where a paragraph or a sentence ends, titled by their heading.
 
-The one chunker of training, `regrad ingest` and evaluation, so that a learner meets passages as it learnt them; but
-lines of a .jsonl file that is ingested are taken as passages already. Tokens are estimated from words, because whoever
-ingests needs no tokenizer. A passage begins with the last sentences of the one before it, as far as they fit into
-OVERLAP_TOKENS, so that what a sentence refers to is at hand.
+Training, `regrad ingest` and the evaluation share it, so a learner meets passages as it learnt them. Lines of an
+ingested .jsonl file are passages already. Tokens are estimated from words, because an ingest has no tokenizer.
+
+A passage begins with the last sentences of the one before it, as far as they fit into OVERLAP_TOKENS. So the sentences
+that it refers to are at hand.
 """
 
 from __future__ import annotations

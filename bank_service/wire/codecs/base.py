@@ -1,4 +1,4 @@
-"""What all codecs have in common: the shape of a gradient, the protocol, the error."""
+"""Shared by all codecs: the shape of a gradient, the protocol, the error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GradientFormatError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GradientSpec:
-    """What a gradient must be: its learner and the tensors in its flat vector."""
+    """The shape of a gradient: its learner and the tensors in its flat vector."""
 
     fingerprint: str  # of the learner, 64 hex digits
     layout_id: str  # 16 hex digits

@@ -17,8 +17,8 @@ def num_blocks(num_values: int) -> int:
 def to_blocks(values: FloatArray, max_code: int) -> tuple[FloatArray, npt.NDArray[np.int8]]:
     """(scales, codes in −max_code..max_code) of finite ``values``.
 
-    A block's scale is the smallest float32 s with max_code · s ≥ max|value|, its codes are value / s rounded to nearest
-    (ties to even): no value is off by more than s/2.
+    A block's scale is the smallest float32 s with max_code · s ≥ max|value|. Its codes are value / s rounded to
+    nearest, ties to even. So no value is off by more than s/2.
     """
     scales = np.empty(num_blocks(len(values)), dtype="<f4")
     codes = np.empty(len(values), dtype=np.int8)

@@ -67,8 +67,8 @@ class Bf16Codec:
 class Int8Codec:
     """Blocks of 64 values: one float32 scale, 64 codes in -127..127; value = scale · code. 1.0625 bytes a value.
 
-    A block's scale is the smallest float32 s with 127·s ≥ max|value|, its codes are value / s rounded to
-    nearest, ties to even: no value is off by more than s/2 (but for the product's own float32 rounding).
+    A block's scale is the smallest float32 s with 127·s ≥ max|value|. Its codes are value / s rounded to nearest, ties
+    to even. So no value is off by more than s/2 (but for the product's own float32 rounding).
     Payload: all scales, then all codes.
     """
 
