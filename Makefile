@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help env demo test lint proto docs train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bank-soak crash-test model redis
+.PHONY: help env demo test test-all lint proto docs train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bank-soak crash-test model redis
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,12 @@ redis:
 demo: .venv/.made  ## documents in, a changed answer out
 	@$(PY) -m regrad_vllm.cli demo $(ARGS)
 
-test: .venv/.made model redis  ## all tests, with the real parts
-	@$(PY) -m pytest $(ARGS)
+# Two processes: one runs all that starts an engine, the other the rest (tests/conftest.py).
+test: .venv/.made model redis  ## the tests, with every kind of real part
+	@$(PY) -m pytest -n 2 --dist loadgroup -m 'not only_test_all' $(ARGS)
+
+test-all: .venv/.made model redis  ## these and those that take minutes each
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: .venv/.made  ## style, types
 	@$(PY) -m ruff check .

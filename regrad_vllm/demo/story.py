@@ -27,7 +27,6 @@ from regrad_vllm.local.pair import start_bank, start_server, wait_for_server
 from regrad_vllm.local.processes import Services
 
 BASE, REGRAD = "smollm2", "smollm2-regrad"
-_NAMESPACE = "demo"
 _COLUMNS = (36, 22, 22, 31)
 
 
@@ -59,14 +58,19 @@ class Stage:
     model: Path
     learner: Path
     questions: tuple[QuizQuestion, ...]
+    namespace: str = "demo"  # the server's own
 
     def play(self, services: Services) -> dict[str, Any]:
-        """Plays from documents to figures."""
+        """Plays from documents to figures, with a bank and a server of its own."""
         _, bank = start_bank(services, self.model, self.learner, self.folder / "bank")
         flags = ["--max-model-len", "1024"]
-        server, url = start_server(services, self.model, self.learner, bank, BASE, _NAMESPACE, flags)
+        server, url = start_server(services, self.model, self.learner, bank, BASE, self.namespace, flags)
         self._ingest(bank)
         wait_for_server(server, url)
+        return self.tell(bank, url)
+
+    def tell(self, bank: str, url: str) -> dict[str, Any]:
+        """Plays from questions to figures, with a bank and a server that have the documents. Deletes one of them."""
         weights = base_weights(url)
         base, learner_alone, regrad = self._ask_everything(url)
         self._show(base, learner_alone, regrad)
@@ -87,7 +91,7 @@ class Stage:
         num_documents = sum(isinstance(item, CorpusDocument) for item in read_corpus(files))
         say(f"ingesting {count(num_documents, 'document')} from {DOCUMENTS} (the server starts meanwhile)")
         with Bank(bank) as client, tqdm(total=num_documents, unit="doc", desc="ingest") as bar:
-            outcome = upload(client, files, namespace=_NAMESPACE, progress=bar.update)
+            outcome = upload(client, files, namespace=self.namespace, progress=bar.update)
         say(outcome.summary())
 
     def _ask_everything(self, url: str) -> tuple[list[ChatAnswer], list[ChatAnswer], list[ChatAnswer]]:
@@ -135,7 +139,7 @@ class Stage:
             return False
         question, before = self.questions[right[0]], regrad[right[0]]
         with Bank(bank) as client:
-            client.delete(question.document_id, namespace=_NAMESPACE)
+            client.delete(question.document_id, namespace=self.namespace)
         (after,) = asyncio.run(ask_all(url, self._system_prompt(), [ChatRequest(REGRAD, question.text, {})]))
         say(f"deleted {question.document_id} and asked again: {question.text}")
         used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))

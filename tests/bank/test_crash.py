@@ -41,6 +41,7 @@ async def test_kill_9_at_random_moments_and_chosen_places_loses_nothing_acknowle
     assert run.num_acknowledged > 5 * len(kills), "the kills must have come in the middle of work"
 
 
+@pytest.mark.only_test_all
 @pytest.mark.asyncio
 @pytest.mark.parametrize("bug", BUGS)
 async def test_the_driver_finds_a_planted_bug(data_dir: Path, nursery: Nursery, bug: str) -> None:

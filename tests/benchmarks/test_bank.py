@@ -33,6 +33,7 @@ def _run(module: str, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(report), json.loads(figures)
 
 
+@pytest.mark.only_test_all
 def test_the_bank_is_measured_beside_what_it_stands_on(tmp_path: Path) -> None:
     report, figures = _run("benchmarks.bank", *SMALL.split(), "--keep", str(tmp_path / "kept"))
     assert set(figures) == {
@@ -78,6 +79,7 @@ def test_a_corpus_is_the_same_each_time_and_its_nearest_are_those_of_a_compariso
         )
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(120)
 def test_a_bank_under_load_for_ten_seconds_makes_no_error_and_holds_what_it_acknowledged(tmp_path: Path) -> None:
     words = "--minutes 0.1667 --documents 150 --values 500 --rate 30"

@@ -15,6 +15,7 @@ from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig
 from regrad_vllm.local.pair import start_bank
 from regrad_vllm.local.processes import Services
+from tests.house.served import House, opened
 
 RANK = 4
 
@@ -53,3 +54,10 @@ def bank(small_learner: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("bank")
     with Services(folder) as services:
         yield start_bank(services, ensure_default_model(), small_learner, folder / "data")[1]
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """The README's bank and server, with the default model and the learner that ships."""
+    with opened(tmp_path_factory.mktemp("house")) as running:
+        yield running

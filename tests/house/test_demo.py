@@ -137,6 +137,7 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(900)
 def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone(tmp_path: Path) -> None:
     played = subprocess.run(

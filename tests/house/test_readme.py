@@ -6,83 +6,31 @@ The examples share one bank and one server. The README's own commands start them
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from regrad_vllm.client import Bank
 from regrad_vllm.data.questions import load_split
-from regrad_vllm.default_model import shipped_learner
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.demo import by_hand
-from regrad_vllm.demo.story import base_weights
+from regrad_vllm.demo.quiz import DOCUMENTS, load_questions
+from regrad_vllm.demo.story import Stage, base_weights
 from regrad_vllm.learner import Learner
-from regrad_vllm.local.pair import wait_for_bank, wait_for_server
-from regrad_vllm.local.processes import Services, free_port
 from regrad_vllm.serve.request import RegradOptions
 from tests.house.pages import ROOT, all_examples, examples, pages
+from tests.house.served import House
 
-BANK, SERVER = "127.0.0.1:50061", "localhost:8000"
 RUN = {
     "bank", "server", "ingest", "curl", "openai", "client", "backup", "export", "eval", "load", "vllm_bench",
     "questions",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class House:
-    """A running bank and server."""
-
-    bank: str  # host:port
-    server: str  # host:port
-
-    def run(self, name: str, folder: Path) -> str:
-        """Runs an example with the README's addresses replaced by ours; its output."""
-        example = examples()[name]
-        code = example.code.replace(BANK, self.bank).replace(SERVER, self.server)
-        if example.language == "sh":
-            # The command line's default bank is the README's; every command that talks to one takes --bank.
-            code = re.sub(
-                r"^(regrad (?:ingest|query|snapshot|export) .*)$", rf"\1 --bank {self.bank}", code, flags=re.MULTILINE
-            )
-            command = ["bash", "-euc", code.replace("regrad_vllm/", f"{ROOT}/regrad_vllm/")]
-        else:
-            command = [sys.executable, "-c", code]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        result = subprocess.run(
-            command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder = tmp_path_factory.mktemp("house")
-    with Services(folder) as services:
-        flags = ["--port", "0", "--data-dir", str(folder / "data")]
-        bank = wait_for_bank(services.start("bank", _command("bank") + flags))
-        port = free_port()
-        assert _command("server")[-2:] == ["--port", "8000"]
-        flags = ["--port", str(port), "--bank", bank, "--enforce-eager", "--max-model-len", "1024"]
-        flags += ["--dtype", "float32"]  # so that answers can be held against those of another implementation
-        server = services.start("server", _command("server")[:-2] + flags)
-        wait_for_server(server, f"http://127.0.0.1:{port}")
-        yield House(bank, f"127.0.0.1:{port}")
-
-
-def _command(name: str) -> list[str]:
-    """The words after `regrad` in a one-command example."""
-    words = shlex.split(examples()[name].code)
-    assert words[0] == "regrad"
-    return words[1:]
 
 
 def test_every_example_is_run_by_a_test_or_says_why_not() -> None:
@@ -90,6 +38,7 @@ def test_every_example_is_run_by_a_test_or_says_why_not() -> None:
     assert sorted(names) == sorted(RUN), "each name once"
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(600)
 def test_the_example_of_the_questions_writes_data_to_train_with(house: House, tmp_path: Path) -> None:
     said = house.run("questions", tmp_path)
@@ -115,6 +64,23 @@ def test_the_examples_of_the_server_ingest_ask_and_name_the_document_they_used(h
     assert len(printed) == 2
     assert re.fullmatch(r"ship-the-quilegren 1 0\.\d+", printed[1])
     assert base_weights(f"http://{house.server}") == weights
+
+
+@pytest.mark.timeout(600)
+def test_the_demos_story_comes_true_with_the_readmes_bank_and_server(house: House, tmp_path: Path) -> None:
+    house.run("ingest", tmp_path)
+    questions = load_questions()
+    asked = {question.document_id for question in questions if not question.invented}
+    lines = [
+        line for line in (DOCUMENTS / "squad.jsonl").read_text("utf-8").splitlines() if json.loads(line)["id"] in asked
+    ]
+    (tmp_path / "real.jsonl").write_text("\n".join(lines), "utf-8")
+    house.ingest(tmp_path / "real.jsonl")
+    stage = Stage(tmp_path, ensure_default_model(), shipped_learner(), questions, namespace="default")
+    figures = stage.tell(house.bank, f"http://{house.server}")
+    assert figures["questions"] == len(questions) > len(lines) > 0
+    assert figures["regrad_em"] > max(figures["base_em"], figures["learner_em"]) + 0.3
+    assert figures["deleted_ok"] is True and figures["base_weights_unchanged"] is True
 
 
 @pytest.mark.timeout(300)
@@ -143,6 +109,7 @@ def test_the_example_of_the_export_writes_an_adapter_that_peft_loads(house: Hous
     assert config.peft_type == "LORA"
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(1200)
 def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_method_in_one_process(
     house: House, tmp_path: Path
@@ -179,6 +146,7 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     assert all(right[method] <= 1 for method in ("base", "learner", "raw_gradient")), right
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(600)
 def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_documents(
     house: House, tmp_path: Path
@@ -217,12 +185,14 @@ def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_d
     assert len(lines) == sum(f["completed"] for g in report["groups"] for f in g["figures"].values())
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(300)
 def test_vllms_own_benchmark_drives_the_server(house: House, tmp_path: Path) -> None:
     said = house.run("vllm_bench", tmp_path)
     assert re.search(r"Successful requests:\s+8\b", said) and not re.search(r"Failed requests:\s+[1-9]", said)
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(600)
 def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     words = ["growth", "--num-fresh", "3", "--sets", "squad", "--num-questions", "1"]
