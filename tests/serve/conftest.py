@@ -1,4 +1,7 @@
-"""One learner, one bank and one engine for all tests of this folder: an engine takes most of a minute to start."""
+"""One learner, one bank and one engine for all tests of this folder. An engine takes most of a minute to start.
+
+The model is a random one of four layers. `make test-all` runs the same tests on the default model, too.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,38 @@ with warnings.catch_warnings():
     import vllm.v1.engine.async_llm  # noqa: F401
 
 from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.door_client import DoorClient
 from tests.serve.collector import Collector
-from tests.serve.support import API_KEY, BASE, MAX_NUM_SEQS, BankThread, VllmServer, default_model, random_learner
+from tests.serve.support import (
+    API_KEY,
+    BASE,
+    MAX_NUM_SEQS,
+    BankThread,
+    VllmServer,
+    random_learner,
+    record_bytes,
+    save_small_model,
+)
 
 NUM_DOCUMENTS = 150
+ARENA_RECORDS, WORKER_RECORDS = 142, 103  # what the server's arena and its worker's cache have room for
 
 
 @pytest.fixture(scope="session")
-def model() -> Path:
-    return default_model()
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small-model")
+    save_small_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["small", pytest.param("default", marks=pytest.mark.only_test_all)])
+def model(request: pytest.FixtureRequest) -> Path:
+    """The folder of the model that is served."""
+    if request.param == "default":
+        return ensure_default_model()
+    return request.getfixturevalue("small_model")
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +88,7 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="session")
 def server(
     model: Path,
+    learner: Learner,
     learner_folder: Path,
     bank: BankThread,
     collector: Collector,
@@ -74,8 +99,9 @@ def server(
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
         "--regrad-bank-timeout-ms", "30000",
-        "--regrad-arena-dir", str(folder), "--regrad-arena-bytes", str(220 * 2**20),
-        "--regrad-worker-bytes", str(160 * 2**20),
+        "--regrad-arena-dir", str(folder),
+        "--regrad-arena-bytes", str(ARENA_RECORDS * record_bytes(learner)),
+        "--regrad-worker-bytes", str(WORKER_RECORDS * record_bytes(learner)),
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import httpx
 import numpy as np
 import torch
 from redis import Redis
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.service.server import BankServer
@@ -43,40 +45,53 @@ from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.slots import Slots
 
 API_KEY = "tests-only"
-BASE = "base"  # the name under which the tests' server serves the default model
+BASE = "base"  # the name under which the tests' server serves its model
 MAX_NUM_SEQS = 12
 HUGE = "A text whose gradient is so large that gamma 16 takes it out of float32."
 RANK = 16
-LAYERS = range(15, 30)
-HIDDEN, INTERMEDIATE = 576, 1536
+SMALL_HIDDEN, SMALL_INNER, SMALL_LAYERS = 128, 256, 4
 
 
-def default_model() -> Path:
-    """The default model's folder, built once on this machine."""
-    return ensure_default_model()
+def save_small_model(folder: Path) -> None:
+    """A random Llama of four layers with the default model's tokenizer. Two workers can share its four heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=SMALL_HIDDEN, intermediate_size=SMALL_INNER, num_hidden_layers=SMALL_LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=49152, max_position_embeddings=2048,
+        tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ensure_default_model()).save_pretrained(folder)
 
 
-def random_learner(model: Path, seed: int, *, spread: float = 0.03) -> Learner:
-    """A learner for the default model whose φ* is noise, strong enough to change what the model says."""
+def random_learner(model: Path, seed: int, *, rank: int = RANK) -> Learner:
+    """A learner of the model's upper half. Its φ* is noise, strong enough to change what the model says."""
+    sizes = json.loads((model / "config.json").read_text("utf-8"))
+    hidden, inner, num_layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
     modules = [
-        (f"model.layers.{layer}.mlp.{name}", inner, outer)
-        for layer in LAYERS
-        for name, inner, outer in (
-            ("gate_proj", HIDDEN, INTERMEDIATE),
-            ("up_proj", HIDDEN, INTERMEDIATE),
-            ("down_proj", INTERMEDIATE, HIDDEN),
+        (f"model.layers.{layer}.mlp.{name}", *shape)
+        for layer in range(num_layers // 2, num_layers)
+        for name, shape in (
+            ("gate_proj", (hidden, inner)),
+            ("up_proj", (hidden, inner)),
+            ("down_proj", (inner, hidden)),
         )
     ]
-    layout = Layout.build(RANK, modules)
+    layout = Layout.build(rank, modules)
     config = LearnerConfig(
         base_digest=base_digest(model),
-        lora_alpha=32.0,
+        lora_alpha=2.0 * rank,
         step_size_kind="tie",
         prompts=Prompts(system="Answer in a few words."),
         top_k=2,
         score_temperature=0.2,
     )
-    return Learner(config, layout, gradient_noise(layout, seed, spread), np.full(len(layout.tensors), 0.1, np.float32))
+    return Learner(config, layout, gradient_noise(layout, seed, 0.03), np.full(len(layout.tensors), 0.1, np.float32))
+
+
+def record_bytes(learner: Learner) -> int:
+    """The size of each of the learner's gradients in a bank."""
+    return len(encode_gradient(np.zeros(learner.layout.num_values, np.float32), learner.spec, "int8"))
 
 
 def gradient_noise(layout: Layout, seed: int, spread: float) -> FloatArray:
@@ -239,7 +254,8 @@ class VllmServer:
             base_url=self.url,
             headers={"authorization": f"Bearer {API_KEY}"},
             timeout=300,
-            limits=httpx.Limits(max_connections=None),
+            # The server closes a connection after 5 s of silence: none that old is used again.
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=1),
             verify=False,
         )
         command = [sys.executable, "-m", "regrad_vllm.cli", "serve", str(model), "--port", str(self.port), *flags]

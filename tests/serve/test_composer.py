@@ -23,9 +23,7 @@ from regrad_vllm.adapt.compose import compose
 from regrad_vllm.adapt.document_cache import DocumentCacheFull
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.recipe import Recipe, RecipeError
-from tests.serve.support import Worker, random_learner, stored_recipe
-
-RECORD_BYTES = 1_616_000  # about, in int8
+from tests.serve.support import Worker, random_learner, record_bytes, stored_recipe
 
 
 def expected(recipe: Recipe, learner: Learner, worker: Worker) -> torch.Tensor:
@@ -197,7 +195,7 @@ def test_the_step_always_finds_a_slot(arena: Arena, learner: Learner) -> None:
 
 def test_a_cache_full_of_pinned_gradients_refuses_the_next(arena: Arena, learner: Learner) -> None:
     first, second = (stored_recipe(arena, learner, [text]) for text in ("one", "two"))
-    worker = Worker(learner, max_bytes=RECORD_BYTES * 3 // 2)
+    worker = Worker(learner, max_bytes=record_bytes(learner) * 3 // 2)
     prepared(worker, first)
     with pytest.raises(DocumentCacheFull, match="REGRAD_WORKER_BYTES"):
         prepared(worker, second)

@@ -37,8 +37,10 @@ def test_everything_that_regrad_needs_is_filled_in(model: Path, learner: Learner
     assert value(arguments, "--worker-extension-cls") == EXTENSION_CLASS
     assert value(arguments, "--served-model-name") == model.resolve().name
     start = arguments.index("--lora-target-modules") + 1
-    assert arguments[start : start + 30] == list(merged_modules(learner))
-    assert merged_modules(learner)[:2] == ("model.layers.15.mlp.gate_up_proj", "model.layers.15.mlp.down_proj")
+    modules = merged_modules(learner)
+    assert arguments[start : start + len(modules)] == list(modules)
+    assert {name.split(".", 3)[3] for name in modules} == {"mlp.gate_up_proj", "mlp.down_proj"}
+    assert len(modules) == 2 * len({name.split(".")[2] for name in modules}) > 0
 
 
 @pytest.mark.parametrize("spelling", [["--max-num-seqs=3"], ["--max_num_seqs", "3"], ["--max-num-seqs", "3"]])
@@ -165,10 +167,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(
 def test_the_help_says_what_each_setting_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "the base model answers; fail_closed: an error; if ReGrad is on by default only (fail_open; REGRAD_ON_ERROR in"
-        in said
-    )
+    assert "the base model answers; fail_closed: an error (fail_open; REGRAD_ON_ERROR in the environment)" in said
     assert "(off; REGRAD_DEFAULT in the environment)" in said
 
 

@@ -12,53 +12,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bank_service.wire.codec import FloatArray, decode_gradient
 from regrad_vllm.adapt.arena import FOLDER_PREFIX, Arena, read_record
 from regrad_vllm.adapt.compose import compose
-from regrad_vllm.base_model import base_digest
 from regrad_vllm.layout import Layout
-from regrad_vllm.learner import Learner, LearnerConfig, Prompts, save_adapter
-from tests.serve.support import API_KEY, BASE, BankThread, VllmServer, default_model, gradient_noise
+from regrad_vllm.learner import Learner, save_adapter
+from tests.serve.support import (
+    API_KEY,
+    BASE,
+    SMALL_HIDDEN,
+    SMALL_INNER,
+    SMALL_LAYERS,
+    BankThread,
+    VllmServer,
+    gradient_noise,
+    random_learner,
+)
 
-HIDDEN, INNER, LAYERS, RANK = 128, 256, 4, 8
+RANK = 8
 NUM_DOCUMENTS = 12
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of four heads, so that two workers can share it, with the default model's tokenizer."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=True,
-        initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(default_model()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def small_learner(small_model: Path) -> Learner:
-    modules = [
-        (f"model.layers.{layer}.mlp.{name}", *sizes)
-        for layer in range(LAYERS // 2, LAYERS)
-        for name, sizes in (
-            ("gate_proj", (HIDDEN, INNER)),
-            ("up_proj", (HIDDEN, INNER)),
-            ("down_proj", (INNER, HIDDEN)),
-        )
-    ]
-    layout = Layout.build(RANK, modules)
-    config = LearnerConfig(
-        base_digest=base_digest(small_model), lora_alpha=2.0 * RANK, step_size_kind="tie", prompts=Prompts(system=""),
-        top_k=2, score_temperature=0.2,
-    )  # fmt: skip
-    return Learner(config, layout, gradient_noise(layout, 1, 0.03), np.full(len(layout.tensors), 0.1, np.float32))
+    return random_learner(small_model, seed=1, rank=RANK)
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +131,19 @@ def test_each_tensor_parallel_worker_composes_its_shard_alone(sharded: VllmServe
     workers = sharded.status()["workers"]
     assert len(workers) == 2 and all(worker["num_composed"] > 10 for worker in workers)
     assert {worker["num_recomposed"] for worker in workers} == {0}
-    shard = RANK * 2 * (3 * HIDDEN + 3 * INNER // 2) * 2 * 4  # in slots of twice the rank: two layers of float32
+    shard = (
+        RANK * 2 * (3 * SMALL_HIDDEN + 3 * SMALL_INNER // 2) * 2 * 4
+    )  # in slots of twice the rank: two layers of float32
     slots = 8 + 2
     assert [worker["slot_bytes"] for worker in workers] == [slots * shard] * 2
 
 
 def attention_adapter(learner: Learner) -> tuple[Learner, FloatArray]:
     """Of the output projections, where the learner adapts nothing."""
-    layout = Layout.build(RANK, [(f"model.layers.{layer}.self_attn.o_proj", HIDDEN, HIDDEN) for layer in range(4)])
+    shape = (SMALL_HIDDEN, SMALL_HIDDEN)
+    layout = Layout.build(RANK, [(f"model.layers.{layer}.self_attn.o_proj", *shape) for layer in range(SMALL_LAYERS)])
     values = gradient_noise(layout, 2, 0.03)
-    return Learner(learner.config, layout, values, np.full(8, 0.1, np.float32)), values
+    return Learner(learner.config, layout, values, np.full(len(layout.tensors), 0.1, np.float32)), values
 
 
 @pytest.mark.timeout(600)

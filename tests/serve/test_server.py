@@ -219,7 +219,7 @@ def test_a_request_without_a_key_never_reaches_the_bank(server: VllmServer) -> N
 def test_nothing_grows_with_the_number_of_requests(server: VllmServer) -> None:
     first = server.status()
     before = first["workers"][0]
-    for number in range(75):  # with 150 documents; the arena holds 136
+    for number in range(75):  # with 150 documents; the arena has room for fewer
         server.complete("a", {"document_ids": [f"doc-{2 * number}", f"doc-{2 * number + 1}"]}, max_tokens=1)
     status = server.status()
     arena, worker = status["arena"], status["workers"][0]

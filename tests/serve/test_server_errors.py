@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from bank_service.bank import Bank
 from bank_service.values.documents import Query, QueryResult
-from tests.serve.support import BASE, HUGE, BankThread, VllmServer, random_learner
+from tests.serve.support import BASE, HUGE, MAX_NUM_SEQS, BankThread, VllmServer, random_learner
 
 TWIN = BASE + "-regrad"
 NAN, INF = "@NaN@", "@Infinity@"  # spelled into the JSON text: no library writes them for us
@@ -120,7 +120,8 @@ def test_a_request_that_vllm_refuses_leaves_nothing_behind(server: VllmServer) -
 
 
 def test_a_client_that_hangs_up_gives_its_pins_back_when_the_engine_is_done(server: VllmServer) -> None:
-    body = {"model": TWIN, "prompt": "Tell a long story.", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    body = {"model": TWIN, "prompt": "Tell a long story.", "max_tokens": 900, "ignore_eos": True, "stream": True,
+            "n": MAX_NUM_SEQS}  # fmt: skip
     with server.client.stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
         assert server.status()["arena"]["num_pinned"] > 0
@@ -143,7 +144,7 @@ def test_a_bad_request_harms_no_other_in_its_batch(server: VllmServer) -> None:
 def test_a_damaged_gradient_is_one_requests_error_and_fetched_anew(server: VllmServer) -> None:
     used = server.complete("x", {"document_ids": ["doc-77"]})["regrad"]
     others = [f"doc-{number}" for number in range(120) if number != 77][:112]
-    for start in range(0, 112, 8):  # the arena keeps 142 gradients, the worker 103: it must read doc-77's again
+    for start in range(0, 112, 8):  # WORKER_RECORDS < 112 < ARENA_RECORDS: the worker must read doc-77's again
         server.complete("x", {"document_ids": others[start : start + 8]}, max_tokens=1)
     path = Path(server.status()["arena"]["folder"]) / used["documents"][0]["gradient_digest"]
     path.chmod(0o600)

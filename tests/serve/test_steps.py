@@ -13,8 +13,8 @@ import torch
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.recipe import Recipe
-from tests.serve.support import Worker, stored_recipe
-from tests.serve.test_composer import RECORD_BYTES, expected, prepared
+from tests.serve.support import Worker, record_bytes, stored_recipe
+from tests.serve.test_composer import expected, prepared
 
 
 def test_a_step_that_puts_out_an_adapter_of_its_own_batch_finds_it_again(arena: Arena, learner: Learner) -> None:
@@ -110,7 +110,7 @@ class _Steps(threading.Thread):
 def test_no_step_ever_sees_another_adapters_values(arena: Arena, learner: Learner) -> None:
     """200 requests, eight at a time on five slots: composed, scheduled, preempted, over in the middle of a step."""
     recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(8)]
-    worker = Worker(learner, max_loras=3, max_waiting=2, max_bytes=9 * RECORD_BYTES)
+    worker = Worker(learner, max_loras=3, max_waiting=2, max_bytes=9 * record_bytes(learner))
     steps = _Steps(worker, {recipe.int_id: expected(recipe, learner, worker) for recipe in recipes})
     turns, composing = threading.Semaphore(8), threading.Lock()
 
