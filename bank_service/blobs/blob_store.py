@@ -30,7 +30,7 @@ References = Callable[[list[str]], Set[str]]  # which of these digests the catal
 
 @dataclass(slots=True)
 class Sweep:
-    """What came of one sweep."""
+    """The outcome of one sweep."""
 
     num_removed: int = 0
     unwanted: set[str] = field(default_factory=set)  # neither held nor referenced, whether there was a record or not
@@ -68,7 +68,7 @@ class BlobStore:
         return self._holds.is_holding_all
 
     def take_spared(self) -> set[str]:
-        """What sweeps would have removed and did not, since the last call."""
+        """The records that sweeps spared since the last call."""
         return self._holds.take_spared()
 
     def put(self, digest: str, record: bytes) -> None:

@@ -132,7 +132,7 @@ class GradientCache:
         return await self._guarded(lambda: self._redis.execute_command(command, *arguments))  # type: ignore[no-untyped-call]
 
     async def _guarded(self, ask: Callable[[], Awaitable[object]]) -> object:
-        """What ``ask`` gets from the server, or None where that fails, is slow, or rests after a failure."""
+        """The server's answer to ``ask``, or None where it fails, is slow, or rests after a failure."""
         if self._rests():
             return None
         try:

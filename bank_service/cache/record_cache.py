@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class CacheCounts:
-    """What the cache has done so far."""
+    """Counts of a cache since its start."""
 
     hits: int = 0
     misses: int = 0

@@ -9,7 +9,7 @@ from bank_service.values.documents import Hit
 
 @dataclass(frozen=True, slots=True)
 class CollectionIdentity:
-    """What all gradients and embeddings of a bank have in common."""
+    """The properties that all gradients and embeddings of a bank share."""
 
     learner_fingerprint: str
     layout_id: str
@@ -66,7 +66,7 @@ class ListEntry:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a namespace holds."""
+    """The counts of a namespace."""
 
     num_documents: int = 0
     num_bytes: int = 0  # texts and gradients, also of past versions
@@ -74,7 +74,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What the catalog holds."""
+    """The counts of a catalog."""
 
     num_documents: dict[str, int]  # by namespace, also of those that lost their last document
     num_gradients: int  # of documents and their past versions
@@ -103,7 +103,7 @@ class Erasure:
 
 @dataclass(frozen=True, slots=True)
 class CatalogCopy:
-    """What the copy of a catalog in a snapshot holds."""
+    """The counts of a catalog's copy in a snapshot."""
 
     collection_id: str
     learner_fingerprint: str

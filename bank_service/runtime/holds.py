@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What one look for unwanted things found."""
+    """The findings of one look for unwanted things."""
 
     going: Set[str] = frozenset()  # may be removed now
     spared: Set[str] = frozenset()  # unwanted too, but somebody holds all things
@@ -66,7 +66,7 @@ class Holds:
         return self._num_holding_all > 0
 
     def take_spared(self) -> set[str]:
-        """What was unwanted but spared since the last call."""
+        """The things that were unwanted but spared since the last call."""
         with self._lock:
             spared, self._spared = self._spared, set()
             return spared

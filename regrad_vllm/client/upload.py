@@ -27,7 +27,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class UploadOutcome:
-    """What became of a corpus."""
+    """The outcome of an upload."""
 
     counts: Counter[str]  # by outcome, and "truncated", "removed"
     refused: tuple[Refusal, ...]

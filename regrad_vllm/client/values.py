@@ -1,4 +1,4 @@
-"""What a bank's client takes and gives."""
+"""The values that a bank's client takes and gives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTCOMES: tuple[Outcome, ...] = ("created", "updated", "unchanged")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What one stores. The bank says which id, title, text and metadata it takes."""
+    """A document to store. The bank has the limits of id, title, text and metadata."""
 
     id: str  # empty: the bank derives it from title and text
     text: str
@@ -71,7 +71,7 @@ class ListedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What one key of a document's metadata must be."""
+    """A rule for one key of a document's metadata."""
 
     key: str
     operator: Operator
@@ -80,7 +80,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for. Exactly one of ``text`` and ``document_ids`` is set."""
+    """A query. Exactly one of ``text`` and ``document_ids`` is set."""
 
     text: str = ""
     namespace: str = field(default=DEFAULT_NAMESPACE, kw_only=True)
@@ -113,7 +113,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the bank found, and which state of the bank that was."""
+    """The documents that the bank found, and the state of the bank then."""
 
     hits: tuple[Hit, ...]  # best first; documents named by id in the order named
     sequence: int  # of the last change that the answer reflects; as_of where that was given

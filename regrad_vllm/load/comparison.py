@@ -1,4 +1,4 @@
-"""What is compared: contenders under a condition. A cell is one contender under one condition, once."""
+"""Comparisons: contenders under a condition. A cell is one contender under one condition, once."""
 
 from __future__ import annotations
 

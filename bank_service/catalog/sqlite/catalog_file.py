@@ -63,7 +63,7 @@ def copy_catalog(path: Path, target: Path) -> None:
 
 
 def describe_copy(path: Path) -> CatalogCopy:
-    """What a copy made by ``copy_catalog`` holds, also one that an older version made."""
+    """The counts of a copy made by ``copy_catalog``, also by that of an older version."""
     with naming_damage(path), closing(sqlite3.connect(path)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         named = " UNION ALL ".join(

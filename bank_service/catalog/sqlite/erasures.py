@@ -1,4 +1,4 @@
-"""What purges have still to erase outside of the catalog's rows.
+"""The traces that purges have still to erase outside of the catalog's rows.
 
 A row is written in the purge's own transaction, so a crash forgets none. It goes when all is erased.
 """

@@ -45,7 +45,7 @@ def seconds_kept(connection: sa.Connection, given: int | None) -> int:
 
 
 def move_horizon(connection: sa.Connection, namespace: str, sequence: int) -> None:
-    """What the namespace held before ``sequence`` is no longer known."""
+    """The namespace's past before ``sequence`` is no longer known."""
     moved = insert(horizons).values(namespace=namespace, sequence=sequence)
     farther = sa.func.max(horizons.c.sequence, moved.excluded.sequence)
     connection.execute(moved.on_conflict_do_update(index_elements=["namespace"], set_={"sequence": farther}))

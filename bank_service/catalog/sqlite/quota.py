@@ -1,4 +1,4 @@
-"""What a namespace may hold, and how much it holds.
+"""The limits of a namespace, and the counts that they bound.
 
 A row per namespace says it, so that a check reads one row whatever the namespace's size. ``versions`` counts in the
 transaction of each change.

@@ -73,7 +73,7 @@ def _move(connection: sa.Connection, table: str, began: str, values: dict[str, s
 
 
 def _move_erasures(connection: sa.Connection) -> None:
-    """What is not erased yet moves into ``pending_erasures``; every purge that had a row may come again."""
+    """Unfinished erasures move into ``pending_erasures``; every purge that had a row may come again."""
     if not sa.inspect(connection).has_table("erasures"):
         return
     purged = sa.text("SELECT key FROM erasures").columns(sa.column("key", sa.BigInteger))
