@@ -1,9 +1,10 @@
 """Questions for a corpus that has none, written by a model behind any OpenAI-compatible server.
 
-Every passage is shown to the model, which writes questions with short answers as JSON. A question is kept if three
-things hold: its answer stands in the passage, it doesn't give the answer away, and it doesn't speak of "the text".
+The model reads every passage and writes questions with short answers as JSON. A question is kept on three conditions:
+its answer stands in the passage, it doesn't give the answer away, and it doesn't speak of "the text".
 
-The model must follow instructions and be larger than the one to be taught. The default model hardly writes any.
+The model must follow instructions, and it must be larger than the learner's base model. The default model writes hardly
+any usable question.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from regrad_vllm.data.questions import SourceDocument
 VALIDATION_SHARE = 0.1
 MAX_ANSWER_WORDS = 8
 _TIMEOUT_S = 600.0
-_TOKENS_PER_QUESTION = 100  # with its answer, generously: a model that goes on is cut off
+_TOKENS_PER_QUESTION = 100  # a generous limit for a question with its answer
 _PROMPT = """Read this text{title}:
 
 {text}
@@ -37,21 +38,21 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class GeneratedQuestions:
-    """The questions of a corpus, and the failures."""
+    """The questions written for a corpus, with the refused questions and the failed requests."""
 
     num_passages: int
     num_questions: int
-    num_refused: int  # written by the model, but not usable
+    num_refused: int  # questions that the model wrote and `is_usable` refused
     failures: tuple[str, ...]  # requests that the server didn't answer
 
 
 async def write_questions(
     documents: Sequence[SourceDocument], server: str, model: str, out: Path, *, per_passage: int, concurrency: int = 16
 ) -> GeneratedQuestions:
-    """Asks ``server`` (http://host:port, the key in OPENAI_API_KEY) about every document.
+    """Asks ``server`` (http://host:port, the key in OPENAI_API_KEY) for questions about every document.
 
-    Writes the splits train and validation into ``out``; all passages of a file and their questions are in one, chosen
-    by a digest of the file's id.
+    Writes the splits "train" and "validation" into ``out``. A digest of a file's id chooses its split, so all passages
+    of one file are in the same split.
     """
     import httpx
     from tqdm import tqdm
@@ -84,7 +85,7 @@ async def write_questions(
 
 
 def parse(answer: str) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every JSON object in a model's text that has both; what else it says is passed over."""
+    """(question, answer) of every JSON object in a model's text that has both. All other text is ignored."""
     for match in _OBJECT.finditer(answer):
         try:
             record = json.loads(match[0])
@@ -96,7 +97,7 @@ def parse(answer: str) -> Iterator[tuple[str, str]]:
 
 
 def is_usable(question: str, answer: str, document: SourceDocument) -> bool:
-    """Whether a question can be asked without its document in sight and its answer be checked against it."""
+    """Whether the question is clear without its document, and the answer stands in the document."""
     inside = f"{document.title}\n{document.text}".lower()
     return (
         question.endswith("?")
@@ -109,7 +110,7 @@ def is_usable(question: str, answer: str, document: SourceDocument) -> bool:
 
 
 async def _ask(client: Any, model: str, document: SourceDocument, number: int) -> Any:
-    """The model's text, or the httpx.HTTPError."""
+    """The model's text. An httpx.HTTPError is returned, not raised."""
     import httpx
 
     title = f", titled “{document.title}”" if document.title else ""
@@ -126,7 +127,7 @@ async def _ask(client: Any, model: str, document: SourceDocument, number: int) -
         return response.json()["choices"][0]["message"]["content"] or ""
     except httpx.HTTPError as error:
         return error
-    except (ValueError, LookupError, TypeError) as error:  # one odd answer must not cost all the others
+    except (ValueError, LookupError, TypeError) as error:  # one unreadable answer must not end the run
         return httpx.DecodingError(f"the server's answer must be a chat completion: {error!r}")
 
 

@@ -1,4 +1,4 @@
-"""Does evaluation data stand in training data? By normalised text, so that case and punctuation hide nothing."""
+"""Finds evaluation data that is also in the training data. Texts are compared without case and punctuation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from regrad_vllm.data.questions import DataSplit, plain_words
 
-DOCUMENT_NGRAM = 13  # words in a row that two different texts hardly share
-MAX_SHARED = 0.2  # of the smaller document's n-grams; more is the same text, fewer are quotations and phrases
+DOCUMENT_NGRAM = 13  # words; two different texts hardly ever share so many in a row
+# Two documents are the same text if they share more than this part of the smaller one's n-grams. Less is a quotation.
+MAX_SHARED = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """Something of the evaluation data that the training data has too."""
+    """A document or a question that evaluation data and training data share."""
 
     kind: str  # "document" or "question"
     evaluation_id: str
@@ -23,23 +24,28 @@ class Leak:
 
 
 def find_leaks(training: DataSplit, evaluation: DataSplit) -> list[Leak]:
-    """Pairs of documents that share text, and questions that both ask with the same answer.
+    """The pairs of documents that share text, and the questions that both splits have with the same answer.
 
-    Documents share text if they have more than MAX_SHARED of the smaller one's n-grams in common. Of a document shorter
-    than an n-gram the whole text is compared.
+    Documents share text if they have more than MAX_SHARED of the smaller one's n-grams in common. A document shorter
+    than an n-gram is compared as a whole.
     """
     return [*_document_leaks(training, evaluation), *_question_leaks(training, evaluation)]
 
 
 def without_leaks(training: DataSplit, evaluations: Iterable[DataSplit]) -> tuple[DataSplit, tuple[str, ...]]:
-    """The training data without what stands in evaluation data too, and the ids of the documents and questions left
-    out. A question goes with its documents."""
+    """The training data without its leaks into ``evaluations``, and the ids of the removed documents and questions.
+
+    A question whose document is removed is removed too.
+    """
     leaks = [leak for evaluation in evaluations for leak in find_leaks(training, evaluation)]
     return _without(training, [(leak.kind, leak.training_id) for leak in leaks])
 
 
 def evaluation_without_leaks(evaluation: DataSplit, training: DataSplit) -> tuple[DataSplit, tuple[str, ...]]:
-    """The same for what was trained on already: the evaluation data without it, and what was left out."""
+    """The evaluation data without its leaks from ``training``, and the ids of the removed documents and questions.
+
+    It is for a learner that is trained already.
+    """
     return _without(evaluation, [(leak.kind, leak.evaluation_id) for leak in find_leaks(training, evaluation)])
 
 
@@ -83,7 +89,7 @@ def _texts(data: DataSplit) -> dict[str, str]:
 
 
 def _contained(wholes: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(whole, part) where a part too short for an n-gram stands in a whole."""
+    """(whole, part) for each part, too short for an n-gram, that is contained in a whole."""
     padded = {key: f" {text} " for key, text in wholes.items()}
     everything = "\n".join(padded.values())
     for part, text in parts.items():
@@ -93,7 +99,7 @@ def _contained(wholes: Mapping[str, str], parts: Mapping[str, str]) -> Iterator[
 
 
 def _question_leaks(training: DataSplit, evaluation: DataSplit) -> Iterator[Leak]:
-    asked: dict[tuple[str, str], list[str]] = {}  # data has the same question more than once
+    asked: dict[tuple[str, str], list[str]] = {}  # a question may occur more than once
     for question in training.questions:
         for answer in {plain_words(answer) for answer in question.answers}:
             asked.setdefault((plain_words(question.question), answer), []).append(question.id)

@@ -1,10 +1,11 @@
 """Long texts → passages of about 160 tokens, cut where a paragraph or a sentence ends, titled by their heading.
 
-Training, `regrad ingest` and the evaluation share it, so a learner meets passages as it learnt them. Lines of an
-ingested .jsonl file are passages already. Tokens are estimated from words, because an ingest has no tokenizer.
+Training, `regrad ingest` and the evaluation all cut texts here, so a learner meets the passages that it was trained on.
+The lines of an ingested .jsonl file are passages already. Tokens are estimated from words, because `regrad ingest` has
+no tokenizer.
 
-A passage begins with the last sentences of the one before it, as far as they fit into OVERLAP_TOKENS. So the sentences
-that it refers to are at hand.
+A passage begins with the last sentences of the passage before it, up to OVERLAP_TOKENS. So it also holds the sentences
+that its own first sentence refers to.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ _MIN_TOKENS = 40
 _HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*\s*$")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]")
-_LONGEST_TOKEN = 7  # characters; for what has no spaces, such as URLs and tables of digits
-_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # scripts: a character, a token
+_LONGEST_TOKEN = 7  # characters; for text without spaces, such as URLs and rows of digits
+# Scripts without spaces: Thai, Japanese, Chinese, Korean. A character counts as a token.
+_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    title: str  # the headings above it, "" where there are none
+    title: str  # the headings above it; "" without any
     text: str
 
 
 def split_markdown(text: str) -> list[Passage]:
-    """Passages of a Markdown text; none crosses a heading."""
+    """The passages of a Markdown text. A passage never crosses a heading."""
     return [passage for title, body in _markdown_sections(text) for passage in _split_section(title, body)]
 
 
 def split_plain(text: str) -> list[Passage]:
-    """Passages of a plain text. A short first line that stands alone and doesn't end like a sentence is its heading."""
+    """The passages of a plain text. The first line is the heading if it is short, alone and not a sentence."""
     head, _, rest = text.strip().partition("\n")
     heading = head.strip()
     alone = rest.startswith("\n") or rest.lstrip(" \t\r").startswith("\n")
@@ -48,14 +50,14 @@ def split_plain(text: str) -> list[Passage]:
 
 
 def split_text(title: str, text: str) -> list[Passage]:
-    """Passages of a text that has its title already: the text as it is where it is short enough."""
+    """The passages of a text with a known title. A short text is one passage, unchanged."""
     if count_tokens(text) <= MAX_TOKENS:
         return [Passage(title, text)]
     return _split_section(title, text)
 
 
 def count_tokens(text: str) -> int:
-    """An estimate."""
+    """The estimated number of tokens, from words and characters."""
     spaced = max(round(TOKENS_PER_WORD * len(text.split())), len(text) // _LONGEST_TOKEN)
     return max(spaced, len(_UNSPACED.findall(text)))
 
@@ -86,7 +88,7 @@ def _join_path(path: list[tuple[int, str]]) -> str:
 def _split_section(title: str, body: str) -> list[Passage]:
     passages: list[str] = []
     current: list[tuple[str, str]] = []  # (separator before it, piece)
-    num_tokens = num_new = 0  # in current; of those, not repeated from the passage before
+    num_tokens = num_new = 0  # num_new: tokens in current that aren't repeated from the passage before
     for separator, piece in _pieces(body):
         tokens = count_tokens(piece)
         if num_new and (num_tokens >= TARGET_TOKENS or num_tokens + tokens > MAX_TOKENS):
@@ -108,7 +110,7 @@ def _join(pieces: list[tuple[str, str]]) -> str:
 
 
 def _tail(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The last pieces that fit into the overlap; never all of them."""
+    """The last pieces that fit into the overlap, but never all pieces."""
     total = 0
     for index in range(len(pieces) - 1, 0, -1):
         total += count_tokens(pieces[index][1])
@@ -118,7 +120,7 @@ def _tail(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _num_new_pieces(pieces: list[tuple[str, str]], num_new: int) -> int:
-    """How many pieces at the end have ``num_new`` tokens together."""
+    """The number of pieces at the end that have ``num_new`` tokens together."""
     number = 0
     while num_new > 0:
         number += 1
@@ -143,7 +145,7 @@ def _pieces(body: str) -> Iterator[tuple[str, str]]:
 
 
 def split_sentences(paragraph: str) -> Iterator[str]:
-    """Its sentences in order."""
+    """The paragraph's sentences in order."""
     start = 0
     for end in _SENTENCE_END.finditer(paragraph):
         yield paragraph[start : end.end()].strip()
@@ -153,7 +155,7 @@ def split_sentences(paragraph: str) -> Iterator[str]:
 
 
 def _bounded(sentence: str) -> Iterator[str]:
-    """The sentence, cut between words (or characters, in scripts without spaces) where it is too long."""
+    """The sentence; if it is too long, its parts, cut between words or, in scripts without spaces, characters."""
     if count_tokens(sentence) <= TARGET_TOKENS:
         yield sentence
         return

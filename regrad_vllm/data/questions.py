@@ -1,11 +1,14 @@
-"""The format of question-answering data, the same for training, evaluation and a user's own.
+"""The format of question-answering data. Training, evaluation and the users' own data share it.
 
-Two JSON Lines files (or .jsonl.gz) a split: ``<split>.documents.jsonl`` with {id, title, text, set} and
-``<split>.questions.jsonl`` with {id, question, answers, documents, domain, set, kind}. ``documents`` holds the ids of
-the documents that answer the question, together where there are several, the best first ("gold" is read as the same).
-``set`` names the collection that figures are reported for; a document without one is in its questions' set. ``kind`` is
-"span" (free text), "yesno" or "choice". Required: id and text of a document; question, answers and documents of a
-question.
+A split is two JSON Lines files (or .jsonl.gz):
+- ``<split>.documents.jsonl`` has {id, title, text, set}; id and text are required.
+- ``<split>.questions.jsonl`` has {id, question, answers, documents, domain, set, kind}; question, answers and documents
+  are required.
+
+``documents`` holds the ids of the documents that answer the question, the best first. If there are several, only all
+of them together answer it. "gold" is another name for this field. ``set`` names the collection that figures are
+reported for. A document without ``set`` belongs to the set of its questions. ``kind`` is "span" (free text), "yesno" or
+"choice".
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class DataError(ValueError):
-    """A data file can't be used; the message names file, line and field."""
+    """A data file can't be used. The message names the file, the line and the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ class SourceDocument:
 class Question:
     id: str
     question: str
-    answers: tuple[str, ...]  # any of them is right
-    documents: tuple[str, ...]  # ids of the documents that answer it, together, best first
+    answers: tuple[str, ...]  # each of them alone is right
+    documents: tuple[str, ...]  # ids of the documents that together answer it, best first
     set_name: str
     domain: str = "general"
     kind: Kind = "span"
@@ -49,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class DataSplit:
-    """One split: documents by id, and questions in the order of the file."""
+    """One split: its documents by id, and its questions in the order of the file."""
 
     documents: Mapping[str, SourceDocument]
     questions: tuple[Question, ...]
@@ -71,7 +74,10 @@ class EvalData:
 
 
 def load_split(folder: str | Path, split: str) -> DataSplit:
-    """Reads a split. FileNotFoundError; DataError, also where a question's document isn't there."""
+    """Reads a split.
+
+    Raises FileNotFoundError, and DataError for a bad line or for a question whose document is missing.
+    """
     documents = load_documents(folder, split)
     questions: dict[str, Question] = {}
     path = _find(Path(folder), f"{split}.questions")
@@ -90,7 +96,7 @@ def load_split(folder: str | Path, split: str) -> DataSplit:
 
 
 def load_documents(folder: str | Path, split: str) -> dict[str, SourceDocument]:
-    """The documents of a split (or of a split that has no questions) by id. FileNotFoundError, DataError."""
+    """The documents of a split by id. The split needs no questions. FileNotFoundError, DataError."""
     found: dict[str, SourceDocument] = {}
     for place, line in _lines(_find(Path(folder), f"{split}.documents")):
         document = SourceDocument(
@@ -155,10 +161,10 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def in_passages(data: DataSplit) -> DataSplit:
-    """The same data with long documents cut into passages, ids "ID#1", "ID#2" …, as `regrad ingest` cuts texts.
+    """The same data with long documents cut into passages, as `regrad ingest` cuts texts. Ids are "ID#1", "ID#2" ….
 
-    Each of a question's documents becomes its passages that hold an answer, word for word. A document without such a
-    passage ("yes" stands nowhere) stays whole, because nobody can tell which passage answers.
+    A question's document is replaced by those of its passages that hold an answer word for word. A document without
+    such a passage stays whole, because the right passage is unknown. An example is the answer "yes".
     """
     passages: dict[str, list[Passage]] = {}
     for key, document in data.documents.items():
@@ -184,11 +190,11 @@ def in_passages(data: DataSplit) -> DataSplit:
 
 
 def holds(text: str, question: Question) -> bool:
-    """Whether an answer stands in the text, word by word, whatever the case and punctuation."""
+    """Whether one of the answers stands in the text word for word, without regard to case and punctuation."""
     words = f" {plain_words(text)} "
     return any(f" {plain_words(answer)} " in words for answer in question.answers)
 
 
 def plain_words(text: str) -> str:
-    """The words of a text in lower case with one space between, so that case and punctuation make no difference."""
+    """The words of a text in lower case, with one space between them and no punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))

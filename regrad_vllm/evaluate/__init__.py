@@ -1,1 +1,1 @@
-"""Evaluation: which share of the questions each method answers, and how that changes as things grow."""
+"""Evaluation: the share of the questions that each method answers, and its change as bank and documents grow."""

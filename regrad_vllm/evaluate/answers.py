@@ -1,4 +1,4 @@
-"""Asks a running server every question under every method. Each answer gives a record, also a wrong or missing one."""
+"""Asks a running server every question under every method. Every request gives a record, even if it fails."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from regrad_vllm.evaluate.retrieve import Retrieved
 from regrad_vllm.evaluate.scoring import exact_match, score
 from regrad_vllm.learner import Prompts
 
-PER_DOCUMENT = "-prag"  # ends the namespace that holds LoRAs of documents in place of gradients
+PER_DOCUMENT = "-prag"  # the end of the namespace that holds a tuned LoRA for each document
 _TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server, its bank, and the settings of the requests."""
+    """A server, its bank, and the settings of all requests."""
 
     server: str  # http://host:port
     bank: str  # host:port
@@ -38,17 +38,17 @@ class Record:
     """One answer."""
 
     question_id: str
-    document_id: str  # the best document that answers it
+    document_id: str  # the best of the documents that answer it
     set_name: str
     method: str
     question: str
     answers: tuple[str, ...]
     prediction: str
     em: float
-    f1: float  # for yes/no and choices the accuracy
-    gold_retrieved: bool  # a document that answers it was among the retrieved
+    f1: float  # accuracy (0 or 1) for questions of the kinds "yesno" and "choice"
+    gold_retrieved: bool  # a document that answers the question was among the hits
     error: str  # empty if the server answered
-    answer_nll: float | None = None  # mean negative log-likelihood of the first answer's tokens, if asked for
+    answer_nll: float | None = None  # mean negative log-likelihood of the first answer's tokens; None: not asked for
 
 
 async def ask_all(
@@ -59,9 +59,10 @@ async def ask_all(
     out: Path,
     builder: PromptBuilder | None = None,
 ) -> list[Record]:
-    """Asks every question under every method, interleaved, ``concurrency`` at a time. Each answer is a line of ``out``.
+    """Asks every question under every method, with the methods in turns. Each answer becomes a line of ``out``.
 
-    With ``builder`` a second request each gives the likelihood of the right answer.
+    ``endpoint.concurrency`` requests run at the same time. With ``builder`` a second request for each question gets the
+    likelihood of the right answer.
     """
     import httpx
     from tqdm import tqdm
@@ -91,9 +92,9 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     namespace = endpoint.namespace + PER_DOCUMENT if method.per_document else endpoint.namespace
     options: dict[str, Any] = {"namespace": namespace, "gamma": endpoint.gamma}
     if method.adapter == "none":
-        options = {"enabled": False}  # a server may have ReGrad on for everyone
+        options = {"enabled": False}  # a server may apply ReGrad by default
     elif method.adapter == "learner":
-        options |= {"query": question, "gamma": 0.0}  # the documents count nothing
+        options |= {"query": question, "gamma": 0.0}  # γ = 0: φ* alone
     elif method.adapter == "retrieved":
         options["query"] = question
     elif method.adapter == "wrong":
@@ -104,7 +105,7 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
         options |= {
             "top_k": endpoint.top_k,
             "min_score": -1.0,
-        }  # the documents that RAG is shown, whatever the server's settings
+        }  # the same documents that RAG shows, whatever the server's settings
     content = prompts.render_blind(question)
     if method.shows_documents:
         content = prompts.render_icl(question, shown(asked, method, prompts))
@@ -118,7 +119,7 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
 
 
 def shown(asked: Retrieved, method: Method, prompts: Prompts) -> list[str]:
-    """The documents that stand in the prompt, rendered, best first."""
+    """The rendered documents for the prompt, best first; empty for a method that shows none."""
     return [prompts.render_document(hit.title, hit.text) for hit in asked.hits if method.shows_documents]
 
 
@@ -141,7 +142,7 @@ def record_of(asked: Retrieved, method: Method, prediction: str, error: str = ""
 
 
 async def _ask(client: Any, body: dict[str, Any]) -> tuple[str, str]:
-    """(the answer, the reason if there is none)."""
+    """(answer, error). One of the two is empty."""
     import httpx
 
     try:
@@ -156,7 +157,10 @@ async def _ask(client: Any, body: dict[str, Any]) -> tuple[str, str]:
 async def _nll(
     client: Any, body: dict[str, Any], builder: PromptBuilder, asked: Retrieved, method: Method
 ) -> float | None:
-    """Mean −log p of the first answer and its end under the same model and adapter; None if the server refuses."""
+    """Mean −log p of the first answer's tokens and the end token, under the same model and adapter.
+
+    None if the server refuses.
+    """
     import httpx
 
     question = asked.question

@@ -13,11 +13,14 @@ from regrad_vllm.data.leaks import evaluation_without_leaks
 from regrad_vllm.data.questions import DataSplit, EvalData, Question, SourceDocument, in_passages, load_split
 from regrad_vllm.learn.synthetic import Split, synthetic_documents
 
-SAMPLE = Path(__file__).parent / "sample"  # of the test split, with the licences of its sets
+SAMPLE = Path(__file__).parent / "sample"  # a sample of the test split, with the licences of its sets
 
 
 def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalData:
-    """Documents of invented facts that no training run saw, one question each, taking turns among the facts."""
+    """Documents of invented facts that no training run saw, with one question each.
+
+    The questions take turns among the kinds of facts.
+    """
     documents, questions = [], []
     for index, made in enumerate(islice(synthetic_documents(split, seed), num_documents)):
         key = f"fresh-{split}-{seed}-{index}"
@@ -30,9 +33,9 @@ def fresh_facts(num_documents: int, seed: int, split: Split = "test") -> EvalDat
 def question_sets(
     data: DataSplit, names: Sequence[str], num_questions: int, num_distractors: int, seed: int
 ) -> EvalData:
-    """``num_questions`` of each set, their documents in passages, and other passages of the same sets.
+    """``num_questions`` questions of each set, their documents in passages, and ``num_distractors`` other passages.
 
-    ValueError names a set that isn't there.
+    ValueError names a set that the data doesn't have.
     """
     data = in_passages(data)
     rng = random.Random(f"regrad.evaluate.{seed}")
@@ -62,7 +65,10 @@ def distractors(documents: Mapping[str, SourceDocument], number: int, seed: int)
 
 
 def load_clean(folder: Path, name: str) -> DataSplit:
-    """A split without documents and questions of the folder's training data. For validation: nor of its test split."""
+    """A split without the documents and questions that the folder's training data has too.
+
+    The split "validation" also leaves out those of the test split.
+    """
     split = load_split(folder, name)
     for other in ("train", "test") if name == "validation" else ("train",):
         with suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""`regrad eval`: which share of the questions each method answers, through a running server.
+"""`regrad eval`: the share of the questions that each method answers, asked through a server.
 
-By default it starts a bank and a server of its own, ingests the documents, asks, and prints tables and one JSON
-object. Every answer, the report (JSON, Markdown) and a page with plots (HTML) stay in --out.
+By default it starts a bank and a server of its own. It ingests the documents, asks the questions, and prints tables and
+one JSON object. Every answer, the report (JSON, Markdown) and a page with plots (HTML) stay in --out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _methods(args: argparse.Namespace, rivals: Rivals) -> list[Method]:
-    """The named methods, else the default ones that can be asked here."""
+    """The methods given by --methods. Without the flag: the default methods that can run here."""
     names = args.methods or DEFAULT_METHODS
     if args.server and args.methods:
         ours = [name for name in names if METHODS[name].adapter == "own" or METHODS[name].raw]
@@ -82,12 +82,12 @@ def _methods(args: argparse.Namespace, rivals: Rivals) -> list[Method]:
 
 
 def _namespace(data: EvalData) -> str:
-    """Each corpus has its own namespace, so that no query finds documents of an earlier evaluation."""
+    """A namespace for this corpus alone, so that no query finds documents of an earlier evaluation."""
     return "eval-" + digest_json([[document.id, document.title, document.text] for document in data.documents])[:16]
 
 
 def load_data(args: argparse.Namespace) -> EvalData:
-    """Invented facts, real questions (the project's sample of the test split, or --data) and distractors."""
+    """Invented facts, real questions and distractors. The real ones come from --data or the project's sample."""
     data = fresh_facts(args.num_fresh, args.seed, args.split) if args.num_fresh else EvalData((), ())
     folder = args.data or SAMPLE
     if args.num_questions:
@@ -104,7 +104,7 @@ def load_data(args: argparse.Namespace) -> EvalData:
 def _served(
     args: argparse.Namespace, data: EvalData, methods: Sequence[Method], rivals: Rivals, out: Path, answers: Path
 ) -> list[Record]:
-    """Asks through the OpenAI endpoint. Raw gradients need a bank and a server of their own, so they come last."""
+    """Asks through the OpenAI endpoint. Raw gradients come last, because they need another bank and server."""
     records: list[Record] = []
     tuned = [method for method in methods if not method.raw]
     raw = [method for method in methods if method.raw]

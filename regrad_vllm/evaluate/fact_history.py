@@ -17,19 +17,19 @@ CHANGED_SHARE, DELETED_SHARE = 0.3, 0.05  # of the documents, each round
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The state after a round."""
+    """The bank after a round of changes."""
 
     num_changes: int  # updates and deletes since the beginning
-    data: EvalData  # the bank's documents, and every question that they answer, with today's answer
-    changed: tuple[SourceDocument, ...]  # in this round
-    stale: tuple[Question, ...]  # questions whose answer has changed, with the answer before the last change
-    deleted: tuple[Question, ...]  # questions whose document is gone, with its answer
+    data: EvalData  # the bank's documents, and all questions that they answer, with the present answers
+    changed: tuple[SourceDocument, ...]  # the documents changed in this round
+    stale: tuple[Question, ...]  # questions whose answer has changed, with their answer before the last change
+    deleted: tuple[Question, ...]  # questions whose document is deleted, with the deleted answer
 
 
 def history(data: EvalData, num_rounds: int, seed: int) -> Iterator[Round]:
-    """The first round is ``data`` as it is. A change gives the asked fact another value.
+    """The rounds. The first one is ``data`` unchanged. A change gives the fact of a question another value.
 
-    data: one question a document, as ``datasets.fresh_facts`` makes them.
+    data: documents with one question each, as ``datasets.fresh_facts`` makes them.
     """
     rng = random.Random(f"regrad.evaluate.history.{seed}")
     texts = {document.id: document for document in data.documents}

@@ -1,4 +1,4 @@
-"""Brings documents into a bank, which encodes them, or with gradients made here."""
+"""Stores documents in a bank. Either the bank computes their gradients, or they are uploaded with the documents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def upload(
     address: str,
     namespace: str,
 ) -> None:
-    """Stores documents with deltas that were computed here, as int8. BankError where one is refused."""
+    """Stores documents with deltas that were computed here, encoded as int8. BankError if one is refused.
+
+    deltas: (index into ``documents``, δ as float32 (num_values,)).
+    """
     gradients = (
         (_as_stored(documents[index]), encode_gradient(delta, learner.spec, DEFAULT_CODEC)) for index, delta in deltas
     )

@@ -1,4 +1,4 @@
-"""Curves: the same questions while one thing grows."""
+"""The curves of `regrad growth`: the same questions are asked while one quantity grows."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Point:
     method: str
     f1: Interval
     recall: float  # share of the questions whose document was among the hits
-    found_f1: float  # F1 over those questions alone, the mean over the sets that have any
+    found_f1: float  # F1 over those questions alone; the mean over the sets that have such questions
 
 
 class Grower:
-    """Asks the same questions again and again while one thing changes."""
+    """Computes the points of each curve."""
 
     def __init__(self, runner: InProcess, searcher: ExactSearch, data: EvalData, top_k: int, seed: int) -> None:
         self._runner = runner
@@ -45,13 +45,13 @@ class Grower:
         self._seed = seed
 
     def over_documents(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:
-        """The questions' own documents, and others up to ``count`` in all."""
+        """A bank of ``count`` documents: the questions' own ones, filled up with others."""
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
             data = self._data.merged(EvalData(tuple(more), ()))
             for method in ("regrad", "regrad_gold", "rag", "rag_learner"):
                 yield self._point("documents", len(data.documents), METHODS[method], data, self._top_k)
-            # With one document an adapter is the same in any bank; with more its other hits are not.
+            # With one document an adapter is the same in any bank. With three, the other two depend on the bank.
             yield self._point("documents_k3", len(data.documents), METHODS["regrad"], data, 3)
 
     def over_top_k(self, top_ks: Sequence[int] = TOP_KS) -> Iterator[Point]:
@@ -91,14 +91,17 @@ class Grower:
         )
 
     def over_length(self, others: Sequence[SourceDocument], lengths: Sequence[int] = LENGTHS) -> Iterator[Point]:
-        """The text around each answer, cut or grown to each length, then in passages as at ingest."""
+        """Documents of each length, cut into passages as at ingest. The text around each answer is cut or filled up."""
         for length in lengths:
             data = sized(self._data, length, others, self._seed)
             for method in ("regrad", "regrad_gold"):
                 yield self._point("length", length, METHODS[method], data, self._top_k)
 
     def over_corpus(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:
-        """Continual pre-training on ``count`` documents, the questions' own among them, and ReGrad on the same."""
+        """Continual pre-training on ``count`` documents, and ReGrad on the same ones.
+
+        The documents include those that answer the questions.
+        """
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
             data = self._data.merged(EvalData(tuple(more), ()))
@@ -107,9 +110,10 @@ class Grower:
                 yield self._point("corpus", len(data.documents), METHODS[method], data, self._top_k)
 
     def over_history(self, data: EvalData, num_rounds: int = NUM_ROUNDS) -> Iterator[Point]:
-        """Facts change and documents go, round by round. "_stale": the share of old answers that is still given.
+        """Facts change and documents are deleted, round by round. data: invented facts.
 
-        data: invented facts. "cpt" reads everything once, then each change. It can't forget deleted documents.
+        The ending "_stale" marks the share of outdated answers that is still given, "_deleted" the share of deleted
+        ones. "cpt" is trained on all documents once, then on each change. It can't forget deleted documents.
         """
         for entry in history(data, num_rounds, self._seed):
             first = not entry.num_changes
@@ -127,8 +131,8 @@ def sized(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], see
     """Documents of about ``num_tokens``, in passages, and the questions whose answer stands in their document.
 
     A longer document keeps the sentences around the answer's sentence. A shorter one gets sentences of other documents
-    before and after. The passages with the answer's sentence are the question's. Each document has one question, so
-    that the same questions are asked at every length.
+    before and after its own. A question's documents are the passages with the answer's sentence. Each document has one
+    question, so that the same questions are asked at every length.
     """
     rng = random.Random(f"regrad.evaluate.length.{seed}")
     filling = [sentence for other in others for sentence in split_sentences(other.text)]
@@ -151,14 +155,15 @@ def sized(data: EvalData, num_tokens: int, others: Sequence[SourceDocument], see
     cut = in_passages(DataSplit(documents, tuple(questions)))
     asked = []
     for question in cut.questions:
-        # Another sentence may hold the answer's words by chance. If a cut goes through the sentence, both parts count.
+        # Another sentence may hold the answer's words by chance, so the answer's whole sentence is searched for.
+        # If the sentence was cut in two, both passages count.
         holding = [key for key in question.documents if told[question.id] in plain_words(cut.documents[key].text)]
         asked.append(replace(question, documents=tuple(holding) or question.documents))
     return EvalData(tuple(cut.documents.values()), tuple(asked))
 
 
 def _window(sentences: Sequence[str], index: int, num_tokens: int) -> str:
-    """The sentence and its neighbours, alternately after and before it, as many as fit."""
+    """The sentence and as many neighbours as fit, alternately after and before it."""
     low, high = index, index + 1
     total = count_tokens(sentences[index])
     grown = True

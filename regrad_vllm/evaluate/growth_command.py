@@ -1,6 +1,6 @@
-"""`regrad growth`: what happens to the answers as things grow.
+"""`regrad growth`: the change of the answers as bank, documents and corpus grow.
 
-There is a curve over each of these:
+It draws a curve over each of these:
 - the number of documents in the bank;
 - the documents of an adapter (k);
 - the strength γ;
@@ -8,9 +8,9 @@ There is a curve over each of these:
 - the size of a corpus that continual pre-training (CPT) holds in one adapter;
 - a history of updates and deletes.
 
-It runs in one process with exact search, so only found documents have to be encoded. Each point says the share of
-questions whose document was found. So the losses of retrieval and of the method can be told apart. "regrad_gold" is the
-method with the right document given.
+It runs in one process with exact search, so only the documents that are found have to be encoded. Each point gives the
+share of questions whose document was found. This separates the losses of retrieval from those of the method.
+"regrad_gold" is ReGrad with the right document given.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _CURVES = [name for name in _LABELS if name != "documents_k3"]  # which comes wi
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0."""
+    """Runs the command and returns its exit status, 0."""
     args = build_parser().parse_args(argv)
     begun = time.monotonic()
     learner = Learner.load(args.learner or shipped_learner())
@@ -110,9 +110,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
-    """The questions with their documents, and more documents to grow by.
+    """The questions with their documents, and more documents to fill the bank with.
 
-    These are the data's other texts and invented ones, in one random order, so that a bank of any size has the same
+    The latter are the data's other texts and invented ones in one random order. So a bank of any size has the same
     mixture.
     """
     folder = args.data or SAMPLE
@@ -122,7 +122,7 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
     data = data.merged(question_sets(split, names, args.num_questions, 0, args.seed))
     taken = {document.id for document in data.documents}
     others = [found for key, found in in_passages(split).documents.items() if key not in taken]
-    with suppress(FileNotFoundError):  # a user's own data needs none
+    with suppress(FileNotFoundError):  # this split is optional
         others += load_documents(folder, "haystack").values()
     missing = max((*args.counts, *CORPUS_COUNTS)) - len(others) - len(data.documents)
     if missing > 0:
@@ -133,7 +133,10 @@ def _load(args: argparse.Namespace) -> tuple[EvalData, list[SourceDocument]]:
 
 
 def draw(points: Sequence[Point], out: Path) -> None:
-    """One panel a curve: F1 with intervals, recall, and ReGrad's F1 over the questions whose document was found."""
+    """Draws one panel per curve into ``out``.
+
+    A panel shows F1 with intervals, recall, and ReGrad's F1 over the questions whose document was found.
+    """
     names = list(dict.fromkeys(point.curve for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
     columns = min(3, len(names))

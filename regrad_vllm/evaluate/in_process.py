@@ -1,7 +1,7 @@
-"""The same evaluation without server and bank: one process, Hugging Face's own generation, exact search.
+"""The evaluation without server and bank: one process, generation by Hugging Face, exact search.
 
-It is the reference for the served figures, and it measures a learner on machines without an engine. It is slow, because
-every batch waits for its longest answer. A prompt that was asked before under the same adapter isn't generated again.
+It is the reference for the served figures, and it runs on machines without vLLM. It is slow, because every batch waits
+for its longest answer. A prompt that was answered before under the same adapter isn't generated again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _Key = tuple[tuple[int, ...], bytes]  # tokens of the prompt, digest of the adap
 
 
 class InProcess:
-    """One learner on one base model. Gradients go through the bank's default codec, as served ones do."""
+    """One learner on one base model. Gradients pass through the bank's default codec, as they do when served."""
 
     def __init__(
         self,
@@ -52,8 +52,10 @@ class InProcess:
         settings: RivalSettings | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``own``: method → its plain adapter in the learner's layout. dtype: the base model's. LearnerError for
-        another base model."""
+        """LearnerError if the learner belongs to another base model.
+
+        own: method → its plain adapter in the learner's layout, float32 (num_values,). dtype: the base model's.
+        """
         check_base(learner, model_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._base, self._tokenizer = load_base_model(model_folder, dtype=dtype, device=device)
@@ -66,11 +68,11 @@ class InProcess:
         self._model_folder = model_folder
         self._answers: dict[_Key, str] = {}
         self._texts: dict[str, tuple[str, str]] = {}
-        self._deltas: dict[str, bytes] = {}  # records as in a bank
+        self._deltas: dict[str, bytes] = {}  # document or method → encoded δ, as in a bank
         self._fitted: dict[str, bytes] = {}
 
     def ask_all(self, data: EvalData, methods: Sequence[Method], top_k: int, seed: int, out: Path) -> list[Record]:
-        """Asks every question under every method. Each answer is a line added to ``out``."""
+        """Asks every question under every method. Each answer is appended to ``out`` as a line."""
         from tqdm import tqdm
 
         self.read(data.documents)
@@ -94,7 +96,7 @@ class InProcess:
         return records
 
     def pretrain(self, documents: Sequence[SourceDocument], *, go_on: bool = False) -> None:
-        """Makes the adapter of "cpt": φ*, or with ``go_on`` the present adapter, trained on these documents."""
+        """Trains the adapter of "cpt" on these documents, from φ* or, with ``go_on``, from its present state."""
         start = self._own["cpt"] if go_on else self._learner.phi
         texts = [(document.title, document.text) for document in documents]
         rate, epochs = self._settings.cpt_learning_rate, self._settings.cpt_epochs
@@ -102,7 +104,7 @@ class InProcess:
         self._own = {**self._own, "cpt": adapter}
 
     def read(self, documents: Sequence[SourceDocument]) -> None:
-        """Adds documents, or their new texts. A gradient is computed when first needed."""
+        """Adds documents or replaces their texts. A gradient is computed when it is first needed."""
         for document in documents:
             text = (document.title, document.text)
             if self._texts.get(document.id, text) != text:
@@ -110,7 +112,7 @@ class InProcess:
             self._texts[document.id] = text
 
     def ask(self, questions: Sequence[Retrieved], method: Method, gamma: float | None = None) -> list[Record]:
-        """Asks any number of questions under one method, in their order. ``gamma``: the learner's if None."""
+        """The records of these questions under one method, in their order. ``gamma`` None: the learner's own."""
         prompts = [
             self.builder.question(asked.question.question, shown(asked, method, self.builder.prompts))
             for asked in questions
@@ -130,7 +132,7 @@ class InProcess:
         return [record_of(asked, method, self._answers[keys[index]]) for index, asked in enumerate(questions)]
 
     def _answer(self, waiting: dict[_Key, tuple[list[int], NDArray[np.float32] | None]]) -> None:
-        """Generates all waiting answers, all with an adapter or all without, and empties ``waiting``."""
+        """Generates all waiting answers and empties ``waiting``. Either all have an adapter, or no one has."""
         if waiting:
             prompts = [prompt for prompt, _ in waiting.values()]
             adapters = [adapter for _, adapter in waiting.values() if adapter is not None]
@@ -167,8 +169,10 @@ class InProcess:
     def expectations(
         self, prompts: Sequence[list[int]], answers: Sequence[str], adapters: Sequence[NDArray[np.float32]]
     ) -> list[NDArray[np.float32]]:
-        """Log probabilities of every token at each place of a given answer, (tokens of the answer, vocabulary), each
-        question under its own adapter."""
+        """Log probabilities of every token of the vocabulary at each position of a given answer.
+
+        Each question has its own adapter. Each array is (tokens of the answer, vocabulary).
+        """
         rows = [
             (prompt + self.builder.answer(answer), len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)
         ]
@@ -183,7 +187,7 @@ class InProcess:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], adapters: Sequence[NDArray[np.float32]] | None) -> list[str]:
-        """Greedy answers to token prompts, each under its own adapter (None: the base model)."""
+        """Greedy answers to token prompts, each under its own adapter. ``adapters`` None: the base model alone."""
         device = self._model.device
         width = max(map(len, prompts))
         ids = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -214,14 +218,14 @@ def _documents(asked: Retrieved, method: Method) -> list[tuple[str, float]]:
 
 
 class ExactSearch:
-    """Finds a bank's documents without a bank: the same embedder, the same texts, exact search. Embeds a text once."""
+    """Retrieval without a bank: the bank's embedder and texts, with exact search. Each text is embedded once."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
         self._known: dict[str, NDArray[np.float32]] = {}
 
     def search(self, data: EvalData, top_k: int, seed: int) -> list[Retrieved]:
-        """The hits of every question among all documents, and the documents of the controls."""
+        """The hits of every question among all documents, and the documents for the controls."""
         documents = self._embed([embedded_text(document.title, document.text) for document in data.documents])
         hits = []
         for cosines in self._embed([question.question for question in data.questions]) @ documents.T:

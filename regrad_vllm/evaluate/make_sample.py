@@ -1,7 +1,7 @@
-"""Makes ``sample/`` anew from the whole data: python -m regrad_vllm.evaluate.make_sample FOLDER
+"""Rebuilds ``sample/`` from the whole data: python -m regrad_vllm.evaluate.make_sample FOLDER
 
-The sample is of the test split and of the haystack, from sets that may be passed on. With it `regrad eval` runs without
-more data.
+The sample comes from the test split and the haystack, and only from sets whose licence allows it. With the sample
+`regrad eval` needs no other data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from regrad_vllm.data.leaks import evaluation_without_leaks
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, load_documents, load_split
 
 SETS = ("squad", "nq", "qamr", "pubmedqa")
-NUM_QUESTIONS, NUM_DISTRACTORS, NUM_HAYSTACK = 40, 40, 100  # of each set; of each set; in all
+NUM_QUESTIONS, NUM_DISTRACTORS, NUM_HAYSTACK = 40, 40, 100  # the first two for each set, the last in all
 SEED = 0
 
 

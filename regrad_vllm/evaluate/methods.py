@@ -1,7 +1,6 @@
-"""The methods compared: which adapter answers, and whether the documents stand in the prompt.
+"""The methods compared. They differ in their adapter, and in whether the prompt shows the documents.
 
-All ask greedily with the learner's system prompt and take the same hits from the same bank. So they differ in nothing
-else.
+All sample greedily with the learner's system prompt, and all take the same hits from the same bank.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from types import MappingProxyType
 from typing import Literal
 
 # none: the base model. learner: φ* alone. retrieved: the hits of the question. gold: the document that answers it.
-# wrong: the hits of another question of the same set, none of which answers this one. random: one document, any.
-# own: a plain LoRA adapter of the method's own name, served beside.
+# wrong: the hits of another question of the same set; no hit answers this one. random: any other document.
+# own: a plain LoRA adapter with the method's name, served beside ReGrad.
 Adapter = Literal["none", "learner", "retrieved", "gold", "wrong", "random", "own"]
 
 MAX_TOKENS = 32
@@ -24,9 +23,9 @@ class Method:
     name: str
     label: str
     adapter: Adapter
-    shows_documents: bool = False  # the hits stand in the prompt
-    per_document: bool = False  # a tuned LoRA of each document in place of its gradient, in a namespace of their own
-    raw: bool = False  # by a learner without meta-training, at a bank and server of its own
+    shows_documents: bool = False  # the prompt shows the hits
+    per_document: bool = False  # uses a tuned LoRA for each document, kept in a separate namespace, not its gradient
+    raw: bool = False  # uses a learner without meta-training, with a separate bank and server
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -52,7 +51,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 DEFAULT_METHODS = (
     "base", "learner", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl", "regrad_wrong", "regrad_random",
 )  # fmt: skip
-# What a sceptic asks first: paired over the same questions.
+# The most important differences, paired over the same questions.
 COMPARISONS = (
     ("regrad", "rag_learner"),
     ("regrad_icl", "ft_rag"),

@@ -1,4 +1,4 @@
-"""The bank's hits for each question, once for all methods, and the documents of the controls."""
+"""Asks the bank once for the hits of each question, for all methods, and chooses the documents of the controls."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class FoundDocument:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """A question and the documents that the methods may use for it."""
+    """A question and the documents that the methods use for it."""
 
     question: Question
     hits: tuple[FoundDocument, ...]  # best first
     # For the controls. None or empty if no other question or document fits.
-    wrong_query: str | None  # another question of the same set; its hits don't hold the document that answers this one
+    wrong_query: str | None  # another question of the same set, whose hits don't answer this one
     wrong_hits: tuple[FoundDocument, ...]
     random_id: str | None  # a document that doesn't answer it
 
@@ -41,7 +41,7 @@ class Retrieved:
 async def retrieve(
     bank_address: str, namespace: str, data: EvalData, learner: Learner, top_k: int, seed: int
 ) -> list[Retrieved]:
-    """Asks the bank as the server does. BankError."""
+    """Asks the bank with the same requests as the server. BankError."""
     hits = []
     async with AsyncBank(bank_address, spec=learner.spec, timeout_ms=60_000) as bank:
         for question in data.questions:
@@ -70,7 +70,7 @@ def with_controls(data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], rng
 
 
 def check_controls(questions: Sequence[Retrieved], methods: Sequence[Method]) -> None:
-    """ValueError if a control is to be asked and a question has no document for it."""
+    """ValueError if a method is a control and a question has no document for it."""
     adapters = {method.adapter for method in methods}
     for asked in questions:
         if ("wrong" in adapters and asked.wrong_query is None) or ("random" in adapters and asked.random_id is None):

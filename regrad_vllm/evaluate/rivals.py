@@ -1,4 +1,4 @@
-"""Adapters of the other methods: tuned for RAG, pre-trained on the corpus, without meta-training, one a document."""
+"""Adapters of the rival methods: tuned for RAG, pre-trained on the corpus, not meta-trained, or one per document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FT_RAG_FOLDER = "ft_rag"  # beside the learner's own files
 
 @dataclass(frozen=True, slots=True)
 class RivalSettings:
-    """Settings of the methods that train on the evaluated documents. They were chosen on validation."""
+    """Settings of the methods that train on the evaluated documents. They were chosen on the split "validation"."""
 
     cpt_learning_rate: float = 1e-3
     prag_learning_rate: float = 1e-3
@@ -26,7 +26,7 @@ class RivalSettings:
 
 
 class Rivals:
-    """Makes each adapter when first asked for, in the learner's layout, so that no method has more parameters."""
+    """Makes each adapter when it is first needed. All have the learner's layout, so no method has more parameters."""
 
     def __init__(
         self,
@@ -52,7 +52,10 @@ class Rivals:
 
     @cached_property
     def raw_learner(self) -> Path:
-        """Folder of a learner with LoRA's usual start for φ* and the best single step size on validation facts."""
+        """The folder of a learner without meta-training.
+
+        Its φ* is LoRA's usual initialisation. Its single step size is the best one on the facts for validation.
+        """
         from regrad_vllm.learn.raw import raw_learner
 
         folder = self._out / "raw-learner"
@@ -60,7 +63,7 @@ class Rivals:
         return folder
 
     def adapter(self, method: str, data: EvalData) -> Path:
-        """PEFT folder of a method's own adapter. LearnerError if it isn't there."""
+        """The PEFT folder of a method's own adapter. LearnerError if it is missing."""
         if method == "ft_rag":
             if not self.has_ft_rag:
                 raise LearnerError(
@@ -79,11 +82,11 @@ class Rivals:
         return folder
 
     def flat_adapter(self, method: str, data: EvalData) -> NDArray[np.float32]:
-        """The same as one vector in the learner's layout."""
+        """The method's own adapter as one vector in the learner's layout, float32 (num_values,)."""
         return read_adapter(self.adapter(method, data), self.learner.layout)
 
     def per_document(self, data: EvalData) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """δ of the LoRA of every document, with its index."""
+        """(index, δ) for every document. δ is φ* minus its tuned LoRA, float32 (num_values,)."""
         import torch
 
         from regrad_vllm.base_model import fast_dtype, load_base_model

@@ -25,12 +25,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best F1 over the answers, of the tokens that prediction and answer share. An empty prediction is 0."""
+    """F1 of the tokens that prediction and answer share; the best over the answers. An empty prediction has 0."""
     return max((_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers), default=0.0)
 
 
 def score(prediction: str, answers: Sequence[str], kind: Kind) -> float:
-    """F1, or the accuracy of other kinds: 1.0 for a right choice, or for text that begins with the right yes or no."""
+    """F1 for "span". The other kinds have 1.0 for a right choice, or for text that begins with the right yes or no."""
     if kind == "span":
         return token_f1(prediction, answers)
     said = _plain_words(prediction)
@@ -41,7 +41,7 @@ def score(prediction: str, answers: Sequence[str], kind: Kind) -> float:
 
 
 def _plain_words(text: str) -> list[str]:
-    """Lower case, without punctuation; articles stay, "A" may be a choice."""
+    """Lower case, without punctuation. Articles stay, because "A" may be a choice."""
     return text.lower().translate(_PUNCTUATION).split()
 
 

@@ -1,4 +1,4 @@
-"""Records → figures: per set and over all sets, with bootstrap intervals and paired differences."""
+"""Records → figures for each set and over all sets, with bootstrap intervals and paired differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Row:
     em: Interval
     f1: Interval
     failed: int
-    answer_nll: Interval | None  # over the questions for which every method has one; None if it wasn't asked for
+    answer_nll: Interval | None  # over the questions that have a likelihood under every method; None: not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class SetReport:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """F1 of one method minus another's, paired question by question; the mean over the sets."""
+    """The difference in F1 between two methods, paired by question; the mean over the sets."""
 
     method: str
     other: str
@@ -58,12 +58,15 @@ class Report:
         return rounded({**plain, "questions": self.num_questions})
 
     def plain(self) -> dict[str, object]:
-        """Everything, as plain data for JSON."""
+        """The whole report as plain data for JSON."""
         return rounded(asdict(self))
 
 
 def summarise(records: Sequence[Record]) -> Report:
-    """ValueError for no records, or if a method lacks a question that another answered."""
+    """The report on these records.
+
+    ValueError for no records, or if a method lacks a question that another method was asked.
+    """
     methods = tuple(name for name in METHODS if any(record.method == name for record in records))
     by_set: dict[str, dict[str, dict[str, Record]]] = {}
     for record in records:
@@ -102,7 +105,7 @@ def _set_report(name: str, found: Mapping[str, Mapping[str, Record]], methods: S
 
 
 def _f1(records: Collection[Record]) -> tuple[list[float], list[str]]:
-    """F1 and document of each."""
+    """The F1 of each record, and its document as the cluster for the bootstrap."""
     return [record.f1 for record in records], [record.document_id for record in records]
 
 

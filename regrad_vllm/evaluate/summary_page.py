@@ -1,4 +1,4 @@
-"""A report for readers: tables in Markdown, and one HTML page with plots. Brackets hold 95% intervals."""
+"""The report: tables in Markdown, and one HTML page with plots. Brackets hold 95% intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OTHER, _CONTROL = "#8a93a6", "#c9703f"
 
 
 def markdown(report: Report) -> str:
-    """Three tables: all sets together, set by set, and the differences."""
+    """Three tables: all sets together, each set, and the differences."""
     return "\n\n".join((overall_table(report), sets_table(report), comparisons_table(report)))
 
 
@@ -56,7 +56,7 @@ def comparisons_table(report: Report) -> str:
 
 
 def _difference_rows(report: Report) -> list[list[str]]:
-    """A row a comparison: its name, the mean of the sets, each set."""
+    """A row for each comparison: its name, the mean over the sets, each set."""
     return [
         [f"{c.method} − {c.other}", c.difference.percent(), *(c.by_set[entry.name].percent() for entry in report.sets)]
         for c in report.comparisons
@@ -64,7 +64,7 @@ def _difference_rows(report: Report) -> list[list[str]]:
 
 
 def render(report: Report, facts: Mapping[str, object]) -> str:
-    """``facts``: name → value, for a reader who makes it again. "documents" is shown above, too."""
+    """The HTML page. ``facts``: name → value, shown so that a reader can repeat the run."""
     names = [entry.name for entry in report.sets]
     sets_rows = []
     for method in report.methods:
