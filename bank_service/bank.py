@@ -119,7 +119,7 @@ class Bank:
             spec,
             codec,
             lambda: self._nearest.keep_up(self._acknowledged.value),
-            self._acknowledged.advance,
+            self._acknowledged,
         )
         self._writer = Writer(
             self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents

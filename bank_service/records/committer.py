@@ -11,6 +11,7 @@ from bank_service.catalog.entries import DeleteResult
 from bank_service.errors import BankError, DataLossError, UnavailableError
 from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Stores
+from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.background import Background, finished
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import Document, Gradient, PutResult
@@ -41,10 +42,9 @@ class Committer:
         spec: GradientSpec,
         codec: str,
         room: Callable[[], Awaitable[None]],
-        acknowledge: Callable[[int], None],
+        acknowledged: AcknowledgedSequence,
     ) -> None:
-        """``room`` returns when a document may be stored. ``acknowledge`` learns the sequence of each change before the
-        caller does."""
+        """``room`` returns when a document may be stored."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._discarder = discarder
@@ -53,7 +53,7 @@ class Committer:
         self._spec = spec
         self.codec = codec
         self._room = room
-        self.acknowledge = acknowledge
+        self.acknowledged = acknowledged
         self._storing: set[asyncio.Task[PutResult]] = set()
 
     async def store(
@@ -93,14 +93,14 @@ class Committer:
             if record is not None:  # else uploads that the catalog refuses would fill the disk
                 self._background.run(self._discarder.discard([gradient.digest]))
             raise
-        self.acknowledge(result.stored.sequence)
+        self.acknowledged.advance(result.stored.sequence)
         if result.replaced_digest is not None:
             self._background.run(self._discarder.discard([result.replaced_digest]))
         return result
 
     async def _delete(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
         result = await in_thread(self._pool, self._delete_row, namespace, id, expected_version, purge)
-        self.acknowledge(result.sequence)
+        self.acknowledged.advance(result.sequence)
         if purge:
             await self._discarder.erase(result.digests)
         else:

@@ -192,7 +192,7 @@ class Writer:
 
     def _unchanged(self, stored: StoredDocument | None) -> PutResult:
         assert stored is not None
-        self._committer.acknowledge(stored.sequence)
+        self._committer.acknowledged.advance(stored.sequence)
         return PutResult(stored, Outcome.UNCHANGED)
 
     def _embed_document(self, document: Document) -> bytes:
