@@ -67,7 +67,7 @@ class Discarder:
 
     async def _remove(self, digests: list[str] | None) -> tuple[int, Exception | None]:
         try:
-            sweep = await in_thread(self._pool, self._blobs.sweep, self._references, digests)
+            sweep = await in_thread(self._pool, self._blobs.sweep, self.references, digests)
         except (OSError, CatalogReadError) as error:  # of the look into the folder or the catalog
             if self._sweep_failures.is_due():
                 logger.warning("gradients that no document names can't be removed: %s; trying again", error)
@@ -92,6 +92,6 @@ class Discarder:
             await self._cache.remove(sorted(sweep.unwanted))
         return sweep.num_removed, next(iter(sweep.failed.values()), None)
 
-    def _references(self, digests: list[str]) -> set[str]:
+    def references(self, digests: list[str]) -> set[str]:
         with self._catalog.view() as view:
             return set(view.gradient_sizes(digests))

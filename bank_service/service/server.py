@@ -50,10 +50,10 @@ class BankServer:
 
     def __init__(self, config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> None:
         """Without an ``embedder``, the installed MiniLM."""
-        self._config = config
+        self.config = config
         self._encoder = encoder
         self._embedder = embedder
-        self._metrics = BankMetrics()
+        self.metrics = BankMetrics()
         self._health = health_aio.HealthServicer()
         self._stack = AsyncExitStack()
         self._address: BankAddress | None = None
@@ -92,7 +92,7 @@ class BankServer:
         self._address = None
 
     async def _start(self) -> None:
-        config = self._config
+        config = self.config
         if not config.is_loopback and config.missing_protection:
             logger.warning(
                 "the bank should listen on loopback, got host %s: it has no %s, so whoever reaches its port or its "
@@ -114,7 +114,7 @@ class BankServer:
         embedder = self._embedder
         if embedder is None:
             embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
-        bank = await Bank.open(config, self._encoder, embedder, cache_url, self._metrics, self._limits_of)
+        bank = await Bank.open(config, self._encoder, embedder, cache_url, self.metrics, self._limits_of)
         self._stack.push_async_callback(bank.close)
         port = await self._listen(bank, credentials)
         self._address = BankAddress(config.host, port, self._serve_metrics())
@@ -123,7 +123,7 @@ class BankServer:
         logger.info("bank of learner %s at %s", self._encoder.spec.fingerprint, self._address.target)
 
     def _limits_of(self, namespace: str) -> NamespaceLimits:
-        defaults = self._config.namespace_limits
+        defaults = self.config.namespace_limits
         return defaults if self._tokens is None else self._tokens.limits(namespace, defaults)
 
     async def _listen(self, bank: Bank, credentials: grpc.ServerCredentials | None) -> int:
@@ -133,12 +133,12 @@ class BankServer:
             ("grpc.so_reuseport", 0),  # two servers on one port: an error
         ]
         # Above this, gRPC refuses calls before it reads them. Below it, admission refuses with a reason.
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._config.max_calls + _SPARE_CALLS)
-        config = self._config
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self.config.max_calls + _SPARE_CALLS)
+        config = self.config
         admission = Admission(config, self._limits_of)
         authority = Authority(self._tokens)
         servicer = BankServicer(
-            bank, self._metrics, authority, admission, config.ingest_idle_seconds, config.unread_seconds
+            bank, self.metrics, authority, admission, config.ingest_idle_seconds, config.unread_seconds
         )
         bank_pb2_grpc.add_BankServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -155,17 +155,17 @@ class BankServer:
 
         async def drain() -> None:
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            await server.stop(self._config.drain_seconds)
+            await server.stop(self.config.drain_seconds)
 
         self._stack.push_async_callback(drain)
         return int(port)
 
     def _serve_metrics(self) -> int | None:
-        host, port = self._config.host, self._config.metrics_port
+        host, port = self.config.host, self.config.metrics_port
         if port is None:
             return None
         try:
-            server, thread = prometheus_client.start_http_server(port, host, self._metrics.registry)
+            server, thread = prometheus_client.start_http_server(port, host, self.metrics.registry)
         except OSError as error:
             raise RuntimeError(cannot_listen("the bank", host, port, "--metrics-port", error)) from error
         self._stack.callback(thread.join)

@@ -35,7 +35,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "in a deletion": (SqliteCatalog, "delete"),
     "at the start of an index snapshot": (UsearchIndex, "save"),
     "between the old and the new index snapshot": (bank_service.search.usearch.usearch_index, "os.replace"),
-    "in a sweep, before anything is removed": (Discarder, "_references"),
+    "in a sweep, before anything is removed": (Discarder, "references"),
     "after a sweep, before the cache": (GradientCache, "remove"),
     "in a bank snapshot": (SnapshotWriter, "copy"),
     "before a bank snapshot's manifest": (Manifest, "write"),

@@ -91,7 +91,7 @@ class _Layer:
     width: int  # of all slices
 
 
-_LAYERS: dict[tuple[object, ...], _Layer] = {}  # by all that ``_Layer`` says of the stacks, which vLLM keeps
+LAYERS: dict[tuple[object, ...], _Layer] = {}  # by all that ``_Layer`` says of the stacks, which vLLM keeps
 
 
 def add_lora(
@@ -127,7 +127,7 @@ def add_lora(
 
 def _layer(a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int]) -> _Layer:
     key = (*output_slices, *((stack.data_ptr(), stack.shape, stack.stride(), stack.dtype) for stack in (*a, *b)))
-    found = _LAYERS.get(key)
+    found = LAYERS.get(key)
     if found is None:
         for stack in (*a, *b):
             if stack.ndim != 4 or stack.shape[1] != 1 or not stack[0, 0].is_contiguous():
@@ -138,7 +138,7 @@ def _layer(a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int
             for of_a, of_b, outputs, offset in zip(a, b, output_slices, offsets, strict=True)
         ]
         table = torch.tensor(rows, dtype=torch.int64).to(a[0].device)
-        found = _LAYERS[key] = _Layer(table, a[0].shape[3], a[0].shape[2], max(output_slices), sum(output_slices))
+        found = LAYERS[key] = _Layer(table, a[0].shape[3], a[0].shape[2], max(output_slices), sum(output_slices))
     return found
 
 

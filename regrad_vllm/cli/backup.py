@@ -51,7 +51,7 @@ def _snapshot(args: argparse.Namespace) -> int:
     from bank_service.errors import BankInUseError
     from bank_service.runtime.data_dir import read_address
 
-    target = _absolute(args.target)
+    target = absolute_place(args.target)
     if args.bank is not None:
         _online(args.bank, target)
         return 0
@@ -88,7 +88,7 @@ def _restore(args: argparse.Namespace) -> int:
     from bank_service.backup.restore import restore
 
     data_dir = args.data_dir.absolute()
-    last = _followed(restore(_absolute(args.source), data_dir))
+    last = _followed(restore(absolute_place(args.source), data_dir))
     assert last.manifest is not None
     say(
         f"{data_dir}: restored at change {last.manifest.sequence:,}, {count(last.num_gradients, 'gradient')}; "
@@ -141,7 +141,7 @@ def _note_progress(before: int, done: int, total: int) -> None:
         note(f"{done:,} of {total:,} gradients")
 
 
-def _absolute(place: str) -> str:
+def absolute_place(place: str) -> str:
     """As a bank takes it from anywhere: without "..", and as this process means it. URLs are left alone."""
     return place if "://" in place else os.path.abspath(place)
 

@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, BankError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        note(f"regrad {args.command}: {_explain(args.command, error)}")
+        note(f"regrad {args.command}: {explained(args.command, error)}")
         return error.exit_status if isinstance(error, CommandError) else 1
 
 
-def _explain(command: str, error: Exception) -> str:
+def explained(command: str, error: Exception) -> str:
     """The text to print for an error: one line, except for errors whose message may have several."""
     if isinstance(error, CommandError | ServiceFailure):
         return str(error)

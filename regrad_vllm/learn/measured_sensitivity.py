@@ -44,7 +44,7 @@ def measure_sensitivity(learner: Learner, model_folder: Path, data: EvalData, se
     model = AdaptedModel(base, learner.layout, learner.scaling)
     builder = PromptBuilder(tokenizer, learner.config.prompts)
     encoder = GradientEncoder(model, builder, learner)
-    sums = _Sums(learner)
+    sums = SensitivitySums(learner)
     generator = torch.Generator().manual_seed(seed)
     asked: dict[str, list[Question]] = {}
     for question in data.questions:
@@ -68,7 +68,7 @@ def measure_sensitivity(learner: Learner, model_folder: Path, data: EvalData, se
     return sums.sensitivity()
 
 
-class _Sums:
+class SensitivitySums:
     """Of each tensor's gradients G (short side, long side), one a question: Σ G Gᵀ and Σ of G² along the short side."""
 
     def __init__(self, learner: Learner) -> None:

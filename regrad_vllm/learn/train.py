@@ -102,7 +102,7 @@ def _run_steps(
 ) -> None:  # fmt: skip
     from tqdm import tqdm
 
-    log = _JsonLog(run / LOG, state.step)
+    log = JsonLog(run / LOG, state.step)
     progress = tqdm(total=config.num_steps, initial=state.step, desc="meta-training", unit="step")
     smoothed = float("nan")
     machine = _machine()
@@ -148,7 +148,7 @@ def _run_steps(
     progress.close()
 
 
-class _JsonLog:
+class JsonLog:
     """One JSON object a line, flushed, so that a killed run keeps its log."""
 
     def __init__(self, path: Path, step: int) -> None:

@@ -55,7 +55,7 @@ class RegradEndpoint:
         vllm_seams.check_seams(vllm_server_seams.SERVER_SEAMS)
         vllm_server_seams.install_served_call()
         vllm_server_seams.install_bounded_lora_metrics()
-        app.include_router(_router())
+        app.include_router(routes())
         app.add_middleware(RegradMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -136,7 +136,7 @@ async def _serving(app: FastAPI) -> AsyncIterator[None]:
         await runtime.engine.close()
 
 
-def _router() -> APIRouter:
+def routes() -> APIRouter:
     router = APIRouter(lifespan=_serving)
 
     @router.get("/v1/models")

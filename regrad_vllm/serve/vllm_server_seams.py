@@ -60,7 +60,7 @@ class ServedCall:
     data_parallel_rank: int | None = None  # where the adapter is; None: vLLM's own choice
 
 
-_SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
+SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
 
 
 def install_served_call() -> None:
@@ -82,21 +82,21 @@ def install_served_call() -> None:
     def maybe_get_adapters(
         self: BaseServing, request: Any, supports_default_mm_loras: bool = False
     ) -> LoRARequest | None:
-        call = _SERVED_CALL.get()
+        call = SERVED_CALL.get()
         if call is not None and call.lora_request is not None:
             return call.lora_request
         return original(self, request, supports_default_mm_loras)
 
     @wraps(original_name)
     def model_name(self: OpenAIServingModels, lora_request: LoRARequest | None = None) -> str:
-        call = _SERVED_CALL.get()
+        call = SERVED_CALL.get()
         if call is not None and _name_of(lora_request) == _name_of(call.lora_request):
             return call.model_name
         return original_name(self, lora_request)
 
     @wraps(original_generate)
     def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> Any:
-        call = _SERVED_CALL.get()
+        call = SERVED_CALL.get()
         # vLLM's handlers pass the rank on in some places and forget it in others (responses, beam search in 0.32).
         if call is not None and kwargs.get("data_parallel_rank") is None:
             kwargs["data_parallel_rank"] = call.data_parallel_rank
@@ -122,11 +122,11 @@ def make_served_call(recipe: Recipe, model_name: str, data_parallel_rank: int | 
 @contextmanager
 def served_call(call: ServedCall | None) -> Iterator[None]:
     """While inside, the serving layer uses ``call`` (None: vLLM's own choice)."""
-    token = _SERVED_CALL.set(call)
+    token = SERVED_CALL.set(call)
     try:
         yield
     finally:
-        _SERVED_CALL.reset(token)
+        SERVED_CALL.reset(token)
 
 
 async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:

@@ -55,14 +55,14 @@ def register() -> None:
             f"serves the base model alone; set VLLM_PLUGINS={PLUGIN_NAME}"
         )
     vllm_seams.check_seams(vllm_seams.WORKER_SEAMS)
-    part = _WorkerPart(settings)
+    part = WorkerPart(settings)
     vllm_patches.install_loader(part.load)
     vllm_patches.install_slots(settings.waiting_slots_of, part.adopt)
     vllm_patches.install_wide_ids()
     vllm_patches.install_kernels()
 
 
-class _WorkerPart:
+class WorkerPart:
     """Our part of a process of vLLM that becomes a worker."""
 
     def __init__(self, settings: Settings) -> None:
@@ -83,7 +83,7 @@ class _WorkerPart:
                 lambda adapter_id, recipe: slots.take(adapter_id)[0],
                 lambda adapter_id: slots.put_back(adapter_id, needed=False),
             )
-        part.memory = memory = _slot_memory(manager, learner)
+        part.memory = memory = slot_memory(manager, learner)
         memory.warm_up()
         cache = DocumentCache(memory.load, self._settings.worker_bytes)
         part.composer = composer = Composer(learner, cache, slots, memory)
@@ -118,7 +118,7 @@ class _WorkerPart:
         return vllm_patches.make_lora_model(recipe, manager._adapter_manager.regrad.learner.layout.rank)
 
 
-def _slot_memory(manager: Any, learner: Learner) -> CpuSlots | GpuSlots:
+def slot_memory(manager: Any, learner: Learner) -> CpuSlots | GpuSlots:
     # Not at the top: vLLM looks into every loaded module when a worker starts, and numba's can't be looked into.
     if vllm_seams.is_cpu():
         from regrad_vllm.serve.cpu_slots import CpuSlots

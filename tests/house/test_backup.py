@@ -13,7 +13,7 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from regrad_vllm.cli import main
-from regrad_vllm.cli.backup import _absolute
+from regrad_vllm.cli.backup import absolute_place
 
 
 def regrad(*arguments: object) -> int:
@@ -57,7 +57,7 @@ async def test_a_relative_place_is_meant_from_where_the_command_is_run(
         assert await asyncio.to_thread(regrad, "snapshot", "../s", "--bank", server.address.target) == 0
         assert (tmp_path / "s" / "manifest.json").exists()
     assert regrad("restore", "../below/../s", "--data-dir", tmp_path / "elsewhere") == 0
-    assert _absolute("file:///x/../y") == "file:///x/../y" and _absolute("memory://s") == "memory://s"
+    assert absolute_place("file:///x/../y") == "file:///x/../y" and absolute_place("memory://s") == "memory://s"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from regrad_vllm.cli import main
-from regrad_vllm.cli.main import _explain, build_parser
+from regrad_vllm.cli.main import build_parser, explained
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "127.0.0.1:1"  # nothing listens on port 1
@@ -147,7 +147,7 @@ def test_bad_inputs_are_all_listed_before_anything_is_sent(tmp_path: Path, capsy
 
 @pytest.mark.parametrize("command", ["demo", "eval"])
 def test_a_missing_httpx_is_answered_with_an_extra_that_brings_it(command: str) -> None:
-    message = _explain(command, ModuleNotFoundError("No module named 'httpx'", name="httpx"))
+    message = explained(command, ModuleNotFoundError("No module named 'httpx'", name="httpx"))
     advised = re.search(r"pip install 'regrad-vllm\[([\w,]+)\]'", message)
     assert advised and "the package httpx must be installed" in message
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -15,7 +15,7 @@ from bank_service.wire.codecs.sensitivity import Sensitivity
 from regrad_vllm.data.questions import EvalData
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.evaluate.datasets import fresh_facts
-from regrad_vllm.learn.measured_sensitivity import _Sums, measure_sensitivity
+from regrad_vllm.learn.measured_sensitivity import SensitivitySums, measure_sensitivity
 from regrad_vllm.learner import Learner, LearnerError
 from regrad_vllm.sensitivity_file import FILE, write_sensitivity
 from tests.method.test_learner import make_learner
@@ -48,7 +48,7 @@ def test_it_is_the_fisher_information_over_all_answers_by_their_probability(llam
             side = own if own.shape[1] >= own.shape[0] else own.T
             short[index] += chance * side @ side.T
             exact[index] += chance * own * own
-    sums = _Sums(learner)
+    sums = SensitivitySums(learner)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         sums.add(model, TokenBatch.pad([row] * 8), np.stack([learner.phi] * 8), generator)
@@ -66,7 +66,7 @@ def test_rows_of_a_batch_are_told_apart(llama: Any) -> None:
     model = AdaptedModel(llama, learner.layout, learner.scaling)
     rows = [([5, 9, 33, 71, 12], 4), ([6, 2, 40, 8, 15, 3, 3], 3)]
     adapters = np.stack([learner.phi, -learner.phi])
-    together, apart = _Sums(learner), _Sums(learner)
+    together, apart = SensitivitySums(learner), SensitivitySums(learner)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     for _ in range(5):
         together.add(model, TokenBatch.pad(rows), adapters, generators[0])

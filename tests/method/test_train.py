@@ -17,7 +17,7 @@ from regrad_vllm.encode.gradient_encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.continual import pretrain
 from regrad_vllm.learn.material import load_data
 from regrad_vllm.learn.state import MetaState
-from regrad_vllm.learn.train import _JsonLog, train
+from regrad_vllm.learn.train import JsonLog, train
 from regrad_vllm.learn.train_config import ConfigError, TrainConfig
 from regrad_vllm.learner import Learner, LearnerError
 from tests.method.conftest import tiny_model
@@ -253,7 +253,7 @@ def test_a_config_without_a_required_key_says_which(tmp_path: Path) -> None:
 def test_a_log_whose_last_line_was_cut_off_by_a_kill_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.9}\n{"step": 3, "lo')
-    _JsonLog(path, 1)(step=2, loss=1.5)
+    JsonLog(path, 1)(step=2, loss=1.5)
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [2.0, 1.5]
 
 

@@ -249,7 +249,7 @@ def test_the_server_closes_its_doors_when_it_ends_and_when_it_can_not_start(lear
         engine, _ = await Engine.connect(Client(there), learner)
         app = FastAPI()
         app.state.regrad = SimpleNamespace(engine=engine)
-        app.include_router(endpoint._router())
+        app.include_router(endpoint.routes())
         (door,) = engine._doors[0]
         async with app.router.lifespan_context(app):
             assert door.is_open

@@ -51,7 +51,7 @@ def added(
         tiles.update(np.array(earlier, np.int64))
     tiles.update(np.array(slots, np.int64))
     there = y.clone().to(DEVICE)
-    kernels._LAYERS.clear()  # addresses are used again
+    kernels.LAYERS.clear()  # addresses are used again
     kernels.add_lora(
         there, x.to(DEVICE), [s.to(DEVICE) for s in a], [s.to(DEVICE) for s in b], outputs, tiles.table, tiles.order,
         tiles.is_empty, tiles.max_tiles(len(slots)),
@@ -106,7 +106,7 @@ def test_a_layer_with_more_or_fewer_rows_than_the_batch_has_no_others_touched(
     a, b = stacks(72)
     x, guarded = torch.ones(num_rows, INPUTS, device=DEVICE), torch.zeros(100, 72, device=DEVICE)
     y = guarded[:num_rows]
-    kernels._LAYERS.clear()
+    kernels.LAYERS.clear()
     kernels.add_lora(y, x, [a], [b], [72], tiles.table, tiles.order, tiles.is_empty, tiles.max_tiles(num_rows))
     for row in range(100):
         slot = slots[row] if row < min(len(slots), num_rows) else -1
@@ -122,7 +122,7 @@ def test_a_graph_that_is_replayed_for_a_batch_without_adapters_changes_nothing(k
     a, b = stacks(72)
     y = torch.zeros(2, 72, device=DEVICE)
     never = torch.zeros(1, dtype=torch.bool)
-    kernels._LAYERS.clear()
+    kernels.LAYERS.clear()
     kernels.add_lora(
         y, torch.ones(2, INPUTS, device=DEVICE), [a], [b], [72], tiles.table, tiles.order, never, tiles.max_tiles(2)
     )
@@ -189,7 +189,7 @@ def test_vllms_wrapper_adds_what_the_batchs_mapping_says(kernels: Any, monkeypat
     mapping = LoRAMapping(index_mapping=ids, prompt_mapping=ids, is_prefill=True)
     wrapper.update_metadata(mapping, [5, None, None, 2**62, 9], SLOTS, 100)
     expected = torch.stack([y[i] + b[slot, 0] @ (a[slot, 0] @ x[i]) * (slot >= 0) for i, slot in enumerate(slots)])
-    kernels._LAYERS.clear()
+    kernels.LAYERS.clear()
     wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (40,))
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
     high, aside = torch.zeros(SLOTS, 1, 65, 24, device=DEVICE), torch.zeros(SLOTS, 1, 40, 65, device=DEVICE)

@@ -65,7 +65,7 @@ async def serving(
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> JSONResponse:
-        call = vllm_server_seams._SERVED_CALL.get()
+        call = vllm_server_seams.SERVED_CALL.get()
         assert call is not None and call.lora_request is not None
         return await handler(await request.json(), call.lora_request.lora_name)
 

@@ -57,7 +57,7 @@ def test_the_banks_token_shows_neither_in_the_status_nor_in_answers_spans_or_log
             answer = await http.post("/v1/completions", json=body)
             assert answer.status_code == expected, answer.text
             app = FastAPI()
-            app.include_router(endpoint._router())
+            app.include_router(endpoint.routes())
             client = AsyncBank(target, spec=learner.spec)
             app.state.regrad_status = status_of(runtime, arena, client, "float32")
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as asking:

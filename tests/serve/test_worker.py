@@ -85,10 +85,10 @@ def test_a_step_tells_its_memory_which_slots_it_reads_and_when_the_next_one_begi
 ) -> None:
     """What a composition on a GPU waits for: on CPUs all of this does nothing, and no other test would miss it."""
     memory = Memory()
-    monkeypatch.setattr(worker, "_slot_memory", lambda manager, learner: memory)
+    monkeypatch.setattr(worker, "slot_memory", lambda manager, learner: memory)
     monkeypatch.setattr(worker, "refusal", lambda manager, learner: "")
     manager = SimpleNamespace(regrad_slot_ids=[None, None, None])
-    books = worker._WorkerPart(Settings(learner=learner_folder)).adopt(manager)
+    books = worker.WorkerPart(Settings(learner=learner_folder)).adopt(manager)
     memory.part = manager.regrad
     mine, recipe = 7, Recipe("/dev/shm/none", learner.fingerprint, (), (), 1.0)
     books.begin_step(frozenset([mine]))

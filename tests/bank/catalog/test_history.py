@@ -17,6 +17,7 @@ from bank_service.upkeep import history_cleaner
 from bank_service.values.documents import Document, Query
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import read_header, record_digest
+from tests.bank import inside
 from tests.bank.search.test_as_of import open_bank
 
 SECRET = "quilegren"
@@ -73,7 +74,7 @@ async def test_a_version_goes_when_its_time_is_over_and_its_gradient_with_it(
         assert await texts(bank, last + 1) == {"a": "other", "b": "stays"}
         while len(blobs(data_dir)) > 2:
             await asyncio.sleep(0.02)
-        await bank._stores.catalog.words.clean()  # the words of texts, which are not the history's
+        await inside.stores(bank).catalog.words.clean()  # the words of texts, which are not the history's
         assert SECRET.encode() not in bytes_of(data_dir)
 
 
@@ -90,7 +91,7 @@ async def test_a_bank_that_keeps_no_history_any_more_has_none_after_its_start(da
         while len(blobs(data_dir)) > 1:
             await asyncio.sleep(0.01)
         await put(bank, "a", "a third")
-        await bank._background.drain()
+        await inside.background(bank).drain()
         assert len(blobs(data_dir)) == 1
     assert SECRET.encode() not in bytes_of(data_dir)
 
@@ -109,7 +110,7 @@ async def test_a_purge_leaves_nothing_of_a_document_and_everything_of_the_others
         result = await bank.delete("", "a", 3, purge=True)
         assert (result.version, result.sequence) == (3, newest + 1)
         assert len(blobs(data_dir)) == 1, "of the text that the other document has, too"
-        await bank._stores.catalog.words.clean()
+        await inside.stores(bank).catalog.words.clean()
         assert SECRET.encode() not in bytes_of(data_dir)
         oldest = (await bank.stats()).totals.oldest_as_of
         assert oldest == (0 if history_seconds else newest), "a purge takes nobody else's past"
@@ -134,7 +135,7 @@ async def test_what_is_deleted_already_can_still_be_purged(data_dir: Path) -> No
         result = await bank.delete("", "a", 0, purge=True)
         assert (result.version, result.sequence) == (1, deleted.sequence)
         assert await texts(bank, first) == {} and not blobs(data_dir)
-        await bank._stores.catalog.words.clean()
+        await inside.stores(bank).catalog.words.clean()
         assert SECRET.encode() not in bytes_of(data_dir)
 
 
@@ -160,15 +161,15 @@ async def test_a_past_versions_gradient_is_made_again_from_its_text(data_dir: Pa
         await put(bank, "a", "the second")
         for damage in (Path.unlink, lambda path: path.write_bytes(b"rot")):
             digest = digest_of(data_dir, 1)
-            damage(bank._stores.blobs.path(digest))
-            await bank._background.drain()
-            await bank._stores.cache.remove([digest])
+            damage(inside.stores(bank).blobs.path(digest))
+            await inside.background(bank).drain()
+            await inside.stores(bank).cache.remove([digest])
             assert await texts(bank, first) == {"a": "the first"}
             assert digest_of(data_dir, 1) == digest, "the encoder gives the same"
-        bank._stores.blobs.path(digest).unlink()
+        inside.stores(bank).blobs.path(digest).unlink()
         counts = await bank.scrub()
         assert (counts.num_gradients, counts.num_repaired, counts.num_lost) == (2, 1, 0)
-        bank._stores.blobs.path(digest).unlink()
+        inside.stores(bank).blobs.path(digest).unlink()
         assert [item async for item in bank.snapshot(str(tmp_path / "snapshot"))][-1].manifest is not None
 
 
@@ -188,9 +189,9 @@ async def test_where_the_encoder_gives_another_gradient_the_past_has_that_one(
         first = await put(bank, "a", "the first")
         await put(bank, "a", "the second")
         digest = digest_of(data_dir, 1)
-        bank._stores.blobs.path(digest).write_bytes(b"rot")
-        await bank._background.drain()
-        await bank._stores.cache.remove([digest])
+        inside.stores(bank).blobs.path(digest).write_bytes(b"rot")
+        await inside.background(bank).drain()
+        await inside.stores(bank).cache.remove([digest])
         assert await texts(bank, first) == {"a": "the first"}
         assert digest_of(data_dir, 1) != digest and digest not in blobs(data_dir)
         assert (await bank.get("", "a")).version == 2, "the document has nothing to do with it"
@@ -223,7 +224,7 @@ async def test_without_history_the_past_ends_where_a_document_gets_another_gradi
             assert [progress async for progress in bank.recode("bf16")][-1].num_recoded == 1
         else:
             (digest,) = blobs(data_dir)
-            bank._stores.blobs.path(digest).unlink()
+            inside.stores(bank).blobs.path(digest).unlink()
             counts = await bank.scrub()
             assert (counts.num_repaired, counts.num_lost) == (1, 0)
         changed = (await bank.get("", "a")).sequence

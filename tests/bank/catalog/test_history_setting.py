@@ -15,6 +15,7 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.config import BankConfig
+from tests.bank import inside
 from tests.bank.catalog.test_history import put, texts
 from tests.bank.search.test_as_of import open_bank
 
@@ -50,13 +51,13 @@ async def test_a_start_without_the_flag_keeps_history_as_it_was_last_said(
     await serve(first)
     assert "start the bank once with --history-seconds" in caplog.text
     async with open_bank(data_dir, history_seconds=7200) as bank:
-        assert bank._stores.catalog.history_seconds == 7200
+        assert inside.stores(bank).catalog.history_seconds == 7200
     async with open_bank(data_dir, history_seconds=None) as bank:
-        assert bank._stores.catalog.history_seconds == 7200
+        assert inside.stores(bank).catalog.history_seconds == 7200
     async with open_bank(data_dir, history_seconds=0) as bank:
-        await bank._upkeep.history_cleaner.clean()
+        await inside.upkeep(bank).history_cleaner.clean()
     async with open_bank(data_dir, history_seconds=None) as bank:
-        assert bank._stores.catalog.history_seconds == 0
+        assert inside.stores(bank).catalog.history_seconds == 0
         await put(bank, "a", "a third")
         assert (await bank.stats()).totals.num_past_versions == 0
 
@@ -77,7 +78,7 @@ async def test_a_new_bank_keeps_no_history_and_an_offline_tool_drops_none(data_d
         assert (await bank.stats()).totals.num_past_versions == 2
     await asyncio.sleep(1.1)
     async with opened(BankConfig(data_dir=data_dir, history_seconds=1), HashEncoder(), HashEmbedder()) as bank:
-        assert bank._upkeep.history_cleaner._task is None
+        assert inside.upkeep(bank).history_cleaner._task is None
         assert await texts(bank, first) == {"a": "a fourth"}, "over, but not for a tool to drop"
 
 

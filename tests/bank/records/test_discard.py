@@ -24,6 +24,7 @@ from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Query
+from tests.bank import inside
 from tests.bank.catalog.test_history import blobs, put
 from tests.bank.search.test_as_of import open_bank
 
@@ -45,7 +46,7 @@ async def bank_with(url: str, folder: Path, **settings: object) -> AsyncIterator
 async def read(bank: Bank, *ids: str) -> list[str]:
     """The digests of documents whose gradients are in the cache now."""
     answer = await bank.query(Query("", document_ids=ids, include_gradients=True))
-    await bank._background.drain()
+    await inside.background(bank).drain()
     return [hit.gradient_digest for hit in answer.hits]
 
 
@@ -91,7 +92,7 @@ async def test_many_gradients_are_discarded_by_one_look_and_one_unlink(
 ) -> None:
     monkeypatch.setattr(history_cleaner, "CLEAN_SECONDS", 3600)  # this test cleans
     looks: list[int] = []
-    references = Discarder._references
+    references = Discarder.references
 
     def counted(discarder: Discarder, digests: list[str]) -> set[str]:
         looks.append(len(digests))
@@ -103,9 +104,9 @@ async def test_many_gradients_are_discarded_by_one_look_and_one_unlink(
             await read(bank, "a")
         assert len(await keys(redis)) == 40
         await asyncio.sleep(1.1)
-        monkeypatch.setattr(Discarder, "_references", counted)
+        monkeypatch.setattr(Discarder, "references", counted)
         before = await num_calls(redis)
-        await bank._upkeep.history_cleaner.clean()
+        await inside.upkeep(bank).history_cleaner.clean()
         assert await keys(redis) == blobs(data_dir) and len(blobs(data_dir)) == 1
         assert looks == [39] and await num_calls(redis) == before + 1
 
@@ -118,7 +119,7 @@ async def test_a_gradient_goes_from_the_cache_also_where_its_file_went_before(
         await put(bank, "a", "a text")
         (digest,) = await read(bank, "a")
         assert await keys(redis) == {digest}
-        bank._stores.blobs.path(digest).unlink()
+        inside.stores(bank).blobs.path(digest).unlink()
         await bank.delete("", "a", purge=True)
         assert not await keys(redis)
 
@@ -143,7 +144,7 @@ async def test_a_reader_that_is_late_does_not_bring_a_discarded_gradient_back(
         await reached.wait()
         await bank.delete("", "a", purge=True)
         may_go_on.set()
-        await bank._background.drain()
+        await inside.background(bank).drain()
         assert await keys(redis) == blobs(data_dir) and len(blobs(data_dir)) == 1
 
 
@@ -164,12 +165,12 @@ async def test_what_a_resting_cache_was_not_told_it_is_told_when_it_is_back(
         finally:
             os.kill(pid, signal.SIGCONT)
         await bank.delete("", "a", purge=purge)
-        await bank._background.drain()
+        await inside.background(bank).drain()
         assert digest in await keys(redis), "else this test shows nothing"
         await until_gone(redis, digest)
         assert kept in await keys(redis)
         async with asyncio.timeout(15):
-            while not await bank._upkeep.eraser.erase():
+            while not await inside.upkeep(bank).eraser.erase():
                 await asyncio.sleep(0.05)
 
 
@@ -180,8 +181,8 @@ async def test_a_put_that_the_server_answered_too_late_leaves_nothing_of_a_disca
     async with bank_with(redis_server, data_dir, cache_timeout_ms=1000) as (bank, redis):
         await put(bank, "a", "a text")
         digest = (await bank.get("", "a")).gradient.digest
-        record = bank._stores.blobs.get(digest)
-        cache = bank._stores.cache
+        record = inside.stores(bank).blobs.get(digest)
+        cache = inside.stores(bank).cache
         assert await cache.is_available()
         pid = (await redis.info("server"))["process_id"]
         os.kill(pid, signal.SIGSTOP)
@@ -237,7 +238,7 @@ async def test_only_a_write_puts_off_when_an_unremoved_gradient_has_expired(
 @pytest.mark.asyncio
 async def test_a_start_sweep_that_failed_is_made_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_bank(data_dir) as bank:
-        path = bank._stores.blobs.path("ab" * 32)
+        path = inside.stores(bank).blobs.path("ab" * 32)
     assert path is not None
     path.write_bytes(b"left by a crash")
     failures = [OSError("the folder can't be read")] * 2
@@ -253,4 +254,4 @@ async def test_a_start_sweep_that_failed_is_made_again(data_dir: Path, monkeypat
         async with asyncio.timeout(15):
             while path.exists():
                 await asyncio.sleep(0.05)
-        assert not failures and not bank._discarder._must_sweep
+        assert not failures and not inside.discarder(bank)._must_sweep

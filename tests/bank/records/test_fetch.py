@@ -92,7 +92,7 @@ async def _flush(server: BankServer) -> None:
 
 
 def _redis_url(server: BankServer) -> str:
-    return f"unix://{server._config.data_dir / 'redis' / 'redis.sock'}"
+    return f"unix://{server.config.data_dir / 'redis' / 'redis.sock'}"
 
 
 @pytest.mark.asyncio
@@ -137,7 +137,7 @@ async def test_garbage_in_the_cache_is_never_served(server: BankServer, client: 
     await redis.lpush(KEY_PREFIX + digests[2], "not even a string")
     await whole(client, digests)
     await redis.aclose()
-    assert server._metrics.registry.get_sample_value("regrad_bank_cache_records", {"outcome": "corrupt"}) == 2
+    assert server.metrics.registry.get_sample_value("regrad_bank_cache_records", {"outcome": "corrupt"}) == 2
 
 
 @pytest.mark.asyncio

@@ -21,6 +21,7 @@ from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Hit, Query, Retrieval
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.codec import record_digest
+from tests.bank import inside
 from tests.bank.search.collection import go, usearch_of
 
 SPACES = ("default", "team")
@@ -43,7 +44,7 @@ async def open_bank(folder: Path, **settings: object) -> AsyncIterator[Bank]:
     folder.mkdir(exist_ok=True)
     config = BankConfig(data_dir=folder, **{"history_seconds": HISTORY_SECONDS, **settings})  # type: ignore[arg-type]
     async with opened(config, HashEncoder(), HashEmbedder()) as bank:
-        bank._upkeep.history_cleaner.start()  # as where it is served
+        inside.upkeep(bank).history_cleaner.start()  # as where it is served
         yield bank
 
 
@@ -156,7 +157,7 @@ async def test_at_every_sequence_a_query_is_answered_as_it_was_then(
         assert (await bank.stats()).totals.num_past_versions > 8
     # The same without the history: the bank says that it doesn't know, or is right.
     async with open_bank(tmp_path / "bank", exact_below=exact_below, history_seconds=0) as bank:
-        await bank._upkeep.history_cleaner.clean()
+        await inside.upkeep(bank).history_cleaner.clean()
         stats = (await bank.stats()).totals
         assert stats.num_past_versions == 0 and stats.oldest_as_of <= life.sequence
         await life.check(bank, stats.oldest_as_of)

@@ -88,7 +88,7 @@ async def test_documents_of_callers_that_went_away_or_ran_out_of_time_are_not_en
             async with own_errors():
                 await late.read()
         gone.cancel()
-        calls = server._metrics.registry.get_sample_value
+        calls = server.metrics.registry.get_sample_value
         labels = {"method": "IngestDocuments", "code": "CANCELLED"}
         while calls("regrad_bank_calls_total", labels) != 2:  # the bank has heard of both
             await asyncio.sleep(0.01)

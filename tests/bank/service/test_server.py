@@ -242,7 +242,7 @@ async def test_a_snapshot_ahead_of_a_restored_catalog_is_rebuilt(data_dir: Path,
     (data_dir / "catalog.sqlite").write_bytes(backup)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         assert [hit.id for hit in (await client.query(text="number", top_k=5)).hits] == ["old"]
-        assert server._metrics.registry.get_sample_value("regrad_bank_indexed_sequence") == 1
+        assert server.metrics.registry.get_sample_value("regrad_bank_indexed_sequence") == 1
 
 
 @pytest.mark.asyncio

@@ -52,8 +52,9 @@ async def running(data_dir: Path, **settings: Any) -> AsyncIterator[tuple[BankSe
 
 def codes(server: BankServer, method: str) -> dict[str, int]:
     """How many calls of the method ended with each code."""
-    samples = next(iter(server._metrics._calls.collect())).samples
-    mine = [item for item in samples if item.name.endswith("_total") and item.labels["method"] == method]
+    families = server.metrics.registry.collect()
+    calls = next(family.samples for family in families if family.name == "regrad_bank_calls")
+    mine = [item for item in calls if item.name.endswith("_total") and item.labels["method"] == method]
     return {item.labels["code"]: int(item.value) for item in mine}
 
 

@@ -20,6 +20,7 @@ from bank_service.errors import NotFoundError, UnavailableError, VersionConflict
 from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.upkeep import eraser
 from bank_service.values.documents import Document, Gradient, Query
+from tests.bank import inside
 from tests.bank.catalog.test_history import SECRET, blobs, put
 from tests.bank.search.collection import usearch_of
 from tests.bank.search.test_as_of import open_bank
@@ -130,7 +131,7 @@ async def test_a_reader_at_an_older_state_holds_up_the_erasing_and_no_write(data
             reader.execute("SELECT count(*) FROM versions").fetchone()
             await bank.delete("", "a", purge=True)
             await within_the_bound(lambda: INDEX not in traces(data_dir, embedding))
-            assert not await bank._upkeep.eraser.erase() and traces(data_dir, embedding)
+            assert not await inside.upkeep(bank).eraser.erase() and traces(data_dir, embedding)
             async with asyncio.timeout(10):  # less than SQLite would wait for a reader
                 await put(bank, "b", "written meanwhile")
         await within_the_bound(lambda: not traces(data_dir, embedding))
@@ -201,7 +202,7 @@ def removable(path: Path) -> None:
 async def test_a_purge_that_could_not_remove_a_gradient_says_so_and_its_repeat_finishes_it(data_dir: Path) -> None:
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
-        path = bank._stores.blobs.path((await bank.get("", "a")).gradient.digest)
+        path = inside.stores(bank).blobs.path((await bank.get("", "a")).gradient.digest)
         unremovable(path)
         for expected_version in (2, 2, 0, None):
             with pytest.raises(UnavailableError, match="purge it again"):
@@ -225,10 +226,10 @@ async def test_a_purge_that_could_not_remove_a_gradient_says_so_and_its_repeat_f
 async def test_a_gradient_that_could_not_be_removed_is_removed_later(data_dir: Path) -> None:
     async with open_bank(data_dir, history_seconds=0) as bank:
         await put(bank, "a", "a text")
-        path = bank._stores.blobs.path((await bank.get("", "a")).gradient.digest)
+        path = inside.stores(bank).blobs.path((await bank.get("", "a")).gradient.digest)
         unremovable(path)
         await bank.delete("", "a")
-        await bank._background.drain()
+        await inside.background(bank).drain()
         assert path.is_dir()
         removable(path)
         await within_the_bound(lambda: not path.exists())
@@ -245,7 +246,7 @@ async def test_a_write_keeps_its_gradient_from_a_sweep_before_the_catalog_names_
         def swept_first(catalog: SqliteCatalog, document: Document, gradient: Gradient, expected: int | None) -> object:
             # The blob is written, the catalog does not name it yet.
             assert gradient.digest in blobs(data_dir)
-            sweeps.append(bank._stores.blobs.sweep(bank._discarder._references))
+            sweeps.append(inside.stores(bank).blobs.sweep(inside.discarder(bank).references))
             return commit(catalog, document, gradient, expected)
 
         monkeypatch.setattr(SqliteCatalog, "put", swept_first)
@@ -265,9 +266,9 @@ async def test_the_event_loop_waits_for_no_sweep(data_dir: Path) -> None:
         def slowly(digests: list[str]) -> set[str]:
             reached.set()
             assert may_go_on.wait(30)
-            return bank._discarder._references(digests)
+            return inside.discarder(bank).references(digests)
 
-        sweeping = asyncio.create_task(asyncio.to_thread(bank._stores.blobs.sweep, slowly, [digest]))
+        sweeping = asyncio.create_task(asyncio.to_thread(inside.stores(bank).blobs.sweep, slowly, [digest]))
         assert await asyncio.to_thread(reached.wait, 30)
         threading.Timer(10, may_go_on.set).start()  # so that a loop that waits fails the test, and does not hang
         async with asyncio.timeout(9):

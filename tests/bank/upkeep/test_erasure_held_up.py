@@ -18,6 +18,7 @@ from bank_service.errors import UnavailableError
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.upkeep import eraser
+from tests.bank import inside
 from tests.bank.catalog.test_history import put
 from tests.bank.records.test_discard import bank_with, read
 from tests.bank.search.test_as_of import open_bank
@@ -46,7 +47,7 @@ async def test_a_purge_is_erased_when_the_cached_gradient_has_expired_though_the
         try:
             await bank.delete("", "a", purge=True)
             purged = time.monotonic()
-            assert not await bank._upkeep.eraser.erase()
+            assert not await inside.upkeep(bank).eraser.erase()
             await within_the_bound(lambda: not num_erasures(data_dir))
             assert time.monotonic() > purged + 3, "the cache may have it until then"
         finally:
@@ -58,7 +59,7 @@ async def test_purges_whose_gradients_stay_hold_up_no_other(data_dir: Path, monk
     monkeypatch.setattr(eraser, "MAX_PER_ROUND", 3)
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
-        paths = [bank._stores.blobs.path(await digest_of(bank, f"d{number}")) for number in range(3)]
+        paths = [inside.stores(bank).blobs.path(await digest_of(bank, f"d{number}")) for number in range(3)]
         for number, path in enumerate(paths):
             unremovable(path)
             with pytest.raises(UnavailableError):
@@ -67,11 +68,12 @@ async def test_purges_whose_gradients_stay_hold_up_no_other(data_dir: Path, monk
         await bank.delete("", "a", purge=True)
         await within_the_bound(lambda: not traces(data_dir, embedding))
         await within_the_bound(lambda: num_erasures(data_dir) == 3)
-        assert bank._upkeep.eraser.num_pending == 3 and bank._upkeep.eraser.oldest_seconds > eraser.ERASE_SECONDS
+        erasing = inside.upkeep(bank).eraser
+        assert erasing.num_pending == 3 and erasing.oldest_seconds > eraser.ERASE_SECONDS
         for path in paths:
             removable(path)
-        await within_the_bound(lambda: not bank._upkeep.eraser.num_pending)
-        assert not any(path.exists() for path in paths) and bank._upkeep.eraser.oldest_seconds == 0
+        await within_the_bound(lambda: not erasing.num_pending)
+        assert not any(path.exists() for path in paths) and erasing.oldest_seconds == 0
 
 
 @pytest.mark.asyncio
@@ -84,10 +86,10 @@ async def test_a_bank_closes_whatever_goes_wrong_in_its_last_round(
         async def failing() -> bool:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(bank._upkeep.eraser, "erase", failing)
-    assert not bank._stores.catalog._writer._thread.is_alive()
+        monkeypatch.setattr(inside.upkeep(bank).eraser, "erase", failing)
+    assert not inside.stores(bank).catalog._writer._thread.is_alive()
     with pytest.raises(RuntimeError, match="shutdown"):
-        bank._pools.reads.submit(int)
+        inside.pools(bank).reads.submit(int)
 
 
 @pytest.mark.asyncio
@@ -105,7 +107,7 @@ async def test_readers_that_overlap_do_not_keep_a_purged_text_in_the_log(data_di
 
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
-        catalog = bank._stores.catalog
+        catalog = inside.stores(bank).catalog
         readers = [threading.Thread(target=reading, args=(catalog, 0.03 * number)) for number in range(12)]
         for reader in readers:
             reader.start()
@@ -129,12 +131,12 @@ async def test_a_purge_is_not_erased_before_a_snapshot_that_may_have_its_text_ha
 ) -> None:
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
-        path = bank._stores.blobs.path(await digest_of(bank, "a"))
+        path = inside.stores(bank).blobs.path(await digest_of(bank, "a"))
         snapshot = bank.snapshot(str(tmp_path / "snapshot"))
         await anext(snapshot)
         await bank.delete("", "a", purge=True)
         for _ in range(2):
-            assert not await bank._upkeep.eraser.erase()
+            assert not await inside.upkeep(bank).eraser.erase()
         assert path.exists() and traces(data_dir, embedding) and num_erasures(data_dir) == 1
         async for _ in snapshot:
             pass
@@ -151,13 +153,13 @@ async def test_nor_is_one_whose_gradients_went_before_the_snapshot_began(
         embedding = await filled(bank)
         await bank.delete("", "a", purge=True)
         # As where another document has the same gradients; else the snapshot's keeping them would hold it up.
-        monkeypatch.setattr(bank._discarder, "is_done", lambda digests: True)
+        monkeypatch.setattr(inside.discarder(bank), "is_done", lambda digests: True)
         snapshot = bank.snapshot(str(tmp_path / "snapshot"))
         async with aclosing(snapshot):
             await anext(snapshot)
-            assert not await bank._upkeep.eraser.erase() and num_erasures(data_dir) == 1
+            assert not await inside.upkeep(bank).eraser.erase() and num_erasures(data_dir) == 1
             assert traces(data_dir / "snapshot.new", embedding), "else this test shows nothing"
-        assert await bank._upkeep.eraser.erase()
+        assert await inside.upkeep(bank).eraser.erase()
         assert not num_erasures(data_dir) and not traces(data_dir, embedding)
 
 
@@ -166,7 +168,7 @@ async def test_a_purge_that_failed_and_is_not_repeated_is_forgotten_with_its_dig
     async with open_bank(data_dir) as bank:
         embedding = await filled(bank)
         digest = await digest_of(bank, "a")
-        path = bank._stores.blobs.path(digest)
+        path = inside.stores(bank).blobs.path(digest)
         unremovable(path)
         with pytest.raises(UnavailableError):
             await bank.delete("", "a", purge=True)
@@ -185,9 +187,9 @@ async def test_what_is_not_erased_for_long_is_said_in_the_log_and_in_the_metrics
     monkeypatch.setattr(eraser, "ERASE_SECONDS", 0.1)
     metrics = BankMetrics()
     async with open_bank(data_dir) as bank:
-        bank._publish(metrics)
+        inside.publish(bank, metrics)
         await put(bank, "a", "a text")
-        path = bank._stores.blobs.path(await digest_of(bank, "a"))
+        path = inside.stores(bank).blobs.path(await digest_of(bank, "a"))
         unremovable(path)
         with pytest.raises(UnavailableError):
             await bank.delete("", "a", purge=True)

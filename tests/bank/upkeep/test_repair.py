@@ -22,6 +22,7 @@ from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank import inside
 from tests.bank.records.test_fetch import _flush, blob, ingested
 
 DAMAGES = {
@@ -33,7 +34,7 @@ DAMAGES = {
 
 
 def repaired(server: BankServer) -> float | None:
-    return server._metrics.registry.get_sample_value("regrad_bank_repaired_gradients_total")
+    return server.metrics.registry.get_sample_value("regrad_bank_repaired_gradients_total")
 
 
 @pytest.mark.asyncio
@@ -98,10 +99,10 @@ async def test_a_gradient_that_nobody_names_any_more_is_neither_repaired_nor_los
                 run = asyncio.run_coroutine_threadsafe
                 if way == "expired":
                     gone = scrubber._stores.catalog.expire_history(None, 10).result()
-                    run(bank._discarder.discard(gone or ()), loop).result()
+                    run(inside.discarder(bank).discard(gone or ()), loop).result()
                 else:
                     run(bank.delete("", "a", purge=way == "purged"), loop).result()
-                    run(bank._background.drain(), loop).result()
+                    run(inside.background(bank).drain(), loop).result()
                 assert not blob(data_dir, digest).exists()
                 blob(data_dir, kept).unlink()
             return digests
