@@ -1,8 +1,8 @@
-"""The bank: documents in, gradients out; keeps catalog, blobs, index and cache consistent.
+"""The bank takes documents in and gives gradients out. It keeps catalog, blobs, index and cache consistent.
 
-Write order: blob (durable) → catalog commit → acknowledgement → index. The index can be lost and is made again from the
-catalog. Reads alone fill the cache, so an ingest of many documents does not put out the records of queries. A query
-waits until the index reflects every change that was acknowledged before it began.
+Write order: blob (durable) → catalog commit → acknowledgement → index. A lost index is built again from the catalog.
+Only reads fill the cache, so an ingest of many documents does not displace the records that queries use. A query waits
+until the index reflects every change that was acknowledged before the query began.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 FETCH_GROUP = 4  # records of one fetch in memory at once
 NUM_IO_THREADS = 8
-PAST_SHARE = 0.25  # of ``max_queries``; the other places are never taken by queries that wait for the past
+PAST_SHARE = 0.25  # of ``max_queries``: at most so many queries may wait for the past at once
 
 
 class Bank:
@@ -79,7 +79,8 @@ class Bank:
         metrics: BankMetrics,
         limits_of: LimitsOf = unlimited,
     ) -> None:
-        """Opens what needs no event loop. CollectionMismatchError where the folder holds another collection."""
+        """Builds the parts that need no event loop. CollectionMismatchError where the folder holds another
+        collection."""
         spec = encoder.spec
         self.spec: GradientSpec = spec
         codec = config.codec or stored_codec(config.data_dir / CATALOG_FILE) or DEFAULT_CODEC
@@ -135,7 +136,7 @@ class Bank:
 
     @property
     def max_upload_bytes(self) -> int:
-        """No gradient record in the collection's codec is larger."""
+        """The largest size of a gradient record in the collection's codec, in bytes."""
         return HEADER_BYTES + codec_named(self._writer.codec).max_payload_bytes(self.spec)
 
     @classmethod
@@ -150,8 +151,11 @@ class Bank:
         *,
         expires_history: bool = True,
     ) -> Bank:
-        """Opens or creates the bank of ``config.data_dir``, which nobody else may have open. ``expires_history``: past
-        versions go when their time is over."""
+        """Opens or creates the bank in ``config.data_dir``. No other process may have it open.
+
+        ``expires_history``: the bank drops past versions when their time is over. CollectionMismatchError,
+        CatalogDamagedError.
+        """
         bank = await asyncio.to_thread(cls, config, encoder, embedder, cache_url, metrics, limits_of)
         try:
             await bank._nearest.start()
@@ -169,7 +173,7 @@ class Bank:
         return bank
 
     async def close(self) -> None:
-        """Finishes what is under way and closes everything."""
+        """Finishes the work under way and closes every store."""
         await self._recoder.stop()
         await self._scrubber.stop()
         await self._snapshotter.stop()
@@ -197,15 +201,16 @@ class Bank:
     ) -> PutResult:
         """Stores a document with a gradient record that was computed elsewhere; durable on return.
 
-        ``embedding``: empty, then the bank embeds the text. LearnerMismatchError, InvalidArgumentError for a
-        malformed record or embedding, VersionConflictError.
+        Where ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
+        InvalidArgumentError for a malformed record or embedding.
         """
         return await self._writer.put_gradient(document, record, embedding, expected_version)
 
     async def delete(
         self, namespace: str, id: str, expected_version: int | None = None, *, purge: bool = False
     ) -> DeleteResult:
-        """Deletes a document, with ``purge`` all that it ever was; see Writer. NotFoundError, VersionConflictError."""
+        """Deletes a document. ``purge`` erases its past versions too; see ``Writer.delete``. NotFoundError,
+        VersionConflictError."""
         return await self._writer.delete(namespace, id, expected_version, purge=purge)
 
     # Documents and gradients out
@@ -236,10 +241,10 @@ class Bank:
         return await in_thread(self._pools.reads, read)
 
     async def query(self, query: Query) -> QueryResult:
-        """Nearest or named documents. Sees every change acknowledged before the call.
+        """Finds the nearest documents, or the named ones. It sees every change acknowledged before the call.
 
         InvalidArgumentError, NotFoundError, LearnerMismatchError. LimitExceededError where the texts don't fit one
-        message. DataLossError where a gradient is lost. OutOfRangeError where that past is no longer known.
+        message. DataLossError where a gradient is lost. OutOfRangeError where the bank no longer knows that past.
         """
         vector = await self._vector(query)
         while True:
@@ -251,19 +256,20 @@ class Bank:
                 fitting = self._queries.fitting(result.hits)
                 records = await self._records.read(fitting, own)
             except NotFoundError:
-                continue  # a hit was updated or deleted after the search: the next search knows
+                continue  # a hit was updated or deleted after the search: search again
             return QueryResult(result.hits, records, result.sequence, len(fitting))
 
     async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
-        """A result for each query, each on a state of its own, no older than what was acknowledged before the call.
+        """Answers each query on its own state of the bank. Each state has every change acknowledged before the call.
 
-        The errors of ``query``, with the query's place; LimitExceededError where texts and gradients don't fit one
-        message together.
+        Raises the errors of ``query``, with the query's index. LimitExceededError where the texts and gradients don't
+        fit one message together.
         """
         return await answer_batch(queries, self._vector, self._queries, self._records)
 
     async def _vector(self, query: Query) -> FloatArray | None:
-        """Checks the query against the collection; what to search for, None where documents are named."""
+        """Checks the query against the collection. Returns the vector to search for, (embedding_dimension,) in float32.
+        None where the query names its documents."""
         fingerprint = self.identity.learner_fingerprint
         if query.learner_fingerprint and query.learner_fingerprint != fingerprint:
             raise LearnerMismatchError(
@@ -276,17 +282,18 @@ class Bank:
             return np.asarray(query.vector, dtype=np.float32)
         if not query.text:
             return None
-        await self._queries.check_namespace(query.namespace)  # before the work; a search finds out by itself
+        await self._queries.check_namespace(query.namespace)  # before the embedder works; a search checks it by itself
         with span("bank.embed"):
             return await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
 
     async def fetch(
         self, digests: Sequence[str], may_read: MayRead | None = None, enter: Callable[[str], None] | None = None
     ) -> AsyncIterator[tuple[str, bytes]]:
-        """Each digest with its verified record, in the order given. NotFoundError before the first; DataLossError.
+        """Gives each digest with its verified record, in the given order.
 
-        ``may_read``: only what a document in a namespace that the caller may read has is there. ``enter`` is told each
-        such namespace before anything is read; what it raises ends the fetch.
+        ``may_read`` says whether the caller may read a namespace. Gradients of other namespaces count as absent.
+        ``enter`` gets each namespace of the gradients before the first read. Its errors end the fetch.
+        NotFoundError before the first record, DataLossError.
         """
         check_digests(digests)
         namespaces = await self._records.check(digests, may_read)
@@ -308,11 +315,12 @@ class Bank:
         return self._recoder.run(codec)
 
     async def scrub(self) -> ScrubCounts:
-        """Verifies every gradient and repairs what can be."""
+        """Verifies every gradient and repairs those that it can."""
         return await self._scrubber.run_once()
 
     async def stats(self, may_see: MayRead | None = None) -> BankStats:
-        """``may_see``: the figures as if the other namespaces were not there, and none of the cache's."""
+        """The bank's figures. With ``may_see``, they count only the namespaces that the caller may see, and leave the
+        cache out."""
         identity = replace(self.identity, codec=self._writer.codec)
         return await read_stats(self._stores, self._pools.reads, identity, self._nearest.sequence, may_see)
 

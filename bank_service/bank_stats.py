@@ -29,7 +29,8 @@ class BankStats:
 async def read_stats(
     stores: Stores, pool: Executor, identity: CollectionIdentity, indexed: int, may_see: MayRead | None
 ) -> BankStats:
-    """``indexed``: the sequence that the vectors reflect. ``may_see``: as ``Bank.stats``."""
+    """Reads the figures from the stores. ``indexed`` is the last sequence that the vectors reflect. See ``Bank.stats``
+    for ``may_see``."""
 
     def read() -> tuple[Totals, int]:
         with stores.catalog.view() as view:

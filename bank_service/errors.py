@@ -8,10 +8,10 @@ from typing import ClassVar
 class BankError(Exception):
     """Base of every error that a bank answers with.
 
-    ``index`` is the place of the request in its stream, where there was a stream.
+    ``index`` is the request's place in its stream or batch, where it had one.
     """
 
-    field_names: ClassVar[tuple[str, ...]] = ()  # what a caller's program reads, besides the message
+    field_names: ClassVar[tuple[str, ...]] = ()  # attributes that a caller's program can read, besides the message
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class BankError(Exception):
 
 
 class InvalidArgumentError(BankError):
-    """A request breaks the contract, whatever the bank holds."""
+    """A request breaks the contract. No state of the bank would make it valid."""
 
     field_names = ("field",)
 
@@ -34,7 +34,7 @@ class InvalidArgumentError(BankError):
 
 
 class NotFoundError(BankError):
-    """Nothing has that name."""
+    """No namespace, document or gradient has that name."""
 
     field_names = ("kind", "name")
 
@@ -45,7 +45,7 @@ class NotFoundError(BankError):
 
 
 class VersionConflictError(BankError):
-    """The document is not at the version that the writer expected."""
+    """The document's version is not the one that the writer expected."""
 
     field_names = ("namespace", "id", "expected_version", "actual_version")
 
@@ -60,7 +60,10 @@ class VersionConflictError(BankError):
 
 
 class LearnerMismatchError(BankError):
-    """A gradient or a request belongs to another learner than the collection. Both are fingerprints."""
+    """A gradient or a request belongs to another learner than the collection.
+
+    ``expected`` is the fingerprint of the collection's learner, ``actual`` the other's.
+    """
 
     field_names = ("expected", "actual")
 
@@ -71,7 +74,7 @@ class LearnerMismatchError(BankError):
 
 
 class LimitExceededError(BankError):
-    """A well-formed request needs more than the bank gives."""
+    """A well-formed request needs more than the bank allows."""
 
     field_names = ("limit",)
 
@@ -81,14 +84,14 @@ class LimitExceededError(BankError):
 
 
 class OutOfRangeError(BankError):
-    """A well-formed request asks about what the bank knew once."""
+    """A well-formed request asks about a past that the bank no longer keeps."""
 
     field_names = ("field", "limit")
 
     def __init__(self, message: str, *, field: str, limit: int | str) -> None:
         super().__init__(message)
         self.field = field  # path within the request
-        self.limit = int(limit)  # the lowest that the field may be
+        self.limit = int(limit)  # the field's lowest value
 
 
 class UnauthenticatedError(BankError):
@@ -96,18 +99,18 @@ class UnauthenticatedError(BankError):
 
 
 class PermissionDeniedError(BankError):
-    """The token does not allow this. Says nothing of whether the namespace exists."""
+    """The token does not allow this. The error does not tell whether the namespace exists."""
 
     field_names = ("scope", "namespace")
 
     def __init__(self, message: str, *, scope: str, namespace: str) -> None:
         super().__init__(message)
-        self.scope = scope  # that is missing
+        self.scope = scope  # the one that the token lacks
         self.namespace = namespace
 
 
 class QuotaExceededError(BankError):
-    """A namespace has all that it may have."""
+    """A namespace has reached one of its limits."""
 
     field_names = ("limit", "namespace", "retry_after_ms")
 
@@ -115,11 +118,11 @@ class QuotaExceededError(BankError):
         super().__init__(message)
         self.limit = limit  # the limit's name, e.g. "max_namespace_documents"
         self.namespace = namespace
-        self.retry_after_ms = int(retry_after_ms)  # 0: trying again changes nothing
+        self.retry_after_ms = int(retry_after_ms)  # 0: another try would fail too
 
 
 class OverloadedError(BankError):
-    """The bank has as much to do as it takes on. Nothing was begun; worth another try."""
+    """The bank is busy and did not begin this request. The caller should try again."""
 
     field_names = ("limit", "retry_after_ms")
 
@@ -140,11 +143,11 @@ class DataLossError(BankError):
 
 
 class UnavailableError(BankError):
-    """The bank can't answer now: it is starting, draining, or its disk fails. Worth another try."""
+    """The bank can't answer now: it is starting, draining, or its disk fails. The caller should try again."""
 
 
 class DeadlineExceededError(BankError):
-    """The caller's deadline passed first."""
+    """The caller's deadline passed before the answer."""
 
 
 class InternalError(BankError):
@@ -160,7 +163,7 @@ class BankInUseError(Exception):
 
 
 class CatalogDamagedError(Exception):
-    """The catalog's file is not whole, so the bank's truth is not known."""
+    """The catalog's file is damaged or lost, so the bank can't know its documents."""
 
 
 class CatalogReadError(Exception):
@@ -168,4 +171,4 @@ class CatalogReadError(Exception):
 
 
 class SnapshotError(Exception):
-    """A snapshot that can't be written, or is not whole."""
+    """A snapshot can't be written, or is not whole."""

@@ -1,1 +1,1 @@
-"""Snapshots of a whole bank, and how one becomes a bank again."""
+"""Writes snapshots of a whole bank, and restores a bank from one."""

@@ -1,4 +1,4 @@
-"""Makes the folder of a bank from a snapshot. Every byte is verified first. The folder is whole or not there."""
+"""Restores the folder of a bank from a snapshot. It verifies every byte. The folder appears whole, or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from bank_service.wire.codec import record_digest
 
 
 def restore(source: str, data_dir: Path) -> Iterator[Progress]:
-    """Makes ``data_dir``, which must be absent or empty. SnapshotError names the damaged or missing part; OSError."""
+    """Restores into ``data_dir``, which must be absent or empty. SnapshotError names the damaged or missing part.
+    OSError."""
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise SnapshotError(f"{data_dir} must be absent or an empty folder; restore into another and swap them")
     snapshot = open_target(source)
@@ -31,7 +32,7 @@ def restore(source: str, data_dir: Path) -> Iterator[Progress]:
             "make it again, or name another"
         )
     data_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{data_dir.name}.restoring-", dir=data_dir.parent))  # for this user alone
+    folder = Path(tempfile.mkdtemp(prefix=f"{data_dir.name}.restoring-", dir=data_dir.parent))  # private to this user
     try:
         yield from _fill(snapshot, manifest, folder)
         os.rename(folder, data_dir)

@@ -1,8 +1,9 @@
 """Snapshots of a whole bank: ``manifest.json``, ``catalog-<SHA-256>.sqlite``, ``blobs/ab/cdef…``.
 
-The manifest is written last. It names the catalog by its digest, and the catalog names the gradients by theirs. So a
-target has a whole snapshot, the one before or the new one, or none. A gradient that is there already, by its name and
-size, is not copied again. What the new manifest does not need is removed after it is written.
+The manifest is written last. It names the catalog by its digest, and the catalog names the gradients by theirs. So the
+target always has a whole snapshot, the old one or the new one, once it has had one. A gradient that is there already,
+with its name and size, is not copied again. After the manifest, the writer removes the files that the manifest does not
+need.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ class Manifest:
 
     @property
     def catalog(self) -> str:
-        """The name of its file."""
+        """The name of the catalog's file."""
         return f"catalog-{self.catalog_digest}{Path(CATALOG_FILE).suffix}"
 
     @classmethod
     def read(cls, target: Objects) -> Manifest | None:
-        """None where there is none. SnapshotError where it can't be read."""
+        """Reads the manifest of a snapshot; None where there is none. SnapshotError where it is malformed."""
         try:
             content = json.loads(target.read(MANIFEST))
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
@@ -71,7 +72,7 @@ class Manifest:
         return manifest
 
     def write(self, target: Objects) -> None:
-        """Makes a snapshot whole. Everything that the manifest names must be durable."""
+        """Writes the manifest, which makes the snapshot whole. The files that it names must be durable before."""
         target.put(MANIFEST, json.dumps(asdict(self), indent=1).encode())
 
 
@@ -81,16 +82,16 @@ class Progress:
 
     num_gradients: int  # in all
     num_done: int
-    num_copied: int  # those that were not there before
+    num_copied: int  # gradients that the target did not have
     copied_bytes: int
     manifest: Manifest | None = None  # once the snapshot is whole
 
 
 class SnapshotWriter:
-    """Writes one snapshot. ``close`` it, whatever happened. The caller holds all gradients meanwhile."""
+    """Writes one snapshot. Always ``close`` it. The caller must hold all gradients until then."""
 
     def __init__(self, data_dir: Path, blobs: BlobStore, target: str) -> None:
-        """Takes the catalog as it is now. SnapshotError where ``target`` holds something else; OSError."""
+        """Copies the catalog as it is now. SnapshotError where ``target`` holds other files; OSError."""
         self._blobs = blobs
         self._target = open_target(target)
         self._folder = data_dir / WORK_FOLDER
@@ -109,13 +110,14 @@ class SnapshotWriter:
         self._num_copied = self._copied_bytes = self._num_done = 0
 
     def batches(self) -> Iterator[list[str]]:
-        """The digests to ``copy``."""
+        """The digests for ``copy``, in groups."""
         digests = list(self._sizes)
         for start in range(0, len(digests), BATCH):
             yield digests[start : start + BATCH]
 
     def copy(self, digests: Sequence[str]) -> Progress:
-        """Copies those that are not there, each verified. DataLossError; may be called again with the same."""
+        """Verifies and copies the gradients that the target lacks. DataLossError: repair that gradient, then call again
+        with the same digests."""
         for digest in digests:
             if not self._is_there(digest):
                 self._copy(digest)
@@ -123,7 +125,7 @@ class SnapshotWriter:
         return self._progress()
 
     def finish(self) -> Progress:
-        """Makes the snapshot whole, then removes what does not belong to it."""
+        """Makes the snapshot whole, then removes the files that do not belong to it."""
         self._target.put_file(self._manifest.catalog, self._catalog)
         wanted = {self._manifest.catalog, *map(blob_name, self._sizes)}
         self._target.sync(wanted)
@@ -142,8 +144,8 @@ class SnapshotWriter:
             return False
         own, copy = self._blobs.path(digest), self._target.path(name)
         if copy is None:
-            return True  # such a store verifies what it keeps
-        # The bank verifies and mends its own file. A mended one is another file; the linked one stays damaged.
+            return True  # a remote store verifies its own objects
+        # A linked copy is the bank's own file, which the bank verifies. A repair writes a new file, so the link ends.
         is_linked = own is not None and own.exists() and own.samefile(copy)
         return is_linked or record_digest(copy.read_bytes()) == digest
 
@@ -162,10 +164,10 @@ class SnapshotWriter:
         return Progress(len(self._sizes), self._num_done, self._num_copied, self._copied_bytes, manifest)
 
     def _look(self, target: str) -> dict[str, int]:
-        """Name → bytes of what is at the target. SnapshotError where that is no snapshot of this bank."""
+        """Name → bytes of each file at the target. SnapshotError where they are no snapshot of this bank."""
         found: dict[str, int] = {}
         for name, size in self._target.sizes():
-            if not name.startswith(("blobs/", "catalog-", MANIFEST)):  # somebody's: look no further
+            if not name.startswith(("blobs/", "catalog-", MANIFEST)):  # files of somebody else: look no further
                 raise SnapshotError(f"{target} must be empty or a snapshot of this bank, got {name!r} in it")
             found[name] = size
         before = Manifest.read(self._target)
@@ -178,7 +180,7 @@ class SnapshotWriter:
 
 
 def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
-    """Writes a snapshot of a bank that does not run. BankInUseError where it runs; the errors of ``SnapshotWriter``."""
+    """Writes a snapshot of a stopped bank. BankInUseError where the bank runs; the errors of ``SnapshotWriter``."""
     if not (data_dir / CATALOG_FILE).is_file():
         raise SnapshotError(
             f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}; name it with --data-dir, or a running "
@@ -196,7 +198,7 @@ def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
 
 
 def remove_leftovers(data_dir: Path) -> None:
-    """Removes what a killed snapshot left in the bank's folder. No snapshot may be under way."""
+    """Removes the files that a killed snapshot left in the bank's folder. No snapshot may be under way."""
     shutil.rmtree(data_dir / WORK_FOLDER, ignore_errors=True)
 
 

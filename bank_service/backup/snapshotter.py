@@ -1,4 +1,4 @@
-"""Snapshots of a running bank, which goes on writing and deleting meanwhile."""
+"""Snapshots of a running bank. The bank goes on with its writes and deletions meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Snapshotter:
-    """One snapshot at a time. It holds all gradients: those that go meanwhile stay on disk until it ends."""
+    """Writes one snapshot at a time. It holds all gradients: deleted ones stay on disk until the snapshot ends."""
 
     def __init__(
         self,
@@ -30,7 +30,8 @@ class Snapshotter:
         repair: Callable[[str], Awaitable[bool]],
         discard: Callable[[Iterable[str]], Awaitable[None]],
     ) -> None:
-        """``discard`` removes gradients that no document names."""
+        """``repair`` makes a damaged gradient sound and says whether it could. ``discard`` removes gradients that no
+        document names."""
         self._config = config
         self._blobs = stores.blobs
         self._pool = pool
@@ -40,10 +41,10 @@ class Snapshotter:
         remove_leftovers(config.data_dir)
 
     async def create(self, target: str) -> AsyncGenerator[Progress, None]:
-        """Writes a snapshot; the last progress has its manifest.
+        """Writes a snapshot and reports its progress. The last report has the manifest.
 
-        InvalidArgumentError for a target that is not allowed or holds something else; UnavailableError where another
-        snapshot is under way or the target fails; DataLossError where a gradient is lost.
+        InvalidArgumentError for a target that is not allowed or holds other files. UnavailableError where another
+        snapshot is under way, or where the target fails. DataLossError where a gradient is lost.
         """
         check_target(self._config, target)
         if self._lock.locked():
@@ -61,7 +62,7 @@ class Snapshotter:
                 await self._discard(self._blobs.take_spared())
 
     async def stop(self) -> None:
-        """Returns when the snapshot under way has ended, as it does with its call. No other may begin."""
+        """Returns when the snapshot under way has ended. The caller sees that no other one begins."""
         async with self._lock:
             pass
 
@@ -81,13 +82,15 @@ class Snapshotter:
             try:
                 return await self._finished(writer.copy, digests)
             except DataLossError as error:
-                # Once each: a repair may give the document another gradient, which this snapshot's catalog lacks.
+                # Repair each gradient only once. A repair may give the document a new gradient that is not in this
+                # snapshot's catalog. A second repair would not bring the old one back.
                 if error.digest in repaired or not await self._repair(error.digest):
                     raise
                 repaired.add(error.digest)
 
     async def _finished(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs ``step`` in a thread. Waits for it also where the caller goes: the next snapshot must not meet it."""
+        """Runs ``step`` in a thread. Waits for its end even where the caller is cancelled, so that no two snapshots
+        overlap."""
         task = asyncio.ensure_future(in_thread(self._pool, step, *args, **kwargs))
         try:
             return await asyncio.shield(task)

@@ -1,4 +1,4 @@
-"""Where a snapshot lies: an absolute folder, or a URL of a store that fsspec knows."""
+"""The target of a snapshot: an absolute folder, or a URL of a store that fsspec knows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import InvalidArgumentError, SnapshotError
 from bank_service.values.config import BankConfig
 
-# Beside the gradients: a snapshot that was killed leaves files there, and the next one removes them.
+# Unfinished files lie beside the gradients. The next snapshot removes those that a killed one left.
 _UNFINISHED = "blobs/new"
 
 
 def open_target(target: str) -> Objects:
-    """The objects of a snapshot. SnapshotError where the target can't be opened."""
+    """Opens a target as a store of objects. SnapshotError where it can't be opened."""
     target = target.removeprefix("file://")
     if "://" not in target:
         if not target.startswith("/"):
@@ -34,7 +34,7 @@ def open_target(target: str) -> Objects:
 
 
 def check_target(config: BankConfig, target: str) -> None:
-    """InvalidArgumentError where a caller may not have the bank write there."""
+    """InvalidArgumentError where the bank may not write to that target for a caller."""
     url = target.removeprefix("file://")
     path = PurePosixPath(url.split("://", 1)[-1])
     is_named = path.is_absolute() and len(path.parts) > 1 if "://" not in url else bool(path.parts)

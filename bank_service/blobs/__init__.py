@@ -1,1 +1,1 @@
-"""Gradient records, immutable, named by their SHA-256; and the stores of objects under them and under snapshots."""
+"""Gradient records, immutable and named by their SHA-256. Also the stores of objects, which snapshots share."""

@@ -1,7 +1,7 @@
 """Immutable gradient records, named by their SHA-256.
 
-A record is durable when ``put`` returns. It belongs to the store as long as a catalog row names it or an ingest holds
-it. Every other record is an orphan, and is swept.
+A record is durable when ``put`` returns. It stays as long as a catalog row names it or an ingest holds it. Every other
+record is an orphan, and a sweep removes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bank_service.runtime.holds import Holds
 from bank_service.wire.codec import record_digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# Errors of a read that say nothing of the file: too many open, or not allowed.
+# Errors of a read that do not tell about the file: too many open files, no memory, or no permission.
 _NOT_THE_DISK = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 SWEEP_BATCH = 256  # digests looked up in the catalog at once
 
@@ -30,17 +30,17 @@ References = Callable[[list[str]], Set[str]]  # which of these digests the catal
 
 @dataclass(slots=True)
 class Sweep:
-    """The outcome of one sweep."""
+    """The result of one sweep."""
 
     num_removed: int = 0
-    unwanted: set[str] = field(default_factory=set)  # neither held nor referenced, whether there was a record or not
-    spared: set[str] = field(default_factory=set)  # of these, because somebody holds all records
-    failed: dict[str, OSError] = field(default_factory=dict)  # those whose record could not be removed
+    unwanted: set[str] = field(default_factory=set)  # neither held nor referenced; some may have no record
+    spared: set[str] = field(default_factory=set)  # unwanted, but kept because somebody holds all records
+    failed: dict[str, OSError] = field(default_factory=dict)  # unwanted, but their records could not be removed
 
 
 class BlobStore:
-    """Records in a store of objects: ``ab/cdef…`` for the digest ``abcdef…``. Safe to use from many threads, by one
-    process."""
+    """Records in a store of objects. The digest ``abcdef…`` has the name ``ab/cdef…``. Only one process may use the
+    store, from any number of threads."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
@@ -48,18 +48,19 @@ class BlobStore:
 
     @classmethod
     def in_folder(cls, folder: Path) -> BlobStore:
-        """Opens or creates. What an earlier process left half-written is removed."""
+        """Opens or creates a store. It removes half-written files of an earlier process."""
         objects = FolderObjects(folder, "tmp")
         objects.remove_unfinished()
         objects.add_folders(f"{byte:02x}" for byte in range(256))
         return cls(objects)
 
     def hold(self, digest: str) -> AbstractContextManager[None]:
-        """Keeps the record from being swept before the catalog names it. Waits for no sweep; ``put`` does."""
+        """Keeps the record from sweeps until the catalog names it. A sweep under way is not waited for here, but in
+        ``put``."""
         return self._holds.hold(digest)
 
     def hold_all(self) -> AbstractContextManager[None]:
-        """No sweep removes anything meanwhile. ``take_spared`` says afterwards what to sweep anew."""
+        """Keeps all records from sweeps. ``take_spared`` gives afterwards the records to sweep again."""
         return self._holds.hold_all()
 
     @property
@@ -68,15 +69,15 @@ class BlobStore:
         return self._holds.is_holding_all
 
     def take_spared(self) -> set[str]:
-        """The records that sweeps spared since the last call."""
+        """The digests that sweeps spared since the last call, because somebody held all records."""
         return self._holds.take_spared()
 
     def put(self, digest: str, record: bytes) -> None:
-        """Makes the record durable; free of writes where a sound copy is there. Call it inside ``hold``. OSError."""
+        """Makes the record durable. Writes nothing where a sound copy is there. Call it inside ``hold``. OSError."""
         name = name_of(digest)
         self._holds.wait_removed(digest)
         if self.is_sound(digest):
-            self._objects.sync([name])  # whoever put it may not have come to that yet
+            self._objects.sync([name])  # its first writer may not have synced it yet
         else:
             self._objects.put(name, record)
 
@@ -110,7 +111,7 @@ class BlobStore:
         return True
 
     def sweep(self, references: References, digests: Iterable[str] | None = None) -> Sweep:
-        """Removes those of ``digests`` (all records where None) that are neither held nor referenced. OSError where
+        """Removes those of ``digests`` that are neither held nor referenced. None stands for all records. OSError where
         the records can't be listed."""
         sweep = Sweep()
         rest = iter(digests if digests is not None else self._digests())
@@ -123,7 +124,7 @@ class BlobStore:
         return sweep
 
     def path(self, digest: str) -> Path | None:
-        """The file in which the record lies or would lie, where the store has files."""
+        """The path of the record's file, whether it exists or not. None where the store has no files."""
         return self._objects.path(name_of(digest))
 
     def _remove(self, digest: str, sweep: Sweep) -> None:

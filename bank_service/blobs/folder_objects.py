@@ -14,7 +14,7 @@ class FolderObjects:
     """Implements ``Objects``. One process may write to the folder at a time."""
 
     def __init__(self, root: Path, unfinished: str) -> None:
-        """``unfinished`` names the folder in ``root`` where a file lies until it is whole. Creates nothing yet."""
+        """``unfinished`` names the folder in ``root`` for files that are not whole yet. Nothing is created here."""
         self._root = root
         self._unfinished = root / unfinished
         self._numbers = itertools.count(1)
@@ -41,7 +41,7 @@ class FolderObjects:
             yield name, (self._root / name).stat().st_size
 
     def put_file(self, name: str, path: Path) -> None:
-        """Links the file where both are on one file system: objects and their copies never change."""
+        """Links the file where both are on one file system. A link is safe because objects never change."""
         with self._written(name) as new:
             try:
                 os.link(path, new)
@@ -60,7 +60,7 @@ class FolderObjects:
         return self._root / name
 
     def add_folders(self, names: Iterable[str]) -> None:
-        """Makes folders ahead, durably. Else the first ``put`` into each has to do that."""
+        """Makes folders ahead, durably. Without it, the first ``put`` into each folder makes the folder."""
         folders = {self._root / name for name in names}
         for folder in folders:
             self._make(folder)
@@ -68,19 +68,19 @@ class FolderObjects:
         self._durable |= folders
 
     def remove_unfinished(self) -> None:
-        """Removes what a killed process left half-written. Nobody may write meanwhile."""
+        """Removes the half-written files of a killed process. Nobody may write meanwhile."""
         with suppress(FileNotFoundError):
             for path in self._unfinished.iterdir():
                 path.unlink()
 
     @contextmanager
     def _written(self, name: str) -> Iterator[Path]:
-        """A path for a file that does not exist yet. At the end the file becomes the object."""
+        """Gives the path of a file to write. At the end of the block the file becomes the object."""
         path = self._root / name
         new = self._unfinished / str(next(self._numbers))
         if path.parent not in self._durable:
             self._make(path.parent)
-        new.unlink(missing_ok=True)  # of a process that was killed
+        new.unlink(missing_ok=True)  # a killed process may have left it
         try:
             yield new
             os.replace(new, path)
@@ -88,12 +88,12 @@ class FolderObjects:
             new.unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # texts are for this user alone
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # only this user may read the texts
         self._unfinished.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
 
     def _sync_folders(self, folders: set[Path]) -> None:
-        """Makes the entries of folders durable, and the folders' own names."""
+        """Makes the folders' entries and the folders' own names durable."""
         wanted, new = set(folders), set()
         for folder in folders:
             while folder != self._root.parent and folder not in self._durable:

@@ -1,4 +1,4 @@
-"""The contract of a store of objects. Blobs and snapshots stand on it alike."""
+"""The contract of a store of objects. Blobs and snapshots both use it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ class Objects(Protocol):
         """Removes an object. FileNotFoundError, as far as the store can tell."""
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """As ``list``, with the bytes of each object. A folder has to look at every file for it."""
+        """The name and the bytes of each object, in any order. Slower than ``list`` in a folder, which looks at every
+        file."""
 
     def put_file(self, name: str, path: Path) -> None:
-        """Stores the content of a file that nobody writes any more. It is durable after ``sync``."""
+        """Stores the content of a finished file. It is durable after ``sync``."""
 
     def get_file(self, name: str, path: Path) -> None:
         """Copies an object to ``path``. FileNotFoundError."""
 
     def sync(self, names: Iterable[str]) -> None:
-        """Makes durable what ``put_file``, or a process that was killed, has stored under ``names``."""
+        """Makes the objects of these names durable. ``put_file`` or a killed process may have stored them."""
 
     def path(self, name: str) -> Path | None:
-        """The file in which the object lies, or would lie. None where the store has no files on this machine."""
+        """The path of the object's file, whether it exists or not. None for a store without files on this machine."""

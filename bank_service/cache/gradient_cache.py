@@ -1,8 +1,8 @@
-"""Hot gradient records in Redis. Whatever happens to the cache, a fetch succeeds from the blobs.
+"""A cache of recently read gradient records in Redis. If the cache fails, a fetch reads the blobs.
 
-Every record expires, so that a server without a limit of its own does not grow for ever. A server that fails or is slow
-is left alone for a moment, so that not every call waits for it. What could not be removed meanwhile is removed when the
-server answers again, unless it has expired by then.
+Every record expires, so a server without a memory limit does not grow for ever. After a failure or a slow answer, the
+bank asks the server nothing for COOL_DOWN_SECONDS. Otherwise every call would wait for it. The bank repeats failed
+removals when the server answers again, except those of expired records.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MAX_KEYS = 1000  # in one UNLINK
 
 
 class GradientCache:
-    """Implements ``RecordCache`` by a server of Redis' protocol."""
+    """Implements ``RecordCache`` with a server that speaks Redis' protocol."""
 
     def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:
-        """A record goes ``ttl_seconds`` after its last write."""
+        """A record expires ``ttl_seconds`` after its last write."""
         timeout = timeout_ms / 1000
         self._connections = BlockingConnectionPool.from_url(
             url,
@@ -51,7 +51,7 @@ class GradientCache:
         self._pool = pool
         self._rest_until = 0.0
         self._failures = Seldom()
-        self._unremoved: dict[str, float] = {}  # digests to remove → when they have expired, on the monotonic clock
+        self._unremoved: dict[str, float] = {}  # digests to remove → their expiry, on the monotonic clock
         self.counts = CacheCounts()
 
     async def close(self) -> None:
@@ -89,7 +89,7 @@ class GradientCache:
             pipeline = self._redis.pipeline(transaction=False)
             for digest, record in records.items():
                 pipeline.set(KEY_PREFIX + digest, record, ex=self._ttl_seconds)
-            failed = await self._guarded(pipeline.execute) is None  # the server may still come to them
+            failed = await self._guarded(pipeline.execute) is None  # the server may still store them
             expired = time.monotonic() + self._ttl_seconds
             self._unremoved.update({digest: expired for digest in records if failed or digest in self._unremoved})
 
@@ -107,7 +107,7 @@ class GradientCache:
         return any(digest in self._unremoved for digest in digests)
 
     async def warn_where_unlimited(self) -> None:
-        """Logs a warning where the server has no memory limit: then only the expiry keeps it from growing."""
+        """Logs a warning if the server has no memory limit. Then only the expiry keeps it from growing."""
         memory = await self._call("INFO", "memory")
         if isinstance(memory, dict) and memory.get("maxmemory") == 0:
             logger.warning(
@@ -132,7 +132,7 @@ class GradientCache:
         return await self._guarded(lambda: self._redis.execute_command(command, *arguments))  # type: ignore[no-untyped-call]
 
     async def _guarded(self, ask: Callable[[], Awaitable[object]]) -> object:
-        """The server's answer to ``ask``, or None where it fails, is slow, or rests after a failure."""
+        """The result of ``ask``. None if the server fails, is slow, or is left alone after a failure."""
         if self._rests():
             return None
         try:

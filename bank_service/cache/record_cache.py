@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class CacheCounts:
-    """Counts of a cache since its start."""
+    """Counts since the cache was opened."""
 
     hits: int = 0
     misses: int = 0
@@ -26,22 +26,22 @@ class RecordCache(Protocol):
     counts: CacheCounts
 
     async def get(self, digests: Sequence[str]) -> dict[str, bytes]:
-        """Those of ``digests`` that are cached, each verified."""
+        """digest → record, verified, for those of ``digests`` that are cached."""
 
     async def put(self, records: Mapping[str, bytes]) -> None:
-        """Offers records. The cache may drop any. It keeps none for ever."""
+        """Offers records. The cache may drop any of them, and drops each one some day."""
 
     async def remove(self, digests: Sequence[str]) -> None:
-        """Removes records now. Where that fails, ``retry`` removes them, unless they have expired by then."""
+        """Removes records now. If that fails, ``retry`` removes those that have not expired by then."""
 
     async def retry(self) -> None:
-        """Removes what could not be removed before."""
+        """Removes the records that ``remove`` could not remove."""
 
     def may_have(self, digests: Iterable[str]) -> bool:
-        """One of ``digests`` could not be removed yet."""
+        """Whether a removal of one of ``digests`` has failed and is still to be repeated."""
 
     async def is_available(self) -> bool:
-        """The cache answers now."""
+        """Whether the cache answers now."""
 
     async def close(self) -> None:
-        """Ends the use of the cache, after a last ``retry``."""
+        """Calls ``retry`` a last time, then closes the connections."""
