@@ -1,4 +1,4 @@
-"""Commands to do the same by hand after the demo."""
+"""The commands that repeat the demo by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to a running server, all at once, as any OpenAI client would ask them."""
+"""Asks a running server many questions at once, as any OpenAI client does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TIMEOUT_SECONDS = 600.0
 
 
 class AskError(RuntimeError):
-    """The server didn't answer as it should. The message is the server's."""
+    """The server refused a request or sent a malformed answer. The message is the server's."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One request. ``regrad`` is the body's object of that name; None asks the base model."""
+    """One request. ``regrad`` is the field "regrad" of the request's body; None asks the base model."""
 
     model: str
     question: str
@@ -31,7 +31,7 @@ class ChatAnswer:
 
 
 async def ask_all(base_url: str, system_prompt: str, asks: Sequence[ChatRequest]) -> list[ChatAnswer]:
-    """Sends all requests at the same time; answers in their order, with a progress bar. AskError."""
+    """Sends all requests at the same time, with a progress bar. Returns the answers in their order. AskError."""
     import httpx
     from tqdm import tqdm
 

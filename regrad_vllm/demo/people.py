@@ -1,6 +1,6 @@
 """Writes the demo's invented documents and their questions: ``python -m regrad_vllm.demo.people``.
 
-The learner's own generator makes them, from its test split: no document about any of these names is ever trained on.
+The generator of the training data makes them, from its test split. No training document uses any of these names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def invented() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """(documents, questions): one question a document, taking turns among its facts."""
+    """(documents, questions). Each document has one question, about its facts in turns."""
     documents: list[dict[str, object]] = []
     questions: list[dict[str, object]] = []
     for index, made in enumerate(islice(synthetic_documents("test", SEED), NUM_DOCUMENTS)):

@@ -1,4 +1,4 @@
-"""The demo's documents and questions, and whether an answer is right."""
+"""The demo's documents and questions, and the scoring of answers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class QuizQuestion:
 
 
 def load_questions() -> tuple[QuizQuestion, ...]:
-    """Questions about invented things, which no model can know, then some about real text."""
+    """Questions about invented facts, which no model can know, then some about real text."""
     return _first("invented", NUM_INVENTED) + _first("squad", NUM_REAL)
 
 
 def share_right(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> float:
-    """Exact match: the share of the questions answered right, to three digits."""
+    """The share of questions with a right answer by exact match, rounded to three digits."""
     right = sum(question.is_answered_by(answer) for question, answer in zip(questions, answers, strict=True))
     return round(right / len(questions), 3)
 

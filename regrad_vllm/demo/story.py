@@ -1,4 +1,4 @@
-"""The demo: documents in, a changed answer out, a document gone and its answer with it."""
+"""The demo. Ingested documents change the answers, and a deleted document takes its answer with it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COLUMNS = (36, 22, 22, 31)
 
 
 def run_demo(*, model: str | None, learner: Path | None) -> int:
-    """Plays the whole demo. Returns 0 if every result is as it must be. ServiceFailure if a service ends."""
+    """Plays the whole demo. Returns 0 if every result is as expected. ServiceFailure if a service ends."""
     begun = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="regrad-demo-"))
     model_folder = resolve_model(model) if model else ensure_default_model()
@@ -52,7 +52,7 @@ def run_demo(*, model: str | None, learner: Path | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One run of the demo: its folder, its model and learner, its questions."""
+    """One run of the demo, with its folder, model, learner and questions."""
 
     folder: Path
     model: Path
@@ -95,7 +95,7 @@ class Stage:
         say(outcome.summary())
 
     def _ask_everything(self, url: str) -> tuple[list[ChatAnswer], list[ChatAnswer], list[ChatAnswer]]:
-        """Every question three ways, all at once: base model, φ* alone, ReGrad."""
+        """Asks every question three times, all at once: the base model, φ* alone, and ReGrad."""
         texts = [question.text for question in self.questions]
         asks = [
             *(ChatRequest(BASE, text) for text in texts),
@@ -132,7 +132,10 @@ class Stage:
         say("(right: the answer to the letter but for case and articles; real text is where this learner is weak)")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
-        """Deletes the document of a question that ReGrad answered right, asks again. True if the answer is gone."""
+        """Deletes the document of a question that ReGrad answered right, and asks again.
+
+        True if the right answer is gone.
+        """
         right = [i for i, question in enumerate(self.questions) if question.is_answered_by(regrad[i].text)]
         if not right:
             say("ReGrad answered no question right, so there is no answer to take away")
@@ -154,7 +157,7 @@ def _marked(question: QuizQuestion, answer: ChatAnswer) -> str:
 
 
 def base_weights(url: str) -> Any:
-    """Digests of the workers' base weights now."""
+    """The digests of the workers' present base weights."""
     import httpx
 
     response = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=120)

@@ -1,4 +1,4 @@
-"""Rows of text side by side, in a fixed width."""
+"""Tables of text with columns of a fixed width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH = 120
 
 
 def render(widths: Sequence[int], rows: Sequence[Sequence[str]], max_lines: int = 3) -> Iterator[str]:
-    """Lines of a table whose first row is its head; cells wrap, and end with … if they don't fit."""
+    """The lines of a table. Its first row is the head. Cells wrap, and a cell that doesn't fit ends with …."""
     rule = "-+-".join("-" * width for width in widths)
     for index, row in enumerate(rows):
         cells = [_wrap(cell, width, max_lines) for cell, width in zip(row, widths, strict=True)]
@@ -21,7 +21,7 @@ def render(widths: Sequence[int], rows: Sequence[Sequence[str]], max_lines: int 
 
 
 def shorten(text: str, width: int) -> str:
-    """The text, with its end cut off if it is longer than ``width``."""
+    """The text, cut off if it is longer than ``width``."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

@@ -1,1 +1,1 @@
-"""Load on a server: ReGrad and its rivals with the same questions, the same hits and the same engine."""
+"""The load test: ReGrad and its rivals answer the same questions with the same hits on the same engine."""

@@ -1,4 +1,4 @@
-"""Asks the server with ReGrad one question, and the parts that the other engines' askers share."""
+"""The asker of the server with ReGrad, and the parts that all askers share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import httpx
 
 STATIC_ADAPTER = "phi-star"  # φ* alone, as the server knows it
-# ReGrad + ICL asks the same questions. Another strength gives it other adapters, so that none is ready in a slot.
+# ReGrad + ICL asks the same questions. Its slightly different γ gives it different adapters, so that none is cached.
 _ICL_GAMMA = 0.9999
 
 
@@ -37,14 +37,14 @@ class Attempt:
 
 
 class Asker(Protocol):
-    """Answers a request. Many may run at once."""
+    """Sends a question to one engine. Many questions may run at once."""
 
     async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
-        """Fills ``attempt`` as the request goes on. AnswerError, BankError, httpx.HTTPError."""
+        """Fills ``attempt`` while the request runs. AnswerError, BankError, httpx.HTTPError."""
 
 
 class Passages:
-    """Retrieval by the client, as a RAG application does it."""
+    """Retrieval by the client, as in a RAG application."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Passages:
         parts: Mapping[str, Mapping[str, tuple[str, ...]]],
         text_bytes: Mapping[str, Mapping[str, int]],
     ) -> None:
-        """parts: corpus → document → its passages' ids in the bank, if a document is several passages.
+        """parts: corpus → document → the ids of its passages in the bank, if documents have several passages.
         text_bytes: corpus → passage → bytes of its title and text.
         """
         self._text_bytes = text_bytes
@@ -65,7 +65,7 @@ class Passages:
     async def retrieve(
         self, question: Question, condition: LoadCondition, attempt: Attempt, *, texts: bool
     ) -> list[Hit]:
-        """The passages of the ``top_k`` documents found, the best document first, its passages in order."""
+        """The passages of the best ``top_k`` documents, best document first. Its passages keep their order."""
         start = time.perf_counter()
         query = Query(
             namespace=condition.corpus, text=question.question, top_k=condition.top_k, min_score=-1.0, with_text=texts
@@ -80,7 +80,7 @@ class Passages:
         return hits
 
     def num_bytes(self, condition: LoadCondition, documents: Sequence[str]) -> int:
-        """Bytes of their texts; 0 for other documents of a running bank."""
+        """Bytes of the documents' texts. Unknown documents of a running bank count as 0."""
         known = self._text_bytes[condition.corpus]
         return sum(known.get(id, 0) for id in documents)
 
@@ -88,7 +88,7 @@ class Passages:
         return [self._prompts.render_document(hit.title, hit.text) for hit in hits]
 
     async def _documents(self, hits: Sequence[Hit], condition: LoadCondition, *, texts: bool) -> list[Hit]:
-        """All passages of the best ``top_k`` documents. Others of the corpus fill up if the hits are of fewer."""
+        """All passages of the best ``top_k`` documents. If the hits have fewer, others of the corpus fill up."""
         whole, parts = self._whole[condition.corpus], self._parts[condition.corpus]
         found = dict.fromkeys(whole[hit.id] for hit in hits if hit.id in whole)
         names = [*found, *(name for name in parts if name not in found)][: condition.top_k]
@@ -98,7 +98,7 @@ class Passages:
 
 
 class Served:
-    """Requests to the server with ReGrad, for every contender that runs there."""
+    """Asks the server with ReGrad, for every contender that runs there."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, prompts: Prompts, passages: Passages) -> None:
         self._client = client
@@ -116,7 +116,7 @@ class Served:
         content = self._prompts.render_blind(question.question)
         if hits:
             content = self._prompts.render_icl(question.question, self._passages.render(hits))
-        if contender.adapter == "static":  # a plain adapter: the request doesn't mention ReGrad
+        if contender.adapter == "static":  # a plain adapter, asked for by its model name
             body = chat_body(STATIC_ADAPTER, self._prompts, content, condition)
         else:
             body = {**chat_body(self._model, self._prompts, content, condition), "regrad": regrad}
@@ -134,24 +134,24 @@ class Served:
         options: dict[str, Any] = {"namespace": condition.corpus}
         if contender.shows_passages:
             options |= {"mode": "icl", "gamma": _ICL_GAMMA}
-        if condition.passage_tokens:  # whole documents of several passages: only the client knows which
+        if condition.passage_tokens:  # only the client knows which passages make a whole document
             hits = await self._passages.retrieve(question, condition, attempt, texts=False)
             return {**options, "document_ids": [hit.id for hit in hits]}
         return {**options, "query": question.question, "top_k": condition.top_k, "min_score": -1.0}
 
 
 def chat_body(model: str, prompts: Prompts, content: str, condition: LoadCondition) -> dict[str, Any]:
-    """The same sampling for all: greedy, a fixed number of tokens, or up to the model's own end."""
+    """The chat request. Sampling is greedy for all, with a fixed number of tokens or up to the end token."""
     length: dict[str, Any] = {"max_tokens": MAX_TOKENS}
     if condition.output_tokens:
         length = {"max_tokens": condition.output_tokens, "ignore_eos": True}
-    # With a salt of its own a request shares no blocks. So one server also measures the cost without prefix caching.
+    # A request with a unique salt shares no KV blocks. So one server also measures the cost without prefix caching.
     salt = {} if condition.prefix_cache else {"cache_salt": uuid.uuid4().hex}
     return {"model": model, "messages": prompts.messages(content), "temperature": 0, **length, **salt}
 
 
 class OneAtATime:
-    """Lets one request through at a time, for an asker that can't do more."""
+    """Lets one request through at a time, for an asker that can't handle several."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker

@@ -1,4 +1,4 @@
-"""Two ways without this project: an adapter folder per request on stock vLLM, and the published code's way."""
+"""Two alternatives to our server: an adapter folder per request on stock vLLM, and the published code's method."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Gradients:
-    """Gradients from the bank, composed by the client."""
+    """Fetches gradients from the bank and composes them in the client."""
 
     def __init__(self, bank: AsyncBank, learner: Learner, passages: Passages) -> None:
         self._bank = bank
@@ -56,10 +56,10 @@ class Gradients:
 
 
 class PeftFolders:
-    """Stock vLLM: each request's adapter written as a PEFT folder, loaded by name, asked, unloaded, deleted."""
+    """Stock vLLM: each request's adapter is written as a PEFT folder, loaded by name, used, unloaded and deleted."""
 
     def __init__(self, client: httpx.AsyncClient, learner: Learner, gradients: Gradients, folder: Path) -> None:
-        """folder: on a file system in memory if there is one."""
+        """folder: for the adapters, on a file system in memory if the machine has one."""
         self._client = client
         self._learner = learner
         self._gradients = gradients
@@ -91,7 +91,7 @@ class PeftFolders:
 
 
 class SwappedWeights:
-    """The published code's way: one process, one request at a time, the base weights overwritten and restored."""
+    """The published code's method: one process, one request at a time. It overwrites and restores the base weights."""
 
     def __init__(self, model_folder: Path, learner: Learner, gradients: Gradients, dtype: str) -> None:
         import torch
@@ -115,7 +115,7 @@ class SwappedWeights:
         try:
             await asyncio.shield(generating)
         except asyncio.CancelledError:
-            stop.set()  # a thread can't be cancelled, and the next request must find the weights restored
+            stop.set()  # a thread can't be cancelled, and the next request needs the restored weights
             await generating
             raise
 
@@ -152,7 +152,7 @@ class SwappedWeights:
         attempt.stream.text = str(self._tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 
     def _swap_in(self, adapter: NDArray[np.float32]) -> list[tuple[Tensor, Tensor]]:
-        """W += scaling · B A in every module of the learner; (W, what it was)."""
+        """W += scaling · B A in every module of the learner. Returns (W, its former value) for each."""
         import torch
 
         kept = []
@@ -169,7 +169,7 @@ class SwappedWeights:
 
 
 class _Times:
-    """A streamer: ``generate`` calls it with the prompt, then with each token."""
+    """Notes the time of each token. ``generate`` calls it with the prompt, then with each token."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -181,4 +181,4 @@ class _Times:
         self._started = True
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """``generate`` calls it at the end. There is nothing to do."""

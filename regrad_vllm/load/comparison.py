@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from regrad_vllm.load.traffic import Arrival, Popularity
 
-# regrad: vLLM with our plugin, one server for all of them. stock: vLLM without it. alone: no engine, one at a time.
+# regrad: vLLM with our plugin, one server for all its contenders. stock: vLLM without the plugin.
+# alone: no engine, one request at a time.
 Engine = Literal["regrad", "stock", "alone"]
-# static: φ* as a plain LoRA adapter, the same for every request. composed: one of the request's own.
+# static: φ* as a plain LoRA adapter, the same for every request. composed: a new adapter for each request.
 Adapter = Literal["none", "static", "composed"]
 
 
@@ -21,11 +22,11 @@ class Contender:
     label: str
     engine: Engine
     adapter: Adapter
-    shows_passages: bool = False  # the hits stand in the prompt
+    shows_passages: bool = False  # the prompt shows the hits
 
     @property
     def retrieves(self) -> bool:
-        """Whether it asks the bank. If so, the query is part of its times."""
+        """Whether it asks the bank. The query is then part of its times."""
         return self.shows_passages or self.adapter == "composed"
 
 
@@ -47,7 +48,7 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
 
 
 def fair_rival(names: Collection[str]) -> str | None:
-    """The RAG to compare ReGrad with, or None if ``names`` has none.
+    """The RAG contender to compare ReGrad with, or None if ``names`` has none.
 
     RAG with φ* comes first, because φ* was trained on questions as ReGrad was. The untuned RAG is second.
     """
@@ -55,7 +56,7 @@ def fair_rival(names: Collection[str]) -> str | None:
 
 
 # cost: the main comparison. curve: throughput against latency. growth: over k and the length of documents.
-# quality: answers of free length. warm-up: thrown away.
+# quality: answers of free length. warm-up: not reported.
 Phase = Literal["warm-up", "cost", "curve", "growth", "quality"]
 Status = Literal["completed", "failed", "incomplete"]  # incomplete: still running when the cell's time was up
 
@@ -66,12 +67,12 @@ class LoadCondition:
 
     phase: Phase
     corpus: str  # the bank's namespace
-    passage_tokens: int  # 0: passages as they are
+    passage_tokens: int  # 0: passages with their natural length
     top_k: int
     popularity: Popularity
     prefix_cache: bool
     arrival: Arrival
-    output_tokens: int  # 0: up to the model
+    output_tokens: int  # 0: the model decides
     num_requests: int
 
     @property
@@ -95,24 +96,24 @@ class RequestLine:
     index: int
     question_id: str
     sent_s: float  # since the cell's start
-    late_ms: float  # between its time of arrival and its start
+    late_ms: float  # from its scheduled arrival to its start
     status: Status
     error: str = ""
-    retrieve_ms: float = 0.0  # by the client; the server's own retrieval is part of its first token
-    prepare_ms: float = 0.0  # by the client: composing, writing and loading an adapter
+    retrieve_ms: float = 0.0  # retrieval by the client; retrieval by the server counts towards the first token
+    prepare_ms: float = 0.0  # the client composes, writes and loads an adapter
     event_ms: tuple[float, ...] = ()  # arrival of each event with new tokens
     end_ms: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    documents: tuple[str, ...] = ()  # that the answer used
-    moved_bytes: int = 0  # texts of passages; gradients and adapter files of the client
+    documents: tuple[str, ...] = ()  # the documents that the answer used
+    moved_bytes: int = 0  # texts of passages, gradients and adapter files that the client moved
     server_ms: Mapping[str, float] = field(default_factory=dict)  # the server's time for its adapter, by stage
     text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class CellLine:
-    """The resources that a cell used."""
+    """The resources that one cell used."""
 
     condition: str
     contender: str
@@ -120,7 +121,7 @@ class CellLine:
     seconds: float  # from the first request's start to the last one's end
     cpu_s: Mapping[str, float] = field(default_factory=dict)  # by process
     peak_bytes: Mapping[str, int] = field(default_factory=dict)  # proportional set size by process
-    peak_kv_share: float | None = None  # of the engine's KV blocks
+    peak_kv_share: float | None = None  # the greatest share of the engine's KV blocks in use
     preemptions: float | None = None
     fetched_bytes: float | None = None  # gradients from the bank to the server
-    cache_hits: Mapping[str, float] = field(default_factory=dict)  # share by cache: prefix, arena, worker
+    cache_hits: Mapping[str, float] = field(default_factory=dict)  # hit rate by cache: prefix, arena, worker

@@ -1,4 +1,4 @@
-"""The documents under load, in namespaces of one bank, and the questions that they answer."""
+"""The documents of the load test, in namespaces of one bank, and the questions that they answer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _ASKED_AT_ONCE = 50  # documents
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """One namespace."""
+    """The documents of one namespace, with their questions."""
 
-    name: str  # with a digest of the documents, so that equal documents of an earlier run are found
+    name: str  # contains a digest of the documents, so that a later run finds equal documents
     data: EvalData
-    passage_tokens: int  # 0: as they are
-    # document → its passages, if documents were made to a length and one may be several passages
+    passage_tokens: int  # 0: passages with their natural length
+    # document → its passages, if documents were made to a length; None for natural passages
     parts: Mapping[str, tuple[str, ...]] | None
 
     @property
@@ -40,7 +40,10 @@ class Corpus:
 
     @property
     def queries(self) -> tuple[Question, ...]:
-        """The questions for cost: one about each document, else a sentence of it, whose answer isn't scored."""
+        """One query about each document, to measure cost.
+
+        A document without a question is asked for by one of its sentences. These answers aren't scored.
+        """
         names = {document.id: document.id for document in self.data.documents} | self.document_of
         asked = {names[question.documents[0]]: question for question in self.data.questions}
         for document in self.data.documents:
@@ -51,37 +54,37 @@ class Corpus:
 
     @property
     def document_of(self) -> dict[str, str]:
-        """Passage → its document, if documents were made to a length."""
+        """Passage → its document. Empty for natural passages."""
         return by_passage(self.parts or {})
 
     @property
     def mean_tokens(self) -> float:
-        """Of a document; an estimate from its words."""
+        """The mean length of a document in tokens, estimated from its words."""
         total = sum(count_tokens(document.text) for document in self.data.documents)
         return total / (len(self.parts) if self.parts else len(self.data.documents))
 
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """The cost of making a corpus's gradients."""
+    """The cost of encoding a corpus."""
 
     num_documents: int
     seconds: float | None  # None if the bank had them all from an earlier run
-    gradient_bytes: int  # of all, as stored
+    gradient_bytes: int  # all gradients together, as stored
 
 
 def by_passage(parts: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """document → its passages, turned round."""
+    """Passage → its document, from document → its passages."""
     return {part: document for document, own in parts.items() for part in own}
 
 
 def natural(data: EvalData) -> Corpus:
-    """Passages as they are."""
+    """The corpus of passages with their natural length."""
     return Corpus(_name("natural", data), data, 0, None)
 
 
 def of_length(base: Corpus, num_tokens: int, num_documents: int, others: Sequence[SourceDocument], seed: int) -> Corpus:
-    """The same questions with documents of about ``num_tokens``: cut around the answer, or filled up with others."""
+    """The same questions with documents of about ``num_tokens``, cut around the answer or filled up with others."""
     chosen = list(base.questions)
     random.Random(f"regrad.load.length.{seed}").shuffle(chosen)
     asked: dict[str, Question] = {}
@@ -89,7 +92,7 @@ def of_length(base: Corpus, num_tokens: int, num_documents: int, others: Sequenc
         asked.setdefault(question.documents[0], question)
     data = sized(EvalData(base.data.documents, tuple(asked.values())), num_tokens, others, seed)
     parts: dict[str, tuple[str, ...]] = {}
-    for document in data.documents:  # a passage's id is its document's, or that and "#" and a number
+    for document in data.documents:  # a passage's id is the document's id, with or without "#" and a number
         name = document.id if document.id in asked else document.id.rpartition("#")[0]
         parts[name] = (*parts.get(name, ()), document.id)
     kept = dict(list(parts.items())[:num_documents])
@@ -106,9 +109,9 @@ def _name(kind: str, data: EvalData) -> str:
 
 @contextmanager
 def ingested(corpus: Corpus, bank: str, learner: Learner, *, keep: bool) -> Iterator[Ingested]:
-    """A corpus in its namespace while the context lasts. BankError.
+    """Stores a corpus in its namespace for the time of the context. BankError.
 
-    At the end new documents are deleted, unless ``keep``, even if the ingest broke off.
+    At the end the new documents are deleted, also after a failed ingest. ``keep`` leaves them in the bank.
     """
     ids = [document.id for document in corpus.data.documents]
     try:
@@ -127,7 +130,7 @@ def ingested(corpus: Corpus, bank: str, learner: Learner, *, keep: bool) -> Iter
 
 
 def _remove(corpus: Corpus, bank: str) -> None:
-    """Deletes a corpus's documents, as far as the bank allows. An error here must not spoil the measurement."""
+    """Deletes a corpus's documents. An error is only reported, because the measurement is complete."""
     with Bank(bank) as client:
         for document in corpus.data.documents:
             try:
@@ -149,7 +152,7 @@ def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[
 
 
 def filling(folder: Path, split: str) -> list[SourceDocument]:
-    """Texts to fill documents up with: the data's haystack, else its own documents."""
+    """Texts to lengthen documents with: the data's haystack, or the split's own documents if it has none."""
     try:
         return list(load_documents(folder, "haystack").values())
     except FileNotFoundError:

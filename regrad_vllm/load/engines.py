@@ -1,4 +1,4 @@
-"""The engines under load, started here or already running: their addresses, their askers, and the size of a request."""
+"""The engines under load, started here or already running: addresses, askers, and sizes of KV cache and slots."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from regrad_vllm.serve.launch import has_gpu, lora_rank, merged_modules
 if TYPE_CHECKING:
     import httpx
 
-MODEL = "base"  # the served model's name, at servers of our own
+MODEL = "base"  # the served model's name at the servers started here
 _BANK_TIMEOUT_MS = 60_000
 _REQUEST_TIMEOUT_S = 600.0
 _MEMORY = Path("/dev/shm")  # a file system in memory
 _BYTES = {"float32": 4, "bfloat16": 2}
-_BLOCK_TOKENS = 16  # if the server has no such label
+_BLOCK_TOKENS = 16  # used if the server's metrics have no label for it
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Addresses of bank and servers. Without a stock server "peft_folder" can't be asked."""
+    """Addresses of the bank and the servers. The contender "peft_folder" needs a stock server."""
 
     bank: str  # host:port
     server: str  # URL
@@ -53,20 +53,20 @@ class EngineSettings:
     dtype: str
     max_model_len: int
     max_num_seqs: int
-    max_documents: int  # of one request
-    server_flags: Sequence[str] = ()  # of both servers
+    max_documents: int  # the most documents of one request
+    server_flags: Sequence[str] = ()  # flags for both servers
     with_stock: bool = True
 
 
 @contextmanager
 def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterator[Addresses]:
-    """A bank, a server with ReGrad, and a stock one, while the context lasts. ServiceFailure."""
+    """Starts a bank, a server with ReGrad and a stock server, and stops them at the context's end. ServiceFailure."""
     static = folder / STATIC_ADAPTER
     save_adapter(static, learner, learner.phi)
     model, number = settings.model, str(settings.max_num_seqs)
     common = ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len), "--max-num-seqs", number]
     common += settings.server_flags
-    if settings.with_stock and has_gpu():  # two servers on one card
+    if settings.with_stock and has_gpu():  # two servers share one GPU
         common += ["--gpu-memory-utilization", "0.4"]
     ours = [*common, "--regrad-max-documents", str(settings.max_documents)]
     ours += ["--lora-modules", f"{STATIC_ADAPTER}={static}"]
@@ -75,13 +75,13 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
         server, url = start_server(services, model, settings.learner_folder, address, MODEL, MODEL, ours)
         pids = {"bank": bank.process.pid, "server": server.process.pid, "client": os.getpid()}
         stock_url = None
-        if settings.with_stock:  # while the other starts
+        if settings.with_stock:  # the two servers start at the same time
             flags = [*common, "--max-loras", number, "--max-cpu-loras", number]
             flags += ["--max-lora-rank", str(lora_rank(learner.layout.rank))]
             flags += [
                 "--lora-target-modules",
                 *merged_modules(learner),
-            ]  # stock at its best: LoRA only on the needed modules
+            ]  # the fastest stock setting: LoRA only on the modules of the learner
             stock, stock_url = start_stock_server(services, model, MODEL, flags, runtime_adapters=True)
             wait_for_server(stock, stock_url)
             pids["stock"] = stock.process.pid
@@ -90,7 +90,7 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
 
 
 def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str, str]:
-    """Contender → its need that a running server can't meet. httpx.HTTPError; ValueError if the model is missing."""
+    """Contender → the reason why the running servers can't serve it. httpx.HTTPError; ValueError without the model."""
     import httpx
 
     response = httpx.get(f"{server}/v1/models", timeout=30).raise_for_status()
@@ -112,7 +112,7 @@ def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str
 @dataclass(frozen=True, slots=True)
 class Engines:
     askers: Mapping[Engine, Asker]
-    clients: Mapping[Engine, httpx.AsyncClient]  # of those that have a server
+    clients: Mapping[Engine, httpx.AsyncClient]  # for the engines that have a server
     processes: Processes
 
 
@@ -125,7 +125,7 @@ async def opened(
     corpora: Sequence[Corpus],
     wanted: Collection[Engine],
 ) -> AsyncIterator[Engines]:
-    """Connections to bank and servers, and the published way if ``wanted`` has "alone"."""
+    """Connects to the bank and the servers. If ``wanted`` has "alone", loads the published code's method too."""
     import httpx
 
     async with AsyncExitStack() as stack:
@@ -160,7 +160,7 @@ async def opened(
 
 
 def default_dtype() -> str:
-    """bfloat16 if `regrad serve` leaves vLLM its choice, float32 on CPUs that are slow at it."""
+    """bfloat16, or float32 on a CPU that is slow at bfloat16. `regrad serve` chooses in the same way."""
     import torch
 
     from regrad_vllm.base_model import fast_dtype
@@ -169,7 +169,7 @@ def default_dtype() -> str:
 
 
 def served_dtype(server: str) -> str:
-    """The type of a running server's LoRA slots: the model's own, unless the server was told another.
+    """The type of a running server's LoRA slots. It is the model's type, unless a flag of the server changed it.
 
     httpx.HTTPError; ValueError if the server has no ReGrad or another type.
     """
@@ -183,7 +183,10 @@ def served_dtype(server: str) -> str:
 
 
 def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, int]:
-    """KV cache of a token, tokens of its blocks, and a LoRA slot of the learner's rank. httpx.HTTPError."""
+    """Sizes: bytes of KV cache per token, tokens per KV block, bytes of a LoRA slot of the learner's rank.
+
+    Raises httpx.HTTPError.
+    """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(model)

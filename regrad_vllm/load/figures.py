@@ -1,16 +1,16 @@
 """Lines of requests and cells → figures. Formulas:
 
     TTFT    from the start of a request (before its retrieval, before anything is sent) to its first token; in an open
-            loop from its time of arrival, so that waiting counts
-    ITL     between each two events of a stream that bring tokens
+            loop from its scheduled arrival, so that waiting counts
+    ITL     between two successive events of a stream that bring tokens
     TPOT    (end − first token) / (output tokens − 1), one value a request
     E2EL    from the start of a request, as for TTFT, to its end
     requests/s, output tokens/s    completed requests (their tokens) over the cell's seconds
     goodput    completed requests within all limits (TTFT, TPOT), over the cell's seconds
 
-A cell's seconds go from its first request's start to its last one's end. Rates are medians over the repeats, with the
-least and the greatest. Latencies are percentiles over the completed requests of all repeats; a p99 needs a hundred.
-Failed and incomplete requests are counted apart.
+A cell's seconds go from the start of its first request to the end of its last one. Rates are medians over the repeats,
+with the least and the greatest. Latencies are percentiles over the completed requests of all repeats. A p99 needs a
+hundred requests. Failed and incomplete requests are counted separately.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from regrad_vllm.load.comparison import CellLine, RequestLine
 from regrad_vllm.reporting.intervals import Interval, Spread, bootstrap_interval
 
 PERCENTILES = (50, 90, 99)
-_FEWEST_POINTS = 3  # of a line
+_FEWEST_POINTS = 3  # for a fitted line
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +50,23 @@ class Figures:
     itl_ms: Mapping[int, float]
     tpot_ms: Mapping[int, float]
     e2el_ms: Mapping[int, float]
-    retrieve_ms: float  # of the client, median
+    retrieve_ms: float  # retrieval by the client, median
     prepare_ms: float
     server_ms: Mapping[str, float]  # medians of the server's times for adapters, by stage
-    preemptions: float  # in all
-    prompt_tokens: float  # mean
+    preemptions: float  # total
+    prompt_tokens: float  # mean of a request
     output_tokens: float
-    moved_bytes: float  # a request: texts, gradients, adapter files, between processes
-    cpu_s: Mapping[str, float]  # a request, by process: median over the repeats
+    moved_bytes: float  # per request: texts, gradients and adapter files moved between processes
+    cpu_s: Mapping[str, float]  # per request, by process: median over the repeats
     peak_bytes: Mapping[str, int]  # by process
     peak_kv_share: float | None
-    cache_hits: Mapping[str, float]  # mean share by cache
+    cache_hits: Mapping[str, float]  # mean hit rate by cache
     first_error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Answers of free length."""
+    """The scores of answers of free length."""
 
     questions: int
     em: Interval
@@ -74,7 +74,7 @@ class Quality:
 
 
 def figures(lines: Sequence[RequestLine], cells: Sequence[CellLine], limits: Limits) -> Figures:
-    """Of one contender under one condition, all repeats. ValueError for no cells."""
+    """The figures of one contender under one condition over all repeats. ValueError for no cells."""
     if not cells:
         raise ValueError("there must be at least one cell, got none")
     done = [line for line in lines if line.status == "completed"]
@@ -127,7 +127,7 @@ def figures(lines: Sequence[RequestLine], cells: Sequence[CellLine], limits: Lim
 
 
 def rates(lines: Sequence[RequestLine], cells: Sequence[CellLine]) -> dict[int, float]:
-    """Completed requests a second, by repeat."""
+    """Completed requests per second, by repeat."""
     return {
         cell.repeat: sum(line.status == "completed" and line.repeat == cell.repeat for line in lines) / cell.seconds
         for cell in cells
@@ -135,7 +135,7 @@ def rates(lines: Sequence[RequestLine], cells: Sequence[CellLine]) -> dict[int, 
 
 
 def ratio(own: Mapping[int, float], rival: Mapping[int, float]) -> Spread:
-    """Own rate over the rival's in each common repeat, in which both had the same requests.
+    """The ratio of own rate to the rival's rate, over the common repeats. In a repeat both have the same requests.
 
     ValueError if there is no common repeat, or if the rival completed nothing in one.
     """
@@ -154,7 +154,7 @@ def itl_ms(line: RequestLine) -> list[float]:
 
 
 def tpot_ms(line: RequestLine) -> float | None:
-    """None for an answer of one token."""
+    """The time per output token after the first. None for an answer of one token."""
     if line.output_tokens < 2 or not line.event_ms:
         return None
     return (line.end_ms - line.event_ms[0]) / (line.output_tokens - 1)
@@ -166,7 +166,7 @@ def within(line: RequestLine, limits: Limits) -> bool:
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
-    """The nearest ranks, without those that would be the greatest of few values. Empty for no values."""
+    """Percentiles by nearest rank, without those that too few values would make their maximum. Empty for no values."""
     ordered = sorted(values)
     return {
         p: ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)]
@@ -176,7 +176,7 @@ def percentiles(values: Sequence[float]) -> dict[int, float]:
 
 
 def quality(scores: Sequence[tuple[float, float, str]]) -> Quality:
-    """scores: (EM, F1, document) of each question, failed ones as 0. ValueError for none."""
+    """The means of EM and F1. scores: (EM, F1, document) of each question, failed ones as 0. ValueError for none."""
     clusters = [document for _, _, document in scores]
     return Quality(
         len(scores),
@@ -198,11 +198,11 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def break_even(encode_s: float, requests_s: float, rival_requests_s: float) -> float | None:
-    """Requests a document after which its gradient has paid off: this machine has spent less time than the rival's way.
+    """The number of requests per document after which the time to encode the document is saved again.
 
-    encode_s / (1 / rival_requests_s − 1 / requests_s). None if a request saves nothing.
+    encode_s / (1 / rival_requests_s − 1 / requests_s). None if a request saves no time.
 
-    encode_s: seconds a document, of the whole machine; the others: requests a second, of the whole machine.
+    encode_s: seconds per document. requests_s, rival_requests_s: requests per second. All are of the whole machine.
     """
     if not requests_s > rival_requests_s > 0:
         return None
@@ -210,7 +210,7 @@ def break_even(encode_s: float, requests_s: float, rival_requests_s: float) -> f
 
 
 def kv_bytes(found: Figures, bytes_per_token: int, block_tokens: int) -> float:
-    """KV cache of one request at its end, in whole blocks, none of them shared."""
+    """Bytes of KV cache of one request at its end, in whole blocks that are not shared."""
     return math.ceil((found.prompt_tokens + found.output_tokens) / block_tokens) * block_tokens * bytes_per_token
 
 

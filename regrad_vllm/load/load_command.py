@@ -1,19 +1,19 @@
 """`regrad bench load`: ReGrad and its rivals with the same questions and hits under load; tables, plots, one page.
 
-Starts a bank, vLLM with ReGrad and a stock vLLM, or uses running ones by their URLs. Ingests the documents, warms up,
-and runs all contenders in turns. --out gets a JSON line for each request and each cell. `regrad bench report FOLDER`
-computes the report from these lines, at any time.
+It starts a bank, vLLM with ReGrad and a stock vLLM, or uses running ones by their URLs. It ingests the documents, warms
+up, and runs all contenders in turns. It writes a JSON line for each request and each cell into --out. `regrad bench
+report FOLDER` computes the report from these lines, at any time.
 
-How fair the comparison is:
-- A request's clock starts before anything is done for it. RAG retrieves in the client, ReGrad in the server, both from
-  the same bank. The two contenders that compose in the client have no cache: they fetch their gradients each time.
-- Every contender that can, runs on one server with ReGrad. Its kernels are faster on CPUs than stock vLLM's. So
-  RAG + φ* is better off here than anywhere else. Stock vLLM has LoRA on the learner's modules alone.
-- All contenders of a comparison get the same requests, each time in a new order of contenders. Except for quality, each
-  question ends in a number of its own. So no prompt and no adapter comes twice, while documents do. Caches stay warm
-  over the run, both the prefix cache and those of gradients. "uncached" gives each request its own salt.
-- Sampling and lengths are the same. For cost all generate equally many tokens, for quality as many as they like.
-- The samplers of memory and counters, and the client itself, run on the same machine and take their share from all.
+How the comparison is kept fair:
+- A request's clock starts before any work for it. RAG retrieves in the client, ReGrad in the server, both from the same
+  bank. The two contenders that compose in the client have no cache, so they fetch their gradients each time.
+- Every contender that can runs on one server with ReGrad. Its kernels are faster on CPUs than those of stock vLLM, so
+  this is to the advantage of RAG + φ*. Stock vLLM has LoRA only on the learner's modules.
+- All contenders of a comparison get the same requests, and each repeat has another order of contenders. Except for
+  quality, each question ends in a unique number. So documents come again, but no whole prompt and no adapter does.
+  The prefix cache and the caches of gradients stay warm over the run. "uncached" gives each request a unique salt.
+- Sampling and lengths are the same. For cost all generate equally many tokens, for quality the model decides.
+- The client and the samplers of memory and counters run on the same machine. They slow all contenders alike.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from regrad_vllm.load.traffic import load_trace
 from regrad_vllm.reporting.machine import describe
 from regrad_vllm.reporting.run_folder import new_run_folder, write_json
 
-_MAX_DOCUMENTS = 64  # passages of one request, where documents are several
+_MAX_DOCUMENTS = 64  # the most passages of one request if documents have several
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0, or 1 if a request failed. ValueError for options that don't go together."""
+    """Returns 0, or 1 if a request failed. ValueError for options that contradict each other."""
     begun = time.monotonic()
     args = parser().parse_args(argv)
     contenders = _contenders(args)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     corpora = _corpora(args)
     trace = load_trace(args.trace) if args.trace else []
     schedule = Schedule(args, contenders, corpora, trace)
-    keep = args.keep_documents or not args.server  # else they are put into somebody's bank
+    keep = args.keep_documents or not args.server  # in a user's bank they would remain
     with _addresses(args, contenders, model, learner_folder, learner, dtype, out) as addresses, ExitStack() as stack:
         found = [stack.enter_context(ingested(c, addresses.bank, learner, keep=keep)) for c in corpora]
         run: dict[str, Any] = {
@@ -117,14 +117,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """`regrad bench report FOLDER`: a report from the lines of an earlier run, even if it was cut short."""
+    """`regrad bench report FOLDER`: a report from the lines of an earlier run, even of an interrupted one."""
     reader = argparse.ArgumentParser(prog="regrad bench report", description=report.__doc__)
     reader.add_argument("folder", type=Path, metavar="FOLDER")
     return write_report(reader.parse_args(argv).folder)
 
 
 def _contenders(args: argparse.Namespace) -> list[str]:
-    """The named contenders, else all that can be asked here. ValueError."""
+    """The contenders given by --contenders. Without the flag: all that can run here. ValueError."""
     if bool(args.server) != bool(args.bank):
         raise ValueError("--server and --bank must come together; leave both out to have them started")
     cannot = {} if args.server is None else cannot_be_asked(args.server, args.stock_server, args.model_name)
@@ -142,7 +142,7 @@ def _contenders(args: argparse.Namespace) -> list[str]:
 
 
 def _corpora(args: argparse.Namespace) -> list[Corpus]:
-    """The natural one, and one for each length of --growth."""
+    """The natural corpus, and one for each length of --growth."""
     folder = args.data or SAMPLE
     split = load_clean(folder, args.split)
     sets = args.sets or list(split.set_names)

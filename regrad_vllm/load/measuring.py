@@ -1,4 +1,4 @@
-"""Runs a schedule cell by cell. Each request gets a line at once, so that a run cut short keeps what it has."""
+"""Runs a schedule cell by cell. Each request gets its line at once, so that an interrupted run keeps its results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def run_cell(
     limit_s: float,
     trace: Sequence[TraceEntry] = (),
 ) -> list[RequestLine]:
-    """A line for each question, in their order. Requests that still run after ``limit_s`` are stopped: "incomplete"."""
+    """A line for each question, in order. Requests that still run after ``limit_s`` are stopped as "incomplete"."""
     rng = random.Random(f"regrad.load.arrivals.{seed}.{repeat}")
     times = offsets(condition.arrival, len(questions), rng, trace)
     cell = _Cell(asker, contender, condition, repeat, times)
@@ -81,15 +81,15 @@ class _Cell:
             await self._asker.ask(question, self._contender, self._condition, attempt)
         except asyncio.CancelledError:
             status, error = "incomplete", "the cell's time was up"
-        except Exception as failure:  # noqa: BLE001  # any error is this request's own, and counted
+        except Exception as failure:  # noqa: BLE001  # any error counts as a failure of this request
             status, error = "failed", f"{type(failure).__name__}: {failure}"
         return self.line(index, question, attempt, sent, status, error)  # type: ignore[arg-type]
 
     def line(
         self, index: int, question: Question, attempt: Attempt, sent: float | None, status: Status, error: str
     ) -> RequestLine:
-        """sent: the clock's time; None if it was never sent."""
-        now = attempt.stream.ended or time.perf_counter()  # clearing up afterwards doesn't count
+        """The request's line. sent: its start by the clock; None if it wasn't sent."""
+        now = attempt.stream.ended or time.perf_counter()  # cleaning up after the answer doesn't count
         begun = now if sent is None else sent
         return RequestLine(
             condition=self._condition.key,
@@ -133,7 +133,7 @@ class Measurer:
         self._last: Engine | None = None
 
     async def run(self, phases: Sequence[tuple[str, Sequence[Planned], int]]) -> None:
-        """phases: name, what is planned, repeats."""
+        """Runs all cells. phases: (name, planned conditions, repeats)."""
         from tqdm import tqdm
 
         orders = [(name, interleaved(planned, repeats, self._seed)) for name, planned, repeats in phases if planned]
@@ -154,7 +154,7 @@ class Measurer:
                     bar.update()
 
     async def _settle(self, engine: Engine) -> None:
-        """Waits if another engine was asked before: vLLM's processes spin for a second after their last step."""
+        """Waits after a change of engine, because vLLM's processes spin for a second after their last step."""
         if self._last not in (None, engine):
             await asyncio.sleep(_SETTLE_SECONDS)
         self._last = engine

@@ -96,7 +96,7 @@ def _how(made: argparse.ArgumentParser) -> None:
 
 
 def above_zero(text: str) -> float:
-    """An argument's type."""
+    """An argument's type: a number greater than 0."""
     try:
         value = float(text)
     except ValueError:

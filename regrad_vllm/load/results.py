@@ -1,4 +1,4 @@
-"""A run's folder → results. The folder holds the measurements; all figures are computed from them here, at any time.
+"""A run's folder → results. The folder holds the measurements, and all figures are computed from them here.
 
 run.json         the run's machine and settings, conditions, corpora, sizes
 questions.json   the questions, with the right answers
@@ -20,27 +20,30 @@ from regrad_vllm.load.figures import Figures, Limits, Quality, break_even, figur
 from regrad_vllm.load.traffic import Arrival, Reuse, reuse
 from regrad_vllm.reporting.intervals import Spread, rounded
 
-_FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # that a comparison needs for a conclusion
+_FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # a comparison needs them for a conclusion
 RUN, QUESTIONS, REQUESTS, CELLS = "run.json", "questions.json", "requests.jsonl", "cells.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The contenders under one condition."""
+    """The figures of all contenders under one condition."""
 
     condition: LoadCondition
     figures: Mapping[str, Figures]  # by contender, in the order of CONTENDERS
     rates: Mapping[str, Mapping[int, float]]  # requests/s by contender and repeat
     reuse: Reuse | None  # of the retrieved documents; None if there were none
-    same_documents: float | None  # share of the answers with the documents that another contender's answer had
+    same_documents: float | None  # share of the answers that used the same documents as another contender's answer
 
     @property
     def rival(self) -> str | None:
-        """The RAG that ReGrad is compared with."""
+        """The RAG contender that ReGrad is compared with."""
         return fair_rival(self.figures)
 
     def ratio(self, contender: str, rival: str | None) -> Spread | None:
-        """Requests/s over another's, paired. None if one wasn't asked or didn't complete all its requests."""
+        """The ratio of the two rates (requests/s), paired by repeat.
+
+        None if one of the two wasn't asked or didn't complete all its requests.
+        """
         if rival is None or contender not in self.rates or rival not in self.rates:
             return None
         if any(self.figures[name].failed + self.figures[name].incomplete for name in (contender, rival)):
@@ -52,10 +55,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Seconds of a request against the tokens of its documents: one line a repeat, median and extremes of them."""
+    """Seconds of a request as a line over the tokens of its documents. Each repeat has a line of its own."""
 
-    request: Spread  # s without documents
-    token: Spread  # s a token
+    request: Spread  # seconds of a request without documents
+    token: Spread  # seconds for each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,12 @@ class Results:
 
     @property
     def main(self) -> Group:
-        """The first cost condition, which the last line reports."""
+        """The main comparison: the first condition of the phase "cost". The command's last line reports it."""
         return self.of("cost")[0]
 
     @property
     def curve(self) -> list[Group]:
-        """By arrival; the main comparison is one of them."""
+        """The groups in order of arrival. The main comparison is one of them."""
         groups = [self.main, *self.of("curve")]
         return sorted(groups, key=lambda group: (group.condition.arrival.kind, group.condition.arrival.value))
 
@@ -88,10 +91,10 @@ class Results:
         return [group for group in self.groups if group.condition.phase == phase]
 
     def growth(self) -> dict[str, list[tuple[float, Mapping[int, float]]]]:
-        """Contender → (tokens of the documents, requests/s by repeat), for each point with all requests completed.
+        """Contender → (tokens of the documents, requests/s by repeat) for each point with all requests completed.
 
-        The tokens are the difference between RAG's prompts and ReGrad's. If one of the two wasn't asked, they are the
-        documents' nominal length.
+        The tokens are the difference between RAG's prompt and ReGrad's prompt. If one of the two wasn't asked, they are
+        the nominal length of the documents.
         """
         points: dict[str, list[tuple[float, Mapping[int, float]]]] = {}
         for group in self.of("growth"):
@@ -105,7 +108,7 @@ class Results:
         return {name: sorted(own, key=lambda point: point[0]) for name, own in points.items()}
 
     def slopes(self) -> dict[str, Line]:
-        """The line through each contender's growth, if it has three points."""
+        """The line through the points of each contender that has at least three."""
         lines = {}
         for name, points in self.growth().items():
             repeats = set.intersection(*(set(rates) for _, rates in points))
@@ -119,7 +122,7 @@ class Results:
 
     @property
     def is_small(self) -> bool:
-        """Whether the main comparison is too small for a measurement, and only shows a run's output."""
+        """Whether the main comparison is too small for a conclusion."""
         own = [
             (found.completed + found.failed + found.incomplete, found.requests_s.repeats)
             for name, found in self.main.figures.items()
@@ -128,7 +131,7 @@ class Results:
         return any(repeats < _FEWEST_REPEATS or asked < _FEWEST_REQUESTS for asked, repeats in own)
 
     def break_even(self) -> float | None:
-        """Requests a document after which ReGrad's encoding has paid off against the RAG that it is compared with."""
+        """The number of requests per document after which ReGrad's encoding is paid off against its RAG rival."""
         found, rival = self.main.figures, self.main.rival
         if rival is None or "regrad" not in found or not self.run["corpora"]:
             return None
@@ -155,7 +158,7 @@ class Results:
         return rounded(line)
 
     def plain(self) -> dict[str, Any]:
-        """Everything, as plain data for JSON."""
+        """All results as plain data for JSON."""
         return rounded(
             {
                 "run": self.run,
@@ -172,7 +175,7 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Reads a run's folder, even if the run was cut short. FileNotFoundError; ValueError if no cost was measured."""
+    """Reads a run's folder, even of an interrupted run. FileNotFoundError; ValueError if no cost was measured."""
     run = json.loads((folder / RUN).read_text("utf-8"))
     conditions = {key: _condition(value) for key, value in run["conditions"].items()}
     limits = Limits(**run["limits"])
@@ -208,7 +211,7 @@ def _group(
         for name, (lines, _) in own.items()
         if CONTENDERS[name].retrieves
     ]
-    most = max(retrieving, key=len, default={})  # one of those that were asked everything
+    most = max(retrieving, key=len, default={})  # a contender with the most answers
     asked = [(found[key], most[key]) for found in retrieving for key in found if key in most]
     return Group(
         condition=condition,
@@ -252,7 +255,7 @@ def _condition(value: Mapping[str, Any]) -> LoadCondition:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last one may have been cut short."""
+    """The whole lines of a file. An incomplete last line is ignored."""
     found = []
     for line in path.read_text("utf-8").splitlines(keepends=True):
         if line.endswith("\n"):

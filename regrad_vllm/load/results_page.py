@@ -16,7 +16,7 @@ from regrad_vllm.reporting.run_folder import write_json
 
 
 def write_report(folder: Path) -> int:
-    """Returns 0, or 1 if a request failed or was stopped. FileNotFoundError, ValueError."""
+    """Writes the report. Returns 0, or 1 if a request failed or was stopped. FileNotFoundError, ValueError."""
     results = load(folder)
     text = tables.markdown(results)
     write_json(folder / "report.json", results.plain())

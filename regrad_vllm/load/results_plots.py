@@ -1,4 +1,4 @@
-"""The report's pictures."""
+"""The plots of the report."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _COLOURS: Mapping[str, str] = {
     "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "regrad": "#0b6e4f",
     "regrad_icl": "#3aa17e", "peft_folder": "#7b5ea7", "published": "#b8567a",
 }  # fmt: skip
-_LEAST_ITL_MS = 5.0  # of the picture; less is two tokens that came together
+_LEAST_ITL_MS = 5.0  # the plot starts here; a smaller ITL means that two tokens came together
 
 
 def throughput(results: Results) -> str:
-    """Latency against throughput: a line a contender, a point for each number of requests at a time."""
+    """Latency against throughput. Each contender has a line, with a point for each number of requests at a time."""
     figure, (left, right) = new_figure(11, 4.2, 1, 2)
     for axes, what in ((left, "ttft_ms"), (right, "e2el_ms")):
         for name in CONTENDERS:
@@ -64,7 +64,7 @@ def distributions(results: Results) -> str:
 
 
 def memory(results: Results) -> str:
-    """MB of KV cache and of LoRA slot that one request holds."""
+    """Megabytes of KV cache and LoRA slot for one request."""
     figure, axes = new_figure(8.5, 3.2)
     found = results.main.figures
     labels = [CONTENDERS[name].label for name in found]
@@ -102,7 +102,7 @@ def quality(results: Results) -> str:
 
 
 def growth(results: Results) -> str:
-    """Seconds a request against the tokens of its documents, with the line through them."""
+    """Seconds per request against the tokens of its documents, with the fitted line."""
     figure, axes = new_figure(8.5, 4)
     slopes = results.slopes()
     for name, points in results.growth().items():

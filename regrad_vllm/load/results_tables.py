@@ -1,4 +1,4 @@
-"""Results as Markdown."""
+"""The results as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regrad_vllm.reporting.markdown import markdown_table
 
 
 def markdown(results: Results) -> str:
-    """All tables, each with its conditions."""
+    """The report in Markdown: the main results and all tables."""
     parts = ["\n\n".join(summary(results))]
     for group in results.of("cost"):
         parts.append(f"## {describe(group)}\n\n{markdown_table(*cost_table(results, group))}")
@@ -30,7 +30,7 @@ def markdown(results: Results) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """The main results, for a reader in a hurry."""
+    """The main results, one sentence each."""
     sentences = []
     if results.is_small:
         sentences.append(
@@ -58,7 +58,7 @@ def summary(results: Results) -> list[str]:
 
 
 def reuse_sentence(group: Group) -> str:
-    """The share of retrieved documents that came again, beside the trace."""
+    """A sentence about the reuse of documents, compared with the published trace."""
     assert group.reuse is not None and group.same_documents is not None
     return (
         f"Of the {group.reuse.references} references to documents the most popular fifth of those found takes "
@@ -69,7 +69,7 @@ def reuse_sentence(group: Group) -> str:
 
 
 def describe(group: Group) -> str:
-    """A heading."""
+    """The heading for a condition."""
     condition = group.condition
     cache = "prefix caching on" if condition.prefix_cache else "prefix caching off (a salt a request)"
     arrival = {
@@ -208,5 +208,5 @@ def memory_bytes(results: Results, name: str, found: Figures) -> tuple[float, fl
 
 
 def three(found: Mapping[int, float]) -> str:
-    """The percentiles, a dash for those that too few requests have."""
+    """The percentiles. A dash stands for a percentile that needs more requests."""
     return " · ".join(f"{found[p]:.0f}" if p in found else "–" for p in PERCENTILES)

@@ -13,29 +13,29 @@ from regrad_vllm.load.comparison import Contender, LoadCondition, Phase, fair_ri
 from regrad_vllm.load.corpora import Corpus
 from regrad_vllm.load.traffic import Arrival, Popular, Popularity, TraceEntry, in_own_words
 
-# Popularity and prefix caching; the first is the main comparison, in which every contender takes part.
+# Popularity and prefix caching. The first one is the main comparison, with every contender.
 CONDITIONS: Mapping[str, tuple[Popularity, bool]] = {
     "zipf-cached": ("zipf", True),
     "zipf-uncached": ("zipf", False),
     "uniform-cached": ("uniform", True),
     "uniform-uncached": ("uniform", False),
 }
-_CURVE_REQUESTS = 2  # for each that runs at a time
+_CURVE_REQUESTS = 2  # times the number of requests at a time
 _FEWEST_REQUESTS = 4
 _WARM_UP_TOKENS = 4
-Planned = tuple[LoadCondition, Sequence[str]]  # and its contenders
+Planned = tuple[LoadCondition, Sequence[str]]  # a condition and its contenders
 
 
 @dataclass(frozen=True, slots=True)
 class GrowthPoint:
-    """Documents a request, and tokens of each."""
+    """A point of the growth curve: the documents of a request, and the tokens of each."""
 
     top_k: int
     tokens: int
 
     @classmethod
     def parse(cls, text: str) -> GrowthPoint:
-        """From "3x150"; argparse shows the error."""
+        """Parses "3x150". argparse shows the error."""
         found = re.fullmatch(r"(\d{1,3})x(\d{1,6})", text)
         if found is None or not int(found[1]) or not int(found[2]):
             raise argparse.ArgumentTypeError(f"must be K x TOKENS, such as 3x150, got {text!r}")
@@ -85,7 +85,7 @@ class Schedule:
         arrivals = [
             (self._closed(number), max(_FEWEST_REQUESTS, _CURVE_REQUESTS * number))
             for number in args.curve
-            if number != args.concurrency  # that point is the main comparison
+            if number != args.concurrency  # the main comparison has that point already
         ]
         arrivals += [(Arrival("poisson", rate), args.requests) for rate in args.rates]
         if self._trace:
@@ -102,10 +102,10 @@ class Schedule:
         ]
 
     def growths(self) -> list[Planned]:
-        """Without prefix caching, because the cost of all tokens is measured, not of the new ones."""
+        """The conditions of the growth curves. They have no prefix caching, because the cost of all tokens counts."""
         args = self._args
         names = self._among(args.growth_contenders)
-        at_a_time = max(1, args.concurrency // 2)  # long prompts take long
+        at_a_time = max(1, args.concurrency // 2)  # long prompts take more time
         closed, number = self._closed(at_a_time), 2 * at_a_time
         return [
             (
@@ -128,7 +128,7 @@ class Schedule:
     def questions(self, condition: LoadCondition, contender: Contender, repeat: int) -> list[Question]:
         """The questions of a cell. All contenders get the same ones under the same condition and repeat.
 
-        A contender that answers one at a time gets only the first few if cost is measured: its rate doesn't depend on
+        A contender that answers one at a time gets only the first few in the phase "cost". Its rate doesn't depend on
         their number.
         """
         asked = self._questions(condition, repeat)
@@ -143,18 +143,18 @@ class Schedule:
                 for number, entry in enumerate(self._trace)
             ]
             return in_own_words(asked, numbers)
-        # About the same documents with prefix caching on and off.
+        # The seed leaves prefix caching out, so both settings ask about the same documents.
         rng = random.Random(
             f"regrad.load.{self._args.seed}.{condition.phase}.{condition.corpus}.{condition.top_k}."
             f"{condition.popularity}.{condition.arrival.value}.{repeat}"
         )
-        if condition.phase == "quality":  # each once, in its own words
+        if condition.phase == "quality":  # each question once and unchanged
             return rng.sample(self._corpora[condition.corpus].questions, condition.num_requests)
         popular = self._popular[condition.corpus, condition.popularity]
         return in_own_words(popular.draw(condition.num_requests, rng), numbers)
 
     def _among(self, names: Sequence[str] | None) -> list[str]:
-        """The named contenders that take part at all. If none are named: ReGrad and its rival."""
+        """The named contenders that take part in the run. Without names: ReGrad and its rival."""
         wanted = names if names is not None else (fair_rival(self._contenders), "regrad")
         return [name for name in self._contenders if name in wanted]
 
@@ -184,7 +184,7 @@ def interleaved(
 ) -> list[tuple[LoadCondition, str, int]]:
     """(condition, contender, repeat) in the order of the run.
 
-    Each repeat has all contenders, each time in another order, so that none always comes after the same one.
+    Each repeat has all contenders in a new order, so that no contender always follows the same other one.
     """
     order = []
     for repeat in range(repeats):

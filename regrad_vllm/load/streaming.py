@@ -1,4 +1,4 @@
-"""One streamed chat request, with the time of each event that brings tokens."""
+"""Sends one streamed chat request and notes the time of each event that brings tokens."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Stream:
     """The answer so far."""
 
     event_times: list[float] = field(default_factory=list)  # time.perf_counter()
-    ended: float | None = None  # the answer is whole
+    ended: float | None = None  # time of the answer's end; None while it runs
     text: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    regrad: Mapping[str, Any] = field(default_factory=dict)  # the server's object about what it used
+    regrad: Mapping[str, Any] = field(default_factory=dict)  # the answer's object "regrad": documents, times
 
 
 async def stream_chat(client: httpx.AsyncClient, body: Mapping[str, Any], stream: Stream) -> None:

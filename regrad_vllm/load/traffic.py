@@ -1,9 +1,9 @@
-"""The traffic: when requests arrive, and about which documents they ask.
+"""The traffic: the arrival times of the requests, and the documents that they ask about.
 
 Requests arrive a fixed number at a time, by a Poisson process, or as in a trace. Either all documents are equally
 popular, which is the worst case for caches, or a few get most of the requests. On a published RAG trace (7,106
-requests) the most popular fifth of the passages takes 74% of the references. 17% of its requests have a set of passages
-that came before as a whole.
+requests) the most popular fifth of the passages takes 74% of the references. 17% of its requests repeat the whole set
+of passages of an earlier request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from regrad_vllm.data.questions import Question
 
 Kind = Literal["closed", "poisson", "trace"]
 Popularity = Literal["zipf", "uniform"]
-TOP_FIFTH_SHARE = 0.74  # of all references, on the trace
+TOP_FIFTH_SHARE = 0.74  # of all references in the published trace
 _FIFTH = 0.2
 _MAX_EXPONENT = 4.0
 _STEPS = 60  # of the bisection
@@ -29,8 +29,12 @@ _STEPS = 60  # of the bisection
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """closed: ``value`` requests at a time; each end starts the next. poisson: ``value`` requests a second.
-    trace: as recorded, ``value`` times as fast."""
+    """The way in which requests arrive.
+
+    - "closed": ``value`` requests at a time; the end of one starts the next.
+    - "poisson": ``value`` requests per second.
+    - "trace": as recorded, ``value`` times as fast.
+    """
 
     kind: Kind
     value: float
@@ -49,7 +53,7 @@ class TraceEntry:
 
 
 def offsets(arrival: Arrival, num: int, rng: random.Random, trace: Sequence[TraceEntry] = ()) -> list[float] | None:
-    """Seconds from the start at which each request is sent. None for "closed": there a request waits for another."""
+    """Seconds from the start to each request. None for "closed", where a request waits for the end of another."""
     if arrival.kind == "closed":
         return None
     if arrival.kind == "trace":
@@ -62,7 +66,7 @@ def offsets(arrival: Arrival, num: int, rng: random.Random, trace: Sequence[Trac
 
 
 def load_trace(path: Path) -> list[TraceEntry]:
-    """JSON Lines {"at_s": seconds, "question": text}, in order of time. ValueError names the line and the field."""
+    """Reads JSON Lines {"at_s": seconds, "question": text}, in order of time. ValueError names line and field."""
     entries: list[TraceEntry] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -90,7 +94,9 @@ def _entry(place: str, line: str, earliest: float) -> TraceEntry:
 
 
 def zipf_exponent(num: int, share: float = TOP_FIFTH_SHARE) -> float:
-    """s such that of ``num`` documents with weights rank^−s the first fifth has ``share`` of the sum.
+    """The exponent s of a Zipf distribution over ``num`` documents whose first fifth has ``share`` of the sum.
+
+    The weight of a document is rank^−s.
 
     0 for less than five documents. ValueError if share isn't between a fifth and 1.
     """
@@ -131,21 +137,21 @@ class Popular:
 
 
 def in_own_words(questions: Sequence[Question], rng: random.Random) -> list[Question]:
-    """Adds a number of its own to each question, because no two users ask in the same words.
+    """Adds a unique number to each question, because two users hardly ever ask in the same words.
 
-    So the documents may be in every cache, but the whole prompt is in none. The composed adapter is in none either,
-    because its weights follow the scores.
+    So the documents may be in a cache, but the whole prompt is not. The composed adapter is not either, because its
+    weights depend on the scores.
     """
     return [replace(question, question=f"{question.question} ({rng.randrange(10**6)})") for question in questions]
 
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """How often a cache sees documents of a stream of requests again."""
+    """The reuse of documents in a stream of requests, as a cache sees it."""
 
-    references: int  # requests times their documents
-    top_fifth_share: float  # of the references that go to the most popular fifth of the documents that were used
-    repeated_sets: float  # share of the requests whose documents, as a set, came before
+    references: int  # the documents of all requests together, repeats included
+    top_fifth_share: float  # share of the references to the most popular fifth of the used documents
+    repeated_sets: float  # share of the requests whose set of documents an earlier request had
 
 
 def reuse(hits: Sequence[Sequence[str]]) -> Reuse:

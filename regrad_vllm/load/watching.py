@@ -1,4 +1,4 @@
-"""The resources that a cell uses: CPU time and memory of the processes, counters of the server."""
+"""Measures the resources that a cell uses: CPU time and memory of the processes, and counters of the server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _VLLM = "VLLM::"
-_MEMORY_SECONDS = 4.0  # between two looks: the kernel adds up gigabytes of mappings each time
+_MEMORY_SECONDS = 4.0  # between two readings; each is expensive, as the kernel adds up gigabytes of mappings
 _SCRAPE_SECONDS = 1.0
 _KV_USAGE = "vllm:kv_cache_usage_perc"
 # Cache → (samples that count its lookups, the sample that counts its hits).
@@ -35,9 +35,11 @@ _PREEMPTIONS = "vllm:num_preemptions_total"
 
 
 class Processes:
-    """Roles → process trees. A server's own process is "<role> API"; its children have vLLM's names for them,
-    "<role> EngineCore" and "<role> Worker". An engine core spins while it waits for its worker, so its CPU time isn't
-    work."""
+    """Finds the processes of each role.
+
+    A server's own process is "<role> API". Its children are "<role> EngineCore" and "<role> Worker", by vLLM's titles.
+    An engine core spins while it waits for its worker, so its CPU time doesn't measure work.
+    """
 
     def __init__(self, roots: Mapping[str, int], servers: Collection[str], alone: Collection[str]) -> None:
         """roots: role → process id. servers: the roles of vLLM servers. alone: roles whose children don't count."""
@@ -73,7 +75,7 @@ class Processes:
 
 
 def _title(process: psutil.Process) -> str:
-    """EngineCore, Worker …, as vLLM titles its processes; "helpers" for others (Python's resource tracker)."""
+    """A process's title by vLLM, such as EngineCore or Worker. All other processes are "helpers"."""
     with contextlib.suppress(psutil.Error):
         words: list[str] = process.cmdline()[:1]
         if words and words[0].startswith(_VLLM):
@@ -82,7 +84,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def _proportional(pid: int) -> int:
-    """Pss of one process, from the kernel's sum over its mappings."""
+    """Bytes of one process's proportional set size, from the kernel's sum over its mappings."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
@@ -129,7 +131,7 @@ async def used(processes: Processes) -> AsyncIterator[MachineUse]:
 
 @dataclass(slots=True)
 class Scraped:
-    """Counters of the server, filled at the end of the watch. None or empty if the server has none."""
+    """The server's counters, filled at the end of the context. None or empty if the server has no such counter."""
 
     peak_kv_share: float | None = None
     preemptions: float | None = None
@@ -145,7 +147,7 @@ async def scrape(client: httpx.AsyncClient) -> dict[str, float]:
 
 @asynccontextmanager
 async def watched(client: httpx.AsyncClient | None) -> AsyncIterator[Scraped]:
-    """Watches a server while the context lasts: counters before and after, the KV cache every second."""
+    """Watches a server while the context lasts: its counters before and after, its KV cache every second."""
     import httpx
 
     scraped = Scraped()
@@ -156,7 +158,7 @@ async def watched(client: httpx.AsyncClient | None) -> AsyncIterator[Scraped]:
 
     async def sample() -> None:
         while True:
-            with contextlib.suppress(httpx.HTTPError):  # one missing sample does no harm
+            with contextlib.suppress(httpx.HTTPError):  # a missing sample is harmless
                 now = await scrape(client)
                 scraped.peak_kv_share = max(scraped.peak_kv_share or 0.0, now.get(_KV_USAGE, 0.0))
             await asyncio.sleep(_SCRAPE_SECONDS)

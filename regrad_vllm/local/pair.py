@@ -14,8 +14,7 @@ from regrad_vllm.serve.launch import KV_CACHE_VARIABLE
 
 _BANK_SECONDS, _SERVER_SECONDS = 180.0, 600.0
 _HEALTH_SECONDS = 5.0
-# A small machine's memory for the KV cache, GiB, unless the user says how much; vLLM's own default takes much of what
-# there is.
+# Memory for the KV cache in GiB, unless the user sets it. It suits a small machine; vLLM's default takes much more.
 SERVER_ENVIRONMENT = {KV_CACHE_VARIABLE: os.environ.get(KV_CACHE_VARIABLE, "1")}
 
 
@@ -31,7 +30,7 @@ class LocalPair:
 def local_pair(
     model: Path, learner: Path, folder: Path, *, model_name: str, namespace: str, server_flags: Sequence[str] = ()
 ) -> Iterator[LocalPair]:
-    """Both, ready, for as long as the context lasts. Data and logs go into ``folder``. ServiceFailure."""
+    """Starts a bank and a server, and stops them at the end. ``folder`` gets their data and logs. ServiceFailure."""
     with Services(folder) as services:
         _, bank = start_bank(services, model, learner, folder / "bank")
         server, url = start_server(services, model, learner, bank, model_name, namespace, server_flags)
@@ -40,14 +39,14 @@ def local_pair(
 
 
 def start_bank(services: Services, model: Path, learner: Path, data_dir: Path) -> tuple[Service, str]:
-    """Starts a bank and waits for it; the process and its host:port. ServiceFailure."""
+    """Starts a bank and waits until it is ready. Returns the process and its host:port. ServiceFailure."""
     flags = ["--data-dir", str(data_dir), "--port", "0"]
     bank = services.start("bank", ["bank", "--model", str(model), "--learner", str(learner), *flags])
     return bank, wait_for_bank(bank)
 
 
 def wait_for_bank(bank: Service) -> str:
-    """The host:port that a `regrad bank` announces when it is ready. ServiceFailure."""
+    """Waits until a `regrad bank` is ready, and returns the host:port that it announces. ServiceFailure."""
 
     def address() -> str | None:
         lines = bank.log.read_text("utf-8", errors="replace").splitlines()
@@ -65,10 +64,10 @@ def start_server(
     namespace: str,
     flags: Sequence[str] = (),
 ) -> tuple[Service, str]:
-    """Starts vLLM with ReGrad and doesn't wait for it; the process and its URL."""
+    """Starts vLLM with ReGrad without waiting for it. Returns the process and its URL."""
     port = str(free_port())
     regrad = ["--bank", bank, "--namespace", namespace, "--learner", str(learner)]
-    # Eager: a fresh machine has no C++ compiler, and short runs are over before compiling pays.
+    # Eager mode: compiling needs a C++ compiler, and a short run doesn't regain its time.
     common = ["--served-model-name", model_name, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
     server = services.start("server", ["serve", str(model), *regrad, *common, *flags], SERVER_ENVIRONMENT)
     return server, f"http://127.0.0.1:{port}"
@@ -77,9 +76,9 @@ def start_server(
 def start_stock_server(
     services: Services, model: Path, model_name: str, flags: Sequence[str] = (), *, runtime_adapters: bool = False
 ) -> tuple[Service, str]:
-    """Starts ``vllm serve`` with LoRA and without our plugin, and doesn't wait for it; the process and its URL.
+    """Starts ``vllm serve`` with LoRA and without our plugin. It doesn't wait. Returns the process and its URL.
 
-    runtime_adapters: adapters can be loaded and unloaded while it runs.
+    runtime_adapters: adapters can be loaded and unloaded while the server runs.
     """
     port = str(free_port())
     common = ["--served-model-name", model_name, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
@@ -92,7 +91,7 @@ def start_stock_server(
 
 
 def wait_for_server(server: Service, url: str) -> None:
-    """Returns when the server answers. ServiceFailure."""
+    """Waits until the server answers. ServiceFailure."""
     import httpx
 
     def healthy() -> str | None:

@@ -1,4 +1,4 @@
-"""The demo's child processes: started with a log each, waited for, and stopped whatever happens."""
+"""Child processes: each is started with a log of its own, and all are stopped in the end, also after an error."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _POLL_SECONDS = 0.5
 
 
 class ServiceFailure(RuntimeError):
-    """A child process ended or didn't get ready. The message names its log and shows the last lines of it."""
+    """A child process ended or didn't become ready. The message names its log and shows the log's last lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One child process, the leader of a process group of its own."""
+    """One child process. It leads its own process group."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -38,9 +38,9 @@ class Service:
 
 
 class Services:
-    """A context manager that stops, in reverse order, every process started in it and all of their children.
+    """A context manager that stops all processes started in it, in reverse order, with their children.
 
-    In a main thread it also turns SIGTERM into SystemExit, so that a terminated owner cleans up too.
+    In the main thread it also turns SIGTERM into SystemExit, so that it cleans up after SIGTERM too.
     """
 
     def __init__(self, log_folder: Path) -> None:
@@ -69,7 +69,7 @@ class Services:
         *,
         module: str = "regrad_vllm.cli",
     ) -> Service:
-        """`python -m MODULE ARGUMENTS…` in this Python, `regrad` where none is named; its output in <name>.log."""
+        """Starts `python -m MODULE ARGUMENTS…` with this Python. Its output goes into <name>.log."""
         log = self._log_folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -78,7 +78,7 @@ class Services:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
-                start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
+                start_new_session=True,  # so Ctrl-C reaches only this process, which stops the others in order
             )
         service = Service(name, process, log)
         self._services.append(service)
@@ -86,9 +86,9 @@ class Services:
 
 
 def waiting(service: Service, ready: Callable[[], str | None], timeout_seconds: float) -> str:
-    """Polls ``ready`` until it returns something, with a clock on screen.
+    """Polls ``ready`` until it doesn't return None, and returns its value. A clock shows on the terminal.
 
-    ServiceFailure where the process ends or the time is up first.
+    ServiceFailure if the process ends or the time is up before.
     """
     from tqdm import tqdm
 
@@ -107,7 +107,7 @@ def waiting(service: Service, ready: Callable[[], str | None], timeout_seconds: 
 
 
 def stop(service: Service) -> None:
-    """Ends the process as its owner would, then whatever is left of its group."""
+    """Asks the process to end, then kills the rest of its process group."""
     if service.process.poll() is None:
         service.process.terminate()
         try:
@@ -118,7 +118,7 @@ def stop(service: Service) -> None:
     try:
         os.killpg(service.process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # nothing was left
+        return  # the group is empty
 
 
 def _leave(number: int, frame: object) -> NoReturn:
