@@ -1,5 +1,5 @@
-"""The truth of a bank: documents, their versions, namespaces and sequence numbers.
+"""The catalog of a bank: documents, their versions, namespaces and sequence numbers. All other stores derive from it.
 
-``contract`` says what every catalog does, ``entries`` has its values, ``factory`` opens one. ``sqlite`` is the only
+``contract`` has the interface, ``entries`` its values, and ``factory`` opens a catalog. ``sqlite`` is the only
 implementation.
 """

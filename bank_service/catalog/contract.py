@@ -1,18 +1,18 @@
-"""The contract of a catalog. Every store of documents behind a bank follows it.
+"""The contract of a catalog. Every store of a bank's documents follows it.
 
-**Identity.** A document is a namespace and an id. It has one ``key`` for ever, also when it is deleted and comes back.
-Every change gets the next ``sequence``, without gaps. A version is known by the sequence with which it began.
+**Identity.** A namespace and an id name a document. Its ``key`` stays the same, even if it is deleted and stored again.
+Every change gets the next ``sequence``, without gaps. A version is named by the sequence of the change that began it.
 
-**Consistency.** Writes happen one after the other, each whole or not at all. A view that opens after a write's future
-has its result sees that write. A view stays at one state from its first read on.
+**Consistency.** Writes happen one after the other, each whole or not at all. A view sees every write whose future had a
+result before the view opened. A view stays at one state from its first read on.
 
-**Durability.** A write's future has its result only after the change survives a crash.
+**Durability.** A write's future gets its result only when the change survives a crash.
 
 **Threads.** Every method of a ``Catalog`` may be called from any thread at any time. A ``CatalogView`` belongs to one
 thread at a time.
 
-**Errors.** Each method names its own. Beside them, every read may raise CatalogReadError. Every write's future may
-raise UnavailableError, where the store can't be written or is closed, and InternalError for a bug.
+**Errors.** Each method names its errors. Every read may also raise CatalogReadError. Every write's future may also
+raise UnavailableError, if the store can't be written or is closed, and InternalError for a bug.
 
 An implementation must pass the suite in ``tests/bank/catalog``.
 """
@@ -37,11 +37,11 @@ from bank_service.catalog.entries import (
 from bank_service.values.documents import Document, Gradient, Hit, PutResult, StoredDocument
 from bank_service.values.filters import Condition
 
-MAX_KEYS = 500  # keys, ids or digests that one read takes, where its docstring says so
+MAX_KEYS = 500  # the most keys, ids or digests in one read; the docstrings of these reads name this limit
 
 
 class CatalogView(Protocol):
-    """Reads of one committed state. Valid inside the ``with`` of ``Catalog.view`` only."""
+    """Reads one committed state. Valid only inside the ``with`` block of ``Catalog.view``."""
 
     # Documents
 
@@ -54,7 +54,7 @@ class CatalogView(Protocol):
         ...
 
     def check_namespace(self, namespace: str) -> None:
-        """NotFoundError for a namespace that never had a document. The default namespace is always there."""
+        """NotFoundError for a namespace that never had a document. The default namespace always exists."""
         ...
 
     def get(self, namespace: str, id: str) -> StoredDocument | None:
@@ -70,29 +70,29 @@ class CatalogView(Protocol):
         ...
 
     def began(self, namespace: str, ids: Sequence[str], as_of: int | None = None) -> dict[str, int]:
-        """id → the sequence with which its version began that held at ``as_of``, or holds now.
+        """id → the sequence at which its version began. Takes the version that held at ``as_of``, or the present one.
 
-        Without documents that did not exist then. At most MAX_KEYS ids.
+        Leaves out documents that did not exist then. At most MAX_KEYS ids.
         """
         ...
 
     def hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:
         """A hit for each version in ``scores``, in its order. At most MAX_KEYS versions.
 
-        A version is named by the sequence with which it began. Those that are gone are left out.
+        The keys of ``scores`` are the sequences at which versions began. Versions that are gone are left out.
         """
         ...
 
-    # Changes, for what follows the catalog
+    # Changes, for stores that follow the catalog
 
     def changes(self, after_sequence: int, limit: int) -> list[Change]:
-        """Up to ``limit`` changes in order of sequence. A document that changed twice shows its last change only."""
+        """Up to ``limit`` changes in order of sequence. Each document has only its last change here."""
         ...
 
     def changes_of(
         self, namespace: str, after_sequence: int, limit: int | None = None, *, alive: bool = False
     ) -> list[Change]:
-        """Like ``changes``, of one namespace; all of them without a limit. ``alive``: without deletions."""
+        """The changes of one namespace, in order of sequence. ``limit`` None: all. ``alive``: leaves out deletions."""
         ...
 
     # Search
@@ -111,29 +111,29 @@ class CatalogView(Protocol):
         ...
 
     def among(self, keys: Sequence[int], conditions: Sequence[Condition], as_of: int | None = None) -> set[int]:
-        """The keys among ``keys`` whose documents meet all conditions. ``as_of``: as in ``matching``."""
+        """The keys among ``keys`` whose documents meet all conditions. ``as_of`` means the same as in ``matching``."""
         ...
 
     # The past
 
     def horizon(self, namespace: str) -> int:
-        """The oldest sequence at which all that the namespace held is known."""
+        """The oldest sequence at which the namespace's whole content is known."""
         ...
 
     def past_candidates(
         self, namespace: str, as_of: int, conditions: Sequence[Condition], after: int, limit: int
     ) -> tuple[list[Candidate], int] | None:
-        """The next of the past versions that the namespace held at ``as_of``, beside its documents that still live.
+        """Reads the next past versions that held at ``as_of``. Versions that still hold today are not among them.
 
-        Reads up to ``limit`` versions that ended after ``after``, which is ``as_of`` in the first call. Gives those
-        that meet all conditions, and the next ``after``; None where there are no more.
+        Reads up to ``limit`` versions that ended after the sequence ``after``, which is ``as_of`` in the first call.
+        Returns the versions that meet all conditions, and ``after`` for the next call. None: there are no more.
         """
         ...
 
     # Gradients
 
     def gradient_sizes(self, digests: Sequence[str]) -> dict[str, int]:
-        """digest → bytes of the gradients that a document or a past version has. At most MAX_KEYS digests."""
+        """digest → bytes, for the gradients that a document or a past version has. At most MAX_KEYS digests."""
         ...
 
     def gradients(self, after_digest: str, limit: int) -> dict[str, int]:
@@ -149,21 +149,21 @@ class CatalogView(Protocol):
         ...
 
     def past_owners(self, digest: str, limit: int) -> list[StoredDocument]:
-        """Up to ``limit`` past versions that had this gradient. ``sequence`` is the one with which they began."""
+        """Up to ``limit`` past versions with this gradient. Their ``sequence`` is the one at which they began."""
         ...
 
     def is_recoding(self) -> bool:
-        """Some gradients may have another codec than the collection."""
+        """Whether some gradients may still have another codec than the collection."""
         ...
 
     # Figures
 
     def usage(self, namespace: str) -> Usage:
-        """What a namespace holds."""
+        """The counts of a namespace's documents and bytes."""
         ...
 
     def totals(self, may_see: Callable[[str], bool] | None = None) -> Totals:
-        """Of all namespaces, or of those that a caller may see, as if there were no others."""
+        """The totals of all namespaces. ``may_see``: of those that a caller may see, as if there were no others."""
         ...
 
     # Purges
@@ -174,10 +174,11 @@ class CatalogView(Protocol):
 
 
 class WordSearch(Protocol):
-    """Best documents by BM25, with k1 = 1.2 and b = 0.75, over title and text.
+    """Finds the best documents by BM25, with k1 = 1.2 and b = 0.75, over title and text.
 
-    A word is a run of letters and digits, without regard to case or accents. A word in half of the documents or more
-    counts next to nothing, and never less. An implementation must pass ``tests/bank/search/test_word_search.py``.
+    A word is a run of letters and digits. Case and accents don't matter. The idf of a word is always positive, and
+    close to 0 for words in half of the documents or more. An implementation must pass
+    ``tests/bank/search/test_word_search.py``.
     """
 
     def best(
@@ -185,12 +186,13 @@ class WordSearch(Protocol):
     ) -> dict[int, float]:
         """key → score of up to ``count`` documents that share a word with ``text`` and meet all conditions.
 
-        Best first, ties by id. The score depends on the namespace's own documents alone. ``view`` is the catalog's.
+        Best first, ties by id. Only documents of the namespace influence the scores. ``view`` must be a view of this
+        catalog.
         """
         ...
 
     async def clean(self) -> None:
-        """Leaves nothing in the store's files, but in its log, of words that were removed before."""
+        """Erases the words of removed documents from the store's files. Its log may still have them."""
         ...
 
 
@@ -199,39 +201,39 @@ class Catalog(Protocol):
 
     @property
     def words(self) -> WordSearch:
-        """The search by words. Each document's words are written and removed together with it."""
+        """The search by words. A document's words are written and removed together with the document."""
         ...
 
     @property
     def collection_id(self) -> str:
-        """Names this store of the collection. Derived data carries it; a restored copy has the same."""
+        """The id of this collection. Derived data names it. A restored copy of the catalog has the same id."""
         ...
 
     @property
     def history_seconds(self) -> int:
-        """How long past versions are kept; 0: not at all."""
+        """The time for which past versions are kept, in seconds. 0: none are kept."""
         ...
 
     def close(self) -> None:
-        """Ends what is queued, then closes. Later writes raise UnavailableError."""
+        """Commits the queued writes, then closes. Later writes raise UnavailableError."""
         ...
 
     def view(self) -> AbstractContextManager[CatalogView]:
-        """Opens a view. Keep it short: it holds up the erasing of purged text. The ``with`` raises CatalogReadError
-        where the store can't be read."""
+        """Opens a view. Close it soon, because an open view delays the erasing of purged text. The ``with`` raises
+        CatalogReadError if the store can't be read."""
         ...
 
     # Documents
 
     def check_room(self, view: CatalogView, document: Document, stored: StoredDocument | None) -> None:
-        """QuotaExceededError where ``put`` would have no room even for the text, in the place of ``stored``.
+        """QuotaExceededError if the quota has no room for the document's text, when it replaces ``stored``.
 
-        It spares work. Only ``put`` decides.
+        This check saves the cost of encoding. Only ``put`` decides.
         """
         ...
 
     def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
-        """Stores a version of a document. ``expected_version``: 0 for an absent document, None for any.
+        """Stores a version of a document. ``expected_version``: 0 for a document that must be absent, None for any.
 
         VersionConflictError, QuotaExceededError.
         """
@@ -240,43 +242,44 @@ class Catalog(Protocol):
     def delete(
         self, namespace: str, id: str, expected_version: int | None, *, purge: bool = False
     ) -> Future[DeleteResult]:
-        """Deletes a document. ``purge``: its past versions, too, also those of a document that is deleted already.
+        """Deletes a document. ``purge`` also removes its past versions. A deleted document can still be purged.
 
-        A purge may come again with the version that it expected: its answer may have been lost. Each leaves an
-        erasure, in the same transaction. NotFoundError, VersionConflictError.
+        A purge may be repeated with the same ``expected_version``, because its answer may have been lost. Each purge
+        adds an erasure in the same transaction. NotFoundError, VersionConflictError.
         """
         ...
 
     # The past
 
     def expire_history(self, before_us: int | None, limit: int) -> Future[list[str] | None]:
-        """Drops up to ``limit`` versions that ended before a time, or any where ``before_us`` is None.
+        """Drops up to ``limit`` past versions that ended before a time, in microseconds since 1970. None: any of them.
 
-        Gives the digests of their gradients; None where there are no more.
+        Returns the digests of their gradients; None where there are no more such versions.
         """
         ...
 
     def replace_past_gradient(self, began: int, digest: str, gradient: Gradient) -> Future[bool]:
-        """Gives a past version another gradient in the place of ``digest``. False where it has that no more."""
+        """Replaces the gradient ``digest`` of the past version that began at ``began``. False where it no longer has
+        that gradient."""
         ...
 
     # Codecs
 
     def begin_recoding(self, codec: str) -> Future[None]:
-        """Gives the collection another codec; its gradients may not have it yet."""
+        """Gives the collection another codec. Its stored gradients keep theirs until they are recoded."""
         ...
 
     def end_recoding(self) -> Future[None]:
-        """All gradients have the collection's codec."""
+        """Records that all gradients have the collection's codec."""
         ...
 
     # Purges
 
     def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
-        """Nothing of these purges is left anywhere."""
+        """Removes these erasures, because all traces of their purges are erased."""
         ...
 
     def empty_log(self) -> Future[bool]:
-        """Empties the log in which the store still has what was deleted. False where a view at an older state keeps
-        the store from that: try again. A store whose log is not its own gives true, and says how long the log stays."""
+        """Empties the store's log, which still has deleted data. False where an open view of an older state prevents
+        it: try again. A store that does not control its log returns true and documents how long the log stays."""
         ...

@@ -30,7 +30,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a document answers a query."""
+    """The scores of a document for a query."""
 
     value: float  # orders the hits
     cosine: float
@@ -38,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A document or a past version: enough to rank it and to make its hit."""
+    """A document or a past version, with the fields that ranking and a hit need."""
 
     key: int
     id: str
@@ -69,14 +69,14 @@ class Usage:
     """The counts of a namespace."""
 
     num_documents: int = 0
-    num_bytes: int = 0  # texts and gradients, also of past versions
+    num_bytes: int = 0  # texts and gradients, past versions included
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
     """The counts of a catalog."""
 
-    num_documents: dict[str, int]  # by namespace, also of those that lost their last document
+    num_documents: dict[str, int]  # by namespace; 0 for a namespace that lost its last document
     num_gradients: int  # of documents and their past versions
     gradient_bytes: int
     num_past_versions: int
@@ -89,7 +89,7 @@ class DeleteResult:
 
     version: int  # of the deleted document
     sequence: int
-    digests: frozenset[str]  # of gradients that may now belong to nobody
+    digests: frozenset[str]  # gradients that perhaps no document names any more
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The one door to the store behind a bank's catalog: SQLite, in one file of the bank's folder."""
+"""Opens the catalog. Other rooms reach the store only from here: SQLite, in one file of the bank's folder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def open_catalog(
     *,
     history_seconds: int | None = None,
 ) -> Catalog:
-    """Opens or creates the catalog of a bank's folder, which nobody else may have open.
+    """Opens or creates the catalog in a bank's folder. No other process may have it open.
 
-    ``history_seconds``: how long past versions are kept; None: as it was said last, at first not at all.
+    ``history_seconds`` is the time for which past versions are kept. None keeps the last setting, which is 0 at first.
     CollectionMismatchError where the folder holds another collection, CatalogDamagedError.
     """
     return SqliteCatalog(data_dir / CATALOG_FILE, identity, limits_of, history_seconds=history_seconds)

@@ -1,4 +1,4 @@
-"""The errors that every catalog raises with the same words."""
+"""The errors that every catalog raises, with the same texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The documents' metadata as a table of the catalog. Filters are answered from it.
+"""A table of the documents' metadata, for filters.
 
-It has a row for each pair of a living document's metadata, written in the document's own transaction. Its index over
-(namespace, name, value) finds the few documents that match among a million.
+It has a row for each metadata pair of a living document. The transaction that writes a document writes its rows. An
+index over (namespace, name, value) finds the few matching documents among a million.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _DELETE = Prepared(sa.delete(attributes).where(attributes.c.key == sa.bindparam(
 
 
 def put_attributes(connection: sa.Connection, key: int, namespace: str, pairs: Mapping[str, str]) -> None:
-    """Adds the pairs of a document that has none."""
+    """Adds the pairs of a document that has no rows yet."""
     for name, value in pairs.items():
         _INSERT.run(connection, key=key, name=name, namespace=namespace, value=value)
 
 
 def remove_attributes(connection: sa.Connection, key: int) -> None:
-    """Takes all pairs of a document out."""
+    """Removes all pairs of a document."""
     _DELETE.run(connection, document=key)
 
 
@@ -91,21 +91,21 @@ def among(
 
 
 def holds(condition: Condition, key: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
-    """The condition on the document with this key, in SQL; one look into the table's primary key."""
+    """The condition on the document with this key, in SQL. It needs one lookup in the table's primary key."""
     table = attributes.alias()
     found = sa.exists().where(table.c.key == key, _pair(table, condition))
     return found if condition.operator in (Operator.EQUALS, Operator.PRESENT) else sa.not_(found)
 
 
 def _unchanged_since(as_of: int, key: sa.ColumnElement[int], *, is_joined: bool) -> sa.ColumnElement[bool]:
-    """``is_joined``: the query reads ``versions`` already."""
+    """In SQL: the document has not changed since ``as_of``. ``is_joined``: the query reads ``versions`` already."""
     if is_joined:
         return versions.c.began <= as_of
     return sa.exists().where(versions.c.key == key, now, versions.c.began <= as_of)
 
 
 def _pair(table: sa.FromClause, condition: Condition) -> sa.ColumnElement[bool]:
-    """The pair that must, or must not, be there."""
+    """In SQL: a row is the pair that the condition names."""
     named = table.c.name == condition.key
     return sa.and_(named, table.c.value.in_(condition.values)) if condition.values else named
 
@@ -113,7 +113,8 @@ def _pair(table: sa.FromClause, condition: Condition) -> sa.ColumnElement[bool]:
 def _rarest(
     connection: sa.Connection, namespace: str, conditions: Sequence[Condition], limit: int | None
 ) -> Condition | None:
-    """The condition that the fewest pairs meet, counted up to ``limit``; None where all are about absence."""
+    """The EQUALS condition that the fewest pairs meet. Counts up to ``limit`` pairs. None where there is no such
+    condition."""
     counts: list[tuple[int, int]] = []
     for index, condition in enumerate(conditions):
         if condition.operator in (Operator.EQUALS, Operator.PRESENT):

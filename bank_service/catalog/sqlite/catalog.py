@@ -1,11 +1,11 @@
 """The catalog in SQLite: WAL mode with synchronous=FULL, so that an acknowledged change survives a crash.
 
-A deletion is a version without content. It stays, so that a document's key and version numbers are never used for
-other content, and every follower learns of the deletion by its sequence number.
+A deletion is a version without content. It stays, so a document's key and version numbers are never used again for
+other content. It also tells every follower of the deletion, by its sequence number.
 
-What a purge takes out leaves the files by SQLite's own means. ``secure_delete`` overwrites deleted rows with zeros.
-FTS5 merges its lists of words (``words.clean``). A checkpoint empties the write-ahead log (``empty_log``). Copies that
-were made before, such as snapshots, keep what they have.
+SQLite's own means erase purged data from the files. ``secure_delete`` overwrites deleted rows with zeros. FTS5 merges
+its lists of words (``words.clean``). A checkpoint empties the write-ahead log (``empty_log``). Older copies, such as
+snapshots, keep their content.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CLOSE_SECONDS = 3.0
 
 
 class SqliteCatalog:
-    """One collection in one SQLite file; see ``contract.Catalog``. One thread groups the writes."""
+    """One collection in one SQLite file; see ``contract.Catalog``. One thread does all writes, in groups."""
 
     def __init__(
         self,
@@ -61,22 +61,22 @@ class SqliteCatalog:
             check_catalog(path)
         self._engine = _engine(path)
         try:
-            # The id belongs to the file: it stays when the content changes.
+            # The id belongs to the file. It stays the same when the content changes.
             self.collection_id = self._open_collection(path, identity)
-            with self._engine.begin() as connection:  # once the collection is known to be the caller's
+            with self._engine.begin() as connection:  # only after the collection proved to be the caller's
                 self.history_seconds = history.seconds_kept(connection, history_seconds)
         except BaseException as error:
             self._engine.dispose()
             if isinstance(error, sa.exc.DatabaseError) and not isinstance(error, sa.exc.OperationalError):
                 raise damaged(path, str(error.orig)) from error
             raise
-        # Connections of its own: what a reader opened while the disk was read-only never writes again.
+        # The writer needs its own connections. One that was opened while the disk was read-only can never write.
         self._writer = GroupCommit(_engine(path))
         self.words = Fts5Words(self.view, self._writer)
 
     def close(self) -> None:
-        """Commits what is queued, then closes. Deleted words leave the file as far as a few seconds go."""
-        with contextlib.suppress(BankError):  # a disk that fails; the next start goes on
+        """Commits the queued writes, then closes. It erases deleted words for a few seconds at most."""
+        with contextlib.suppress(BankError):  # the disk may fail; the next start goes on
             self.words.clean_until(time.monotonic() + CLOSE_SECONDS)
         self._writer.close()
         self._engine.dispose()
@@ -171,13 +171,13 @@ def _engine(path: Path) -> sa.Engine:
     engine = sa.create_engine(
         f"sqlite:///{path}",
         pool_size=8,
-        max_overflow=-1,  # bounded by the threads that read
+        max_overflow=-1,  # the number of reading threads bounds it
         connect_args={"check_same_thread": False, "timeout": 30.0},
-        hide_parameters=True,  # in errors, and so in logs: they are documents
+        hide_parameters=True,  # parameters are texts of documents, which must not get into errors and logs
     )
 
     def on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # else the driver commits on its own before some statements
+        connection.isolation_level = None  # otherwise the driver commits by itself before some statements
         cursor = connection.cursor()
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
             cursor.execute(f"PRAGMA {pragma}")

@@ -1,4 +1,4 @@
-"""The catalog's file: checking it, copying it while a bank writes, and reading a copy."""
+"""The catalog's file: checks it, copies it while a bank writes, and reads a copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _BLOB_FOLDERS = "??/*"
 
 
 def check_catalog(path: Path) -> None:
-    """Reads the whole file (0.3 s for 100,000 documents in memory). CatalogDamagedError where its pages don't fit."""
+    """Checks the whole file, in 0.3 s for 100,000 documents if it is in the page cache. CatalogDamagedError where its
+    pages don't fit together."""
     with naming_damage(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         found = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
     if found != ["ok"]:
@@ -24,9 +25,9 @@ def check_catalog(path: Path) -> None:
 
 
 def check_not_lost(path: Path) -> None:
-    """CatalogDamagedError where a catalog that has just been created finds gradients in its folder.
+    """CatalogDamagedError where the folder of a new catalog already has gradients.
 
-    Then the catalog before it is lost. The bank must not go on: its first sweep would remove every gradient.
+    Then an earlier catalog is lost. The bank must not start, because its first sweep would remove every gradient.
     """
     if next((path.parent / "blobs").glob(_BLOB_FOLDERS), None) is not None:
         raise damaged(path, "it is missing or empty, but gradients of it are there")
@@ -34,7 +35,7 @@ def check_not_lost(path: Path) -> None:
 
 @contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
-    """Turns SQLite's error for a damaged file into a CatalogDamagedError. The disk's own errors stay as they are."""
+    """Turns SQLite's error for a damaged file into a CatalogDamagedError. Errors of the disk stay as they are."""
     try:
         yield
     except sqlite3.OperationalError:
@@ -51,13 +52,13 @@ def damaged(path: Path, reason: str) -> CatalogDamagedError:
 
 
 def copy_catalog(path: Path, target: Path) -> None:
-    """One committed state of a catalog that may be written meanwhile, as a file of its own, without a WAL."""
+    """Copies one committed state of a catalog into a separate file without a WAL. A bank may write meanwhile."""
     with (
         naming_damage(path),
         closing(sqlite3.connect(path, timeout=30.0)) as source,
         closing(sqlite3.connect(target)) as copy,
     ):
-        source.backup(copy)  # all pages in one step: readers of a WAL do not hold up its writer
+        source.backup(copy)  # all pages in one step: readers of a WAL do not block its writer
         copy.execute("PRAGMA journal_mode=DELETE")
         copy.commit()
 
@@ -80,9 +81,9 @@ def describe_copy(path: Path) -> CatalogCopy:
 
 
 def stored_codec(path: Path) -> str | None:
-    """The codec of the collection in a catalog's file. Changes nothing.
+    """Reads the collection's codec from a catalog's file.
 
-    None where there is no collection yet, or none that can be read: opening the catalog says why.
+    None where there is no collection yet, or where it can't be read. ``SqliteCatalog`` raises the reason.
     """
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:

@@ -1,4 +1,4 @@
-"""Reads of the catalog, all on one snapshot."""
+"""Reads of the catalog, all on one state."""
 
 from __future__ import annotations
 

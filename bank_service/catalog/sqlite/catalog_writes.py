@@ -1,4 +1,4 @@
-"""The catalog's writes of one document, each one operation of ``GroupCommit``: whole or not at all."""
+"""The catalog's writes of one document. Each is one operation of ``GroupCommit``, whole or not at all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WITHOUT_CONTENT: dict[str, Any] = {
 def put_document(
     connection: sa.Connection, document: Document, gradient: Gradient, expected_version: int | None, *, keep: bool
 ) -> PutResult:
-    """Stores a version. ``keep``: keep the version before it as a past one. VersionConflictError."""
+    """Stores a version. ``keep``: the version before it becomes a past one. VersionConflictError."""
     row = versions.current(connection, document.namespace, document.id)
     _check_version(row, document.namespace, document.id, expected_version)
     before = row if row is not None and not row["deleted"] else None
@@ -89,7 +89,7 @@ def put_document(
 def delete_document(
     connection: sa.Connection, namespace: str, id: str, expected_version: int | None, *, keep: bool
 ) -> DeleteResult:
-    """Takes the content out. ``keep``: keep it as a past version. NotFoundError, VersionConflictError."""
+    """Removes the content. ``keep``: it becomes a past version. NotFoundError, VersionConflictError."""
     row = versions.current(connection, namespace, id)
     if row is None or row["deleted"]:
         raise document_not_found(namespace, id)
@@ -101,10 +101,10 @@ def delete_document(
 
 
 def purge_document(connection: sa.Connection, namespace: str, id: str, expected_version: int | None) -> DeleteResult:
-    """Takes the content out, and that of all past versions; of a deleted document, that alone. NotFoundError,
-    VersionConflictError. Horizons stay: ``as_of`` answers as if the document had never existed.
+    """Removes the content of a document, deleted or not, and of all its past versions.
 
-    A purge may come again with the version that it expected: its answer may have been lost.
+    Horizons stay: ``as_of`` answers as if the document had never existed. A purge may be repeated with the same
+    ``expected_version``, because its answer may have been lost. NotFoundError, VersionConflictError.
     """
     row = versions.current(connection, namespace, id)
     if row is None:
@@ -120,12 +120,12 @@ def purge_document(connection: sa.Connection, namespace: str, id: str, expected_
         sequence = _next_sequence(connection)
         versions.remove(connection, row)
         _add_deletion(connection, row, sequence, purged=True)
-    # Also of a document that was deleted and has no past: its words may still stand in the catalog's files.
+    # A deleted document without past versions needs an erasure too: its words may still be in the catalog's files.
     return DeleteResult(row["version"], sequence, erasures.record(connection, row["key"], namespace, digests))
 
 
 def _is_same(row: Row, document: Document, gradient: Gradient) -> bool:
-    # The number of tokens differs where one gradient was uploaded and the other encoded here.
+    # The number of tokens differs if one gradient was uploaded and the other one was encoded here.
     stored = (row["content_digest"], row["gradient_digest"], row["embedding"], row["num_tokens"])
     return bool(stored == (document.content_digest, gradient.digest, gradient.embedding, gradient.num_tokens))
 
@@ -142,7 +142,7 @@ def _next_sequence(connection: sa.Connection) -> int:
 
 
 def _supersede(connection: sa.Connection, row: Row, sequence: int, *, keep: bool) -> None:
-    """A document's version ends with the change ``sequence``; it is kept or dropped."""
+    """Ends a document's version with the change ``sequence``. ``keep``: keep it as a past version, or else drop it."""
     if keep:
         versions.end(connection, row, sequence)
     else:
@@ -151,7 +151,7 @@ def _supersede(connection: sa.Connection, row: Row, sequence: int, *, keep: bool
 
 
 def _add_deletion(connection: sa.Connection, row: Row, sequence: int, *, purged: bool) -> None:
-    """``row``: the document's last version, which has ended."""
+    """Adds a deletion. ``row`` is the document's last version, which has ended."""
     named = {name: row[name] for name in ("key", "namespace", "id", "version")}
     changed = {"began": sequence, "updated_us": time.time_ns() // 1000, "purged": purged}
     versions.add(connection, {**named, **changed, **_WITHOUT_CONTENT})

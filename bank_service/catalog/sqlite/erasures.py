@@ -1,6 +1,6 @@
 """The traces that purges have still to erase outside of the catalog's rows.
 
-A row is written in the purge's own transaction, so a crash forgets none. It goes when all is erased.
+A purge writes a row in its own transaction, so a crash loses none. The row is removed when all traces are erased.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ pending_erasures = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("key", sa.BigInteger, nullable=False, index=True),  # of the document
     sa.Column("namespace", sa.Text, nullable=False),
-    sa.Column("digests", sa.Text, nullable=False),  # JSON array, of the gradients that may now belong to nobody
+    sa.Column("digests", sa.Text, nullable=False),  # JSON array of gradients that perhaps no document names any more
     sqlite_autoincrement=True,
 )
 
 
 def record(connection: sa.Connection, key: int, namespace: str, digests: Collection[str]) -> frozenset[str]:
-    """Writes an erasure in the place of earlier ones of the document; all their digests together."""
+    """Replaces the document's earlier erasures by a new one with all their digests. Returns these digests."""
     columns = pending_erasures.c
     gone = sa.delete(pending_erasures).where(columns.key == key).returning(columns.digests)
     earlier = connection.execute(gone).scalars().all()

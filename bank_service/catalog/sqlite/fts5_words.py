@@ -16,12 +16,13 @@ from bank_service.values.filters import Condition
 
 
 class Fts5Words:
-    """Searches, and merges the tables from which words were taken out. A crash loses nothing: the catalog counts."""
+    """Searches words, and merges the FTS5 tables from which words were removed. The catalog counts the removals, so a
+    crash loses none."""
 
     def __init__(self, view: Callable[[], AbstractContextManager[SqliteView]], writer: GroupCommit) -> None:
         self._view = view
         self._writer = writer
-        self._cleaning = asyncio.Lock()  # two at once would count the same removals twice
+        self._cleaning = asyncio.Lock()  # two cleanings at once would subtract the same removals twice
 
     def best(
         self, view: CatalogView, namespace: str, text: str, conditions: Sequence[Condition], count: int
@@ -37,7 +38,7 @@ class Fts5Words:
                     first = False
 
     def clean_until(self, deadline: float) -> None:
-        """As ``clean``, without an event loop, for at most the time until ``deadline`` of ``time.monotonic``."""
+        """Cleans without an event loop, and stops at ``deadline``, a time of ``time.monotonic``."""
         for number, num_removed in self._uncleaned().items():
             first = True
             while time.monotonic() < deadline and not self._step(number, num_removed, first=first).result():

@@ -1,4 +1,4 @@
-"""Reads by gradient, of documents and past versions alike, and the totals that count gradients."""
+"""Reads by gradient, over documents and past versions, and the catalog's totals."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def totals(connection: sa.Connection, may_see: Callable[[str], bool] | None) -> 
     def seen(table: sa.Table) -> sa.ColumnElement[bool]:
         if may_see is None:
             return sa.true()
-        # By ``+``, or SQLite takes the index by namespace, and then has a row to read for each digest.
+        # ``+`` keeps SQLite from the index by namespace. With that index it would read a row for each digest.
         return sa.literal_column(f"+{table.name}.namespace").in_(list(counts))
 
-    # A gradient counts once, however many documents and past versions have it.
+    # A gradient that several documents or past versions have counts once.
     each = sa.select(_SIZE.label("size")).where(_DIGEST.is_not(None), seen(versions)).group_by(_DIGEST).subquery()
     sums = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(each.c.size), 0)).select_from(each)
     num_gradients, gradient_bytes = connection.execute(sums).one()

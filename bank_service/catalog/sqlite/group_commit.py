@@ -1,4 +1,4 @@
-"""One writer thread: operations that wait together share one transaction, hence one fsync."""
+"""One writer thread. Operations that wait together share one transaction, hence one fsync."""
 
 from __future__ import annotations
 
@@ -17,51 +17,54 @@ from bank_service.errors import BankError, InternalError, UnavailableError
 T = TypeVar("T")
 Write: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]  # an operation, and the future of its caller
 MAX_BATCH = 256  # operations in one transaction
-BUSY_MS = 500  # the longest wait of writes for readers, and of new readers for writes, in one checkpoint
+BUSY_MS = 500  # the longest that one checkpoint waits for readers; writes and new readers wait for it
 
 
 class GroupCommit:
     """Runs write operations one after the other in a shared transaction.
 
-    An operation's future is resolved after the commit, never before. A failing operation leaves no trace and
-    does not touch its neighbours. Where the commit itself fails, each of its operations gets an UnavailableError.
-    An operation may run twice: where one of a transaction fails, the transaction is rolled back, and all run anew with
-    a savepoint around each.
+    An operation's future gets its result only after the commit. An operation that fails changes nothing and does not
+    affect the others. If the commit itself fails, each of its operations gets an UnavailableError.
+
+    An operation may run twice. If one of a transaction fails, the transaction is rolled back. Then all operations run
+    again, each in a savepoint.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """``engine`` is its own from now on."""
+        """The caller must not use ``engine`` any more."""
         self._engine = engine
         self._may_read = threading.Event()  # no checkpoint is under way
         self._may_read.set()
-        self._queue: queue.SimpleQueue[Write | Future[bool] | None] = queue.SimpleQueue()  # a future alone: checkpoint
-        self._lock = threading.Lock()  # no operation may follow the end mark
+        # A future without an operation asks for a checkpoint. None ends the thread.
+        self._queue: queue.SimpleQueue[Write | Future[bool] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # no operation may come after the end mark
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="bank-catalog-writer", daemon=True)
         self._thread.start()
 
     def submit(self, operation: Callable[[Connection], T]) -> Future[T]:
-        """The future's result is ``operation``'s, once it is durable. UnavailableError after ``close``."""
+        """Queues an operation. The future gets its result when it is durable. UnavailableError after ``close``."""
         future: Future[T] = Future()
         self._put((operation, future), future)
         return future
 
     def checkpoint(self) -> Future[bool]:
-        """Moves what is committed into the database's file and empties the write-ahead log, which still has what the
-        pages were before. False where a reader at an older state is in the way: try again."""
+        """Moves all commits into the database's file and empties the write-ahead log, which has older pages. False
+        where a reader of an older state prevents it: try again."""
         future: Future[bool] = Future()
         self._put(future, future)
         return future
 
     def wait_to_read(self) -> None:
-        """Readers call it before they begin, or a checkpoint would never find the log unread where they overlap.
+        """Waits for a checkpoint under way. Every reader calls it before it begins.
 
-        It takes no longer than a checkpoint waits for the readers that are there.
+        Without it, overlapping readers would use the log all the time, and no checkpoint could empty it. It takes at
+        most BUSY_MS.
         """
         self._may_read.wait(BUSY_MS / 1000)
 
     def close(self) -> None:
-        """Commits what is queued and ends the thread."""
+        """Commits the queued operations and ends the thread."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -70,7 +73,7 @@ class GroupCommit:
         self._engine.dispose()
 
     def _put(self, item: Write | Future[bool], future: Future[Any]) -> None:
-        future.set_running_or_notify_cancel()  # a commit under way can't be called back
+        future.set_running_or_notify_cancel()  # a commit under way can't be cancelled
         with self._lock:
             if self._closed:
                 raise UnavailableError("the catalog is closed; the bank is stopping")
@@ -96,7 +99,7 @@ class GroupCommit:
             except BankError:
                 done = self._apart(batch)
         except SQLAlchemyError as error:
-            self._engine.dispose()  # SQLite opens a file for reading where it must, and then it stays at that
+            self._engine.dispose()  # SQLite may have opened the file read-only; only a new connection writes
             _fail(futures, UnavailableError, _unwritable(error), error)
         except Exception as error:  # noqa: BLE001 - a bug in an operation; its waiters raise it
             message = f"an operation of the catalog failed: {type(error).__name__}: {error}"
@@ -106,12 +109,12 @@ class GroupCommit:
                 future.set_result(result)
 
     def _together(self, batch: list[Write]) -> list[tuple[Future[Any], Any]]:
-        """Each future with its operation's result. The first BankError of an operation, and no trace of any."""
+        """Runs all operations: (future, result) for each. At the first BankError, none of them changes anything."""
         with self._engine.begin() as connection:
             return [(future, operation(connection)) for operation, future in batch]
 
     def _apart(self, batch: list[Write]) -> list[tuple[Future[Any], Any]]:
-        """The same, but an operation that fails is told so, and left out."""
+        """Runs each operation in a savepoint. The future of one that fails gets its error; it is not in the result."""
         done: list[tuple[Future[Any], Any]] = []
         with self._engine.begin() as connection:
             for operation, future in batch:
@@ -134,7 +137,7 @@ class GroupCommit:
                     ((busy, _, _),) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 finally:
                     cursor.execute(f"PRAGMA busy_timeout={usual}")
-        except Exception as error:  # noqa: BLE001 - whatever it is, the thread goes on, and the caller raises it
+        except Exception as error:  # noqa: BLE001 - the thread must go on after any error; the caller raises it
             _fail([future], UnavailableError, _unwritable(error), error)
         else:
             future.set_result(not busy)
@@ -145,14 +148,15 @@ class GroupCommit:
 def _fail(futures: Sequence[Future[Any]], kind: type[BankError], message: str, cause: Exception) -> None:
     for future in futures:
         if not future.done():
-            # One each: a stream marks its error with the place that its own request had.
+            # Each future needs its own error, because a stream writes the request's index into it.
             failure = kind(message)
             failure.__cause__ = cause
             future.set_exception(failure)
 
 
 def _unwritable(error: Exception) -> str:
-    # By SQLite's name for it alone: its own words may have some of a document, and others waited for the same commit.
+    # Only the name of SQLite's error. Its message may contain text of a document, and callers of other documents share
+    # this commit.
     cause = getattr(error, "orig", None) or error
     name = getattr(cause, "sqlite_errorname", None) or type(cause).__name__
     return f"the catalog must be writable, got {name}; is the disk full?"

@@ -1,11 +1,11 @@
 """Past versions of documents, for ``as_of``: a query's answer at an earlier sequence number.
 
-Where the bank keeps history, a version that is superseded or deleted stays, with its end. The state at a sequence is
-then exact. Creations need no history.
+If the bank keeps history, a replaced or deleted version stays in the catalog, with its end. Then the state at any
+sequence is known exactly.
 
-Where a version is dropped instead, at once or when its time is over, its namespace's horizon moves to the sequence at
-which it ended: from there on everything is known. Each namespace has its own. So a change in one neither takes
-another's past nor shows in it. A purged document moves none: it is as if it had never existed.
+A version may be dropped instead, at once or when its time is over. Then its namespace's horizon moves to the sequence
+at which it ended. From the horizon on, every state is known. Each namespace has its own horizon, so its past does not
+depend on other namespaces. A purge moves no horizon: the past is as if the document had never existed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from bank_service.values.filters import Condition
 
 logger = logging.getLogger(__name__)
 
-MAX_SECONDS = 2**31  # longer than anything was kept
+MAX_SECONDS = 2**31  # 68 years: keeps everything
 
 
 def seconds_kept(connection: sa.Connection, given: int | None) -> int:
-    """How long past versions are kept: as ``given``, which is remembered, or as it was given last; at first not at all.
+    """The time for which past versions are kept. Stores ``given``; None reads the stored value, which is 0 at first.
 
-    A catalog from before it was remembered may have past versions and no setting. Then all stay until somebody gives
-    one: a version that is kept too long can still be dropped.
+    A catalog of an older schema may have past versions but no stored value. Then it keeps all past versions until a
+    value is given, because a dropped version can't be brought back.
     """
     known = connection.execute(sa.select(history_setting.c.seconds)).scalar_one_or_none()
     seconds = given if given is not None else known
     if seconds is None and connection.execute(sa.select(versions.c.began).where(past).limit(1)).first() is not None:
-        logger.warning("past versions stay until it is said how long: start the bank once with --history-seconds")
+        logger.warning("the bank keeps all past versions until it is started once with --history-seconds")
         return MAX_SECONDS
     seconds = seconds or 0
     if seconds != known:
@@ -54,7 +54,7 @@ def move_horizon(connection: sa.Connection, namespace: str, sequence: int) -> No
 def fill_horizons(connection: sa.Connection) -> None:
     """For a catalog that kept neither history nor horizons.
 
-    What a document was before its last change is not known, unless that change created it.
+    A namespace's horizon is the last change that ended a version, because that version is lost. Creations end none.
     """
     columns = versions.c
     query = sa.select(columns.namespace, sa.func.max(columns.began))
@@ -72,7 +72,7 @@ def horizon(connection: sa.Connection, namespace: str) -> int:
 def candidates(
     connection: sa.Connection, namespace: str, as_of: int, conditions: Sequence[Condition], after: int, limit: int
 ) -> tuple[list[Candidate], int] | None:
-    """See ``CatalogView.past_candidates``. Versions that end between two calls come later than those before."""
+    """See ``CatalogView.past_candidates``. A version that ends between two calls appears in a later call."""
     columns = versions.c
     query = (
         sa.select(
@@ -104,7 +104,7 @@ def began(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: 
     found: dict[str, int] = {}
     for chosen in ([*named, sa.not_(columns.deleted)], [columns.key.in_(keys), columns.ended > as_of]):
         rows = connection.execute(sa.select(columns.id, columns.began).where(*chosen))
-        # Not by ``began`` in SQL: SQLite would go through the whole table in its order.
+        # Compared here, not in SQL: with ``began`` in the query, SQLite would scan the whole table in its order.
         found.update({id: int(sequence) for id, sequence in rows if sequence <= as_of})
     return found
 

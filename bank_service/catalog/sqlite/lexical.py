@@ -1,11 +1,12 @@
-"""The words of documents, for BM25 by SQLite's FTS5, in the catalog's own file and in each document's own transaction.
+"""The words of documents, for BM25 with SQLite's FTS5. They lie in the catalog's file. The transaction that writes a
+document writes its words.
 
-A table per namespace. FTS5's statistics (how many documents, how many have a word, their mean length) are a
-table's: in one table for all, a namespace's scores would tell how often a word stands in another's documents.
+Each namespace has its own table, because FTS5 computes its statistics per table. Examples are the number of documents
+and their mean length. In one common table, scores would reveal the word counts of other namespaces.
 
-The tables are contentless: a document is taken out by the words that its row in the catalog had. FTS5 keeps a word
-that was taken out, and marks it, until its segments are merged; ``WordCleaner`` has that done after a change
-that took something out, and the catalog's ``secure_delete`` overwrites what the merge leaves.
+The tables are contentless: to remove a document, FTS5 needs the same text again. FTS5 only marks a removed word, and
+keeps it until its segments are merged. ``WordCleaner`` merges them after removals. The catalog's ``secure_delete`` then
+overwrites the old segments.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bank_service.catalog.sqlite.prepared import Prepared, run_text
 from bank_service.catalog.sqlite.tables import living, metadata, versions
 from bank_service.values.embedder import embedded_text
 
-MERGE_PAGES = 200  # of one step of a merge: milliseconds in the catalog's one writer
+MERGE_PAGES = 200  # per step of a merge; a step takes the catalog's only writer some milliseconds
 
 lexical_spaces = sa.Table(
     "lexical_spaces",
@@ -35,14 +36,14 @@ _COUNT_REMOVED = Prepared(
 
 
 def put_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
-    """Makes a document found by its words."""
+    """Adds a document's words, so that searches find it."""
     table = table_of(connection, namespace) or _create(connection, namespace)
     values = (key, embedded_text(title, text))
     run_text(connection, f"INSERT INTO {table}(rowid, text) VALUES (?, ?)", values)
 
 
 def remove_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
-    """Takes a document out. ``title`` and ``text`` must be what was put."""
+    """Removes a document's words. ``title`` and ``text`` must be the same as in ``put_words``."""
     table = table_of(connection, namespace)
     values = (key, embedded_text(title, text))
     run_text(connection, f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
@@ -50,7 +51,7 @@ def remove_words(connection: sa.Connection, key: int, namespace: str, title: str
 
 
 def fill_words(connection: sa.Connection) -> None:
-    """Makes all tables from the documents: for a catalog that had none."""
+    """Builds all tables from the documents, for a catalog of a schema without them."""
     spaces = sa.select(versions.c.namespace).where(living).distinct()
     for namespace in connection.execute(spaces).scalars().all():
         table = _create(connection, namespace)
@@ -63,21 +64,21 @@ def fill_words(connection: sa.Connection) -> None:
 
 
 def uncleaned(connection: sa.Connection) -> dict[int, int]:
-    """Tables that still hold words which were taken out: their numbers, and how many documents' words."""
+    """Table number → number of removed documents, for tables that still hold their words."""
     columns = lexical_spaces.c
     query = sa.select(columns.number, columns.num_removed).where(columns.num_removed > 0)
     return {int(number): int(count) for number, count in connection.execute(query)}
 
 
 def clean_step(connection: sa.Connection, number: int, num_removed: int, *, first: bool) -> bool:
-    """Merges some of a table's segments into one; true once all is merged, and what was taken out is gone.
+    """Merges some of a table's segments. True when all are merged and the words removed before are gone.
 
-    Begin with ``first``, then go on without. What is taken out meanwhile is left for the next time, and so is all
-    where a crash comes between: ``num_removed`` is taken off the table's count by the last step.
+    The first step of a merge has ``first``, the others don't. The last step subtracts ``num_removed`` from the table's
+    count. So a crash between the steps, or removals meanwhile, leave work for the next merge.
     """
     table = _name(number)
     before = _total_changes(connection)
-    # Negative: all segments, whatever their level. FTS5 says by the number of changes whether it did anything.
+    # A negative number merges all segments, of every level. The number of changes tells whether FTS5 did any work.
     pages = -MERGE_PAGES if first else MERGE_PAGES
     connection.exec_driver_sql(f"INSERT INTO {table}({table}, rank) VALUES ('merge', {pages})")
     if _total_changes(connection) - before >= 2:

@@ -1,12 +1,12 @@
-"""The documents that answer a text best by BM25, without scoring all that have a word of it.
+"""Finds the best documents for a text by BM25, without a score for every document that has a word of it.
 
-FTS5 scores every document that has any of the words, and the common words of a text stand in a large part of a
-namespace. But a word adds at most (k1 + 1) · idf to a score, little for a common one. So the **essential** words are
-found, the rarest, so many that documents with none of them can't reach the best ``count``; only documents with an
-essential word are scored, by all words. Nothing is missed by it: MaxScore (Turtle and Flood, 1995) with a query's words
-as the lists. Where that would leave few out, all are scored.
+FTS5 scores every document that has any of the words, and common words occur in a large part of a namespace. But a word
+adds at most (k1 + 1) · idf to a score, which is little for a common word. So only the rarest words are **essential**: a
+document without any of them can't reach the best ``count``. Only documents with an essential word are scored, by all
+words. The result is exact. This is MaxScore (Turtle and Flood, 1995) with a query's words as the lists. If it would
+save little, all documents with a word are scored.
 
-Scores are rounded: in which order a sum is taken must not decide between documents that are equally good.
+Scores are rounded, so that the order of a sum does not decide between equally good documents.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bank_service.catalog.sqlite.quota import usage
 from bank_service.catalog.sqlite.tables import now, versions
 from bank_service.values.filters import Condition
 
-MAX_WORDS = 128  # different words of a query that count; each is a list of documents to go through
-WORTHWHILE = 0.25  # of all the lists' entries: where more documents would be scored all the same, all are
-SPARE = 64  # scored more than asked for, to see whether the last ones are equally good as others left out
-_SATURATION = 2.2  # k1 + 1 of FTS5's BM25: the most by which a word's count multiplies its idf
-_LEAST_IDF = 1e-6  # FTS5's, of a word that half of the documents have
-_DIGITS = 9  # of a score, behind the point; FTS5's sums are right to about 14
+MAX_WORDS = 128  # different words of a query that are searched; each has a list of documents to read
+WORTHWHILE = 0.25  # if the essential words have a larger share of all list entries, all documents are scored
+SPARE = 64  # documents read beyond ``count``, to see ties at the end
+_SATURATION = 2.2  # k1 + 1 of FTS5's BM25: a word adds at most so many times its idf to a score
+_LEAST_IDF = 1e-6  # FTS5's idf of a word in half of the documents or more
+_DIGITS = 9  # decimal places of a score; FTS5's sums are exact to about 14
 _ROUNDING = 10.0**-_DIGITS
 _WORD = re.compile(r"\w+")
 
@@ -39,9 +39,9 @@ _IDS = Prepared(sa.select(versions.c.key, versions.c.id).where(versions.c.key.in
 
 @dataclass(frozen=True, slots=True)
 class _Word:
-    quoted: str  # for FTS5's MATCH; none can be an operator
+    quoted: str  # for FTS5's MATCH, which takes no quoted word for an operator
     num_documents: int
-    bound: float  # no document's score has more of it
+    bound: float  # the most that the word adds to a document's score
 
 
 def best_words(
@@ -57,7 +57,7 @@ def best_words(
         if _postings(words[:num_essential]) > WORTHWHILE * _postings(words):
             num_essential = len(words)
         found = _Search(connection, table, words, num_essential, conditions).best(count)
-        # Documents that are as good as the last one may be among those that were not scored.
+        # A document that was not scored could be as good as the last one found.
         least = min(found.values()) - 2 * _ROUNDING if len(found) == count else 0.0
         needed = _needed(words, least)
         if needed <= num_essential:
@@ -66,7 +66,7 @@ def best_words(
 
 
 def _words(connection: sa.Connection, table: str, namespace: str, text: str) -> list[_Word]:
-    """Those of a user's text that a document has, the rarest first."""
+    """The words of a user's text that occur in the namespace, the rarest first."""
     total = usage(connection, namespace).num_documents
     words: list[_Word] = []
     for text_word in list(dict.fromkeys(match[0].lower() for match in _WORD.finditer(text)))[:MAX_WORDS]:
@@ -74,20 +74,23 @@ def _words(connection: sa.Connection, table: str, namespace: str, text: str) -> 
         counted = f"SELECT count(*) FROM {table} WHERE {table} MATCH ?"
         ((number,),) = run_text(connection, counted, (quoted,))
         if number:
-            # As FTS5 has it, in which a word of more than half of the documents would have none or less.
+            # The same formula as FTS5's. Without the lower bound, a word in half of the documents or more has idf ≤ 0.
             idf = max(math.log((total - number + 0.5) / (number + 0.5)), _LEAST_IDF)
             words.append(_Word(quoted, number, _SATURATION * idf))
     return sorted(words, key=lambda word: word.num_documents)
 
 
 def _needed(words: Sequence[_Word], least: float) -> int:
-    """How many of the rarest words are essential, where a document must have at least this score."""
+    """The number of rarest words that are essential, if a document needs at least the score ``least``."""
     return next((n for n in range(len(words)) if sum(word.bound for word in words[n:]) < least), len(words))
 
 
 def _guess(words: Sequence[_Word], count: int) -> int:
-    """So many that ``count`` documents have one, and as if the last of these had nothing else, and that once in a text
-    of mean length: a guess that saves a second look, no more."""
+    """Guesses the number of essential words for the first search. A wrong guess costs only a second search.
+
+    Takes the rarest words until ``count`` documents have one. It assumes that the last of these documents has only the
+    last word, once, in a text of mean length. Its score then gives the number of words that are needed.
+    """
     reached = 0
     for index, word in enumerate(words, 1):
         reached += word.num_documents
@@ -101,7 +104,7 @@ def _postings(words: Sequence[_Word]) -> int:
 
 
 class _Search:
-    """The documents that match and have one of the first ``num_essential`` words, scored by all."""
+    """The matching documents that have one of the first ``num_essential`` words, scored by all words."""
 
     def __init__(
         self,
@@ -116,8 +119,9 @@ class _Search:
         must, may = ([word.quoted for word in part] for part in (words[:num_essential], words[num_essential:]))
         expression, times = " OR ".join(must), 1
         if may:
-            # FTS5 scores by all that stands in an expression, as often as it stands there, and has nothing that counts
-            # and need not be there. So what must be there counts twice, and with it all else.
+            # FTS5 scores by every word of the expression, as often as it occurs there. It has no optional words. The
+            # expression names the essential words twice: once as a requirement. So it names the others twice, too, and
+            # the score is halved.
             expression, times = f"({' OR '.join([*must, *may, *may])}) AND ({expression})", 2
         score: sa.Label[float] = sa.literal_column(f"round(-bm25({table}) / {times}, {_DIGITS})").label("score")
         self._scored = (
@@ -128,10 +132,10 @@ class _Search:
         )
 
     def best(self, count: int) -> dict[int, float]:
-        """key → score of the ``count`` best, ties by id."""
+        """key → score of the best ``count`` documents, best first, ties by id."""
         rows = self._connection.execute(self._scored.limit(count + SPARE)).all()
         if len(rows) == count + SPARE and rows[-1].score == rows[count - 1].score:
-            # So many are equal that ids must be compared of more than were read: with the documents' rows, slower.
+            # More documents tie than were read, so SQLite must sort them by id. This join with their rows is slower.
             joined = self._scored.join_from(self._found, versions, sa.and_(versions.c.key == self._found.c.rowid, now))
             rows = self._connection.execute(joined.order_by(versions.c.id).limit(count)).all()
         keys = [int(row.rowid) for row in rows]

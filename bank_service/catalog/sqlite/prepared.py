@@ -1,8 +1,8 @@
 """Statements compiled once.
 
 For each call, SQLAlchemy builds a statement, its cache key and a description of its result. That takes several times
-as long as SQLite's answer to a query by key. So the statements of every query and write are compiled when their module
-is loaded, and the driver gets their text.
+as long as SQLite needs for a query by key. So the statements are compiled when their module is loaded, and the driver
+gets only their text.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sqlalchemy.dialects import sqlite
 
 
 class Prepared:
-    """``Prepared(statement).rows(connection, name=value)`` for each ``bindparam`` of the statement.
+    """A compiled statement: ``Prepared(statement).rows(connection, name=value)``, a value for each ``bindparam``.
 
-    Values must be as the driver takes and gives them: no column type converts them.
+    Values have the driver's types, because no column type converts them.
     """
 
     def __init__(self, statement: sa.Select[Any] | sa.sql.dml.UpdateBase, columns: Sequence[str] | None = None) -> None:
-        """``columns``: that an INSERT or UPDATE sets, where its ``values`` don't say; each is a parameter."""
+        """``columns``: the columns that an INSERT or UPDATE without ``values`` sets. Each is a parameter."""
         compiled = statement.compile(dialect=sqlite.dialect(), column_keys=columns)
         self._sql = str(compiled)
         self._names: tuple[str, ...] = tuple(compiled.positiontup or ())
@@ -48,14 +48,14 @@ class Prepared:
 
 
 def run_text(connection: sa.Connection, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-    """A statement of SQLite's own, in the transaction that the connection must be in, and all its rows; errors are
-    SQLAlchemy's, without the values.
+    """Runs a statement in SQLite's SQL and returns all rows. The connection must be in a transaction.
 
-    By the driver: SQLAlchemy takes ten times as long for what it does around a statement of a few microseconds.
+    It calls the driver directly. For a statement of a few microseconds, SQLAlchemy takes ten times as long. Errors are
+    SQLAlchemy's, without the values.
     """
     driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
     try:
-        return driver.execute(sql, values).fetchall()  # many an error comes with a row
+        return driver.execute(sql, values).fetchall()  # some errors come only with the rows
     except sqlite3.Error as error:
         raise sa.exc.DBAPIError.instance(
             sql, None, error, sqlite3.Error, hide_parameters=True, dialect=connection.dialect
@@ -63,7 +63,7 @@ def run_text(connection: sa.Connection, sql: str, values: Sequence[Any] = ()) ->
 
 
 def among(name: str) -> sa.Select[Any]:
-    """For ``column.in_(among(name))``: the values of a list that is one parameter, made by ``listed``."""
+    """The values of a list parameter, for ``column.in_(among(name))``. ``listed`` makes the parameter."""
     return sa.select(sa.column("value")).select_from(sa.func.json_each(sa.bindparam(name)).table_valued("value"))
 
 

@@ -1,10 +1,10 @@
 """The limits of a namespace, and the counts that they bound.
 
-A row per namespace says it, so that a check reads one row whatever the namespace's size. ``versions`` counts in the
-transaction of each change.
+Each namespace has a row with its counts, so a check reads one row. ``versions`` updates the counts in the transaction
+of each change.
 
-Past versions count in full towards the bytes, or a namespace could fill the disk with updates of one document.
-Where history is kept, bytes come free when it expires, or at once by a purge.
+The bytes of past versions count too. Otherwise a namespace could fill the disk with updates of one document. These
+bytes become free when the versions expire, or at once by a purge.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _COUNT = (
 
 
 def count(connection: sa.Connection, namespace: str, *, num_documents: int, num_bytes: int) -> None:
-    """Adds to what a namespace holds; less where negative."""
+    """Adds to a namespace's counts. Negative numbers subtract."""
     run_text(connection, _COUNT, (namespace, num_documents, num_bytes))
 
 
 def count_anew(connection: sa.Connection) -> None:
-    """Counts all versions: for a catalog of an older schema."""
+    """Counts all versions again, for a catalog of an older schema."""
     connection.execute(sa.delete(namespace_usage))
     columns = versions.c
     sums = sa.select(
@@ -55,17 +55,18 @@ def usage(connection: sa.Connection, namespace: str) -> Usage:
 
 
 def all_usage(connection: sa.Connection) -> dict[str, Usage]:
-    """By namespace, in order, also of those that lost their last document."""
+    """Namespace → usage, in order of name. Namespaces that lost their last document are among them."""
     rows = connection.execute(sa.select(namespace_usage).order_by(namespace_usage.c.namespace))
     return {row.namespace: Usage(row.num_documents, row.num_bytes) for row in rows}
 
 
 @contextmanager
 def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits) -> Iterator[None]:
-    """Around a write: QuotaExceededError where it takes the namespace further above a limit; roll it back then.
+    """Checks the write in its block. QuotaExceededError if the write grows the usage and exceeds a limit. Roll back
+    then.
 
-    A write that frees room goes through, also where the limit was lowered below what is there. The catalog has one
-    writer, so nothing else changes between the two readings.
+    A write that frees room succeeds, even if the usage is still above a lowered limit. The catalog has one writer, so
+    nothing else changes the counts meanwhile.
     """
     if not (limits.max_documents or limits.max_bytes):
         yield
@@ -76,7 +77,7 @@ def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits)
 
 
 def check_room(namespace: str, limits: NamespaceLimits, before: Usage, more: Usage) -> None:
-    """QuotaExceededError where a write that adds ``more``, or more than that, could not be ``enforced`` now."""
+    """QuotaExceededError where a write that adds at least ``more`` would now exceed a limit."""
     after = Usage(before.num_documents + more.num_documents, before.num_bytes + more.num_bytes)
     _compare(namespace, limits, before, after)
 

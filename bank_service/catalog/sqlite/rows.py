@@ -1,4 +1,4 @@
-"""Rows of versions as values."""
+"""Turns rows of versions into values."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ collection = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),  # always 1
     sa.Column("schema_version", sa.Integer, nullable=False),
-    sa.Column("uuid", sa.Text, nullable=False),  # of this file; derived data on disk names it
+    sa.Column("uuid", sa.Text, nullable=False),  # the id of this file; derived data on disk names it
     sa.Column("sequence", sa.BigInteger, nullable=False),  # of the last change
     sa.Column("learner_fingerprint", sa.Text, nullable=False),
     sa.Column("layout_id", sa.Text, nullable=False),
@@ -20,21 +20,21 @@ collection = sa.Table(
     sa.Column("embedding_dimension", sa.Integer, nullable=False),
 )
 
-# Each document has one version that holds now, where ``ended`` is null, and past ones where history is kept. The state
-# at sequence s consists of the versions with began <= s < ended. A change begins one version and ends at most one.
-# A deletion is a version without content; it is never kept once it has ended.
+# Each document has one present version, whose ``ended`` is null. It has past versions if the bank keeps history. The
+# state at sequence s consists of the versions with began <= s < ended. A change begins one version and ends at most
+# one. A deletion is a version without content. It is removed when it ends.
 versions = sa.Table(
     "versions",
     metadata,
-    sa.Column("began", sa.Integer, primary_key=True, autoincrement=False),  # sequence of the change that made it
-    sa.Column("ended", sa.BigInteger),  # sequence of the change that took its place; null: it holds now
+    sa.Column("began", sa.Integer, primary_key=True, autoincrement=False),  # sequence of the change that began it
+    sa.Column("ended", sa.BigInteger),  # sequence of the change that replaced it; null: it is the present one
     sa.Column("ended_us", sa.BigInteger),  # microseconds since 1970
     sa.Column("key", sa.BigInteger, nullable=False),  # of the document: the sequence of its first change
     sa.Column("namespace", sa.Text, nullable=False),
     sa.Column("id", sa.Text, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("deleted", sa.Boolean, nullable=False),
-    sa.Column("purged", sa.Boolean, nullable=False),  # deleted with all that came before
+    sa.Column("purged", sa.Boolean, nullable=False),  # a deletion with all past versions
     sa.Column("updated_us", sa.BigInteger, nullable=False),  # microseconds since 1970
     sa.Column("content_digest", sa.Text),
     sa.Column("gradient_digest", sa.Text),
@@ -53,22 +53,22 @@ living: sa.ColumnElement[bool] = sa.and_(now, sa.not_(versions.c.deleted))
 sa.Index("versions_now", versions.c.namespace, versions.c.id, unique=True, sqlite_where=now)
 sa.Index("versions_by_key", versions.c.key, versions.c.ended)
 sa.Index("versions_by_namespace", versions.c.namespace, versions.c.ended, versions.c.began)
-# Every question about a gradient is answered from this index alone.
+# The reads by gradient use only this index, not the table's rows.
 sa.Index("versions_by_gradient", versions.c.gradient_digest, versions.c.namespace, versions.c.gradient_bytes)
 sa.Index("versions_by_time", versions.c.ended_us, sqlite_where=past)
 
-recoding = sa.Table(  # a row while the gradients are on their way to the collection's codec
+recoding = sa.Table(  # it has a row until all gradients have the collection's codec
     "recoding", metadata, sa.Column("id", sa.Integer, primary_key=True)
 )
 
-history_setting = sa.Table(  # a row once somebody, or the creation of the catalog, has said how long history is kept
+history_setting = sa.Table(  # one row with the time for which past versions are kept; older catalogs may have none
     "history_setting",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),  # always 1
     sa.Column("seconds", sa.BigInteger, nullable=False),
 )
 
-horizons = sa.Table(  # of namespaces that lost a version: the oldest sequence whose state is known
+horizons = sa.Table(  # the oldest sequence whose state is known, for namespaces that lost a version
     "horizons",
     metadata,
     sa.Column("namespace", sa.Text, primary_key=True),
@@ -81,6 +81,6 @@ namespace_usage = sa.Table(  # a row for each namespace that ever had a document
     metadata,
     sa.Column("namespace", sa.Text, primary_key=True),
     sa.Column("num_documents", sa.BigInteger, nullable=False),
-    sa.Column("num_bytes", sa.BigInteger, nullable=False),  # of texts and gradients, also of past versions
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),  # texts and gradients, past versions included
     sqlite_with_rowid=False,
 )

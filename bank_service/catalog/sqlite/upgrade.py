@@ -1,4 +1,4 @@
-"""A catalog of an older schema becomes one of this, when it is opened."""
+"""Upgrades a catalog of an older schema when it is opened."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bank_service.catalog.sqlite.tables import collection, now, versions
 
 logger = logging.getLogger(__name__)
 
-# 1 had no tables for filters and lexical retrieval, 2 none for past versions, 3 an index of digests alone. Up to 4,
-# documents and past versions had a table each, and triggers counted what namespaces hold.
+# Schema 1 had no tables for filters and lexical retrieval, and 2 had none for past versions. Schema 3 had an index of
+# digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage.
 SCHEMA_VERSION = 5
-MOVED_ROWS = 5_000  # at a time: the file reuses the room of what moved before
+MOVED_ROWS = 5_000  # rows moved at a time, so that the file reuses the room of earlier ones
 _IN_BOTH = (
     "key, namespace, id, version, updated_us, content_digest, gradient_digest, gradient_bytes, num_tokens, truncated, "
     "num_text_bytes, title, metadata, embedding, text"
@@ -27,7 +27,8 @@ _IN_BOTH = (
 
 
 def upgrade(connection: sa.Connection, schema_version: int, path: Path) -> sa.RowMapping:
-    """Whole or not at all, in the caller's transaction, where all tables are there. The collection's row."""
+    """Upgrades in the caller's transaction, whole or not at all. All tables must exist. Returns the collection's
+    row."""
     logger.info("upgrading the catalog %s from schema %d; minutes for a million documents", path, schema_version)
     _join_versions(connection)
     if schema_version < 2:

@@ -1,4 +1,4 @@
-"""Writes of versions. No other module adds, ends or removes one, so what namespaces hold is counted here."""
+"""Writes of versions. Only this module adds, ends and removes versions, so it also counts the namespaces' usage."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ _MARK_PURGED = Prepared(sa.update(versions).where(_OF_ROW), ["purged"])
 
 
 def current(connection: sa.Connection, namespace: str, id: str) -> Row | None:
-    """The version that holds now, also a deletion's."""
+    """The document's present version, which may be a deletion. None where it never existed."""
     return _CURRENT.one(connection, namespace=namespace, id=id)
 
 
 def add(connection: sa.Connection, row: Row) -> None:
-    """Adds a version that holds now. The one before must have gone."""
+    """Adds a present version. The one before must have ended."""
     _INSERT.run(connection, ended=None, ended_us=None, **row)
     count(connection, row["namespace"], num_documents=int(not row["deleted"]), num_bytes=_num_bytes(row))
 
 
 def end(connection: sa.Connection, row: Row, sequence: int) -> None:
-    """Makes a version a past one: the change ``sequence`` takes its place."""
+    """Makes the present version a past one, which ended with the change ``sequence``."""
     _END.run(connection, row=row["began"], ended=sequence, ended_us=time.time_ns() // 1000)
     count(connection, row["namespace"], num_documents=-int(not row["deleted"]), num_bytes=0)
 
 
 def remove(connection: sa.Connection, row: Row) -> None:
-    """Removes a version that holds now."""
+    """Removes a present version."""
     _REMOVE.run(connection, row=row["began"])
     count(connection, row["namespace"], num_documents=-int(not row["deleted"]), num_bytes=-_num_bytes(row))
 
 
 def mark_purged(connection: sa.Connection, row: Row) -> None:
-    """Says of a deletion that all before it is purged, too."""
+    """Marks a deletion: the document's past versions are purged."""
     _MARK_PURGED.run(connection, row=row["began"], purged=True)
 
 
 def remove_past(connection: sa.Connection, key: int) -> set[str]:
-    """Removes all past versions of a document. The digests of their gradients; empty where there were none."""
+    """Removes all past versions of a document. Returns the digests of their gradients."""
     return set(_remove_past(connection, versions.c.key == key))
 
 
@@ -93,7 +93,7 @@ def replace_past_gradient(connection: sa.Connection, began: int, digest: str, gr
 
 
 def _remove_past(connection: sa.Connection, chosen: sa.ColumnElement[bool]) -> list[str]:
-    """Removes past versions; the digests of their gradients."""
+    """Removes past versions. Returns the digests of their gradients."""
     columns = versions.c
     gone = sa.delete(versions).where(chosen, past)
     returned = (columns.namespace, columns.gradient_digest, columns.gradient_bytes, columns.num_text_bytes)
