@@ -1,1 +1,1 @@
-"""Gradient records in and out: encode, store, read and discard them."""
+"""Encodes, stores, reads and discards gradient records."""

@@ -1,4 +1,4 @@
-"""Changes become durable, and only then are acknowledged."""
+"""Makes changes durable, and only then acknowledges them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from bank_service.wire.tracing import span
 
 
 class Committer:
-    """Writes the blob, then the catalog, then acknowledges. The caller has the document's lock.
+    """Writes the blob, then the catalog, then acknowledges. The caller must have the document's lock.
 
-    A caller that goes away stops nothing that has begun. What is committed must reach the index, and the next write of
-    the document, which waits for its lock, must come after it.
+    A write goes on to its end if its caller is cancelled, because a committed change must reach the index. The caller
+    keeps the document's lock until then, so the next write of the document comes after it.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Committer:
     async def store(
         self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
     ) -> PutResult:
-        """Stores a document. ``record`` is None where its gradient is stored already. VersionConflictError,
-        QuotaExceededError, UnavailableError where the blob store can't be written."""
+        """Stores a document. ``record`` is None if its gradient is stored already. VersionConflictError,
+        QuotaExceededError, UnavailableError if the blob store can't be written."""
         await self._room()
         with span("bank.store"):
             task = self._background.run(self._store(document, gradient, record, expected_version))
@@ -74,7 +74,7 @@ class Committer:
         return await finished(self._background.run(self._delete(namespace, id, expected_version, purge)))
 
     async def change_codec(self, codec: str) -> None:
-        """Returns when nothing can be stored in another codec any more."""
+        """Changes the codec of later writes. Returns when no earlier write is under way."""
         self.codec = codec
         storing = list(self._storing)
         if storing:
@@ -85,12 +85,12 @@ class Committer:
     ) -> PutResult:
         try:
             while record is not None and read_header(record).codec != (codec := self.codec):
-                # Made before the collection's codec changed.
+                # The record was encoded before the collection's codec changed.
                 record = await in_thread(self._pool, _recoded, record, self._spec, codec)
                 gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
             result = await self._write(document, gradient, record, expected_version)
         except BankError:
-            if record is not None:  # else uploads that the catalog refuses would fill the disk
+            if record is not None:  # without this, uploads that the catalog refuses would fill the disk
                 self._background.run(self._discarder.discard([gradient.digest]))
             raise
         self.acknowledged.advance(result.stored.sequence)
@@ -113,7 +113,7 @@ class Committer:
         with self._blobs.hold(gradient.digest):
             if record is not None:
                 await in_thread(self._pool, self._write_blob, gradient.digest, record)
-            # No thread waits for the commit, so any number of writes can share one.
+            # The commit is awaited without a thread, so any number of writes can share one commit.
             with span("catalog.put"):
                 return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version))
 

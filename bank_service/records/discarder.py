@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 class Discarder:
-    """Removes gradients in batches. What it could not remove it remembers for ``retry``. After a crash, the first sweep
-    finds it."""
+    """Removes gradients in batches. ``retry`` repeats the removals that failed. After a crash, the first sweep finds
+    them."""
 
     def __init__(self, stores: Stores, pool: Executor, metrics: BankMetrics) -> None:
         self._catalog = stores.catalog
@@ -26,24 +26,24 @@ class Discarder:
         self._pool = pool
         self._metrics = metrics
         self._failed: set[str] = set()
-        self._spared: set[str] = set()  # by a snapshot that is under way
-        self._must_sweep = False  # the last look at all failed
+        self._spared: set[str] = set()  # records that a snapshot under way holds
+        self._must_sweep = False  # the last sweep of all records failed
         self._sweep_failures = Seldom()
 
     async def sweep(self) -> None:
-        """Looks through all gradients. A crash between blob and catalog leaves some that nothing names."""
+        """Removes all gradients that nothing names. A crash between the blob's write and the catalog's leaves some."""
         removed, _ = await self._remove(None)
         if removed:
             self._metrics.swept(removed)
             logger.info("removed %d gradients that no document names (left by a crash)", removed)
 
     async def discard(self, digests: Iterable[str]) -> None:
-        """Removes those of ``digests`` that no document or past version names. Where that fails, ``retry`` does."""
+        """Removes those of ``digests`` that no document or past version names. ``retry`` repeats failed removals."""
         if wanted := list(dict.fromkeys(digests)):
             await self._remove(wanted)
 
     async def erase(self, digests: Iterable[str]) -> None:
-        """As ``discard``. UnavailableError where one could not be removed from the blob store."""
+        """Does the same as ``discard``. UnavailableError if a gradient could not be removed from the blob store."""
         wanted = list(dict.fromkeys(digests))
         _, error = await self._remove(wanted) if wanted else (0, None)
         if error is not None:
@@ -53,12 +53,12 @@ class Discarder:
             ) from error
 
     def is_done(self, digests: Collection[str]) -> bool:
-        """None of ``digests`` is left for ``retry``."""
+        """Whether ``retry`` has nothing left to do for ``digests``."""
         left = (self._failed, self._spared)
         return all(each.isdisjoint(digests) for each in left) and not self._cache.may_have(digests)
 
     async def retry(self) -> None:
-        """Tries again what failed."""
+        """Repeats the removals that failed."""
         if self._must_sweep:
             await self.sweep()
         if not self._blobs.is_holding_all:
@@ -68,7 +68,7 @@ class Discarder:
     async def _remove(self, digests: list[str] | None) -> tuple[int, Exception | None]:
         try:
             sweep = await in_thread(self._pool, self._blobs.sweep, self.references, digests)
-        except (OSError, CatalogReadError) as error:  # of the look into the folder or the catalog
+        except (OSError, CatalogReadError) as error:  # the blobs can't be listed or the catalog can't be read
             if self._sweep_failures.is_due():
                 logger.warning("gradients that no document names can't be removed: %s; trying again", error)
             self._failed.update(digests or ())
@@ -87,7 +87,7 @@ class Discarder:
                 len(new),
                 sweep.failed[min(new)],
             )
-        # Also those without a file: it may have gone while the cache did not answer.
+        # Digests without a file too: the file may have been removed while the cache did not answer.
         if sweep.unwanted:
             await self._cache.remove(sorted(sweep.unwanted))
         return sweep.num_removed, next(iter(sweep.failed.values()), None)

@@ -1,4 +1,4 @@
-"""Encodes documents in batches, made up from all ingests that run at once."""
+"""Encodes documents in batches. A batch has documents of all ingests under way."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class _Job:
 
 
 class EncodeQueue:
-    """Documents in, records out, in one thread. A document that the encoder refuses does not harm its batch."""
+    """Encodes documents into records, in one thread. If the encoder refuses a document, the rest of its batch is still
+    encoded."""
 
     def __init__(self, encoder: Encoder, codec: str, batch_size: int, wait_ms: float, metrics: BankMetrics) -> None:
         self._encoder = encoder
-        self.codec = codec  # of the records that are made from now on
+        self.codec = codec  # the codec of later records
         self._batch_size = batch_size
         self._wait_seconds = wait_ms / 1000
         self._metrics = metrics
@@ -46,7 +47,8 @@ class EncodeQueue:
         self._thread.start()
 
     def submit(self, title: str, text: str) -> Future[EncodedRecord]:
-        """InvalidArgumentError for a document without tokens, InternalError where the encoder fails."""
+        """Queues a document. The future raises InvalidArgumentError for a document without tokens, and InternalError if
+        the encoder fails."""
         job = _Job(title, text, Future())
         with self._lock:
             if self._closed:
@@ -55,7 +57,7 @@ class EncodeQueue:
         return job.future
 
     def close(self) -> None:
-        """Encodes what is queued and ends the thread."""
+        """Encodes the queued documents and ends the thread."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -65,7 +67,7 @@ class EncodeQueue:
     def _run(self) -> None:
         while True:
             batch, more = self._collect()
-            # Cancelled ones drop out here, before any work.
+            # Leave out cancelled jobs before any work.
             batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if batch:
                 self._encode(batch)
@@ -73,7 +75,7 @@ class EncodeQueue:
                 return
 
     def _collect(self) -> tuple[list[_Job], bool]:
-        """The next batch, and whether more may come."""
+        """(the next batch, whether more may come)."""
         job = self._queue.get()
         batch: list[_Job] = []
         deadline = time.monotonic() + self._wait_seconds
@@ -93,7 +95,7 @@ class EncodeQueue:
             encoded = self._encoder.encode([(job.title, job.text) for job in batch])
             if len(encoded) != len(batch):
                 raise InternalError(f"the encoder must return {len(batch)} gradients, got {len(encoded)}")
-        except Exception as error:  # noqa: BLE001 - whatever the encoder raises is the answer to the document
+        except Exception as error:  # noqa: BLE001 - any error of the encoder becomes the document's error
             if len(batch) > 1:
                 for job in batch:
                     self._encode([job])
@@ -109,7 +111,7 @@ class EncodeQueue:
             record = encode_gradient(document.values, self._encoder.spec, self.codec)
         except GradientFormatError as error:
             job.future.set_exception(InternalError(f"the encoder's gradient is unusable: {error}"))
-        except Exception as error:  # noqa: BLE001 - else the thread ends, and every ingest waits for ever
+        except Exception as error:  # noqa: BLE001 - an error must not end the thread: every ingest would wait for ever
             job.future.set_exception(_translated(error))
         else:
             job.future.set_result(EncodedRecord(record, document.num_tokens, document.truncated))

@@ -1,4 +1,4 @@
-"""Reads gradient records from the cache, or else from the blobs. Every record is verified."""
+"""Reads gradient records from the cache, or from the blobs on a cache miss. Every record is verified."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MayRead = Callable[[str], bool]  # whether the caller may read a namespace
 
 
 class RecordReader:
-    """Reads records by digest. The catalog says which exist: those of documents and of past versions."""
+    """Reads records by digest. A record exists if the catalog names it for a document or a past version."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class RecordReader:
         metrics: BankMetrics,
         repair: Callable[[str], Awaitable[bool]],
     ) -> None:
-        """``repair`` makes a damaged record sound again, where that is possible."""
+        """``repair`` makes a damaged record sound again and says whether it could."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._cache = stores.cache
@@ -37,8 +37,8 @@ class RecordReader:
         self._repair = repair
 
     async def check(self, digests: Sequence[str], may_read: MayRead | None = None) -> set[str]:
-        """The namespaces of the documents and past versions that have the digests, as far as the caller may read them.
-        NotFoundError for the first digest that none has."""
+        """The readable namespaces in which a document or a past version has one of the digests. NotFoundError for the
+        first digest without one."""
         known = await in_thread(self._pool, self._known, digests, may_read)
         for digest in digests:
             if digest not in known:
@@ -46,7 +46,8 @@ class RecordReader:
         return set().union(*known.values())
 
     async def read(self, digests: Sequence[str], may_read: MayRead | None = None) -> dict[str, bytes]:
-        """All of ``digests``, each once. NotFoundError; DataLossError names a record that is gone or corrupt."""
+        """digest → record for all of ``digests``. NotFoundError; DataLossError names a record that is gone or
+        corrupt."""
         wanted = list(dict.fromkeys(digests))
         await self.check(wanted, may_read)
         with span("cache.get", num_gradients=len(wanted)) as current:
@@ -63,7 +64,8 @@ class RecordReader:
 
     async def _fill_cache(self, records: dict[str, bytes]) -> None:
         await self._cache.put(records)
-        # Its last document may have gone between the read and the put. Then the removal came first, and is made again.
+        # The last document may have been deleted between the read and the put. Then its removal from the cache came
+        # before the put, and must be repeated.
         known = await in_thread(self._pool, self._known, list(records), None)
         if gone := records.keys() - known:
             await self._cache.remove(list(gone))
@@ -86,7 +88,7 @@ class RecordReader:
             raise
 
     def _known(self, digests: Sequence[str], may_read: MayRead | None) -> dict[str, set[str]]:
-        """digest → the namespaces in which the caller may read it. A digest without one is left out."""
+        """digest → the namespaces in which the caller may read it. Digests without such a namespace are left out."""
         with self._catalog.view() as view:
             found = view.gradient_namespaces(digests)
         if may_read is None:

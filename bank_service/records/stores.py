@@ -1,4 +1,4 @@
-"""The stores and the threads that the parts of a bank share."""
+"""The stores and the thread pools that the parts of a bank share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stores:
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Threads by kind of work, so that one kind does not hold up another."""
+    """A thread pool for each kind of work, so that one kind does not delay another."""
 
     reads: Executor
     past_queries: Executor  # a query may compare with all past versions of a namespace

@@ -1,4 +1,4 @@
-"""Takes documents and gradients in: checks them, encodes them, and hands them to the committer."""
+"""Checks documents and gradients, encodes documents, and passes both to the committer."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
 
-UPLOADED = 0  # number of tokens of an uploaded gradient: it is unknown; an encoded one has at least one token
+UPLOADED = 0  # the number of tokens stored for an uploaded gradient; an encoded one has at least one token
 
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """How a document that is to be written compares with the stored one of its id."""
+    """A comparison of a new document with the stored one of the same id."""
 
-    stored: StoredDocument | None  # None: nothing, or nothing with a sound gradient
-    is_encoded: bool  # the gradient is the bank's own, not one that was uploaded
+    stored: StoredDocument | None  # None: there is none with a sound gradient
+    is_encoded: bool  # the bank's encoder made the gradient; it was not uploaded
     has_text: bool  # title and text are the same
-    has_content: bool  # the metadata, too
+    has_content: bool  # title, text and metadata are the same
 
     def has_gradient(self, gradient: Gradient) -> bool:
         stored = self.stored
@@ -93,8 +93,8 @@ class Writer:
     async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
         """Stores a document with the gradient that the bank's encoder computes; durable on return.
 
-        The same content again costs nothing. A change of metadata alone keeps the gradient. An uploaded gradient is
-        replaced, because only its uploader knows whether it belongs to the text.
+        The same content again is not encoded again. A change of metadata alone keeps the gradient. An uploaded gradient
+        is replaced, because the bank can't know whether it belongs to the text.
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
         async with self._locks.lock((document.namespace, document.id)), self._pending:
@@ -143,21 +143,21 @@ class Writer:
     ) -> DeleteResult:
         """Deletes a document; durable on return. NotFoundError, VersionConflictError.
 
-        ``purge`` removes its past versions, too, also where it is deleted already. The gradients are gone on return.
-        Other traces are erased soon after; see Eraser. UnavailableError where a gradient can't be removed.
+        ``purge`` also removes its past versions. A deleted document can still be purged. The gradients are removed on
+        return, and other traces are erased soon after; see ``Eraser``. UnavailableError if a gradient can't be removed.
         """
         namespace, id = check_namespace(namespace), check_id(id)
         async with self._locks.lock((namespace, id)):
             return await self._committer.delete(namespace, id, expected_version, purge=purge)
 
     async def change_codec(self, codec: str) -> None:
-        """Returns when nothing can be stored in another codec any more."""
+        """Changes the codec of later writes. Returns when no earlier write is under way."""
         self._encodes.codec = codec
         await self._committer.change_codec(codec)
 
     async def recode(self, namespace: str, id: str) -> bool:
-        """Gives a document its gradient in the collection's codec, as a new version. False where it has that codec, or
-        is gone. DataLossError, QuotaExceededError."""
+        """Stores a document's gradient in the collection's codec, as a new version. False if it has that codec already,
+        or if the document is gone. DataLossError, QuotaExceededError."""
         async with self._locks.lock((namespace, id)), self._pending:
             stored = await in_thread(self._pools.reads, self._stored, namespace, id)
             if stored is None:
@@ -173,14 +173,14 @@ class Writer:
             return view.get(namespace, id)
 
     def _standing(self, document: Document, expected_version: int | None) -> _Standing:
-        """Looks into the catalog before any work is done. VersionConflictError, QuotaExceededError."""
+        """Reads the catalog before the costly work. VersionConflictError, QuotaExceededError."""
         with self._catalog.view() as view:
             stored = view.get(document.namespace, document.id)
             version = 0 if stored is None else stored.version
             if expected_version is not None and version != expected_version:
                 raise version_conflict(document.namespace, document.id, expected_version, version)
             self._catalog.check_room(view, document, stored)
-        # A document whose gradient is lost counts as new: ingesting it again heals it.
+        # A document with a lost gradient counts as new, so that ingesting it again repairs it.
         if stored is None or not self._blobs.is_sound(stored.gradient.digest):
             return _Standing(None, is_encoded=False, has_text=False, has_content=False)
         return _Standing(
@@ -200,7 +200,7 @@ class Writer:
             return self._embedder.embed(embedded_text(document.title, document.text)).astype("<f4").tobytes()
 
     def _check_record(self, record: bytes) -> str:
-        """The digest of a sound record of this collection."""
+        """Verifies an uploaded record and returns its digest. LearnerMismatchError, InvalidArgumentError."""
         try:
             header = verify_record(record, self._spec)
         except WrongLearnerError as error:

@@ -1,1 +1,1 @@
-"""The process: ownership, holds, locks, wake-ups, threads, background work, metrics, libraries that load in order."""
+"""Tools of the process: ownership, holds, locks, wake-ups, threads, background work, metrics, and import order."""

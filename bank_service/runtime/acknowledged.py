@@ -1,4 +1,4 @@
-"""The acknowledged sequence: how far callers know the bank."""
+"""The acknowledged sequence: the last change that a caller knows of."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 class AcknowledgedSequence:
     """The sequence of the last change that a caller was told of.
 
-    Every change of the catalog has a sequence number. A query that begins now must see each change up to this one. So
-    it waits until the vectors reflect it; a change that is durable but not acknowledged may show or not.
+    Every change of the catalog has a sequence number. A query must see each change up to this one, so it waits until
+    the vectors reflect it. It may or may not see a durable change that is not acknowledged yet.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class AcknowledgedSequence:
         return self._value
 
     def advance(self, sequence: int) -> None:
-        """To be called before the caller is told. An older sequence changes nothing."""
+        """Call it before the caller gets the answer. An older sequence changes nothing."""
         self._value = max(self._value, sequence)
         for listener in self._listeners:
             listener()

@@ -1,4 +1,4 @@
-"""Background work: a call starts it and does not wait for it."""
+"""Background work. A call starts it and does not wait for it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ CANCEL_SECONDS = 1.0  # between two attempts to end a task
 
 
 class Background:
-    """Tasks that outlive the call that started them. The bank waits for them when it stops."""
+    """Tasks that may run longer than the calls that started them. The bank waits for them when it stops."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Starts ``work``. Its errors are logged, except for the bank's own, which the caller answers with."""
+        """Starts ``work``. Its errors are logged, except for a BankError, which the caller reports."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
 
     async def drain(self) -> None:
-        """Returns when all tasks are done, also those that were started meanwhile."""
+        """Returns when all tasks are done. Tasks that start meanwhile count too."""
         while self._tasks:
             await asyncio.wait(list(self._tasks))
             await asyncio.sleep(0)  # lets the callbacks run
@@ -45,7 +45,7 @@ async def cancelled(task: asyncio.Task[Any] | None) -> None:
     """Cancels a task and returns when it has ended. None stands for a task that never began."""
     if task is not None:
         while not task.done():
-            # Again where it was lost: before Python 3.12, asyncio.wait_for (in redis-py) may swallow it.
+            # Cancel repeatedly: before Python 3.12, asyncio.wait_for (in redis-py) may swallow a cancellation.
             task.cancel()
             await asyncio.wait([task], timeout=CANCEL_SECONDS)
         await asyncio.gather(task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The folder of one bank: one process owns it at a time, and says there at which address it serves."""
+"""The folder of one bank. One process owns it at a time, and writes its address there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DataDir:
         self._lock: IO[str] | None = None
 
     def take(self) -> None:
-        """Creates the folder where needed. BankInUseError where another bank has it, OSError where it can't be
+        """Creates the folder if needed and locks it. BankInUseError if another bank has it, OSError if it can't be
         written."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,14 +57,14 @@ class DataDir:
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
-        (self.path / ADDRESS_FILE).unlink(missing_ok=True)  # of a bank that was killed
+        (self.path / ADDRESS_FILE).unlink(missing_ok=True)  # a killed bank may have left it
 
     def check_free(self) -> None:
-        """BankInUseError where another bank has the folder. Creates nothing; takes the lock for a moment."""
+        """BankInUseError if another bank has the folder. Creates nothing. It takes the lock for a moment."""
         try:
             lock = (self.path / "lock").open("r+")
         except OSError:
-            return  # no bank has been there, or ``take`` says what is wrong
+            return  # no bank has used the folder, or ``take`` will raise the error
         with lock:
             self._lock_file(lock)
 
@@ -80,7 +80,7 @@ class DataDir:
             ) from None
 
     def announce(self, address: BankAddress) -> None:
-        """Writes the address file: the bank is ready. It goes with ``release``."""
+        """Writes the address file, once the bank is ready. ``release`` removes it."""
         temporary = self.path / (ADDRESS_FILE + ".new")
         temporary.write_text(json.dumps({**asdict(address), "pid": os.getpid()}) + "\n")
         os.replace(temporary, self.path / ADDRESS_FILE)

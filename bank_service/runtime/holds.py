@@ -14,7 +14,7 @@ class Removal:
     """The findings of one look for unwanted things."""
 
     going: Set[str] = frozenset()  # may be removed now
-    spared: Set[str] = frozenset()  # unwanted too, but somebody holds all things
+    spared: Set[str] = frozenset()  # unwanted, but kept because somebody holds all things
 
     @property
     def unwanted(self) -> Set[str]:
@@ -24,7 +24,7 @@ class Removal:
 class Holds:
     """Holds on things by key. Safe to use from many threads.
 
-    The lock is never kept during a look at a disk or a database: an event loop takes it, too.
+    The internal lock is never kept during disk or database access, because an event loop takes it too.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,8 @@ class Holds:
 
     @contextmanager
     def hold(self, key: str) -> Iterator[None]:
-        """Nobody begins to remove the thing inside. This waits for nothing; see ``wait_removed``."""
+        """Inside the block, no removal of the thing begins. Removals under way are not waited for; see
+        ``wait_removed``."""
         with self._lock:
             self._held[key] += 1
             for held in self._held_meanwhile:
@@ -52,7 +53,7 @@ class Holds:
 
     @contextmanager
     def hold_all(self) -> Iterator[None]:
-        """Nobody begins to remove anything inside. ``take_spared`` says afterwards what has to go."""
+        """Inside the block, no removal begins. ``take_spared`` gives afterwards the things that were kept for it."""
         with self._lock:
             self._num_holding_all += 1
         try:
@@ -72,16 +73,16 @@ class Holds:
             return spared
 
     def wait_removed(self, key: str) -> None:
-        """Returns when nobody is removing the thing. Call it with a hold, so that nobody begins again."""
+        """Returns when no removal of the thing is under way. Call it with a hold, so that none begins again."""
         with self._removed:
             self._removed.wait_for(lambda: key not in self._going)
 
     @contextmanager
     def removing(self, keys: list[str], wanted: Callable[[list[str]], Set[str]]) -> Iterator[Removal]:
-        """Around the removal of what nobody holds or wants. ``wanted`` says which of the keys it gets are wanted.
+        """Gives the things that may be removed inside the block. ``wanted`` returns the wanted ones among its keys.
 
-        A user takes a hold, makes the thing, has it listed as wanted, and lets go. So a thing is nobody's if it was
-        held neither before the look at the wanted things nor during it, and the look did not find it.
+        A user takes a hold, makes the thing, has it listed as wanted, and releases the hold. So a thing may be removed
+        if ``wanted`` did not return it, and if nobody held it before or during that call.
         """
         held_meanwhile: set[str] = set()
         unwanted: set[str] = set()
@@ -92,7 +93,7 @@ class Holds:
             unwanted = set(idle) - wanted(idle)
         finally:
             with self._lock:
-                # By identity: the set of another look may be equal.
+                # Compare by identity, because another look may have an equal set.
                 self._held_meanwhile = [held for held in self._held_meanwhile if held is not held_meanwhile]
                 unwanted -= held_meanwhile
                 removal = Removal(spared=unwanted) if self._num_holding_all else Removal(going=unwanted)

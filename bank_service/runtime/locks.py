@@ -16,14 +16,14 @@ class _KeyedLock:
 
 
 class KeyedLocks:
-    """One lock per key, first come first served. Nothing is kept of keys that nobody uses."""
+    """One lock per key, first come first served. An unused lock takes no memory."""
 
     def __init__(self) -> None:
         self._locks: dict[Hashable, _KeyedLock] = {}
 
     @asynccontextmanager
     async def lock(self, key: Hashable) -> AsyncIterator[None]:
-        """Nobody else is inside with the same key."""
+        """Only one task at a time is inside the block with the same key."""
         own = self._locks.setdefault(key, _KeyedLock())
         own.num_users += 1
         try:
@@ -38,12 +38,12 @@ class KeyedLocks:
 class FairLock:
     """A lock of threads, in order of arrival: ``with lock:``.
 
-    A plain lock goes back to a thread that takes it again at once, while others wait.
+    With a plain lock, a thread that takes it again at once gets it before the threads that wait.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._next = threading.Lock()  # of the thread that waits for ``_lock``
+        self._next = threading.Lock()  # held by the one thread that waits for ``_lock``
 
     def __enter__(self) -> None:
         with self._next:

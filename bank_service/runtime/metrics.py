@@ -1,4 +1,4 @@
-"""The bank's own Prometheus metrics, one registry per bank."""
+"""The bank's Prometheus metrics. Each bank has its own registry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class BankMetrics:
-    """Counts and times of one bank."""
+    """The counters and histograms of one bank."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,7 +1,8 @@
 """Imports ONNX Runtime before usearch, and without its telemetry.
 
-With usearch 2.26 loaded first, importing onnxruntime 1.32 ends the process with a segmentation fault. So every module
-that imports usearch imports this one first. The telemetry would leave an id of the machine in the user's cache folder.
+If usearch 2.26 is loaded first, the import of onnxruntime 1.32 ends the process with a segmentation fault. So every
+module that imports usearch imports this one first. The telemetry would write an id of the machine into the user's cache
+folder.
 """
 
 import os

@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Ownership(Protocol):
-    """The right to write, which one process has at a time. It ends with the process, however that ends."""
+    """The right to write, for one process at a time. It ends with the process, even if the process is killed."""
 
     def take(self) -> None:
-        """Becomes the owner. BankInUseError where somebody else is; OSError where there is no place to own."""
+        """Becomes the owner. BankInUseError if another process is the owner, OSError if the folder can't be written."""
 
     def check_free(self) -> None:
         """Changes nothing. BankInUseError where ``take`` would raise it now."""

@@ -8,7 +8,7 @@ LOG_SECONDS = 60.0
 
 
 class Seldom:
-    """Tells whether a message is due again."""
+    """Tells whether to log a message again."""
 
     def __init__(self) -> None:
         self._said: float | None = None

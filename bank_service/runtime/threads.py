@@ -1,4 +1,4 @@
-"""Blocking work off the event loop, with the trace context carried along."""
+"""Runs blocking work in threads, outside the event loop. The work keeps the caller's trace context."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ T = TypeVar("T")
 
 
 async def in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """``function(*args)`` in one of the pool's threads. A cancelled caller does not stop it."""
+    """Runs ``function(*args)`` in a thread of the pool. If the caller is cancelled, the function still runs to its
+    end."""
     context = contextvars.copy_context()
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(pool, lambda: context.run(function, *args, **kwargs))
 
 
 async def stoppable_in_thread(pool: Executor, function: Callable[[Callable[[], None]], T]) -> T:
-    """As ``in_thread``. The function gets a callable, and calls it now and then. Once the caller is cancelled, the
-    callable raises CancelledError."""
+    """Runs a function that stops when its caller is cancelled. The function gets a callable and must call it now and
+    then. The callable raises CancelledError once the caller is cancelled."""
     stopped = threading.Event()
 
     def go_on() -> None:
@@ -37,12 +38,12 @@ async def stoppable_in_thread(pool: Executor, function: Callable[[Callable[[], N
 
 
 async def ended_in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """As ``in_thread``, but a cancelled caller goes on only after the function has ended."""
+    """Runs ``function(*args)`` in a thread of the pool. A cancelled caller continues only after the function's end."""
     work = asyncio.ensure_future(in_thread(pool, function, *args, **kwargs))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         while not work.done():
-            with contextlib.suppress(asyncio.CancelledError):  # cancelled once more
+            with contextlib.suppress(asyncio.CancelledError):  # the caller may be cancelled again
                 await asyncio.wait([work])
         raise

@@ -1,4 +1,4 @@
-"""Wake-ups: one task sleeps until others have work for it."""
+"""Wake-ups. One task sleeps until others have work for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class WakeUp:
         self._event = asyncio.Event()
 
     def wake(self) -> None:
-        """There is work."""
+        """Tells the task that there is work."""
         self._event.set()
 
     async def sleep(self) -> None:
-        """Returns when ``wake`` was called since the last return."""
+        """Returns once ``wake`` has been called since the last return."""
         await self._event.wait()
         self._event.clear()
