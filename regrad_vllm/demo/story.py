@@ -61,7 +61,7 @@ class Stage:
     namespace: str = "demo"  # the server's own
 
     def play(self, services: Services) -> dict[str, Any]:
-        """Plays from documents to figures, with a bank and a server of its own."""
+        """Plays all steps with a bank and a server of its own, and returns the figures."""
         _, bank = start_bank(services, self.model, self.learner, self.folder / "bank")
         flags = ["--max-model-len", "1024"]
         server, url = start_server(services, self.model, self.learner, bank, BASE, self.namespace, flags)

@@ -1,4 +1,4 @@
-"""Comparisons: contenders under a condition. A cell is one contender under one condition, once."""
+"""Comparisons: contenders under a condition. A cell is one run of one contender under one condition."""
 
 from __future__ import annotations
 

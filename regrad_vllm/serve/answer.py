@@ -1,7 +1,7 @@
-"""Writes the used documents into an answer on its way out: two headers, and a ``regrad`` object in the JSON.
+"""Adds the used documents to vLLM's answer: two headers, and a ``regrad`` object in the JSON.
 
-The object goes in as bytes after the first brace, so nothing of vLLM's answer is parsed or reordered. In a JSON body
-that is the body's first brace, in a stream that of the first event.
+The object is inserted as bytes after the first brace, so vLLM's answer is neither parsed nor reordered. In a stream it
+is inserted after the first brace of the first event.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from regrad_vllm.serve.used import Used
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
-_MAX_HELD_BYTES = 64 * 2**10  # of a stream without a first event; then it isn't one
+_MAX_HELD_BYTES = 64 * 2**10  # a stream without an event in its first 64 KiB passes unchanged
 
 
 class AnswerTagger:
-    """An ASGI ``send`` that tags one answer. Errors (status 400 and above) pass as they are."""
+    """An ASGI ``send`` that tags one answer. Errors (status 400 and above) pass unchanged."""
 
     def __init__(self, send: Send, used: Used) -> None:
         self._send = send
         self._used = used
-        self._start: Message | None = None  # held back until the body's first part says the new length
+        self._start: Message | None = None  # the answer's headers, held back until the new length is known
         self._kind = b""
         self._held = bytearray()
         self._passing = False
-        self.succeeded = False  # the answer began and is no error
+        self.succeeded = False  # the answer has begun and is no error
 
     async def __call__(self, message: Message) -> None:
         if self._passing or message["type"] not in ("http.response.start", "http.response.body"):
@@ -45,7 +45,7 @@ class AnswerTagger:
             await self._send(message)
             return
         self._start = {**message, "headers": [*headers, *self._used.headers()]}
-        if self._kind == b"text/event-stream":  # at once: the client waits for the stream to open
+        if self._kind == b"text/event-stream":  # sent at once, because the client waits for the stream to open
             await self._send_start(None)
 
     async def _continue(self, message: Message) -> None:
@@ -54,7 +54,7 @@ class AnswerTagger:
         if self._kind == b"text/event-stream":
             found = self._held.find(b"data: {")
             if found < 0 and more and len(self._held) < _MAX_HELD_BYTES:
-                end = self._held.rfind(b"\n\n") + 2  # comments go on at once: they keep the connection alive
+                end = self._held.rfind(b"\n\n") + 2  # comments pass at once, because they keep the connection alive
                 if end > 1:
                     await self._send({"type": "http.response.body", "body": bytes(self._held[:end]), "more_body": True})
                     del self._held[:end]

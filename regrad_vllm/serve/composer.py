@@ -1,10 +1,11 @@
-"""A worker's composer: adapters into LoRA slots ahead of their requests, off the engine's step.
+"""A worker's composer: it composes adapters into LoRA slots before their requests run, outside the engine's step.
 
-A request holds its adapter from ``admit`` to ``release``. Meanwhile the worker's cache holds the adapter's gradients,
-so that it can be composed again without reading anything. This is needed when a request is preempted and comes back
-after vLLM has given its slot away. So for a held adapter the engine's step finds the slot, or at worst composes from
-memory, which worked before. The step reads records only if the engine is called without our server: our server holds
-each request's adapter on the rank where it runs.
+A request holds its adapter from ``admit`` to ``release``. During that time the worker's cache holds the adapter's
+gradients, so that it can be composed again from memory. A preempted request needs this if vLLM has given its slot away.
+So the engine's step finds the slot of a held adapter, or at worst composes the adapter from memory.
+
+Our server holds each request's adapter on the rank where it runs. So the step reads records only if the engine is
+called without our server.
 """
 
 from __future__ import annotations
@@ -32,31 +33,31 @@ class SlotWriter(Protocol):
     """Writes a worker's LoRA slots."""
 
     def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
-        """Writes φ* − Σ steps[k] δ_k into a slot. Returns whether it is finite in the slot's type."""
+        """Writes φ* − Σ steps[k] δ_k into a slot. Returns whether all values are finite in the slot's type."""
 
     @property
     def dtype(self) -> str:
-        """The slots' type, for messages."""
+        """The name of the slots' type, for messages."""
 
 
 @dataclass(slots=True)
 class _AdapterHold:
     recipe: Recipe
     count: int = 0
-    has_gradients: bool = False  # they are held in the cache
+    has_gradients: bool = False  # the cache holds its gradients
 
 
 @dataclass(slots=True)
 class _Figures:
     num_composed: int = 0
-    num_recomposed: int = 0  # inside the engine's step
+    num_recomposed: int = 0  # adapters composed inside the engine's step
     compose_ms: float = 0.0
     num_activated: int = 0
-    activate_ms: float = 0.0  # of the engine's step
+    activate_ms: float = 0.0  # time of the engine's step spent on activation
 
 
 class Composer:
-    """Composes adapters of one learner. ``prepare`` runs on one thread at a time, the rest on any."""
+    """Composes adapters of one learner. ``prepare`` runs on one thread at a time, other methods on any thread."""
 
     def __init__(
         self, learner: Learner, cache: DocumentCache[StoredGradient], slots: Slots, writer: SlotWriter
@@ -67,11 +68,11 @@ class Composer:
         self._writer = writer
         self._holds: dict[int, _AdapterHold] = {}
         self._lock = threading.Lock()  # guards the holds
-        self._traces: OrderedDict[int, str] = OrderedDict()  # traceparent by adapter, until activated
+        self._traces: OrderedDict[int, str] = OrderedDict()  # adapter → traceparent, until it is activated
         self._figures = _Figures()
 
     def admit(self, recipe: Recipe, traceparent: str) -> bool:
-        """Takes a hold. Returns whether the adapter is in a slot already. RecipeError, and then there is no hold."""
+        """Takes a hold. Returns whether the adapter is in a slot already. After a RecipeError there is no hold."""
         if recipe.learner != self._learner.fingerprint:
             raise RecipeError(
                 f"the recipe must be for the worker's learner {self._learner.fingerprint}, got {recipe.learner}"
@@ -86,13 +87,14 @@ class Composer:
             return self._slots.keep(recipe.int_id) and hold.has_gradients
 
     def is_there(self, adapter_id: int) -> bool:
-        """Whether the adapter is in a slot, as a whole."""
+        """Whether the adapter is in a slot and complete."""
         return self._slots.is_there(adapter_id)
 
     def prepare(self, adapter_id: int) -> float:
-        """Composes an admitted adapter into a slot, as soon as one is free. Returns the ms without that wait.
+        """Composes an admitted adapter into a slot, as soon as one is free. Returns the ms without the wait for a slot.
 
-        RecipeError, ArenaError, GradientFormatError, DocumentCacheFull. Returns at once if nobody holds the adapter.
+        Returns at once if no request holds the adapter. RecipeError, ArenaError, GradientFormatError,
+        DocumentCacheFull.
         """
         to_compose, load_ms = self.load(adapter_id)
         return load_ms + self._compose_ahead(adapter_id) if to_compose else load_ms
@@ -100,7 +102,7 @@ class Composer:
     def load(self, adapter_id: int) -> tuple[bool, float]:
         """Holds an admitted adapter's gradients in the cache. Returns whether it must still be composed, and the ms.
 
-        Waits for no slot. ArenaError, GradientFormatError, DocumentCacheFull.
+        It doesn't wait for a slot. ArenaError, GradientFormatError, DocumentCacheFull.
         """
         hold = self._holds.get(adapter_id)
         if hold is None:  # released in the meantime
@@ -123,7 +125,7 @@ class Composer:
             self._slots.leave(adapter_id)
 
     def activate(self, recipe: Recipe) -> int:
-        """Gives the adapter's slot to vLLM. Composes it here if that isn't done. Called in the engine's step."""
+        """Gives the adapter's slot to vLLM, and composes the adapter if necessary. Called in the engine's step."""
         start = time.perf_counter()
         adapter_id = recipe.int_id
         with span("regrad.activate", self._trace(adapter_id)):
@@ -141,8 +143,8 @@ class Composer:
         return slot
 
     def deactivate(self, adapter_id: int) -> None:
-        """vLLM gives an adapter's slot away, though a request may wait for it or have been preempted."""
-        with self._lock:  # against a release meanwhile
+        """vLLM gives an adapter's slot away. A request may still need the adapter, waiting or preempted."""
+        with self._lock:  # a release must not come in between
             self._slots.put_back(adapter_id, needed=adapter_id in self._holds)
 
     def cache_figures(self) -> dict[str, int]:
@@ -150,7 +152,7 @@ class Composer:
         return asdict(self._cache.figures())
 
     def figures(self) -> dict[str, float]:
-        """Counts and sums since the start, and today's holds. The status endpoint shows them by these names."""
+        """Counts and sums since the start, and the present holds. The status endpoint shows them by these names."""
         return {
             "num_composed": self._figures.num_composed,
             "num_recomposed": self._figures.num_recomposed,
@@ -163,7 +165,7 @@ class Composer:
         }
 
     def _hold_gradients(self, adapter_id: int, hold: _AdapterHold) -> bool:
-        """Holds an adapter's gradients in the cache. False if the adapter's hold is gone."""
+        """Holds an adapter's gradients in the cache. False if the adapter's hold was released."""
         if hold.has_gradients:
             return True
         self._cache.hold(hold.recipe.arena, hold.recipe.digests)
@@ -199,8 +201,8 @@ class Composer:
             hold = self._holds.get(recipe.int_id)
             held = hold is not None and hold.has_gradients
             if held:
-                hold.count += 1  # type: ignore[union-attr]  # it can't go while we read
-        if not held:  # nobody prepared it: vLLM was called without our server
+                hold.count += 1  # type: ignore[union-attr]  # it can't be released during the reading
+        if not held:  # it wasn't prepared, because vLLM was called without our server
             self._cache.hold(recipe.arena, recipe.digests)
         try:
             self._compose(slot, recipe)

@@ -1,7 +1,8 @@
-"""vLLM's LoRA kernels on CPUs, replaced: each row with its own adapter, rows without one untouched.
+"""Our LoRA kernels for vLLM on CPUs. Each row gets its own adapter, and rows without an adapter stay as they are.
 
-vLLM's own kernels (``lora/ops/torch_ops``) copy and convert the whole A and B of every row. They give a row without an
-adapter (index −1) the adapter of the last slot. The rest of its wrapper, the bookkeeping over rows and slots, stays.
+They replace vLLM's kernels (``lora/ops/torch_ops``), which copy and convert the whole A and B of every row. Those
+also give a row without an adapter (index −1) the adapter of the last slot. The rest of vLLM's wrapper, the bookkeeping
+over rows and slots, is used unchanged.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from regrad_vllm.adapt.loops.lora import LoraRows
 
-# From as many rows in a row with one adapter on, a matrix product reads its A and B fewer times than the loop.
+# With so many successive rows of one adapter, a matrix product reads A and B less often than the loop.
 _SEGMENT_ROWS = 4
 _BLOCK_VALUES = 2**17  # of x or y that a segment widens to float32 at a time
 
 
 class _Rows:
-    """Which rows of the batch have which slot: for this step, the same for all layers."""
+    """The slot of each row in the batch. It is the same for all layers of one step."""
 
     def __init__(self, slots: NDArray[np.int64]) -> None:
         self.num_rows = len(slots)
@@ -62,13 +63,13 @@ class RowsPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """y[row] += B[slot] (A[slot] x[row]) · scale, for each row with an adapter; scale is always 1 in vLLM."""
-        # Never inside torch.compile, which would not see what the loops write: vLLM compiles nothing with LoRA on CPUs,
-        # and ``engine.check_engine_settings`` refuses one that does.
+        # torch.compile would not see the loops' writes, so this must not run inside it. vLLM doesn't compile with LoRA
+        # on CPUs, and ``engine.check_engine_settings`` refuses a setting that does.
         _add_lora(y, x, lora_a_stacked, lora_b_stacked, output_slices)
 
 
 class _State:
-    """Of this process: a worker has one LoRA manager."""
+    """The state of this process. A worker has one LoRA manager."""
 
     rows: _Rows
     layers: dict[int, LoraRows]  # by the address of the first A
@@ -97,13 +98,13 @@ def _add_lora(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], ou
 
 
 def _add_segment(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += B (A x) for rows with one adapter, in float32 and rounded once, as the loop does.
+    """y += B (A x) for rows with one adapter, in float32 and rounded once, as in the loop.
 
-    So an answer does not depend on the cuts of its prompt.
+    So an answer does not depend on the chunks that its prompt is computed in.
     y: (rows, out), x: (rows, in), a: (rank, in), b: (out, rank).
 
-    In two-byte types blocks of rows are widened, so that they are still in the cache when they are rounded. Measured
-    beside PyTorch's products of bfloat16 (576 to 1536, rank 16, a core with AVX-512's bfloat16):
+    Two-byte types are widened in blocks of rows, so that a block is still in the CPU's cache when it is rounded.
+    Measured against PyTorch's products of bfloat16 (576 to 1536, rank 16, a core with AVX-512's bfloat16):
     - 4 rows: 28 against 60 µs;
     - 64 rows: 92 against 121 µs;
     - whole prompts of 2048 rows: 3.2 against 2.4 ms, a third more.

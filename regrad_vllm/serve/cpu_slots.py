@@ -1,4 +1,4 @@
-"""LoRA slots on CPUs: all of a slot's tensors in one row of memory, as the compiled loops read and write them."""
+"""LoRA slots on CPUs. All tensors of a slot lie in one row of memory, for the compiled loops."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from regrad_vllm.serve.slot_shards import shards
 
 
 class CpuSlots:
-    """The slots of one worker's LoRA manager. Slots of other modules get memory of their own in the same form."""
+    """The slots of one worker's LoRA manager. Modules that the learner doesn't adapt have separate memory."""
 
     def __init__(self, manager: Any, learner: Learner) -> None:
-        """Replaces the stacked tensors of all linear LoRA layers of vLLM's manager by views of ours.
+        """Replaces the stacked tensors of all linear LoRA layers of vLLM's manager by views into our memory.
 
-        A slice of a merged layer that the learner doesn't adapt keeps zeros.
+        A slice of a merged layer that the learner doesn't adapt stays zero.
         """
         modules = vllm_seams.linear_modules(manager)
         num_slots, rank, dtype = vllm_seams.slot_form(manager)
-        self._values = {module.base_layer.params_dtype for _, module in modules}  # the types of x and y
+        self._values = {module.base_layer.params_dtype for _, module in modules}  # the types of the kernels' x and y
         self._learner = learner
         self._table = SlotTable.build(learner.layout, shards(modules, learner.layout), rank)
         self._memory = torch.zeros(num_slots, self._table.num_values, dtype=dtype)
@@ -41,7 +41,10 @@ class CpuSlots:
         for names, module in modules:
             both: tuple[tuple[Part, Any], ...] = (("A", module.lora_a_stacked), ("B", module.lora_b_stacked))
             for part, stacks in both:
-                every = [*names, *[""] * (len(stacks) - len(names))]  # another adapter's tensor may be several slices
+                every = [
+                    *names,
+                    *[""] * (len(stacks) - len(names)),
+                ]  # a tensor of another adapter may cover several slices
                 made = [
                     views[name, part] if (name, part) in views else _like(stack, part)
                     for name, stack in zip(every, stacks, strict=True)
@@ -51,8 +54,8 @@ class CpuSlots:
         self._foreign = ForeignSlots([self._memory, *stacks])
 
     def warm_up(self) -> None:
-        """Compiles the loops, which takes seconds, before a request waits for them."""
-        self.compose(0, [], [])  # what is in a free slot is nobody's
+        """Compiles the loops. This takes seconds, so it is done before the first request."""
+        self.compose(0, [], [])  # slot 0 is still free
         for values in self._values:
             lora.compile_for(values, self._memory.dtype)
         self._memory[0].zero_()
@@ -63,34 +66,34 @@ class CpuSlots:
 
     @property
     def num_bytes(self) -> int:
-        """Of all slots together, the learner's modules alone."""
+        """Bytes of all slots together, for the learner's modules alone."""
         return self._memory.numel() * self._memory.element_size()
 
     def step_begins(self) -> None:
-        """Nothing: compositions are done when they return, and steps when the next one begins."""
+        """Does nothing. On a CPU a composition is done when it returns, and a step when the next one begins."""
 
     def step_reads(self, slots: Sequence[int]) -> None:
-        """Nothing, as above."""
+        """Does nothing, for the same reason."""
 
     def before_use(self, slot: int) -> None:
-        """Nothing, as above."""
+        """Does nothing, for the same reason."""
 
     def is_foreign(self, slot: int) -> None:
-        """Another adapter is about to be written to a slot."""
+        """vLLM is about to write an operator's own adapter into a slot."""
         self._foreign.add(slot)
 
     def load(self, arena: str, digest: str) -> tuple[StoredGradient, int]:
-        """A record of the arena, checked, with its bytes. ArenaError, GradientFormatError."""
+        """A checked record of the arena, and its number of bytes. ArenaError, GradientFormatError."""
         return load_gradient(arena, digest, self._learner.spec)
 
     def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
-        """φ* − Σ steps[k] δ_k with the scaling in B; whether it is finite in the slot's type."""
+        """Writes φ* − Σ steps[k] δ_k, with the scaling in B. True if all values are finite in the slot's type."""
         self._foreign.clear(slot)
         return compose_slot(self._memory[slot], self._learner.phi, gradients, steps, self._table, self._learner.scaling)
 
 
 def _stacked(memory: Tensor, part: Part, offset: int, rank: int, width: int) -> Tensor:
-    """(slots, 1, rank, in) for A, (slots, 1, out, rank) for B, in memory always with the rank first."""
+    """A view of shape (slots, 1, rank, in) for A, (slots, 1, out, rank) for B. In memory the rank comes first."""
     block = memory[:, offset : offset + rank * width].view(len(memory), 1, rank, width)
     return block if part == "A" else block.transpose(2, 3)
 

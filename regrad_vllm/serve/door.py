@@ -1,15 +1,15 @@
-"""The worker's door: where the API server asks for an adapter without waiting for the engine's turn.
+"""The worker's door: a socket on which the API server asks for an adapter, outside vLLM's own messages.
 
-It is a socket in the machine's abstract namespace. It has no file, so it ends with its process, however that ends. Only
-the same user may enter. The lines are JSON:
+The socket is in the machine's abstract namespace. It has no file, so it always ends with its process. Only processes of
+the same user may connect. The lines are JSON:
 - {"id", "op": "prepare", "path", "traceparent"} is answered by {"id", "compose_ms", "error", "damaged", "cache"} when
   the adapter is in its slot.
-- {"id", "op": "release"} isn't answered. It is for the question of that id.
+- {"id", "op": "release"} isn't answered. It ends the hold of the prepare with that id.
 
-Every prepare is followed by one release. Those that a connection owes when it ends are made up for.
+Every prepare needs one release. When a connection ends, the door does its missing releases.
 
-A request whose adapter is in a slot already doesn't wait behind those that wait for a slot. The gradients of waiting
-requests are read at their turn. So gradients are held for at most one adapter more than there are slots.
+A request whose adapter is in a slot already doesn't wait behind requests that wait for a slot. The gradients of a
+waiting request are read when its turn comes. So gradients are held for at most one adapter more than there are slots.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from regrad_vllm.adapt.document_cache import DocumentCacheFull
 from regrad_vllm.serve.composer import Composer
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 
-MAX_LINE_BYTES = 2**20  # of a question: a recipe of 64 documents has 6 KiB
+MAX_LINE_BYTES = 2**20  # the longest line; a recipe of 64 documents has 6 KiB
 _LOGGER = logging.getLogger("regrad")
 
 
 class Door:
-    """Answers for one worker's composer, on threads of its own."""
+    """Serves one worker's composer on its own threads."""
 
     def __init__(self, composer: Composer, cores: frozenset[int] | None = None) -> None:
-        """``cores``: on which the threads may run; vLLM binds a worker's main thread to one core, and its children
-        would share that with it."""
+        """cores: the CPU cores for the threads. vLLM binds a worker's main thread to one core, and new threads inherit
+        that.
+        """
         self._composer = composer
         self._cores = cores
         self._loop = asyncio.new_event_loop()
@@ -63,8 +64,8 @@ class Door:
             os.sched_setaffinity(0, self._cores)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
-        owed: dict[int, int] = {}  # question → adapter that it holds
+        """Serves one connection until it ends."""
+        owed: dict[int, int] = {}  # id of a prepare without a release → adapter that it holds
         tasks: set[asyncio.Task[None]] = set()
         try:
             if not _is_same_user(writer.get_extra_info("socket")):
@@ -74,12 +75,12 @@ class Door:
                 if question["op"] == "release":
                     self._release(owed, int(question["id"]))
                     continue
-                # Admitted before the next line is read: its release may be that line.
+                # It is admitted before the next line is read, because that line may be its release.
                 answer, waiting_for = self._admit(question, owed)
                 task = self._loop.create_task(self._answer(answer, waiting_for, writer))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-        except (ValueError, KeyError, TypeError) as error:  # a line that is too long is a ValueError too
+        except (ValueError, KeyError, TypeError) as error:  # a too long line is a ValueError
             _LOGGER.error("a question to the composer breaks the protocol, the connection ends: %r", error)
         except ConnectionError:
             pass
@@ -89,7 +90,7 @@ class Door:
             writer.close()
 
     def _admit(self, question: dict[str, Any], owed: dict[int, int]) -> tuple[dict[str, Any], int | None]:
-        """The answer so far, and the adapter that must be prepared before it is given."""
+        """The answer so far, and the adapter to prepare before it is sent; None if there is none to prepare."""
         number = int(question["id"])
         if number in owed:
             raise ValueError(f"a question's id must be a new one, got {number} again")
@@ -110,7 +111,7 @@ class Door:
             answer |= {"error": str(error), "damaged": True}
         except (RecipeError, DocumentCacheFull) as error:
             answer["error"] = str(error)
-        except Exception as error:  # noqa: BLE001  # whatever it is, somebody waits for an answer
+        except Exception as error:  # noqa: BLE001  # the client needs an answer in any case
             _LOGGER.exception("composing adapter %s failed", adapter_id)
             answer["error"] = f"internal error, see the server's log: {type(error).__name__}: {error}"
         answer["cache"] = self._composer.cache_figures()
@@ -118,7 +119,7 @@ class Door:
             writer.write(json.dumps(answer).encode() + b"\n")
 
     async def _prepare(self, adapter_id: int) -> float:
-        """The ms without the wait for a slot."""
+        """Composes the adapter. Returns the ms without the wait for a slot."""
         if self._composer.is_there(adapter_id):
             to_compose, load_ms = await self._loop.run_in_executor(self._finding, self._composer.load, adapter_id)
             if not to_compose:
@@ -127,7 +128,7 @@ class Door:
 
     def _release(self, owed: dict[int, int], number: int) -> None:
         adapter_id = owed.pop(number, None)
-        if adapter_id is not None:  # a question that was refused at once, or never came, left nothing to release
+        if adapter_id is not None:  # None: the prepare was refused or never arrived
             self._composer.release(adapter_id)
 
 

@@ -11,15 +11,15 @@ from typing import Any
 from regrad_vllm.serve.door import MAX_LINE_BYTES
 from regrad_vllm.serve.recipe import Recipe
 
-FLUSH_SECONDS = 1.0  # for what is still to be sent when a connection ends
+FLUSH_SECONDS = 1.0  # time to send the remaining lines when a connection ends
 
 
 class DoorClosed(RuntimeError):
-    """The worker can't be asked; it has probably ended."""
+    """There is no connection to the worker. It has probably ended."""
 
 
 class DoorClient:
-    """One connection to one worker's composer, for any number of questions at a time. Used in one event loop."""
+    """One connection to one worker's composer, for any number of concurrent questions. Used in one event loop."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -41,7 +41,7 @@ class DoorClient:
     async def prepare(self, number: int, recipe: Recipe, traceparent: str) -> dict[str, Any]:
         """The worker's answer when the adapter is in its slot: {"compose_ms", "error", "damaged", "cache"}. DoorClosed.
 
-        damaged: the error is of the records in the arena.
+        damaged: the error comes from a damaged record in the arena.
         """
         writer = await self._connected()
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -54,15 +54,15 @@ class DoorClient:
             self._waiting.pop(number, None)
 
     def release(self, number: int) -> None:
-        """The request of a ``prepare`` is over, whatever came of it, cancelled or not even sent.
+        """Releases the hold of a ``prepare``, which may have failed, been cancelled, or not been sent.
 
-        The debts of a closed connection are released already.
+        After the end of a connection it does nothing, because the worker has released all its holds.
         """
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(json.dumps({"id": number, "op": "release"}).encode() + b"\n")
 
     async def close(self) -> None:
-        """Ends the connection, for good. The worker releases what it still owes."""
+        """Ends the connection for good. The worker then does the missing releases."""
         self._closed = True
         async with self._opening:
             if self._writer is not None:
@@ -71,7 +71,7 @@ class DoorClient:
 
     @property
     def is_open(self) -> bool:
-        """It was connected once and nobody has closed it since."""
+        """Whether ``open`` succeeded and ``close`` wasn't called since."""
         return self._writer is not None and not self._closed
 
     async def _connected(self) -> asyncio.StreamWriter:
@@ -79,10 +79,12 @@ class DoorClient:
             if self._closed:
                 raise DoorClosed("the server must not be shutting down, it is; ask another one")
             if self._writer is None or self._writer.is_closing():
-                await self._read_to_its_end()  # what it owed answers must not take the next connection's for its own
+                await self._read_to_its_end()  # a pending answer must not be mixed up with one of the next connection
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
-                    connection.connect("\0" + self._address)  # by hand: uvloop knows no abstract addresses
+                    connection.connect(
+                        "\0" + self._address
+                    )  # connected here, because uvloop doesn't know abstract addresses
                     reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=MAX_LINE_BYTES)
                 except OSError as error:
                     connection.close()
@@ -93,10 +95,10 @@ class DoorClient:
             return self._writer
 
     async def _read_to_its_end(self) -> None:
-        """After the writer was closed. A task that nobody waits for may be collected while it is pending."""
+        """Waits for the reading task after the writer was closed. Python may collect a task that is never awaited."""
         if self._reading is not None and self._writer is not None:
             _, waiting = await asyncio.wait([self._reading], timeout=FLUSH_SECONDS)
-            if waiting:  # the worker reads no more; what is left to say to it would hold the server up for ever
+            if waiting:  # the worker has stopped reading, so the rest can't be sent
                 self._writer.transport.abort()
                 await asyncio.wait([self._reading])
 

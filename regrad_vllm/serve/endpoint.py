@@ -1,6 +1,6 @@
 """The API server's side of the plugin: the ``vllm.endpoint_plugins`` entry point and the routes it adds.
 
-Start-up that can't work is refused here, with the flag to set; vLLM then ends with that message.
+It refuses unusable settings at the start. vLLM then ends with a message that names the flag to set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class RegradEndpoint:
-    """The plugin that vLLM calls when it builds its API server. Does nothing where REGRAD_LEARNER is unset."""
+    """The plugin that vLLM calls when it builds its API server. It does nothing if REGRAD_LEARNER is unset."""
 
     name = PLUGIN_NAME
     required_tasks = ("generate",)
@@ -77,7 +77,7 @@ class RegradEndpoint:
             credentials=settings.bank_credentials,
             spec=learner.spec,
             timeout_ms=settings.bank_timeout_ms,
-            attempts=1,  # a request that may go on without documents doesn't wait for a bank that isn't there
+            attempts=1,  # no retries: a request that may run without documents must not wait for a missing bank
         )
         metrics = _metrics()
         models = state.openai_serving_models
@@ -96,12 +96,12 @@ class RegradEndpoint:
 
 
 def warn_of_small_budgets(settings: Settings, learner: Learner, max_num_seqs: int) -> None:
-    """Warns at the start of a budget that is too small for the engine's number of requests.
+    """Warns at the start if a budget is too small for the engine's number of requests.
 
-    Each may have documents of its own. The requests over the budget would be refused.
+    Each request may have different documents. Requests beyond the budget would be refused.
     """
     top_k = settings.top_k or min(learner.config.top_k, settings.max_documents)
-    needed = max_num_seqs * top_k * learner.layout.num_values  # a byte a value: int8, the bank's default
+    needed = max_num_seqs * top_k * learner.layout.num_values  # one byte per value: int8, the bank's default
     for flag, size in (("arena", settings.arena_bytes), ("worker", settings.worker_bytes)):
         if size < needed:
             _LOGGER.warning(
@@ -128,8 +128,8 @@ def check_base(model: str, learner: Learner) -> None:
 
 @asynccontextmanager
 async def _serving(app: FastAPI) -> AsyncIterator[None]:
-    """While the server runs, inside vLLM's own: what asks the workers ends with it."""
-    runtime: Runtime = app.state.regrad  # vLLM takes the state away when it ends
+    """The plugin's part of the server's lifespan. At the end it closes the connections to the workers."""
+    runtime: Runtime = app.state.regrad  # read now, because vLLM removes the state at the end
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def routes() -> APIRouter:
 
     @router.get("/v1/models")
     async def models(request: Request) -> JSONResponse:
-        """vLLM's list, with a twin for each name of the base model that has ReGrad on."""
+        """vLLM's list of models. Each name of the base model has a second entry with ReGrad on."""
         shown = (await request.app.state.regrad_models.show_available_models()).model_dump()
         planner: Planner = request.app.state.regrad.planner
         twins = [
@@ -154,12 +154,12 @@ def routes() -> APIRouter:
 
     @router.get("/v1/regrad/status")
     async def status(request: Request, base_weights: bool = False) -> JSONResponse:
-        """The learner, the bank, the arena, the workers; with base_weights the SHA-256 of W in each worker."""
+        """The state of learner, bank, arena and workers. With base_weights also the SHA-256 of W in each worker."""
         return JSONResponse(await request.app.state.regrad_status(base_weights))
 
     @router.get("/v1/regrad/requests/{request_id}")
     async def used(request: Request, request_id: str) -> JSONResponse:
-        """The documents that one of the last requests used."""
+        """The documents that one of the latest requests used."""
         runtime: Runtime = request.app.state.regrad
         found = runtime.memory.get(request_id)
         if found is None:

@@ -18,10 +18,10 @@ from regrad_vllm.serve.settings import SettingsError
 
 
 class AdapterError(RuntimeError):
-    """A worker can't compose an adapter; the message says why."""
+    """A worker can't compose an adapter. The message gives the reason."""
 
     def __init__(self, message: str, *, damaged: bool = False) -> None:
-        """damaged: because of the gradients' bytes in the arena."""
+        """damaged: the gradients' bytes in the arena are damaged."""
         super().__init__(message)
         self.damaged = damaged
 
@@ -31,25 +31,25 @@ class Placement:
     """The rank where a request runs and its adapter is composed. ``Engine.release`` ends its holds there."""
 
     recipe: Recipe
-    rank: int  # data parallel, among this server's
-    data_parallel_rank: int | None  # the same for vLLM to be told; None where it has no choice
-    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # each worker that holds the adapter
+    rank: int  # index among the data parallel ranks of this server
+    data_parallel_rank: int | None  # the rank as an argument for vLLM; None if there is only one
+    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # (worker, id of the prepare)
 
 
 class Engine:
-    """vLLM's engine client, with our questions to the workers."""
+    """vLLM's engine client, with connections to the doors of all workers."""
 
     def __init__(self, client: Any, doors: Sequence[Sequence[DoorClient]]) -> None:
-        """``doors``: to every worker of every data parallel rank."""
+        """doors: for each data parallel rank, the connections to its workers."""
         self._client = client
         self._doors = doors
         self._num_placed = [0] * len(doors)
         self._last_rank = -1
-        self.caches: dict[str, dict[str, int]] = {}  # "rank/number" of a worker → its cache, as it said last
+        self.caches: dict[str, dict[str, int]] = {}  # "rank/number" of a worker → the latest figures of its cache
 
     @classmethod
     async def connect(cls, client: Any, learner: Learner) -> tuple[Engine, str]:
-        """Compares the workers with the learner; the engine and its LoRA dtype. SettingsError."""
+        """Checks that the workers fit the learner. Returns the engine and its LoRA dtype. SettingsError."""
         ranks = await vllm_server_seams.ask_workers(client, "regrad_check")
         answers = [answer for rank in ranks for answer in rank]
         for answer in answers:
@@ -60,7 +60,9 @@ class Engine:
                     f"server and workers must have one learner, got {learner.fingerprint} and {answer['learner']}; "
                     "don't change the learner's folder while the server starts"
                 )
-        adaptable = frozenset().union(*(answer["modules"] for answer in ranks[0]))  # pipeline stages have some each
+        adaptable = frozenset().union(
+            *(answer["modules"] for answer in ranks[0])
+        )  # each pipeline stage has some of the modules
         missing = [module for module in learner.layout.modules if module not in adaptable]
         if missing:
             raise SettingsError(
@@ -84,26 +86,26 @@ class Engine:
 
     @property
     def num_ranks(self) -> int:
-        """Data parallel ranks that this server sends requests to."""
+        """The number of data parallel ranks that this server sends requests to."""
         return len(self._doors)
 
     def place(self, recipe: Recipe, wanted_rank: int | None = None) -> Placement:
-        """Chooses the rank for a request: the wanted one, else the one with the fewest requests of ours.
+        """Chooses the rank for a request: the wanted one, or the one with the fewest requests from this server.
 
-        A ``release`` must follow, whatever comes of it.
+        A ``release`` must follow in any case.
         """
-        if wanted_rank is None or not 0 <= wanted_rank < self.num_ranks:  # vLLM refuses what is no rank
-            # Among equals the next in turn, as vLLM does.
+        if wanted_rank is None or not 0 <= wanted_rank < self.num_ranks:  # vLLM itself refuses a wrong rank
+            # Equally busy ranks take turns, as in vLLM.
             turns = [(start + self._last_rank + 1) % self.num_ranks for start in range(self.num_ranks)]
             wanted_rank = self._last_rank = min(turns, key=self._num_placed.__getitem__)
         self._num_placed[wanted_rank] += 1
         return Placement(recipe, wanted_rank, wanted_rank if self.num_ranks > 1 else None)
 
     async def prepare(self, placement: Placement) -> float:
-        """Has every worker there compose the adapter into a slot; returns the slowest one's ms. AdapterError.
+        """Lets every worker of the rank compose the adapter into a slot. Returns the slowest one's ms. AdapterError.
 
-        First one worker is asked, then the others. A request without a slot on the first takes none on another. So two
-        API servers can't wait for each other's slots.
+        One worker is asked first, then all others. So a request that waits for a slot on the first worker takes no slot
+        on another one, and two API servers can't block each other.
         """
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
@@ -122,25 +124,25 @@ class Engine:
         return max(float(answer["compose_ms"]) for answer in answers)
 
     async def settled(self) -> None:
-        """Returns when the workers have done all that they were asked before, aborts too."""
+        """Waits until the workers have done everything that they were asked before, aborts included."""
         await vllm_server_seams.ask_workers(self._client, "regrad_settled")
 
     def release(self, placement: Placement) -> None:
-        """The request of an earlier ``place`` is over."""
+        """Releases the holds of a placement, when its request is over."""
         self._num_placed[placement.rank] -= 1
         for door, number in placement.asked:
             door.release(number)
 
     def unfinished(self, request_id: str, recipe: Recipe) -> frozenset[str]:
-        """The parts of one API request that still run, for ``still_runs``."""
+        """The engine's ids for the parts of one API request that still run. ``still_runs`` takes them."""
         return vllm_server_seams.unfinished(self._client, request_id, recipe.name)
 
     def still_runs(self, engine_ids: frozenset[str]) -> bool:
-        """Whether one of these is unfinished."""
+        """Whether one of these parts still runs."""
         return vllm_server_seams.still_runs(self._client, engine_ids)
 
     async def figures(self) -> list[dict[str, Any]]:
-        """Each worker's counters."""
+        """The counters of each worker."""
         ranks = await vllm_server_seams.ask_workers(self._client, "regrad_figures")
         return [{"rank": rank, **figures} for rank, workers in enumerate(ranks) for figures in workers]
 
@@ -152,7 +154,7 @@ class Engine:
 
 async def _ask(door: DoorClient, placement: Placement, traceparent: str) -> dict[str, Any]:
     number = door.new_question()
-    placement.asked.append((door, number))  # before it is sent: it may be cancelled any time after
+    placement.asked.append((door, number))  # noted before it is sent, because the sending may be cancelled
     return await door.prepare(number, placement.recipe, traceparent)
 
 

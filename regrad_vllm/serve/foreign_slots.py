@@ -1,7 +1,7 @@
-"""Slots in which an operator's own adapter has been: they are emptied before they are ours again.
+"""Clears the slots that held an operator's own adapter, before a composed adapter uses them.
 
-vLLM empties a slot before it writes an adapter there. Ours write their own values alone. So
-the values of another adapter must go first: in modules that the learner doesn't adapt, and in ranks above its own.
+vLLM clears a whole slot before it writes an adapter. A composition writes only the learner's values. The values of an
+operator's adapter must be cleared before, in modules that the learner doesn't adapt and in ranks above the learner's.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 class ForeignSlots:
-    """Thread-safe as long as a slot has one owner at a time, which ``Slots`` sees to."""
+    """The slots to clear. Thread-safe as long as a slot has one owner at a time, which ``Slots`` guarantees."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """``tensors``: all that hold slots, the slot first in their shapes."""
+        """tensors: all tensors that hold slots. The slot is the first dimension of each."""
         self._tensors = tensors
         self._slots: set[int] = set()
 
     def add(self, slot: int) -> None:
-        """Another adapter is about to be written there."""
+        """vLLM is about to write an operator's adapter into the slot."""
         self._slots.add(slot)
 
     def clear(self, slot: int) -> None:
-        """Zeros where another adapter was; nothing where none was."""
+        """Fills the slot with zeros if it held an operator's adapter."""
         if slot in self._slots:
             for tensor in self._tensors:
                 tensor[slot].zero_()

@@ -1,4 +1,4 @@
-"""vLLM's LoRA kernels on CUDA GPUs, replaced in linear layers: ``adapt.triton_lora``. The rest of its wrapper stays."""
+"""Our LoRA kernels (``adapt.triton_lora``) for vLLM's linear layers on CUDA GPUs. The rest of vLLM's wrapper stays."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class TilesPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final to vL
         **kwargs: Any,
     ) -> None:
         """y[row] += B[slot] (A[slot] x[row]) · scale, for each row with an adapter; scale is always 1 in vLLM."""
-        # Its dual streams: the adapters' part of an output on its own. A high rank: an operator's own adapters'.
+        # vLLM's own kernels do two cases: dual streams (``kwargs``), and the high rank of an operator's own adapters.
         if kwargs or lora_a_stacked[0].shape[2] > MAX_RANK:
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
         tiles = self._tiles
-        # As one opaque operation, since torch.compile would not see what the kernels write.
+        # One opaque operation, because torch.compile would not see the kernels' writes.
         _add_lora(
             y, x, lora_a_stacked, lora_b_stacked, output_slices, tiles.table, tiles.order, tiles.is_empty,
             tiles.max_tiles(x.shape[0]),
@@ -53,7 +53,10 @@ class TilesPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final to vL
 
 
 def slots_of(adapter_ids: Sequence[int], slot_ids: Sequence[int | None]) -> NDArray[np.int64]:
-    """The slot of each row, int64 (rows,), −1 without an adapter. adapter_ids: of the rows, 0 for none."""
+    """The slot of each row, int64 (rows,); −1 for a row without an adapter.
+
+    adapter_ids: the adapter of each row, 0 for none. slot_ids: the adapter of each slot.
+    """
     ids, rows = np.unique(np.asarray(adapter_ids, np.int64), return_inverse=True)
     places = {id: slot for slot, id in enumerate(slot_ids) if id is not None}
     return np.array([places[id] if id > 0 else -1 for id in ids.tolist()], np.int64)[rows]

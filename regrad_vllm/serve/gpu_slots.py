@@ -1,12 +1,12 @@
-"""LoRA slots on a GPU: vLLM's own stacked tensors, written by one Triton launch on a stream of its own.
+"""LoRA slots on a GPU: vLLM's own stacked tensors, written by one Triton launch on a separate CUDA stream.
 
-Copies to the device go through one pinned buffer on that stream. So a copy holds up neither the engine's stream nor
-the thread that asked for it.
+Copies to the device go through one pinned buffer on that stream. So a copy delays neither the engine's stream nor the
+thread that starts it.
 
-A composition waits on the device for the last step that reads the slot for its old adapter, and for no other step.
-Waiting for the step under way would let one request a step begin. The composing thread waits for the composition,
-because it must know that the values are finite before the request goes on. The engine's stream waits for the
-composition's event before it reads the slot. The engine's loop waits for none, unless it composes itself.
+A composition waits on the device for the last step that reads the slot's old adapter, and for no other step. If it
+waited for the running step, only one request could begin per step. The composing thread waits for the composition,
+because it must know that all values are finite before the request runs. The engine's stream waits for the composition's
+event before it reads the slot. The engine's loop doesn't wait, unless it composes itself.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ _NOTHING: tuple[frozenset[int], torch.cuda.Stream | None] = frozenset(), None
 
 
 class GpuSlots:
-    """The slots of one worker's LoRA manager, where vLLM made them."""
+    """The slots of one worker's LoRA manager, in vLLM's own memory."""
 
     def __init__(self, manager: Any, learner: Learner) -> None:
-        """Made on the thread and device that run the engine's steps."""
+        """Must be called on the thread and device that run the engine's steps."""
         self._modules = vllm_seams.linear_modules(manager)
         self._dtype = vllm_seams.slot_form(manager)[2]
         self._learner = learner
         self._device = torch.device(manager.device)
         self._phi = torch.tensor(learner.phi, device=self._device)
-        self._read_by: dict[int, torch.cuda.Event] = {}  # slot → when the last step that read it is done
-        self._reading = _NOTHING  # slots that the newest step reads, and its stream
-        self._written_on: dict[int, torch.cuda.Stream] = {}  # slot → where vLLM was about to write it
+        self._read_by: dict[int, torch.cuda.Event] = {}  # slot → end of the last step that read it
+        self._reading = _NOTHING  # the slots that the newest step reads, and its stream
+        self._written_on: dict[int, torch.cuda.Stream] = {}  # slot → the stream on which vLLM writes it
         self._own_stream = _own_stream(self._device)
         self._staging = Staging(self._device)
-        self._written: dict[int, torch.cuda.Event] = {}  # slot → when its last composition is done
+        self._written: dict[int, torch.cuda.Event] = {}  # slot → end of its last composition
         stacks = [stack for _, module in self._modules for stack in (*module.lora_a_stacked, *module.lora_b_stacked)]
         self._foreign = ForeignSlots(stacks)
         targets = self._targets()
         self._table = LaunchTable(targets, self._device)
         self.num_bytes = sum(target.stack.numel() * target.stack.element_size() for target in targets)
-        if self._own_stream is not None:  # what was made here is there when the own stream reads it
+        if self._own_stream is not None:  # the new stream must see the tensors made above
             self._own_stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def warm_up(self) -> None:
-        """Compiles the kernel, once for all slots and numbers of gradients, before a request waits seconds for it."""
+        """Compiles the kernel for all slots and numbers of gradients. It takes seconds, so it precedes all requests."""
         self.compose(0, [], [])
         self._foreign.add(0)
 
@@ -64,34 +64,34 @@ class GpuSlots:
         return str(self._dtype)
 
     def step_begins(self) -> None:
-        """Called in the engine's step, on its stream: all that the step before does is on it."""
+        """Called in the engine's step, on its stream, after all work of the step before was put on the stream."""
         slots, stream = self._reading
         if stream is not None:
             done = stream.record_event()
-            for slot in slots:  # those of older steps have an older event, which is earlier on the same stream
+            for slot in slots:  # a slot of an older step has an earlier event on the same stream
                 self._read_by[slot] = done
         self._reading = _NOTHING
 
     def step_reads(self, slots: Sequence[int]) -> None:
-        """Called in the engine's step when its adapters are active: these slots it reads from now on."""
+        """Called in the engine's step when its adapters are active. The step reads these slots from now on."""
         if self._own_stream is not None:
             self._reading = frozenset(slots), torch.cuda.current_stream(self._device)
 
     def before_use(self, slot: int) -> None:
-        """Called in the engine's step: what its stream is given from now on comes after the slot's composition."""
+        """Called in the engine's step. All later work on its stream waits for the slot's composition."""
         if (written := self._written.get(slot)) is not None:
             torch.cuda.current_stream(self._device).wait_event(written)
 
     def is_foreign(self, slot: int) -> None:
-        """Another adapter is about to be written to a slot, on the engine's stream."""
+        """vLLM is about to write an operator's own adapter into a slot, on the engine's stream."""
         self._foreign.add(slot)
         if self._own_stream is not None:
             self._written_on[slot] = torch.cuda.current_stream(self._device)
 
     def load(self, arena: str, digest: str) -> tuple[StoredGradient, int]:
-        """A record of the arena, checked, with its bytes on the device. ArenaError, GradientFormatError.
+        """A checked record of the arena, and its number of bytes on the device. ArenaError, GradientFormatError.
 
-        Its copy may be under way: only the own stream may read it, and does so after it.
+        Its copy to the device may still run. So only our own stream may read it, which does so after the copy.
         """
         payload = read_payload(arena, digest, self._learner.spec)
         with torch.cuda.stream(self._own_stream):
@@ -99,11 +99,16 @@ class GpuSlots:
         return StoredGradient(payload.kind, copies), payload.num_bytes
 
     def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
-        """φ* − Σ steps[k] δ_k with the scaling in B; whether it is finite in the slot's type. Waits for the device."""
+        """Writes φ* − Σ steps[k] δ_k, with the scaling in B, and waits for the device.
+
+        Returns whether all values are finite in the slot's type.
+        """
         rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, ROW_FIELDS)
         numbers = np.array([*steps, self._learner.scaling], np.float32)
         with torch.cuda.stream(self._own_stream):
-            sources, factors = self._staging.copied(rows, numbers)  # first: it needn't wait for the engine's stream
+            sources, factors = self._staging.copied(
+                rows, numbers
+            )  # before the wait below, because the copy needn't wait for the engine's stream
             self._wait_for_readers(slot)
             try:
                 self._foreign.clear(slot)
@@ -114,17 +119,17 @@ class GpuSlots:
             finally:
                 if self._own_stream is not None:
                     self._written[slot] = self._own_stream.record_event()
-            return int(infinite) == 0  # waits
+            return int(infinite) == 0  # this waits for the device
 
     def _wait_for_readers(self, slot: int) -> None:
-        """The own stream's: what it is given from now on comes after all that others do with the slot."""
+        """Makes all later work on our own stream wait until the other streams have finished with the slot."""
         if self._own_stream is None:
             return
         slots, stream = self._reading
         written_on = self._written_on.pop(slot, None)
         if written_on is not None:
             self._own_stream.wait_stream(written_on)
-        if slot in slots and stream is not None:  # vLLM has put out an adapter between two steps
+        if slot in slots and stream is not None:  # vLLM removed an adapter between two steps
             self._own_stream.wait_stream(stream)
         elif (done := self._read_by.pop(slot, None)) is not None:
             self._own_stream.wait_event(done)
@@ -133,7 +138,7 @@ class GpuSlots:
         held = shards(self._modules, self._learner.layout)
         stacks: dict[tuple[str, str], Tensor] = {}
         for names, module in self._modules:
-            # Another adapter's tensor may be several slices: then there are fewer names.
+            # A tensor of another adapter may cover several slices, and then there are fewer names.
             stacks |= {(name, "A"): stack for name, stack in zip(names, module.lora_a_stacked, strict=False)}
             stacks |= {(name, "B"): stack for name, stack in zip(names, module.lora_b_stacked, strict=False)}
         targets = [
@@ -150,19 +155,19 @@ class GpuSlots:
 
 
 class Staging:
-    """The pinned memory through which all goes to the device: one buffer, used again, grown where it is too small."""
+    """The pinned memory for all copies to the device: one buffer that is reused, and enlarged when necessary."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_pinned = device.type == "cuda"
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._free: torch.cuda.Event | None = None  # when the device has read the buffer
+        self._free: torch.cuda.Event | None = None  # the end of the last copy from the buffer
         self._lock = threading.Lock()
 
     def copied(self, *arrays: np.ndarray[Any, Any]) -> list[Tensor]:
-        """Each array's bytes on the device, uint8, from an address divisible by 16: in one copy on the current stream.
+        """Each array's bytes on the device, as uint8 at an address divisible by 16, by one copy on the current stream.
 
-        Waits for the copy before, on the host, not for this one. Any thread.
+        The host waits for the previous copy, not for this one. Called from any thread.
         """
         starts = [0]
         for array in arrays:
@@ -183,5 +188,5 @@ class Staging:
 
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream | None:
-    # Of high priority: a composition is short, and a request waits for it beside steps that are long.
+    # High priority: a composition is short, a step is long, and a request waits for the composition.
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

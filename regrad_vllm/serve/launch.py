@@ -1,7 +1,7 @@
 """``regrad serve MODEL …``: ``vllm serve`` with every flag that ReGrad needs filled in and all others passed on.
 
-A flag that the user gave is left as it is. A value that doesn't fit the learner is refused, and the message names the
-flag. That happens here if a worker couldn't start with it, else when the server has started
+A flag that the user gave stays unchanged. A value that doesn't fit the learner is refused, and the message names the
+flag. It is refused here if a worker couldn't start with it, and otherwise when the server has started
 (``engine.check_engine_settings``).
 """
 
@@ -28,12 +28,13 @@ EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_MAX_NUM_SEQS = 32
 GPU_MAX_NUM_SEQS = 128
-# What was run on a GPU: CUDA graphs of decoding steps, and no compiling, which our LoRA kernels were not tried with.
+# The setting tested on a GPU: CUDA graphs for decoding steps, without torch.compile. Our LoRA kernels are untested with
+# torch.compile.
 GPU_COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
-_VLLM_PORT = 8000  # where --port is left out
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
+_VLLM_PORT = 8000  # vLLM's default
 _SHORT_FLAGS = ("learner", "bank", "namespace")  # without the prefix regrad-
-# vLLM computes these projections as one module; the learner names them one by one.
+# vLLM merges these projections into one module. The learner names them one by one.
 _MERGED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
@@ -44,7 +45,10 @@ _MERGED = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes ``vllm serve``, or prints what it would become. SettingsError, LearnerError; RuntimeError for a port."""
+    """Replaces this process by ``vllm serve``, or prints the command. SettingsError, LearnerError.
+
+    RuntimeError if the port is taken.
+    """
     parser = build_parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
@@ -71,14 +75,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command_line(environment: Mapping[str, str], arguments: Sequence[str]) -> str:
-    """One line for a POSIX shell: the assignments, then the command."""
+    """The command as one line for a POSIX shell, with the environment in front."""
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(arguments)])
 
 
 def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
-    """Arguments of ``vllm serve``: the model, ``argv``, and what ReGrad needs and ``argv`` doesn't say.
+    """Arguments of ``vllm serve``: the model, ``argv``, and the flags that ReGrad needs and ``argv`` doesn't have.
 
-    SettingsError where ``argv`` says a rank that the learner doesn't fit in.
+    SettingsError if --max-lora-rank in ``argv`` is too small for the learner.
     """
     given = _given_flags(argv)
     rank = given.get("max-lora-rank", "")
@@ -110,7 +114,7 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
 
 
 def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
-    """Why slots of this rank can't have the learner's adapters, and what to do; empty where they can."""
+    """The reason why slots of this rank can't hold the learner's adapters, with the remedy. Empty if they can."""
     rank = learner.layout.rank
     if max_lora_rank >= rank:
         return ""
@@ -121,9 +125,9 @@ def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
 
 
 def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """On a CPU a tenth of the memory for the KV cache, 1 to 16 GiB, unless the user says how much.
+    """On a CPU: a tenth of the memory for the KV cache, from 1 to 16 GiB, unless the user sets it.
 
-    vLLM would take 92% of it and refuse to start where bank and API server have their share already.
+    By default vLLM takes 92% of the memory. It refuses to start if bank and API server use a part of that.
     """
     said = {"gpu-memory-utilization", "kv-cache-memory-bytes", "num-gpu-blocks-override"} & set(_given_flags(argv))
     if said or KV_CACHE_VARIABLE in environment or has_gpu():
@@ -133,7 +137,7 @@ def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> d
 
 
 def merged_modules(learner: Learner) -> tuple[str, ...]:
-    """The learner's modules by the names under which vLLM computes them, so that it wraps no others."""
+    """The learner's modules by vLLM's names for them. So vLLM adds LoRA only to these modules."""
     names: dict[str, None] = {}
     for module in learner.layout.modules:
         parent, _, leaf = module.rpartition(".")
@@ -142,7 +146,7 @@ def merged_modules(learner: Learner) -> tuple[str, ...]:
 
 
 def plugins(environment: Mapping[str, str]) -> str:
-    """VLLM_PLUGINS with ours in it, and where it is unset with all that vLLM would load without it."""
+    """VLLM_PLUGINS with our plugin added. If it is unset: all installed plugins, which vLLM loads by default."""
     named = environment.get("VLLM_PLUGINS")
     if named is not None:
         names = [name for name in named.split(",") if name]
@@ -173,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """SettingsError for a flag of ours that there isn't. vLLM would say so after a minute, and not which there are."""
+    """SettingsError for an unknown --regrad flag, with the known ones. vLLM's own error comes a minute later."""
     ours = [name for action in parser._actions for name in action.option_strings]
     unknown = [flag for flag in _given_flags(rest) if flag.startswith("regrad-")]
     if unknown:
@@ -183,23 +187,23 @@ def _check_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
 
 
 def _dashed(argument: str) -> str:
-    """vLLM takes --max_model_len for --max-model-len, so ours are taken so, too."""
+    """The flag with dashes. vLLM accepts --max_model_len for --max-model-len, so our flags accept underscores too."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--regrad_") else argument
 
 
 def _check_port(rest: Sequence[str]) -> None:
-    """RuntimeError where the port is taken: vLLM finds out when it has imported everything."""
+    """RuntimeError if the port is taken. vLLM finds out only after all its imports."""
     given = _given_flags(rest)
     port = given.get("port", str(_VLLM_PORT))
-    # A --config may name another port, or a socket; the rest listens on none.
+    # --config may set another port or a socket. The other flags mean that there is no port.
     unknown = {"config", "uds", "headless", "help"} & set(given) or "-h" in rest or given.get("api-server-count") == "0"
     if not unknown and port.isdecimal() and 0 < int(port) < 65536:
         check_port("the server", given.get("host") or "0.0.0.0", int(port), "--port")
 
 
 def _settings(flags: argparse.Namespace, environment: Mapping[str, str], model: str) -> Settings:
-    """Flags before environment; for the default model the learner that ships for it."""
+    """The settings from flags and environment. Flags come first. The default model gets the learner that ships."""
     merged = {**environment, **{variable(name): str(value) for name, value in vars(flags).items()}}
     if not merged.get(variable("learner")):
         if model != "default":
@@ -222,7 +226,7 @@ def _model_folder(model: str) -> str:
 
 
 def _given_flags(argv: Sequence[str]) -> dict[str, str]:
-    """Flag → its (first) value, as argparse reads them: --max_num_seqs=4, --max-num-seqs 4, --enable-lora."""
+    """Flag → its first value, in each spelling of argparse: --max_num_seqs=4, --max-num-seqs 4, --enable-lora."""
     given: dict[str, str] = {}
     for index, argument in enumerate(argv):
         if not argument.startswith("--"):

@@ -1,7 +1,7 @@
-"""The ASGI middleware: sees each request before vLLM's handlers and gives it its adapter.
+"""The ASGI middleware: it gets each request before vLLM's handlers and prepares its adapter.
 
-The endpoint plugin adds it in ``attach_router``, not by ``--middleware``. So it stands inside vLLM's own middleware,
-and a request without a valid API key never reaches the bank.
+The endpoint plugin adds it in ``attach_router``, not by ``--middleware``. So vLLM's own middleware runs first, and a
+request without a valid API key never reaches the bank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Receive = Callable[[], Awaitable[Message]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 64 * 2**20
-# Of vLLM's, with a prompt and without ReGrad: what asks for it there must not be answered as if it hadn't.
+# vLLM's routes with a prompt that ReGrad doesn't support. A request for ReGrad there gets an error.
 _ROUTES_WITHOUT = frozenset({"/invocations", "/v1/messages", "/v1/chat/completions/batch"})
 _RANK_HEADER = b"x-data-parallel-rank"
 _LOGGER = logging.getLogger("regrad")
@@ -41,15 +41,15 @@ _LOGGER = logging.getLogger("regrad")
 
 @dataclass(frozen=True)
 class Runtime:
-    """The parts that handle requests, in ``app.state.regrad``. They are made when vLLM has started its engine."""
+    """The parts that handle requests, stored in ``app.state.regrad`` when vLLM has started its engine."""
 
     planner: Planner
     preparer: Preparer
     engine: Engine
     metrics: Metrics
     memory: UsedMemory
-    adapter_names: Callable[[], frozenset[str]]  # LoRA adapters that vLLM serves by name
-    releases: set[asyncio.Task[None]]  # holds that wait for the engine
+    adapter_names: Callable[[], frozenset[str]]  # the LoRA adapters that vLLM serves by name
+    releases: set[asyncio.Task[None]]  # tasks that release holds when the engine is done
 
 
 class RegradMiddleware:
@@ -68,7 +68,7 @@ class RegradMiddleware:
         try:
             _check_encoding(scope)
             body = await _read_body(receive)
-            if body is None:  # the client went away
+            if body is None:  # the client hung up
                 return
             document = _parse(body)
             if shape is None and document is not None:
@@ -99,7 +99,7 @@ class RegradMiddleware:
         receive: Receive,
         send: Send,
     ) -> None:
-        """Runs vLLM's handler, with the adapter if there is one, and ends its holds."""
+        """Runs vLLM's handler, with the adapter if there is one, and releases the holds."""
         runtime: Runtime = scope["app"].state.regrad
         holds = (
             RequestHolds(prepared, runtime.engine, runtime.releases) if isinstance(prepared, PreparedRequest) else None
@@ -126,11 +126,11 @@ async def _unless_gone(
 ) -> PreparedRequest | Used | None:
     """The result of ``work``. If the client hangs up first, ``work`` is cancelled, and the result is None.
 
-    It may wait for a slot for long, and a request without a reader must not stand in line. ``drop`` takes a result that
-    comes too late.
+    ``work`` may wait long for a slot, and a request without a client must not keep its place. ``drop`` takes a result
+    that comes too late.
     """
     doing = asyncio.ensure_future(work)
-    hanging_up = asyncio.ensure_future(receive())  # after the body, all that comes is the end
+    hanging_up = asyncio.ensure_future(receive())  # after the body only the disconnect can come
     try:
         await asyncio.wait({doing, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done() and hanging_up.result()["type"] == "http.disconnect":
@@ -149,11 +149,11 @@ async def _called_off(
 ) -> None:
     doing.cancel()
     with suppress(asyncio.CancelledError, RequestError):
-        drop(await doing)  # it may have ended in the same moment
+        drop(await doing)  # the work may have ended at the same moment
 
 
 class _Replay:
-    """An ASGI ``receive`` that gives a body that was already read, then what comes after it."""
+    """An ASGI ``receive`` that first gives the body, which was read already, then the original messages."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -170,7 +170,7 @@ class _Replay:
 
 
 def _check_absent(document: Body, path: str, planner: Planner) -> None:
-    """RequestError for a request that asks for ReGrad where it isn't."""
+    """RequestError if the request asks for ReGrad on a route that doesn't support it."""
     supported = f"{', '.join(SHAPES)} support it"
     if "regrad" in document:
         raise RequestError(400, f"regrad must be absent on {path}, got it; {supported}", "regrad")
@@ -188,7 +188,7 @@ def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) ->
 
 
 async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedRequest | Used:
-    """The adapter; or, where the policy allows it, why the base model answers instead. RequestError."""
+    """The prepared request. If the policy allows a fallback: the reason why the base model answers. RequestError."""
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
     try:
         with span("regrad.prepare", extract(headers), request_id=plan.request_id):
@@ -203,7 +203,7 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedReques
 def _for_vllm(
     prepared: PreparedRequest | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
 ) -> tuple[vllm_server_seams.ServedCall | None, Body]:
-    """The arguments of vLLM's handler: (adapter, body)."""
+    """The arguments for vLLM's handler: (adapter, body)."""
     body = {name: value for name, value in document.items() if name != "regrad"}
     model = body.get("model")
     body["model"] = planner.base_name(model)
@@ -240,13 +240,13 @@ def _path(scope: Scope) -> str:
 
 
 def _is_json(scope: Scope) -> bool:
-    """Whether the body says that it is JSON. All else is vLLM's to refuse."""
+    """Whether the content type is JSON. vLLM refuses other types."""
     headers = {name.lower(): value for name, value in scope["headers"]}
     return bool(headers.get(b"content-type", b"").split(b";")[0].strip().lower() == b"application/json")
 
 
 def _check_encoding(scope: Scope) -> None:
-    """RequestError for a packed body: a ``regrad`` object in it could not be seen."""
+    """RequestError for a compressed body, because a ``regrad`` object in it can't be read."""
     for name, value in scope["headers"]:
         encoding = value.decode("latin-1").strip()
         if name.lower() == b"content-encoding" and encoding.lower() not in ("", "identity"):
@@ -256,7 +256,7 @@ def _check_encoding(scope: Scope) -> None:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, None where the client went away. RequestError where it is too large."""
+    """The whole body. None if the client hung up. RequestError if it is too large."""
     body = bytearray()
     while True:
         message = await receive()
@@ -270,7 +270,7 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 def _parse(body: bytes) -> Body | None:
-    """The body's object; None where it isn't one, which vLLM says better."""
+    """The body's JSON object. None for any other body, which vLLM refuses."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
@@ -279,13 +279,13 @@ def _parse(body: bytes) -> Body | None:
 
 
 def _wanted_rank(scope: Scope) -> int | None:
-    """The data parallel rank that a router in front of us has chosen, as vLLM reads it."""
+    """The data parallel rank that a router before this server has chosen, read as vLLM reads it."""
     value = dict(scope["headers"]).get(_RANK_HEADER, b"")
     return int(value) if value.isdigit() else None
 
 
 def _scope_for(scope: Scope, num_bytes: int) -> Scope:
-    """With the changed body's length."""
+    """The scope with the length of the changed body."""
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
     return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
 

@@ -20,13 +20,13 @@ _MAX_REQUEST_ID_CHARS = 256
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A query with all defaults filled in."""
+    """The plan for one request, with all defaults filled in."""
 
     request_id: str
     query: Query
     gamma: float
     mode: Mode
-    by_name: bool  # the request asked for ReGrad itself: then an outage is its error
+    by_name: bool  # the request itself asked for ReGrad, so that an outage is an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,15 @@ class Planner:
 
     settings: Settings
     learner: Learner
-    model_names: tuple[str, ...]  # by which vLLM serves the base model
+    model_names: tuple[str, ...]  # the names under which vLLM serves the base model
 
     def plan(
         self, body: Body, shape: PromptShape, header_id: str | None, adapter_names: frozenset[str]
     ) -> Plan | Used | None:
-        """The plan; Used where a request by our model's name switched ReGrad off; None where it is not for us.
+        """The plan of a request. RequestError names the field at fault.
 
-        ``header_id``: the X-Request-Id header; ``adapter_names``: LoRA adapters that vLLM serves by name.
-        RequestError names the field at fault.
+        Used is returned for a request that switched ReGrad off, None for a request that ReGrad ignores.
+        header_id: the X-Request-Id header. adapter_names: the LoRA adapters that vLLM serves by name.
         """
         model = body.get("model")
         named = isinstance(model, str) and model in self.regrad_names
@@ -54,7 +54,7 @@ class Planner:
         if not named and model is not None and model not in self.model_names:
             if asked and options.enabled and model in adapter_names:
                 raise RequestError.bad("model", f"one of {', '.join(self.model_names)} with regrad", model)
-            return None  # vLLM knows better: another adapter, or 404
+            return None  # another adapter, or an unknown model: vLLM answers
         request_id = _request_id(body, shape, header_id)
         if not options.enabled:
             if not named:
@@ -67,7 +67,7 @@ class Planner:
 
     @property
     def regrad_names(self) -> tuple[str, ...]:
-        """The model names that have ReGrad on."""
+        """The model names that switch ReGrad on."""
         return tuple(name + MODEL_SUFFIX for name in self.model_names)
 
     def base_name(self, model: object) -> str:
@@ -111,7 +111,7 @@ class Planner:
         )
 
     def _check_number(self, options: RegradOptions) -> None:
-        """No more documents than this server composes for one request: each costs time, bandwidth and arena."""
+        """RequestError for more documents than this server allows. Each costs time, bandwidth and memory."""
         limit = self.settings.max_documents
         if options.top_k is not None and options.top_k > limit:
             raise RequestError.bad(
@@ -130,12 +130,12 @@ def _first(*values: float | None) -> float | None:
 
 
 def _searchable(text: str) -> str:
-    """A user's text as a query: valid UTF-8 and no longer than the bank takes; the embedder reads less anyway."""
+    """A user's text as a query: valid UTF-8, cut to the bank's limit. The embedder reads less than that."""
     return text.encode("utf-8", "replace")[:MAX_QUERY_BYTES].decode("utf-8", "ignore")
 
 
 def _request_id(body: Body, shape: PromptShape, header_id: str | None) -> str:
-    """The id that vLLM's answer will carry, behind its own prefix."""
+    """The id of vLLM's answer, without vLLM's prefix."""
     given = body.get("request_id")
     if shape.id_from_header and header_id:
         given = header_id

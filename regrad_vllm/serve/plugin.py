@@ -1,4 +1,4 @@
-"""The two entry points by which vLLM finds the plugin. Light: what they need loads when vLLM calls them."""
+"""The two entry points by which vLLM finds the plugin. Heavy modules are imported only when vLLM calls them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """``vllm.general_plugins``: the worker's side, in every process of vLLM. Off where REGRAD_LEARNER is unset."""
+    """``vllm.general_plugins``: the worker's side, in every process of vLLM. Off if REGRAD_LEARNER is unset."""
     import os
 
     if os.environ.get("REGRAD_LEARNER"):
@@ -19,7 +19,7 @@ def register() -> None:
 
 
 def endpoint_plugin() -> RegradEndpoint:
-    """``vllm.endpoint_plugins``: the API server's side. Off where REGRAD_LEARNER is unset."""
+    """``vllm.endpoint_plugins``: the API server's side. Off if REGRAD_LEARNER is unset."""
     from regrad_vllm.serve.endpoint import RegradEndpoint
 
     return RegradEndpoint()

@@ -1,4 +1,4 @@
-"""The plugin's figures in vLLM's /metrics. Made once in a server process; names start with ``regrad_``."""
+"""The plugin's metrics in vLLM's /metrics. A server process makes them once. Their names start with ``regrad_``."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Metrics:
     arena_evictions: Counter
     worker_bytes: Gauge  # by worker, "rank/number"
     worker_records: Gauge
-    worker_lookups: Gauge  # by worker and result: the worker's own counts since its start
+    worker_lookups: Gauge  # by worker and result: counts since the worker's start
     worker_evictions: Gauge
 
     @classmethod
     def create(cls, registry: CollectorRegistry = REGISTRY) -> Metrics:
-        """Registers all metrics; ValueError where they already are in this registry."""
+        """Registers all metrics. ValueError if this registry has them already."""
 
         def histogram(name: str, what: str) -> Histogram:
             return Histogram(name, what, buckets=_MS_BUCKETS, registry=registry)
@@ -43,7 +43,7 @@ class Metrics:
         def gauge(name: str, what: str) -> Gauge:
             return Gauge(name, what, multiprocess_mode="livesum", registry=registry)
 
-        def of_workers(name: str, what: str, *labels: str) -> Gauge:  # which every API server sees
+        def of_workers(name: str, what: str, *labels: str) -> Gauge:  # every API server reports all workers
             return Gauge(name, what, ["worker", *labels], multiprocess_mode="livemostrecent", registry=registry)
 
         return cls(
@@ -66,7 +66,7 @@ class Metrics:
         )
 
     def observe_arena(self, figures: ArenaFigures, seen_evictions: int) -> None:
-        """Records the arena's figures; ``seen_evictions`` were counted before."""
+        """Records the arena's figures. seen_evictions: the evictions that were counted before."""
         self.arena_bytes.set(figures.used_bytes)
         self.arena_records.set(figures.num_records)
         self.arena_leases.set(figures.num_leases)

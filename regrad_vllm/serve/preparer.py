@@ -1,6 +1,6 @@
-"""From a plan to a prepared adapter: query the bank, fetch what the arena lacks, have the workers compose.
+"""From a plan to a prepared adapter: query the bank, fetch the missing gradients, let the workers compose.
 
-Nothing is composed here: that is not for an event loop.
+It runs in the server's event loop, so the composition itself is done in the workers.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from regrad_vllm.serve.used import Used, UsedDocument
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """All that a request runs with, held for it. Without a placement it runs on the base model."""
+    """The adapter and gradients held for a request. Without a placement the request runs on the base model."""
 
     used: Used
-    gradients: ArenaHold  # in the arena
+    gradients: ArenaHold
     placement: Placement | None
     texts: tuple[tuple[str, str], ...]  # (title, text) of the documents, in mode icl
 
@@ -50,7 +50,7 @@ class Preparer:
         self, learner: Learner, bank: AsyncBank, arena: Arena, engine: Engine, metrics: Metrics, max_bank_permits: int
     ) -> None:
         self._learner = learner
-        # A burst of requests must not share the bank's deadline by all asking at once.
+        # Requests that all ask at once would slow each other down until they miss the bank's deadline.
         self._bank_permits = asyncio.Semaphore(max_bank_permits)
         self._bank = bank
         self._arena = arena
@@ -59,9 +59,9 @@ class Preparer:
         self._seen_evictions = 0
 
     async def prepare(self, plan: Plan, wanted_rank: int | None = None) -> PreparedRequest:
-        """Prepares all that the request needs, and holds it. The caller releases ``placement`` and ``gradients``.
+        """Prepares and holds the adapter of a request. The caller must release ``placement`` and ``gradients``.
 
-        RequestError, and then nothing is held.
+        After a RequestError nothing is held.
         """
         hold = self._arena.hold()
         placement: Placement | None = None
@@ -78,19 +78,19 @@ class Preparer:
             return PreparedRequest(self._used(plan, answer, placement.recipe, timings), hold, placement, texts)
         except AdapterError as error:
             self._engine.release(_made(placement))
-            hold.release(discard=error.damaged)  # what the workers can't read must not stay
+            hold.release(discard=error.damaged)  # a damaged record must leave the arena
             raise RequestError(503, f"the adapter can't be composed: {error}") from error
         except (BankError, GradientFormatError, ArenaError) as error:
             hold.release()
             raise as_request_error(error, self._bank.address) from error
-        except BaseException:  # cancelled, or a fault of ours: the holds end in any case
+        except BaseException:  # also after a cancellation the holds must end
             if placement is not None:
                 self._engine.release(placement)
             hold.release()
             raise
 
     async def _find(self, plan: Plan, hold: ArenaHold, timings: dict[str, float]) -> Answer:
-        """Hits, with all their gradients held in the arena."""
+        """The bank's hits. ``hold`` then holds all their gradients in the arena."""
         for last_try in (False, True):
             with self._clock("retrieve", timings), span("regrad.retrieve", namespace=plan.query.namespace):
                 answer = await self._bank.query(plan.query)
@@ -98,7 +98,7 @@ class Preparer:
                 await self._fetch(answer.hits, hold, timings)
                 return answer
             except NotFoundError:
-                # A document was updated or deleted between the query and the fetch: the next query knows.
+                # A document was updated or deleted between the query and the fetch. A new query gets the new state.
                 if last_try:
                     raise
         raise AssertionError("unreachable")
@@ -137,8 +137,8 @@ class Preparer:
         )
 
     def _weights(self, hits: tuple[Hit, ...]) -> tuple[float, ...]:
-        # Not the score: the learner's temperature was learnt on cosines, and BM25 or fused ranks are none. The first
-        # hit counts 1 in each retrieval, and so does one that is nearer than it.
+        # Always the cosine, because the learner's temperature was trained on cosines. Scores of BM25 and hybrid
+        # retrieval are none. The first hit has the weight 1, and so has any hit with a greater cosine.
         return self._learner.config.weights([hit.cosine for hit in hits])
 
     def _used(self, plan: Plan, answer: Answer, recipe: Recipe | None, timings: dict[str, float]) -> Used:
@@ -173,7 +173,7 @@ def _made(placement: Placement | None) -> Placement:
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:
-    """The error that a client gets for a failure on the way to its adapter."""
+    """The error that a client gets for a failure in the preparation."""
     if isinstance(error, NotFoundError) and error.kind in ("namespace", "document"):
         param = {"namespace": "regrad.namespace", "document": "regrad.document_ids"}[error.kind]
         return RequestError(404, error.message, param)
@@ -200,7 +200,7 @@ def as_request_error(error: Exception, bank: str) -> RequestError:
 
 
 def no_hits(query: Query) -> str:
-    """Why no document was used: what of the request one would have had to meet."""
+    """The reason why no document was used, with the request's conditions on documents."""
     wanted = [
         *(["was there then"] if query.as_of is not None else []),
         *(["matches the filter"] if query.conditions else []),

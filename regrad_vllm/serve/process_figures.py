@@ -1,4 +1,4 @@
-"""The sizes of a process that must stay flat, however many requests it served."""
+"""The sizes of a process that must not grow with the number of requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def process_figures(role: str) -> dict[str, int | str]:
-    """Resident memory and open files of this process, from /proc; without them where there is no /proc."""
+    """Resident memory in bytes and open files of this process. They are left out on a system without /proc."""
     figures: dict[str, int | str] = {"role": role, "pid": os.getpid()}
     try:
         pages = Path("/proc/self/statm").read_text("ascii").split()[1]

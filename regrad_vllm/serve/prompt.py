@@ -1,7 +1,7 @@
-"""The prompt in a request's body: read the question out of it, put the learner's prompts into it.
+"""Reads the question from a request's body, and puts the learner's prompts into the body.
 
-One class per endpoint, because each spells its prompt differently. Bodies are parsed JSON from a client: what
-isn't as the endpoint wants it is left for vLLM to reject. Nothing is changed in place.
+Each endpoint has a class, because each has another format. A body is any JSON from a client. A malformed one passes
+unchanged, and vLLM rejects it. Bodies are never changed in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Edit = Callable[[str], str]
 
 
 class PromptShape(Protocol):
-    """How one endpoint's body holds its prompt."""
+    """The format of the prompt in one endpoint's body."""
 
     @property
     def id_from_header(self) -> bool:
@@ -25,13 +25,13 @@ class PromptShape(Protocol):
         """The start of a new request_id in the body."""
 
     def question(self, body: Body) -> str | None:
-        """The last thing that the user said, as text; None where there is none."""
+        """The text of the user's last message. None without one."""
 
     def with_question(self, body: Body, edit: Edit) -> Body | None:
-        """The body with that text edited; None where there is no text to edit."""
+        """The body with an edited question. None without a question."""
 
     def with_system(self, body: Body, system: str) -> Body:
-        """The body with a system prompt, unless it brings one or the endpoint has none."""
+        """The body with a system prompt, unless it has one already or the endpoint doesn't support one."""
 
 
 class ChatPrompt:
@@ -56,7 +56,7 @@ class ChatPrompt:
 
 
 class CompletionPrompt:
-    """/v1/completions: ``prompt``, text as it is; there is no system prompt."""
+    """/v1/completions: ``prompt``, plain text without a system prompt."""
 
     id_from_header = True
     id_prefix = ""
@@ -97,7 +97,7 @@ class ResponsesPrompt:
 
     def with_system(self, body: Body, system: str) -> Body:
         given = body.get("input")
-        follows = body.get("previous_response_id") is not None  # the system prompt stands in what came before
+        follows = body.get("previous_response_id") is not None  # the earlier responses have the system prompt
         if body.get("instructions") or follows or (isinstance(given, list) and _has_system(given)):
             return body
         return {**body, "instructions": system}
@@ -115,7 +115,7 @@ def _has_system(messages: list[Any]) -> bool:
 
 
 def _last_user_text(messages: object) -> tuple[int, str] | None:
-    """(place, text) of the last user message that has text."""
+    """(index, text) of the last user message that has text."""
     if not isinstance(messages, list):
         return None
     for index in range(len(messages) - 1, -1, -1):
@@ -147,7 +147,7 @@ def _edited(messages: object, edit: Edit) -> list[Any] | None:
     content = message["content"]
     if isinstance(content, str):
         changed: object = edit(content)
-    else:  # the edited text takes the place of the first text part, other kinds of parts stay
+    else:  # the edited text replaces the first text part; parts of other kinds stay
         first = next(place for place, part in enumerate(content) if _is_text(part))
         changed = [
             {**part, "text": edit(text)} if place == first else part

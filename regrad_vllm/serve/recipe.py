@@ -1,7 +1,7 @@
-"""The recipe of an adapter. It stands in a LoRARequest's path, and the worker composes φ_q from it.
+"""The recipe of an adapter. A LoRARequest carries it in its path, and the worker composes φ_q from it.
 
-The path is ``regrad:`` and canonical JSON. It names gradients by digest and the arena that holds them. The adapter's
-own name is the digest of everything that its bits depend on (``naming.adapter_name``).
+The path is ``regrad:`` and canonical JSON. It names the gradients by digest, and the arena that holds them. The name of
+the adapter is the digest of everything that its bits depend on (``naming.adapter_name``).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _VERSION = 1
 
 
 class RecipeError(ValueError):
-    """A ``regrad:`` path is not a recipe that this version can compose."""
+    """A ``regrad:`` path isn't a recipe that this version can compose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """φ_q = φ* − gamma Σ_k weights[k] δ[digests[k]], with the arena folder where the δ lie."""
+    """φ_q = φ* − gamma Σ_k weights[k] δ[digests[k]], with the arena folder that holds the δ."""
 
     arena: str
     learner: str  # fingerprint, 64 hex digits
@@ -39,7 +39,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The adapter's name. The arena's folder is no part of it: where the bytes lie doesn't change them."""
+        """The adapter's name. It doesn't depend on the arena's folder, because the folder doesn't change the bits."""
         return adapter_name(self.learner, self.digests, self.weights, self.gamma)
 
     @property
@@ -60,7 +60,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, path: str) -> Recipe:
-        """The recipe in a LoRARequest's path. RecipeError where it isn't one."""
+        """The recipe in a LoRARequest's path. RecipeError if the path isn't one."""
         if not path.startswith(PATH_PREFIX):
             raise RecipeError(f"path must start with {PATH_PREFIX!r}, got {path[:40]!r}")
         try:

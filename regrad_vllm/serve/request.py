@@ -1,6 +1,6 @@
 """The ``regrad`` object of a request's body, parsed strictly.
 
-An option that the server wouldn't use is an error, never silently dropped.
+An option that the server would not use is an error. It is never silently ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODES: tuple[Mode, ...] = ("blind", "icl")
 MAX_DOCUMENT_IDS = 64
 MAX_ID_BYTES = 256
 MAX_QUERY_BYTES = 64 * 2**10
-MAX_SEQUENCE = 2**64 - 1  # what a message to the bank has room for
+MAX_SEQUENCE = 2**64 - 1  # the greatest number in a message to the bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _text(max_bytes: int) -> Callable[[str, object], str]:
 
 
 def _num_utf8_bytes(text: str) -> int:
-    """0 for text that has no UTF-8: JSON can spell half a surrogate pair."""
+    """The length in UTF-8. 0 for text without UTF-8, because JSON may contain half a surrogate pair."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:
@@ -113,11 +113,11 @@ def _whole(low: int, high: int) -> Callable[[str, object], int]:
 
 def _number(low: float, high: float) -> Callable[[str, object], float]:
     def parse(field: str, value: object) -> float:
-        # Before float(): an integer of 400 digits has no float.
+        # Checked before float(), because an integer of 400 digits has no float.
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise RequestError.bad(field, f"a finite number in {low:g}..{high:g}", value)
         number = float(value)
-        return number if math.copysign(1.0, number) > 0 or number else 0.0  # -0.0 and 0.0 are one adapter
+        return number if math.copysign(1.0, number) > 0 or number else 0.0  # -0.0 and 0.0 make the same adapter
 
     return parse
 
@@ -163,7 +163,7 @@ def _condition(field: str, value: object) -> Condition:
 
 
 def _metadata_text(field: str, value: object) -> str:
-    """Also the empty one: metadata can have that."""
+    """A value of metadata. It may be empty."""
     if value == "":
         return ""
     if not isinstance(value, str) or not 1 <= _num_utf8_bytes(value) <= MAX_METADATA_BYTES:

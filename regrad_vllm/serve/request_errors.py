@@ -1,4 +1,4 @@
-"""Errors of the endpoint: what a client gets for them, as OpenAI's error object."""
+"""The errors of the endpoint. A client gets them as OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RequestError(Exception):
         self, status: int, message: str, param: str | None = None, *, retry_after_ms: int | None = None
     ) -> None:
         super().__init__(message)
-        self.status = status  # HTTP
+        self.status = status  # HTTP status
         self.message = message
         self.param = param  # the field at fault
         self.retry_after_ms = retry_after_ms  # for the header Retry-After
 
     @classmethod
     def bad(cls, field: str, rule: str, got: object) -> RequestError:
-        """400: ``field`` must be ``rule``."""
+        """The error with status 400 for a field that breaks a rule: ``field`` must be ``rule``."""
         return cls(400, f"{field} must be {rule}, got {_show(got)}", field)
 
     def as_json(self) -> dict[str, object]:

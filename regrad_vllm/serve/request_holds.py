@@ -1,4 +1,4 @@
-"""The holds of one request: its adapter at the workers and its gradients in the arena; and when they end."""
+"""The holds of one request: its adapter in the workers and its gradients in the arena. Decides when they end."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _POLL_SECONDS = 0.05
 
 
 class RequestHolds:
-    """Of one request. Release them once."""
+    """The holds of one request. They must be released once."""
 
     def __init__(self, prepared: PreparedRequest, engine: Engine, releases: set[asyncio.Task[None]]) -> None:
-        """releases: keeps the tasks that wait for the engine."""
+        """releases: the set that keeps the tasks waiting for the engine alive."""
         self._prepared = prepared
         self._engine = engine
         self._releases = releases
 
     def release(self, *, clean: bool) -> None:
-        """Ends the holds, but not before the engine has stopped using the adapter for this request.
+        """Ends the holds when the engine no longer uses the adapter for this request.
 
-        A request that ended well (``clean``) is over, except for a last step, which keeps its slot by itself
-        (``Slots.begin_step``). A request that failed, or whose client hung up, may run until its abort arrives. Its
-        adapter may have to be composed again in that time. Its present parts in the engine are its last ones, so the
-        wait ends with them. Other requests with the same adapter have holds of their own.
+        A request that ended well (``clean``) is over, except for a last step, whose slot ``Slots.begin_step`` keeps. A
+        request that failed, or whose client hung up, runs on until its abort arrives. During that time its adapter may
+        have to be composed again, so the holds wait for its last parts in the engine. Other requests with the same
+        adapter have separate holds.
         """
         if clean or self._prepared.placement is None:
             self.let_go()
@@ -35,7 +35,7 @@ class RequestHolds:
         task.add_done_callback(self._releases.discard)
 
     def let_go(self) -> None:
-        """Ends the holds at once: the engine was asked nothing, or it is done."""
+        """Ends the holds at once. The engine must be done with the request, or never have got it."""
         if self._prepared.placement is not None:
             self._engine.release(self._prepared.placement)
         self._prepared.gradients.release()
@@ -44,7 +44,7 @@ class RequestHolds:
         try:
             while self._engine.still_runs(running):
                 await asyncio.sleep(_POLL_SECONDS)
-            await self._engine.settled()  # its last step may still run, on the adapter's slot
+            await self._engine.settled()  # its last step may still read the adapter's slot
         finally:
             self.let_go()
 

@@ -1,7 +1,7 @@
 """Every setting of the plugin, read from the environment (``REGRAD_*``) in one place.
 
-The environment, because the plugin runs in vLLM's processes, which it doesn't start: they all inherit it.
-``regrad serve`` has a flag for each and exports it.
+The plugin runs in vLLM's processes and doesn't start them. They all inherit the environment, so the settings are there.
+``regrad serve`` has a flag for each setting and exports it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_GAMMA = 16.0
 
 
 class SettingsError(ValueError):
-    """A setting is missing or wrong; the message names it and its rule."""
+    """A setting is missing or wrong. The message names the setting and its rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class Settings:
             ("kept_requests", 0, 10_000_000),
         ):
             value = getattr(self, name)
-            # Not "value < low": NaN must fail too.
+            # Written so that NaN fails too.
             if value is not None and not low <= value <= high:
                 raise SettingsError(f"{variable(name)} must be in {low}..{high}, got {value}")
         if self.top_k is not None and self.top_k > self.max_documents:
@@ -86,9 +86,9 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings | None:
-        """The settings, or None where REGRAD_LEARNER is unset: then the plugin is off.
+        """The settings. None if REGRAD_LEARNER is unset, which means that the plugin is off.
 
-        SettingsError for a key that starts with REGRAD_ and is none of ours, and for a bad value.
+        SettingsError for an unknown variable that starts with REGRAD_, and for a bad value.
         """
         if not environment.get(variable("learner")):
             return None
@@ -99,7 +99,7 @@ class Settings:
                 continue
             if key not in known:
                 raise SettingsError(f"{key} must be one of {', '.join(sorted(known))}; remove it or mend its name")
-            if text == "":  # as if unset: shells and compose files can't unset
+            if text == "":  # the same as unset, because a compose file can't unset a variable
                 continue
             name = known[key]
             try:
@@ -109,12 +109,12 @@ class Settings:
         return cls(**values)
 
     def waiting_slots_of(self, max_loras: int) -> int:
-        """Slots besides ``max_loras``; at least two, so that one is composed while another waits."""
+        """The number of slots besides ``max_loras``. At least two: one is composed while another waits."""
         return self.waiting_slots or max(2, max_loras // 16)
 
     @property
     def bank_credentials(self) -> BankCredentials:
-        """SettingsError where they don't go together."""
+        """The credentials for the bank. SettingsError if the files contradict each other."""
         try:
             return BankCredentials(
                 token_file=self.bank_token_file, ca=self.bank_ca, cert=self.bank_cert, key=self.bank_key
@@ -123,7 +123,7 @@ class Settings:
             raise SettingsError(f"{error}; see REGRAD_BANK_CA, REGRAD_BANK_CERT, REGRAD_BANK_KEY") from None
 
     def environment(self) -> dict[str, str]:
-        """The variables that make these settings."""
+        """The environment variables for these settings."""
         texts: dict[str, str] = {}
         for item in fields(self):
             value = getattr(self, item.name)

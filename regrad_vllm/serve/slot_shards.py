@@ -1,4 +1,4 @@
-"""Which part of a learner's tensors a worker's LoRA layers compute with, by vLLM's own slicing."""
+"""The parts of a learner's tensors that one worker computes with under tensor parallelism, by vLLM's own slicing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from regrad_vllm.serve import vllm_seams
 
 
 def shards(modules: Sequence[tuple[Sequence[str], Any]], layout: Layout) -> dict[tuple[str, Part], Shard]:
-    """The part of each of the learner's tensors on this worker, by the slicing of vLLM's layers.
+    """(module, part) → the shard of that tensor on this worker.
 
-    A merged layer may be the learner's in some of its slices only. ValueError where a layer's slices are no blocks.
+    The learner may adapt only some slices of a merged layer. ValueError if a layer's slices aren't contiguous blocks.
     """
     tensors = {(tensor.module, tensor.part): tensor for tensor in layout.tensors}
     here = {name for names, _ in modules for name in names}
     found: dict[tuple[str, Part], Shard] = {}
     for names, module in modules:
         if not any((name, "A") in tensors for name in names):
-            continue  # another adapter's
+            continue  # the learner doesn't adapt it
         for part in ("A", "B"):
             ours = [tensors.get((name, part)) for name in names]
             whole = [None if tensor is None else _indices(tensor) for tensor in ours]
@@ -35,7 +35,7 @@ def shards(modules: Sequence[tuple[Sequence[str], Any]], layout: Layout) -> dict
 
 
 def refusal(manager: Any, layout: Layout) -> str:
-    """Why the layers of vLLM's manager can't have the learner's tensors and what to do; empty where they can."""
+    """The reason why the manager's layers can't hold the learner's tensors, with the remedy. Empty if they can."""
     modules = vllm_seams.linear_modules(manager)
     linear = {name for names, _ in modules for name in names}
     wrapped = vllm_seams.modules_of(manager)
@@ -61,7 +61,7 @@ def refusal(manager: Any, layout: Layout) -> str:
 
 
 def _sliced(module: Any, part: Part, tensors: list[Any]) -> list[Any]:
-    """The part of each slice's tensor that this worker's layer keeps; None stays None. ValueError."""
+    """The part of each slice's tensor that this worker's layer keeps. None stays None. ValueError."""
     if len(tensors) != module.n_slices:
         raise ValueError(
             f"vLLM must compute with a learner's module in one piece, it has {module.n_slices} for {len(tensors)}"

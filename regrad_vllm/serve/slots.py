@@ -1,10 +1,10 @@
-"""Which adapter holds which LoRA slot: those that vLLM runs, those composed ahead, those that nobody needs any more.
+"""Keeps the books on LoRA slots: adapters that vLLM runs, adapters composed ahead, and adapters no longer needed.
 
-vLLM's manager hands out ``max_loras`` slots inside the engine's step and keeps finished adapters in them. Here another
-thread gives an adapter its slot and composes it, before its request is scheduled. Activating it then only writes its id
-into the manager's list. There are a few more slots than ``max_loras``, for adapters that wait while all others run.
+vLLM's manager gives out ``max_loras`` slots inside the engine's step and leaves finished adapters in them. Here another
+thread gives an adapter its slot and composes it, before its request is scheduled. Its activation then only writes its
+id into the manager's list. There are a few more slots than ``max_loras``, for adapters that wait while others run.
 
-The slot of an adapter may be given away once its requests are over. vLLM's manager learns of it when it looks for the
+The slot of an adapter may be given away once its requests are over. vLLM's manager notices when it next looks for the
 adapter in its list.
 """
 
@@ -14,31 +14,31 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SlotIds = Callable[[], list[int | None]]  # the manager's own list, slot → id of the adapter that vLLM has in it
+SlotIds = Callable[[], list[int | None]]  # the manager's list: slot → id of the adapter in it
 
-_LOOK_AGAIN_SECONDS = 1.0  # vLLM may empty slots without a word
+_LOOK_AGAIN_SECONDS = 1.0  # vLLM may empty slots without a notice
 
 
 @dataclass(slots=True)
 class _SlotHold:
     slot: int
     ready: bool = False
-    for_step: bool = False  # nobody waits for it, but the step that is being set up
+    for_step: bool = False  # only the step being set up needs it
 
 
 class Slots:
-    """Books over all slots of a worker. The engine's step takes slots, another thread holds them. Thread-safe.
+    """The slots of one worker. The engine's step takes slots, and another thread holds slots. Thread-safe.
 
-    There is always a slot for the step. There are more slots than adapters that vLLM runs at a time, and a waiting
-    adapter can be composed again later.
+    The step always finds a slot: there are more slots than adapters that vLLM runs at a time, and a waiting adapter can
+    lose its slot and be composed again later.
     """
 
     def __init__(self, slot_ids: SlotIds) -> None:
-        """``slot_ids()`` has a place for every slot."""
+        """slot_ids: returns the manager's list, with an entry for every slot."""
         self._slot_ids = slot_ids
         self._holds: dict[int, _SlotHold] = {}  # by adapter id, oldest first
-        self._idle: dict[int, None] = {}  # adapters of vLLM's that nobody needs, longest so first
-        self._in_step: frozenset[int] = frozenset()  # adapters in the batch that runs, or ran last
+        self._idle: dict[int, None] = {}  # adapters in vLLM's list that no request needs, oldest first
+        self._in_step: frozenset[int] = frozenset()  # adapters of the running batch, or of the last one
         self._is_set_up = True  # the step has all its adapters
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -48,9 +48,9 @@ class Slots:
         return len(self._holds)
 
     def begin_step(self, adapter_ids: frozenset[int]) -> None:
-        """A step of the engine begins. Until the next one does, its adapters keep their slots, needed or not.
+        """A step of the engine begins. Its adapters keep their slots until the next step begins, needed or not.
 
-        A request that is over for its client, at a stop word say, runs in the engine until the abort arrives there.
+        A request may be over for its client, for example at a stop word, and still run until the engine gets the abort.
         """
         with self._lock:
             self._in_step = adapter_ids
@@ -58,32 +58,32 @@ class Slots:
             self._changed.notify_all()
 
     def step_is_set_up(self) -> None:
-        """All adapters of the step have been activated: what was put back for it alone and not taken is free."""
+        """All adapters of the step are active. Frees the slots that were put back for this step and not taken."""
         with self._lock:
             self._is_set_up = True
             self._holds = {id: entry for id, entry in self._holds.items() if not entry.for_step}
             self._changed.notify_all()
 
     def in_step(self) -> list[int]:
-        """The slots of the adapters in the batch that runs, or ran last."""
+        """The slots of the adapters in the running batch, or in the last one."""
         with self._lock:
             return [slot for slot, adapter_id in enumerate(self._slot_ids()) if adapter_id in self._in_step]
 
     def is_there(self, adapter_id: int) -> bool:
-        """Whether the adapter is in a slot, as a whole."""
+        """Whether the adapter is in a slot and complete."""
         with self._lock:
             return self._is_there(adapter_id)
 
     def keep(self, adapter_id: int) -> bool:
-        """The adapter is needed again. Whether it is still in a slot, which it then doesn't lose."""
+        """The adapter is needed again. Returns whether it is still in a slot; then it keeps the slot."""
         with self._lock:
             self._idle.pop(adapter_id, None)
             return self._is_there(adapter_id)
 
     def hold(self, adapter_id: int, wanted: Callable[[], bool]) -> int | None:
-        """Holds a slot for an adapter, as soon as there is one that nobody needs.
+        """Holds a slot for an adapter, as soon as one is free. Blocks until then.
 
-        None if the adapter is no longer ``wanted``, which is asked again whenever something here changes.
+        None if the adapter is no longer ``wanted``. This is asked again after each change here.
         """
         with self._lock:
             self._wait(lambda: self._free() is not None or not wanted())
@@ -101,13 +101,13 @@ class Slots:
             self._changed.notify_all()
 
     def let_go(self, adapter_id: int) -> None:
-        """Frees the slot held for an adapter. Nobody may be writing it any more."""
+        """Frees the slot held for an adapter. No composition may still write into it."""
         with self._lock:
             self._holds.pop(adapter_id, None)
             self._changed.notify_all()
 
     def leave(self, adapter_id: int) -> None:
-        """Nobody needs the adapter: its slot may be given away, but not before it is composed as a whole."""
+        """No request needs the adapter. Its slot may be given away when its composition is complete."""
         with self._lock:
             hold = self._holds.get(adapter_id)
             if hold is not None and hold.ready:
@@ -117,9 +117,9 @@ class Slots:
             self._changed.notify_all()
 
     def take(self, adapter_id: int) -> tuple[int, bool]:
-        """A slot for the step to activate an adapter in, and whether the adapter is in it already.
+        """A slot in which the step activates an adapter, and whether the adapter is in it already.
 
-        Waits for a composition that has begun: it is nearly done.
+        It waits for a composition that has begun, which takes only milliseconds.
         """
         with self._lock:
             self._wait(lambda: adapter_id not in self._holds or self._holds[adapter_id].ready)
@@ -136,13 +136,13 @@ class Slots:
             return slot, hold is not None
 
     def put_back(self, adapter_id: int, *, needed: bool) -> None:
-        """vLLM gives an adapter's slot away. Where it is ``needed`` again it waits there, before all others.
+        """vLLM gives an adapter's slot away. A ``needed`` adapter keeps the slot and waits there, first in line.
 
-        So does one that only the step needs that is being set up. vLLM makes room by putting out adapters of the same
-        batch whose turn comes later.
+        An adapter of the step being set up does the same. To make room, vLLM sometimes removes adapters of the batch
+        that it is about to activate.
         """
         with self._lock:
-            if adapter_id not in self._slot_ids():  # it was idle, and another has it since vLLM looked
+            if adapter_id not in self._slot_ids():  # it was idle, and another adapter got its slot in the meantime
                 return
             slot = self._slot_ids().index(adapter_id)
             self._empty(slot)
@@ -152,7 +152,7 @@ class Slots:
             self._changed.notify_all()
 
     def lose(self, adapter_id: int) -> None:
-        """The adapter of a taken slot couldn't be composed."""
+        """Frees a taken slot whose adapter couldn't be composed."""
         with self._lock:
             self._slot_ids()[self._slot_ids().index(adapter_id)] = None
             self._changed.notify_all()
@@ -166,7 +166,7 @@ class Slots:
         return adapter_id in self._slot_ids() or (hold is not None and hold.ready)
 
     def _free(self) -> int | None:
-        """An empty slot, else the one that nobody has needed for longest and that no step is using."""
+        """An empty slot, or the slot of the adapter that has been idle for longest and isn't in the step."""
         ids = self._slot_ids()
         taken = {entry.slot for entry in self._holds.values()}
         for slot, adapter_id in enumerate(ids):
@@ -176,7 +176,7 @@ class Slots:
         return next((ids.index(adapter_id) for adapter_id in idle), None)
 
     def _last_ready(self) -> int | None:
-        """The adapter that has waited shortest."""
+        """The composed adapter that has waited for the shortest time."""
         return next((id for id in reversed(self._holds) if self._holds[id].ready), None)
 
     def _empty(self, slot: int) -> None:

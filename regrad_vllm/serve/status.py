@@ -1,4 +1,4 @@
-"""The answer of GET /v1/regrad/status: an operator's first questions, and every size that must not grow."""
+"""The answer of GET /v1/regrad/status: the state of all parts, and every size that must not grow."""
 
 from __future__ import annotations
 

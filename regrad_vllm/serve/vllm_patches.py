@@ -1,4 +1,4 @@
-"""Our replacements of vLLM's parts in the workers. ``vllm_seams`` has their places and versions."""
+"""Our replacements for parts of vLLM in the workers. ``vllm_seams`` lists the replaced places and their versions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
 
-_RECIPE = "regrad_recipe"  # of the LoRAModel that stands for one
+_RECIPE = "regrad_recipe"  # the attribute of a LoRAModel that holds its recipe
 _CPU_WRAPPER = "regrad_vllm.serve.cpu_punica.RowsPunicaWrapper"
 _CUDA_WRAPPER = "regrad_vllm.serve.gpu_punica.TilesPunicaWrapper"
 
 
 @dataclass(frozen=True, slots=True)
 class SlotBooks:
-    """The books over slots, in the place of those of vLLM's manager. All are called inside the engine's step."""
+    """The functions that give out slots, in place of vLLM's manager. All are called inside the engine's step."""
 
-    begin_step: Callable[[frozenset[int]], None]  # ids of the batch's adapters, before anything is done for them
-    step_is_set_up: Callable[[], None]  # when all has been done
-    activate: Callable[[int, Recipe | None], int]  # adapter id, its recipe where it is ours → slot
-    deactivate: Callable[[int], None]  # adapter id, which has a slot
+    begin_step: Callable[[frozenset[int]], None]  # called first, with the ids of the batch's adapters
+    step_is_set_up: Callable[[], None]  # called when all adapters of the batch are active
+    activate: Callable[[int, Recipe | None], int]  # (adapter id, recipe or None for an operator's adapter) → slot
+    deactivate: Callable[[int], None]  # takes the id of an adapter that has a slot
 
 
 def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
@@ -44,8 +44,8 @@ def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
         if lora_request.lora_path.startswith(PATH_PREFIX):
             return load(self, lora_request)
         lora = original(self, lora_request)
-        # Of workers that all raise, vLLM reads the first one's answer alone and takes the others' for those of its
-        # next call (multiproc_executor): so only the last one raises, when the others' are read.
+        # If several workers raise, vLLM (multiproc_executor) reads only the first answer and takes the others for
+        # answers to its next call. So only the last worker raises, whose answer is read last.
         if get_tensor_model_parallel_rank() == get_tensor_model_parallel_world_size() - 1:
             check_whole(self._adapter_manager, lora_request.lora_name, lora.loras)
         return lora
@@ -54,13 +54,13 @@ def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
 
 
 def check_whole(manager: Any, name: str, modules: Iterable[str]) -> None:
-    """Raises ValueError where the engine would leave out some of an operator's adapter, which vLLM does in silence."""
+    """ValueError if the engine would ignore a part of an operator's adapter. vLLM ignores it silently."""
     wrapped = vllm_seams.modules_of(manager)
     here = {module for module, _ in manager.model.named_modules()}
     missing = sorted(
         module
         for module in modules
-        if module not in wrapped and module.rpartition(".")[0] in here  # else another pipeline stage's
+        if module not in wrapped and module.rpartition(".")[0] in here  # other modules belong to another pipeline stage
     )
     if missing:
         packed = {part: whole for whole, parts in manager.packed_modules_mapping.items() for part in parts}
@@ -72,7 +72,7 @@ def check_whole(manager: Any, name: str, modules: Iterable[str]) -> None:
 
 
 def install_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any], SlotBooks]) -> None:
-    """``num_waiting(max_loras)`` slots more than the manager has adapters, and our way of giving them.
+    """Gives vLLM's manager ``num_waiting(max_loras)`` more slots, and lets ``SlotBooks`` give them out.
 
     ``adopt(manager)`` is called when a manager's layers are made.
     """
@@ -85,7 +85,7 @@ def install_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any], Slot
 
 
 def slot_ids(manager: Any) -> list[int | None]:
-    """The manager's list slot → id of the adapter that vLLM has in it. Another after ``remove_all_adapters``."""
+    """The manager's list: slot → id of the adapter in it. ``remove_all_adapters`` makes a new list."""
     ids: list[int | None] = manager.regrad_slot_ids
     return ids
 
@@ -154,8 +154,8 @@ def _install_books() -> None:
         if recipe is not None:
             self._active_adapters[lora_id] = None
             return True
-        # vLLM writes into the first free slot: it is shown a list where only this one is. Ours stays what it is, since
-        # the composer reads it meanwhile.
+        # vLLM writes into the first free slot of the list. So it gets a list in which only this slot is free. The real
+        # list stays unchanged, because the composer may read it at the same time.
         self.lora_index_to_id = [None if index == slot else -1 for index in range(len(slot_ids(self)))]
         try:
             return bool(original_activate(self, lora_id))
@@ -174,9 +174,9 @@ def _install_books() -> None:
 
 
 def install_wide_ids() -> None:
-    """The GPU's newer model runner keeps adapters' ids as int64, like the older one, not as int32.
+    """Makes vLLM's newer model runner for GPUs keep adapters' ids as int64, as the older one does, not as int32.
 
-    Ours are of 63 bits, since they are digests: of 31 bits two adapters would have one now and then.
+    Our ids are digests of 63 bits. With 31 bits two adapters would sometimes share an id.
     """
     from vllm.v1.worker.gpu.lora_utils import LoraState
 
@@ -193,7 +193,7 @@ def install_wide_ids() -> None:
 
 
 def install_kernels() -> None:
-    """On CPUs and CUDA GPUs, vLLM makes our LoRA kernels in place of its own."""
+    """Makes vLLM use our LoRA kernels on CPUs and CUDA GPUs."""
     from vllm.platforms import current_platform
 
     ours = _CPU_WRAPPER if current_platform.is_cpu() else _CUDA_WRAPPER if current_platform.is_cuda() else ""
@@ -202,7 +202,7 @@ def install_kernels() -> None:
 
 
 def make_lora_model(recipe: Recipe, rank: int) -> LoRAModel:
-    """The entry of a recipe's adapter in vLLM's books. It has no tensors; its slot has."""
+    """The entry for a recipe's adapter in vLLM's manager. It has no tensors, because they are in its slot."""
     from vllm.lora.lora_model import LoRAModel
 
     model = LoRAModel(recipe.int_id, rank, {})

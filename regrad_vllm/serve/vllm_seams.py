@@ -1,14 +1,14 @@
-"""All that is not public vLLM API in the workers, each seam with the versions it was read against.
+"""The uses of vLLM's private API in the workers. Each seam names the versions that it was checked against.
 
-Three other places reach behind vLLM's API, and no more. ``vllm_patches`` replaces parts of the workers.
-``vllm_server_seams`` uses parts of the API server. ``cpu_punica`` and ``gpu_punica`` are our LoRA kernels.
+Only three other places use private API. ``vllm_patches`` replaces parts of the workers. ``vllm_server_seams`` uses
+parts of the API server. ``cpu_punica`` and ``gpu_punica`` are our LoRA kernels.
 
-``check_seams`` compares every seam with the installed vLLM and says the differences. Nothing is patched before it has
-passed. Patches are idempotent. Without a ReGrad request they leave vLLM's answers as they were.
+``check_seams`` compares every seam with the installed vLLM and reports the differences. It must pass before anything is
+patched. Patches are idempotent. Without a ReGrad request they don't change vLLM's answers.
 
-Rows without an adapter carry the slot index −1. vLLM's own CPU kernels (``lora/ops/torch_ops``) index the stacked
-tensors with it. So such a row gets the adapter of the last slot; ours skip it. The Triton kernels of the CUDA build
-return early for it (``lora_ops``: ``if lora_id == -1: return``).
+Rows without an adapter have the slot index −1. vLLM's own CPU kernels (``lora/ops/torch_ops``) use it as an index into
+the stacked tensors. So such a row gets the adapter of the last slot. Our kernels skip it. The Triton kernels of the
+CUDA build return early for it (``lora_ops``: ``if lora_id == -1: return``).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ PATCH_MARK = "__regrad_patch__"
 
 
 class SeamError(RuntimeError):
-    """The installed vLLM differs from the ones that a seam was read against."""
+    """The installed vLLM differs from the versions that a seam was checked against."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A place in vLLM that is not public and that we rely on."""
+    """A place in vLLM's private API that this project relies on."""
 
     module: str
     path: str  # attribute path within the module
-    parameters: tuple[str, ...] | None  # of the function there, in order; None: only its existence counts
-    versions: str  # read in
+    parameters: tuple[str, ...] | None  # the function's parameters in order; None: only its existence counts
+    versions: str  # the versions of vLLM that were checked
     purpose: str
-    others_may_follow: bool = False  # ``parameters`` are those that we use, by name
+    others_may_follow: bool = False  # only ``parameters`` are used, by name; others may follow
 
 
 WORKER_SEAMS: tuple[Seam, ...] = (
@@ -110,7 +110,7 @@ WORKER_SEAMS: tuple[Seam, ...] = (
 
 
 def check_seams(seams: tuple[Seam, ...]) -> None:
-    """Raises SeamError, naming every seam where the installed vLLM is not as it was read."""
+    """SeamError names every seam at which the installed vLLM differs."""
     problems: list[str] = []
     for seam in seams:
         try:
@@ -142,7 +142,7 @@ def vllm_version() -> str:
 
 
 def linear_modules(manager: Any) -> list[tuple[list[str], Any]]:
-    """The linear layers with LoRA: the names of the modules in each, one for each of its slices, and the layer."""
+    """The linear layers with LoRA: (names of its modules, layer). A merged layer has a name for each slice."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
     return [
@@ -173,7 +173,7 @@ def lora_dtype(worker_lora_manager: Any) -> torch.dtype:
 
 
 def adaptable_modules(worker: Any) -> frozenset[str]:
-    """Names by which an adapter can address the wrapped modules: gate_proj and up_proj, not gate_up_proj."""
+    """The module names that an adapter may use: gate_proj and up_proj, not vLLM's merged gate_up_proj."""
     return modules_of(model_manager(worker))
 
 
@@ -203,10 +203,10 @@ def count_adapters(worker: Any) -> tuple[int, int]:
 
 
 def base_weights(worker: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every base weight tensor as the worker computes with it, by name, in a fixed order.
+    """Every base weight tensor, as the worker computes with it, with its name, in a fixed order.
 
-    On CPUs vLLM packs a linear layer's weight into a handle of its math library and empties the parameter.
-    Such a weight is read back through the layer itself, as its answer to the identity (exact: 1·w + 0·…).
+    On CPUs vLLM packs a linear layer's weight into a handle of its math library and empties the parameter. Such a
+    weight is read as the layer's output for the identity matrix. This is exact: 1·w + 0·….
     """
     import torch
 
@@ -224,7 +224,7 @@ def base_weights(worker: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def model_manager(worker: Any) -> Any:
-    """The LoRA manager of a worker. SeamError where the engine has none."""
+    """The LoRA manager of a worker. SeamError if the engine has none."""
     runner = worker.model_runner
     if not hasattr(runner, "lora_manager"):
         raise SeamError("the engine must run with LoRA; set --enable-lora")
@@ -232,6 +232,6 @@ def model_manager(worker: Any) -> Any:
 
 
 def replace_by(owner: Any, name: str, function: Any) -> None:
-    """Puts ``function`` in the place of ``owner.name`` and marks it, so that a second installation sees it."""
+    """Replaces ``owner.name`` by ``function`` and marks it, so that a second installation notices."""
     setattr(getattr(function, "__func__", function), PATCH_MARK, True)
     setattr(owner, name, function)

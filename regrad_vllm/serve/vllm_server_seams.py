@@ -1,4 +1,4 @@
-"""All that is not public vLLM API in the API server; ``vllm_seams`` has the workers' side and the check of both."""
+"""The uses of vLLM's private API in the API server. ``vllm_seams`` has the workers' side and checks both."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 @dataclass(frozen=True, slots=True)
 class ServedCall:
-    """The adapter and names that the serving layer must use for the current API request."""
+    """The adapter, model name and rank that vLLM's serving layer must use for the current API request."""
 
     lora_request: LoRARequest | None  # None: vLLM's own choice
     model_name: str  # for the answer's "model"
-    data_parallel_rank: int | None = None  # where the adapter is; None: vLLM's own choice
+    data_parallel_rank: int | None = None  # the rank that has the adapter; None: vLLM's own choice
 
 
 SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
 
 
 def install_served_call() -> None:
-    """The serving layer uses the LoRARequest of ``served_call`` for the API request handled inside it.
+    """Makes the serving layer use the LoRARequest of ``served_call`` for the API request handled inside it.
 
-    A context variable reaches exactly the handler's task and its children, and no other request.
+    A context variable reaches the handler's task and its children, and no other request.
     """
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -97,7 +97,7 @@ def install_served_call() -> None:
     @wraps(original_generate)
     def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> Any:
         call = SERVED_CALL.get()
-        # vLLM's handlers pass the rank on in some places and forget it in others (responses, beam search in 0.32).
+        # Some handlers of vLLM don't pass the rank on (responses and beam search in 0.32).
         if call is not None and kwargs.get("data_parallel_rank") is None:
             kwargs["data_parallel_rank"] = call.data_parallel_rank
         return original_generate(self, *args, **kwargs)
@@ -112,7 +112,7 @@ def _name_of(lora_request: LoRARequest | None) -> str | None:
 
 
 def make_served_call(recipe: Recipe, model_name: str, data_parallel_rank: int | None = None) -> ServedCall:
-    """The LoRARequest of a recipe: named by its content, its path is the recipe itself; and where it must run."""
+    """The call for a recipe. The LoRARequest is named by its content, and its path is the recipe itself."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest(lora_name=recipe.name, lora_int_id=recipe.int_id, lora_path=recipe.path)
@@ -121,7 +121,7 @@ def make_served_call(recipe: Recipe, model_name: str, data_parallel_rank: int | 
 
 @contextmanager
 def served_call(call: ServedCall | None) -> Iterator[None]:
-    """While inside, the serving layer uses ``call`` (None: vLLM's own choice)."""
+    """Makes the serving layer use ``call`` inside the context. None: vLLM's own choice."""
     token = SERVED_CALL.set(call)
     try:
         yield
@@ -130,7 +130,7 @@ def served_call(call: ServedCall | None) -> Iterator[None]:
 
 
 async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:
-    """``collective_rpc`` without arguments: the workers' answers, for each data parallel rank of this server."""
+    """Calls a method of all workers. Returns the workers' answers for each data parallel rank of this server."""
     core = engine_client.engine_core
     ask = getattr(core, "_call_utility_async")  # noqa: B009
     ranks: list[list[Any]] = await asyncio.gather(
@@ -140,10 +140,10 @@ async def ask_workers(engine_client: Any, method: str) -> list[list[Any]]:
 
 
 def unfinished(engine_client: Any, request_id: str, lora_name: str) -> frozenset[str]:
-    """The engine's own ids of the parts that still run of one API request with this adapter.
+    """The engine's ids for the parts of one API request with this adapter that still run.
 
-    One API request is several of the engine's if it has several prompts or asks for several answers. vLLM's
-    external id is the API's behind a prefix of the endpoint. A number follows if there are several.
+    An API request with several prompts or answers has several parts in the engine. The id of a part is the endpoint's
+    prefix, the API's id, and a number if there are several parts.
     """
     states = engine_client.output_processor.request_states
 
@@ -160,15 +160,15 @@ def unfinished(engine_client: Any, request_id: str, lora_name: str) -> frozenset
 
 
 def still_runs(engine_client: Any, engine_ids: frozenset[str]) -> bool:
-    """Whether the server still waits for one of ``engine_ids``. They are never given to a second request."""
+    """Whether the server still waits for one of ``engine_ids``. vLLM never uses such an id twice."""
     return not engine_ids.isdisjoint(engine_client.output_processor.request_states)
 
 
 def install_bounded_lora_metrics() -> None:
-    """All ReGrad adapters count under one name in vllm:lora_requests_info.
+    """Counts all ReGrad adapters under one name in vllm:lora_requests_info.
 
-    vLLM labels that gauge with the names of the running adapters and keeps every label set it has seen. With a
-    name for each request that would grow without end.
+    vLLM labels that gauge with the names of the running adapters, and it keeps every set of labels forever. With a new
+    name for each request the gauge would grow without end.
     """
     from vllm.v1.metrics.stats import LoRARequestStates
 

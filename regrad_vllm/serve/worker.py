@@ -1,10 +1,10 @@
 """The worker's side of the plugin.
 
-``register`` is the ``vllm.general_plugins`` entry point. vLLM runs it in every one of its processes. A worker makes its
+``register`` is the ``vllm.general_plugins`` entry point. vLLM runs it in each of its processes. A worker makes its
 composer when vLLM has made its LoRA layers.
 
-The server asks the composer through its door for each request's adapter, before it submits the request. So an adapter
-that can't be composed is one request's error. An exception inside the engine's step would end the engine.
+The server asks the composer for each request's adapter through the door, before it submits the request. So a failed
+composition is an error of one request. An exception inside the engine's step would end the engine.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from regrad_vllm.serve.gpu_slots import GpuSlots
 
 
-# The composer's threads wait for the interpreter's lock while the engine's loop holds it, several times an adapter: by
-# Python's default up to 5 ms each time, which on a GPU is longer than a step.
+# Time until Python hands the interpreter's lock to a waiting thread. The composer's threads wait for it several times
+# per adapter. Python's default is 5 ms, which is longer than a step on a GPU.
 _SWITCH_SECONDS = 2e-4
 
 
 def register() -> None:
-    """Entry point ``regrad`` of ``vllm.general_plugins``. Idempotent; does nothing where REGRAD_LEARNER is unset.
+    """Entry point ``regrad`` of ``vllm.general_plugins``. Idempotent. It does nothing if REGRAD_LEARNER is unset.
 
-    SettingsError, or SeamError where the installed vLLM is not one that the seams were read against.
+    SettingsError; SeamError if the installed vLLM differs from the versions that the seams were checked against.
     """
     settings = Settings.from_environment(os.environ)
     if settings is None:
@@ -63,15 +63,15 @@ def register() -> None:
 
 
 class WorkerPart:
-    """Our part of a process of vLLM that becomes a worker."""
+    """The plugin's part of a vLLM process that becomes a worker."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # Before vLLM binds this process to cores of its own.
+        # Read before vLLM binds this process to some cores.
         self._cores = frozenset(os.sched_getaffinity(0))
 
     def adopt(self, manager: Any) -> vllm_patches.SlotBooks:
-        """The manager's slots become ours, and the composer's door opens; or the server will be told why not."""
+        """Takes over the manager's slots and opens the composer's door. A reason against it is told to the server."""
         configure_tracing("regrad-worker")
         learner = Learner.load(self._settings.learner)
         slots = Slots(partial(vllm_patches.slot_ids, manager))
@@ -111,7 +111,7 @@ class WorkerPart:
         return vllm_patches.SlotBooks(begin_step, step_is_set_up, activate, composer.deactivate)
 
     def load(self, manager: Any, request: LoRARequest) -> LoRAModel:
-        """The model that vLLM keeps for our adapter. RecipeError."""
+        """The entry for a composed adapter in vLLM's manager. RecipeError."""
         recipe = Recipe.parse(request.lora_path)
         if request.lora_name != recipe.name:
             raise RecipeError(f"an adapter's name must be its recipe's digest {recipe.name}, got {request.lora_name}")
@@ -119,7 +119,7 @@ class WorkerPart:
 
 
 def slot_memory(manager: Any, learner: Learner) -> CpuSlots | GpuSlots:
-    # Not at the top: vLLM looks into every loaded module when a worker starts, and numba's can't be looked into.
+    # Imported here, because vLLM inspects every loaded module when a worker starts, and it can't inspect numba's.
     if vllm_seams.is_cpu():
         from regrad_vllm.serve.cpu_slots import CpuSlots
 
@@ -131,18 +131,18 @@ def slot_memory(manager: Any, learner: Learner) -> CpuSlots | GpuSlots:
 
 @dataclass(slots=True)
 class AdoptedManager:
-    """Our parts of one of vLLM's LoRA managers."""
+    """The plugin's parts for one of vLLM's LoRA managers."""
 
     learner: Learner
     slots: Slots
-    refusal: str  # why ReGrad can't be served here; then there is none of the rest
+    refusal: str  # the reason why ReGrad can't be served here; the fields below are then None
     memory: CpuSlots | GpuSlots | None = None
     composer: Composer | None = None
     door: Door | None = None
 
 
 def refusal(manager: Any, learner: Learner) -> str:
-    """Why this manager's layers can't have the learner's adapters and what to do; empty where they can."""
+    """The reason why this manager's layers can't hold the learner's adapters, with the remedy. Empty if they can."""
     _, rank, dtype = vllm_seams.slot_form(manager)
     if refused := rank_refusal(rank, learner) or slot_shards.refusal(manager, learner.layout):
         return refused
@@ -170,9 +170,9 @@ def refusal(manager: Any, learner: Learner) -> str:
 
 
 class RegradWorkerExtension:
-    """``--worker-extension-cls``: what the server asks of each worker by ``collective_rpc``. Answers are plain data."""
+    """``--worker-extension-cls``: the methods that the server calls by ``collective_rpc``. Answers are plain data."""
 
-    model_runner: Any  # the worker's
+    model_runner: Any  # vLLM's model runner in this worker
 
     @property
     def _part(self) -> AdoptedManager:
@@ -180,7 +180,7 @@ class RegradWorkerExtension:
         return part
 
     def regrad_settled(self) -> None:
-        """The answer says that the worker did all that it was asked before."""
+        """Its answer comes when the worker has done all earlier calls."""
 
     def regrad_check(self) -> dict[str, Any]:
         """The worker's answer to the server at its start: {"error", "learner", "modules", "dtype", "door"}."""
@@ -194,7 +194,7 @@ class RegradWorkerExtension:
         }
 
     def regrad_figures(self) -> dict[str, Any]:
-        """Counters of this worker and the sizes of everything that must not grow."""
+        """The counters of this worker, and all sizes that must not grow."""
         part = self._part
         registered, active = vllm_seams.count_adapters(self)
         return {
