@@ -1,4 +1,4 @@
-"""Answers several queries in one message: all or none."""
+"""Answers several queries in one message. Either all succeed or none."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bank_service.values.documents import Query, QueryResult
 from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 
-HIT_BYTES = 512  # id, digest, scores and framing of one hit, with the longest id
-MAX_TRIES = 5  # of a batch whose hits change between the search and the read of their gradients
-CONCURRENCY = 4  # queries of one batch that are embedded or searched at once; the rest of the pool is for others
+HIT_BYTES = 512  # upper bound for the id, digest, scores and framing of one hit
+MAX_TRIES = 5  # attempts at a batch whose hits change between the search and the read of their gradients
+CONCURRENCY = 4  # queries of one batch that run at once; the pool's other threads serve other calls
 
 
 async def answer_batch(
@@ -23,9 +23,9 @@ async def answer_batch(
     queries: Queries,
     records: RecordReader,
 ) -> tuple[QueryResult, ...]:
-    """A result for each query, in order. The error of the first query that fails, with its place.
+    """Answers each query, in order. Raises the error of the first query that fails, with its index.
 
-    LimitExceededError where the answers don't fit one message.
+    LimitExceededError if the answers don't fit one message.
     """
     turns = asyncio.Semaphore(CONCURRENCY)
 
@@ -53,14 +53,14 @@ async def answer_batch(
                     for query, result in zip(batch, results, strict=True)
                 ]
             )
-        except NotFoundError:  # a hit was updated or deleted after the search; another search sees that
+        except NotFoundError:  # a hit was updated or deleted after the search: search again
             if last_try:
                 raise
     raise AssertionError("unreachable")
 
 
 def placed(error: BankError, index: int) -> BankError:
-    """The error of one query of a batch, with its place."""
+    """The error of one query of a batch, with the query's index."""
     error.message = f"queries[{index}]: {error.message}"
     error.index = index
     if isinstance(error, InvalidArgumentError | OutOfRangeError):

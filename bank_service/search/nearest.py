@@ -1,13 +1,13 @@
 """The contract of a vector store: it finds the documents whose vectors are nearest to a query's.
 
-**Derived data.** The catalog has every vector. A store follows its changes by their sequence and can be made again
-from it at any time, so it promises no durability.
+**Derived data.** The catalog has every vector. A store follows the catalog's changes by their sequence. It can be built
+again from the catalog at any time, so it need not be durable.
 
-**Namespaces.** Each is searched alone. What one holds never shows in another's answers.
+**Namespaces.** Each is searched alone. An answer never has documents of another namespace, nor depends on them.
 
-**Threads.** ``nearest`` blocks and may be called from many threads at once. All else belongs to the event loop.
+**Threads.** ``nearest`` blocks and may be called from many threads at once. Call all other methods in the event loop.
 
-**Errors.** Each method names its own. ``nearest`` may also raise what reads of the view raise.
+**Errors.** Each method names its errors. ``nearest`` may also raise CatalogReadError, because it reads the view.
 
 An implementation must pass the suite in ``tests/bank/search/test_nearest.py``.
 """
@@ -27,9 +27,9 @@ from bank_service.wire.codec import FloatArray
 class Neighbours:
     """The answer of a vector store."""
 
-    keys: list[int]  # the nearest are among them; there may be many more, in any order
-    sequence: int  # every change up to this one is reflected, a later one perhaps
-    is_ahead: bool = False  # changes may be reflected that the view lacks: ask again, with a new view
+    keys: list[int]  # the nearest documents and perhaps many more, in any order
+    sequence: int  # every change up to this one is reflected; later ones may be
+    is_ahead: bool = False  # the store may reflect changes that the view lacks: ask again with a new view
 
 
 class Nearest(Protocol):
@@ -37,26 +37,26 @@ class Nearest(Protocol):
 
     @property
     def sequence(self) -> int:
-        """Every change of the catalog up to this one is reflected."""
+        """The store reflects every change of the catalog up to this one."""
         ...
 
     async def start(self) -> None:
-        """Returns when all of the catalog is reflected. Follows it from then on."""
+        """Returns when the store reflects the whole catalog. It follows the catalog from then on."""
         ...
 
     async def stop(self) -> None:
-        """Ends all work and keeps what makes the next start fast. Also fine where it does not run."""
+        """Ends all work, and saves data for a fast next start. Does nothing if the store does not run."""
         ...
 
     async def reach(self, sequence: int) -> None:
-        """Returns when ``sequence`` is reflected. The change must be in the catalog.
+        """Returns when the store reflects ``sequence``. The change must be in the catalog.
 
-        UnavailableError where that takes too long.
+        UnavailableError if that takes too long.
         """
         ...
 
     async def keep_up(self, sequence: int) -> None:
-        """Holds a writer up while the store is far behind ``sequence``. Returns at once where it can't follow now."""
+        """Makes a writer wait while the store is far behind ``sequence``. Returns at once if it can't follow now."""
         ...
 
     def nearest(
@@ -68,17 +68,17 @@ class Nearest(Protocol):
         conditions: Sequence[Condition] = (),
         as_of: int | None = None,
     ) -> Neighbours:
-        """The nearest ``depth`` documents of a namespace that meet all conditions, or all where there are fewer.
+        """Finds the nearest ``depth`` documents of a namespace that meet all conditions, or all if there are fewer.
 
-        ``as_of``: only documents that have not changed since that sequence, which must be reflected. ``view`` must be
-        fresh: nothing was read from it. An approximate store may miss some of the nearest; one that compares every
-        vector gives all that are as near as the last.
+        ``vector``: float32 (dimension,). ``as_of``: only documents that have not changed since that sequence, which the
+        store must reflect. ``view`` must be fresh: nothing was read from it. An approximate store may miss some of the
+        nearest. An exact store returns all documents as near as the last one.
         """
         ...
 
     async def erase(self, namespaces: Collection[str]) -> None:
-        """Leaves nothing, in memory or in files, of vectors that were removed from these namespaces until now.
+        """Erases the vectors that were removed from these namespaces until now, in memory and in files.
 
-        OSError, where files can't be written.
+        OSError if files can't be written.
         """
         ...

@@ -3,11 +3,11 @@
 The answer has two sources. Living documents that have not changed since come from the vector store. Past versions
 come from the catalog, which reads all that the namespace had.
 
-The past does not change, so each batch may be read from a view of its own, as long as that view still knows the past.
-No view is then open for long. The past versions are read last: a document that changes during the query is then one of
-them, and none is missed. Where a document of the answer is purged meanwhile, the search begins anew.
+The past does not change. So each batch may use a new view, if that view still knows the past, and no view is open for
+long. The past versions are read last. A document that changes during the query is then among them, so none is missed.
+If a document of the answer is purged meanwhile, the search begins again.
 
-Equally near documents are ordered and cut by their ids, as ``present`` does it.
+Equally near documents are ordered and cut by their ids, the same as in ``present``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bank_service.values.documents import Query, QueryResult
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
 
-GoOn = Callable[[], None]  # called between batches; raises where nobody waits for the answer any more
+GoOn = Callable[[], None]  # called between batches; it raises an error once the caller is gone
 BATCH = 500  # versions in memory at once, without their texts
 
 
@@ -40,16 +40,16 @@ class Past:
         self._nearest = nearest
 
     def check(self, query: Query) -> None:
-        """InvalidArgumentError for a sequence to come; OutOfRangeError for one that is no longer known; NotFoundError
-        for a namespace that never had a document."""
+        """InvalidArgumentError for a sequence in the future. OutOfRangeError for one that is no longer known.
+        NotFoundError for a namespace that never had a document."""
         with self._catalog.view() as view:
             view.check_namespace(query.namespace)
             _as_of(view, query)
 
     def search(self, query: Query, vector: FloatArray | None, go_on: GoOn = _always) -> QueryResult:
-        """Hits for a vector, or, without one, for the query's document_ids, without records.
+        """Finds hits for a vector, (dimension,) in float32. None: for the query's document_ids. Hits have no records.
 
-        The errors of ``check``; NotFoundError names the first id that did not exist then.
+        Raises the errors of ``check``. NotFoundError names the first id that did not exist then.
         """
         go_on()
         if vector is None:
@@ -59,7 +59,7 @@ class Past:
         return result
 
     def _attempt(self, query: Query, vector: FloatArray, go_on: GoOn) -> QueryResult | None:
-        """None where a document of the answer was purged on the way."""
+        """One search. None if a document of the answer was purged during the search."""
         nearest = self._living(query, vector, go_on)
         after = query.as_of
         assert after is not None
@@ -74,12 +74,12 @@ class Past:
             nearest = _merged(query, vector, nearest, batch)
 
     def _living(self, query: Query, vector: FloatArray, go_on: GoOn) -> list[Candidate]:
-        """The nearest of the documents that have not changed since. What has changed by now is a past version."""
+        """The nearest of the documents that have not changed since. Changed documents are among the past versions."""
         with self._catalog.view() as view:
             keys = self._nearest.nearest(
                 view, query.namespace, vector, depth_of(query), query.conditions, query.as_of
             ).keys
-            # From the same view: after a purge in between, others would be among the nearest.
+            # Read the same view again. After a purge in between, other documents would be among the nearest.
             living = _unchanged(view, query, keys[:BATCH])
         for start in range(BATCH, len(keys), BATCH):
             go_on()
@@ -104,7 +104,7 @@ class Past:
 
 
 def _as_of(view: CatalogView, query: Query) -> int:
-    """The query's own, which this view must know already and still. The errors of ``Past.check``."""
+    """The query's ``as_of``, if this view knows that past. Raises the errors of ``Past.check``."""
     as_of = query.as_of
     assert as_of is not None
     newest = view.sequence()
@@ -132,7 +132,7 @@ def _unchanged(view: CatalogView, query: Query, keys: list[int]) -> list[Candida
 
 
 def _answer(view: CatalogView, query: Query, vector: FloatArray, nearest: list[Candidate]) -> QueryResult | None:
-    """None where the catalog no longer has one of the best."""
+    """Orders the candidates and makes the hits. None if the catalog no longer has one of them."""
     cosines = _cosines(nearest, vector)
     ids = {candidate.sequence: candidate.id for candidate in nearest}
     best = sorted(cosines, key=lambda began: (-cosines[began], ids[began]))[: query.top_k]
@@ -144,13 +144,14 @@ def _answer(view: CatalogView, query: Query, vector: FloatArray, nearest: list[C
 def _merged(
     query: Query, vector: FloatArray, nearest: Iterable[Candidate], more: Iterable[Candidate]
 ) -> list[Candidate]:
-    """The nearest of both, as many as ``depth_of`` says."""
-    # Each version once: a document that changed during the query was found living and is a past version, too.
+    """The nearest candidates of both sources, ``depth_of(query)`` at most."""
+    # Each version once: a document that changed during the query may be in both sources.
     both = list({candidate.sequence: candidate for candidate in (*nearest, *more)}.values())
     cosines = _cosines(both, vector)
     return heapq.nsmallest(depth_of(query), both, key=lambda candidate: (-cosines[candidate.sequence], candidate.id))
 
 
 def _cosines(candidates: Iterable[Candidate], vector: FloatArray) -> dict[int, float]:
-    """By the sequence with which each version began: a document may be here living and as a past version."""
+    """The sequence at which a version began → its cosine. A document may have two versions here, so its key is not
+    enough."""
     return cosines_of({candidate.sequence: candidate for candidate in candidates}, vector)

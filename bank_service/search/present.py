@@ -1,7 +1,7 @@
-"""Queries of now, on one view of the catalog: first the candidates, then their order.
+"""Queries of the present, on one view of the catalog: first the candidates, then their order.
 
-The vector store proposes documents, and WordSearch does where the query asks for words. Equally near documents come in
-the order of their ids, also where some of them are cut off. Only an approximate store may choose among them by chance.
+The vector store proposes documents. WordSearch proposes more if the query asks for words. Equally near documents are
+ordered and cut by their ids. Only an approximate store may choose among them by chance.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from bank_service.values.documents import Query, Retrieval
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
 
-RANK_CONSTANT = 60  # of reciprocal rank fusion, as Cormack et al. (2009) set it
+RANK_CONSTANT = 60  # of reciprocal rank fusion; the value of Cormack et al. (2009)
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The documents that answer a query, as they are in a view."""
+    """The documents that answer a query in one view."""
 
     scores: dict[int, Score]  # by key, best first
-    candidates: dict[int, Candidate]  # by key, at least those of ``scores``
+    candidates: dict[int, Candidate]  # by key; all documents of ``scores`` and perhaps more
     sequence: int  # every change up to this one is reflected
-    is_stale: bool  # vector store and view do not agree: a newer view may give another answer
+    is_stale: bool  # vector store and view differ: a newer view may give another answer
 
 
 class Present:
@@ -38,7 +38,8 @@ class Present:
         self._words = words
 
     def find(self, view: CatalogView, query: Query, vector: FloatArray) -> Ranked:
-        """The best ``top_k``, without those below ``min_score``. ``view`` must be fresh: nothing was read from it."""
+        """Finds the best ``top_k`` documents with at least ``min_score``. ``vector``: float32 (dimension,). ``view``
+        must be fresh: nothing was read from it."""
         depth = depth_of(query)
         proposed = self._proposed(view, query, vector, depth)
         dense = closest(view, proposed.keys, vector, depth)

@@ -1,4 +1,4 @@
-"""Answers queries: the entrance of the room."""
+"""Answers queries. Other rooms search through this module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bank_service.wire import limits
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
 
-MAX_ATTEMPTS = 5  # searches again where documents change under a query
+MAX_ATTEMPTS = 5  # searches of one query if documents change meanwhile
 MESSAGE_RESERVE_BYTES = 256 * 2**10  # ids, digests, scores and framing of 64 hits
 
 
@@ -43,9 +43,9 @@ class Queries:
         past_pool: Executor,
         max_past: int,
     ) -> None:
-        """``past_pool``: for queries with as_of, which may take long and must not hold others up.
+        """``past_pool`` runs queries with as_of. They may take long, and must not delay others.
 
-        ``max_past``: how many of them may run or wait at once.
+        ``max_past`` is the number of them that may run or wait at once.
         """
         self._catalog = catalog
         self._nearest = nearest
@@ -58,7 +58,7 @@ class Queries:
         self._num_past = 0  # queries with as_of in progress
 
     async def check_namespace(self, namespace: str) -> None:
-        """NotFoundError."""
+        """NotFoundError for a namespace that never had a document."""
 
         def check() -> None:
             with self._catalog.view() as view:
@@ -67,10 +67,10 @@ class Queries:
         await in_thread(self._pool, check)
 
     async def search(self, query: Query, vector: FloatArray | None) -> QueryResult:
-        """Hits for a vector, or, without one, for the query's document_ids, without records.
+        """Finds hits for a vector, (dimension,) in float32. None: for the query's document_ids. Hits have no records.
 
-        NotFoundError names the first unknown id; LimitExceededError where the texts don't fit one message. With
-        ``as_of``: InvalidArgumentError, OutOfRangeError, OverloadedError.
+        NotFoundError names the first unknown id. LimitExceededError if the texts don't fit one message. With ``as_of``
+        also InvalidArgumentError, OutOfRangeError and OverloadedError.
         """
         if query.as_of is not None:
             result = await self._then(query, query.as_of, vector)
@@ -89,7 +89,7 @@ class Queries:
         return result
 
     def fitting(self, hits: Iterable[Hit]) -> list[str]:
-        """Digests of the first hits whose gradients fit one message together with the texts."""
+        """The digests of the first hits, as many as fit one message with their gradients and all texts."""
         hits = tuple(hits)
         room = limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES - text_bytes_of(hits)
         digests: list[str] = []
@@ -123,7 +123,8 @@ class Queries:
             if attempt.newer is None:
                 return attempt.result
             await self._nearest.reach(attempt.newer)
-        # Documents that change faster than this are ranked by their content now. Deleted ones are left out.
+        # The documents change faster than the searches. The last search ranks the found ones by their present vectors,
+        # and leaves deleted ones out.
         return (await in_thread(self._pool, self._attempt, query, vector)).result
 
     def _attempt(self, query: Query, vector: FloatArray) -> _Attempt:

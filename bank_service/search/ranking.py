@@ -1,4 +1,4 @@
-"""The order of documents by their vectors. The catalog's float32 vectors decide it, whoever proposed a document."""
+"""Orders documents by the catalog's float32 vectors, whichever store proposed them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bank_service.wire.tracing import span
 
 
 def depth_of(query: Query) -> int:
-    """How many documents to look for: more than asked for.
+    """The number of documents to look for, which is larger than ``top_k``.
 
-    A vector store may misplace neighbours or miss some, and hybrid retrieval merges two lists.
+    A vector store may order neighbours wrongly or miss some, and hybrid retrieval merges two lists.
     """
     return 2 * query.top_k + 16
 
 
 def candidates_of(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate]:
-    """By key, the documents that are not deleted."""
+    """key → candidate, without deleted documents."""
     found: dict[int, Candidate] = {}
     for start in range(0, len(keys), MAX_KEYS):
         found.update((item.key, item) for item in view.candidates(keys[start : start + MAX_KEYS]))
@@ -32,7 +32,8 @@ def candidates_of(view: CatalogView, keys: Sequence[int]) -> dict[int, Candidate
 
 
 def closest(view: CatalogView, keys: Sequence[int], vector: FloatArray, count: int) -> dict[int, Candidate]:
-    """By key, the ``count`` nearest, equally near ones by id. At most MAX_KEYS vectors are in memory at once."""
+    """key → candidate for the ``count`` nearest documents. Ids decide between equally near ones. At most MAX_KEYS
+    vectors are in memory at once."""
     if len(keys) <= count:
         return candidates_of(view, keys)
     best: list[tuple[float, str, Candidate]] = []
@@ -45,11 +46,11 @@ def closest(view: CatalogView, keys: Sequence[int], vector: FloatArray, count: i
 
 
 def cosines_of(candidates: Mapping[int, Candidate], vector: FloatArray) -> dict[int, float]:
-    """By the candidates' own names in the mapping."""
+    """The mapping's key → the candidate's cosine with ``vector``, in -1..1."""
     if not candidates:
         return {}
     joined = b"".join([candidate.embedding for candidate in candidates.values()])
     vectors = np.frombuffer(joined, dtype="<f4").reshape(len(candidates), -1)
-    # Not by ``@``: its last bits depend on the row's place, and a score must not depend on other documents.
+    # The last bits of ``@`` depend on the row's position. A score must not depend on other documents, so use einsum.
     cosines = np.clip(np.einsum("ij,j->i", vectors, unit(vector)), -1.0, 1.0)
     return dict(zip(candidates, cosines.tolist(), strict=True))

@@ -22,6 +22,7 @@ FOLDERS = (
     "bank_service/catalog",
     "bank_service/records",
     "bank_service/runtime",
+    "bank_service/search",
 )
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if "generated" not in path.parts)
 # A sentence that starts so and is no question uses a clause as a noun.

@@ -1,8 +1,8 @@
 """Frees the nodes of removed vectors, while queries and changes go on.
 
-usearch keeps the node of a removed vector until a new vector takes it. Where many are removed and few come, searches
-walk through dead nodes and memory stays. Then the graph of that namespace is built anew from the catalog beside the
-old one, brought up to the last change, and put in its place.
+usearch keeps the node of a removed vector until a new vector takes it. If many vectors are removed and few are added,
+searches walk through dead nodes, and the memory stays in use. Then the compactor builds a new graph from the catalog,
+applies the last changes, and replaces the old graph.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Compactor:
         self._follower = follower
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
-        self.lock = asyncio.Lock()  # of whoever replaces or erases a graph
+        self.lock = asyncio.Lock()  # held while a graph is replaced or erased
         self.num_compacted = 0  # namespaces rebuilt since the start
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="bank-compactor")
 
     async def stop(self) -> None:
-        """A rebuild under way is given up."""
+        """Ends the task. A rebuild under way is abandoned."""
         await cancelled(self._task)
         self._task = None
 
@@ -60,10 +60,10 @@ class Compactor:
             await self.rebuild(namespace)
 
     async def rebuild(self, namespace: str) -> None:
-        """As ``compact``, for a caller that has ``lock``. The new graph has nothing of removed vectors."""
+        """Does the same as ``compact``, for a caller that has ``lock``. The new graph has no removed vectors."""
         fresh = self._index.empty_like()
         sequence = await self._catch_up(fresh, namespace, 0)
-        # The changes that came meanwhile, with the follower paused: then the fresh graph has all that the old one has.
+        # Apply the last changes while the follower is paused. Then the fresh graph has the same vectors as the old one.
         async with self._follower.paused():
             sequence = await self._catch_up(fresh, namespace, sequence)
             self._follower.expect(sequence)
@@ -77,18 +77,19 @@ class Compactor:
             try:
                 for namespace in await in_thread(self._pool, self._index.wasteful, DEAD_SHARE, MIN_DEAD):
                     await self.compact(namespace)
-            except Exception:  # the old graph goes on serving
+            except Exception:  # the old graph stays in use
                 logger.exception("a namespace's index could not be rebuilt; trying again")
 
     async def _catch_up(self, fresh: UsearchIndex, namespace: str, sequence: int) -> int:
-        """Applies the changes after ``sequence`` until few are left, so that steady writes don't keep it for ever."""
+        """Applies the changes after ``sequence`` until few are left, and returns the last applied sequence. With steady
+        writes it might never apply all."""
         num_changes = CHANGES_PER_STEP
         while num_changes == CHANGES_PER_STEP:
             sequence, num_changes = await in_thread(self._pool, self._advance, fresh, namespace, sequence)
         return sequence
 
     def _advance(self, fresh: UsearchIndex, namespace: str, after_sequence: int) -> tuple[int, int]:
-        """Applies the namespace's next changes; the sequence of the last, and how many."""
+        """Applies the namespace's next changes. Returns (the sequence of the last one, their number)."""
         with self._catalog.view() as view:
             changes = view.changes_of(namespace, after_sequence, CHANGES_PER_STEP)
         gone = [change.key for change in changes if change.embedding is None]

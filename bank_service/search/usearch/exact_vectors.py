@@ -1,6 +1,6 @@
-"""Float32 vectors of small namespaces in memory, for searches that miss nothing.
+"""Float32 vectors of small namespaces in memory, for exact searches.
 
-They follow the catalog, too, but on each query's own view: a search first applies the changes since the last one.
+They follow the catalog on each query's view. A search first applies the changes since the search before.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from bank_service.catalog.contract import CatalogView
 from bank_service.values.vectors import KeyArray, unit
 from bank_service.wire.codec import FloatArray
 
-TIE = 1e-5  # between the cosines of vectors that are taken as equally near
-MAX_VECTORS = 100_000  # of all namespaces together, with their spare room: 150 MB at 384 dimensions
+TIE = 1e-5  # vectors with a smaller difference of cosines count as equally near
+MAX_VECTORS = 100_000  # of all namespaces together, including spare rows: 150 MB at 384 dimensions
 
 
 class ExactVectors:
-    """Nearest vectors by comparing with each. Forgets the namespaces that nobody asked for longest."""
+    """Compares a query with every vector of a namespace. Drops the least recently used namespaces from memory."""
 
     def __init__(self, dimension: int, max_vectors: int = MAX_VECTORS) -> None:
         self._dimension = dimension
         self._max_vectors = max_vectors
-        self._lock = threading.Lock()  # of the table below
+        self._lock = threading.Lock()  # protects the table below
         self._spaces: OrderedDict[str, _Space] = OrderedDict()
         self._num_places = 0  # the sum of ``counted`` over all spaces
 
@@ -37,10 +37,10 @@ class ExactVectors:
         count: int,
         keep: Callable[[], Collection[int]] | None = None,
     ) -> list[int]:
-        """Keys of the ``count`` nearest documents in the view, and of all that are as near as the last of them.
+        """The keys of the ``count`` nearest documents in the view, and of all that are as near as the last of them.
 
-        ``keep`` gives the only keys that may be found. ``view`` must be fresh: it stays at one state from its first
-        read on, and a state from before this call may be older than the vectors.
+        ``vector``: float32 (dimension,). Only keys in ``keep()`` may be found. ``view`` must be fresh: nothing was read
+        from it. Otherwise its state may be older than the vectors.
         """
         with self._lock:
             space = self._spaces.setdefault(namespace, _Space(self._dimension))
@@ -55,7 +55,7 @@ class ExactVectors:
         return found
 
     def _count(self, namespace: str, space: _Space) -> None:
-        """Adds the space's growth to the sum, unless the space was forgotten meanwhile. Call it with the lock."""
+        """Adds the space's growth to the sum, unless the space was dropped meanwhile. Call it with the lock."""
         if self._spaces.get(namespace) is space:
             self._num_places += space.room - space.counted
             space.counted = space.room
@@ -68,14 +68,14 @@ class _Space:
         self.lock = threading.Lock()
         self.size = 0
         self.counted = 0  # the space's part of the table's sum
-        self._sequence = 0  # of the view that it was last brought up to
+        self._sequence = 0  # the last change that it reflects
         self._rows: dict[int, int] = {}  # key → row
         self._keys: KeyArray = np.empty(16, np.int64)
         self._vectors: FloatArray = np.empty((16, dimension), np.float32)
 
     @property
     def room(self) -> int:
-        """Number of vectors for which there is memory."""
+        """The number of vectors that fit the allocated memory."""
         return len(self._keys)
 
     def follow(self, view: CatalogView, namespace: str) -> None:
@@ -93,7 +93,7 @@ class _Space:
             rows = np.fromiter((self._rows[key] for key in keep if key in self._rows), np.int64)
         scores = self._vectors[rows] @ vector
         if count < len(scores):
-            # The last bits of ``@`` depend on where a row stands: equal vectors are equal within that.
+            # The last bits of ``@`` depend on a row's position. So equal vectors have equal scores only within TIE.
             near = scores >= np.partition(scores, -count)[-count] - TIE
             rows, scores = rows[near], scores[near]
         best = np.lexsort((self._keys[rows], -scores))
@@ -110,7 +110,7 @@ class _Space:
         self._vectors[row] = vector
 
     def _remove(self, key: int) -> None:
-        """The last row takes the place of the one that goes."""
+        """Removes a vector. The last row moves into its place."""
         row = self._rows.pop(key, None)
         if row is None:
             return

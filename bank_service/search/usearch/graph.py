@@ -1,7 +1,8 @@
 """The graph of one namespace: usearch's HNSW with float16 vectors, made safe for many threads.
 
-An approximate search can give less than it was asked for, or miss a near neighbour in a graph that is small or lost
-many vectors. So a small graph is searched exhaustively, and so is any search that came back short.
+An approximate search can return too few vectors. In a small graph, or one with many removed vectors, it can also miss a
+near neighbour. So a small graph is searched exhaustively. A search that returned too few vectors is repeated
+exhaustively.
 
 usearch keeps the node of a removed vector until a new vector takes its place. ``num_dead`` counts these nodes.
 """
@@ -21,24 +22,25 @@ from bank_service.runtime.locks import FairLock
 from bank_service.values.vectors import KeyArray
 from bank_service.wire.codec import FloatArray
 
-LARGE_SIZE, HUGE_SIZE = 50_000, 300_000  # vectors; a search of a graph above this size looks at more
-EXHAUSTIVE_SIZE = 5_000  # vectors; up to this size, comparing with each is as fast as the graph
-VECTORS_PER_HOLD = 16  # of a ``put``; searches wait for so many, about 1 ms each in a graph of a million
-_VERSIONS = itertools.count()  # of graphs; none is given twice
+LARGE_SIZE, HUGE_SIZE = 50_000, 300_000  # vectors; searches of graphs above these sizes keep more candidates
+EXHAUSTIVE_SIZE = 5_000  # vectors; up to this size, a comparison with each is as fast as the graph
+VECTORS_PER_HOLD = 16  # vectors that a ``put`` adds before waiting searches run; about 1 ms each among a million
+_VERSIONS = itertools.count()  # of graphs; no two graphs have the same version
 
 
 class Graph:
     """Nearest vectors by cosine. One thread at a time is inside usearch.
 
-    usearch allows neither a search during a removal nor two searches that it takes for one thread's.
+    usearch allows no search during a removal. Two searches at once may get the same thread number from it, and then
+    break each other.
     """
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._size = len(index)
-        self._nodes = int(index.stats.nodes)  # counted here from now on: usearch walks through all nodes to tell
-        self.version = next(_VERSIONS)  # another after each change
-        self._lock = FairLock()  # a long ``put`` lets searches in between its parts
+        self._nodes = int(index.stats.nodes)  # counted here from now on, because usearch would walk through all nodes
+        self.version = next(_VERSIONS)  # a new one after each change
+        self._lock = FairLock()  # waiting searches run between the parts of a long ``put``
 
     def put(self, keys: KeyArray | np.ndarray, vectors: FloatArray) -> None:
         for start in range(0, len(keys), VECTORS_PER_HOLD):
@@ -68,23 +70,23 @@ class Graph:
             return found.keys.astype(np.int64), (1.0 - found.distances).astype(np.float32)
 
     def size(self) -> int:
-        """Number of vectors. Does not wait for the lock, so a ``put`` under way may show in part."""
+        """The number of vectors. It does not wait for the lock, so it may count part of a ``put`` under way."""
         return self._size
 
     def num_nodes(self) -> int:
-        """Nodes of vectors that are there and of removed ones."""
+        """The number of nodes, including those of removed vectors."""
         return self._nodes
 
     def num_dead(self) -> int:
-        """Nodes of removed vectors. Does not wait for the lock either."""
+        """The number of nodes of removed vectors. It does not wait for the lock."""
         return max(0, self._nodes - self._size)
 
     def save(self, path: Path) -> int:
-        """Writes the graph to a file; the version that was written. OSError."""
+        """Writes the graph to a file and returns the written version. OSError."""
         with self._lock:
             try:
                 self._index.save(str(path))
-            except RuntimeError as error:  # usearch's word for a disk that is full
+            except RuntimeError as error:  # usearch raises it for a full disk
                 raise OSError(f"{path} could not be written: {error}") from error
             # usearch does not report a failure to write the last buffer.
             if path.stat().st_size != self._index.serialized_length:
@@ -99,9 +101,10 @@ class Graph:
 
 
 def expansion_of(size: int) -> int:
-    """How many candidates a search keeps in a graph of ``size`` vectors.
+    """The number of candidates that a search keeps in a graph of ``size`` vectors.
 
-    Of the ten nearest of a million, 128 found 95.5%, 256 found 97.5%, 384 found 99.3% (docs/benchmarks.md).
+    Among a million vectors, 128 candidates found 95.5% of the ten nearest, 256 found 97.5%, and 384 found 99.3%. See
+    docs/benchmarks.md.
     """
     return 128 if size <= LARGE_SIZE else 256 if size <= HUGE_SIZE else 384
 

@@ -1,6 +1,6 @@
-"""Keeps the index up with the catalog: one way for start-up, live changes and repair.
+"""Applies the catalog's changes to the index. Start-up, live changes and repair all work this way.
 
-The follower reads the changes after the sequence that the index reflects, and applies them in order.
+The follower reads the changes after the last sequence that the index reflects, and applies them in order.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from bank_service.search.usearch.usearch_index import UsearchIndex
 logger = logging.getLogger(__name__)
 
 CHANGES_PER_STEP = 512
-MAX_LAG = 1024  # changes; writers wait for an index further behind, or queries would wait for it in vain
-SNAPSHOT_SHARE = 0.1  # changes between two snapshots over vectors, where that is more than ``snapshot_every``
+MAX_LAG = 1024  # changes; if the index is further behind, writers wait, so that queries don't time out
+SNAPSHOT_SHARE = 0.1  # of the vectors; so many changes make a snapshot due if that is more than ``snapshot_every``
 RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 5.0
-WAIT_SECONDS = 10.0  # of a query for the index
+WAIT_SECONDS = 10.0  # the longest that a query waits for the index
 MAX_FAILURES = 4  # in a row; after that, queries do not wait for the next attempt
 
 
 def snapshot_after(snapshot_every: int, num_vectors: int) -> int:
-    """How many changes make a snapshot due. For a large index it is a share of its vectors, which bounds the work."""
+    """The number of changes that make a snapshot due. For a large index it is a share of its vectors, which bounds the
+    work."""
     return max(snapshot_every, math.ceil(SNAPSHOT_SHARE * num_vectors))
 
 
@@ -55,13 +56,13 @@ class IndexFollower:
         self._wake_up = WakeUp()
         self._task: asyncio.Task[None] | None = None
         self._saved_sequence = 0
-        self._failures = 0  # of the last attempts, in a row
-        self._failure = ""  # the last one
+        self._failures = 0  # failed attempts since the last success
+        self._failure = ""  # the last error
         self.sequence = 0  # every change up to this one is in the index
         self.newest = 0  # no change after this one is in the index
 
     async def start(self) -> None:
-        """Loads the snapshot, catches up with the catalog, then follows it."""
+        """Loads the snapshot, applies all later changes, then follows the catalog."""
         self.sequence = self.newest = await in_thread(self._pool, self._load)
         self._saved_sequence = self.sequence
         while await self._step():
@@ -69,19 +70,19 @@ class IndexFollower:
         self._task = asyncio.create_task(self._follow(), name="bank-index-follower")
 
     async def stop(self) -> None:
-        """Ends following, catches up with the catalog and saves a snapshot."""
+        """Ends the task, applies the last changes and saves a snapshot."""
         if self._task is not None:
             await cancelled(self._task)
             self._task = None
             try:
                 while await self._step():
                     pass
-            except Exception:  # nothing is lost; the next start applies it
+            except Exception:  # the next start applies the missing changes
                 logger.exception("the index can't follow the catalog to its end; the next start goes on from there")
             await in_thread(self._pool, self._save)
 
     def wake(self) -> None:
-        """The catalog has changed."""
+        """Tells the follower that the catalog has changed."""
         self._wake_up.wake()
 
     def expect(self, sequence: int) -> None:
@@ -90,23 +91,23 @@ class IndexFollower:
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """Nobody changes or saves the index inside."""
+        """Inside the block, the follower neither changes nor saves the index."""
         async with self._stepping:
             yield
 
     async def save(self) -> None:
-        """Saves a snapshot of the index as it is now, also where no change came. OSError."""
+        """Saves a snapshot of the present index, even if nothing changed since the last one. OSError."""
         async with self._stepping:
             await ended_in_thread(self._pool, self._write)
 
     async def reach(self, sequence: int) -> None:
         """Returns when the index reflects ``sequence``.
 
-        UnavailableError where that takes too long, at once where the last MAX_FAILURES attempts failed.
+        UnavailableError if that takes too long. It comes at once if the last MAX_FAILURES attempts failed.
         """
         if self.sequence >= sequence:
             return
-        self.wake()  # the change may be committed and not acknowledged: then nobody else wakes the follower
+        self.wake()  # nobody else wakes the follower for a committed change that is not acknowledged yet
         try:
             async with asyncio.timeout(WAIT_SECONDS), self._moved:
                 await self._moved.wait_for(lambda: self.sequence >= sequence or self._failures >= MAX_FAILURES)
@@ -121,7 +122,8 @@ class IndexFollower:
             )
 
     async def keep_up(self, sequence: int) -> None:
-        """Returns when the index is at most MAX_LAG changes behind ``sequence``; at once where it can't follow now."""
+        """Returns when the index is at most MAX_LAG changes behind ``sequence``. Returns at once if it can't follow
+        now."""
         if self.sequence < sequence - MAX_LAG:
             async with self._moved:
                 await self._moved.wait_for(lambda: self.sequence >= sequence - MAX_LAG or self._failures > 0)
@@ -133,7 +135,7 @@ class IndexFollower:
                 while await self._step():
                     pass
             except Exception as error:
-                # Whatever failed, the catalog still has the changes: another attempt loses nothing.
+                # The catalog still has the changes, so another attempt is safe after any error.
                 delay = min(RETRY_SECONDS * 2**self._failures, MAX_RETRY_SECONDS)
                 logger.exception("the index can't follow the catalog; trying again in %.1f s", delay)
                 await self._failed(error)
@@ -149,12 +151,12 @@ class IndexFollower:
             self._moved.notify_all()
 
     async def _step(self) -> bool:
-        """Applies the next changes; false where there are none."""
+        """Applies the next changes. False if there are none."""
         async with self._stepping:
             return await self._step_alone()
 
     async def _step_alone(self) -> bool:
-        # The thread must have ended when this returns: ``stop`` saves next, and nothing may change the index then.
+        # The thread must have ended when this returns. ``stop`` saves next, and nothing may change the index meanwhile.
         sequence = await ended_in_thread(self._pool, self._advance, self.sequence)
         if sequence == self.sequence:
             return False
@@ -178,7 +180,7 @@ class IndexFollower:
     def _apply(
         self, changes: list[Change], chosen: Callable[[Change], bool], act: Callable[[str, list[Change]], None]
     ) -> None:
-        # A document comes at most once in ``changes``, so their order does not matter.
+        # Each document is at most once in ``changes``, so their order does not matter.
         spaces: dict[str, list[Change]] = {}
         for change in filter(chosen, changes):
             spaces.setdefault(change.namespace, []).append(change)

@@ -1,4 +1,4 @@
-"""Vectors of all namespaces in usearch, a graph each, with a snapshot on disk."""
+"""The vectors of all namespaces in usearch. Each namespace has a graph, and all graphs have a snapshot on disk."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ _Files = dict[str, tuple[str, str]]  # by namespace: the file's name and checksu
 
 
 class UsearchIndex:
-    """Nearest vectors by cosine, per namespace. Safe to call from many threads."""
+    """Finds nearest vectors by cosine, per namespace. Safe to call from many threads."""
 
     def __init__(self, dimension: int) -> None:
         self._dimension = dimension
-        self._lock = threading.Lock()  # of the table below
+        self._lock = threading.Lock()  # protects the table below
         self._graphs: dict[str, Graph] = {}
-        self._saved: dict[str, tuple[int, str]] = {}  # by namespace: the version last saved, its file's checksum
+        self._saved: dict[str, tuple[int, str]] = {}  # namespace → (last saved version, checksum of its file)
 
     def put(self, namespace: str, keys: Sequence[int], vectors: FloatArray) -> None:
-        """Adds or replaces ``vectors`` (len(keys), dimension), finite and not zero. No key comes twice."""
+        """Adds or replaces ``vectors``, float32 (len(keys), dimension), finite and not zero. Keys must be distinct."""
         with self._lock:
             graph = self._graphs.setdefault(namespace, Graph(new_index(self._dimension)))
         graph.put(np.asarray(keys, dtype=np.uint64), unit(vectors))
 
     def remove(self, namespace: str, keys: Sequence[int]) -> None:
-        """Forgets keys. An unknown one is no error."""
+        """Removes keys. Unknown keys are ignored."""
         graph = self._graph(namespace)
         if graph is not None:
             graph.remove(np.asarray(keys, dtype=np.uint64))
 
     def search(self, namespace: str, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
-        """The nearest min(count, size) keys, best first, and their cosines. Exactly so many."""
+        """The nearest keys, best first, and their cosines. Both have exactly min(count, size) entries."""
         graph = self._graph(namespace)
         if graph is None:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         return graph.search(unit(vector), count)
 
     def num_vectors(self) -> int:
-        """Of all namespaces."""
+        """The number of vectors of all namespaces."""
         with self._lock:
             return sum(graph.size() for graph in self._graphs.values())
 
     def size(self, namespace: str) -> int:
-        """Number of keys in the namespace; 0 for an unknown one."""
+        """The number of keys in the namespace; 0 for an unknown namespace."""
         graph = self._graph(namespace)
         return 0 if graph is None else graph.size()
 
     def wasteful(self, share: float, least: int) -> list[str]:
-        """Namespaces in which more than ``share`` of the nodes, and at least ``least``, are of removed vectors."""
+        """The namespaces with too many nodes of removed vectors: more than ``share`` of all, and at least ``least``."""
         with self._lock:
             graphs = dict(self._graphs)
         return [name for name, graph in graphs.items() if graph.num_dead() > max(share * graph.num_nodes(), least - 1)]
@@ -73,8 +73,8 @@ class UsearchIndex:
         return UsearchIndex(self._dimension)
 
     def take(self, namespace: str, other: UsearchIndex) -> None:
-        """Replaces a namespace's graph by ``other``'s. ``other`` must not be used after. Searches under way end on the
-        old graph."""
+        """Replaces a namespace's graph by the one of ``other``, which must not be used afterwards. Searches under way
+        end on the old graph."""
         with other._lock:
             graph = other._graphs.get(namespace)
         with self._lock:
@@ -84,13 +84,13 @@ class UsearchIndex:
                 self._graphs[namespace] = graph
 
     def save(self, folder: Path, collection_id: str, sequence: int) -> None:
-        """Replaces the snapshot by one that reflects ``sequence``. OSError. No ``put`` or ``remove`` may run meanwhile.
+        """Writes a snapshot that reflects ``sequence``. No ``put`` or ``remove`` may run meanwhile. OSError.
 
-        Only changed namespaces are written. The files of the others stay, and the new manifest names them.
+        It writes only changed namespaces. The files of the others stay, and the new manifest names them.
         """
-        shutil.rmtree(folder.with_name(folder.name + ".new"), ignore_errors=True)  # of the layout before this one
+        shutil.rmtree(folder.with_name(folder.name + ".new"), ignore_errors=True)  # older banks used this folder
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_unnamed(folder)  # what a crash has left
+        _remove_unnamed(folder)  # a crash may have left files
         try:
             files, saved = self._write_changed(folder)
             manifest = {
@@ -98,14 +98,14 @@ class UsearchIndex:
             }  # fmt: skip
             temporary = folder / (MANIFEST + ".new")
             temporary.write_text(json.dumps(manifest))
-            # No fsync: a snapshot torn by a crash fails its checksums and is rebuilt.
+            # No fsync. After a crash, a torn snapshot fails its checksums, and the index is rebuilt.
             os.replace(temporary, folder / MANIFEST)
             self._saved = saved
         finally:
             _remove_unnamed(folder)
 
     def _write_changed(self, folder: Path) -> tuple[_Files, dict[str, tuple[int, str]]]:
-        """The files for the manifest, and the state of each namespace in them."""
+        """Writes the graphs that changed. Returns the files for the manifest, and the new value of ``_saved``."""
         named = _named(folder)
         with self._lock:
             graphs = dict(self._graphs)
@@ -123,7 +123,8 @@ class UsearchIndex:
         return files, saved
 
     def load(self, folder: Path, collection_id: str) -> int:
-        """Loads the snapshot; the sequence that it reflects. 0, and an empty index, where it can't be used."""
+        """Loads the snapshot and returns the sequence that it reflects. If it can't be used, the index is empty and the
+        sequence is 0."""
         try:
             sequence, graphs, files = _read_snapshot(folder, collection_id, self._dimension)
         except FileNotFoundError:
@@ -136,7 +137,7 @@ class UsearchIndex:
         return sequence
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all vectors from memory."""
         with self._lock:
             self._graphs = {}
 
@@ -151,7 +152,7 @@ def _checksum(path: Path) -> str:
 
 
 def _named(folder: Path) -> _Files:
-    """The files that the folder's manifest names. None, where there is no manifest that can be read."""
+    """The files that the folder's manifest names. Empty if there is no readable manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return {namespace: (str(name), str(checksum)) for namespace, (name, checksum) in files.items()}
@@ -160,7 +161,7 @@ def _named(folder: Path) -> _Files:
 
 
 def _remove_unnamed(folder: Path) -> None:
-    """Removes files of the snapshot before, or of one that was not finished."""
+    """Removes the files that the manifest does not name, from older or unfinished snapshots."""
     names = {name for name, _ in _named(folder).values()} | {MANIFEST}
     for path in folder.iterdir():
         if path.name not in names and path.is_file():

@@ -1,8 +1,8 @@
-"""The vector store of the bank's own process. It searches where nothing is missed, as far as that is fast enough.
+"""The vector store in the bank's process. It searches exactly if that is fast enough.
 
-- A small namespace is compared vector by vector.
-- So are the documents that a filter leaves, where they are few.
-- Else the graph proposes. Where a filter leaves too few of its proposals, it proposes more.
+- In a small namespace, it compares the query with every vector.
+- If few documents match a filter, it compares the query with each of them.
+- Otherwise the graph proposes documents. If too few of them match the filter, it proposes more.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bank_service.values.filters import Condition
 from bank_service.wire.codec import FloatArray
 from bank_service.wire.tracing import span
 
-SCAN_SIZE = 5_000  # documents that a filter leaves; reading their vectors takes tens of milliseconds
-MAX_PROPOSALS = 20_000  # of the graph, for one filtered query; beyond, all documents that match are compared
-GROWTH = 4  # of the number of proposals, from one search of the graph to the next
+SCAN_SIZE = 5_000  # up to so many matching documents are compared; reading their vectors takes tens of milliseconds
+MAX_PROPOSALS = 20_000  # of the graph, for one filtered query; after that, all matching documents are compared
+GROWTH = 4  # factor of the number of proposals, from one search of the graph to the next
 
 
 class UsearchNearest:
@@ -41,8 +41,8 @@ class UsearchNearest:
         exact_below: int,
         snapshot_every: int,
     ) -> None:
-        """``folder``: for the snapshot. ``exact_below``: documents up to which a namespace is small.
-        ``snapshot_every``: changes, at least, from one snapshot to the next."""
+        """``folder`` is for the snapshot. A namespace of at most ``exact_below`` documents is searched exactly.
+        ``snapshot_every`` is the least number of changes between two snapshots."""
         self._exact = ExactVectors(dimension)
         self._exact_below = exact_below
         self._pool = pool
@@ -83,7 +83,7 @@ class UsearchNearest:
                 return view.matching(namespace, conditions, limit, as_of)
 
         is_filtered = bool(conditions) or as_of is not None
-        sequence = self.follower.sequence  # before the search: what comes later may be missed
+        sequence = self.follower.sequence  # read before the search, which may miss later changes
         if self.index.size(namespace) <= self._exact_below:
             with span("exact.search"):
                 keys = self._exact.search(view, namespace, vector, depth, matching if is_filtered else None)
@@ -103,7 +103,7 @@ class UsearchNearest:
 
         A rebuild takes as long as adding all vectors of the namespace.
         """
-        # Looks while no rebuild is under way: one that began before a removal has the vector in a dead node.
+        # Look while no rebuild is under way. A rebuild that began before a removal has that vector in a dead node.
         async with self.compactor.lock:
             for namespace in set(self.index.wasteful(0.0, 1)).intersection(namespaces):
                 await self.compactor.rebuild(namespace)
@@ -123,7 +123,8 @@ class UsearchNearest:
         conditions: Sequence[Condition],
         as_of: int | None,
     ) -> list[int] | None:
-        """At least ``depth`` near documents that match, by the graph; None where that takes too many proposals."""
+        """At least ``depth`` near and matching documents that the graph proposes. None if that takes too many
+        proposals."""
         count = depth * GROWTH
         checked: set[int] = set()
         matching: set[int] = set()
