@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,3 +60,21 @@ def test_nobody_is_inside_with_another() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(use, range(200)))
+
+
+def test_a_thread_that_waits_comes_before_one_that_takes_the_lock_again() -> None:
+    for _ in range(20):  # a plain lock fails nearly every time
+        lock, order = FairLock(), []
+
+        def wait(lock: FairLock = lock, order: list[str] = order) -> None:
+            with lock:
+                order.append("waited")
+
+        waiting = threading.Thread(target=wait)
+        with lock:
+            waiting.start()
+            time.sleep(0.01)
+        with lock:
+            order.append("again")
+        waiting.join()
+        assert order == ["waited", "again"]
