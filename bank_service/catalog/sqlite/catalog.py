@@ -72,7 +72,7 @@ class SqliteCatalog:
             raise
         # The writer needs its own connections. One that was opened while the disk was read-only can never write.
         self._writer = GroupCommit(_engine(path))
-        self.words = Fts5Words(self.view, self._writer)
+        self.words = Fts5Words(self._writer)
 
     def close(self) -> None:
         """Commits the queued writes, then closes. It erases deleted words for a few seconds at most."""

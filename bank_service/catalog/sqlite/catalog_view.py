@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from bank_service.catalog.entries import Candidate, Change, Erasure, ListEntry, Score, Totals, Usage
 from bank_service.catalog.failures import namespace_not_found
 from bank_service.catalog.sqlite import attributes, erasures, gradients, history
-from bank_service.catalog.sqlite.lexical import uncleaned
 from bank_service.catalog.sqlite.lexical_search import best_words
 from bank_service.catalog.sqlite.prepared import Prepared, among, listed
 from bank_service.catalog.sqlite.quota import usage
@@ -157,9 +156,6 @@ class SqliteView:
         return gradients.totals(self._connection, may_see)
 
     # Purges
-
-    def uncleaned_words(self) -> dict[int, int]:
-        return uncleaned(self._connection)
 
     def pending_erasures(self, after: int, limit: int) -> list[Erasure]:
         return erasures.pending(self._connection, after, limit)

@@ -66,7 +66,8 @@ def fill_words(connection: sa.Connection) -> None:
 def uncleaned(connection: sa.Connection) -> dict[int, int]:
     """Table number → number of removed documents, for tables that still hold their words."""
     columns = lexical_spaces.c
-    query = sa.select(columns.number, columns.num_removed).where(columns.num_removed > 0)
+    # Below 0 where an older version counted removals twice.
+    query = sa.select(columns.number, columns.num_removed).where(columns.num_removed != 0)
     return {int(number): int(count) for number, count in connection.execute(query)}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,41 @@ def test_no_more_words_than_count(catalog: SqliteCatalog) -> None:
     assert found != best(catalog, f"{rarest} {text}", 60)
 
 
+def has_word(path: Path) -> bool:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return b"quilegren" in path.read_bytes()
+
+
 def test_a_deleted_documents_rare_word_leaves_the_file(catalog: SqliteCatalog, tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
-
-    def has_word() -> bool:
-        with sqlite3.connect(path) as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return b"quilegren" in path.read_bytes()
-
     catalog.put(document("rare", "the quilegren"), gradient(), None).result()
-    assert has_word()
+    assert has_word(path)
     catalog.delete("n", "rare", None).result()
-    assert has_word(), "else this test shows nothing: FTS5 keeps the word until a merge"
+    assert has_word(path), "else this test shows nothing: FTS5 keeps the word until a merge"
     asyncio.run(catalog.words.clean())
-    assert not has_word()
-    with catalog.view() as view:
-        assert view.uncleaned_words() == {}
+    assert not has_word(path)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT sum(num_removed) FROM lexical_spaces").fetchone() == (0,)
+
+
+def test_a_cleaning_that_was_cancelled_in_its_last_step_counts_once(catalog: SqliteCatalog, tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+
+    async def clean_three_times() -> None:
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")  # holds the steps up
+            for _ in range(2):
+                given_up = asyncio.create_task(catalog.words.clean())
+                await asyncio.sleep(0.1)
+                given_up.cancel()
+            last = asyncio.create_task(catalog.words.clean())
+            await asyncio.sleep(0.1)
+        await last
+
+    catalog.delete("n", "0", None).result()
+    asyncio.run(clean_three_times())
+    catalog.put(document("rare", "the quilegren"), gradient(), None).result()
+    catalog.delete("n", "rare", None).result()
+    asyncio.run(catalog.words.clean())
+    assert not has_word(path), "the removals before were counted twice, and this one was taken for cleaned"
