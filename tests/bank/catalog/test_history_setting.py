@@ -49,7 +49,7 @@ async def test_a_start_without_the_flag_keeps_history_as_it_was_last_said(
     _forget_setting(data_dir)
     await scrub(BankConfig(data_dir=data_dir), HashEncoder(), HashEmbedder())
     await serve(first)
-    assert "start the bank once with --history-seconds" in caplog.text
+    assert "until it is started once with --history-seconds" in caplog.text
     async with open_bank(data_dir, history_seconds=7200) as bank:
         assert inside.stores(bank).catalog.history_seconds == 7200
     async with open_bank(data_dir, history_seconds=None) as bank:
