@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from bank_service.wire.errors import BankError, InternalError, from_rpc_error
+from bank_service.wire.generated import bank_pb2 as pb
 from regrad_vllm.client.messages import receipt_of
 from regrad_vllm.client.values import Receipt
 
@@ -29,7 +30,7 @@ class IngestCall:
         self._num_ahead = 0  # documents that were sent and not answered
         self._finished = False
         self._messages: SimpleQueue[Any] = SimpleQueue()  # None ends it
-        self._answers: SimpleQueue[Receipt | BankError | None] = SimpleQueue()
+        self._answers: SimpleQueue[pb.IngestDocumentsResponse | BankError | None] = SimpleQueue()
         self._call = method(iter(self._messages.get, None), metadata=metadata)
         threading.Thread(target=self._read, name="ingest-answers", daemon=True).start()
 
@@ -50,15 +51,19 @@ class IngestCall:
         self._messages.put(None)
 
     def receive(self) -> Receipt | None:
-        """The answer to the oldest document that has none. Waits for it. None after the last. BankError."""
+        """The answer to the oldest document that has none. Waits for it. None after the last. BankError.
+
+        ValueError for an answer of another version's bank.
+        """
         answer = self._answers.get()
         if isinstance(answer, BankError):
             raise answer
         if answer is not None:
             self._num_ahead -= 1
-        elif self._num_ahead or not self._finished:
+            return receipt_of(answer)
+        if self._num_ahead or not self._finished:
             raise InternalError("the bank must answer every document of a stream, it ended the stream before")
-        return answer
+        return None
 
     def cancel(self) -> None:
         """Ends the call, where it hasn't ended, and its threads."""
@@ -68,7 +73,7 @@ class IngestCall:
     def _read(self) -> None:
         try:
             for message in self._call:
-                self._answers.put(receipt_of(message))
+                self._answers.put(message)
         except grpc.RpcError as error:
             self._answers.put(from_rpc_error(error))
         else:

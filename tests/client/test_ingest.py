@@ -6,11 +6,15 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from bank_service.errors import InvalidArgumentError, UnavailableError
+from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.client import AsyncBank, Bank, Document, Receipt
 from tests.client.conftest import Call, bank_process
 
@@ -136,3 +140,24 @@ def test_what_has_a_receipt_outlives_a_bank_that_is_killed(tmp_path: Path) -> No
 def test_a_stream_must_have_room_for_a_document(address: str, in_flight: int) -> None:
     with Bank(address) as bank, pytest.raises(ValueError, match="in_flight must be at least 1"):
         list(bank.ingest([], in_flight=in_flight))
+
+
+class LaterBank(bank_pb2_grpc.BankServiceServicer):
+    """A bank of a later version: it has an outcome more."""
+
+    def IngestDocuments(self, request_iterator: Iterator[Any], context: object) -> Iterator[Any]:
+        for _ in request_iterator:
+            yield bank_pb2.IngestDocumentsResponse(id="a", outcome=17)  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(30)
+def test_an_answer_that_this_client_does_not_know_is_an_error_and_not_waited_for() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    bank_pb2_grpc.add_BankServiceServicer_to_server(LaterBank(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Bank(f"127.0.0.1:{port}") as bank, pytest.raises(ValueError, match="17"):
+            list(bank.ingest([Document("a", "A text.")]))
+    finally:
+        server.stop(None).wait()
