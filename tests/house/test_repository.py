@@ -106,3 +106,16 @@ def test_the_generated_protobuf_code_is_what_the_contract_gives() -> None:
     from bank_service.wire.generate import compile_contract, stale_files
 
     assert not stale_files(compile_contract(ROOT / "proto"), ROOT / "bank_service/wire/generated")
+
+
+def test_ci_has_a_rule_for_each_long_test_and_its_rules_name_tests_that_exist() -> None:
+    table = (ROOT / ".ci" / "run").read_text("utf-8").split('table="\n')[1].split('\n"')[0]
+    targets = [line.split()[1].partition("::") for line in table.splitlines()]
+    for path, _, test in targets:
+        assert (ROOT / path).exists() and (not test or f"def {test}(" in (ROOT / path).read_text("utf-8")), path
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    marked = [file for file in files if "mark.only_test_all" in file.read_text("utf-8") and file != Path(__file__)]
+    assert len(marked) > 3
+    for file in marked:
+        own = file.parent if file.name == "conftest.py" else file
+        assert any(own.is_relative_to(ROOT / path) for path, _, test in targets if not test), own
