@@ -54,11 +54,11 @@ class _Export(argparse.Action):
 
 
 @contextmanager
-def connect(address: str, spec: GradientSpec | None = None) -> Iterator[Bank]:
+def connect(address: str, spec: GradientSpec | None = None, timeout_ms: int | None = None) -> Iterator[Bank]:
     """A client of the bank. A failed call inside is a CommandError that says what the bank said."""
     from regrad_vllm.client import Bank
 
-    with Bank(address, spec=spec) as bank:
+    with Bank(address, spec=spec, timeout_ms=timeout_ms) as bank:
         try:
             yield bank
         except BankError as error:

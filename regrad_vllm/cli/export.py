@@ -13,6 +13,8 @@ from regrad_vllm.console import CommandError, UsageError, count, say
 if TYPE_CHECKING:
     from bank_service.wire.codec import GradientSpec
 
+_TIMEOUT_MS = 30_000
+
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     parser = commands.add_parser("export", help="documents as a plain PEFT adapter", description=__doc__)
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     learner = Learner.load(args.learner or shipped_learner())
     spec = learner.spec
-    records = fetch_records(args.bank, args.namespace, spec, args.document)
+    records = fetch_records(args.bank, args.namespace, spec, args.document, timeout_ms=_TIMEOUT_MS)
     deltas = [decode_gradient(record, spec) for record in records]
     gamma = learner.config.gamma if args.gamma is None else args.gamma
     adapter = compose(learner.phi, deltas, [1.0] * len(deltas), gamma)
@@ -45,12 +47,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_records(address: str, namespace: str, spec: GradientSpec, document_ids: Sequence[str]) -> list[bytes]:
-    """The gradient record of each document. CommandError where one is unknown, damaged or of another learner."""
+def fetch_records(
+    address: str, namespace: str, spec: GradientSpec, document_ids: Sequence[str], *, timeout_ms: int
+) -> list[bytes]:
+    """The gradient record of each document. CommandError where one is unknown, damaged or of another learner.
+
+    timeout_ms: for each of the two calls to the bank.
+    """
     from bank_service.wire.codec import record_digest
     from regrad_vllm.client import Query
 
-    with connect(address, spec) as bank:
+    with connect(address, spec, timeout_ms) as bank:
         hits = bank.query(Query(namespace=namespace, document_ids=tuple(document_ids))).hits
         digests = [hit.gradient_digest for hit in hits]
         records = dict(bank.fetch(list(dict.fromkeys(digests))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from bank_service.wire.codec import GradientSpec
 from regrad_vllm.cli import main
+from regrad_vllm.cli.export import fetch_records
 from regrad_vllm.cli.main import build_parser, explained
+from regrad_vllm.console import CommandError
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "127.0.0.1:1"  # nothing listens on port 1
@@ -153,3 +157,11 @@ def test_a_missing_httpx_is_answered_with_an_extra_that_brings_it(command: str) 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     brought = [requirement for extra in advised[1].split(",") for requirement in extras[extra]]
     assert any(requirement.startswith("httpx>=") for requirement in brought)
+
+
+def test_an_export_gives_a_bank_up_that_does_not_answer() -> None:
+    spec = GradientSpec("f" * 64, "1" * 16, ((2, 3),))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(CommandError, match="(?i)deadline"):
+            fetch_records(address, "default", spec, ["a"], timeout_ms=300)
