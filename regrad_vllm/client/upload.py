@@ -46,7 +46,7 @@ class UploadOutcome:
         return ", ".join(parts)
 
 
-class UploadError(Exception):
+class UploadError(RuntimeError):
     """An upload that ended early. ``place`` is that of the document at fault, empty where none is."""
 
     def __init__(self, error: BankError, place: str, num_stored: int) -> None:

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from regrad_vllm.cli import main
 from regrad_vllm.cli.export import fetch_records
 from regrad_vllm.cli.main import build_parser, explained
 from regrad_vllm.console import CommandError
+from regrad_vllm.demo import story
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "127.0.0.1:1"  # nothing listens on port 1
@@ -165,3 +167,14 @@ def test_an_export_gives_a_bank_up_that_does_not_answer() -> None:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(CommandError, match="(?i)deadline"):
             fetch_records(address, "default", spec, ["a"], timeout_ms=300)
+
+
+def test_an_upload_that_ends_early_in_the_demo_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(story, "start_bank", lambda *_: (None, NOWHERE))
+    monkeypatch.setattr(story, "start_server", lambda *_: (None, ""))
+    assert main(["demo", "--model", str(tmp_path)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("regrad demo: ") and said.endswith("(0 documents before it are in)")
