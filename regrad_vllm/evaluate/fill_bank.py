@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bank_service.errors import BankError
 from bank_service.wire.codec import DEFAULT_CODEC, encode_gradient
 from regrad_vllm.client import Bank, Document
 from regrad_vllm.data.questions import SourceDocument
@@ -14,13 +15,16 @@ from regrad_vllm.learner import Learner
 
 
 def ingest(documents: Sequence[SourceDocument], address: str, namespace: str) -> None:
-    """Stores the documents, with a progress bar. BankError if one is refused."""
+    """Stores the documents, with a progress bar. RuntimeError if the bank refuses one or can't be reached."""
     from tqdm import tqdm
 
     with Bank(address) as bank:
         receipts = bank.ingest(map(_as_stored, documents), namespace=namespace)
-        for _ in tqdm(receipts, total=len(documents), unit="doc", desc="ingest"):
-            pass
+        try:
+            for _ in tqdm(receipts, total=len(documents), unit="doc", desc="ingest"):
+                pass
+        except BankError as error:
+            raise RuntimeError(f"the bank at {address} must take the documents: {error.message}") from error
 
 
 def upload(

@@ -109,7 +109,7 @@ def _name(kind: str, data: EvalData) -> str:
 
 @contextmanager
 def ingested(corpus: Corpus, bank: str, learner: Learner, *, keep: bool) -> Iterator[Ingested]:
-    """Stores a corpus in its namespace for the time of the context. BankError.
+    """Stores a corpus in its namespace for the time of the context. RuntimeError if the bank refuses it, BankError.
 
     At the end the new documents are deleted, also after a failed ingest. ``keep`` leaves them in the bank.
     """

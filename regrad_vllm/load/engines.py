@@ -135,7 +135,8 @@ async def opened(
             client = httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=limits)
             return await stack.enter_async_context(client)
 
-        bank = AsyncBank(addresses.bank, spec=learner.spec, timeout_ms=_BANK_TIMEOUT_MS)
+        # One try, as the server makes: a failed call is counted, and no pause between tries is measured.
+        bank = AsyncBank(addresses.bank, spec=learner.spec, timeout_ms=_BANK_TIMEOUT_MS, attempts=1)
         stack.push_async_callback(bank.close)
         parts = {corpus.name: corpus.parts for corpus in corpora if corpus.parts is not None}
         text_bytes = {
