@@ -38,7 +38,6 @@ from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.launch import merged_modules
 
-_SERVERS = ("ours", "stock", "filtered")
 _NAMESPACE, _MODEL = "decode", "base"
 Bodies = Callable[[int, int], dict[str, Any]]  # (repeat, number of the request) → what names its adapter
 
