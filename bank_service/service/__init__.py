@@ -1,1 +1,1 @@
-"""gRPC in front of the bank: server, messages, who may do what, how much at once."""
+"""The bank's gRPC server: its methods, messages, permissions and limits."""

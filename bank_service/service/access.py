@@ -1,4 +1,4 @@
-"""Permissions: scopes on namespaces. The servicer asks here for each request, before anything is done for it.
+"""Permissions: scopes on namespaces. The servicer checks each request here before it does any work for it.
 
 A refusal is the same whether the namespace exists or not.
 """
@@ -18,7 +18,7 @@ _SCHEME = "bearer "
 
 
 class Scope(Enum):
-    """A permission of a token in its namespaces. Admin includes the others."""
+    """A permission of a token in its namespaces. ADMIN includes the others."""
 
     READ = "read"
     WRITE = "write"
@@ -39,7 +39,8 @@ class Grant:
 
     @property
     def sees_everything(self) -> bool:
-        """Admin of all namespaces: also of what belongs to none of them, as the cache's figures."""
+        """Whether the token is admin of all namespaces. Then it may also see data of no namespace, such as the cache's
+        figures."""
         return Scope.ADMIN in self.scopes and ALL_NAMESPACES in self.namespaces
 
 
@@ -47,27 +48,28 @@ class Grants(Protocol):
     """Where the tokens are known."""
 
     def find(self, secret: str) -> Grant | None:
-        """The present permissions of the token with this secret; None for an unknown one."""
+        """The present permissions of the token with this secret; None for an unknown token."""
 
 
 class Caller:
-    """One call's rights. Looked up again for each request of a stream: a token taken away ends the stream."""
+    """The permissions of one call. They are read again for each request, so a removed token ends its streams."""
 
     def __init__(self, find: Callable[[], Grant | None]) -> None:
         self._find = find
 
     @property
     def grant(self) -> Grant:
-        """UnauthenticatedError where the token is unknown, or no longer known."""
+        """The present permissions. UnauthenticatedError if the token is unknown, or no longer known."""
         grant = self._find()
         if grant is None:
             raise UnauthenticatedError("the token must be one that this bank knows, got another; was it taken away?")
         return grant
 
     def check(self, scope: Scope, namespace: str) -> None:
-        """``namespace`` as the request has it, empty for the default. UnauthenticatedError, PermissionDeniedError."""
+        """Checks a scope in a request's namespace; empty stands for the default. UnauthenticatedError,
+        PermissionDeniedError."""
         grant = self.grant
-        namespace = (namespace or DEFAULT_NAMESPACE)[: MAX_NAMESPACE_CHARS + 1]  # a longer one is nobody's
+        namespace = (namespace or DEFAULT_NAMESPACE)[: MAX_NAMESPACE_CHARS + 1]  # no namespace has a longer name
         if not grant.allows(scope, namespace):
             raise PermissionDeniedError(
                 f"the token {grant.name!r} must have scope {scope.value} in namespace {namespace!r}; "
@@ -77,8 +79,8 @@ class Caller:
             )
 
     def check_anywhere(self, scope: Scope) -> None:
-        """Whether there is a namespace at all in which the caller has the scope: before a stream names one.
-        UnauthenticatedError, PermissionDeniedError."""
+        """Checks that the caller has the scope in some namespace, before a stream names one. UnauthenticatedError,
+        PermissionDeniedError."""
         grant = self.grant
         if not any(grant.allows(scope, namespace) for namespace in grant.namespaces):
             raise PermissionDeniedError(
@@ -95,13 +97,13 @@ EVERYTHING = Grant("(no tokens)", frozenset(Scope), frozenset({ALL_NAMESPACES}))
 
 
 class Authority:
-    """Makes a caller of a call's metadata. Without ``grants`` the bank is open to all."""
+    """Finds the caller in a call's metadata. Without ``grants``, every caller may do everything."""
 
     def __init__(self, grants: Grants | None) -> None:
         self._grants = grants
 
     def caller(self, metadata: object) -> Caller:
-        """UnauthenticatedError where no token, or an unknown one, came with the call."""
+        """The caller of a call. UnauthenticatedError if the call has no token, or an unknown one."""
         grants = self._grants
         if grants is None:
             return Caller(lambda: EVERYTHING)

@@ -1,7 +1,7 @@
-"""Calls in progress, counted and bounded.
+"""Counts and limits the calls in progress.
 
-The bank refuses at once what it doesn't take on, and says when to come back. An ingest stream has a bounded number of
-documents under way and reads no further. So the bank's memory doesn't grow with its callers.
+The bank refuses a call above a limit at once, and says when to try again. An ingest stream has a limited number of
+documents under way, and reads no further meanwhile. So the bank's memory doesn't grow with its callers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Admission:
 
     @contextmanager
     def admitted(self, method: str) -> Iterator[Permit]:
-        """A permit for one call, until it ends. OverloadedError where there is none left."""
+        """Gives a permit for one call, inside the block. OverloadedError if none is free."""
         kinds = ["calls", *({_KINDS[method]} if method in _KINDS else ())]
         for kind in kinds:
             if self._in_progress[kind] >= self._most[kind]:
@@ -49,7 +49,7 @@ class Admission:
             self._in_namespace += Counter()  # drops the zeros
 
     def enter(self, namespace: str) -> None:
-        """QuotaExceededError where the namespace has as many requests in flight as it may have."""
+        """Counts a request in a namespace. QuotaExceededError if the namespace has reached its limit of requests."""
         most = self._limits_of(namespace).max_requests
         if most and self._in_namespace[namespace] >= most:
             raise QuotaExceededError(
@@ -63,7 +63,7 @@ class Admission:
 
 
 class Permit:
-    """One call's permit. Until it ends, a stream is one request in each namespace that its documents belong to."""
+    """The permit of one call. A stream counts as one request in each namespace of its documents, until it ends."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -76,17 +76,18 @@ class Permit:
 
 
 class Call:
-    """The permissions and places of a call. The servicer asks for each request, before anything is done for it."""
+    """The permissions and the permit of a call. The servicer checks each request before it does any work for it."""
 
     def __init__(self, caller: Caller, permit: Permit) -> None:
         self.caller = caller
         self._permit = permit
 
     def check(self, scope: Scope, namespace: str) -> None:
-        """UnauthenticatedError, PermissionDeniedError; QuotaExceededError where too many are in flight."""
+        """Checks a scope in a namespace and counts the request there. UnauthenticatedError, PermissionDeniedError,
+        QuotaExceededError."""
         self.caller.check(scope, namespace)
         self.enter(namespace or DEFAULT_NAMESPACE)
 
     def enter(self, namespace: str) -> None:
-        """Counts the call in a namespace that it names by nothing but its content. QuotaExceededError."""
+        """Counts the call in a namespace that its request does not name, such as a gradient's. QuotaExceededError."""
         self._permit.enter(namespace)

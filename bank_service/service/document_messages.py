@@ -1,4 +1,4 @@
-"""Documents on the wire: requests become documents, what is stored becomes responses."""
+"""Documents on the wire: turns requests into documents, and stored documents into responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OUTCOMES = {
 
 
 def document_of(message: pb.Document) -> Document:
-    """InvalidArgumentError names the field."""
+    """The document of a message. InvalidArgumentError names the field."""
     return Document(message.namespace, message.id, message.title, message.text, dict(message.metadata))
 
 
@@ -65,7 +65,7 @@ def document_response(stored: StoredDocument) -> pb.GetDocumentResponse:
 
 
 def page_of(request: pb.ListDocumentsRequest) -> tuple[str, int]:
-    """(the id after which the page begins, documents in it). InvalidArgumentError."""
+    """(the id after which the page begins, the number of documents in it). InvalidArgumentError."""
     if request.page_size > limits.MAX_PAGE_SIZE:
         raise InvalidArgumentError(
             f"page_size must be at most {limits.MAX_PAGE_SIZE}, got {request.page_size}", field="page_size"
@@ -74,7 +74,7 @@ def page_of(request: pb.ListDocumentsRequest) -> tuple[str, int]:
 
 
 def list_response(entries: Sequence[ListEntry], size: int) -> pb.ListDocumentsResponse:
-    """A page of ``size``. Where there are more entries, another page follows."""
+    """A page of at most ``size`` entries. If there are more, it has the token of the next page."""
     page = entries[:size]
     return pb.ListDocumentsResponse(
         documents=[

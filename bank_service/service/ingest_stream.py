@@ -1,4 +1,4 @@
-"""One ingest stream: many documents under way at once, acknowledged in the order in which they came."""
+"""One ingest stream. Many documents are under way at once, and are acknowledged in the order of arrival."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ T = TypeVar("T")
 
 
 class Patience:
-    """How long an ingest stream waits for a client that does nothing. Such a stream has a permit that others need.
+    """Ends an ingest stream whose client does nothing for too long, because its permit is needed by others.
 
-    gRPC's keepalive can't do this. It is made for a client that is dead or cut off and answers no ping. A client that
-    is alive but sends nothing answers every ping. And while a put is under way, the client waits for the bank, as only
-    the bank knows.
+    gRPC's keepalive can't do this. It detects a client that answers no ping, because it is dead or cut off. A client
+    that is alive but sends nothing answers every ping. Also, only the bank knows that a client waits for a put.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -30,7 +29,7 @@ class Patience:
         self._since = self._loop.time()
 
     async def heard(self, requests: AsyncIterator[T]) -> AsyncIterator[T]:
-        """``requests``. Each of them shows that the client is active."""
+        """Passes ``requests`` on. Each request shows that the client is active."""
         async for request in requests:
             self.renew()
             yield request
@@ -39,14 +38,14 @@ class Patience:
         self._since = self._loop.time()
 
     async def of(self, waiting: Callable[[], Awaitable[T]]) -> T:
-        """The result of ``waiting``. DeadlineExceededError where the client is silent for too long meanwhile."""
+        """Awaits ``waiting`` and returns its result. DeadlineExceededError if the client is silent for too long."""
         while True:
             try:
                 async with asyncio.timeout_at(self._since + self._seconds):
                     return await waiting()
             except TimeoutError:
                 if self._loop.time() < self._since + self._seconds:
-                    continue  # parts of a record came meanwhile
+                    continue  # parts of a record arrived meanwhile
                 raise DeadlineExceededError(
                     f"an ingest stream must send something or end within {self._seconds:g} s (ingest_idle_seconds) of "
                     "the last answer, got nothing; what was acknowledged is stored, send the rest on another stream"
@@ -56,11 +55,10 @@ class Patience:
 async def acknowledge_in_order(
     puts: AsyncIterator[Put], window: int, patience: Patience
 ) -> AsyncGenerator[PutResult, None]:
-    """Results of ``puts`` in order, up to ``window`` running at once.
+    """Runs up to ``window`` of ``puts`` at once and gives their results in order.
 
-    The first error, of a put or of ``puts`` itself, is raised after the results before it, and carries its index.
-    Later puts are cancelled; they may or may not have been stored. ``patience`` does not run out while a put is
-    under way.
+    The first error comes after all results before it, with its index. ``puts`` itself may raise it, or one put. Later
+    puts are cancelled; they may or may not have been stored. ``patience`` does not run out while a put is under way.
     """
     started: asyncio.Queue[asyncio.Task[PutResult] | BaseException | None] = asyncio.Queue(window)
     tasks: set[asyncio.Task[PutResult]] = set()
@@ -94,7 +92,7 @@ async def _start_all(
             task = asyncio.create_task(put)
             tasks.add(task)
             await started.put(task)
-    except Exception as error:  # noqa: BLE001 - raised by the consumer, in order
+    except Exception as error:  # noqa: BLE001 - the consumer raises it, in order
         await started.put(error)
     else:
         await started.put(None)
@@ -103,10 +101,10 @@ async def _start_all(
 async def uploads(
     requests: AsyncIterator[pb.IngestGradientsRequest], max_bytes: int, check: Callable[[str], None]
 ) -> AsyncIterator[tuple[pb.IngestGradientsRequest.Header, bytes]]:
-    """Each header with its whole record. InvalidArgumentError where parts are missing, too large or out of order.
+    """Gives each header with its whole record. InvalidArgumentError if parts are missing, too large or out of order.
 
-    ``check`` is called with each document's namespace before its record is read. Memory grows with the bytes that have
-    come, not with those that the header announces.
+    ``check`` gets each document's namespace before its record is read. Memory grows with the received bytes, not with
+    the size that the header announces.
     """
     header: pb.IngestGradientsRequest.Header | None = None
     record = bytearray()

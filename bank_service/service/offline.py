@@ -1,4 +1,4 @@
-"""A bank without its server, for work on a folder that no bank serves."""
+"""Opens a bank without its server, for work on the folder of a stopped bank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bank_service.values.encoder import Encoder
 async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> AsyncIterator[Bank]:
     """Opens the bank of ``config.data_dir``, which must exist. FileNotFoundError; the errors of ``BankServer.start``.
 
-    Past versions stay, also expired ones: only a bank that is served drops them.
+    Expired past versions stay. Only a running server drops them.
     """
     if not config.data_dir.is_dir():
         raise FileNotFoundError(f"{config.data_dir} must be the folder of a bank, it does not exist")
@@ -40,6 +40,6 @@ async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None
 
 
 async def scrub(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> ScrubCounts:
-    """Verifies every gradient of the folder and repairs what can be."""
+    """Verifies every gradient of the folder and repairs those that it can."""
     async with opened(config, encoder, embedder) as bank:
         return await bank.scrub()

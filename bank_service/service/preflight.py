@@ -1,6 +1,6 @@
-"""Finds in a moment what would keep a bank from starting, before a model is loaded for it.
+"""Checks quickly whether a bank could start, before its model is loaded.
 
-``BankServer.start`` finds out again when it takes the folder and the ports: anything can happen between the two.
+``BankServer.start`` checks again when it takes the folder and the ports, because either may be taken meanwhile.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from bank_service.wire.ports import check_port
 
 
 def check_startable(config: BankConfig) -> None:
-    """Creates nothing and keeps nothing. BankInUseError where another bank has the folder. RuntimeError where a port is
-    taken. OSError, ValueError where the tokens file or a file for TLS can't be used."""
+    """Raises the error that would stop the bank's start. It creates and keeps nothing.
+
+    BankInUseError if another bank has the folder. RuntimeError if a port is taken. OSError or ValueError if the tokens
+    file or a file for TLS can't be used.
+    """
     DataDir(config.data_dir).check_free()
     if config.tokens_file is not None:
         TokensFile(config.tokens_file)

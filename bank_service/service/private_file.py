@@ -1,4 +1,4 @@
-"""Files with secrets in them: others on the machine must not be able to read or change them."""
+"""Checks files with secrets. Other users of the machine must not be able to read or change them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def check_private(path: Path, setting: str) -> None:
-    """OSError where there is no such file; ValueError where anybody on the machine may read or write it."""
+    """OSError if there is no such file. ValueError if every user of the machine may read or write it."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

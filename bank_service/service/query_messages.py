@@ -1,4 +1,4 @@
-"""Queries on the wire: a request becomes a query, a result a response."""
+"""Queries on the wire: turns requests into queries, and results into responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bank_service.wire.generated import bank_pb2 as pb
 
 
 def query_of(request: pb.QueryRequest) -> Query:
-    """InvalidArgumentError names the field."""
+    """The query of a request. InvalidArgumentError names the field."""
     return Query(
         namespace=request.namespace,
         text=request.text,
@@ -29,7 +29,7 @@ def query_of(request: pb.QueryRequest) -> Query:
 
 
 def check_batch(request: pb.BatchQueryRequest) -> None:
-    """InvalidArgumentError where there are too many queries, before anything is done for each."""
+    """InvalidArgumentError if there are too many queries. Call it before the work for each query."""
     if not 1 <= len(request.queries) <= limits.MAX_BATCH_QUERIES:
         raise InvalidArgumentError(
             f"queries must be 1..{limits.MAX_BATCH_QUERIES}, got {len(request.queries)}", field="queries"
@@ -37,7 +37,7 @@ def check_batch(request: pb.BatchQueryRequest) -> None:
 
 
 def queries_of(request: pb.BatchQueryRequest) -> list[Query]:
-    """InvalidArgumentError names the field as ``queries[i].field``."""
+    """The queries of a batch. InvalidArgumentError names the field as ``queries[i].field``."""
     queries = []
     for index, item in enumerate(request.queries):
         try:

@@ -1,4 +1,4 @@
-"""Reports on the wire: the bank's figures, and the progress of long work."""
+"""Reports on the wire: the bank's figures, and the progress of snapshots and recoding."""
 
 from __future__ import annotations
 

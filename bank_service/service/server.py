@@ -38,18 +38,18 @@ __all__ = ["BankAddress", "BankServer", "run_bank", "serve"]
 
 logger = logging.getLogger(__name__)
 
-_SPARE_CALLS = 256  # for health, reflection, and calls that are refused with a reason
+_SPARE_CALLS = 256  # calls beyond ``max_calls``, for health, reflection and refusals with a reason
 SERVICE = bank_pb2.DESCRIPTOR.services_by_name["BankService"].full_name
 
 
 class BankServer:
     """A running bank: ``async with BankServer(config, encoder) as server: server.address``.
 
-    Start it in the main thread of its process: the embedded Redis server ends with the thread that started it.
+    Start it in the main thread of its process, because the embedded Redis server ends with the thread that started it.
     """
 
     def __init__(self, config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> None:
-        """Without an ``embedder``, the installed MiniLM."""
+        """Without an ``embedder``, the bank uses the installed MiniLM."""
         self.config = config
         self._encoder = encoder
         self._embedder = embedder
@@ -78,7 +78,7 @@ class BankServer:
     async def start(self) -> None:
         """Returns when the bank answers.
 
-        BankInUseError, CollectionMismatchError; RuntimeError where a port or a needed package is missing.
+        BankInUseError, CollectionMismatchError. RuntimeError if a port is taken or a package is missing.
         """
         try:
             await self._start()
@@ -87,7 +87,7 @@ class BankServer:
             raise
 
     async def stop(self) -> None:
-        """Refuses new calls, lets those under way finish for ``drain_seconds``, then closes everything."""
+        """Refuses new calls, waits ``drain_seconds`` at most for calls under way, then closes everything."""
         await self._stack.aclose()
         self._address = None
 
@@ -130,7 +130,7 @@ class BankServer:
         options = [
             ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", limits.MAX_REQUEST_BYTES),
-            ("grpc.so_reuseport", 0),  # two servers on one port: an error
+            ("grpc.so_reuseport", 0),  # without it, two servers could listen on one port
         ]
         # Above this, gRPC refuses calls before it reads them. Below it, admission refuses with a reason.
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self.config.max_calls + _SPARE_CALLS)
@@ -144,7 +144,7 @@ class BankServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         target = target_of(config.host, config.port)
-        # Health and reflection check no tokens: they tell nothing about documents.
+        # Health and reflection need no token, because they reveal nothing about documents.
         try:
             port = (
                 server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
@@ -185,7 +185,7 @@ async def serve(
     ready: Callable[[BankAddress], None] | None = None,
     embedder: Embedder | None = None,
 ) -> None:
-    """Runs a bank until SIGTERM or SIGINT, then drains it. ``ready`` is called when it answers."""
+    """Runs a bank until SIGTERM or SIGINT, then drains it. Calls ``ready`` when the bank answers."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -202,7 +202,7 @@ async def serve(
 
 
 def run_bank(config: BankConfig, encoder: Encoder, *, ready: Callable[[BankAddress], None] | None = None) -> None:
-    """Blocking entry point of a bank process: traces where configured, serves until a signal."""
+    """Blocking entry point of a bank process. It configures tracing, then serves until a signal."""
     stop_tracing = configure_tracing("regrad-bank")
     try:
         asyncio.run(serve(config, encoder, ready=ready))

@@ -1,6 +1,6 @@
-"""The bank's methods on the wire: a message comes in, the bank is called, a message goes out.
+"""The methods of the gRPC service. Each reads a message, calls the bank, and sends a message.
 
-``…_messages.py`` make values of messages and back. Every domain error becomes a status here, by ``wire/errors.py``.
+``…_messages.py`` convert between messages and values. ``wire/errors.py`` turns every domain error into a status.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from bank_service.wire.tracing import extract, span
 
 logger = logging.getLogger(__name__)
 
-DOCUMENT_WINDOW = 32  # documents of one stream under way
-UPLOAD_WINDOW_BYTES = 32 * 2**20  # of records, of one stream under way
+DOCUMENT_WINDOW = 32  # documents of one stream that are under way at once
+UPLOAD_WINDOW_BYTES = 32 * 2**20  # bytes of one stream's records that are under way at once
 
 
 class BankServicer(bank_pb2_grpc.BankServiceServicer):
-    """The bank's methods on the wire. Streams are written to by hand, so that each call stays in one task."""
+    """The methods of the gRPC service. They write to streams directly, so that each call stays in one task."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
         idle_seconds: float,
         unread_seconds: float,
     ) -> None:
-        """After ``idle_seconds``, an ingest stream ends whose client does nothing. After ``unread_seconds``, any other
-        stream ends whose client does not read."""
+        """An ingest stream ends if its client does nothing for ``idle_seconds``. Any other stream ends if its client
+        does not read for ``unread_seconds``."""
         self._bank = bank
         self._idle_seconds = idle_seconds
         self._unread_seconds = unread_seconds
@@ -179,7 +179,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
 
     @asynccontextmanager
     async def _answering(self, context: Context, method: str) -> AsyncIterator[Call]:
-        """Around a call: its caller and its permit, its span, its metrics, and its errors as statuses."""
+        """Runs a call inside the block: checks the caller, takes a permit, traces, measures, and sends errors as
+        statuses."""
         started = time.monotonic()
         code = grpc.StatusCode.OK
         try:

@@ -1,4 +1,4 @@
-"""The bank's side of TLS: its certificate, and the authority that signs its clients'."""
+"""The bank's side of TLS: its certificate, and the authority that signs its clients' certificates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bank_service.values.config import BankConfig
 
 
 def server_credentials(config: BankConfig) -> grpc.ServerCredentials | None:
-    """None for a bank without TLS. OSError, ValueError where a file can't be used."""
+    """Reads the files for TLS; None for a bank without TLS. OSError or ValueError if a file can't be used."""
     if config.tls_cert is None or config.tls_key is None:
         return None
     check_private(config.tls_key, "tls_key")
@@ -28,6 +28,6 @@ def _pem(path: Path, setting: str, mark: str) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise OSError(f"{setting} must be a readable file, got {path}: {error.strerror}") from None
-    if mark.encode() not in content:  # gRPC would say no more than that the port can't be bound
+    if mark.encode() not in content:  # gRPC would only report that the port can't be bound
         raise ValueError(f"{setting} must be a PEM file with {mark.strip('-')}, got {path}")
     return content

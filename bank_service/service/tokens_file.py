@@ -1,12 +1,12 @@
-"""The file of --tokens-file: digests of tokens with what they allow, and limits of single namespaces. TOML:
+"""The file of --tokens-file, in TOML. It has the tokens' digests and permissions, and limits of single namespaces:
 
     tokens."ci" = { sha256 = "9f86…", scopes = ["read", "write"], namespaces = ["team-a"] }
     limits."team-a" = { max_documents = 10000, max_bytes = 1000000000, max_requests = 16 }
 
-A token is 256 random bits, so one round of SHA-256 keeps it as safe as a slow hash would.
+A token has 256 random bits, so one round of SHA-256 protects it as well as a slow hash.
 
-The file is read again when it has changed. An unusable file is an error at the start. Later the bank goes on with the
-tokens that it had read before, and its log says so. So a slip of the pen neither opens the bank nor stops it.
+The bank reads the file again when it has changed. At the start, an unusable file is an error. Later the bank keeps the
+last usable tokens and logs an error. So a mistake in the file neither opens the bank to all nor stops it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bank_service.values.namespace_limits import NamespaceLimits
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "regrad_"  # by which scanners for leaked secrets find one
+PREFIX = "regrad_"  # scanners for leaked secrets find a token by it
 _SECRET = re.compile(rf"{PREFIX}[\w-]{{43}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TOKEN_KEYS = {"sha256", "scopes", "namespaces"}
@@ -42,21 +42,21 @@ _TOKEN_KEYS = {"sha256", "scopes", "namespaces"}
 @dataclass(frozen=True, slots=True)
 class _Contents:
     grants: Mapping[bytes, Grant]  # by the digest of the secret
-    limits: Mapping[str, Mapping[str, int]]  # by namespace: those that are set
+    limits: Mapping[str, Mapping[str, int]]  # namespace → its limits in the file
 
 
 class TokensFile:
-    """The grants and limits of a file, as it is now. Safe to use from many threads."""
+    """The present grants and limits of a file. Safe to use from many threads."""
 
     def __init__(self, path: Path) -> None:
-        """OSError, ValueError where the file can't be used."""
+        """Reads the file. OSError or ValueError if it can't be used."""
         self._path = path
         self._lock = threading.Lock()
         self._stamp = self._stamp_now()
         self._contents = _read(path)
 
     def find(self, secret: str) -> Grant | None:
-        """The permissions of a token. All digests are compared, each in constant time."""
+        """The permissions of a token; None for an unknown one. It compares all digests, each in constant time."""
         digest = hashlib.sha256(secret.encode()).digest()
         found = None
         for known, grant in self._current().grants.items():
@@ -79,7 +79,7 @@ class TokensFile:
             if stamp != self._stamp:
                 try:
                     self._contents = _read(self._path)
-                except OSError as error:  # perhaps not the file's fault: read again at the next call
+                except OSError as error:  # the error may pass: the next call reads the file again
                     logger.error("%s; the bank goes on with the tokens that it had read before", error)
                 except ValueError as error:
                     self._stamp = stamp
@@ -98,7 +98,7 @@ class TokensFile:
 
 
 def new_token(name: str, scopes: Sequence[str], namespaces: Sequence[str]) -> tuple[str, str]:
-    """A secret, and its line for the file. ValueError for a scope or namespace that can't be."""
+    """Makes a token: (its secret, its line for the file). ValueError for an invalid scope or namespace."""
     secret = PREFIX + secrets.token_urlsafe(32)
     entry = {
         "sha256": hashlib.sha256(secret.encode()).hexdigest(),
@@ -106,7 +106,7 @@ def new_token(name: str, scopes: Sequence[str], namespaces: Sequence[str]) -> tu
         "namespaces": list(namespaces),
     }
     _grant(name, entry)
-    # A JSON string or list of strings is TOML, too.
+    # A JSON string or list of strings is also valid TOML.
     pairs = ", ".join(f"{key} = {json.dumps(value)}" for key, value in entry.items())
     return secret, f"tokens.{json.dumps(name)} = {{ {pairs} }}"
 
@@ -126,7 +126,7 @@ def _read(path: Path) -> _Contents:
                 raise ValueError(f"tokens.{name} must have a sha256 of its own, got that of {grants[digest].name}")
             grants[digest] = grant
         return _Contents(grants, {name: _limits(name, entry) for name, entry in _table(parsed, "limits").items()})
-    except ValueError as error:  # of TOML and of UTF-8, too
+    except ValueError as error:  # covers errors of TOML and of UTF-8
         raise ValueError(f"tokens_file {path} can't be used: {error}") from None
 
 
@@ -138,7 +138,7 @@ def _table(parsed: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _grant(name: str, entry: Mapping[str, Any]) -> Grant:
-    # No value is shown: somebody may have put a secret where its digest belongs.
+    # The messages show no values, because somebody may have written a secret in the digest's place.
     if not name.isprintable() or not 1 <= len(name) <= 64:
         raise ValueError("a token's name must have 1..64 printable characters")
     if _SECRET.fullmatch(name):

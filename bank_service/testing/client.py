@@ -1,4 +1,4 @@
-"""A thin client of a bank. Its errors are the bank's own."""
+"""A thin client of a bank. It raises the bank's errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Client:
         self._blocking.close()
 
     async def ingest(self, *documents: pb.Document | dict[str, Any]) -> list[pb.IngestDocumentsResponse]:
-        """Responses in order; raises the error that ended the stream."""
+        """The responses in order. Raises the error that ended the stream."""
         return await self.ingest_requests(
             *(
                 pb.IngestDocumentsRequest(document=pb.Document(**item) if isinstance(item, dict) else item)
@@ -87,7 +87,7 @@ class Client:
             return (await self.stub.BatchQuery(request)).responses
 
     async def fetch(self, digests: Sequence[str]) -> Sequence[tuple[str, bytes]]:
-        """Records in the order in which they came, put together from their chunks."""
+        """(digest, record) in the order of arrival. Each record is joined from its chunks."""
         records: list[tuple[str, bytearray]] = []
         async with own_errors():
             async for part in self.stub.FetchGradients(pb.FetchGradientsRequest(digests=digests)):

@@ -1,1 +1,1 @@
-"""The work that a bank does of itself: compact, erase, expire, verify, repair, recode."""
+"""The work that a bank does in the background: erase, expire, clean, verify, repair and recode."""

@@ -1,18 +1,18 @@
-"""Erases what a purge leaves behind its commit: bytes that no query finds, but that the bank's files still hold.
+"""Erases the traces of purged data. After a purge's commit, no query finds the data, but files still have its bytes.
 
 Each store erases by its own means. The catalog overwrites deleted rows, erases deleted words from its lists and
-empties its log. A namespace's index is built anew without the removed vectors. Gradients leave the blob store and the
-cache. The catalog knows what is left after a crash.
+empties its log. A namespace's index is built again without the removed vectors. Gradients leave the blob store and the
+cache. The catalog records the unfinished erasures, so a crash loses none.
 
-What remains: snapshots of the bank that were made before the purge, and logs and backups of a store that is not the
-bank's own.
+Two kinds of copies remain: snapshots from before the purge, and the logs and backups of a store that the bank does not
+control.
 
-A round rewrites the words and the index of each namespace with a purge. That takes seconds with some thousand
-documents, and with more as long as adding all vectors of the namespace. Rounds are a fifth of the time at most.
+A round rewrites the words and the index of each namespace with a purge. It takes seconds for some thousand documents.
+For more, it takes as long as adding all vectors of the namespace. Rounds take a fifth of the time at most.
 
-What holds a round up is tried again in the next: a reader at an older state of the catalog (the bank's own end within
-seconds), a disk that fails, a snapshot, whose copy of the catalog may have all of it. Gradients that disk or cache
-refuse hold up nothing else.
+Three things can block a round: a read of an older state of the catalog, a failing disk, or a snapshot under way. Reads
+of the bank itself end within seconds. The next round tries again. A gradient that can't be removed blocks only its own
+purge.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from bank_service.search.nearest import Nearest
 logger = logging.getLogger(__name__)
 
 ERASE_SECONDS = 1.0  # between two rounds, so that many purges share one
-REST_FACTOR = 4  # a round rewrites whole files: at most a fifth of the time goes into it
+REST_FACTOR = 4  # the pause is four times as long as the round, because a round rewrites whole files
 MAX_PER_ROUND = 500  # purges that a round rewrites for
 STOP_SECONDS = 3.0
-LATE_SECONDS = 60.0  # after which a purge that is not erased is worth a warning
+LATE_SECONDS = 60.0  # after so long, an unfinished purge is logged as a warning
 
 
 class Eraser:
-    """Erases, and retries what ``Discarder`` could not remove, from one task."""
+    """Erases in one task. It also calls ``Discarder.retry``."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class Eraser:
         self._discarder = discarder
         self._nearest = nearest
         self._pool = pool
-        self._rewritten = 0  # up to this number erasures' words and vectors are gone from the files
-        self._since: dict[int, float] = {}  # erasures that are not finished, and since when they are known, in order
-        self._is_log_empty = False  # of what went from the catalog
+        self._rewritten = 0  # for erasures up to this number, words and vectors are gone from the files
+        self._since: dict[int, float] = {}  # number of each unfinished erasure → the time when it was found, in order
+        self._is_log_empty = False  # the catalog's log has no deleted data
         self._late = Seldom()
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -66,29 +66,29 @@ class Eraser:
         self._task = asyncio.create_task(self._run(), name="bank-eraser")
 
     async def stop(self) -> None:
-        """Ends after a last round, as far as a few seconds go. What is left is done when the bank opens again."""
+        """Ends after a last round of a few seconds at most. The rest is erased when the bank opens again."""
         await cancelled(self._task)
         self._task = None
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 await self.erase()
         except (BankError, OSError, TimeoutError) as error:
-            logger.warning("what purges left is not erased yet (%s); the next start goes on", error)
+            logger.warning("the traces of purges are not all erased (%s); the next start goes on", error)
         except Exception:
-            logger.exception("what purges left is not erased yet; the next start goes on")
+            logger.exception("the traces of purges are not all erased; the next start goes on")
 
     @property
     def num_pending(self) -> int:
-        """Purges of which not all was erased when a round looked last."""
+        """The number of unfinished purges at the last round."""
         return len(self._since)
 
     @property
     def oldest_seconds(self) -> float:
-        """How long the oldest of them is known; 0 where there is none."""
+        """The time since the oldest unfinished purge was found; 0 if there is none."""
         return time.monotonic() - next(iter(self._since.values())) if self._since else 0.0
 
     async def erase(self) -> bool:
-        """One round; false where something is left to be done in another."""
+        """One round. False if another round is needed."""
         async with self._lock:
             return await self._erase()
 
@@ -98,7 +98,7 @@ class Eraser:
         if fresh:
             self._is_log_empty = False
             await self._rewrite({erasure.namespace for erasure in fresh}, sequence)
-            # Neither blob store nor cache is to keep a gradient that nobody names. What they refuse is tried again.
+            # Remove the gradients that no document names from blob store and cache. Failed removals are repeated.
             await self._discarder.discard([digest for erasure in fresh for digest in erasure.digests])
             self._rewritten = fresh[-1].number
         gone = await self._gone()
@@ -108,7 +108,7 @@ class Eraser:
         return await self._empty_log() and not self._since
 
     async def _gone(self) -> list[int]:
-        """Those of which nothing is left but what the log has."""
+        """The numbers of the erasures that have no traces left, except in the catalog's log."""
         now = time.monotonic()
         since: dict[int, float] = {}
         gone: list[int] = []
@@ -126,7 +126,7 @@ class Eraser:
         for start in range(0, len(gone), MAX_PER_ROUND):
             numbers = gone[start : start + MAX_PER_ROUND]
             await asyncio.wrap_future(self._catalog.finish_erasures(numbers))
-            self._is_log_empty = False  # it has their digests
+            self._is_log_empty = False  # the log now has their digests
             for number in numbers:
                 del self._since[number]
 
@@ -154,13 +154,13 @@ class Eraser:
             try:
                 await self.erase()
             except (BankError, OSError) as error:
-                logger.warning("what purges left can't be erased now: %s; trying again", error)
+                logger.warning("the traces of purges can't be erased now: %s; trying again", error)
             except Exception:
-                logger.exception("what purges left can't be erased now; trying again")
+                logger.exception("the traces of purges can't be erased now; trying again")
             if self.oldest_seconds > LATE_SECONDS and self._late.is_due():
                 logger.warning(
                     "%d purges are not erased yet, the oldest since %d s: a long read of the catalog, a snapshot, the "
-                    "disk or the cache holds them up; trying again",
+                    "disk or the cache blocks them; trying again",
                     self.num_pending,
                     self.oldest_seconds,
                 )

@@ -1,4 +1,4 @@
-"""Removes past versions from the catalog when their time is over, and then the gradients that nobody names."""
+"""Removes expired past versions from the catalog, and then the gradients that no document names any more."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bank_service.runtime.background import cancelled
 
 logger = logging.getLogger(__name__)
 
-CLEAN_SECONDS = 5.0  # between two rounds: a version may stay so much longer
+CLEAN_SECONDS = 5.0  # between two rounds; a version may stay so much longer
 STEP = 256  # versions dropped in one write
 
 
 class HistoryCleaner:
-    """Drops expired versions, from one task. The sweep at the next start finds gradients that a crash leaves."""
+    """Drops expired versions, in one task. A crash may leave gradients. The sweep at the next start removes them."""
 
     def __init__(self, catalog: Catalog, discard: Callable[[Iterable[str]], Awaitable[None]]) -> None:
         """``discard`` removes gradients that neither a document nor a past version names."""
@@ -33,7 +33,7 @@ class HistoryCleaner:
         self._task = None
 
     async def clean(self) -> None:
-        """Drops every version whose time is over; all where the bank keeps no history."""
+        """Drops every expired version. If the bank keeps no history, all past versions are expired."""
         seconds = self._catalog.history_seconds
         before_us = (time.time_ns() // 1000 - seconds * 1_000_000) if seconds else None
         while (digests := await asyncio.wrap_future(self._catalog.expire_history(before_us, STEP))) is not None:
@@ -45,6 +45,6 @@ class HistoryCleaner:
                 await self.clean()
                 if not self._catalog.history_seconds:
                     return  # no more versions will come
-            except Exception:  # nothing is lost: versions stay a little longer
+            except Exception:  # versions only stay a little longer
                 logger.exception("expired versions could not be dropped; trying again")
             await asyncio.sleep(CLEAN_SECONDS)

@@ -1,11 +1,11 @@
-"""Gives a collection another codec, while it serves.
+"""Gives a collection another codec, while the bank serves.
 
-The collection takes the new codec at once, in one commit, for everything that is stored from then on. Then every stored
-gradient is decoded and encoded anew, document by document. Each becomes a new version in one commit, so a reader gets
-the old record or the new one, whole. The catalog knows that the work is not done. So a bank that stops or is killed on
-the way goes on when it opens again.
+One commit changes the collection's codec, which holds for all later writes. Then every stored gradient is decoded and
+encoded again, document by document. Each becomes a new version in one commit, so a reader gets the whole old record or
+the whole new one. The catalog records that the work is not done. So a bank that stops meanwhile continues when it opens
+again.
 
-A finer codec doesn't bring back what a coarser one has lost. For that, ingest the documents again.
+A finer codec does not restore the precision that a coarser one has lost. For that, ingest the documents again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bank_service.wire.codec import GradientFormatError, check_choice
 logger = logging.getLogger(__name__)
 
 PAGE = 64  # documents read from the catalog at a time
-_LOOK_SECONDS = 0.5  # between two messages about the progress
+_LOOK_SECONDS = 0.5  # between two reports of progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class RecodeProgress:
     """The state of the work."""
 
     codec: str
-    num_documents: int = 0  # of the collection, when the pass began
-    num_done: int = 0  # looked at
-    num_recoded: int = 0  # of those, had another codec
-    num_failed: int = 0  # keep their old record: it is damaged, or a quota has no room for the new one
+    num_documents: int = 0  # documents of the collection when the work began
+    num_done: int = 0  # documents visited
+    num_recoded: int = 0  # visited documents that had another codec
+    num_failed: int = 0  # documents that keep their old record: it is damaged, or the quota is full
     finished: bool = False
 
 
@@ -50,23 +50,26 @@ class Recoder:
         self._writer = writer
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
-        self._beginning = asyncio.Lock()  # so that two callers don't both begin
+        self._beginning = asyncio.Lock()  # only one of several callers may begin
         self._progress = RecodeProgress(writer.codec)
 
     def resume(self) -> None:
-        """Goes on where an earlier process stopped."""
+        """Continues the work that an earlier process left."""
         with self._stores.catalog.view() as view:
             unfinished = view.is_recoding()
         if unfinished:
             self._start()
 
     async def stop(self) -> None:
-        """Stops. The rest is done when the bank opens again."""
+        """Stops the work. It continues when the bank opens again."""
         await cancelled(self._task)
 
     async def run(self, codec: str) -> AsyncGenerator[RecodeProgress, None]:
-        """Begins, or joins the work under way to the same codec. Reports progress until the end; it goes on without a
-        listener. InvalidArgumentError; UnavailableError while the collection is on its way to another codec."""
+        """Begins the work, or joins the work under way, and reports its progress until the end.
+
+        The work continues if the caller stops listening. InvalidArgumentError for an unknown codec. UnavailableError
+        while the collection is being recoded to another codec.
+        """
         try:
             check_choice(codec[:80])
         except GradientFormatError as error:
@@ -108,7 +111,7 @@ class Recoder:
         recoded = failed = False
         try:
             recoded = await self._writer.recode(stored.document.namespace, stored.document.id)
-        except DataLossError as error:  # the next read repairs it, in the new codec
+        except DataLossError as error:  # the next read repairs the gradient, in the new codec
             failed = True
             logger.error("document %r keeps its gradient: %s", stored.document.id, error)
         except BankError as error:

@@ -1,11 +1,11 @@
-"""Makes a gradient that is lost or damaged on disk again, from the text of its document.
+"""Encodes a document's text again if its gradient is lost or damaged on disk.
 
-Only a gradient of the bank's own encoder can be made again, not an uploaded one. Where the encoder gives the same
-record, the document stays as it is. Where it gives another, the document gets that one as a new version, in one commit.
-A document never has a gradient that its text did not give.
+Only a gradient of the bank's encoder can be repaired, not an uploaded one. If the encoder gives the same record, the
+document does not change. If it gives another record, that becomes a new version of the document, in one commit. So a
+document's gradient always comes from its text.
 
-Past versions are repaired likewise, in the collection's present codec. Where that gives another record, ``as_of``
-answers with the new one. Only the digest then shows that the old gradient is lost.
+Past versions are repaired in the same way, in the collection's present codec. If that gives another record, ``as_of``
+answers with the new record. Then only its digest shows that the old gradient is lost.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from bank_service.wire.codec import record_digest
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 10.0  # so long a reader waits for a repair, which goes on without it
-MAX_OWNERS = 64  # documents of one gradient that are written anew; one is enough where the record is the same
+WAIT_SECONDS = 10.0  # the longest that a reader waits for a repair, which continues without it
+MAX_OWNERS = 64  # documents of one gradient that are written again; one is enough if the record is the same
 
 
 class Mended(enum.Enum):
-    """How a repair ended."""
+    """The outcome of a repair."""
 
-    MADE = enum.auto()  # the record is sound again, or its owners have another one
-    GONE = enum.auto()  # nobody names it any more
+    MADE = enum.auto()  # the record is sound again, or its documents have another one
+    GONE = enum.auto()  # no document names it any more
     LOST = enum.auto()
 
 
 class Repairer:
-    """Repairs gradients. Many readers may find one damaged; it is repaired once."""
+    """Repairs gradients. Several readers of a damaged gradient share one repair."""
 
     def __init__(
         self,
@@ -63,7 +63,8 @@ class Repairer:
         self._running: dict[str, asyncio.Task[Mended]] = {}
 
     async def repair_for_reader(self, digest: str) -> bool:
-        """As ``repair``. UnavailableError where it takes longer than WAIT_SECONDS; the repair goes on."""
+        """Does the same as ``repair``. UnavailableError if it takes longer than WAIT_SECONDS. The repair then
+        continues."""
         try:
             return await asyncio.wait_for(self.repair(digest), WAIT_SECONDS)
         except TimeoutError:
@@ -72,11 +73,12 @@ class Repairer:
             ) from None
 
     async def repair(self, digest: str) -> bool:
-        """True where the record is sound again, or nobody names it any more. False where it is lost."""
+        """Repairs a gradient. True if the record is sound again, or if no document names it any more. False if it is
+        lost."""
         return await self.mend(digest) is not Mended.LOST
 
     async def mend(self, digest: str) -> Mended:
-        """As ``repair``, and says how it ended."""
+        """Does the same as ``repair``, and returns the outcome."""
         task = self._running.get(digest)
         if task is None:
             task = self._background.run(self._repair(digest))
@@ -91,11 +93,11 @@ class Repairer:
             if stored.gradient.num_tokens == UPLOADED:
                 continue
             try:
-                # A document whose gradient is not sound counts as new; see Writer.
+                # The writer treats a document with a damaged gradient as new, so it encodes the text again.
                 await self._writer.put(stored.document, stored.version)
                 is_made = True
             except VersionConflictError:
-                continue  # somebody wrote or deleted it meanwhile
+                continue  # it was written or deleted meanwhile
             except BankError as error:
                 logger.error("gradient %s can't be made again from document %r: %s", digest, stored.document.id, error)
         is_made |= await self._repair_past(digest)
@@ -118,7 +120,7 @@ class Repairer:
         return Mended.LOST
 
     async def _repair_past(self, digest: str) -> bool:
-        """Whether a past version got its record, or another one, anew."""
+        """Repairs the past versions with this gradient. True if one of them got a sound record."""
         is_made = False
         for stored in await in_thread(self._pool, self._past_owners, digest):
             if stored.gradient.num_tokens == UPLOADED or await self._is_sound(digest):
@@ -136,7 +138,7 @@ class Repairer:
         return is_made
 
     async def _remake(self, stored: StoredDocument) -> bool:
-        """Gives a past version the gradient that its text gives now. False where the version is gone."""
+        """Encodes a past version's text again and stores the gradient. False if the version is gone."""
         encoded = await asyncio.wrap_future(self._encodes.submit(stored.document.title, stored.document.text))
         record = encoded.record
         made = Gradient(
@@ -154,7 +156,7 @@ class Repairer:
                 ).result()
 
         is_made = await in_thread(self._pool, write)
-        # Removes the damaged record. Also the new one, where the version was purged or has expired meanwhile.
+        # Remove the damaged record. If the version was purged or expired meanwhile, remove the new one too.
         await self._discarder.discard({stored.gradient.digest, made.digest})
         return is_made
 

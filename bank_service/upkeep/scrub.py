@@ -1,4 +1,4 @@
-"""Reads every gradient again, slowly, to find damage while it can still be repaired."""
+"""Verifies every stored gradient, slowly, to find damage while it can still be repaired."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REST_SECONDS = 3600.0  # between two passes
 
 @dataclass(slots=True)
 class ScrubCounts:
-    """One pass over all gradients."""
+    """The counts of one pass over all gradients."""
 
     num_gradients: int = 0
     num_bytes: int = 0
@@ -31,7 +31,7 @@ class ScrubCounts:
 
 
 class Scrubber:
-    """Verifies the blobs that the catalog names, at a bounded rate. Damaged ones are repaired."""
+    """Verifies the blobs that the catalog names, at a limited rate, and repairs damaged ones."""
 
     def __init__(
         self, stores: Stores, mend: Callable[[str], Awaitable[Mended]], pool: Executor, mib_per_second: float
@@ -43,7 +43,7 @@ class Scrubber:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts passes without end, unless the rate is 0."""
+        """Starts one pass after the other, unless the rate is 0."""
         if self._bytes_per_second:
             self._task = asyncio.create_task(self._run(), name="bank-scrubber")
 
@@ -52,7 +52,7 @@ class Scrubber:
         self._task = None
 
     async def run_once(self) -> ScrubCounts:
-        """One pass. What is written or deleted meanwhile may be missed."""
+        """One pass. It may miss gradients that are written or deleted meanwhile."""
         counts = ScrubCounts()
         after = ""
         while page := await in_thread(self._pool, self._page, after):

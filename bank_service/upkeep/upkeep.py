@@ -1,4 +1,4 @@
-"""The bank's own work, beside its callers': cleaning, expiring, erasing."""
+"""Starts and stops the bank's background workers: they clean, expire and erase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bank_service.upkeep.word_cleaner import WordCleaner
 
 
 class Upkeep:
-    """Its workers, each a task of its own."""
+    """The background workers. Each runs in its own task."""
 
     def __init__(self, stores: Stores, discarder: Discarder, nearest: Nearest, pool: Executor) -> None:
         self.word_cleaner = WordCleaner(stores.catalog.words)
@@ -21,14 +21,14 @@ class Upkeep:
         self.eraser = Eraser(stores, discarder, nearest, pool)
 
     def start(self, *, expires_history: bool) -> None:
-        """``expires_history``: past versions go when their time is over."""
+        """``expires_history``: also starts the worker that drops expired past versions."""
         self.word_cleaner.start()
         if expires_history:
             self.history_cleaner.start()
         self.eraser.start()
 
     async def stop(self) -> None:
-        """To be called before the vector store stops, which the eraser uses."""
+        """Stops the workers. Call it before the vector store stops, because the eraser uses that store."""
         await self.history_cleaner.stop()
         await self.eraser.stop()
         await self.word_cleaner.stop()

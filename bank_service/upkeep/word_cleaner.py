@@ -12,11 +12,11 @@ from bank_service.runtime.background import cancelled
 logger = logging.getLogger(__name__)
 
 CLEAN_SECONDS = 1.0  # between two rounds, so that many deletions share one
-REST_FACTOR = 10  # a round rewrites whole namespaces; it rests ten times as long
+REST_FACTOR = 10  # a round rewrites whole namespaces, so the pause is ten times as long as the round
 
 
 class WordCleaner:
-    """Cleans again and again, from one task."""
+    """Cleans regularly, in one task."""
 
     def __init__(self, words: WordSearch) -> None:
         self._words = words
@@ -34,6 +34,6 @@ class WordCleaner:
             started = time.monotonic()
             try:
                 await self._words.clean()
-            except Exception:  # nobody finds the removed words meanwhile
+            except Exception:  # no search finds the removed words meanwhile
                 logger.exception("deleted words could not be cleaned out of the catalog; trying again")
             await asyncio.sleep(CLEAN_SECONDS + REST_FACTOR * (time.monotonic() - started))

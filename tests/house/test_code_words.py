@@ -23,6 +23,9 @@ FOLDERS = (
     "bank_service/records",
     "bank_service/runtime",
     "bank_service/search",
+    "bank_service/service",
+    "bank_service/testing",
+    "bank_service/upkeep",
 )
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if "generated" not in path.parts)
 # A sentence that starts so and is no question uses a clause as a noun.
