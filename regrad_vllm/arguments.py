@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
-    """An argument's type: a whole number of at least ``least``, at most ``greatest`` where there is one."""
+    """An argument's type: a whole number from ``least`` to ``greatest``. None: no upper limit."""
     rule = f"of at least {least}" if greatest is None else f"in {least}..{greatest}"
 
     def parse(text: str) -> int:

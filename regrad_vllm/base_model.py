@@ -1,4 +1,4 @@
-"""The base model W: load it, name it by its content. Nobody writes to it."""
+"""Loads the base model W, and names it by its content. W is never changed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Keys of config.json that change what the model computes; the rest (library version, dtype on disk, paths)
-# may differ between two copies of one model.
+# The keys of config.json that change the model's function. The others (library version, dtype on disk, paths) may
+# differ between two copies of one model.
 _CONFIG_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
@@ -25,14 +25,14 @@ _HASH_CHUNK_BYTES = 1 << 24
 
 
 class BaseModelError(ValueError):
-    """A model folder is not usable; the message says what and why."""
+    """A model folder can't be used. The message gives the reason."""
 
 
 def base_digest(folder: str | Path) -> str:
     """SHA-256 over a model folder's weights, architecture, vocabulary and chat template, 64 hex digits.
 
-    Weights count by tensor (name, dtype, shape, bytes), so neither sharding nor file order matters. Reads the
-    whole model: about 1 s per GB.
+    Weights count by tensor (name, dtype, shape, bytes), so neither sharding nor the order of files matters. It reads
+    the whole model, at about 1 s per GB.
     """
     folder = Path(folder)
     state = hashlib.sha256(b"regrad.base.v1\0")
@@ -60,7 +60,7 @@ def load_base_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model in eval mode and its tokenizer.
 
-    attention: "sdpa" for first-order work; "eager" where a second derivative is needed.
+    attention: "sdpa", or "eager" if a second derivative is needed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,7 +70,7 @@ def load_base_model(
 
 
 def fast_dtype(device: str) -> torch.dtype:
-    """To train an adapter in: bfloat16, but float32 on a CPU that is slow at it.
+    """The faster type to train an adapter in: bfloat16, or float32 on a CPU that is slow at bfloat16.
 
     A step of ``learn.continual`` on four documents took 110 s in bfloat16 and 2.7 s in float32, on two cores of an AMD
     EPYC without AVX-512 (`regrad eval --in-process --methods cpt`).
@@ -81,8 +81,10 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def has_wide_vectors() -> bool:
-    """Whether this CPU has vectors for bfloat16, or ones wide enough that PyTorch is not slow at it. Where the system
-    doesn't tell, yes: vLLM's own choice stands."""
+    """Whether PyTorch is fast at bfloat16 on this CPU, by its vector instructions.
+
+    True if the system doesn't list the instructions. vLLM then makes its own choice.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -91,7 +93,7 @@ def has_wide_vectors() -> bool:
 
 
 def build_layout(model: PreTrainedModel, *, rank: int, layers: Sequence[int], projections: Sequence[str]) -> Layout:
-    """Layout of ``projections`` (such as "gate_proj") in ``layers`` of ``model``, found by name."""
+    """The layout of ``projections`` (such as "gate_proj") in the ``layers`` of ``model``."""
     import torch
 
     found: list[tuple[str, int, int]] = []
@@ -119,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _positions(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embedding and attention pattern, spelt alike for the ways in which library versions save them."""
+    """Rotary embedding and attention pattern in one spelling. Versions of the library save them differently."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = float(config.get("rope_theta") or rope.pop("rope_theta", None) or 10000.0)
     rope.pop("rope_theta", None)
@@ -133,7 +135,7 @@ def _positions(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_parts(folder: Path) -> dict[str, Any]:
-    """The parts that turn text into tokens; absent and null settings count alike."""
+    """The settings that turn text into tokens. A null setting counts as absent."""
     tokenizer = _read_json(folder / "tokenizer.json")
     model = tokenizer.get("model", {})
     added = [(entry["id"], entry["content"], entry["special"]) for entry in tokenizer.get("added_tokens") or ()]

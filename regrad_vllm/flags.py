@@ -1,4 +1,4 @@
-"""Command-line flags made from a settings dataclass: the dataclass stays the one place that knows them."""
+"""Makes command-line flags from a settings dataclass, so that each setting is defined in one place."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Setting:
 
     name: str
     kind: str  # annotation, without "| None"
-    default: Any  # MISSING where there is none
-    help: str  # the comment at the field
+    default: Any  # MISSING: the setting is required
+    help: str  # the comment beside the field
 
     @property
     def default_text(self) -> str:
-        """As a flag has it; empty where there is none."""
+        """The default as a flag spells it. Empty without a default."""
         return "" if self.default in (None, MISSING) else as_text(self.default)
 
 
 def as_text(value: object) -> str:
-    """A setting's value as flags and the environment have it."""
+    """A setting's value as flags and environment variables spell it."""
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> tuple[Setting, ...]:
-    """The fields of a dataclass, described by the comments beside them. ``defaults`` go before the dataclass's own."""
+    """The fields of a dataclass, described by the comments beside them. ``defaults`` override the dataclass's own."""
     comments = dict(_FIELD.findall(inspect.getsource(config_class)))
     return tuple(
         Setting(
@@ -51,7 +51,7 @@ def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> t
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> None:
-    """One flag per setting, --data-dir for data_dir. A flag that is not given is not in the result; see ``given``."""
+    """Adds a flag for each setting: --data-dir for data_dir. A flag that isn't given is absent from the result."""
     for setting in settings_of(config_class, defaults):
         default = f" ({setting.default_text})" if setting.default_text else ""
         parser.add_argument(
@@ -64,5 +64,5 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, defaults: Map
 
 
 def given(args: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The settings that were given on the command line."""
+    """The settings that the user gave on the command line."""
     return {entry.name: getattr(args, entry.name) for entry in fields(config_class) if hasattr(args, entry.name)}

@@ -1,7 +1,7 @@
 """The layout: one fixed order of a learner's LoRA tensors, so that a document is one flat vector.
 
-Layers ascend; within a layer the modules keep the learner's order; within a module A stands before B.
-Every tensor is C-contiguous in the flat vector. Works on numpy arrays and torch tensors alike.
+Layers ascend. Within a layer the modules keep the learner's order. Within a module A comes before B. Every tensor is
+C-contiguous in the flat vector. It works with numpy arrays and torch tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Part = Literal["A", "B"]
 
 
 class FlatArray(Protocol):
-    """The methods that numpy arrays and torch tensors share here."""
+    """The operations on numpy arrays and torch tensors that the layout uses."""
 
     def __getitem__(self, item: slice, /) -> FlatArray: ...
     def reshape(self, shape: tuple[int, int], /) -> FlatArray: ...
@@ -91,7 +91,7 @@ class Layout:
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits; equal ids mean equal tensors in equal order."""
+        """16 hex digits. Equal ids mean equal tensors in equal order."""
         plain = [self.rank, [[tensor.module, tensor.part, *tensor.shape] for tensor in self.tensors]]
         return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()[:16]
 

@@ -1,8 +1,8 @@
 """The learner: φ*, its step sizes, its layout, its prompts, and what it was made for.
 
-On disk it is an adapter folder that Hugging Face PEFT loads as it is. ``adapter_config.json`` and
-``adapter_model.safetensors`` hold φ*; ``regrad.json`` and ``step_sizes.safetensors`` lie beside them. It needs numpy
-only, so a server process reads a learner without torch.
+On disk it is an adapter folder that Hugging Face PEFT can load. ``adapter_config.json`` and
+``adapter_model.safetensors`` hold φ*. ``regrad.json`` and ``step_sizes.safetensors`` hold the rest. This module needs
+only numpy, so a server process reads a learner without torch.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class LearnerError(ValueError):
-    """A learner folder or its values are not usable; the message says what and why."""
+    """A learner folder or its values can't be used. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The templates that the learner was trained with. Braces name what is filled in."""
+    """The templates that the learner was trained with. They are filled in at the names in braces."""
 
     system: str = "Answer the question with a short phrase."
     document: str = "{title}\n{text}"
@@ -71,14 +71,14 @@ class Prompts:
         return _fill(self.icl, question=question, documents="\n\n".join(documents))
 
     def messages(self, content: str) -> list[dict[str, str]]:
-        """A user's words as a chat, behind the system prompt where there is one."""
+        """The chat messages: the system prompt, if there is one, and the user's text."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": content}]
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    """A learner's properties, beside its numbers."""
+    """A learner's properties, without its tensors."""
 
     base_digest: str  # SHA-256 of the base model's weights, config and tokenizer, 64 hex digits
     lora_alpha: float
@@ -87,10 +87,10 @@ class LearnerConfig:
     max_document_tokens: int = 512  # longer documents are cut here, in training and in the bank
     top_k: int = 3
     gamma: float = 1.0
-    inner_steps: int = 1  # gradient steps a document; the paper takes one
-    length_exponent: float = 1.0  # of the inner loss, see encode/inner_loss.py
+    inner_steps: int = 1  # gradient steps per document; the paper takes one
+    length_exponent: float = 1.0  # the exponent of the inner loss, see encode/inner_loss.py
     score_temperature: float = 0.0  # τ of the weights w_k = exp((s_k − s_1) / τ); 0: w_k = 1
-    training: Mapping[str, object] = field(default_factory=dict)  # provenance; not part of the fingerprint
+    training: Mapping[str, object] = field(default_factory=dict)  # the origin; not part of the fingerprint
 
     def __post_init__(self) -> None:
         if self.step_size_kind not in STEP_SIZE_KINDS:
@@ -111,7 +111,7 @@ class LearnerConfig:
             raise LearnerError(f"score_temperature must be at least 0, got {self.score_temperature}")
 
     def weights(self, scores: Sequence[float]) -> tuple[float, ...]:
-        """w_k of documents with these retrieval scores, best first."""
+        """The weights w_k for documents with these retrieval scores, best first."""
         if not self.score_temperature:
             return (1.0,) * len(scores)
         return tuple(math.exp(min(0.0, score - scores[0]) / self.score_temperature) for score in scores)
@@ -121,8 +121,8 @@ class LearnerConfig:
 class Learner:
     """φ* and its step sizes in one layout.
 
-    phi: float32 (num_values,). step_sizes: float32, for each inner step in turn, by kind: "tie" (num_tensors,), "same"
-    and "fix" (1,), "full" (num_values,). Neither is ever written in place.
+    phi: float32 (num_values,). step_sizes: float32, the inner steps one after another. The size of a step depends on
+    the kind: "tie" (num_tensors,), "same" and "fix" (1,), "full" (num_values,). Neither array is written in place.
     """
 
     config: LearnerConfig
@@ -130,7 +130,8 @@ class Learner:
     phi: NDArray[np.float32]
     step_sizes: NDArray[np.float32]
     token_head: NDArray[np.float32] | None = None  # float32 (hidden + 1,), see encode/inner_loss.py
-    # What errors of a gradient cost, for codecs. No part of the fingerprint: without it gradients are the same.
+    # The cost of errors in a gradient, for codecs. It is not part of the fingerprint, because gradients don't depend on
+    # it.
     sensitivity: Sensitivity | None = None
 
     def __post_init__(self) -> None:
@@ -167,9 +168,9 @@ class Learner:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over base model, φ*, step sizes, layout, scaling, prompts and inner loss."""
+        """A digest of base model, φ*, step sizes, layout, scaling, prompts and inner loss, 64 hex digits."""
         prompts = asdict(self.config.prompts)
-        inner_loss: dict[str, object] = {}  # left out where it is the paper's, as in learners of older versions
+        inner_loss: dict[str, object] = {}  # empty for the paper's inner loss, as in learners of older versions
         if self.config.inner_steps != 1:
             inner_loss["inner_steps"] = self.config.inner_steps
         if self.config.length_exponent != 1.0:
@@ -199,7 +200,7 @@ class Learner:
 
     @classmethod
     def load(cls, folder: str | Path) -> Learner:
-        """Reads a learner folder. LearnerError where a file is missing, damaged or disagrees with another."""
+        """Reads a learner folder. LearnerError if a file is missing, is damaged or contradicts another."""
         folder = Path(folder)
         document = _read_json(folder / "regrad.json")
         if document.get("format") != FORMAT:
@@ -231,7 +232,7 @@ class Learner:
             raise LearnerError(str(error)) from error
 
     def save(self, folder: str | Path) -> None:
-        """Writes the learner folder; existing files of the same names are replaced."""
+        """Writes the learner folder. It replaces existing files of the same names."""
         folder = Path(folder)
         save_adapter(folder, self, self.phi)
         _save({"step_sizes": self.step_sizes}, folder / "step_sizes.safetensors")
@@ -281,7 +282,7 @@ def save_adapter(folder: Path, learner: Learner, adapter: NDArray[np.float32], b
 
 def _save(tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the library makes it private, the files beside it are not
+    path.chmod(0o644)  # the library makes it private, unlike the other files
 
 
 def num_step_sizes(kind: StepSizeKind, layout: Layout) -> int:
@@ -289,7 +290,7 @@ def num_step_sizes(kind: StepSizeKind, layout: Layout) -> int:
 
 
 def _fill(template: str, **values: str) -> str:
-    """Fills every {name} in one pass, so that braces in a value stay as they are."""
+    """Fills in every {name} in one pass, so that braces in a value stay unchanged."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
@@ -319,7 +320,7 @@ def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def read_adapter(folder: Path, layout: Layout) -> NDArray[np.float32]:
-    """The adapter of a PEFT folder as float32 (num_values,). LearnerError where it isn't of this layout."""
+    """The adapter of a PEFT folder as float32 (num_values,). LearnerError if it has another layout."""
     path = folder / "adapter_model.safetensors"
     tensors = _read_tensors(path)
     phi = np.empty(layout.num_values, np.float32)

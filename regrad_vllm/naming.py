@@ -1,7 +1,7 @@
-"""Identity is content: every name, digest and fingerprint of the project is made here.
+"""Every name, digest and fingerprint of the project. A name is a digest of the content.
 
-vLLM keys its prefix cache and its adapter sets by an adapter's name. So equal names must mean equal bits, and different
-bits must get different names. Hence digests, never counters.
+vLLM keys its prefix cache and its adapters by an adapter's name. So equal names must mean equal bits, and different
+bits must get different names. Counters can't guarantee that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 
 ADAPTER_PREFIX = "regrad-"
 MODEL_SUFFIX = "-regrad"
-BANK_READY = "bank ready at "  # begins the line that `regrad bank` prints once it serves
-Retrieval = Literal["dense", "lexical", "hybrid"]  # how a text finds documents; the bank's contract says more
+BANK_READY = "bank ready at "  # the start of the line that `regrad bank` prints when it is ready
+Retrieval = Literal["dense", "lexical", "hybrid"]  # the kinds of search, explained in the bank's contract
 RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
-Operator = Literal["equals", "not_equals", "present", "absent"]  # of a condition on a document's metadata
+Operator = Literal["equals", "not_equals", "present", "absent"]  # the operators of a condition on metadata
 OPERATORS: tuple[Operator, ...] = ("equals", "not_equals", "present", "absent")
 OPERATORS_WITH_VALUES: tuple[Operator, ...] = ("equals", "not_equals")
 
@@ -29,15 +29,15 @@ def digest_json(value: object) -> str:
 
 
 def learner_fingerprint(parts: Mapping[str, object]) -> str:
-    """Fingerprint of a learner: 64 hex digits over everything that a gradient's meaning depends on."""
+    """The fingerprint of a learner, 64 hex digits over everything that a gradient's meaning depends on."""
     return digest_json({"kind": "regrad.learner.v1", **parts})
 
 
 def adapter_name(fingerprint: str, digests: Sequence[str], weights: Sequence[float], gamma: float) -> str:
-    """Name of φ_q: a digest of the learner, the gradients in order, their weights and gamma.
+    """The name of φ_q: a digest of the learner, the gradients in order, their weights and gamma.
 
-    The order counts, because sums in another order differ in their last bits. Weights and gamma enter as
-    IEEE-754 doubles, so that no two values share a spelling.
+    The order counts, because a sum in another order differs in its last bits. Weights and gamma count as IEEE-754
+    doubles, so that different values never share a text.
     """
     if len(digests) != len(weights):
         raise ValueError(f"weights must be as many as digests ({len(digests)}), got {len(weights)}")
@@ -48,5 +48,5 @@ def adapter_name(fingerprint: str, digests: Sequence[str], weights: Sequence[flo
 
 
 def adapter_int_id(name: str) -> int:
-    """The integer by which vLLM's workers know an adapter: 1 .. 2**63 - 1, from the name's content."""
+    """The adapter's integer id in vLLM's workers, from 1 to 2**63 − 1. It is a digest of the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % (2**63 - 1) + 1

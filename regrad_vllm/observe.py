@@ -1,4 +1,4 @@
-"""Logging of the project's own processes: one format, to standard error."""
+"""The logging of the project's own processes, in one format on standard error."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OURS = ("regrad", "regrad_vllm", "bank_service")
 
 
 def configure_logging(level: str = "info") -> None:
-    """Sends the records of this project's packages to standard error; those of libraries from warnings on.
+    """Logs this project's packages at ``level`` and libraries at "warning", to standard error.
 
-    Called once, by a process's main. ValueError for an unknown level.
+    A process's main calls it once. ValueError for an unknown level.
     """
     if level not in LEVELS:
         raise ValueError(f"log level must be one of {', '.join(LEVELS)}, got {level!r}")

@@ -1,7 +1,7 @@
-"""A learner's sensitivity on disk: ``sensitivity.safetensors`` in its folder, where it was measured.
+"""A learner's sensitivity on disk: ``sensitivity.safetensors`` in the learner's folder. Only some learners have it.
 
-Of each LoRA tensor "MODULE.lora_A.short" and ".long", as in ``Sensitivity``; the file's metadata says of which learner
-it is and what made it.
+Each LoRA tensor has two entries, "MODULE.lora_A.short" and "MODULE.lora_A.long", as in ``Sensitivity``. The metadata
+names the learner and the origin of the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILE = "sensitivity.safetensors"
 
 
 def read_sensitivity(folder: Path, layout: Layout, fingerprint: str) -> Sensitivity | None:
-    """None where it was not measured. ValueError where it is damaged, or another learner's."""
+    """Reads the sensitivity. None without a file. ValueError if it is damaged or belongs to another learner."""
     path = folder / FILE
     if not path.exists():
         return None
@@ -56,8 +56,10 @@ def write_sensitivity(
     sensitivity: Sensitivity | None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Replaces what is there, whole or not at all; nothing stays where there is none. ``about``: what made it, for its
-    readers. ValueError for one that can't be used."""
+    """Replaces the file atomically. ``sensitivity`` None removes it. ValueError for an unusable sensitivity.
+
+    about: the origin of the file, for its readers.
+    """
     path = folder / FILE
     if sensitivity is None:
         path.unlink(missing_ok=True)
@@ -68,7 +70,7 @@ def write_sensitivity(
         tensors[f"{_name(tensor)}.short"], tensors[f"{_name(tensor)}.long"] = short, long
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={**(about or {}), "learner": fingerprint})
-    part.chmod(0o644)  # the library makes it private, the files beside it are not
+    part.chmod(0o644)  # the library makes it private, unlike the other files
     part.replace(path)
 
 

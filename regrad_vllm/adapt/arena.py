@@ -1,8 +1,8 @@
 """The arena: gradient records in shared memory, one file per record, named by its digest.
 
-The API process fills it; the engine's workers read its files. A request holds the records that it uses, and a held
-record is never evicted. Among the others the least recently used go first. Each server has its own folder and keeps it
-locked while it lives, so that the next start can sweep the folders of killed servers.
+The API process fills it, and the engine's workers read its files. A request holds the records that it uses, and a held
+record is never evicted. Of the other records the least recently used one is evicted first. Each server has its own
+folder and keeps it locked while it runs, so that the next start can remove the folders of killed servers.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _LOCK_NAME = "owner.lock"
 
 
 class ArenaError(RuntimeError):
-    """The arena can't do what was asked; the message says why."""
+    """The arena can't do an operation. The message gives the reason."""
 
 
 class ArenaFull(ArenaError):
-    """No room: everything that is in the arena is in use."""
+    """There is no room, because all records in the arena are in use."""
 
 
 class ArenaCorrupt(ArenaError):
-    """Bytes don't have the digest that they were stored or asked for under."""
+    """The digest of a record's bytes isn't the expected one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +54,20 @@ class ArenaFigures:
 class _Stored:
     num_bytes: int
     num_holds: int = 0
-    doomed: bool = False  # removed with its last hold and not handed out again
+    doomed: bool = False  # it is not given out again, and it is removed with its last hold
 
 
 def default_root() -> Path:
-    """Shared memory where the system has it, else the folder for temporary files."""
+    """The folder of shared memory, or the folder for temporary files on a system without one."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def read_record(folder: str | Path, digest: str, *, verify: bool = True) -> bytes:
-    """One record of an arena, checked against its digest. ArenaCorrupt, or ArenaError where it isn't there.
+    """One record of an arena, checked against its digest. ArenaCorrupt; ArenaError if there is no such record.
 
-    The workers call it. It takes no lock, because a published file is never written again. Without ``verify`` the
-    caller must check the bytes.
+    The workers call it. It takes no lock, because a published file never changes. Without ``verify`` the caller must
+    check the bytes.
     """
     try:
         record = (Path(folder) / _file_name(digest)).read_bytes()
@@ -84,7 +84,7 @@ class Arena:
     def __init__(self, folder: Path, max_bytes: int, lock_file: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
-        self._lock_file = lock_file  # open as long as the arena: its flock says that the owner lives
+        self._lock_file = lock_file  # stays open, because its flock shows that the owner is alive
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Stored] = OrderedDict()  # least recently used first
         self._used_bytes = 0
@@ -95,9 +95,9 @@ class Arena:
 
     @classmethod
     def open(cls, root: str | Path | None, max_bytes: int) -> Arena:
-        """A new, empty arena under ``root``; folders of dead owners are removed first.
+        """A new, empty arena under ``root``. It first removes the folders of dead owners.
 
-        ArenaError where the folder can't be made.
+        ArenaError if the folder can't be made.
         """
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
@@ -137,7 +137,7 @@ class Arena:
             )
 
     def close(self) -> None:
-        """Removes the folder and gives its lock up. Idempotent."""
+        """Removes the folder and releases its lock. Idempotent."""
         with self._lock:
             if self._lock_file < 0:
                 return
@@ -147,10 +147,10 @@ class Arena:
             self._entries.clear()
             self._used_bytes = 0
 
-    # The work of holds, under the lock.
+    # The methods of ``ArenaHold``, under the lock.
 
     def _hold_present(self, hold: ArenaHold, digests: Iterable[str]) -> list[str]:
-        """Holds those of the distinct ``digests`` that are there. Returns the others, in the order given."""
+        """Holds the present ones of the distinct ``digests``. Returns the missing ones in their order."""
         missing: list[str] = []
         with self._lock:
             self._check_open()
@@ -176,7 +176,7 @@ class Arena:
             self._check_open()
             hold._check_unreleased()
             entry = self._entries.get(digest)
-            if entry is not None and not entry.doomed:  # another request was faster
+            if entry is not None and not entry.doomed:  # another request has published it
                 entry.num_holds += 1
                 hold._digests.append(digest)
                 self._entries.move_to_end(digest)
@@ -224,7 +224,7 @@ class Arena:
                 )
 
     def _evict(self) -> bool:
-        """Removes the least recently used record that no request uses; False where there is none."""
+        """Removes the least recently used record that no request holds. False if there is none."""
         for digest, entry in self._entries.items():
             if not entry.num_holds:
                 self._remove(digest)
@@ -233,7 +233,7 @@ class Arena:
         return False
 
     def _publish(self, path: Path, record: bytes) -> None:
-        """Shared memory may be smaller than the arena's limit: containers often have 64 MiB."""
+        """Writes a record's file. ArenaFull on a full file system; containers often have 64 MiB of shared memory."""
         while True:
             try:
                 self._write(path, record)
@@ -269,17 +269,17 @@ class Arena:
 class ArenaHold:
     """Keeps the records of one request in the arena. Release it once, or use it as a context manager.
 
-    A thread may still be inside ``put`` while its request is cancelled and the hold is released. So the arena's lock
+    A thread may still be inside ``put`` when its request is cancelled and the hold is released. So the arena's lock
     guards both, and a released hold takes no more records.
     """
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._digests: list[str] = []  # this and _released: under the arena's lock
+        self._digests: list[str] = []  # the arena's lock guards this and _released
         self._released = False
 
     def take(self, digests: Sequence[str]) -> list[str]:
-        """Holds those of ``digests`` that are in the arena. Returns the others, without repetition."""
+        """Holds the records that are in the arena. Returns the digests of the missing ones, without repetition."""
         return self._arena._hold_present(self, digests)
 
     def put(self, digest: str, record: bytes) -> None:
@@ -287,7 +287,7 @@ class ArenaHold:
         self._arena._put_held(self, digest, record)
 
     def release(self, *, discard: bool = False) -> None:
-        """Gives up all records, once. With ``discard`` they leave the arena, because they can't be used."""
+        """Releases all records. A second call does nothing. ``discard``: they are unusable and leave the arena."""
         self._arena._release(self, discard)
 
     def _check_unreleased(self) -> None:
@@ -302,14 +302,16 @@ class ArenaHold:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Removes this user's arenas under ``root`` whose owners are dead, and returns their folders."""
+    """Removes this user's arenas of dead owners under ``root``, and returns their folders."""
     removed: list[Path] = []
     for folder in sorted(root.glob(FOLDER_PREFIX + "*")):
-        if folder.lstat().st_uid != os.getuid():  # its owner has another sweep lock; root could open it
+        if (
+            folder.lstat().st_uid != os.getuid()
+        ):  # another user's arena, which has another sweep lock; only root could open it
             continue
         try:
             lock_file = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:  # its owner died between making the folder and locking it
+        except FileNotFoundError:  # its owner died before it could lock the folder
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
             continue
@@ -320,7 +322,7 @@ def sweep(root: Path) -> list[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
         except BlockingIOError:
-            pass  # its owner lives
+            pass  # its owner is alive
         finally:
             os.close(lock_file)
     return removed
@@ -328,9 +330,10 @@ def sweep(root: Path) -> list[Path]:
 
 @contextmanager
 def _sweep_lock(root: Path) -> Iterator[None]:
-    """One process of a user at a time makes or sweeps arenas: nobody sweeps a folder that is about to be locked.
+    """Lets one process of a user at a time make or sweep arenas. So no process sweeps a folder that isn't locked yet.
 
-    A lock for each user, because all share /dev/shm; never through a link that another one put in its place.
+    Each user has a lock, because all users share /dev/shm. A symbolic link is not followed, because another user may
+    have made it.
     """
     flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     lock_file = os.open(root / f".regrad-arena.{os.getuid()}.sweep", flags, 0o600)

@@ -1,4 +1,4 @@
-"""The composition formula. It stands here and nowhere else."""
+"""The composition formula, in its reference implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_SLICE_VALUES = 2**20  # worked on at once, so that w_k δ_k is never there as a whole
+_SLICE_VALUES = 2**20  # values at a time, so that the whole of w_k δ_k is never in memory
 
 
 def compose(
@@ -15,10 +15,12 @@ def compose(
 ) -> NDArray[np.float32]:
     """φ_q = φ* − γ Σ_k w_k δ_k
 
-    phi and each delta: float32 (num_values,), in the learner's layout. The sum runs in the order given and
-    in float32, so equal inputs give equal bits. Step sizes are already inside δ. Each delta is taken when its
-    turn comes and not looked at again, so a generator may decode them into one buffer. Returns a new array, with
-    Inf or NaN where the sum leaves float32; raises ValueError where shapes differ, or deltas and weights in number.
+    phi and each delta: float32 (num_values,), in the learner's layout. δ contains the step sizes already. The sum runs
+    in the given order and in float32, so equal inputs give equal bits. Each delta is read once and in order, so a
+    generator may decode them all into one buffer.
+
+    Returns a new array. A value outside float32 becomes Inf or NaN. ValueError if the shapes differ, or the numbers of
+    deltas and weights.
     """
     adapter = phi.copy()
     for delta, weight in zip(deltas, weights, strict=True):

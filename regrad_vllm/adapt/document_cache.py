@@ -1,7 +1,7 @@
-"""A worker's stored gradients, ready for composing: one entry a document, whatever adapters it is part of.
+"""A worker's cache of stored gradients, ready for composing. All adapters with a document share its entry.
 
-A request holds the entries that it needs. When the budget is spent, the least recently used of the others go first. An
-entry is checked when it comes in and never changes. So composing from a held entry can't fail.
+A request holds the entries that it needs. When the cache is full, the least recently used entry without a hold is
+evicted first. An entry is checked when it is loaded and never changes. So composing from a held entry can't fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ assert INT4_BLOCK == INT8_BLOCK, "codes of both are composed from by one loop"
 
 
 class DocumentCacheFull(RuntimeError):
-    """No room: everything in the cache is in use."""
+    """There is no room, because all entries are in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class _Kept(Generic[EntryT]):
 
 
 class DocumentCache(Generic[EntryT]):
-    """Entries by digest. Thread-safe."""
+    """A cache of entries by digest. Thread-safe."""
 
     def __init__(self, load: Callable[[str, str], tuple[EntryT, int]], max_bytes: int) -> None:
-        """``load(arena folder, digest)`` → entry and its bytes; what it raises goes to the caller of ``hold``."""
+        """load: (arena folder, digest) → (entry, its size in bytes). ``hold`` passes its errors on."""
         self._load = load
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
@@ -65,15 +65,17 @@ class DocumentCache(Generic[EntryT]):
         self._num_evictions = 0
 
     def hold(self, arena: str, digests: Sequence[str]) -> None:
-        """Loads the missing entries and holds each entry once for each time it is named; all or none.
+        """Loads the missing entries and holds all. A digest that is named twice is held twice. All or nothing.
 
-        DocumentCacheFull, or what ``load`` raises.
+        DocumentCacheFull, or an error of ``load``.
         """
         held: list[str] = []
         try:
             for digest in digests:
                 if not self._hold_present(digest):
-                    entry, num_bytes = self._load(arena, digest)  # without the lock: it reads and hashes megabytes
+                    entry, num_bytes = self._load(
+                        arena, digest
+                    )  # outside the lock, because it reads and hashes megabytes
                     self._add_held(digest, entry, num_bytes)
                 held.append(digest)
         except BaseException:
@@ -81,7 +83,7 @@ class DocumentCache(Generic[EntryT]):
             raise
 
     def let_go(self, digests: Iterable[str]) -> None:
-        """Gives up one hold of each."""
+        """Releases one hold of each digest."""
         with self._lock:
             for digest in digests:
                 self._kept[digest].num_holds -= 1
@@ -118,7 +120,7 @@ class DocumentCache(Generic[EntryT]):
     def _add_held(self, digest: str, entry: EntryT, num_bytes: int) -> None:
         with self._lock:
             kept = self._kept.get(digest)
-            if kept is None:  # else another thread was faster
+            if kept is None:  # another thread may have loaded it
                 if not self._shrink(num_bytes):
                     raise DocumentCacheFull(
                         f"a worker must have {num_bytes} bytes free for a gradient, all of its {self._max_bytes} are "
@@ -129,7 +131,7 @@ class DocumentCache(Generic[EntryT]):
             kept.num_holds += 1
 
     def _shrink(self, num_bytes: int) -> bool:
-        """Evicts until ``num_bytes`` more fit; whether they do."""
+        """Evicts entries until ``num_bytes`` more fit. Returns whether they fit."""
         for digest in list(self._kept):
             if self._used_bytes + num_bytes <= self._max_bytes:
                 return True
@@ -140,18 +142,18 @@ class DocumentCache(Generic[EntryT]):
 
 
 def load_gradient(arena: str, digest: str, spec: GradientSpec) -> tuple[StoredGradient, int]:
-    """A record of the arena, checked, with its bytes as they are kept. ArenaError, GradientFormatError."""
+    """A checked record of the arena, and its size in the cache in bytes. ArenaError, GradientFormatError."""
     payload = read_payload(arena, digest, spec)
     return StoredGradient(payload.kind, payload.arrays), payload.num_bytes
 
 
 def read_payload(arena: str, digest: str, spec: GradientSpec) -> Payload:
-    """A record of the arena, checked. ArenaError, GradientFormatError.
+    """The checked values of a record in the arena. ArenaError, GradientFormatError.
 
-    Copied, not mapped: a file that somebody cuts short would end the worker while it reads from the mapping. Codes of
-    four bits get a byte each. A codec that the loops don't read is decoded to float32.
+    The file is copied, not mapped, because a truncated file would kill a worker that reads from a mapping. Codes of
+    four bits get a byte each. A codec that the loops can't read is decoded to float32.
     """
-    # Not hashed again: it was published under its digest, and the check covers all bytes.
+    # The digest was checked when the record was published, and the record's own check covers all bytes.
     record = read_record(arena, digest, verify=False)
     header = verify_record(record, spec)
     payload = memoryview(record)[HEADER_BYTES:]

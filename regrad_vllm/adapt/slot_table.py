@@ -1,8 +1,8 @@
-"""Where a learner's values lie in a LoRA slot: this worker's shard of them, each tensor with the rank first.
+"""The places of a learner's values in a LoRA slot of this worker.
 
 A flat vector holds A as (rank, in) and B as (out, rank). A slot holds both with the rank first, (rank, in) and
-(rank, out), so that the loops read rows. A slot of a higher rank than the learner's has the learner's values in its
-first rows and zeros in the others.
+(rank, out), so that the loops read rows. If the slot's rank is higher than the learner's, the first rows have the
+learner's values and the others zeros. With tensor parallelism a slot holds only this worker's shard of each tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCE, SOURCE_STRIDE, ROWS, COLUMNS, TARGET, TRANSPOSED, TENSOR = range(7)
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of one LoRA tensor that a worker computes with: a block of its rows and columns."""
+    """The part of one LoRA tensor that a worker computes with. It is a block of rows and columns."""
 
     rows: range
     columns: range
@@ -33,7 +33,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SlotTensor:
-    """One tensor of a slot: A as (rank, in) or B as (rank, out) of this worker, and its place in the slot's row."""
+    """One tensor in the row of a slot: this worker's A as (rank, in), or its B as (rank, out)."""
 
     module: str
     part: Part
@@ -44,22 +44,25 @@ class SlotTensor:
 
 @dataclass(frozen=True)
 class SlotTable:
-    """Copies of blocks from the flat vector into a slot's row.
+    """The blocks to copy from the flat vector into a slot's row.
 
     ``rows`` is int64 (tensors, 7). Its columns are:
-    - the first value in the flat vector, the values between its rows, rows, columns;
-    - the first value in the slot's row, 1 if it is transposed on the way, the tensor's place in the layout.
+    - SOURCE, SOURCE_STRIDE: the first value in the flat vector, and the distance between two rows there;
+    - ROWS, COLUMNS: the size of the block;
+    - TARGET: the first value in the slot's row;
+    - TRANSPOSED: 1 if the copy transposes the block;
+    - TENSOR: the tensor's index in the layout.
     """
 
     tensors: tuple[SlotTensor, ...]
     rows: NDArray[np.int64]
-    num_values: int  # of a slot's row
+    num_values: int  # values of a slot's row
 
     @classmethod
     def build(cls, layout: Layout, shards: Mapping[tuple[str, Part], Shard], rank: int) -> SlotTable:
         """The table for slots of ``rank``. Tensors without a shard belong to another worker.
 
-        ValueError where the slot's rank is below the learner's, or a shard leaves its tensor.
+        ValueError if the slot's rank is below the learner's, or a shard exceeds its tensor.
         """
         if rank < layout.rank:
             raise ValueError(f"rank must be at least the learner's {layout.rank}, got {rank}")
@@ -82,7 +85,7 @@ class SlotTable:
 
 
 def whole(layout: Layout) -> dict[tuple[str, Part], Shard]:
-    """The shards of a worker that computes with everything."""
+    """The shards of a worker without tensor parallelism: the whole tensors."""
     return {(t.module, t.part): Shard(range(t.shape[0]), range(t.shape[1])) for t in layout.tensors}
 
 

@@ -1,8 +1,8 @@
-"""Composing into vLLM's stacked LoRA tensors on a GPU: one Triton launch for all tensors of a slot.
+"""Composes into vLLM's stacked LoRA tensors on a GPU, with one Triton launch for all tensors of a slot.
 
 Each value has the same operations in the same order as in ``adapt.compose.compose``, without fused multiply-adds. Then
-B is multiplied by the scaling, and the value is rounded once to the slot's type. So a float32 slot has the formula's
-very bits.
+B is multiplied by the scaling, and the value is rounded once to the slot's type. So a float32 slot has exactly the bits
+of the formula.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _FIELDS = 9
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One LoRA tensor on this worker: where its values come from in the flat vector and where they go."""
+    """One LoRA tensor on this worker, with the source of its values in the flat vector."""
 
-    first: int  # in the flat vector
-    stride: int  # values between two of its rows there
+    first: int  # index of its first value in the flat vector
+    stride: int  # distance between two of its rows there
     stack: Tensor  # (slots, 1, rows, columns at least), rows contiguous
     rows: int
     columns: int
     scaled: bool
-    tensor: int  # its place in the layout
+    tensor: int  # its index in the layout
 
 
 class LaunchTable:
-    """The targets as the kernel reads them, on their device."""
+    """The targets as a table for the kernel, on their device."""
 
     def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
-        """ValueError where a stack is not laid out as said."""
+        """ValueError if a stack is too small for its target, or its rows aren't contiguous."""
         rows, tiles = [], []
         for index, target in enumerate(targets):
             stack = target.stack
@@ -67,15 +67,15 @@ def launch(
     sources: Tensor,
     factors: Tensor,
 ) -> Tensor:
-    """Writes φ* − Σ steps[k] δ_k into a slot of every target, B times the scaling, on the current stream.
+    """Writes φ* − Σ steps[k] δ_k into a slot of every target, with B times the scaling, on the current stream.
 
-    All arguments are on the device:
+    All tensors are on the device:
     - phi: float32 (num_values,);
-    - sources: int64 (k, ROW_FIELDS), the rows of ``StoredGradient`` with addresses there;
-    - factors: float32 (k + 1,), the steps and the scaling.
+    - sources: int64 (k, ROW_FIELDS), the rows of ``StoredGradient`` with device addresses;
+    - factors: float32 (k + 1,), the steps and then the scaling.
 
-    The last two lie at addresses divisible by 16, because Triton compiles for that. The result is int32 (1,) there: the
-    number of values that are not finite in ``dtype``.
+    The last two must lie at addresses divisible by 16, because Triton compiles for that. Returns int32 (1,) on the
+    device: the number of values that are not finite in ``dtype``.
     """
     infinite = torch.zeros(1, dtype=torch.int32, device=phi.device)
     if table.num_tiles:
@@ -92,12 +92,12 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether slots of this type can be composed."""
+    """Whether the kernel can write slots of this type."""
     return dtype in TYPES
 
 
-# Triton compiles anew for whole numbers that are 1 or divisible by 16, unless it is told not to: one compilation, at
-# the warm-up, must do for all slots and numbers of gradients.
+# By default Triton compiles again for integers that are 1 or divisible by 16. The option prevents this, so that one
+# compilation at the warm-up serves all slots and numbers of gradients.
 @triton.jit(do_not_specialize=["slot", "num_sources"])
 def _compose(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but for the constants
     targets, tiles, slot, phi, sources, factors, num_sources, infinite,  # noqa: ANN001
@@ -149,12 +149,12 @@ def _compose(  # type: ignore[no-untyped-def]  # noqa: ANN202  # addresses, but 
             value -= step * tl.load(address.to(tl.pointer_type(tl.float32)) + source, mask=mask, other=0.0)
     if tl.load(target + 7) != 0:
         value *= tl.load(factors + num_sources)
-    if tl.bfloat16 == DTYPE:  # by its bits: Triton's interpreter cuts off where the device rounds
+    if tl.bfloat16 == DTYPE:  # rounded by its bits, because Triton's interpreter would truncate
         bits = value.to(tl.uint32, bitcast=True)
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # a NaN's bits may overflow
     stored = value.to(DTYPE)
-    is_finite = tl.abs(stored.to(tl.float32)) < float("inf")  # NaN is not less either
+    is_finite = tl.abs(stored.to(tl.float32)) < float("inf")  # false for NaN too
     tl.atomic_add(infinite + index * 0, 1, mask=mask & (is_finite == 0))
     place = tl.load(target + 4).to(tl.pointer_type(DTYPE)) + slot * tl.load(target + 5)
     tl.store(place + row * tl.load(target + 6) + column, stored, mask=mask)

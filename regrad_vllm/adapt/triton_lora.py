@@ -1,13 +1,13 @@
-"""LoRA in a batch's linear layers on a GPU, where nearly every request has an adapter of its own.
+"""LoRA in a batch's linear layers on a GPU, for batches in which nearly every request has another adapter.
 
 vLLM's own kernels (``lora/ops/triton_ops``) launch a program for each block of rows, block of outputs, slice and
-*slot*. With every row on another adapter nearly all of them end at once, and together they cost more than the base
-model. Here the rows that share an adapter are cut into tiles, listed once for a step, and a program computes a tile.
+*slot*. If every row has another adapter, nearly all programs have nothing to do, and together they cost more than the
+base model. Here the rows that share an adapter are cut into tiles, listed once per step. A program computes one tile.
 
-There are two launches a layer. ``_shrink`` multiplies by A, cut along the inputs so that few rows keep the device busy
-too. ``_expand`` sums those parts in a fixed order, multiplies by B and adds to the base layer's output. Sums are
-float32. A x is rounded to the slots' type before B, as vLLM's kernels and PEFT do. There are no atomics, so the same
-batch has the same bits.
+There are two launches per layer. ``_shrink`` multiplies by A. It is split along the inputs, so that a few rows keep the
+device busy too. ``_expand`` sums the splits in a fixed order, multiplies by B and adds to the base layer's output. Sums
+are float32. A x is rounded to the slots' type before B, as in vLLM's kernels and PEFT. There are no atomic operations,
+so an equal batch gives equal bits.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from torch import Tensor
 
 from regrad_vllm.adapt.triton_compose import TYPES
 
-TILE_ROWS = 16  # the least that a tensor core multiplies
-MAX_RANK = 64  # a program holds a whole rank of its factors; of more they would not fit
-_SPLITS = 8  # of the inputs
+TILE_ROWS = 16  # the fewest rows that a tensor core multiplies
+MAX_RANK = 64  # a program holds the whole rank of its factors; a higher rank would not fit
+_SPLITS = 8  # parts of the inputs
 _BLOCK_IN, _BLOCK_OUT = 128, 256
 _TILE_FIELDS, _SLICE_FIELDS = 3, 6
 
 
 class Tiles:
-    """Which rows of the batch have which slot, on the device: for this step, the same for all layers.
+    """The tiles of the batch, on the device: the rows of each slot. They are the same for all layers of one step.
 
-    Its tensors are written in place, so that CUDA graphs may read them.
+    The tensors are written in place, so that CUDA graphs may read them.
     """
 
     def __init__(self, max_rows: int, max_adapters: int, device: torch.device) -> None:
-        """For batches of so many rows, with so many different adapters in one."""
+        """The tiles for batches of at most ``max_rows`` rows with at most ``max_adapters`` different adapters."""
         self._max_adapters = max_adapters
         self.table = torch.full((-(-max_rows // TILE_ROWS) + max_adapters, _TILE_FIELDS), -1, dtype=torch.int32).to(
             device
@@ -47,7 +47,10 @@ class Tiles:
         self.is_empty = torch.ones(1, dtype=torch.bool)  # on the host: no row has an adapter
 
     def update(self, slots: NDArray[np.int64]) -> None:
-        """slots: of every row, −1 for a row without an adapter. On the current stream. ValueError for too many."""
+        """Writes the tiles of a batch on the current stream. ValueError for too many rows or adapters.
+
+        slots: the slot of each row, −1 for a row without an adapter.
+        """
         order = np.argsort(slots, kind="stable").astype(np.int32)
         ordered = slots[order]
         starts = np.flatnonzero(np.diff(ordered, prepend=-2))
@@ -66,7 +69,7 @@ class Tiles:
         table[: len(group), 0] = ordered[starts[group]]
         table[: len(group), 1] = starts[group] + begin
         table[: len(group), 2] = np.minimum(TILE_ROWS, lengths[group] - begin)
-        self._copy(self.table, table)  # also where there is none: a captured graph doesn't look at ``is_empty``
+        self._copy(self.table, table)  # also if it is empty, because a captured graph doesn't look at ``is_empty``
         self._copy(self.order[: len(order)], order)
         self.is_empty[0] = not len(starts)
 
@@ -78,7 +81,7 @@ class Tiles:
         target.copy_(host, non_blocking=True)
 
     def max_tiles(self, num_rows: int) -> int:
-        """Of any batch of ``num_rows`` rows."""
+        """The most tiles that a batch of ``num_rows`` rows can have."""
         return min(len(self.table), num_rows // TILE_ROWS + min(num_rows, self._max_adapters))
 
 
@@ -87,22 +90,25 @@ class _Layer:
     slices: Tensor  # int64 (slices, _SLICE_FIELDS) on the device
     inputs: int
     rank: int
-    outputs: int  # of the widest slice
-    width: int  # of all slices
+    outputs: int  # outputs of the widest slice
+    width: int  # outputs of all slices together
 
 
-LAYERS: dict[tuple[object, ...], _Layer] = {}  # by all that ``_Layer`` says of the stacks, which vLLM keeps
+LAYERS: dict[tuple[object, ...], _Layer] = {}  # by the addresses and shapes of vLLM's stacks
 
 
 def add_lora(
     y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], output_slices: Sequence[int], table: Tensor,
     order: Tensor, is_empty: Tensor, max_tiles: int,
 ) -> None:  # fmt: skip
-    """y[row] += B[slot] (A[slot] x[row]) for each row with an adapter, slice by slice; the others are not touched.
+    """y[row] += B[slot] (A[slot] x[row]) for each row with an adapter, slice by slice. Other rows are not changed.
 
-    y: (rows, outputs), x: (rows, inputs), of contiguous rows. a: (slots, 1, rank, inputs) and b: (slots, 1, outputs,
-    rank) of each slice, rank at most MAX_RANK. The rest is of ``Tiles``, max_tiles for at least so many rows; rows of
-    its batch that x doesn't have are left out. ValueError.
+    - y: (rows, outputs), x: (rows, inputs), with contiguous rows.
+    - a: (slots, 1, rank, inputs), b: (slots, 1, outputs, rank), for each slice. The rank is at most MAX_RANK.
+    - table, order, is_empty: from ``Tiles``. Rows of its batch that x doesn't have are ignored.
+    - max_tiles: ``Tiles.max_tiles`` for at least the rows of x.
+
+    ValueError for wrong shapes.
     """
     if is_empty.item() or not x.shape[0]:
         return

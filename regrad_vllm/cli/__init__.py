@@ -1,4 +1,4 @@
-"""The command line: `regrad COMMAND`. Light to import; each command loads what it needs when it runs."""
+"""The command line: `regrad COMMAND`. Each command imports its heavy modules only when it runs."""
 
 from regrad_vllm.cli.main import main
 

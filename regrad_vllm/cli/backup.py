@@ -1,4 +1,4 @@
-"""Commands that keep a bank's documents: `regrad snapshot`, `regrad restore`, `regrad scrub`."""
+"""The commands that protect a bank's documents: `regrad snapshot`, `regrad restore`, `regrad scrub`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _snapshot(args: argparse.Namespace) -> int:
     try:
         last = _followed(snapshot_folder(data_dir, target))
     except BankInUseError as error:
-        # Asked in this order because a bank that was killed leaves its address behind, but not its lock.
+        # The lock is tried before the address, because a killed bank leaves its address but not its lock.
         running = read_address(data_dir)
         if running is None:
             raise CommandError(f"{error}; it is starting, try again when it is ready") from error
@@ -121,7 +121,7 @@ def _scrub(args: argparse.Namespace) -> int:
 
 
 def _followed(steps: Iterator[Progress]) -> Progress:
-    """The last of ``steps``. CommandError where there is none to come."""
+    """Reports the progress and returns the last of ``steps``. CommandError if a step fails."""
     from bank_service.errors import CatalogDamagedError, SnapshotError
 
     last: Progress | None = None
@@ -136,13 +136,13 @@ def _followed(steps: Iterator[Progress]) -> Progress:
 
 
 def _note_progress(before: int, done: int, total: int) -> None:
-    """A line at each tenth."""
+    """Prints a line at each tenth of the work."""
     if total and done * 10 // total > before * 10 // total:
         note(f"{done:,} of {total:,} gradients")
 
 
 def absolute_place(place: str) -> str:
-    """As a bank takes it from anywhere: without "..", and as this process means it. URLs are left alone."""
+    """The path as an absolute one without "..", because a bank may run in another folder. URLs stay unchanged."""
     return place if "://" in place else os.path.abspath(place)
 
 

@@ -55,6 +55,6 @@ def _say_ready(address: BankAddress) -> None:
 
 
 def defaults() -> dict[str, Any]:
-    """The command line's own defaults: the user's data folder (XDG_DATA_HOME) and a known port."""
+    """The command line's own defaults: a folder in the user's data (XDG_DATA_HOME) and a fixed port."""
     data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
     return {"data_dir": data / "regrad" / "bank", "port": DEFAULT_PORT}

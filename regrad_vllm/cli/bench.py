@@ -1,4 +1,4 @@
-"""`regrad bench`: what serving costs, beside what one would do without ReGrad."""
+"""`regrad bench`: the cost of serving with ReGrad, compared with its alternatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command finds its bank, and what it says where the bank can't help."""
+"""The connection of a command to its bank: flags, and messages for failed calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CREDENTIALS = {
 
 
 def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -> None:
-    """--bank and --namespace, for every command that talks to a bank."""
+    """Adds --bank, --namespace and the flags for credentials, for every command that talks to a bank."""
     parser.add_argument("--bank", default=DEFAULT_BANK, metavar="HOST:PORT", help="a running bank (%(default)s)")
     add_credential_flags(parser)
     if namespace:
@@ -38,7 +38,7 @@ def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -
 
 
 def add_credential_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags for the credentials that a bank may ask of its clients."""
+    """Adds flags for the credentials that a bank may require."""
     for name, what in _CREDENTIALS.items():
         flag, variable = f"--bank-{name.replace('_', '-')}", VARIABLES[name]
         parser.add_argument(
@@ -47,7 +47,7 @@ def add_credential_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class _Export(argparse.Action):
-    """A flag for a variable of the environment. This process and its children read it when they connect."""
+    """A flag that sets an environment variable. This process and its children read the variable when they connect."""
 
     def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         os.environ[str(self.const)] = str(values)
@@ -55,7 +55,7 @@ class _Export(argparse.Action):
 
 @contextmanager
 def connect(address: str, spec: GradientSpec | None = None, timeout_ms: int | None = None) -> Iterator[Bank]:
-    """A client of the bank. A failed call inside is a CommandError that says what the bank said."""
+    """A client of the bank. A failed call inside the context becomes a CommandError with the bank's message."""
     from regrad_vllm.client import Bank
 
     with Bank(address, spec=spec, timeout_ms=timeout_ms) as bank:
@@ -66,7 +66,7 @@ def connect(address: str, spec: GradientSpec | None = None, timeout_ms: int | No
 
 
 def each_there(ids: Sequence[str], namespace: str, call: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    """Each id with what ``call`` answers. At the end a CommandError names those that are not there."""
+    """(id, result of ``call``) for each id. At the end a CommandError names the unknown ids."""
     missing = []
     for id in ids:
         try:
@@ -82,7 +82,7 @@ def each_there(ids: Sequence[str], namespace: str, call: Callable[[str], T]) -> 
 
 
 def describe_failure(address: str, error: BankError) -> str:
-    """One line for a failed call."""
+    """One line about a failed call, with the remedy."""
     if isinstance(error, UnauthenticatedError):
         return f"{error.message}; name a file with the token: --bank-token-file or REGRAD_BANK_TOKEN_FILE"
     if isinstance(error, UnavailableError):

@@ -1,4 +1,4 @@
-"""`regrad query`, `regrad delete`, `regrad stats`: what a bank holds."""
+"""`regrad query`, `regrad delete`, `regrad stats`: the documents and the figures of a bank."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run_query(args: argparse.Namespace) -> int:
 
 
 def run_delete(args: argparse.Namespace) -> int:
-    """Deletes what is there. Names the other ids at the end, with exit status 1."""
+    """Deletes the documents. If some ids are unknown, it names them at the end and exits with 1."""
     done = "purged" if args.purge else "deleted"
     with connect(args.bank) as bank:
         delete = partial(bank.delete, namespace=args.namespace, purge=args.purge)

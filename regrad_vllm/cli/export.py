@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def fetch_records(
     address: str, namespace: str, spec: GradientSpec, document_ids: Sequence[str], *, timeout_ms: int
 ) -> list[bytes]:
-    """The gradient record of each document. CommandError where one is unknown, damaged or of another learner.
+    """The gradient record of each document. CommandError if one is unknown, damaged or from another learner.
 
     timeout_ms: for each of the two calls to the bank.
     """

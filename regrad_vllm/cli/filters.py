@@ -1,4 +1,4 @@
-"""Conditions on documents' metadata, as the command line spells them."""
+"""The command line's syntax for conditions on metadata."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ class FilterFlag:
 
 
 def filter_flag(text: str) -> FilterFlag:
-    """argparse's type of --filter. A key can't be empty here, nor have one of "!=<>" in it. A value can't begin
-    with "=". Metadata can, but "size>3" and "lang==de" are meant otherwise and would find nothing. The spaces of
-    "lang = de" are left out, because they would find nothing either.
+    """Parses the value of --filter. argparse shows its errors.
+
+    A key must not be empty or contain one of "!=<>", and a value must not begin with "=". Metadata may have such keys
+    and values. But a user who writes "size>3" or "lang==de" means a comparison, which would find nothing. Spaces around
+    the operator, as in "lang = de", are removed for the same reason.
     """
     condition = text.strip()
     compared = _COMPARISON.fullmatch(condition)
@@ -47,7 +49,7 @@ def filter_flag(text: str) -> FilterFlag:
 
 
 def conditions_of(flags: Sequence[FilterFlag]) -> tuple[Condition, ...]:
-    """The query's conditions. Values that one key must be, or must not be, are one condition."""
+    """The query's conditions. All values for the same key and operator are joined in one condition."""
     grouped: dict[tuple[str, Operator], list[str]] = {}
     for flag in flags:
         values = grouped.setdefault((flag.key, flag.operator), [])

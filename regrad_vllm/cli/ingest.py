@@ -1,6 +1,6 @@
-"""`regrad ingest`: puts files and folders into a bank. Unusable input is named before anything is sent.
+"""`regrad ingest`: puts files and folders into a bank. It reports unusable input before it sends anything.
 
-A document's id is its file's path: as you name the file, or below the folder that you name. "#2" is the file's second
+A document's id is its file's path, as you give it, or relative to the folder that you give. "#2" is the file's second
 passage, or the second line of a .jsonl file without an "id".
 """
 
@@ -65,7 +65,7 @@ def _upload(args: argparse.Namespace, files: Sequence[CorpusFile], num_documents
 
 
 def _report_bad(bad: list[BadInput], *, skip: bool) -> None:
-    """Names everything that can't be used; UsageError unless it is to be skipped."""
+    """Reports all unusable input. UsageError, unless ``skip`` is set."""
     for item in bad[:_MAX_LISTED]:
         note(str(item))
     if len(bad) > _MAX_LISTED:

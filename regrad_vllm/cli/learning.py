@@ -1,4 +1,4 @@
-"""`regrad train` and `regrad eval`: making learners and measuring them."""
+"""`regrad train`, `import`, `sensitivity`, `eval` and `growth`: the commands that make and measure learners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from regrad_vllm.arguments import whole
 from regrad_vllm.console import UsageError, count, say
 
-UNFINISHED = 75  # EX_TEMPFAIL: try again
+UNFINISHED = 75  # EX_TEMPFAIL: run the command again
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type

@@ -1,4 +1,4 @@
-"""`regrad list`, `regrad get`: a namespace's documents by their ids."""
+"""`regrad list`, `regrad get`: list a namespace's documents, and read documents by id."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_get(args: argparse.Namespace) -> int:
-    """Gets what is there. Names the other ids at the end, with exit status 1."""
+    """Prints the documents. If some ids are unknown, it names them at the end and exits with 1."""
     with connect(args.bank) as bank:
         get = partial(bank.get, namespace=args.namespace)
         for id, answer in each_there(args.ids, args.namespace, get):

@@ -1,4 +1,4 @@
-"""The parser of all commands, and the one place where an error becomes a line and an exit status."""
+"""The parser of all commands. Only here an error becomes a line and an exit status."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from regrad_vllm.console import CommandError, note
 from regrad_vllm.local.processes import ServiceFailure
 
 _INTERRUPTED = 130
-# Commands that hand everything after their name to a parser of their own.
+# Commands that pass all further arguments to their own parsers.
 _PASS_ON = ("serve", "eval", "growth", "bench")
-# Command → the extra that brings what it imports; the rest need what every installation has.
+# Command → the extra with the packages that it imports. Other commands need no extra.
 _EXTRAS = {
     "bank": "bank,train",
     "snapshot": "bank",
@@ -48,7 +48,7 @@ _EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 1 where it failed, 2 where it was used wrongly."""
+    """Runs one command and returns its exit status: 0, 1 after an error, 2 after wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((index for index, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
     own = name + 1 if name < len(arguments) and arguments[name] in _PASS_ON else len(arguments)
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         note("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to say it to
+        sys.stderr.close()  # the reader of the output has ended, so there is nothing left to print
         return 1
-    # Every room reports what it can't use as a ValueError, what it lacks as an OSError or RuntimeError, and what a bank
-    # refused as a BankError.
+    # The packages raise ValueError for bad input, OSError or RuntimeError for missing resources, and BankError for
+    # errors of a bank.
     except (CommandError, BankError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explained(command: str, error: Exception) -> str:
-    """The text to print for an error: one line, except for errors whose message may have several."""
+    """The text for an error. It is one line, except for errors whose message has several."""
     if isinstance(error, CommandError | ServiceFailure):
         return str(error)
     if isinstance(error, ModuleNotFoundError):

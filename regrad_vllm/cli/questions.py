@@ -23,7 +23,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run(args: argparse.Namespace) -> int:
-    """Cuts the corpus as `regrad ingest` does and asks about every passage."""
+    """Cuts the corpus into passages, as `regrad ingest` does, and asks for questions about every passage."""
     import asyncio
 
     from regrad_vllm.data.from_corpus import write_questions

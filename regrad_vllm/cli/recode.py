@@ -24,7 +24,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 1 where a gradient kept its codec."""
+    """Runs the command. Returns 0, or 1 if a gradient kept its codec."""
     last: RecodeProgress | None = None
     with connect(args.bank) as bank:
         for last in bank.recode(args.codec):

@@ -1,6 +1,6 @@
-"""The reference in docs/, made from the code. ``make docs`` writes it.
+"""Generates the reference in docs/ from the code. ``make docs`` runs it.
 
-A page has a comment ``<!-- made: NAME -->`` and further down ``<!-- end -->``. The lines between them are made here.
+A page has the comments ``<!-- made: NAME -->`` and ``<!-- end -->``. The lines between them are generated here.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from regrad_vllm.flags import settings_of
 from regrad_vllm.serve.settings import Settings, variable
 
 _BLOCK = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_DATA_DIR = "~/.local/share/regrad/bank"  # as it is where XDG_DATA_HOME is unset
+_DATA_DIR = "~/.local/share/regrad/bank"  # the default if XDG_DATA_HOME is unset
 _CREDENTIALS = ("--bank-token-file", "--bank-ca", "--bank-cert", "--bank-key")
 _SETTINGS: Mapping[str, type] = {"bank": BankConfig, "serve": Settings}  # commands with a table of their own
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the reference into every page of the folder named, docs/ by default."""
+    """Writes the reference into every page of a folder, by default docs/."""
     folder = Path(argv[0] if argv else "docs")
     for page in sorted(folder.glob("*.md")):
         before = page.read_text("utf-8")
@@ -38,12 +38,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def with_reference(page: str) -> str:
-    """The page's text with each marked part as the code makes it now. KeyError for a mark that names nothing."""
+    """The page's text with each marked part generated again. KeyError for a mark with an unknown name."""
     return _BLOCK.sub(lambda block: block[1] + _PARTS[block[2]]() + block[3], page)
 
 
 def bank_settings() -> str:
-    """A row for each field of BankConfig."""
+    """The table of the bank's settings: a row for each field of BankConfig."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for setting in settings_of(BankConfig, defaults() | {"data_dir": _DATA_DIR}):
         flag = _flags(command_parsers()["bank"])[setting.name]
@@ -52,7 +52,7 @@ def bank_settings() -> str:
 
 
 def serve_settings() -> str:
-    """A row for each field of the plugin's Settings."""
+    """The table of the plugin's settings: a row for each field of Settings."""
     rows = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
     for setting in settings_of(Settings):
         flag = _flags(command_parsers()["serve"])[setting.name]
@@ -68,7 +68,7 @@ def commands() -> str:
 
 
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Every command with the parser that reads its arguments, in the order of ``regrad --help``."""
+    """Command → the parser of its arguments, in the order of ``regrad --help``."""
     from regrad_vllm.evaluate.eval_command import build_parser as evaluate
     from regrad_vllm.evaluate.growth_command import build_parser as growth
     from regrad_vllm.load.options import parser as load
@@ -93,7 +93,7 @@ _PARTS: Mapping[str, Callable[[], str]] = {
 
 
 def _section(name: str, parser: argparse.ArgumentParser, summary: str) -> str:
-    """A command's heading, description, and a row for each argument that stands on no other page."""
+    """A command's heading and description, with a row for each argument that no other page lists."""
     settings = {field.name for field in fields(_SETTINGS[name])} if name in _SETTINGS else set()
     actions = [action for action in parser._actions if action.dest not in settings]
     credentials = [action for action in actions if action.option_strings and action.option_strings[0] in _CREDENTIALS]
@@ -127,7 +127,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[s
 
 
 def _value(action: argparse.Action) -> str:
-    """The value that an argument takes, as its usage line has it."""
+    """The placeholder for an argument's value, as in its usage line."""
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper().replace("_", "-")
     if action.choices is not None and action.metavar is None:
         metavar = ", ".join(map(str, action.choices))

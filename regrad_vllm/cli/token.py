@@ -1,4 +1,4 @@
-"""`regrad token`: a new token for a bank's --tokens-file. The file gets its digest, its bearer the secret."""
+"""`regrad token`: a new token for a bank's --tokens-file. The file gets the digest, and the user gets the secret."""
 
 from __future__ import annotations
 

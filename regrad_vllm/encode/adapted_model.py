@@ -1,9 +1,9 @@
 """A frozen causal LM with LoRA tensors that may differ from row to row, split at the first adapted layer.
 
-It works on any Hugging Face causal LM built like Llama: ``model.model.layers`` of decoder layers, a final norm and
-``lm_head``. The two halves run the library's own forward pass, so masks, rotary embeddings and sliding windows are the
-library's. Rows are padded on the right and attention is causal, so padding reaches no real token
-and no padding mask is needed.
+It works with any Hugging Face causal LM built like Llama: ``model.model.layers`` of decoder layers, a final norm and
+``lm_head``. Both halves run the library's own forward pass, so masks, rotary embeddings and sliding windows are the
+library's. Rows are padded on the right and attention is causal. So padding never influences a real token, and no
+padding mask is needed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from regrad_vllm.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Right-padded rows. ``targets`` holds the token to predict after each position, -100 where none counts."""
+    """Right-padded rows. ``targets`` holds the token to predict after each position, or -100 if it doesn't count."""
 
     ids: Tensor  # int64 (rows, length)
     targets: Tensor  # int64 (rows, length)
     weights: Tensor  # float32 (rows, length): how much each target counts in its row's loss; each row sums to 1
     positions: Tensor | None = None  # int64 (rows, length); None: 0, 1, 2, …
-    visible: Tensor | None = None  # bool (rows, length, length): who attends to whom; None: causal
+    visible: Tensor | None = None  # bool (rows, length, length): position i attends to position j; None: causal
 
     @classmethod
     def pad(cls, rows: Sequence[tuple[Sequence[int], int]], device: str | torch.device = "cpu") -> TokenBatch:
-        """Rows of (tokens, number of leading tokens whose prediction doesn't count; at least 1)."""
+        """A batch of rows. rows: (tokens, number of leading tokens whose prediction doesn't count; at least 1)."""
         length = max(len(tokens) for tokens, _ in rows)
         ids = torch.zeros((len(rows), length), dtype=torch.long)
         targets = torch.full((len(rows), length), -100, dtype=torch.long)
@@ -48,11 +48,11 @@ class TokenBatch:
     def pack(
         cls, groups: Sequence[Sequence[tuple[Sequence[int], int]]], device: str | torch.device = "cpu"
     ) -> TokenBatch:
-        """One row a group: what its members have in common stands once, in front, and is seen by all of them.
+        """One row for each group of token sequences. Its common prefix comes first, once, and all members see it.
 
-        A member is (tokens, leading tokens whose prediction doesn't count) as for ``pad``, and sees itself and the
-        common part alone. Members count equally, and so do a member's targets. The loss of a packed row is the mean
-        of the losses that its members have as rows of their own.
+        A member is (tokens, leading tokens whose prediction doesn't count), as for ``pad``. It sees only itself and the
+        common prefix. Members count equally, and so do a member's targets. So the loss of a packed row is the mean of
+        the losses of its members as separate rows.
         """
         shared = [_common_prefix(group) for group in groups]
         length = max(
@@ -62,7 +62,9 @@ class TokenBatch:
         shape = (len(groups), length)
         ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         targets, weights = torch.full(shape, -100, dtype=torch.long), torch.zeros(shape)
-        visible = torch.eye(length, dtype=torch.bool).repeat(len(groups), 1, 1)  # padding sees itself: no empty softmax
+        visible = torch.eye(length, dtype=torch.bool).repeat(
+            len(groups), 1, 1
+        )  # padding sees itself, because an empty softmax is NaN
         for row, (common, group) in enumerate(zip(shared, groups, strict=True)):
             ids[row, :common] = torch.as_tensor(group[0][0][:common])
             positions[row, :common] = torch.arange(common)
@@ -83,7 +85,7 @@ class TokenBatch:
 
 
 def _common_prefix(group: Sequence[tuple[Sequence[int], int]]) -> int:
-    """Leading tokens that all members share; each keeps the last token before its first target to itself."""
+    """The number of leading tokens that all members share. Each member keeps the token before its first target."""
     limit = min(start for _, start in group) - 1
     first = group[0][0]
     for index in range(limit):
@@ -93,7 +95,7 @@ def _common_prefix(group: Sequence[tuple[Sequence[int], int]]) -> int:
 
 
 class AdaptedModel:
-    """Base model, layout and scaling s; adapters are arguments, never state that outlives a call."""
+    """The base model with a layout and scaling s. Adapters are arguments of its methods and never stored."""
 
     def __init__(self, model: Any, layout: Layout, scaling: float) -> None:
         self.layout = layout
@@ -108,7 +110,7 @@ class AdaptedModel:
         self._embed = decoder.embed_tokens
 
     def lower(self, batch: TokenBatch) -> Tensor:
-        """Hidden states before the first adapted layer, (rows, length, hidden). They don't depend on φ: no gradient."""
+        """Hidden states before the first adapted layer, (rows, length, hidden). They don't depend on φ."""
         with torch.no_grad():
             embedded: Tensor = self._embed(batch.ids)
             if not len(self._lower.layers):
@@ -116,25 +118,29 @@ class AdaptedModel:
             return self._run(self._lower, embedded, batch)
 
     def upper(self, hidden: Tensor, adapters: Sequence[Tensor], batch: TokenBatch) -> Tensor:
-        """Final hidden states under ``adapters``: the layout's tensors in order, each (groups, *shape).
+        """Final hidden states, (rows, length, hidden), under ``adapters``.
 
-        rows must be a multiple of groups: consecutive rows share an adapter.
+        adapters: the layout's tensors in order, each (groups, *shape). The number of rows must be a multiple of groups.
+        Consecutive rows share an adapter.
         """
         with self.injected(adapters):
             return self._run(self._upper, hidden, batch)
 
     def token_losses(self, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the counted positions, (counted,), and which they are, bool (rows, length)."""
+        """Cross-entropy of the counted positions, (counted,), and their mask, bool (rows, length)."""
         counted = targets != -100
         logits = self.logits(final[counted])
         return nn.functional.cross_entropy(logits, targets[counted], reduction="none"), counted
 
     def logits(self, final: Tensor) -> Tensor:
-        """Of the next token after each final hidden state, float32 (positions, vocabulary)."""
+        """Logits of the next token after each final hidden state, float32 (positions, vocabulary)."""
         return cast(Tensor, self._lm_head(final).float())
 
     def loss(self, final: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:
-        """Sum over the rows of their next-token cross-entropy, each target times its weight (the batch's)."""
+        """The sum over all rows of the next-token cross-entropy, each target times its weight.
+
+        weights: float32 (rows, length); None: the batch's weights.
+        """
         losses, counted = self.token_losses(final, batch.targets)
         return ((batch.weights if weights is None else weights)[counted] * losses).sum()
 
@@ -176,7 +182,7 @@ class AdaptedModel:
         def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows, length, _ = inputs[0].shape
             grouped = inputs[0].reshape(a.shape[0], rows // a.shape[0] * length, -1)
-            # Scaled where it is small: a pass over (rows, length, out) less, in every derivative too.
+            # The scaling is applied to the smaller tensor. It saves a pass over (rows, length, out) in each derivative.
             low = self.scaling * torch.bmm(grouped, a.to(grouped.dtype).transpose(1, 2))
             return output + torch.bmm(low, b.to(grouped.dtype).transpose(1, 2)).reshape(output.shape)
 
@@ -188,8 +194,10 @@ def _layer_index(module: str) -> int:
 
 
 def _attention_bias(config: Any, visible: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
-    """``visible`` as the library takes it as it is: 0 or the least number, four dimensions; by layer type where a
-    model has several."""
+    """``visible`` as the additive mask that the library takes: 0 or the least number, four dimensions.
+
+    A model with several layer types gets a mask for each type.
+    """
 
     def bias(allowed: Tensor) -> Tensor:
         zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
@@ -203,7 +211,7 @@ def _attention_bias(config: Any, visible: Tensor, positions: Tensor, dtype: torc
 
 
 def _slice_decoder(decoder: Any, first: int, end: int, *, norm: bool) -> Any:
-    """A view of ``decoder`` that runs layers first..end-1 and shares all weights with it."""
+    """A view of ``decoder`` that runs the layers first … end − 1 and shares its weights."""
     part = copy.copy(decoder)
     part.__dict__["_modules"] = dict(decoder._modules)
     part.config = copy.copy(decoder.config)

@@ -1,8 +1,9 @@
 """Per-document gradients, exact, for a whole batch in one backward pass.
 
 Each document gets its own copy (by broadcast) of φ* as the differentiation variable. The gradient of the sum of all
-losses with respect to copy i is then the gradient of document i's loss alone.
-For the linear layers this is gB_i = s · δ_iᵀ (A x_i), gA_i = s · (δ_i B)ᵀ x_i, computed as batched matrix products.
+losses with respect to copy i is then the gradient of document i's loss alone. For the linear layers this is
+gB_i = s · δ_iᵀ (A x_i), gA_i = s · (δ_i B)ᵀ x_i, computed as batched matrix products. Here δ_i is the derivative by the
+layer's output.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def document_gradients(
 ) -> Tensor:
     """g_d = ∇φ L(φ; d) for every row d of ``batch``.
 
-    phi: float32 (num_values,), or (rows, num_values) where each document has its own. inner_loss: L; the mean over the
-    tokens where None. Returns float32 (rows, num_values), zero for a row with nothing to predict.
+    phi: float32 (num_values,), or (rows, num_values) if each document has its own. inner_loss: L; None: the mean over
+    the tokens. Returns float32 (rows, num_values), with zeros for a row without targets.
     """
     rows = len(batch.ids)
     if not (batch.targets != -100).any():

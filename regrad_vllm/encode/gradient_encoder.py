@@ -1,4 +1,4 @@
-"""Text → δ: the encoder that the bank is handed."""
+"""The bank's encoder: text → δ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner, LearnerError
 
-# Bounds the activations of one backward pass; more rows gain nothing once the cores are busy.
+# Limits the memory of one backward pass. Larger passes are not faster, because all cores are busy already.
 _MAX_TOKENS_PER_PASS = 2048
 _MAX_ROWS_PER_PASS = 32
 
@@ -42,10 +42,10 @@ class GradientEncoder:
         dtype: torch.dtype | None = None,
         device: str | None = None,
     ) -> GradientEncoder:
-        """Loads both and checks that they belong together; LearnerError names both digests where not.
+        """Loads model and learner. LearnerError, with both digests, if they don't belong together.
 
-        dtype: of the base model; by default float32 on a CPU, bfloat16 on a GPU. device: by default the GPU
-        where there is one.
+        dtype: the base model's type; by default float32 on a CPU, bfloat16 on a GPU. device: by default the GPU if the
+        machine has one.
         """
         learner = Learner.load(learner_folder)
         check_base(learner, model_folder)
@@ -56,7 +56,7 @@ class GradientEncoder:
         return cls(model, PromptBuilder(tokenizer, learner.config.prompts), learner)
 
     def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
-        """δ of each (title, text), in order; long documents are cut at the learner's max_document_tokens.
+        """δ of each (title, text), in order. Long documents are cut at the learner's max_document_tokens.
 
         ValueError for a document without any token.
         """
@@ -68,7 +68,7 @@ class GradientEncoder:
             deltas = document_deltas(self._model, self._phi, self._step_sizes, batch, self._inner_loss).cpu().numpy()
             for row, index in enumerate(indices):
                 tokens, truncated = tokenised[index]
-                # A copy of its own, so that one kept row doesn't keep the whole pass in memory.
+                # The row is copied, because a view would keep the whole pass in memory.
                 encoded[index] = EncodedDocument(deltas[row].copy(), len(tokens), truncated)
         return [entry for entry in encoded if entry is not None]
 
@@ -84,10 +84,10 @@ def check_base(learner: Learner, model_folder: str | Path) -> None:
 
 
 def plan_passes(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of documents for each backward pass: neighbours in length, so that little is padding."""
+    """The indices of the documents for each backward pass. Documents of like length go together, to save padding."""
     chosen: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        # Ascending, so the newest is the longest.
+        # Lengths ascend, so the newest document is the longest.
         full = len(chosen) == _MAX_ROWS_PER_PASS or (len(chosen) + 1) * lengths[index] > _MAX_TOKENS_PER_PASS
         if chosen and full:
             yield chosen

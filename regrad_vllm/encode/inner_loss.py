@@ -1,4 +1,4 @@
-"""How much each token of a document counts in its inner loss."""
+"""The weight of each token in a document's inner loss."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from torch import Tensor, nn
 
 from regrad_vllm.encode.adapted_model import TokenBatch
 
-REFERENCE_TOKENS = 32  # a document of this length weighs the same whatever the exponent
+REFERENCE_TOKENS = 32  # for a document of this length the exponent makes no difference
 
 
 @dataclass(frozen=True, slots=True)
 class InnerLoss:
     """L(d) = Σ_t w_t ℓ_t / (T^p · 32^(1−p)) over the T tokens of a document, ℓ_t their cross-entropies.
 
-    length_exponent: p. 1 is the paper's mean, in which each fact of a long document counts less than a short one's.
-    token_head: float32 (hidden + 1,), makes w_t of the target's hidden state h below the first adapted layer. None:
-    w_t = 1. The formula is w_t = softplus(u · h / rms(h) + b) / ln 2, so zeros give w_t = 1.
+    length_exponent: p. With p = 1 it is the paper's mean, in which a fact of a long document counts less than one of a
+    short document.
+    token_head: (u, b) as float32 (hidden + 1,). It gives w_t = softplus(u · h / rms(h) + b) / ln 2, where h is the
+    target's hidden state below the first adapted layer. None or zeros: w_t = 1.
     """
 
     length_exponent: float = 1.0
     token_head: Tensor | None = None
 
     def weights(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
-        """Of every target, (rows, length). hidden: the batch's ``lower`` states."""
+        """The weight of every target, (rows, length). hidden: the batch's states from ``AdaptedModel.lower``."""
         weights = batch.weights
         if self.length_exponent != 1.0:
             lengths = (batch.targets != -100).sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Text → tokens, the same way in meta-training, in the bank's encoder and in evaluation."""
+"""Text → tokens. Meta-training, the bank's encoder and the evaluation all use it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class PromptBuilder:
         self._tokenizer = tokenizer
 
     def document(self, title: str, text: str, max_tokens: int) -> tuple[list[int], bool]:
-        """Tokens of a document as the inner loss reads it, and whether it was cut at ``max_tokens``.
+        """The tokens of a document for the inner loss, and whether it was cut at ``max_tokens``.
 
-        Raises ValueError for a document without any token.
+        ValueError for a document without any token.
         """
         rendered = self.prompts.render_document(title, text)
         tokens = self._tokenizer(rendered, truncation=True, max_length=max_tokens + 1)["input_ids"]
@@ -27,7 +27,7 @@ class PromptBuilder:
         return tokens[:max_tokens], len(tokens) > max_tokens
 
     def question(self, question: str, documents: Sequence[str] = ()) -> list[int]:
-        """Tokens of the chat prompt up to where the answer begins; with ``documents``, mode "icl"."""
+        """The tokens of the chat prompt up to the answer. With ``documents`` they stand in the prompt (mode "icl")."""
         content = (
             self.prompts.render_icl(question, list(documents)) if documents else self.prompts.render_blind(question)
         )
@@ -36,6 +36,6 @@ class PromptBuilder:
         return list(tokens)
 
     def answer(self, answer: str) -> list[int]:
-        """Tokens of an answer and the end of the turn."""
+        """The tokens of an answer, with the end of the turn."""
         tokens = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
         return [*tokens, self._tokenizer.eos_token_id]

@@ -1,1 +1,1 @@
-"""The compiled loops: composing into a slot, and applying each row's own adapter. By numba."""
+"""Loops compiled by numba: one composes an adapter into a slot, the other applies each row's own adapter."""

@@ -1,7 +1,7 @@
-"""Composing into a slot: one pass over φ* and the stored gradients, in float32, with the scaling folded into B.
+"""Composes into a slot with one pass over φ* and the stored gradients, in float32. B is multiplied by the scaling.
 
 Each value has the same operations in the same order as in ``adapt.compose.compose``. Then B is multiplied by the
-scaling, and the value is rounded once to the slot's type. So a float32 slot has the formula's very bits.
+scaling, and the value is rounded once to the slot's type. So a float32 slot has exactly the bits of the formula.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from regrad_vllm.adapt.stored_gradient import (
     StoredGradient,
 )
 
-_TILE = 1024  # values that are composed in one thread's cache
+_TILE = 1024  # values composed at a time, so that they fit into one core's cache
 
 _load_bf16 = FLOAT_TYPES[torch.bfloat16].load
 
@@ -56,9 +56,9 @@ def _tile(
 ) -> None:  # fmt: skip
     """out[:size] = φ* − Σ steps[k] δ_k for the flat values from ``start``.
 
-    They are a part of a row, or whole rows, of one tensor of the layout. ``delta`` is room to work in.
+    The values are a part of a row, or whole rows, of one tensor of the layout. ``delta`` is a work buffer.
     """
-    # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
+    # The compiler sees that indices into a slice are in order, and makes vector instructions of the loops.
     base = phi[start : start + size]
     for j in range(size):
         out[j] = base[j]
@@ -87,13 +87,13 @@ def _loop(dtype: torch.dtype) -> Any:
 
     @numba.njit(nogil=True)
     def loop(address: Any, slot_values: Any, phi: Any, table: Any, gradients: Any, steps: Any, scaling: Any) -> Any:
-        """Whether all values are finite in the slot's type."""
+        """Composes the slot. Returns whether all values are finite in the slot's type."""
         target = array(address, slot_values)
         out, delta = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
         infinite = 0
         for t in range(len(table)):
             first, stride, rows, columns, offset, transposed, tensor = table[t]
-            if transposed:  # rows of a few columns: several at a time
+            if transposed:  # the rows are short, so several are composed at a time
                 several = max(1, _TILE // columns)
                 for row in range(0, rows, several):
                     count = min(several, rows - row)
@@ -130,14 +130,17 @@ def compose_slot(
     table: SlotTable,
     scaling: float,
 ) -> bool:
-    """Writes φ* − Σ steps[k] δ_k into a slot's row, B times ``scaling``; whether all of it is finite in its type.
+    """Writes φ* − Σ steps[k] δ_k into a slot's row, with B times ``scaling``.
 
-    slot: contiguous (table.num_values,); phi: float32 (num_values,). Runs without Python's lock, on the calling thread
-    alone: the engine's step has the cores, and a composition is much shorter than a step.
+    Returns whether all values are finite in the slot's type.
+    slot: contiguous (table.num_values,). phi: float32 (num_values,).
 
-    Measured on two cores, an adapter of 7 MB (3.5 million bfloat16 values, an 8B model's) of three int8 gradients:
-    - on idle cores 5.2 ms on one and 4.9 ms on two, bound by memory;
-    - beside a step of 90 ms on both cores 8.5 ms on one thread and 9.7 ms on two. The step takes 13 ms longer then.
+    It runs without Python's lock and on the calling thread alone. The engine's step uses the other cores, and a
+    composition is much shorter than a step.
+
+    Measured with two cores and an adapter of 7 MB (3.5 million bfloat16 values, an 8B model) from three int8 gradients:
+    - on idle cores: 5.2 ms with one thread, 4.9 ms with two, limited by memory;
+    - beside a step of 90 ms on both cores: 8.5 ms with one thread, 9.7 ms with two. The step then takes 13 ms longer.
     """
     loop = _loop(slot.dtype)
     rows = np.array([gradient.row for gradient in gradients], np.int64).reshape(-1, ROW_FIELDS)

@@ -1,4 +1,4 @@
-"""Low-rank factors back to values, a tile at a time: what ``codecs.lowrank`` decodes, with its very bits."""
+"""Expands low-rank factors to values, a tile at a time. The bits are those of ``codecs.lowrank``."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from regrad_vllm.adapt.stored_gradient import SCALES, SHORTS, TABLE, VALUES
 
 @numba.njit(nogil=True)
 def _add_along(part: Any, short: Any, codes: Any, scales: Any, column: Any) -> None:
-    """part += short · (scale · code) from ``column`` of a long vector on."""
+    """part += short · (scale · code), for the codes of a long vector from ``column`` on."""
     first, size = 0, len(part)
     while first < size:
         block = (column + first) // LONG_BLOCK
         last = min(size, (block + 1) * LONG_BLOCK - column)
         scale = scales[block]
-        # Slices, so that indices are seen to be in order and the loops over them become vector instructions.
+        # The compiler sees that indices into a slice are in order, and makes vector instructions of the loops.
         piece, piece_codes = part[first:last], codes[column + first : column + last]
         for j in range(last - first):
             piece[j] += short * (np.float32(piece_codes[j]) * scale)
@@ -41,9 +41,10 @@ def _add_along(part: Any, short: Any, codes: Any, scales: Any, column: Any) -> N
 
 @numba.njit(nogil=True)
 def expand(delta: Any, gradient: Any, tensor: Any, start: Any) -> None:
-    """delta = the values of a gradient from the flat vector's ``start`` on.
+    """Fills ``delta`` with the values of a gradient, from the flat vector's ``start`` on.
 
-    They are parts of a row, or whole rows, of one tensor of the layout. Either of its sides may be the long one.
+    The values are parts of a row, or whole rows, of one tensor of the layout. Its rows or its columns may be the long
+    side.
     """
     entry = i64_array(gradient[TABLE], (tensor + 1) * TABLE_FIELDS)[tensor * TABLE_FIELDS :]
     length, rank, width, columns = entry[LONG_LENGTH], entry[RANK], entry[SHORT_LENGTH], entry[COLUMNS]

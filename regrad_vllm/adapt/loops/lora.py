@@ -1,8 +1,8 @@
-"""y += B (A x), each row of x with the adapter in its own slot: decoding with hundreds of adapters.
+"""y += B (A x), each row of x with the adapter in its own slot. It serves hundreds of adapters in one decoding step.
 
-vLLM's CPU path copies the whole A and B of every row's slot and converts them, module by module. Here a row's A and B
-are read once, where they lie. A thread takes a row. With more threads than rows it takes a part of a row's
-columns and computes h = A x again for it, with A from its cache.
+vLLM's CPU path copies and converts the whole A and B of every row's slot, module by module. Here a row's A and B are
+read once and in place. Each thread takes a row. If there are more threads than rows, each takes some of a row's columns
+and computes h = A x again, with A from the CPU's cache.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, i64_array, prefetch
 from regrad_vllm.adapt.loops.team import num_threads, on_all_threads, thread_index
 
 MAX_RANK = 512
-_COLUMNS = 4096  # of y, summed up in one thread's cache
+_COLUMNS = 4096  # columns of y summed at a time, so that they fit into one core's cache
 _HEAD = 8
 _NUM_ROWS, _ROWS, _SLOTS, _X, _X_STRIDE, _Y, _Y_STRIDE, _NUM_SLICES = range(_HEAD)
-# Of each slice, after the head.
+# The number of parameters of each slice. They follow the head.
 _SLICE = 8
 _A, _A_STRIDE, _B, _B_STRIDE, _RANK, _INPUTS, _OUTPUTS, _OFFSET = range(_SLICE)
 
 
-# In both loops: four rows of A or B at a time, so that x and the sums are read and written once for four; slices, so
-# that indices are seen to be in order and the loops over them become vector instructions.
+# Both loops take four rows of A or B at a time, so that x and the sums are read and written once for four rows. The
+# compiler sees that indices into a slice are in order, and makes vector instructions of the loops.
 
 
 @cache
 def _ahead(weight_size: int) -> Any:
     @numba.njit(fastmath=True, nogil=True)
     def ahead(address: Any, num_bytes: Any) -> None:
-        """Of two bytes a value, rows are too short for the processor to see by itself what comes next."""
+        """Prefetches the next rows. In two-byte types rows are too short for the processor's own prefetching."""
         if weight_size == 2:
             for offset in range(0, num_bytes, 64):
                 prefetch(address + offset)
@@ -115,7 +115,7 @@ def _expand(values: torch.dtype, weights: torch.dtype) -> Any:
 
 @cache
 def _columns(values: torch.dtype, weights: torch.dtype) -> Any:
-    """The loop over some columns of one row of y, for x and y in ``values`` and A and B in ``weights``."""
+    """The compiled loop over some columns of one row of y. x and y have the type ``values``, A and B ``weights``."""
     value_array, weight_array = FLOAT_TYPES[values].array, FLOAT_TYPES[weights].array
     size, weight_size = values.itemsize, weights.itemsize
     shrink, expand = _shrink(values, weights), _expand(values, weights)
@@ -147,7 +147,7 @@ def _columns(values: torch.dtype, weights: torch.dtype) -> Any:
 
 @cache
 def _body(values: torch.dtype, weights: torch.dtype) -> int:
-    """Address of what each thread runs."""
+    """The address of the compiled function that each thread runs."""
     columns = _columns(values, weights)
 
     @numba.cfunc(types.void(types.voidptr))
@@ -156,7 +156,7 @@ def _body(values: torch.dtype, weights: torch.dtype) -> int:
         p = numba.carray(data, (_HEAD + _SLICE * head[_NUM_SLICES],), np.int64)
         rows, slots = i64_array(p[_ROWS], p[_NUM_ROWS]), i64_array(p[_SLOTS], p[_NUM_ROWS])
         threads = num_threads()
-        parts = max(1, threads // p[_NUM_ROWS])  # of a row
+        parts = max(1, threads // p[_NUM_ROWS])  # parts of a row
         h = np.empty(MAX_RANK, np.float32)
         part = np.empty(_COLUMNS, np.float32)
         for item in range(thread_index(), p[_NUM_ROWS] * parts, threads):
@@ -172,22 +172,22 @@ def _body(values: torch.dtype, weights: torch.dtype) -> int:
 
 
 def supports(values: torch.dtype, weights: torch.dtype, rank: int) -> bool:
-    """Whether ``LoraRows`` can compute with these."""
+    """Whether ``LoraRows`` supports these types and this rank."""
     return values in FLOAT_TYPES and weights in FLOAT_TYPES and rank <= MAX_RANK
 
 
 def compile_for(values: torch.dtype, weights: torch.dtype) -> None:
-    """Compiles the loop for x and y in ``values``, A and B in ``weights``, which else happens when it is first run."""
+    """Compiles the loop for x and y in ``values``, A and B in ``weights``. Otherwise its first call compiles it."""
     _body(values, weights)
 
 
 class LoraRows:
-    """The A and B of one module, stacked by slot, as the loop reads them."""
+    """The A and B of one module, stacked by slot, with the loop that applies them."""
 
     def __init__(self, a_stacked: Sequence[Tensor], b_stacked: Sequence[Tensor], output_slices: Sequence[int]) -> None:
-        """For each slice a_stacked: (slots, 1, rank, in), b_stacked: (slots, 1, out, rank).
+        """a_stacked: (slots, 1, rank, in) for each slice. b_stacked: (slots, 1, out, rank) for each slice.
 
-        Each slot's A is C-contiguous, and so is each slot's B transposed, as (rank, out). Else ValueError.
+        Each slot's A must be C-contiguous, and so must each slot's B transposed, (rank, out). ValueError otherwise.
         """
         offset = 0
         rows = []
@@ -202,12 +202,12 @@ class LoraRows:
         self._parameters[_HEAD:] = np.array(rows, np.int64).reshape(-1)
         self._parameters[_NUM_SLICES] = len(rows)
         self._address = self._parameters.ctypes.data
-        self._kept = (tuple(a_stacked), tuple(b_stacked))  # the addresses are theirs
+        self._kept = (tuple(a_stacked), tuple(b_stacked))  # keeps the memory at the addresses alive
 
     def add(self, y: Tensor, x: Tensor, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """y[row] += B[slot] (A[slot] x[row]), in place, summed in float32, for each of ``rows`` and its slot.
 
-        y: (tokens, all outputs), x: (tokens, in), rows of both contiguous. Not for two threads at a time.
+        y: (tokens, all outputs). x: (tokens, in). The rows of both are contiguous. Not thread-safe.
         """
         p = self._parameters
         p[_NUM_ROWS], p[_ROWS], p[_SLOTS] = len(rows), rows.ctypes.data, slots.ctypes.data

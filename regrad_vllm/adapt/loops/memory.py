@@ -1,6 +1,6 @@
-"""Shared by the loops: float types that numba doesn't know, and arrays at raw addresses.
+"""Helpers of all loops: float types that numba doesn't support, and arrays at raw addresses.
 
-A tensor goes in as its address, because numba has no bfloat16 and float16 on CPUs; their bits are read and written as
+A tensor is passed as its address, because numba has no bfloat16 and float16 on CPUs. Their bits are read and written as
 uint16.
 """
 
@@ -79,7 +79,7 @@ def _to_f16(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Asks for the cache line at an address, which may be any."""
+    """Prefetches the cache line at an address. Any address is allowed, even an invalid one."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3])
@@ -99,7 +99,7 @@ def _same(value: Any) -> Any:
 
 @numba.njit(inline="always")
 def _to_bf16(value: Any) -> Any:
-    """Rounded to nearest, ties to even. NaN stays NaN or becomes infinity: neither is finite."""
+    """Rounds to nearest, ties to even. NaN stays NaN or becomes infinity, so it is never finite."""
     bits = _bits(value)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
@@ -136,12 +136,12 @@ def _store_f16(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class FloatType:
-    """A float type in memory. All four are compiled functions."""
+    """The compiled functions for one float type in memory."""
 
     array: Callable[..., Any]  # (address, size) → its stored elements
     load: Callable[..., Any]  # stored → float32
     store: Callable[..., Any]  # float32 → stored, rounded to nearest, ties to even
-    is_finite: Callable[..., Any]  # of a stored element
+    is_finite: Callable[..., Any]  # stored → whether it is finite
 
 
 FLOAT_TYPES = {

@@ -1,9 +1,9 @@
-"""Running a compiled loop on PyTorch's own threads.
+"""Runs a compiled loop on PyTorch's own threads.
 
-vLLM binds the threads of PyTorch's OpenMP library to cores, and a thread started later inherits one core. A second
-pool of threads (numba's) would share that core and fight for the others. So the loops run on the team that PyTorch
-has already. The way in is ``GOMP_parallel``, to which GCC compiles every parallel region. LLVM's and Intel's libraries
-have it too. Without it a loop runs on the calling thread.
+vLLM binds the threads of PyTorch's OpenMP library to cores, and a thread started later inherits a single core. So all
+threads of a second pool, such as numba's, would share one core. Therefore the loops use PyTorch's threads. They are
+reached by ``GOMP_parallel``, the function that GCC compiles every parallel region to. LLVM's and Intel's libraries have
+it too. Without it a loop runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 
 
 def _library() -> Any | None:
-    """The OpenMP library that PyTorch runs on: one that is preloaded goes first, as it does for PyTorch."""
+    """PyTorch's OpenMP library. A preloaded one comes first, because PyTorch uses it too."""
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     beside = os.path.join(os.path.dirname(os.path.dirname(torch.__file__)), "torch.libs")
     found = [path for name in _LIBRARIES for where in (folder, beside) for path in glob(f"{where}/{name}*.so*")]
@@ -41,10 +41,10 @@ if _LIBRARY is not None:
     _parallel.restype = None
     thread_index = _LIBRARY.omp_get_thread_num
     num_threads = _LIBRARY.omp_get_num_threads
-else:  # one thread
+else:  # without the library: one thread
     thread_index = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
     num_threads = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
-for _function in (thread_index, num_threads):  # callable inside compiled loops
+for _function in (thread_index, num_threads):  # so that compiled loops can call them
     _function.argtypes = []
     _function.restype = ctypes.c_int
 
@@ -54,4 +54,4 @@ def on_all_threads(body: int, parameters: int) -> None:
     if _LIBRARY is None:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)(parameters)
     else:
-        _parallel(body, parameters, 0, 0)  # as many as the library is set to
+        _parallel(body, parameters, 0, 0)  # 0: as many threads as the library is set to
