@@ -1,1 +1,1 @@
-"""Checked values and the contracts of what a bank is given: documents, filters, settings, encoder, embedder."""
+"""Checked values (documents, filters, settings), and the contracts of the encoder and the embedder."""

@@ -19,37 +19,38 @@ class BankConfig:
     host: str = "127.0.0.1"  # address to listen on
     port: int = 0  # port to listen on; 0: the kernel chooses
     metrics_port: int | None = None  # port for Prometheus; None: off, 0: the kernel chooses
-    redis_url: str | None = None  # of a Redis server of yours; None: an embedded server
-    codec: str | None = None  # of a new bank's gradients; None: int8; an old bank keeps its own
-    cache_bytes: int = 256 * 2**20  # the embedded server's budget; a server by URL has its own
-    cache_timeout_ms: int = 250  # a slower cache is a miss
-    cache_ttl_seconds: int = 86_400  # after which a cached gradient expires
+    redis_url: str | None = None  # URL of your own Redis server; None: an embedded server
+    codec: str | None = None  # codec of a new bank's gradients; None: int8; an existing bank keeps its codec
+    cache_bytes: int = 256 * 2**20  # memory limit of the embedded server; your own server has its own limit
+    cache_timeout_ms: int = 250  # a slower answer of the cache counts as a miss
+    cache_ttl_seconds: int = 86_400  # time after which a cached gradient expires
     encode_batch_size: int = 8  # documents encoded together
-    encode_wait_ms: float = 5.0  # to wait for a batch to fill up
-    max_pending_documents: int = 64  # encoded and stored at a time, of all streams together
-    embed_threads: int = 0  # that compute embeddings; 0: as many as CPUs, at most 4
+    encode_wait_ms: float = 5.0  # longest wait for a batch to fill up
+    max_pending_documents: int = 64  # documents encoded and stored at once, over all streams
+    embed_threads: int = 0  # threads that compute embeddings; 0: one per CPU, at most 4
     snapshot_every: int = 10_000  # changes between two saves of the vector index; a tenth of its vectors if more
-    scrub_mib_per_second: float = 0.0  # of stored gradients that are read again, to find and mend damage; 0: off
+    scrub_mib_per_second: float = 0.0  # rate of reading stored gradients, to find and repair damage; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
-    exact_below: int = 2_000  # documents; a namespace of at most so many is searched exactly
-    history_seconds: int | None = None  # to keep old versions, for as_of; 0: none; None: as last set
-    drain_seconds: float = 10.0  # that calls under way have when the bank stops
+    exact_below: int = 2_000  # a namespace of at most so many documents is searched exactly
+    history_seconds: int | None = None  # time to keep past versions, for as_of; 0: none; None: the last setting
+    drain_seconds: float = 10.0  # time for calls under way to finish when the bank stops
     tokens_file: Path | None = None  # tokens and their scopes, see `regrad token`; None: everybody may do everything
     tls_cert: Path | None = None  # PEM of the certificate and its chain; None: no TLS
     tls_key: Path | None = None  # PEM of its key
-    tls_client_ca: Path | None = None  # PEM of the authority that signs clients' certificates; None: they need none
-    max_namespace_documents: int = 0  # of each namespace; 0: no limit
-    max_namespace_bytes: int = 0  # of each namespace's texts and gradients; 0: no limit
-    max_namespace_requests: int = 0  # of each namespace in flight, a stream is one; 0: no limit
+    tls_client_ca: Path | None = None  # PEM of the authority of clients' certificates; None: clients need none
+    max_namespace_documents: int = 0  # documents of each namespace; 0: no limit
+    max_namespace_bytes: int = 0  # bytes of each namespace's texts and gradients; 0: no limit
+    max_namespace_requests: int = 0  # requests of each namespace in flight, a stream is one; 0: no limit
     max_calls: int = 1024  # calls in progress, of all kinds together; more are refused
     max_ingests: int = 64  # ingest streams in progress; more are refused
     max_queries: int = 256  # queries in progress or waiting; more are refused
-    ingest_idle_seconds: float = 300.0  # after which an idle or unread ingest stream ends
-    unread_seconds: float = 300.0  # after which an unread fetch, snapshot or recode ends
+    ingest_idle_seconds: float = 300.0  # time after which an idle or unread ingest stream ends
+    unread_seconds: float = 300.0  # time after which an unread fetch, snapshot or recode ends
 
     @property
     def is_loopback(self) -> bool:
-        """Only this machine reaches ``host``. False for a name other than localhost: it may be any address."""
+        """Whether only this machine reaches ``host``. False for any name but localhost, because a name may have any
+        address."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -57,13 +58,13 @@ class BankConfig:
 
     @property
     def missing_protection(self) -> tuple[str, ...]:
-        """The protection that callers from other machines need and this bank lacks."""
+        """The protection against callers from other machines that this bank lacks."""
         has_callers = self.tokens_file is not None or self.tls_client_ca is not None
         return (*(() if has_callers else ("authentication",)), *(("TLS",) if self.tls_cert is None else ()))
 
     @property
     def namespace_limits(self) -> NamespaceLimits:
-        """Of a namespace for which the tokens file has no others."""
+        """The limits of a namespace without limits in the tokens file."""
         return NamespaceLimits(self.max_namespace_documents, self.max_namespace_bytes, self.max_namespace_requests)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,8 @@ class BankConfig:
             object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
         if self.codec is not None:
             check_choice(self.codec)
-        host = self.host[1:-1] if self.host[:1] + self.host[-1:] == "[]" else self.host  # as URLs have IPv6
+        # URLs write IPv6 addresses in brackets.
+        host = self.host[1:-1] if self.host[:1] + self.host[-1:] == "[]" else self.host
         object.__setattr__(self, "host", host)
         if not self.host:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
@@ -107,7 +109,7 @@ class BankConfig:
             ("unread_seconds", 0.1, 86_400),
         ):
             value = getattr(self, name)
-            # Not "value < low": NaN must fail too.
+            # NaN must fail too, so this does not test "value < low".
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value}")
         if self.port and self.port == self.metrics_port:

@@ -19,12 +19,12 @@ from bank_service.values.filters import Condition, check_filter
 from bank_service.wire import limits
 
 _NAMESPACE = re.compile(rf"[a-zA-Z0-9._-]{{1,{limits.MAX_NAMESPACE_CHARS}}}")
-# Binary data passed off as text shows by its control characters; tab, newline and carriage return are text.
+# Control characters show that a text is binary data. Tab, newline and carriage return are text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def check_namespace(name: str, field: str = "namespace") -> str:
-    """``name``, or the default for an empty one."""
+    """``name``, or the default namespace for an empty one. InvalidArgumentError."""
     if name and not _NAMESPACE.fullmatch(name):
         raise InvalidArgumentError(
             f"{field} must match [a-zA-Z0-9._-]{{1,{limits.MAX_NAMESPACE_CHARS}}}, got {name[:80]!r}", field=field
@@ -33,13 +33,14 @@ def check_namespace(name: str, field: str = "namespace") -> str:
 
 
 def check_id(id: str, field: str = "id") -> str:
-    """``id`` where it can be a document's."""
+    """``id``, if a document may have it. InvalidArgumentError."""
     check_text(id, field, limits.MAX_ID_BYTES)
     return id
 
 
 def check_text(text: str, field: str, max_bytes: int) -> None:
-    """Not blank, at most ``max_bytes`` of UTF-8, no control characters but tab and newlines."""
+    """InvalidArgumentError unless the text is not blank, fits ``max_bytes`` of UTF-8, and has no control characters but
+    tab and newlines."""
     num_bytes = len(text.encode())
     if num_bytes > max_bytes:
         raise InvalidArgumentError(f"{field} must be at most {max_bytes} bytes of UTF-8, got {num_bytes}", field=field)
@@ -64,7 +65,7 @@ def _canonical_digest(*parts: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document as a caller stores it."""
+    """A document that a caller stores."""
 
     namespace: str  # empty: the default
     id: str  # empty: derived from title and text
@@ -105,29 +106,29 @@ class Document:
 
     @property
     def content_digest(self) -> str:
-        """Of everything but the names."""
+        """The SHA-256 of title, text and metadata."""
         return _canonical_digest(self.title, self.text, dict(self.metadata))
 
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """A stored gradient of a document and how it came about."""
+    """The stored gradient of a document, and facts about its encoding."""
 
     digest: str  # SHA-256 of the record, 64 hex digits
     num_bytes: int  # of the record
-    num_tokens: int  # that the encoder read; 0 for a gradient that was uploaded
+    num_tokens: int  # tokens that the encoder read; 0 for an uploaded gradient
     truncated: bool
     embedding: bytes  # float32 (dimension,), little-endian, L2 norm 1
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """A document as the catalog holds it."""
+    """A document in the catalog."""
 
-    key: int  # of its row: one per (namespace, id), for ever
+    key: int  # one per (namespace, id); it never changes
     document: Document
     gradient: Gradient
-    version: int  # from 1; a deleted document that comes back goes on counting
+    version: int  # from 1; a deleted document that is stored again continues the count
     sequence: int  # of the change that made this version
     updated_us: int  # microseconds since 1970
 
@@ -146,11 +147,11 @@ class PutResult:
 
     stored: StoredDocument
     outcome: Outcome
-    replaced_digest: str | None = None  # of the gradient that the document no longer has
+    replaced_digest: str | None = None  # of the gradient that the new one replaced
 
 
 class Retrieval(Enum):
-    """How a text finds documents."""
+    """The method by which a text finds documents."""
 
     DENSE = 1  # by the cosine of the embeddings
     LEXICAL = 2  # by BM25
@@ -165,14 +166,14 @@ class Query:
     text: str = ""
     vector: tuple[float, ...] = ()
     document_ids: tuple[str, ...] = ()
-    top_k: int = 0  # 1..64 with text or vector; ids say themselves how many
+    top_k: int = 0  # 1..64 with text or vector; not used with document_ids
     min_score: float = -1.0
     learner_fingerprint: str = ""
     include_gradients: bool = False
     include_text: bool = False
     retrieval: Retrieval = Retrieval.DENSE
-    conditions: tuple[Condition, ...] = ()  # all must hold of a document's metadata
-    as_of: int | None = None  # a past sequence: as it would have been answered then; None: now
+    conditions: tuple[Condition, ...] = ()  # a document's metadata must meet all of them
+    as_of: int | None = None  # answers from the bank's state at this past sequence; None: the present state
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "namespace", check_namespace(self.namespace))
@@ -241,7 +242,7 @@ def check_digests(digests: Sequence[str]) -> None:
 
 
 def check_vector(vector: Sequence[float], dimension: int, field: str) -> None:
-    """Of the embedder's dimension, finite and not zero."""
+    """InvalidArgumentError unless the vector has the embedder's dimension, is finite and is not zero."""
     if len(vector) != dimension:
         raise InvalidArgumentError(
             f"{field} must have the embedder's {dimension} dimensions, got {len(vector)}", field=field
@@ -257,19 +258,19 @@ class Hit:
 
     id: str
     version: int
-    score: float  # of the query's retrieval, see ``retrieval.py``; 1 for a document named by id
+    score: float  # by the query's retrieval method; 1 for a document named by id
     cosine: float  # of the embeddings; 1 for a document named by id
     gradient_digest: str
     gradient_bytes: int
-    title: str = ""  # title and text where asked for
+    title: str = ""  # title and text are set only if the query asks for them
     text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class QueryResult:
-    """Hits, best first, and the catalog sequence that they reflect."""
+    """Hits, best first, and the catalog's sequence that they reflect."""
 
     hits: tuple[Hit, ...]
-    records: Mapping[str, bytes]  # digest → gradient record, where asked for and where it fits the message
+    records: Mapping[str, bytes]  # digest → gradient record, if the query asks for it and it fits the message
     sequence: int
-    num_with_record: int | None = None  # so many hits, the first, get theirs: two may have the same; None: all
+    num_with_record: int | None = None  # so many of the first hits have their records here; None: all

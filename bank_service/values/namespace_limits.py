@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class NamespaceLimits:
-    """The most that one namespace may have; 0: no limit."""
+    """The upper limits of one namespace. 0 stands for no limit."""
 
     max_documents: int = 0
     max_bytes: int = 0  # texts and gradients; a gradient counts for each document that has it

@@ -11,7 +11,7 @@ KeyArray = npt.NDArray[np.int64]
 
 
 def unit(vectors: FloatArray) -> FloatArray:
-    """``vectors`` (…, dimension) with L2 norm 1 each."""
+    """Scales ``vectors``, float32 (…, dimension), to L2 norm 1 each."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
     result: FloatArray = (vectors / norms).astype(np.float32)
     return result

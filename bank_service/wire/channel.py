@@ -1,4 +1,5 @@
-"""A client's channel to a bank: TLS where an authority or a certificate is named, and the token with each call."""
+"""Opens a client's channel to a bank. It uses TLS if the credentials name an authority or a certificate. Each call
+carries the token."""
 
 from __future__ import annotations
 
@@ -16,14 +17,15 @@ logger = logging.getLogger(__name__)
 
 _LOOPBACK = re.compile(r"(127\.[\d.]+|localhost|\[::1\]):\d+|unix:.*")
 
-Details: TypeAlias = Any  # grpc.ClientCallDetails, of which each library has its own
+Details: TypeAlias = Any  # grpc.ClientCallDetails; grpc and grpc.aio have different classes
 Option: TypeAlias = tuple[str, str | int]
 
 
 def open_channel(
     address: str, credentials: BankCredentials | None = None, more_options: Sequence[Option] = ()
 ) -> grpc.Channel:
-    """A blocking channel. Without ``credentials``, as the environment says. OSError, ValueError."""
+    """A blocking channel. Without ``credentials``, it uses those of the environment. OSError or ValueError if a file
+    can't be used."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
     options = [*channel_options(), *more_options]
@@ -37,7 +39,7 @@ def open_channel(
 def open_aio_channel(
     address: str, credentials: BankCredentials | None = None, more_options: Sequence[Option] = ()
 ) -> grpc.aio.Channel:
-    """As ``open_channel``, for the running event loop."""
+    """A channel for the running event loop. See ``open_channel``."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
     options = [*channel_options(), *more_options]
@@ -59,7 +61,7 @@ def _prepared(address: str, credentials: BankCredentials) -> tuple[grpc.ChannelC
 
 
 class _Token:
-    """Adds the token to a call's metadata. No repr: that would show it."""
+    """Adds the token to a call's metadata. It has no repr, which would show the token."""
 
     def __init__(self, token: str) -> None:
         self._entry = ("authorization", f"Bearer {token}")
@@ -104,4 +106,5 @@ class _AioStreamStream(_AioToken, grpc.aio.StreamStreamClientInterceptor):  # ty
     intercept_stream_stream = _AioToken._intercept
 
 
-_AIO_KINDS = (_AioUnaryUnary, _AioUnaryStream, _AioStreamStream)  # aio files each by the first kind that it is
+# aio uses an interceptor for the first kind that matches.
+_AIO_KINDS = (_AioUnaryUnary, _AioUnaryStream, _AioStreamStream)

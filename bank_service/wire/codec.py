@@ -1,10 +1,14 @@
-"""Gradient records: a header of 128 bytes and a payload that a codec made of one document's δ.
+"""Gradient records: a header of 128 bytes, and a payload in which a codec stores one document's δ.
 
-Header, little-endian: magic "RGRD", version u16, header size u16, codec (16 bytes of ASCII), learner
-fingerprint (32), layout id (8), num_values u64, payload_bytes u64, SHA-256 (32) of the header before it and
-of the payload, zeros. The payload starts at a multiple of 64, so that an mmap of the record can be read in place.
+The header is little-endian and has these fields:
 
-The length of a record is checked first. No memory is allocated by a size that the record only claims.
+- magic "RGRD", version u16, header size u16, codec (16 bytes of ASCII)
+- learner fingerprint (32 bytes), layout id (8 bytes), num_values u64, payload_bytes u64
+- SHA-256 (32 bytes) of the fields before it and of the payload, then zeros
+
+The payload starts at a multiple of 64, so that an mmap of the record can be read in place.
+
+The length of a record is checked first. The sizes in a header allocate no memory before that.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ _PADDING = bytes(HEADER_BYTES - _HEADER.size - _CHECKSUM_BYTES)
 
 
 class WrongLearnerError(GradientFormatError):
-    """A sound record of another learner or layout. Carries both fingerprints."""
+    """A sound record belongs to another learner or layout. The error has both fingerprints."""
 
     def __init__(self, message: str, *, expected: str, actual: str) -> None:
         super().__init__(message)
@@ -67,17 +71,17 @@ class GradientHeader:
 
 
 def max_record_bytes(spec: GradientSpec) -> int:
-    """No record of ``spec`` is larger, whatever its codec."""
+    """The largest size of a record of ``spec`` in any codec, in bytes."""
     return HEADER_BYTES + max(codec.max_payload_bytes(spec) for codec in CODECS.values())
 
 
 def record_digest(record: Buffer) -> str:
-    """SHA-256 of the whole record, 64 hex digits: the gradient's name everywhere."""
+    """SHA-256 of the whole record, 64 hex digits. It names the gradient everywhere."""
     return hashlib.sha256(record).hexdigest()
 
 
 def encode_gradient(values: FloatArray, spec: GradientSpec, codec: str) -> bytes:
-    """Record of δ (float32, (num_values,)). GradientFormatError for another shape or type, NaN or infinity."""
+    """Encodes δ, float32 (num_values,), as a record. GradientFormatError for another shape or type, NaN or infinity."""
     chosen = codec_named(codec)
     if values.dtype != np.float32 or values.shape != (spec.num_values,):
         raise GradientFormatError(
@@ -102,7 +106,7 @@ def encode_gradient(values: FloatArray, spec: GradientSpec, codec: str) -> bytes
 
 
 def read_header(record: Buffer) -> GradientHeader:
-    """Reads the header and checks it, but not against the payload. GradientFormatError."""
+    """Reads and checks the header. It does not verify the payload. GradientFormatError."""
     view = memoryview(record).cast("B")
     if view.nbytes < HEADER_BYTES:
         raise GradientFormatError(f"a record must have at least {HEADER_BYTES} bytes, got {view.nbytes}")
@@ -125,9 +129,9 @@ def read_header(record: Buffer) -> GradientHeader:
 
 
 def verify_record(record: Buffer, spec: GradientSpec) -> GradientHeader:
-    """Checks everything that ``decode_gradient`` needs, without decoding.
+    """Verifies a record without decoding it, so that ``decode_gradient`` will succeed.
 
-    WrongLearnerError for a sound record of another learner or layout, GradientFormatError for all else.
+    WrongLearnerError for a sound record of another learner or layout. GradientFormatError for any other fault.
     """
     header = read_header(record)
     view = memoryview(record).cast("B")
@@ -142,9 +146,10 @@ def verify_record(record: Buffer, spec: GradientSpec) -> GradientHeader:
 
 
 def decode_gradient(record: Buffer, spec: GradientSpec, out: FloatArray | None = None) -> FloatArray:
-    """δ of a verified record, float32 (num_values,), in ``out`` where given.
+    """Verifies a record and decodes its δ, float32 (num_values,). Writes it into ``out`` if given.
 
-    WrongLearnerError, GradientFormatError; ``out`` is then untouched. ValueError for an unfit ``out``.
+    WrongLearnerError, GradientFormatError; they leave ``out`` unchanged. ValueError if ``out`` has another shape or
+    type.
     """
     if out is not None and not (
         out.dtype == np.float32 and out.shape == (spec.num_values,) and out.flags.c_contiguous and out.flags.writeable

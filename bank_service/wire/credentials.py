@@ -1,6 +1,7 @@
-"""How a client shows a bank who it is, and how it knows the bank. The one place that reads REGRAD_BANK_* for it.
+"""A client's credentials for a bank, and the certificates by which it trusts the bank.
 
-Nothing secret is ever in a setting: settings name files, which are read when a channel is made.
+Only this module reads their REGRAD_BANK_* variables. The variables contain no secrets. They name files, which are read
+when a channel is opened.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankCredentials:
-    """A token and files of certificates."""
+    """A token, and the files of certificates and keys."""
 
-    token_file: Path | None = None  # the token alone
+    token_file: Path | None = None  # a file with only the token in it
     token: str | None = field(
         default=None, repr=False
-    )  # for programs that keep it elsewhere; the file then is not read
-    ca: Path | None = None  # PEM of who signed the bank's certificate; "system": gRPC's own list; None: no TLS
-    cert: Path | None = None  # PEM of the client's certificate, where the bank asks for one
+    )  # for programs that keep it elsewhere; then the file is not read
+    ca: Path | None = None  # PEM of the bank's certificate authority; "system": gRPC's own list; None: no TLS
+    cert: Path | None = None  # PEM of the client's certificate, if the bank asks for one
     key: Path | None = None  # PEM of its key
 
     def __post_init__(self) -> None:
@@ -47,14 +48,15 @@ class BankCredentials:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> BankCredentials:
-        """As REGRAD_BANK_TOKEN_FILE, REGRAD_BANK_CA, REGRAD_BANK_CERT and REGRAD_BANK_KEY say. ValueError."""
-        files: dict[str, Any] = {  # an empty variable is as one that isn't set
+        """Reads REGRAD_BANK_TOKEN_FILE, REGRAD_BANK_CA, REGRAD_BANK_CERT and REGRAD_BANK_KEY. ValueError."""
+        files: dict[str, Any] = {  # an empty variable counts as absent
             name: Path(environment[variable]) for name, variable in VARIABLES.items() if environment.get(variable)
         }
         return cls(**files)
 
     def read_token(self) -> str | None:
-        """ValueError where the file's content can't be a token; the message doesn't show it. OSError."""
+        """The token, or None. ValueError if the file's content can't be a token; the message doesn't show it.
+        OSError."""
         if self.token is not None or self.token_file is None:
             return self.token
         token = _read(self.token_file, "the bank's token file").decode("utf-8", "replace").strip()
@@ -63,7 +65,7 @@ class BankCredentials:
         return token
 
     def read_certificates(self) -> grpc.ChannelCredentials | None:
-        """None where TLS is off. OSError."""
+        """gRPC's credentials from the files; None if TLS is off. OSError."""
         import grpc
 
         if self.ca is None:

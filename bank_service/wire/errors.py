@@ -1,7 +1,7 @@
-"""Domain error ↔ gRPC status with google.rpc details, by one table for both directions.
+"""Converts domain errors to gRPC statuses and back. One table serves both directions.
 
-Every status carries an ErrorInfo that names the row and the error's fields. A client makes the same error from it.
-Before it stands the google.rpc message that generic clients know for that code.
+Every status has an ErrorInfo that names the table's row and the error's fields. A client makes the same error from it.
+The google.rpc message that generic clients know for the code comes before it.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ __all__ = [
 
 DOMAIN = "bank.regrad"
 DETAILS_KEY = "grpc-status-details-bin"
-# gRPC's default limit for all metadata is 8 KiB, and details repeat the message.
+# gRPC's default limit for all metadata is 8 KiB, and the details repeat the message.
 MAX_MESSAGE_CHARS = 1000
-_UNAVAILABLE_MS = 200  # before another try
-_BROKEN_CALL = "Internal error from Core"  # of gRPC's client, seen once in 350 times that a bank's process was killed
-_TOO_LARGE = "larger than max"  # how gRPC says of a message that it doesn't take it
+_UNAVAILABLE_MS = 200  # the wait before another try
+_BROKEN_CALL = "Internal error from Core"  # gRPC's client reported it once for 350 killed banks
+_TOO_LARGE = "larger than max"  # part of gRPC's text for a message above its size limit
 
 
 def _bad_request(error: InvalidArgumentError | OutOfRangeError) -> Message:
@@ -101,7 +101,7 @@ def _retry_info(error: BankError) -> Message:
 
 
 def retry_after_ms(error: BankError) -> int | None:
-    """How long to wait before another try; None where one changes nothing."""
+    """The wait before another try, in milliseconds. None if another try would fail too."""
     if isinstance(error, UnavailableError):
         return _UNAVAILABLE_MS
     if isinstance(error, OverloadedError | QuotaExceededError):
@@ -165,7 +165,7 @@ async def abort(context: grpc.aio.ServicerContext, error: BankError) -> NoReturn
 
 
 def from_rpc_error(error: grpc.RpcError) -> BankError:
-    """The error of a failed call: the bank's own, else the nearest by status code."""
+    """The error of a failed call. A status without the bank's ErrorInfo becomes the nearest error by status code."""
     call = cast(grpc.aio.AioRpcError, error)  # the synchronous client's errors have the same three methods
     status = _details(call.trailing_metadata() or ())
     if status is not None:
@@ -180,10 +180,10 @@ def from_rpc_error(error: grpc.RpcError) -> BankError:
         return UnauthenticatedError(message)
     if call.code() is grpc.StatusCode.UNAVAILABLE or call.details() == _BROKEN_CALL:
         return UnavailableError(message)
-    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own checks, before any of the bank's
+    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own checks refused the call
         if _TOO_LARGE in (call.details() or ""):
             return LimitExceededError(message, limit="max_message_bytes")
-        return OverloadedError(message, limit="max_calls", retry_after_ms=RETRY_AFTER_MS)  # gRPC itself gives no time
+        return OverloadedError(message, limit="max_calls", retry_after_ms=RETRY_AFTER_MS)  # gRPC gives no wait time
     return InternalError(message)
 
 
@@ -200,7 +200,7 @@ def _details(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status |
             try:
                 return status_pb2.Status.FromString(value)
             except DecodeError:
-                return None  # a proxy's business; the code and message remain
+                return None  # a proxy may have changed the details; the code and message remain
     return None
 
 
@@ -209,7 +209,7 @@ def _rebuild(info: details.ErrorInfo, message: str) -> BankError:
     index = fields.pop("index", None)
     try:
         error = _TABLE[info.reason].error(message, **fields)
-    except TypeError:  # a newer bank's fields
+    except TypeError:  # a newer bank sent other fields
         error = InternalError(message)
     if index is not None:
         error.index = int(index)

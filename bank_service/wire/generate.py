@@ -1,7 +1,7 @@
-"""Makes the protobuf code in ``generated/`` from ``proto/``: ``python -m bank_service.wire.generate [--check]``.
+"""Generates the protobuf code in ``generated/`` from ``proto/``: ``python -m bank_service.wire.generate [--check]``.
 
-The generated files are committed, so that an installation needs no compiler, and never edited: ``--check``
-fails where they are not what the contract gives.
+The generated files are committed, so that an installation needs no compiler. Don't edit them. ``--check`` fails if they
+differ from the contract's code.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from importlib import resources
 from pathlib import Path
 
 CONTRACT = "regrad/bank/v1/bank.proto"
-# protoc imports its sibling by the proto's own path; ours lives inside the package.
+# protoc's code imports its neighbour by the proto's path, but that file lies inside this package.
 PROTOC_IMPORT = "from regrad.bank.v1 import bank_pb2"
 PACKAGE_IMPORT = "from bank_service.wire.generated import bank_pb2"
 PACKAGE_DOCSTRING = '"""Made by ``python -m bank_service.wire.generate``; never edited."""\n'
 
 
 def compile_contract(proto_dir: Path) -> dict[str, str]:
-    """File name → content of the generated package; RuntimeError where protoc rejects the contract."""
+    """File name → content of the generated package. RuntimeError if protoc rejects the contract."""
     try:
         from grpc_tools import protoc
     except ImportError as error:
@@ -40,7 +40,7 @@ def compile_contract(proto_dir: Path) -> dict[str, str]:
 
 
 def stale_files(files: dict[str, str], folder: Path) -> list[str]:
-    """Names of the files in ``folder`` that differ from ``files``, are missing, or should not be there."""
+    """The names of files in ``folder`` that differ from ``files``, are missing, or don't belong there."""
     present = {path.name: path.read_text() for path in folder.glob("*.py*") if path.is_file()}
     return sorted(name for name in files.keys() | present.keys() if files.get(name) != present.get(name))
 

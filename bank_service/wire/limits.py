@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-MAX_MESSAGE_BYTES = 32 * 2**20  # one answer of the bank
-MAX_REQUEST_BYTES = 4 * 2**20  # one message to the bank: parsed before anybody knows who sends it
-MAX_CHUNK_BYTES = 2**20  # one piece of a gradient record
+MAX_MESSAGE_BYTES = 32 * 2**20  # of one answer of the bank
+MAX_REQUEST_BYTES = 4 * 2**20  # of one message to the bank, which is parsed before its token is checked
+MAX_CHUNK_BYTES = 2**20  # of one chunk of a gradient record
 MAX_NAMESPACE_CHARS = 64
 MAX_ID_BYTES = 256
 MAX_TITLE_BYTES = 2**10
@@ -20,15 +20,15 @@ MAX_FETCH_DIGESTS = 64
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 DEFAULT_NAMESPACE = "default"
-RETRY_AFTER_MS = 1000  # after which what was refused for too much at a time is worth another try
-MAX_RECONNECT_MS = 1_000  # between two tries of a client to reach a bank that is away
+RETRY_AFTER_MS = 1000  # the wait before a client repeats a call that the bank refused as one too many
+MAX_RECONNECT_MS = 1_000  # the longest wait between a client's tries to reach an absent bank
 
 
 def channel_options() -> list[tuple[str, int]]:
-    """Options of a client's channel: gRPC's own default would refuse answers above 4 MiB."""
+    """Options of a client's channel. gRPC's default would refuse answers above 4 MiB."""
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # A bank that was restarted is found again within a second or two, not after minutes of ever rarer tries.
+        # A client finds a restarted bank within two seconds. By default, gRPC waits up to minutes between its tries.
         ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
     ]

@@ -1,4 +1,4 @@
-"""Host and port as one text; whether they can be listened on, and what to say where they can't."""
+"""Joins host and port to one text, checks that a server can listen there, and words the error if it can't."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 
 DEFAULT_PORT = 50061
-DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"  # where a bank listens, unless somebody says otherwise
+DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"  # the default address of a bank
 
 
 def target_of(host: str, port: int) -> str:
@@ -16,9 +16,10 @@ def target_of(host: str, port: int) -> str:
 
 
 def check_port(what: str, host: str, port: int, flag: str) -> None:
-    """RuntimeError where none of the host's addresses can be had. Keeps nothing: the next moment somebody may have it.
+    """RuntimeError if a server can listen on none of the host's addresses. The check does not keep the port, so another
+    process may take it.
 
-    ``what`` is to listen, "the bank".
+    ``what`` names the server in the error, such as "the bank".
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -31,12 +32,12 @@ def check_port(what: str, host: str, port: int, flag: str) -> None:
         except OSError as error:
             refusal = error
         else:
-            return  # to gRPC one of the host's addresses is enough; who needs more is refused when it starts
+            return  # one address is enough for gRPC; a server that needs more fails at its start
     raise RuntimeError(cannot_listen(what, host, port, flag, refusal)) from refusal
 
 
 def cannot_listen(what: str, host: str, port: int, flag: str, error: OSError | None = None) -> str:
-    """The message. ``error``: why, where the operating system said it."""
+    """The message of the error. ``error`` is the operating system's, if there is one."""
     reason = "" if error is None else f" ({os.strerror(error.errno or 0)})"
     advice = f"choose another {flag} or --host"
     if error is None or error.errno == errno.EADDRINUSE:

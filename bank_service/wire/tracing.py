@@ -1,4 +1,4 @@
-"""OpenTelemetry for both sides of the wire. Without OTEL_EXPORTER_OTLP_ENDPOINT nothing is recorded."""
+"""OpenTelemetry for bank and clients. Without OTEL_EXPORTER_OTLP_ENDPOINT nothing is recorded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _UNRECORDED = nullcontext(trace.INVALID_SPAN)
 
 
 def configure_tracing(service_name: str) -> Callable[[], None]:
-    """Exports this process's spans by OTLP where the endpoint is set; called once, by main.
+    """Exports this process's spans by OTLP if the endpoint is set. ``main`` calls it once.
 
-    Returns what flushes and stops the export. A tracer provider that the process already has (vLLM may set
-    one) is left in charge. ValueError for an unknown protocol, RuntimeError where the exporter is not installed.
+    Returns a function that flushes and stops the export. It keeps a tracer provider that the process already has; vLLM
+    may set one. ValueError for an unknown protocol, RuntimeError if the exporter is not installed.
     """
     if not os.environ.get(ENDPOINT_VARIABLE) or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return lambda: None
@@ -46,10 +46,10 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
 def span(
     name: str, parent: otel_context.Context | None = None, /, **attributes: Attribute
 ) -> AbstractContextManager[trace.Span]:
-    """A span around the block, child of ``parent`` or of the current one; an exception marks it failed, also the one
-    that cancels it.
+    """A span around the block, child of ``parent`` or of the current span. An exception or a cancellation marks it as
+    failed.
 
-    Where nothing records, which is most of the time, it costs next to nothing; the caller's trace goes on all the same.
+    If nothing is recorded, which is usual, it costs almost nothing. The caller's trace context is still passed on.
     """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return _recorded(name, parent, attributes)
@@ -58,14 +58,14 @@ def span(
 
 
 def inject(metadata: Iterable[tuple[str, str]] = ()) -> list[tuple[str, str]]:
-    """``metadata`` of a call, with the current trace context in W3C form."""
+    """Adds the current trace context to a call's metadata, in W3C form."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return [*metadata, *carrier.items()]
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> otel_context.Context:
-    """The caller's trace context from a call's metadata; empty where it sent none."""
+    """Reads the caller's trace context from a call's metadata. It is empty if the caller sent none."""
     return propagate.extract({key: value for key, value in metadata or () if isinstance(value, str)})
 
 
@@ -76,7 +76,7 @@ def _recorded(
     with trace.get_tracer(TRACER).start_as_current_span(name, context=parent, attributes=attributes) as current:
         try:
             yield current
-        except asyncio.CancelledError:  # to OpenTelemetry no failure
+        except asyncio.CancelledError:  # OpenTelemetry does not count it as a failure
             current.set_status(trace.StatusCode.ERROR, "CANCELLED")
             raise
 

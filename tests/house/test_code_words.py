@@ -26,6 +26,7 @@ FOLDERS = (
     "bank_service/service",
     "bank_service/testing",
     "bank_service/upkeep",
+    "bank_service/values",
 )
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if "generated" not in path.parts)
 # A sentence that starts so and is no question uses a clause as a noun.
