@@ -31,7 +31,6 @@ def _hits(*more: sa.ColumnElement[str]) -> Prepared:
 _SEQUENCE = Prepared(sa.select(collection.c.sequence))
 _IN_NAMESPACE = Prepared(sa.select(_V.key).where(_OF_NAMESPACE).limit(1))
 _LIVING = Prepared(sa.select(versions).where(_OF_NAMESPACE, _V.id == sa.bindparam("id"), living))
-_BEGAN = Prepared(sa.select(_V.id, _V.began).where(_OF_NAMESPACE, _V.id.in_(among("ids")), living))
 _CANDIDATES = Prepared(
     sa.select(_V.key, _V.id, _V.began, _V.embedding, _V.version, _V.gradient_digest, _V.gradient_bytes).where(
         _V.key.in_(among("keys")), living
@@ -79,8 +78,6 @@ class SqliteView:
         return [to_stored(row) for row in self._connection.execute(query).mappings()]
 
     def began(self, namespace: str, ids: Sequence[str], as_of: int | None = None) -> dict[str, int]:
-        if as_of is None:
-            return dict(_BEGAN.rows(self._connection, namespace=namespace, ids=listed(ids)))
         return history.began(self._connection, namespace, ids, as_of)
 
     def hits(self, scores: dict[int, Score], include_text: bool) -> list[Hit]:

@@ -18,11 +18,16 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from bank_service.catalog.entries import Candidate
+from bank_service.catalog.sqlite.prepared import listed, run_text
 from bank_service.catalog.sqlite.tables import history_setting, horizons, now, past, versions
 from bank_service.values.filters import Condition
 
 logger = logging.getLogger(__name__)
 
+# The versions of now with one of these ids. Without the name of the index, SQLite reads all of the namespace.
+_NAMED = (
+    "versions INDEXED BY versions_now WHERE namespace = ? AND id IN (SELECT value FROM json_each(?)) AND ended IS NULL"
+)
 MAX_SECONDS = 2**31  # 68 years: keeps everything
 
 
@@ -96,17 +101,16 @@ def candidates(
     return [Candidate(*row[:7]) for row in rows if _matches(row.metadata, conditions)], rows[-1].ended
 
 
-def began(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: int) -> dict[str, int]:
+def began(connection: sa.Connection, namespace: str, ids: Sequence[str], as_of: int | None) -> dict[str, int]:
     """See ``CatalogView.began``."""
-    columns = versions.c
-    named = [columns.namespace == namespace, columns.id.in_(ids), now]
-    keys = sa.select(columns.key).where(*named)
-    found: dict[str, int] = {}
-    for chosen in ([*named, sa.not_(columns.deleted)], [columns.key.in_(keys), columns.ended > as_of]):
-        rows = connection.execute(sa.select(columns.id, columns.began).where(*chosen))
-        # Compared here, not in SQL: with ``began`` in the query, SQLite would scan the whole table in its order.
-        found.update({id: int(sequence) for id, sequence in rows if sequence <= as_of})
-    return found
+    named = (namespace, listed(ids))
+    found = run_text(connection, f"SELECT id, began FROM {_NAMED} AND NOT deleted", named)
+    if as_of is None:
+        return dict(found)
+    ended = f"SELECT id, began FROM versions WHERE key IN (SELECT key FROM {_NAMED}) AND ended > ?"
+    found += run_text(connection, ended, (*named, as_of))
+    # Compared here, not in SQL: with ``began`` in the query, SQLite would scan the whole table in its order.
+    return {id: sequence for id, sequence in found if sequence <= as_of}
 
 
 def _matches(metadata: str, conditions: Sequence[Condition]) -> bool:

@@ -114,3 +114,16 @@ def test_the_log_is_emptied_unless_somebody_reads_an_older_state(catalog: Sqlite
     catalog.close()
     with pytest.raises(UnavailableError):
         catalog.empty_log()
+
+
+def test_documents_are_found_by_id_without_reading_their_namespace(catalog: SqliteCatalog) -> None:
+    for future in [catalog.put(document(str(n)), gradient(), None) for n in range(2000)]:
+        future.result()
+    steps: list[int] = []
+    with catalog.view() as view:
+        connection: sqlite3.Connection = view._connection.connection.driver_connection  # type: ignore[assignment]
+        connection.set_progress_handler(lambda: steps.append(100), 100)
+        for as_of in (None, 2000):
+            assert view.began("n", ["5", "7", "11", "none"], as_of) == {"5": 6, "7": 8, "11": 12}
+        connection.set_progress_handler(None, 0)
+    assert sum(steps) < 2000, "instructions of SQLite's machine, several for each row that it reads"
