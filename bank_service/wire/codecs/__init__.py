@@ -17,13 +17,13 @@ def _registry(*codecs: Codec) -> Mapping[str, Codec]:
 
 # A collection can choose among these.
 CODECS: Mapping[str, Codec] = _registry(Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), LowRankCodec(64))
-# Older collections may have these, and keep them until they are recoded. The format is lowrank64's.
+# Older collections may have these codecs, and keep them until they are recoded. Their format is the one of lowrank64.
 RETIRED_CODECS: Mapping[str, Codec] = _registry(*map(LowRankCodec, (32, 128, 256)))
 DEFAULT_CODEC = Int8Codec.name
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name, also a retired one; GradientFormatError lists those that can be chosen."""
+    """The codec of that name. Retired codecs are found too. GradientFormatError lists the codecs that can be chosen."""
     found = CODECS.get(name) or RETIRED_CODECS.get(name)
     if found is None:
         raise GradientFormatError(f"codec must be one of {', '.join(sorted(CODECS))}, got {name!r}")
@@ -31,7 +31,7 @@ def codec_named(name: str) -> Codec:
 
 
 def check_choice(name: str) -> None:
-    """GradientFormatError, with the remedy, unless a collection can choose the codec."""
+    """GradientFormatError, with a remedy, unless a new collection may have the codec."""
     codec_named(name)
     if name in RETIRED_CODECS:
         raise GradientFormatError(

@@ -1,4 +1,4 @@
-"""Shared by all codecs: the shape of a gradient, the protocol, the error."""
+"""The parts that all codecs share: the shape of a gradient, the codec's protocol, and its error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bank_service.wire.codecs.sensitivity import Sensitivity
 FloatArray = npt.NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview
 
-MAX_VALUES = 2**30  # far above any learner: rank 16 on all of an 8B model is 2**25
-_SLICE_VALUES = 2**20  # values worked on at once; a multiple of every block size
+MAX_VALUES = 2**30  # far above any learner: rank 16 on all layers of an 8B model has 2**25 values
+_SLICE_VALUES = 2**20  # values processed at once; a multiple of every block size
 
 
 class GradientFormatError(ValueError):
-    """A gradient record, or the values for one, break the format."""
+    """A gradient record, or the values for one, violate the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class GradientSpec:
     fingerprint: str  # of the learner, 64 hex digits
     layout_id: str  # 16 hex digits
     shapes: tuple[tuple[int, int], ...]  # of each tensor in layout order, for codecs that work per tensor
-    # Says which errors matter to this learner. Only encoding needs it.
+    # The cost of errors for this learner. Only encoding needs it.
     sensitivity: Sensitivity | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,23 +50,24 @@ class GradientSpec:
 
 
 class Codec(Protocol):
-    """Values ↔ payload. Payloads are canonical: equal values give equal bytes."""
+    """Encodes values as a payload and decodes it. Payloads are canonical: equal values give equal bytes."""
 
     @property
     def name(self) -> str:
-        """1 to 16 characters of ASCII, as it stands in the header."""
+        """The name in a record's header: 1 to 16 characters of ASCII."""
 
     def max_payload_bytes(self, spec: GradientSpec) -> int:
-        """No payload for ``spec`` is larger."""
+        """The largest size of a payload for ``spec``, in bytes."""
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
-        """Payload of finite ``values`` (num_values,). GradientFormatError where they don't fit its range."""
+        """The payload of finite ``values``, float32 (num_values,). GradientFormatError if they exceed the codec's
+        range."""
 
     def check(self, payload: memoryview, spec: GradientSpec) -> None:
-        """GradientFormatError unless ``decode`` would succeed with finite values. Allocates nothing large."""
+        """GradientFormatError unless ``decode`` would succeed with finite values. It allocates little memory."""
 
     def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
-        """Writes a checked payload's values into ``out`` (num_values,)."""
+        """Writes a checked payload's values into ``out``, float32 (num_values,)."""
 
 
 def slices(num_values: int) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Parts that codecs share: blocks of codes with a scale each, and the upper halves of float32."""
+"""Functions that codecs share: blocks of codes with one scale per block, and bfloat16, the upper half of float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def to_blocks(values: FloatArray, max_code: int) -> tuple[FloatArray, npt.NDArra
         blocks = np.pad(exact, (0, -len(exact) % BLOCK)).reshape(-1, BLOCK)
         largest = np.abs(blocks).max(axis=1)
         scale = (largest / max_code).astype(np.float32)
-        # Rounding may have made the scale too small for its largest value; subnormal scales by far.
+        # Rounding may have made the scale too small for its largest value. A subnormal scale may be far too small.
         short = scale.astype(np.float64) * max_code < largest
         scale = np.where(short, np.nextafter(scale, np.float32(np.inf)), scale)
         scales[part.start // BLOCK : part.start // BLOCK + len(scale)] = scale

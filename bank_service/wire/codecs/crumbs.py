@@ -1,4 +1,4 @@
-"""Codes of two bits, four in a byte, the first lowest: −3, −1, 1, 3 as 0..3."""
+"""Packs codes of two bits, four in a byte, the first in the lowest bits. The codes −3, −1, 1, 3 are stored as 0..3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def num_bytes(num_codes: int) -> int:
 
 
 def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Packs odd codes in −3..3. The rest of the last byte is 0."""
+    """Packs odd codes in −3..3. Unused bits of the last byte are 0."""
     quarters = np.zeros(4 * num_bytes(len(codes)), np.uint8)
     quarters[: len(codes)] = (codes + MAX_CODE) // 2
     packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(quarters.reshape(-1, 4) << _SHIFTS, axis=1)
@@ -24,7 +24,7 @@ def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
 
 
 def check(packed: npt.NDArray[np.uint8], num_codes: int) -> None:
-    """GradientFormatError unless equal codes have equal bytes."""
+    """GradientFormatError unless the unused bits of the last byte are 0. So equal codes have equal bytes."""
     if num_codes % 4 and packed[-1] >> (2 * (num_codes % 4)):
         raise GradientFormatError("what is left of the last byte of two-bit codes must be empty")
 

@@ -1,4 +1,4 @@
-"""Codecs that keep every value by itself: float32, bfloat16, and blocks of int8 codes."""
+"""Codecs that store every value separately: float32, bfloat16, and blocks of int8 codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_INT8_SCALE = 2.0**121  # 127 times as much is still finite in float32
 
 
 class Fp32Codec:
-    """The values themselves, 4 bytes each: the reference for other codecs."""
+    """Stores the values unchanged, 4 bytes each. It is the reference for other codecs."""
 
     name = "fp32"
 
@@ -36,7 +36,7 @@ class Fp32Codec:
 
 
 class Bf16Codec:
-    """The upper half of each float32, rounded to nearest, ties to even. 2 bytes a value."""
+    """Stores the upper half of each float32, rounded to nearest, ties to even. 2 bytes a value."""
 
     name = "bf16"
 
@@ -65,7 +65,7 @@ class Bf16Codec:
 
 
 class Int8Codec:
-    """Blocks of 64 values: one float32 scale, 64 codes in -127..127; value = scale · code. 1.0625 bytes a value.
+    """Stores blocks of 64 values: one float32 scale, 64 codes in -127..127; value = scale · code. 1.0625 bytes a value.
 
     A block's scale is the smallest float32 s with 127·s ≥ max|value|. Its codes are value / s rounded to nearest, ties
     to even. So no value is off by more than s/2 (but for the product's own float32 rounding).
@@ -87,7 +87,7 @@ class Int8Codec:
         check_length(self.name, payload, self.max_payload_bytes(spec))
         scales, codes = self._parts(payload, spec)
         for part in slices(len(scales)):
-            # Not "scale > limit": NaN must fail too.
+            # NaN must fail too, so this does not test "scale > limit".
             if not bool(((scales[part] >= 0) & (scales[part] <= MAX_INT8_SCALE)).all()):
                 raise GradientFormatError("int8 scales must be in 0..2**121 (values below 3.37e38), got others")
         for part in slices(spec.num_values):

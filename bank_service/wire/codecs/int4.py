@@ -1,4 +1,4 @@
-"""Blocks of codes of four bits."""
+"""A codec that stores blocks of four-bit codes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_INT4_SCALE = 2.0**124  # 7 times as much is still finite in float32
 
 
 class Int4Codec:
-    """Blocks of 64 values: one float32 scale, 64 codes in −7..7; value = scale · code. 0.5625 bytes a value.
+    """Stores blocks of 64 values: one float32 scale, 64 codes in −7..7; value = scale · code. 0.5625 bytes a value.
 
-    A block's scale is the smallest float32 s with 7·s ≥ max|value|: no value is off by more than s/2 (but for the
-    product's own float32 rounding). Payload: all scales, then all codes.
+    A block's scale is the smallest float32 s with 7·s ≥ max|value|. So no value is off by more than s/2, apart from
+    the rounding of the product to float32. Payload: all scales, then all codes.
     """
 
     name = "int4"
@@ -34,7 +34,7 @@ class Int4Codec:
     def check(self, payload: memoryview, spec: GradientSpec) -> None:
         check_length(self.name, payload, self.max_payload_bytes(spec))
         scales, packed = _parts(payload, spec)
-        # Not "scale > limit": NaN must fail too.
+        # NaN must fail too, so this does not test "scale > limit".
         if not bool(((scales >= 0) & (scales <= MAX_INT4_SCALE)).all()):
             raise GradientFormatError("int4 scales must be in 0..2**124 (values below 1.5e38), got others")
         nibbles.check(packed, spec.num_values)
@@ -45,7 +45,7 @@ class Int4Codec:
 
 
 def int4_codes(payload: memoryview, spec: GradientSpec) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """(codes, scales) of a checked payload, one byte for each code, as int8 has them."""
+    """(codes, scales) of a checked payload: int8 (num_values,) and float32 (blocks,)."""
     scales, packed = _parts(payload, spec)
     return nibbles.unpack(packed, spec.num_values), scales
 

@@ -1,11 +1,11 @@
-"""Low-rank factors of two and four bits: of every tensor, the directions whose loss would cost most.
+"""Low-rank factors of two and four bits. Of every tensor, the codec keeps the directions that matter most.
 
 A document's gradient is nearly of rank one in each tensor. A tensor (rows, columns) of a LoRA pair has one short side,
 the rank. A **component** of it is a vector along the long side times one along the short side. ``lowrank_fit`` chooses
-which components of which tensors are kept, and with how many bits. The component that saves most for each byte comes
-first, until a budget is spent. The budget is the same for every document. The cost of an error is the learner's Fisher
-information (``sensitivity``), as in FWSVD (Hsu et al., 2022), here of both sides of a tensor. Without it, the cost is
-the square of the error.
+the components of all tensors and their numbers of bits. It takes the component that saves the most cost per byte first,
+until a budget is spent. The budget is the same for every document. The cost of an error comes from the learner's Fisher
+information (``sensitivity``), similar to FWSVD (Hsu et al., 2022), but for both sides of a tensor. Without it, the cost
+is the square of the error.
 
 Payload, little-endian:
     version  u8, 255
@@ -15,11 +15,11 @@ Payload, little-endian:
     codes    four or two bits a value of the long vectors, each component from a new byte
 Value (i, j) of a tensor is Σ short[c, i] · (scale · code)[c, j] over its components in order, in float32, i along the
 short side. The oldest payloads have no version and no components of two bits. They begin with a byte for each tensor,
-its components of four bits, and are still read.
+its number of components of four bits. They can still be read.
 
-Beside the components left out, rounding makes an error. Long vectors are rounded to a step of their block. Among some
-steps, the one with the least cost is chosen. The short vectors are then fitted to the rounded long ones, so that no
-others would be better. At last they are rounded to 8 bits of mantissa.
+Two errors add up: the components left out, and rounding. Long vectors are rounded to multiples of a step per block. Of
+several steps, the one with the least cost is chosen. Then the short vectors are fitted by least squares to the rounded
+long vectors. Last, they are rounded to 8 bits of mantissa.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from bank_service.wire.codecs.lowrank_fit import LONG_BLOCK, chosen, component_b
 FIRST, COLUMNS, RANK, LONG_IS_COLUMNS, CODE, SCALE, SHORT, LONG_LENGTH, SHORT_LENGTH = range(9)
 TABLE_FIELDS = 9
 _VERSION = 255
-_LIMIT = 2.0**58  # of scales and short values: the sum of 510 products with 7 times one is finite in float32
-_LARGEST_VALUE = 2.0**50  # of a gradient: its short values keep below the limit
+_LIMIT = 2.0**58  # of scales and short values; then a sum of 510 products short · scale · 7 is finite in float32
+_LARGEST_VALUE = 2.0**50  # of a gradient; then its short values stay below the limit
 _FP32_BYTES = 4
-_RECORD_HEADER_BYTES = 128  # part of the promise, which is about the whole record
+_RECORD_HEADER_BYTES = 128  # the size limit holds for the whole record, with its header
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -52,9 +52,16 @@ Int64Array = npt.NDArray[np.int64]
 class Factors:
     """An unpacked payload: one byte for each code, scales and short values in float32.
 
-    ``table``, int64 (tensors, TABLE_FIELDS), has a row for each tensor: its first value in the flat vector, columns,
-    components, whether the long side is the columns, first code, first scale, first short value, length of the long
-    and of the short side. Components follow one another, in steps of the long side, its blocks and the short side.
+    ``table``, int64 (tensors, TABLE_FIELDS), has a row for each tensor. Its columns, in this order, are:
+
+    - FIRST: the tensor's first value in the flat vector
+    - COLUMNS: the number of columns
+    - RANK: the number of components
+    - LONG_IS_COLUMNS: 1 if the columns are the long side
+    - CODE, SCALE, SHORT: its first code, first scale and first short value
+    - LONG_LENGTH, SHORT_LENGTH: the lengths of its sides
+
+    A tensor's components follow one another. Each has codes for the long side, scales for its blocks, and short values.
     """
 
     codes: npt.NDArray[np.int8]
@@ -64,7 +71,7 @@ class Factors:
 
 
 class LowRankCodec:
-    """At most 1/``share`` of the bytes of float32, the record's header included."""
+    """A record has at most 1/``share`` of the bytes of float32, its header included."""
 
     def __init__(self, share: int) -> None:
         self.name = f"lowrank{share}"
@@ -74,7 +81,7 @@ class LowRankCodec:
         fixed = _fixed_bytes(spec.shapes)
         budget = _FP32_BYTES * spec.num_values // self._share - _RECORD_HEADER_BYTES - fixed
         everything = sum(min(shape) * component_bytes(shape, 4) for shape in spec.shapes)
-        # Even the smallest learner gets one component.
+        # The smallest learner gets one component, even if the budget is smaller.
         return fixed + min(max(budget, min(component_bytes(shape, 2) for shape in spec.shapes)), everything)
 
     def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
@@ -107,14 +114,14 @@ class LowRankCodec:
             if four + two > min(shape):
                 raise GradientFormatError(f"tensor {index} must have at most {min(shape)} components, got {four + two}")
             num_bytes += four * component_bytes(shape, 4) + two * component_bytes(shape, 2)
-        if payload.nbytes != num_bytes:  # before a plan is made, which stays in memory
+        if payload.nbytes != num_bytes:  # checked before a plan is made, because plans stay in memory
             raise GradientFormatError(
                 f"a {self.name} payload of these counts must be {num_bytes} bytes, got {payload.nbytes}"
             )
         plan = _plan(counts, spec.shapes)
         halves, packed = _parts(payload, plan)
         numbers = from_bf16(halves)
-        # Not "number > limit": NaN must fail too.
+        # NaN must fail too, so this does not test "number > limit".
         if not bool((np.abs(numbers) <= _LIMIT).all()) or bool((numbers[: plan.num_scales] < 0).any()):
             raise GradientFormatError(f"scales and short values of {self.name} must be finite and at most 2**58")
         for row in plan.rows:
@@ -136,7 +143,7 @@ class LowRankCodec:
 
 
 def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:
-    """Unpacks a checked payload. Slots are composed from this."""
+    """Unpacks a checked payload. The server composes adapters from its factors."""
     plan = _plan(_counts(payload, spec.shapes), spec.shapes)
     halves, packed = _parts(payload, plan)
     numbers = from_bf16(halves)
@@ -151,10 +158,10 @@ def unpacked(payload: memoryview, spec: GradientSpec) -> Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """The place of a component's codes among all."""
+    """The place of a component's codes among the payload's bytes of codes."""
 
     kind: ModuleType  # ``nibbles`` or ``crumbs``
-    start: int  # its first byte
+    start: int  # the first byte
     num_codes: int
 
     @property
@@ -164,7 +171,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The places of all parts of a payload. They depend on its counts alone."""
+    """The places of all parts of a payload. They depend only on its counts."""
 
     table: Int64Array
     rows: tuple[_Row, ...]
@@ -175,7 +182,7 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """The number of each tensor's components, and the length of the head that has them."""
+    """The numbers of each tensor's components, and the length of the payload's head with these numbers."""
 
     four: bytes
     two: bytes
@@ -183,7 +190,7 @@ class _Counts:
 
 
 def _counts(payload: memoryview, shapes: Sequence[tuple[int, int]]) -> _Counts:
-    """GradientFormatError where the payload is too short for them."""
+    """Reads the counts of a payload. GradientFormatError if the payload is too short for them."""
     if payload[0] != _VERSION:
         return _Counts(bytes(payload[: len(shapes)]), bytes(len(shapes)), len(shapes))
     num_head = _fixed_bytes(shapes)
@@ -207,7 +214,7 @@ def _plan(counts: _Counts, shapes: tuple[tuple[int, int], ...]) -> _Plan:
         code += rank * length
         scale += rank * -(-length // LONG_BLOCK)
         short += rank * min(shape)
-    table.setflags(write=False)  # it is shared
+    table.setflags(write=False)  # all payloads with the same counts share it
     return _Plan(table, tuple(rows), counts.num_head, scale, short)
 
 
@@ -218,5 +225,5 @@ def _parts(payload: memoryview, plan: _Plan) -> tuple[npt.NDArray[np.uint16], np
 
 
 def _fixed_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """Version and counts."""
+    """The bytes of version and counts."""
     return 1 + 2 * len(shapes)

@@ -1,7 +1,7 @@
-"""Chooses the low-rank factors that a gradient is kept as, by the cost of leaving a direction out.
+"""Chooses the low-rank factors of a gradient, by the cost of leaving a direction out.
 
-All of it is in float64, of a tensor as (short side, long side). Costs come from the learner's ``Sensitivity``. For a
-learner without one, the cost is the squared error.
+All computation is in float64. A tensor is turned to (short side, long side). Costs come from the learner's
+``Sensitivity``. For a learner without one, the cost is the squared error.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bank_service.wire.codecs.base import FloatArray, GradientSpec
 from bank_service.wire.codecs.blocks import from_bf16, to_bf16
 
 LONG_BLOCK = 128
-MAX_COUNT = 255  # of one tensor's components: their number is a byte
-# The share of a direction's cost that is left when its long vector has codes of two or four bits; measured, rounded.
+MAX_COUNT = 255  # components of one tensor; a payload stores their number in a byte
+# The share of a direction's cost that remains when its long vector has codes of two or four bits. Measured and rounded.
 _LEFT_BY_TWO, _LEFT_BY_FOUR = 0.13, 0.013
-_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest value in a block, tried for its step
+_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of a block's largest value that are tried for its step
 
 Float64Array = npt.NDArray[np.float64]
 Int8Array = npt.NDArray[np.int8]
@@ -28,7 +28,7 @@ Int8Array = npt.NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A component of a tensor: a long vector as codes, with a scale for each 128, and the short vector beside it."""
+    """A component of a tensor: a long vector in codes, with a scale for each 128 of them, and a short vector."""
 
     codes: Int8Array
     scales: npt.NDArray[np.uint16]  # bf16
@@ -48,32 +48,37 @@ class Count:
 
 
 class Directions:
-    """The directions of a tensor. The one that costs most to leave out comes first."""
+    """The directions of a tensor, those with the highest costs first."""
 
     def __init__(self, tensor: Float64Array, short_root: Float64Array | None, long_root: Float64Array | None) -> None:
-        """tensor: (short side, long side). An error E of it costs ‖short_root · E · diag(long_root)‖²."""
+        """``tensor``: (short side, long side). An error E of it costs ‖short_root · E · diag(long_root)‖².
+
+        ``short_root``: (short side, short side). ``long_root``: (long side,).
+        """
         self._tensor = tensor
         self._weights = np.ones(tensor.shape[1]) if long_root is None else long_root
         self._weighted = (tensor if short_root is None else short_root @ tensor) * self._weights
         costs, vectors = np.linalg.eigh(self._weighted @ self._weighted.T)
         vectors = vectors.T[::-1]
         flipped = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=1)[:, np.newaxis], axis=1) < 0
-        self._vectors = np.where(flipped, -vectors, vectors)  # the sign is fixed: equal values give equal bytes
-        self.costs: Float64Array = np.where(costs[::-1] > costs[-1] * 1e-12, costs[::-1], 0.0)  # the rest is rounding
+        self._vectors = np.where(flipped, -vectors, vectors)  # a fixed sign, so that equal values give equal bytes
+        # Smaller costs are rounding errors.
+        self.costs: Float64Array = np.where(costs[::-1] > costs[-1] * 1e-12, costs[::-1], 0.0)
 
     def components(self, count: Count) -> list[Component]:
-        """The directions that cost most, rounded. Their short vectors are the best ones for the rounded long ones."""
+        """The directions with the highest costs, rounded. Their short vectors are the best for the rounded long
+        vectors."""
         if not count.rank:
             return []
-        # Where an error costs nothing, the value becomes 0.
+        # A value becomes 0 if its error costs nothing.
         weights = np.where(self._weights > 0, self._weights, np.inf)
         long = self._vectors[: count.rank] @ self._weighted / weights
         long /= np.abs(long).max(axis=1, keepdims=True)  # the unit of costs has no effect
         parts = ((long[: count.four], nibbles.MAX_CODE), (long[count.four :], crumbs.MAX_CODE))
         rounded = [each for rows, largest in parts if len(rows) for each in _quantised(rows, largest, self._weights)]
         values = np.stack([_values(codes, scales) for codes, scales in rounded]) * self._weights
-        # By the normal equations: the few long vectors are nearly at right angles. These short vectors are the best
-        # ones for any costs along the short side.
+        # Solved by the normal equations, which is exact enough: the few long vectors are nearly orthogonal. The result
+        # is the best for any costs along the short side.
         shorts = np.linalg.lstsq(values @ values.T, values @ (self._tensor * self._weights).T, rcond=None)[0]
         return [
             Component(codes, _bf16(scales), _bf16(short))
@@ -92,9 +97,9 @@ def directions_of(values: FloatArray, spec: GradientSpec) -> list[Directions]:
 
 
 def chosen(directions: Sequence[Directions], shapes: Sequence[tuple[int, int]], budget: int) -> list[Count]:
-    """The number of components of each tensor. What saves most for each byte comes first, while ``budget`` bytes last.
+    """The numbers of components of each tensor, ``budget`` bytes in all. The best saving per byte is taken first.
 
-    A direction gets two bits a value first. A strong one then gets two more.
+    A direction first gets two bits per value. A strong direction then gets two more.
     """
     sizes = [(component_bytes(shape, 2), component_bytes(shape, 4) - component_bytes(shape, 2)) for shape in shapes]
     options = []
@@ -124,7 +129,10 @@ def long_is_columns(shape: tuple[int, int]) -> bool:
 
 
 def _quantised(long: Float64Array, largest_code: int, weights: Float64Array) -> list[tuple[Int8Array, FloatArray]]:
-    """For each row codes (length,) and scales (blocks,), exact in bf16. Of some scales, those with the least error."""
+    """Rounds each row of ``long`` to codes (length,) and scales (blocks,), which are exact in bf16.
+
+    Several scales are tried for each block. The one with the least error is taken.
+    """
     length = long.shape[1]
     padding = -length % LONG_BLOCK
     blocks = np.pad(long, ((0, 0), (0, padding))).reshape(len(long), -1, LONG_BLOCK)
@@ -146,7 +154,7 @@ def _quantised(long: Float64Array, largest_code: int, weights: Float64Array) -> 
 
 
 def _nearest_code(places: Float64Array, largest_code: int) -> Float64Array:
-    """Codes of two bits are odd: all four of them are of use then."""
+    """Rounds to the nearest code. Codes of two bits are odd numbers, so that all four of them are used."""
     if largest_code == crumbs.MAX_CODE:
         return 2 * np.floor(places / 2) + 1
     return np.rint(places)

@@ -1,4 +1,4 @@
-"""Codes of four bits, two in a byte, the first in the lower half: −7..7 as 1..15."""
+"""Packs codes of four bits, two in a byte, the first in the lower half. The codes −7..7 are stored as 1..15."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 from bank_service.wire.codecs.base import GradientFormatError
 
 MAX_CODE = 7
-_ZERO = 8  # stands for the code 0; no code is stored as 0
+_ZERO = 8  # stands for the code 0; 0 itself stands for no code
 
 
 def num_bytes(num_codes: int) -> int:
@@ -16,7 +16,7 @@ def num_bytes(num_codes: int) -> int:
 
 
 def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Packs codes in −7..7. Where their number is odd, the last byte's upper half has the code 0."""
+    """Packs codes in −7..7. If their number is odd, the last byte's upper half has the code 0."""
     halves = np.full(2 * num_bytes(len(codes)), _ZERO, np.uint8)
     halves[: len(codes)] = codes + _ZERO
     packed: npt.NDArray[np.uint8] = (halves[0::2] | (halves[1::2] << 4)).astype(np.uint8)

@@ -1,11 +1,12 @@
-"""The cost of an error in a gradient. The low-rank codec chooses its errors by it.
+"""The cost of an error in a gradient. The low-rank codec keeps this cost small.
 
-A small error of a gradient moves the answers. How far is a quadratic form of the error: the Fisher information of the
-answers. As one matrix it would have as many rows as a gradient has values. So each tensor has a Kronecker-factored one,
-as in K-FAC (Martens and Grosse, 2015): a matrix over its short side, the rank, and a diagonal over its long side. An
-error E (short side, long side) of a tensor costs tr(S · E · diag(l) · Eᵀ).
+A small error of a gradient changes the answers. The size of the change is a quadratic form of the error, with the
+Fisher information of the answers as its matrix. The full matrix would have as many rows as a gradient has values. So
+each tensor has a Kronecker-factored matrix, as in K-FAC (Martens and Grosse, 2015). Its factors are a matrix S over the
+short side, the rank, and a diagonal l over the long side. An error E (short side, long side) of a tensor costs
+tr(S · E · diag(l) · Eᵀ).
 
-A learner has one, which ``regrad sensitivity`` measures once. Encoding needs it to be good; decoding does not need it.
+``regrad sensitivity`` measures it once for a learner. It makes encoding better. Decoding does not need it.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-DAMPING = 0.1  # of the mean is added to every direction: one that no measured question needed is not free
+DAMPING = 0.1  # this share of the mean is added to every direction, so that unmeasured directions cost something
 _ROUNDING = 1e-4  # of the greatest eigenvalue
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """For each tensor in layout order: ``short``, float32 (short side, short side), symmetric; ``long``, float32 (long
-    side,)."""
+    """The two factors of each tensor, in layout order.
+
+    ``short``: float32 (short side, short side), symmetric. ``long``: float32 (long side,).
+    """
 
     short: tuple[FloatArray, ...]
     long: tuple[FloatArray, ...]
 
     def check(self, shapes: tuple[tuple[int, int], ...]) -> None:
-        """ValueError where it doesn't fit tensors of these shapes."""
+        """ValueError if the factors don't fit tensors of these shapes."""
         if not len(self.short) == len(self.long) == len(shapes):
             raise ValueError(f"a sensitivity must have {len(shapes)} tensors, got {len(self.short)}, {len(self.long)}")
         for index, (short, long, shape) in enumerate(zip(self.short, self.long, shapes, strict=True)):
