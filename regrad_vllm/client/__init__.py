@@ -5,7 +5,8 @@
             print(receipt.id, receipt.version)
         print(bank.query("Who is the harbour master?").hits)
 
-The errors are those of ``bank_service.errors``. gRPC is loaded when a client is first asked for.
+All errors are subclasses of ``bank_service.errors.BankError``. gRPC is imported when ``Bank`` or ``AsyncBank`` is first
+used.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The two that load gRPC."""
+    """Imports ``Bank`` and ``AsyncBank`` at their first use, because they import gRPC."""
     if name == "Bank":
         from regrad_vllm.client.bank import Bank
 

@@ -1,4 +1,4 @@
-"""A bank, as an asynchronous program sees it."""
+"""The client of a bank for asynchronous programs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class AsyncBank:
-    """As ``Bank``, with its arguments and errors. Made and used in one event loop."""
+    """The asynchronous ``Bank``, with the same arguments and errors. Make and use it in one event loop."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class AsyncBank:
         timeout_ms: int | None = None,
         attempts: int = DEFAULT_ATTEMPTS,
     ) -> None:
-        """As ``Bank``. OSError, ValueError."""
+        """The same arguments as ``Bank``. OSError, ValueError."""
         self.address = address
         self._spec = spec
         self._timeout_s = None if timeout_ms is None else timeout_ms / 1000
         self._credentials = credentials_of(token, credentials)
         self._channel = open_aio_channel(address, self._credentials, retry_options(attempts))
         self._stub = bank_pb2_grpc.BankServiceStub(self._channel)
-        self._blocking: Any = None  # a channel for ingests, opened at the first
+        self._blocking: Any = None  # a channel for ingests, opened by the first one
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,7 +78,7 @@ class AsyncBank:
         namespace: str = DEFAULT_NAMESPACE,
         in_flight: int = IN_FLIGHT,
     ) -> AsyncIterator[Receipt]:
-        """As ``Bank.ingest``."""
+        """See ``Bank.ingest``."""
         requests = ([messages.ingest_request(document, namespace)] async for document in _each(documents))
         return self._ingest("IngestDocuments", requests, in_flight)
 
@@ -89,26 +89,26 @@ class AsyncBank:
         namespace: str = DEFAULT_NAMESPACE,
         in_flight: int = GRADIENTS_IN_FLIGHT,
     ) -> AsyncIterator[Receipt]:
-        """As ``Bank.ingest_gradients``."""
+        """See ``Bank.ingest_gradients``."""
         requests = (
             messages.gradient_requests(document, record, namespace) async for document, record in _each(gradients)
         )
         return self._ingest("IngestGradients", requests, in_flight)
 
     async def delete(self, id: str, *, namespace: str = DEFAULT_NAMESPACE, purge: bool = False) -> Deletion:
-        """NotFoundError where there is no such document. purge: erases its past versions, too."""
+        """Deletes a document. NotFoundError if there is none. purge: also erases its past versions."""
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge)
         return messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
 
     async def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
-        """NotFoundError where there is no such document."""
+        """A document by its id. NotFoundError if there is none."""
         request = pb.GetDocumentRequest(namespace=namespace, id=id)
         return messages.stored_document_of(await self._ask(self._stub.GetDocument, request))
 
     async def list(
         self, *, namespace: str = DEFAULT_NAMESPACE, page_size: int = MAX_PAGE_SIZE
     ) -> AsyncIterator[ListedDocument]:
-        """As ``Bank.list``."""
+        """See ``Bank.list``."""
         request = pb.ListDocumentsRequest(namespace=namespace, page_size=page_size)
         while True:
             page = await self._ask(self._stub.ListDocuments, request)
@@ -119,12 +119,12 @@ class AsyncBank:
             request.page_token = page.next_page_token
 
     async def query(self, query: Query | str) -> Answer:
-        """As ``Bank.query``."""
+        """See ``Bank.query``."""
         request = messages.query_request(as_query(query), self._learner)
         return messages.answer_of(await self._ask(self._stub.Query, request))
 
     async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
-        """As ``Bank.fetch``."""
+        """See ``Bank.fetch``."""
         spec = needed(self._spec)
         stream = RecordStream(digests, spec)
         with own_errors():
@@ -136,18 +136,18 @@ class AsyncBank:
         stream.end()
 
     async def stats(self) -> Stats:
-        """The bank's own figures."""
+        """The bank's statistics."""
         return messages.stats_of(await self._ask(self._stub.GetStats, pb.GetStatsRequest()))
 
     async def snapshot(self, target: str) -> AsyncIterator[SnapshotProgress]:
-        """As ``Bank.snapshot``."""
+        """See ``Bank.snapshot``."""
         with own_errors():
             request = pb.CreateSnapshotRequest(target=target)
             async for message in self._stub.CreateSnapshot(request, metadata=tuple(inject())):
                 yield messages.snapshot_progress_of(message)
 
     async def recode(self, codec: str) -> AsyncIterator[RecodeProgress]:
-        """As ``Bank.recode``."""
+        """See ``Bank.recode``."""
         with own_errors():
             request = pb.RecodeCollectionRequest(codec=codec)
             async for message in self._stub.RecodeCollection(request, metadata=tuple(inject())):

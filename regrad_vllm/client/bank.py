@@ -1,4 +1,4 @@
-"""A bank, as a blocking program sees it."""
+"""The client of a bank for blocking programs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from regrad_vllm.client.values import (
     StoredDocument,
 )
 
-IN_FLIGHT = 64  # documents sent ahead of the bank's answers
-GRADIENTS_IN_FLIGHT = 8  # each has megabytes
+IN_FLIGHT = 64  # documents sent before the bank has answered
+GRADIENTS_IN_FLIGHT = 8  # fewer, because each has megabytes
 
 
 class Bank:
@@ -53,13 +53,14 @@ class Bank:
         timeout_ms: int | None = None,
         attempts: int = DEFAULT_ATTEMPTS,
     ) -> None:
-        """Connects at the first call. OSError, ValueError where token or files can't be used.
+        """Connects at the first call. OSError or ValueError for an unusable token or file.
 
-        credentials: files with token and certificates; by default as the environment's REGRAD_BANK_* say.
-        token: in place of the credentials' own.
-        spec: of a learner; a bank of another one is then refused. ``fetch`` needs it.
-        timeout_ms: for each call but ingests, snapshots and recoding; None: no limit.
-        attempts: tries of a call that a repeat can't make wrong, while the bank is not available.
+        address: host:port.
+        credentials: files with token and certificates. None: those in the environment (REGRAD_BANK_*).
+        token: replaces the token of the credentials.
+        spec: the learner's gradients. A bank with another learner is then refused. ``fetch`` needs it.
+        timeout_ms: limit for each call, except for ingests, snapshots and recoding. None: no limit.
+        attempts: the most tries of a call while the bank is unavailable. Only calls that are safe to repeat are.
         """
         self.address = address
         self._spec = spec
@@ -81,10 +82,10 @@ class Bank:
     def ingest(
         self, documents: Iterable[Document], *, namespace: str = DEFAULT_NAMESPACE, in_flight: int = IN_FLIGHT
     ) -> Iterator[Receipt]:
-        """Stores documents while the result is iterated over, and gives a receipt for each in their order.
+        """Stores documents while you iterate over the result. It yields a receipt for each document, in order.
 
-        At most ``in_flight`` documents are ahead of the bank's answers, and no more are in memory. An error's ``index``
-        is the place of the document that the bank refused; those with a receipt are stored.
+        At most ``in_flight`` documents are sent before their answers, and no more are in memory. A document with a
+        receipt is stored. If the bank refuses a document, the error's ``index`` is its position.
         """
         requests = ([messages.ingest_request(document, namespace)] for document in documents)
         return self._ingest(self._stub.IngestDocuments, requests, in_flight)
@@ -96,22 +97,25 @@ class Bank:
         namespace: str = DEFAULT_NAMESPACE,
         in_flight: int = GRADIENTS_IN_FLIGHT,
     ) -> Iterator[Receipt]:
-        """As ``ingest``, with the record of each document's gradient, which somebody else has encoded."""
+        """Stores documents with gradients that are encoded already. Otherwise the same as ``ingest``.
+
+        gradients: (document, record of its gradient).
+        """
         requests = (messages.gradient_requests(document, record, namespace) for document, record in gradients)
         return self._ingest(self._stub.IngestGradients, requests, in_flight)
 
     def delete(self, id: str, *, namespace: str = DEFAULT_NAMESPACE, purge: bool = False) -> Deletion:
-        """NotFoundError where there is no such document. purge: erases its past versions, too."""
+        """Deletes a document. NotFoundError if there is none. purge: also erases its past versions."""
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge)
         return messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
 
     def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
-        """NotFoundError where there is no such document."""
+        """A document by its id. NotFoundError if there is none."""
         request = pb.GetDocumentRequest(namespace=namespace, id=id)
         return messages.stored_document_of(self._ask(self._stub.GetDocument, request))
 
     def list(self, *, namespace: str = DEFAULT_NAMESPACE, page_size: int = MAX_PAGE_SIZE) -> Iterator[ListedDocument]:
-        """The documents of a namespace in order of id, one page in memory. Changes meanwhile may show or not."""
+        """The documents of a namespace in order of id, one page at a time. Concurrent changes may show or not."""
         request = pb.ListDocumentsRequest(namespace=namespace, page_size=page_size)
         while True:
             page = self._ask(self._stub.ListDocuments, request)
@@ -121,14 +125,13 @@ class Bank:
             request.page_token = page.next_page_token
 
     def query(self, query: Query | str) -> Answer:
-        """The documents nearest to a text, or those named by id. A text alone asks for the 3 best."""
+        """The documents nearest to a text, or the documents with given ids. A plain text asks for the 3 best."""
         return messages.answer_of(self._ask(self._stub.Query, messages.query_request(as_query(query), self._learner)))
 
     def fetch(self, digests: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """(digest, record) in the order asked for, each record checked to be one of this learner.
+        """(digest, record) for each digest, in order. Each record is checked to be a gradient of this learner.
 
-        ``record_digest`` tells whether a record's bytes have the digest. GradientFormatError; ValueError without a
-        spec.
+        The digest itself isn't checked. Use ``record_digest`` for that. GradientFormatError; ValueError without a spec.
         """
         spec = needed(self._spec)
         stream = RecordStream(digests, spec)
@@ -141,13 +144,13 @@ class Bank:
         stream.end()
 
     def stats(self) -> Stats:
-        """The bank's own figures."""
+        """The bank's statistics."""
         return messages.stats_of(self._ask(self._stub.GetStats, pb.GetStatsRequest()))
 
     def snapshot(self, target: str) -> Iterator[SnapshotProgress]:
-        """Writes a snapshot of the whole bank while the result is iterated over.
+        """Writes a snapshot of the whole bank while you iterate over the result.
 
-        target: an absolute folder of the bank's machine, or a URL.
+        target: an absolute folder on the bank's machine, or a URL.
         """
         with own_errors():
             request = pb.CreateSnapshotRequest(target=target)
@@ -155,7 +158,7 @@ class Bank:
                 yield messages.snapshot_progress_of(message)
 
     def recode(self, codec: str) -> Iterator[RecodeProgress]:
-        """Gives every gradient another codec. The bank goes on where the iteration is left."""
+        """Gives every gradient another codec. The bank continues even if you stop the iteration."""
         with own_errors():
             request = pb.RecodeCollectionRequest(codec=codec)
             for message in self._stub.RecodeCollection(request, metadata=tuple(inject())):
@@ -188,7 +191,7 @@ class Bank:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """A failed call inside is the bank's own error. BankError."""
+    """Turns gRPC errors of calls inside the context into BankError."""
     try:
         yield
     except grpc.RpcError as error:
@@ -196,7 +199,7 @@ def own_errors() -> Iterator[None]:
 
 
 def credentials_of(token: str | None, credentials: BankCredentials | None) -> BankCredentials:
-    """Without ``credentials``, as the environment says; with ``token``, that one. ValueError."""
+    """The given credentials, or those in the environment. ``token`` replaces their token. ValueError."""
     found = BankCredentials.from_environment() if credentials is None else credentials
     return found if token is None else replace(found, token=token)
 
@@ -206,7 +209,7 @@ def as_query(query: Query | str) -> Query:
 
 
 def needed(spec: GradientSpec | None) -> GradientSpec:
-    """ValueError where there is none."""
+    """The spec. ValueError without one."""
     if spec is None:
         raise ValueError("fetch must know the learner whose gradients these are; give spec when the client is made")
     return spec

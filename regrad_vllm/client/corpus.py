@@ -1,8 +1,8 @@
-"""Files and folders → documents. What can't be used is reported by file and line.
+"""Files and folders → documents. Unusable input is reported by file and line.
 
-.txt and .md files are cut into passages. A .jsonl file holds one document a line. An id comes from the file's path: as
-it was named or, in a folder that was named, below that folder. So a changed file, ingested again, updates its
-documents, and two files of the same name have different ids.
+.txt and .md files are cut into passages. A .jsonl file holds one document per line. An id comes from the file's path as
+given, or from its path relative to a given folder. So a changed file, ingested again, updates its documents, and two
+files of the same name have different ids.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ENDINGS = (".txt", ".md", ".jsonl")
 
 @dataclass(frozen=True, slots=True)
 class CorpusDocument(Document):
-    """One document of a corpus."""
+    """A document of a corpus, with its place in the input."""
 
-    place: str = field(kw_only=True)  # where it was read: "notes.jsonl:3", "guide.md#2"
+    place: str = field(kw_only=True)  # its place in the input: "notes.jsonl:3", "guide.md#2"
 
 
 @dataclass(frozen=True, slots=True)
 class BadInput:
-    """Something that can't be ingested."""
+    """A piece of input that can't be ingested."""
 
     place: str
     reason: str
@@ -42,11 +42,11 @@ class BadInput:
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
     path: Path
-    id: str  # path below the folder that was named, or as the file itself was named; "/" between its parts
+    id: str  # the path relative to a given folder, or the given path of the file; "/" between its parts
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], list[BadInput]]:
-    """Files to read in order, files in folders that have another ending, and paths that can't be used."""
+    """(files to read in order, files in folders with another ending, unusable paths)."""
     files: list[CorpusFile] = []
     left_out: list[Path] = []
     bad: list[BadInput] = []
@@ -67,7 +67,7 @@ def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], lis
 
 
 def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInput]:
-    """Every document of the files in order, with what can't be one in its place. Reads one file at a time."""
+    """Every document of the files, in order. Unusable input is yielded as BadInput. Reads one file at a time."""
     seen: dict[str, str] = {}
     for file in files:
         for item in _read_file(file):
@@ -80,7 +80,7 @@ def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInp
 
 
 def _named_id(path: Path) -> str:
-    """The path as it was named, below the current folder where it lies there, without leading "/" and "../"."""
+    """The path as given, or relative to the current folder if it is inside, without leading "/" and "../"."""
     plain = Path(os.path.normpath(path))
     if plain.is_absolute() and plain.is_relative_to(Path.cwd()):
         plain = plain.relative_to(Path.cwd())
@@ -156,7 +156,7 @@ def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | B
 
 
 class _Reason(str):
-    """Why something can't be used."""
+    """The reason why a piece of input can't be used."""
 
     __slots__ = ()
 
@@ -171,7 +171,7 @@ def _decode(data: bytes) -> str | _Reason:
 
 
 def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
-    """The fields beside id, title and text: kept as the document's metadata."""
+    """All fields except id, title and text. They become the document's metadata."""
     nested = record.pop("metadata", {})
     if not isinstance(nested, dict):
         return _Reason(f"metadata must be an object, got {type(nested).__name__}")
@@ -187,7 +187,7 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
 
 
 def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:
-    """The document, or what the bank would refuse in it. Asked here, so that a corpus can be refused as a whole."""
+    """The document, or BadInput if the bank would refuse it. So a bad corpus is refused before anything is sent."""
     if not document.id:
         return BadInput(document.place, "id must not be empty; leave the field out for an id made from the file's name")
     try:

@@ -1,4 +1,4 @@
-"""One stream of documents to a bank: so many ahead of its answers and no more."""
+"""One stream of documents to a bank, with a limit on unanswered documents."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from regrad_vllm.client.values import Receipt
 
 
 class IngestCall:
-    """Both clients use it. grpc.aio can't: it loses the bank's status where the bank ends a call that still sends.
+    """An ingest over blocking gRPC. Both clients use it.
 
-    The caller's thread takes the documents, a thread of gRPC's sends them, and one of ours reads the answers as they
-    come: where a call fails, gRPC drops the answers that nobody has read.
+    grpc.aio can't be used, because it loses the bank's status if the bank ends the call during the sending. The
+    caller's thread takes the documents, and gRPC's thread sends them. Another thread reads the answers at once, because
+    gRPC drops unread answers if the call fails.
     """
 
     def __init__(self, method: Any, in_flight: int, metadata: tuple[tuple[str, str], ...]) -> None:
-        """ValueError."""
+        """ValueError if ``in_flight`` is less than 1."""
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         self._in_flight = in_flight
-        self._num_ahead = 0  # documents that were sent and not answered
+        self._num_ahead = 0  # documents that were sent and aren't answered yet
         self._finished = False
         self._messages: SimpleQueue[Any] = SimpleQueue()  # None ends it
         self._answers: SimpleQueue[pb.IngestDocumentsResponse | BankError | None] = SimpleQueue()
@@ -36,17 +37,17 @@ class IngestCall:
 
     @property
     def must_receive(self) -> bool:
-        """Whether an answer is to be received before another document is sent."""
+        """Whether the caller must receive an answer before it sends another document."""
         return self._num_ahead >= self._in_flight or not self._answers.empty()
 
     def send(self, messages: Iterable[Any]) -> None:
-        """The messages of one document. Doesn't wait."""
+        """Sends the messages of one document. It doesn't wait."""
         for message in messages:
             self._messages.put(message)
         self._num_ahead += 1
 
     def finish(self) -> None:
-        """No document follows."""
+        """Says that no document follows."""
         self._finished = True
         self._messages.put(None)
 
@@ -66,7 +67,7 @@ class IngestCall:
         return None
 
     def cancel(self) -> None:
-        """Ends the call, where it hasn't ended, and its threads."""
+        """Ends the call, if it hasn't ended yet, and its threads."""
         self._call.cancel()
         self._messages.put(None)
 

@@ -1,4 +1,4 @@
-"""The client's values as messages of the contract, and the bank's messages as values."""
+"""Converts the client's values to protobuf messages, and the bank's messages to values."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def answer_of(message: pb.QueryResponse) -> Answer:
             id=hit.id,
             version=hit.version,
             score=hit.score,
-            cosine=hit.cosine if hit.HasField("cosine") else hit.score,  # a bank from before: dense only
+            cosine=hit.cosine
+            if hit.HasField("cosine")
+            else hit.score,  # older banks send only a score, which is the cosine
             gradient_digest=hit.gradient_digest,
             gradient_bytes=hit.gradient_bytes,
             title=hit.title,

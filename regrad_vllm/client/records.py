@@ -1,4 +1,4 @@
-"""Gradient records out of the pieces in which the bank sends them."""
+"""Joins the chunks in which the bank sends gradient records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bank_service.wire.generated import bank_pb2 as pb
 
 
 class RecordStream:
-    """Puts one answer of FetchGradients together and holds it to what was asked for."""
+    """Joins the chunks of one FetchGradients call and checks them against the requested digests."""
 
     def __init__(self, digests: Sequence[str], spec: GradientSpec) -> None:
         self._expected = iter(digests)
@@ -18,7 +18,7 @@ class RecordStream:
         self._buffer = bytearray()
 
     def add(self, message: pb.FetchGradientsResponse) -> bytes | None:
-        """The record that ``message`` completes, or None. DataLossError where it doesn't fit."""
+        """The record that ``message`` completes, or None. DataLossError for an unexpected chunk."""
         if message.record_bytes > self._max_bytes:
             raise _broken(message.digest, f"claims {message.record_bytes} bytes, more than any of this learner")
         if message.offset != len(self._buffer):
@@ -33,7 +33,7 @@ class RecordStream:
         return record
 
     def end(self) -> None:
-        """Called at the end of the stream. DataLossError where a record is missing."""
+        """Call it at the end of the stream. DataLossError if a record is missing."""
         missing = next(self._expected, None)
         if missing is not None:
             raise _broken(missing, "did not arrive")

@@ -1,5 +1,6 @@
-"""Files and folders → bank, as `regrad ingest` does it: refused documents can be passed over, and what a shortened file
-no longer holds is deleted.
+"""Uploads files and folders to a bank, for `regrad ingest`.
+
+It can skip documents that the bank refuses. If a file has become shorter, it deletes the passages that are gone.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Refusal:
 class UploadOutcome:
     """The outcome of an upload."""
 
-    counts: Counter[str]  # by outcome, and "truncated", "removed"
+    counts: Counter[str]  # documents by outcome, and the counts "truncated" and "removed"
     refused: tuple[Refusal, ...]
-    sequence: int  # of the last change; 0 where nothing was answered
+    sequence: int  # of the last change; 0 without any answer
 
     def summary(self) -> str:
         parts = [f"{self.counts[name]:,} {name}" for name in OUTCOMES]
@@ -47,7 +48,7 @@ class UploadOutcome:
 
 
 class UploadError(RuntimeError):
-    """An upload that ended early. ``place`` is that of the document at fault, empty where none is."""
+    """An upload that ended early. ``place`` is the place of the document at fault, or empty."""
 
     def __init__(self, error: BankError, place: str, num_stored: int) -> None:
         self.error = error
@@ -56,7 +57,7 @@ class UploadError(RuntimeError):
         super().__init__(self.told(error.message))
 
     def told(self, reason: str) -> str:
-        """One line with the bank's message in the caller's words."""
+        """One line about the failure, with the caller's wording of the reason."""
         where = f"{self.place}: " if self.place else ""
         return f"{where}{reason} ({self.num_stored:,} documents before it are in)"
 
@@ -70,10 +71,10 @@ def upload(
     skip_bad: bool = False,
     progress: Callable[[], object] = lambda: None,
 ) -> UploadOutcome:
-    """Streams the files' documents to the bank, at most ``in_flight`` ahead of its answers.
+    """Streams the files' documents to the bank, with at most ``in_flight`` unanswered documents.
 
-    skip_bad: passes over documents that the bank refuses. ``progress`` is called after each document. UploadError where
-    the stream ends early, BankError where a deletion fails.
+    skip_bad: skips documents that the bank refuses. progress: called after each document. UploadError if the stream
+    ends early, BankError if a deletion fails.
     """
     feed = _Feed(item for item in read_corpus(files) if isinstance(item, CorpusDocument))
     counts: Counter[str] = Counter()
@@ -102,25 +103,25 @@ def upload(
 
 
 class _Feed:
-    """Documents on their way: not sent, sent, answered."""
+    """Keeps track of the documents: not sent, sent, answered."""
 
     def __init__(self, documents: Iterable[CorpusDocument]) -> None:
         self._documents = iter(documents)
-        self._again: deque[CorpusDocument] = deque()  # sent on a stream that failed
+        self._again: deque[CorpusDocument] = deque()  # sent on a failed stream, to be sent again
         self._sent: deque[CorpusDocument] = deque()
         self.at_end = False
-        self.sequence = 0  # the highest of the answers
-        self.highest: dict[str, int] = {}  # file → its last passage's number, 0 where it is one whole document
+        self.sequence = 0  # the highest one in the answers
+        self.highest: dict[str, int] = {}  # file → the number of its last passage; 0 for a single whole document
 
     def documents(self) -> Iterator[CorpusDocument]:
-        """For one stream."""
+        """The documents for one stream."""
         while document := self._again.popleft() if self._again else next(self._documents, None):
             self._sent.append(document)
             yield document
         self.at_end = True
 
     def answered(self, receipt: Receipt) -> None:
-        """The oldest document sent is in the bank."""
+        """Notes that the oldest unanswered document is in the bank."""
         self.sequence = max(self.sequence, receipt.sequence)
         document = self._sent.popleft()
         base, _, number = document.id.rpartition("#")
@@ -130,7 +131,7 @@ class _Feed:
             self.highest.setdefault(document.id, 0)
 
     def rewind(self) -> CorpusDocument | None:
-        """After a stream failed: what was sent and not answered goes first on the next, but for the first: returned."""
+        """After a failed stream: returns the oldest unanswered document. The next stream begins with the others."""
         failed = self._sent.popleft() if self._sent else None
         self._again.extendleft(reversed(self._sent))
         self._sent.clear()
@@ -139,7 +140,7 @@ class _Feed:
 
 
 def _remove_rest(bank: Bank, namespace: str, file_id: str, highest: dict[str, int]) -> Iterator[int]:
-    """Deletes the passages that the file had at an earlier ingest and has no more; each deletion's sequence."""
+    """Deletes the passages that the file had earlier and no longer has. Yields each deletion's sequence."""
     if file_id not in highest:
         return
     last = highest[file_id]
@@ -151,7 +152,7 @@ def _remove_rest(bank: Bank, namespace: str, file_id: str, highest: dict[str, in
 
 
 def _delete(bank: Bank, namespace: str, document_id: str) -> int:
-    """The deletion's sequence; 0 where there is no such document."""
+    """Deletes a document and returns the deletion's sequence. 0 if there is no such document."""
     try:
         return bank.delete(document_id, namespace=namespace).sequence
     except NotFoundError:

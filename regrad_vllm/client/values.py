@@ -1,4 +1,4 @@
-"""The values that a bank's client takes and gives."""
+"""The arguments and results of a bank's client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTCOMES: tuple[Outcome, ...] = ("created", "updated", "unchanged")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document to store. The bank has the limits of id, title, text and metadata."""
+    """A document to store. The bank sets limits for id, title, text and metadata."""
 
     id: str  # empty: the bank derives it from title and text
     text: str
@@ -33,8 +33,8 @@ class Receipt:
     gradient_digest: str  # SHA-256 of the gradient's record, 64 hex digits
     outcome: Outcome
     num_tokens: int  # tokens that the encoder read
-    truncated: bool  # the text was longer than the learner reads
-    sequence: int  # of the change that made this version
+    truncated: bool  # the text was too long for the learner and was cut
+    sequence: int  # the number of the change that made this version
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class Deletion:
     """The bank's answer to a deletion."""
 
     version: int  # the version that was deleted
-    sequence: int  # of the deletion
+    sequence: int  # the number of the change that deleted it
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """A document as the bank holds it."""
+    """A document in the bank."""
 
     document: Document
     version: int
@@ -75,7 +75,7 @@ class Condition:
 
     key: str
     operator: Operator
-    values: tuple[str, ...] = ()  # one of them, or none of them; empty for present and absent
+    values: tuple[str, ...] = ()  # equals: the value is one of them; not_equals: it is not; otherwise empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,13 @@ class Query:
     namespace: str = field(default=DEFAULT_NAMESPACE, kw_only=True)
     document_ids: tuple[str, ...] = field(default=(), kw_only=True)
     top_k: int = field(default=3, kw_only=True)
-    min_score: float | None = field(default=None, kw_only=True)  # a cosine, in every retrieval
+    min_score: float | None = field(default=None, kw_only=True)  # least cosine, for every kind of retrieval
     with_text: bool = field(default=False, kw_only=True)
     retrieval: Retrieval = field(default="dense", kw_only=True)
-    conditions: tuple[Condition, ...] = field(default=(), kw_only=True)  # all must hold; none with document_ids
-    as_of: int | None = field(default=None, kw_only=True)  # answer as after that change; None: as of now
+    conditions: tuple[Condition, ...] = field(default=(), kw_only=True)  # all must hold; not allowed with document_ids
+    as_of: int | None = field(
+        default=None, kw_only=True
+    )  # the answer of the past after that change; None: the present one
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.document_ids):
@@ -103,8 +105,8 @@ class Hit:
 
     id: str
     version: int
-    score: float  # the bank's order: a cosine, BM25 or fused ranks; 1 for a document named by id
-    cosine: float  # of the embeddings, in every retrieval; weights are made of it; 1 for a document named by id
+    score: float  # the bank sorts by it: a cosine, BM25 or fused ranks; 1 for a document named by id
+    cosine: float  # of the embeddings, for every retrieval; it makes the weights; 1 for a document named by id
     gradient_digest: str  # 64 hex digits
     gradient_bytes: int
     title: str  # empty unless the query asked for texts
@@ -113,19 +115,19 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The documents that the bank found, and the state of the bank then."""
+    """The documents that the bank found, and the state of the bank at that time."""
 
     hits: tuple[Hit, ...]  # best first; documents named by id in the order named
-    sequence: int  # of the last change that the answer reflects; as_of where that was given
+    sequence: int  # the last change that the answer reflects; it is as_of if that was given
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A bank's own figures, as far as the caller's token may see them."""
+    """A bank's statistics, as far as the caller's token may see them."""
 
     namespaces: Mapping[str, int]  # name → number of documents
     num_documents: int
-    num_gradients: int  # with those of past versions
+    num_gradients: int  # past versions included
     gradient_bytes: int
     sequence: int
     indexed_sequence: int
@@ -138,29 +140,29 @@ class Stats:
     cache_misses: int
     cache_available: bool
     version: str  # of the bank's program
-    num_past_versions: int  # that as_of can find
-    oldest_as_of: int  # from it on, as_of is answered in all of these namespaces
+    num_past_versions: int  # past versions that as_of can find
+    oldest_as_of: int  # the least as_of that all of these namespaces can answer
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotProgress:
-    """How far a snapshot is. The last one has ``is_whole``."""
+    """The progress of a snapshot. The last one has ``is_whole``."""
 
-    num_gradients: int  # in the snapshot
+    num_gradients: int  # gradients in the snapshot
     num_done: int
-    num_copied: int  # of those, not at the target before
+    num_copied: int  # gradients that the target didn't have before
     copied_bytes: int
     is_whole: bool
-    sequence: int  # of the last change in the snapshot, where it is whole
-    catalog_digest: str  # where it is whole
+    sequence: int  # the last change in the snapshot, when it is whole
+    catalog_digest: str  # set when it is whole
 
 
 @dataclass(frozen=True, slots=True)
 class RecodeProgress:
-    """How far a change of codec is. The last one has ``finished``."""
+    """The progress of a change of codec. The last one has ``finished``."""
 
-    num_documents: int  # of the collection, when it began
+    num_documents: int  # documents in the bank at the start
     num_done: int
-    num_recoded: int  # of those, had another codec
-    num_failed: int  # of those, keep their old record
+    num_recoded: int  # documents whose gradient was recoded
+    num_failed: int  # documents that keep their old gradient
     finished: bool

@@ -13,7 +13,7 @@ from regrad_vllm.learn.tasks import Passage, StepPlan
 
 
 def make_batch(plan: StepPlan, builder: PromptBuilder, max_document_tokens: int, device: torch.device) -> MetaBatch:
-    """Tokenises documents, prompts with what the plan shows in them, and answers."""
+    """Tokenises the plan's documents, prompts and answers."""
     documents = [(builder.document(*task.passage, max_document_tokens)[0], 1) for task in plan.tasks]
     return MetaBatch(
         TokenBatch.pad(documents, device),
@@ -24,7 +24,7 @@ def make_batch(plan: StepPlan, builder: PromptBuilder, max_document_tokens: int,
 
 
 def make_reading(plan: StepPlan, builder: PromptBuilder, device: torch.device) -> TokenBatch:
-    """The plan's questions as ``make_batch`` packs them, but with all documents that they need in the prompt."""
+    """The plan's questions, packed as in ``make_batch``, but with all documents that they need in the prompt."""
     shown = [[passages] * len(pairs) for passages, pairs in zip(plan.answering, plan.questions, strict=True)]
     return _questions(plan, shown, builder, device)
 

@@ -1,4 +1,4 @@
-"""Continual pre-training: one plain LoRA that has read the whole corpus. What gradients per document compete with."""
+"""Continual pre-training: one plain LoRA trained on the whole corpus. It is a rival of gradients per document."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def pretrain(
     tokens = [builder.document(*document, learner.config.max_document_tokens)[0] for document in documents]
     phi = torch.tensor(learner.phi if start is None else start, device=device).requires_grad_()
     optimizer = torch.optim.AdamW([phi], lr=learning_rate, weight_decay=0.0)
-    by_length = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))  # little padding
+    by_length = sorted(
+        range(len(tokens)), key=lambda index: len(tokens[index])
+    )  # like lengths together, to save padding
     batches = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
     total = epochs * len(batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)

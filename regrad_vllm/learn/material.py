@@ -1,4 +1,4 @@
-"""What a run is trained and validated on: data without leaks, samplers, and what they need embedded."""
+"""The data of a training run: splits without leaks, samplers of tasks, and their embeddings."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ _LOG = logging.getLogger(__name__)
 class TrainingData:
     train: DataSplit
     validation: DataSplit
-    left_out: tuple[str, ...]  # ids of training documents and questions that stand in evaluation data too
+    left_out: tuple[str, ...]  # ids of training documents and questions that are also evaluation data
 
 
 def load_data(config: TrainConfig) -> TrainingData:
-    """The training split without what stands in the folder's other splits too, and the validation split without what
-    stands in the test split, so that nothing is chosen by it."""
+    """The training split without leaks into other splits; the validation split without those into the test split."""
     if set(config.sets) == {"synthetic"}:
         return TrainingData(EMPTY, EMPTY, ())
     evaluations = {}
@@ -54,7 +53,7 @@ def load_data(config: TrainConfig) -> TrainingData:
 
 
 def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path) -> Sampler:
-    """``cache``: where what retrieval finds is kept."""
+    """The sampler of a split. cache: the folder for retrieved hits."""
     real = [name for name in config.sets if name != "synthetic"]
     sets: list[TaskSet] = question_sets(data, real) if real else []
     if "synthetic" in config.sets:
@@ -85,13 +84,13 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
 
 
 def _is_retrieved(config: TrainConfig, task_set: TaskSet) -> bool:
-    """Whether hits are drawn, or several documents are weighted by their scores."""
+    """Whether the set needs retrieval: it draws hits, or weights several documents by their scores."""
     several = max(config.top_k_weights[1:], default=0.0) > 0 or any(task.partners for task in task_set.tasks)
     return task_set.retrievable and bool(config.neighbour_share or (config.score_temperature_init and several))
 
 
 def fill_caches(config: TrainConfig, cache: Path) -> None:
-    """Embeds what a run needs embedded, so that it can go on where there is no embedder."""
+    """Computes all embeddings of a run, so that it can continue on a machine without the embedder."""
     data = load_data(config)
     make_sampler(config, "train", data.train, cache)
     for _ in _validation_samplers(config, data.validation, cache):
@@ -99,9 +98,9 @@ def fill_caches(config: TrainConfig, cache: Path) -> None:
 
 
 def _validation_samplers(config: TrainConfig, data: DataSplit, cache: Path) -> Iterator[tuple[str, Sampler]]:
-    """A sampler for each set that has a validation part, with 1 and with 3 documents an adapter.
+    """A sampler for each set with validation data, with 1 and with 3 documents per adapter.
 
-    The prompt holds a cue where cues are trained. Without documents in the adapter it holds text as in training.
+    The prompt has a cue if cues are trained. With γ = 0 it has text as in training.
     """
     if config.gamma:
         config = replace(config, icl_share=0.0, cue_share=float(config.cue_share > 0))
@@ -122,7 +121,7 @@ def _validation_samplers(config: TrainConfig, data: DataSplit, cache: Path) -> I
 def validation_batches(
     config: TrainConfig, data: DataSplit, builder: PromptBuilder, device: torch.device, cache: Path
 ) -> dict[str, list[MetaBatch]]:
-    """Fixed batches of each validation sampler."""
+    """Sampler → its fixed batches for validation."""
     return {
         name: [
             make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
@@ -133,7 +132,7 @@ def validation_batches(
 
 
 def data_digests(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of the data files that decide what is trained on, by name: what stands in the others too is left out."""
+    """File name → SHA-256, for each data file that the training depends on. Other splits count, because of leaks."""
     if set(config.sets) == {"synthetic"}:
         return {}
     files = sorted(path for split in SPLITS for path in Path(config.data_folder).glob(f"{split}.*.jsonl*"))

@@ -1,9 +1,9 @@
-"""A learner's sensitivity, measured: how far answers move when a document's gradient is a little off.
+"""Measures a learner's sensitivity: the change of the answers for a small error in a document's gradient.
 
-For each question the adapter is that of its own document, φ* − γ δ. The Fisher information is that of the model's own
-answers: at each place of the known answer a token is drawn from what the model expects there, and the gradient of its
-log likelihood, by every LoRA tensor, is what is summed up (squared, over each side). Drawn, not the known answer's own
-tokens: what is asked is how much the distribution changes, not whether it is right.
+For each question the adapter is the one of its document, φ* − γ δ. The measure is the Fisher information of the model's
+answers. At each position of the known answer, a token is drawn from the model's distribution. The gradient of its log
+likelihood by each LoRA tensor is squared and summed over each side. Tokens are drawn, not taken from the known answer,
+because the change of the distribution counts, and not whether it is right.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner
 
-_ROWS = 8  # questions in one backward pass, each with an adapter of its own
-_DOCUMENTS = 16  # encoded at once
+_ROWS = 8  # questions in one backward pass, each with another adapter
+_DOCUMENTS = 16  # documents encoded at a time
 
 
 def measure_sensitivity(learner: Learner, model_folder: Path, data: EvalData, seed: int) -> Sensitivity:
-    """Over all questions of ``data``, each under the gradient of the first of its documents.
+    """The sensitivity over all questions of ``data``, each with the gradient of its first document.
 
-    LearnerError for another base model; ValueError where there are no questions.
+    LearnerError for another base model. ValueError without questions.
     """
     if not data.questions:
         raise ValueError("there must be a question to measure a sensitivity by, got none")
@@ -60,7 +60,7 @@ def measure_sensitivity(learner: Learner, model_folder: Path, data: EvalData, se
             for question in asked[document.id]
         ]
         adapters = [compose(learner.phi, [each.values], weights, learner.config.gamma) for each in encoded]
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # little padding
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # like lengths together, to save padding
         for first in range(0, len(rows), _ROWS):
             chosen = rows[first : first + _ROWS]
             batch = TokenBatch.pad([(prompt + answer, len(prompt)) for prompt, answer, _ in chosen])
@@ -69,7 +69,10 @@ def measure_sensitivity(learner: Learner, model_folder: Path, data: EvalData, se
 
 
 class SensitivitySums:
-    """Of each tensor's gradients G (short side, long side), one a question: Σ G Gᵀ and Σ of G² along the short side."""
+    """Sums over the questions for each tensor, with its gradient G (short side, long side) for a question.
+
+    They are Σ G Gᵀ, and Σ G² along the short side.
+    """
 
     def __init__(self, learner: Learner) -> None:
         shapes = learner.layout.shapes
@@ -80,13 +83,15 @@ class SensitivitySums:
     def add(
         self, model: AdaptedModel, batch: TokenBatch, adapters: NDArray[np.float32], generator: torch.Generator
     ) -> None:
-        """``adapters``: (rows, num_values)."""
+        """Adds the questions of a batch. adapters: float32 (rows, num_values), one for each question."""
         leaves = [part.detach().requires_grad_() for part in model.split(torch.from_numpy(adapters))]
         final = model.upper(model.lower(batch), leaves, batch)
         counted = batch.targets != -100
         logits = model.logits(final[counted])
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")  # each row's own part has its own leaves
+        loss = nn.functional.cross_entropy(
+            logits, drawn, reduction="sum"
+        )  # each row's loss depends only on that row's leaves
         for index, gradient in enumerate(torch.autograd.grad(loss, leaves)):
             for own in gradient.double().numpy():
                 side = own if long_is_columns(own.shape) else own.T
@@ -95,8 +100,7 @@ class SensitivitySums:
         self._count += len(adapters)
 
     def sensitivity(self) -> Sensitivity:
-        """Both factors have the trace of the whole: the long side is given relative to its mean, the short side has
-        the scale."""
+        """The mean over the questions. The short side has the scale, and the long side is relative to its mean."""
         short = [total / (self._count * len(long)) for total, long in zip(self._short, self._long, strict=True)]
         return Sensitivity(
             tuple(each.astype(np.float32) for each in short),
@@ -110,7 +114,7 @@ def _relative(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def about(data: EvalData, seed: int) -> dict[str, str]:
-    """What made a sensitivity, for the file."""
+    """The origin of a sensitivity, for its file."""
     counts = Counter(question.set_name for question in data.questions)
     return {
         "questions": ", ".join(f"{count} of {name}" for name, count in sorted(counts.items())),

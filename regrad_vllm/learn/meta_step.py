@@ -1,4 +1,4 @@
-"""One meta-step: the outer loss under φ_q, differentiable through the inner gradients (second order)."""
+"""The outer loss of one meta-step under φ_q. It is differentiable through the inner gradients (second order)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from regrad_vllm.learn.teacher import distance
 class MetaBatch:
     """N tasks with their questions.
 
-    documents: N rows. questions: a row a task, packed, or equally many rows a task, those of a task side by side.
-    mix: float32 (N, N), the weight of document j in the adapter of task i. scores: float32 (N, N), how well the
-    retrieval scored document j for task i; looked at where mix isn't 0.
+    documents: N rows. questions: one packed row for each task, or equally many consecutive rows for each task.
+    mix: float32 (N, N), the weight of document j in the adapter of task i. scores: float32 (N, N), the retrieval score
+    of document j for task i. Only the scores with mix ≠ 0 are used.
     """
 
     documents: TokenBatch
@@ -30,16 +30,16 @@ class MetaBatch:
 
 @dataclass(frozen=True, slots=True)
 class MetaParameters:
-    """What meta-training learns, as the loss takes it."""
+    """The parameters that meta-training learns, in the form that the loss takes."""
 
     phi: Tensor  # float32 (num_values,)
     step_sizes: list[list[Tensor]]  # per inner step and tensor of the layout, a scalar or the tensor's shape
     gamma: float = 1.0
     inner_loss: InnerLoss = field(default_factory=InnerLoss)
-    score_temperature: Tensor | None = None  # scalar τ; None: every document counts 1
+    score_temperature: Tensor | None = None  # scalar τ; None: every document has the weight 1
 
     def detach(self) -> MetaParameters:
-        """The same values without their graph."""
+        """The same values, detached from the autograd graph."""
         head, temperature = self.inner_loss.token_head, self.score_temperature
         return MetaParameters(
             self.phi.detach(),
@@ -55,16 +55,16 @@ class MetaParameters:
             return batch.mix
         absent = batch.mix == 0
         best = batch.scores.masked_fill(absent, float("-inf")).amax(1, keepdim=True)
-        # 0 instead of −inf for the absent: the derivative of −inf / τ would make the sum NaN.
+        # Absent documents get 0, not −inf, because the derivative of −inf / τ would make the sum NaN.
         return batch.mix * torch.exp((batch.scores - best).masked_fill(absent, 0.0) / self.score_temperature)
 
 
 def meta_loss(model: AdaptedModel, parameters: MetaParameters, batch: MetaBatch, teacher_weight: float = 0.0) -> Tensor:
     """Mean answer loss over the batch's questions, each under its task's φ_q = φ* − γ Σ_j mix_ij δ_j.
 
-    With ``teacher_weight`` so much of the distance to the batch's ``expected`` is added. One batched inner pass serves
-    every task that uses a document; with γ = 0 there is none, and φ* is a plain LoRA. Layers below the first adapted
-    one run without gradient.
+    The distance to the batch's ``expected`` is added, times ``teacher_weight``. One batched inner pass serves all tasks
+    that use a document. With γ = 0 there is no inner pass, and φ* is a plain LoRA. Layers below the first adapted one
+    run without gradient.
     """
     adapters = _adapters(model, parameters, batch) if parameters.gamma else model.split(parameters.phi[None])
     outer_final = model.upper(model.lower(batch.questions), adapters, batch.questions)

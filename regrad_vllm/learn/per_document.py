@@ -1,6 +1,6 @@
-"""A LoRA per document, as parametric RAG (PRAG) has: many optimiser steps where ReGrad takes one gradient.
+"""A LoRA per document, as in parametric RAG (PRAG): many optimiser steps, while ReGrad takes one gradient.
 
-Without PRAG's generated questions: the default model is too small to write them.
+PRAG's generated questions are left out, because the default model is too small to write them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ def fit_each(
     learning_rate: float,
     num_steps: int = 10,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(index, δ = φ* − φ_d) of every (title, text), neighbours in length together: φ_d is φ* after ``num_steps`` of
-    Adam on the document's language-model loss. δ: float32 (num_values,), composed like a gradient."""
+    """(index, δ = φ* − φ_d) for every (title, text). Documents of like length come together.
+
+    φ_d is φ* after ``num_steps`` steps of Adam on the document's language-model loss. δ is float32 (num_values,), and
+    it is composed like a gradient.
+    """
     from tqdm import tqdm
 
     phi = torch.tensor(learner.phi, device=model.device)
@@ -38,7 +41,7 @@ def fit_each(
             batch = TokenBatch.pad([(tokens[index], 1) for index in indices], model.device)
             hidden = model.lower(batch)
             own = phi.repeat(len(indices), 1).requires_grad_()
-            optimizer = torch.optim.Adam([own], lr=learning_rate)  # elementwise, so the rows don't mix
+            optimizer = torch.optim.Adam([own], lr=learning_rate)  # Adam works by element, so the rows don't mix
             for _ in range(num_steps):
                 torch.autograd.backward(model.loss(model.upper(hidden, model.split(own), batch), batch))
                 optimizer.step()

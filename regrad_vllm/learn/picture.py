@@ -1,4 +1,4 @@
-"""A run's log as a picture: the outer loss by set, and what validation found."""
+"""Plots a run's log: the outer loss by set, and the results of the validation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-SMOOTHING = 0.05  # weight of a new value in the moving mean
+SMOOTHING = 0.05  # the weight of a new value in the moving mean
 
 
 def draw(log: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""A quick look during training: teacher-forced answers on validation tasks under several adapters."""
+"""A quick validation during training: teacher-forced answers under several adapters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters
 
 
 def probe(model: AdaptedModel, parameters: MetaParameters, batches: list[MetaBatch]) -> dict[str, float]:
-    """Share of answer tokens right, and of answers with every token right ("…_all"), per method.
+    """The share of right answer tokens, and of wholly right answers ("…_all"), for each method.
 
-    Methods: regrad (the batch's mix), learner (φ* alone), wrong (each task gets its neighbour's mix without its own
-    document; a task that is left with none doesn't count).
+    The methods are "regrad" (the batch's mix), "learner" (φ* alone) and "wrong". In the last each task gets its
+    neighbour's mix without its own document, and a task without any document doesn't count.
     """
     right: dict[str, list[Tensor]] = {}
     phi = parameters.phi
@@ -44,14 +44,14 @@ def _flat(model: AdaptedModel, step_sizes: list[Tensor]) -> Tensor:
 
 
 def wrong_mix(mix: Tensor) -> Tensor:
-    """(N, N): the row above, without the diagonal."""
+    """(N, N): each row is the row above it, without the diagonal."""
     return mix.roll(1, dims=0).fill_diagonal_(0)
 
 
 def _answers_right(model: AdaptedModel, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     counted = targets != -100
     hits = model.predict(final[counted]) == targets[counted]
-    # An answer is a run of targets; between two in a row stands at least the end of the first.
+    # An answer is a run of consecutive targets. At least one position separates two answers in a row.
     begins = counted & ~counted.roll(1, dims=1)
     answers = begins.flatten().cumsum(0)[counted.flatten()] - 1
     misses = torch.zeros(int(begins.sum()), device=hits.device).index_add(0, answers, (~hits).float())

@@ -1,7 +1,7 @@
 """Checkpoints of the paper's published code (arXiv 2606.15734) → a learner.
 
 A folder holds ``meta_state_dict.pth`` (φ* and step sizes by parameter name), ``peft_config.json`` and
-``learner_config.json``. The file is read with torch's weights-only loader: no code in it is run.
+``learner_config.json``. torch's weights-only loader reads the first file, so no code in it runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PREFIX = "base_model.base_model.model."
 def load_published(folder: str | Path, model_folder: str | Path, prompts: Prompts | None = None) -> Learner:
     """Reads a published checkpoint made for the base model in ``model_folder``.
 
-    prompts: the templates that it was trained with; its files don't say them. LearnerError where a file is
-    missing, or holds a tensor too few, too many or of another shape.
+    prompts: the templates that it was trained with, because its files don't have them. LearnerError if a file or a
+    tensor is missing, or a tensor is unknown or has another shape.
     """
     folder = Path(folder)
     peft = _read_json(folder / "peft_config.json")
@@ -66,7 +66,7 @@ def load_published(folder: str | Path, model_folder: str | Path, prompts: Prompt
 
 
 def _modules(state: Mapping[str, torch.Tensor], rank: int) -> list[tuple[str, int, int]]:
-    """(module, in_features, out_features) in the order of the layers, gate, up, down as they stand in the file."""
+    """(module, in_features, out_features) by layer. Within a layer gate, up and down have the file's order."""
     found: list[tuple[str, int, int]] = []
     for name, value in state.items():
         if name.startswith(_PREFIX) and name.endswith(".lora_A.default.weight"):

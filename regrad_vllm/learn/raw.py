@@ -1,4 +1,4 @@
-"""A learner without meta-training: what raw gradients are worth."""
+"""A learner without meta-training. It shows the quality of raw gradients."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _NUM_TASKS = 48
 
 
 def raw_learner(learner: Learner, model_folder: Path, top_k: int, seed: int = 0) -> Learner:
-    """``learner``'s layout and prompts, LoRA's usual start for φ*, the paper's inner loss, and one step size for all
-    tensors: that of STEP_SIZES with the least answer loss on invented validation facts, ``top_k`` documents each."""
+    """A learner with the layout and prompts of ``learner``, the paper's inner loss, and LoRA's usual φ*.
+
+    All tensors have one step size, the one of STEP_SIZES with the least answer loss on invented facts for validation.
+    top_k: documents per adapter there.
+    """
     base, tokenizer = load_base_model(model_folder, dtype=torch.float32, device="cpu")
     model = AdaptedModel(base, learner.layout, learner.scaling)
     phi = initial_phi(learner.layout, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Everything that a meta-step changes: φ*, step sizes, optimiser."""
+"""The state of meta-training: φ*, step sizes and optimiser."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class MetaState:
-    """φ*, step sizes and optimiser: everything that a step changes."""
+    """Everything that a meta-step changes: φ*, step sizes and optimiser."""
 
     def __init__(self, config: TrainConfig, layout: Layout, hidden_size: int, device: torch.device) -> None:
         self.config, self.layout = config, layout
         self.step = 0
-        self.seconds: dict[str, float] = {}  # by machine
-        self.origin = ""  # digest of what the run was begun with beside its config: base model, data, start
+        self.seconds: dict[str, float] = {}  # training time by machine
+        self.origin = ""  # digest of the run's inputs beside its config: base model, data, start
         generator = torch.Generator().manual_seed(config.seed)
         self.phi = initial_phi(layout, generator).to(device).requires_grad_()
         count = num_step_sizes(config.step_size_kind, layout)
@@ -49,10 +49,10 @@ class MetaState:
         self._rates = [group["lr"] for group in groups]
 
     def start_from(self, learner: Learner) -> None:
-        """Takes over φ*, step sizes and inner loss; a lower rank is filled up so that the function stays the same.
+        """Takes φ*, step sizes and inner loss from a learner. A lower rank is extended; the function stays the same.
 
-        Inner steps that the start doesn't have begin with step_size_init. ConfigError where the modules or the kind of
-        step sizes differ, the rank or the number of inner steps is higher, or weights that it has learnt would be lost.
+        New inner steps begin with step_size_init. ConfigError if the modules or the kind of step sizes differ, if the
+        learner has a higher rank or more inner steps, or if learnt weights would be lost.
         """
         self._check_start(learner)
         self.take_phi(learner)
@@ -64,17 +64,17 @@ class MetaState:
                 self.log_temperature.fill_(math.log(learner.config.score_temperature))
 
     def take_phi(self, learner: Learner) -> None:
-        """φ* of another learner alone, whatever its step sizes. ConfigError where it doesn't fit."""
+        """Takes only φ* from a learner, not its step sizes. ConfigError if it doesn't fit."""
         ours, theirs = self.layout, learner.layout
         self._check_modules(learner)
         with torch.no_grad():
             for (tensor, mine), (_, given) in zip(
                 ours.views(self.phi), theirs.views(torch.tensor(learner.phi)), strict=True
             ):
-                if tensor.part == "A":  # more rows keep their random values, their columns in B are 0
+                if tensor.part == "A":  # additional rows keep their random values, because their columns in B are 0
                     mine[: theirs.rank] = given.to(mine.device)
                 else:
-                    # s = lora_alpha / r stands before B A, and r differs.
+                    # The scaling lora_alpha / r differs, because r differs.
                     mine[:, : theirs.rank] = given.to(mine.device) * (learner.scaling / self._scaling)
 
     def _check_modules(self, learner: Learner) -> None:
@@ -103,13 +103,13 @@ class MetaState:
         return self.config.lora_alpha / self.layout.rank
 
     def parameters(self) -> MetaParameters:
-        """What the loss takes; gradients flow back to this state."""
+        """The parameters for the loss. Gradients flow back to this state."""
         temperature = None if self.log_temperature is None else self.log_temperature.exp()
         inner_loss = InnerLoss(self.config.length_exponent, self.token_head)
         return MetaParameters(self.phi, self.step_size_tensors(), self.config.gamma, inner_loss, temperature)
 
     def step_size_tensors(self) -> list[list[Tensor]]:
-        """Per inner step and tensor of the layout: a scalar, or for "full" the tensor's shape."""
+        """For each inner step and each tensor of the layout: a scalar, or a tensor of its shape for "full"."""
         return [self._of_one_step(sizes) for sizes in self.step_sizes.view(self.config.inner_steps, -1)]
 
     def _of_one_step(self, sizes: Tensor) -> list[Tensor]:
@@ -121,7 +121,7 @@ class MetaState:
         return [sizes[0]] * len(self.layout.tensors)
 
     def update(self, loss: Tensor) -> dict[str, float]:
-        """Backward, clip φ* and step sizes each by its norm, one optimiser step with warm-up and linear decay."""
+        """One optimiser step, with warm-up and linear decay. The norms of φ* and step sizes are clipped separately."""
         torch.autograd.backward(loss)
         norms = [
             float(torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip_norm))
@@ -199,7 +199,7 @@ class MetaState:
 
 
 def initial_phi(layout: Layout, generator: torch.Generator) -> Tensor:
-    """LoRA's usual start: A uniform by fan-in (Kaiming, a = √5), B zero."""
+    """LoRA's usual initialisation: A uniform by fan-in (Kaiming, a = √5), B zero."""
     phi = torch.zeros(layout.num_values)
     for tensor, view in layout.views(phi):
         if tensor.part == "A":

@@ -1,8 +1,8 @@
-"""Documents of invented facts, from a seed: nobody can know them, so an answer proves that a document was learnt.
+"""Documents of invented facts, from a seed. A model can't know them, so right answers prove that it learnt a document.
 
-Three splits, disjoint by subject: the name of a document's subject belongs to exactly one split by its hash, whatever
-the seed, so no training document is about a test person or place. The splits share their sentence templates, the
-syllables of names and the pools of values (a city, a job); a word of a test name may occur inside another name.
+There are three splits with different subjects. The hash of a subject's name decides its split, whatever the seed. So no
+training document is about a subject of the test split. The splits share their sentence templates, the syllables of
+names and the pools of values (a city, a job). A word of a test name may also occur in another name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Values = Callable[[random.Random], str]
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One attribute of a kind of thing: how it is told, how it is asked. {n} is the name, {v} the value."""
+    """One attribute of a kind of subject, with templates that tell it and ask for it. {n}: the name, {v}: the value."""
 
     values: Values
     told: tuple[str, ...]
@@ -34,7 +34,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class SyntheticDocument:
-    """title and text of the document, and (question, answer) for each fact told in it."""
+    """A document with its title, its text, and (question, answer) for each of its facts."""
 
     title: str
     text: str
@@ -210,9 +210,9 @@ def split_of(name: str) -> Split:
 
 
 def another_value(name: str, question: str, told: str, rng: random.Random) -> str:
-    """What the answer to ``question`` about ``name`` could be as well, and doesn't stand in the text ``told``.
+    """Another possible answer to ``question`` about ``name``, which isn't in the text ``told``.
 
-    ValueError where no document of invented facts about ``name`` has the question.
+    ValueError if no document of invented facts about ``name`` has the question.
     """
     for _, facts in _KINDS.values():
         for fact in facts:
@@ -228,7 +228,7 @@ def _plain(value: str) -> str:
 
 
 def synthetic_documents(split: Split, seed: int, num_facts: tuple[int, int] = (3, 5)) -> Iterator[SyntheticDocument]:
-    """An endless stream of documents with distinct names; the same arguments give the same stream."""
+    """An endless stream of documents with distinct names. Equal arguments give equal streams."""
     rng = random.Random(f"regrad.synthetic.{split}.{seed}")
     seen: set[str] = set()
     while True:

@@ -1,6 +1,6 @@
-"""Meta-training tasks: which documents and questions make up step n.
+"""Meta-training tasks: the documents and questions of each step.
 
-A step's batch is a pure function of (config seed, step), so a resumed run sees what an unbroken one would have.
+A step's batch is a pure function of (config seed, step). So a resumed run sees the same batches as an unbroken one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from regrad_vllm.data.questions import DataSplit, in_passages
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.synthetic import synthetic_documents
 
-Text = Literal["blind", "cue", "icl"]  # in the prompt: none, a sentence, whole documents
+Text = Literal["blind", "cue", "icl"]  # the text in the prompt: none, a sentence, whole documents
 Passage = tuple[str, str]  # (title, text)
 
 
@@ -30,7 +30,7 @@ class Task:
     title: str
     text: str
     questions: tuple[tuple[str, str], ...]  # (question, answer)
-    partners: tuple[int, ...] = ()  # tasks of the set whose documents these questions need too
+    partners: tuple[int, ...] = ()  # tasks of the set whose documents the questions need as well
 
     @property
     def passage(self) -> Passage:
@@ -39,26 +39,26 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskVectors:
-    """Vectors of a set by the bank's embedder, see training_hits.py: float32 (tasks, dimension), L2 norm 1."""
+    """The embeddings of a set by the bank's embedder (training_hits.py), float32 (tasks, dimension), L2 norm 1."""
 
     questions: NDArray[np.float32]  # of each task's first question
     documents: NDArray[np.float32]
-    hits: NDArray[np.int32]  # (tasks, hits): what is found for each task's first question, best first
+    hits: NDArray[np.int32]  # (tasks, hits): the documents found for each task's first question, best first
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSet:
-    """Tasks of one origin. retrievable: its questions make sense without their document in sight."""
+    """Tasks of one origin. retrievable: the questions are clear without their documents."""
 
     name: str
     tasks: tuple[Task, ...]
-    groups: tuple[tuple[int, ...], ...]  # indices of tasks that are about one subject, for hard distractors
+    groups: tuple[tuple[int, ...], ...]  # indices of similar tasks, which are hard distractors for each other
     retrievable: bool = True
     retrieval: TaskVectors | None = None
 
 
 def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
-    """A task per passage that answers questions, alone or with the same others. ValueError: a set has no tasks."""
+    """A task for each passage that answers questions, alone or with the same others. ValueError for an empty set."""
     together = {entry.id for entry in data.questions if len(entry.documents) > 1}
     data = in_passages(data)
     questions: dict[str, dict[tuple[str, ...], list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
@@ -90,7 +90,7 @@ def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
 
 
 def synthetic_set(split: Any, seed: int, num_tasks: int) -> TaskSet:
-    """Documents of invented facts; a group is a kind of thing (person, company, …)."""
+    """Tasks about invented facts. A group is a kind of subject (person, company, …)."""
     made = list(islice(synthetic_documents(split, seed), num_tasks))
     groups: dict[str, list[int]] = defaultdict(list)
     for index, document in enumerate(made):
@@ -101,7 +101,7 @@ def synthetic_set(split: Any, seed: int, num_tasks: int) -> TaskSet:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one meta-step trains on."""
+    """The tasks of one meta-step."""
 
     tasks: tuple[Task, ...]
     questions: tuple[tuple[tuple[str, str], ...], ...]  # per task
@@ -109,7 +109,7 @@ class StepPlan:
     # (tasks, tasks): cosine of document j and the first question of task i; 0 without retrieval
     scores: tuple[tuple[float, ...], ...]
     text: Text
-    shown: tuple[tuple[tuple[Passage, ...], ...], ...]  # per task and question: what stands in the prompt
+    shown: tuple[tuple[tuple[Passage, ...], ...], ...]  # per task and question: the texts in the prompt
     answering: tuple[tuple[Passage, ...], ...]  # per task: the documents that its questions need
     gradients: bool  # False: φ* alone answers, from the text in the prompt
     set_name: str
@@ -122,7 +122,7 @@ class Sampler:
     sets: tuple[TaskSet, ...]
     set_weights: tuple[float, ...]
     seed: int
-    tokens_per_step: int  # document tokens, estimated at 1.35 a word
+    tokens_per_step: int  # document tokens, estimated as 1.35 per word
     max_tasks: int
     questions_per_task: int
     max_words: int
@@ -130,9 +130,9 @@ class Sampler:
     icl_share: float
     neighbour_share: float
     cue_share: float = 0.0
-    wrong_cue_share: float = 0.0  # of the cues: any sentence, half of them of another document
-    gradient_dropout: float = 0.0  # of the steps with text in the prompt: answered without gradients
-    cues: Cues | None = None  # needed where cue_share isn't 0
+    wrong_cue_share: float = 0.0  # share of cues that are random sentences, half of them from another document
+    gradient_dropout: float = 0.0  # share of the steps with text in the prompt that are answered without gradients
+    cues: Cues | None = None  # needed if cue_share isn't 0
 
     def plan(self, step: int) -> StepPlan:
         rng = random.Random(f"regrad.tasks.{self.seed}.{step}")
@@ -158,7 +158,7 @@ class Sampler:
         self, text: Text, question: str, tasks: Sequence[Task], mix: Sequence[float], scores: Sequence[float],
         rng: random.Random,
     ) -> tuple[Passage, ...]:  # fmt: skip
-        """What stands in the prompt: nothing, the documents of the adapter as a server shows them, or one sentence."""
+        """The texts in the prompt: none, the adapter's documents in a server's order, or one sentence."""
         best_first = sorted((at for at, weight in enumerate(mix) if weight), key=lambda at: -scores[at])
         passages = tuple(tasks[at].passage for at in best_first)
         if text != "cue":
@@ -171,10 +171,10 @@ class Sampler:
     def _mix(
         self, task_set: TaskSet, indices: list[int], row: int, rng: random.Random
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The documents in the adapter of task ``row``, and the scores of all.
+        """The documents in the adapter of task ``row`` (1 or 0 for each), and the scores of all documents.
 
-        They are those that its questions need, and k − 1 others of the step: the ones that retrieval scores best, or
-        any where there is none.
+        They are the documents that its questions need, and k − 1 others of the step. With retrieval these have the best
+        scores. Without it they are random.
         """
         scores = [0.0] * len(indices)
         needed = {row, *(indices.index(partner) for partner in task_set.tasks[indices[row]].partners)}
@@ -189,15 +189,15 @@ class Sampler:
         return tuple(float(other in chosen) for other in range(len(indices))), tuple(scores)
 
     def _draw_tasks(self, task_set: TaskSet, rng: random.Random) -> list[int]:
-        """Indices: in some steps documents that are hits of each other's questions, else any, within the budget.
+        """The indices of a step's tasks, within the budget of tokens. A task's partners come with it.
 
-        A task brings its partners along.
+        In some steps the documents are hits of each other's questions. In others they are random.
         """
         neighbours = rng.random() < self.neighbour_share
         start = rng.randrange(len(task_set.tasks))
         candidates = [start]
         if neighbours and task_set.retrieval is not None:
-            for index in candidates:  # grows as it is walked
+            for index in candidates:  # the loop itself appends to the list
                 candidates += [int(hit) for hit in task_set.retrieval.hits[index] if hit not in candidates]
                 if len(candidates) >= 2 * self.max_tasks:
                     break
@@ -223,6 +223,6 @@ class Sampler:
         return min(len(task.text.split()) + len(task.title.split()), self.max_words)
 
     def _draw_questions(self, task: Task, rng: random.Random) -> tuple[tuple[str, str], ...]:
-        """The first question, whose hits the mix was made of, and others."""
+        """The first question, which the mix depends on, and random others."""
         first, *rest = task.questions
         return (first, *rng.sample(rest, min(len(rest), self.questions_per_task - 1)))

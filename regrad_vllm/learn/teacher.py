@@ -1,7 +1,7 @@
-"""A teacher: a learner that reads the right documents in the prompt. What it expects is imitated without them.
+"""A teacher: a learner with the right documents in the prompt. The trained learner imitates it without these documents.
 
-It answers each step's questions itself, one forward pass without derivatives. That is a small part of a second-order
-step, so nothing is kept from step to step.
+The teacher answers each step's questions in one forward pass without derivatives. This is a small part of a
+second-order step, so its answers are not stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from regrad_vllm.learner import Learner
 
 
 def teacher_phi(model: AdaptedModel, learner: Learner) -> Tensor:
-    """The learner's φ* for ``model``. ConfigError where layout or scaling differ."""
+    """The learner's φ* for ``model``. ConfigError if layout or scaling differ."""
     if learner.layout != model.layout or learner.scaling != model.scaling:
         raise ConfigError("teacher must have the modules, rank and lora_alpha of this run; give another")
     return torch.tensor(learner.phi, device=model.device)
@@ -29,7 +29,7 @@ def expectations(model: AdaptedModel, phi: Tensor, reading: TokenBatch) -> Tenso
 
 
 def distance(model: AdaptedModel, final: Tensor, batch: TokenBatch, expected: Tensor) -> Tensor:
-    """Σ_t w_t KL(expected_t ‖ ours_t) over the targets of ``batch``, w its weights. ``final``: its hidden states."""
+    """Σ_t w_t KL(expected_t ‖ ours_t) over the targets of ``batch``, with its weights w. final: its hidden states."""
     counted = batch.targets != -100
     ours = model.logits(final[counted]).log_softmax(-1)
     divergence = torch.nn.functional.kl_div(ours, expected, reduction="none", log_target=True).sum(-1)

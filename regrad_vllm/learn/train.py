@@ -30,7 +30,7 @@ from regrad_vllm.learn.train_config import LEARNERS, ConfigError, TrainConfig
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import digest_json
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"  # in <output>.run
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"  # files in the folder <output>.run
 _LOG = logging.getLogger(__name__)
 
 
@@ -41,10 +41,10 @@ def train(
     resume: bool = False,
     minutes: float = math.inf,
 ) -> Path | None:
-    """Runs meta-training and returns the learner's folder. None if ``minutes`` end first; a checkpoint is left then.
+    """Runs meta-training and returns the learner's folder. If ``minutes`` end first: None, and there is a checkpoint.
 
-    ``resume`` continues from the last checkpoint in <output>.run, or starts at 0 if there is none. Without it an
-    existing checkpoint is a ConfigError, so that hours of work aren't overwritten.
+    ``resume`` continues from the last checkpoint in <output>.run, or starts at step 0 without one. Without ``resume``
+    an existing checkpoint is a ConfigError, so that hours of work aren't overwritten.
     """
     deadline = time.monotonic() + 60 * minutes
     run = Path(config.output + ".run")
@@ -84,7 +84,7 @@ def train(
 
 
 def _begin(config: TrainConfig, state: MetaState, model_folder: Path) -> dict[str, Learner]:
-    """Starts the state where the config says; the learners that it names, by key. LearnerError, ConfigError."""
+    """Initialises the state from the config's learners, and returns these by key. LearnerError, ConfigError."""
     learners = {key: Learner.load(getattr(config, key)) for key in LEARNERS if getattr(config, key)}
     for learner in learners.values():
         check_base(learner, model_folder)
@@ -149,14 +149,14 @@ def _run_steps(
 
 
 class JsonLog:
-    """One JSON object a line, flushed, so that a killed run keeps its log."""
+    """A log with one JSON object per line. Each line is flushed, so that a killed run keeps its log."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Goes on after ``step``: what an interrupted run logged beyond its checkpoint is done, and logged, again."""
+        """Continues after ``step``. Later lines of an interrupted run are removed, because those steps run again."""
         self._path = path
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # killed while writing it
+            lines.pop()  # the run was killed while it wrote this line
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
 
     def __call__(self, **entry: object) -> None:
@@ -171,7 +171,7 @@ def _provenance(
     return {
         "config": config.decisive,
         "data": files,
-        "left_out": list(left_out),  # they stand in evaluation data too
+        "left_out": list(left_out),  # also evaluation data
         "start": None,
         **{
             key: {"fingerprint": learner.fingerprint, "training": dict(learner.config.training)}
@@ -184,7 +184,7 @@ def _provenance(
 
 
 def _machine() -> str:
-    """The device and the versions that make a step what it is."""
+    """The device and the library versions, which a step's result depends on."""
     import transformers
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""One TOML file says everything about a meta-training run."""
+"""The config of a meta-training run, read from one TOML file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _AT_LEAST_ONE = (
     "rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks", "questions_per_task",
     "validate_every", "checkpoint_every", "num_synthetic", "validation_batches", "inner_steps",
 )  # fmt: skip
-LEARNERS = ("start", "start_phi", "teacher")  # keys that name a learner folder
-_TINY, _HUGE = 1e-12, 1e12  # above 0, finite
+LEARNERS = ("start", "start_phi", "teacher")  # the keys that name a learner folder
+_TINY, _HUGE = 1e-12, 1e12  # limits for a number that must be above 0 and finite
 _RANGES = {
     "learning_rate": (_TINY, _HUGE),
     "step_size_learning_rate": (_TINY, _HUGE),
@@ -38,56 +38,56 @@ _RANGES = {
 
 
 class ConfigError(ValueError):
-    """A training config is not usable; the message names the key."""
+    """A training config can't be used. The message names the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """A meta-training run. Relative paths count from the config file's folder."""
+    """The config of a meta-training run. Relative paths start at the config file's folder."""
 
     base_model: str  # folder or hub id; "default" builds the default model
-    output: str  # learner folder to write at the end; the run's files lie in <output>.run
-    first_layer: int  # layers from here to the top are adapted
-    start: str = ""  # learner folder to start from: same modules, at most this rank; empty: LoRA's usual start
-    start_phi: str = ""  # learner folder whose φ* alone the run starts from, in place of start's
+    output: str  # learner folder to write at the end; the run's files are in <output>.run
+    first_layer: int  # this layer and all above it are adapted
+    start: str = ""  # learner folder to start from: same modules, at most this rank; empty: LoRA's usual initialisation
+    start_phi: str = ""  # learner folder whose φ* replaces that of start
     teacher: str = ""  # learner folder whose φ* reads the right documents; its answers are imitated
-    teacher_weight: float = 1.0  # of the imitation beside the answer loss
-    data_folder: str = ""  # holds train.documents.jsonl.gz and so on; empty: synthetic documents alone
+    teacher_weight: float = 1.0  # weight of the imitation, beside the answer loss
+    data_folder: str = ""  # folder with train.documents.jsonl.gz and so on; empty: only synthetic documents
     sets: Mapping[str, float] = field(default_factory=lambda: {"synthetic": 1.0})  # set name → share of the steps
     rank: int = 16
     lora_alpha: float = 32.0
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     step_size_kind: StepSizeKind = "tie"
     step_size_init: float = 0.5
-    inner_steps: int = 1  # gradient steps a document, each with step sizes of its own; the paper takes one
+    inner_steps: int = 1  # gradient steps per document, each with separate step sizes; the paper takes one
     prompts: Prompts = field(default_factory=Prompts)
     max_document_tokens: int = 256
     top_k: int = 3  # the learner's default when it serves
     gamma: float = 1.0
-    length_exponent: float = 1.0  # of the inner loss, see encode/inner_loss.py; 1 is the paper's mean
-    token_weights: bool = False  # learn how much each token of a document counts in its inner loss
+    length_exponent: float = 1.0  # exponent of the inner loss, see encode/inner_loss.py; 1 is the paper's mean
+    token_weights: bool = False  # learn the weight of each token in a document's inner loss
     score_temperature_init: float = 0.0  # learn w_k = exp((s_k − s_1) / τ) from here; 0: w_k = 1
-    neighbour_share: float = 0.5  # of the steps whose documents are hits of each other's questions
+    neighbour_share: float = 0.5  # share of the steps whose documents are hits of each other's questions
     top_k_weights: tuple[float, ...] = (0.5, 0.2, 0.3)  # in training: chance of k = 1, 2, …
-    icl_share: float = 0.1  # of the steps: the adapter's documents stand in the prompt too
-    cue_share: float = 0.0  # of the steps: their sentence nearest to the question stands in the prompt
-    wrong_cue_share: float = 0.15  # of the cues: any sentence instead, of the same or of another document
-    gradient_dropout: float = 0.0  # of the steps with text in the prompt: φ* alone answers
+    icl_share: float = 0.1  # share of the steps with the adapter's documents in the prompt
+    cue_share: float = 0.0  # share of the steps with the documents' sentence nearest to the question in the prompt
+    wrong_cue_share: float = 0.15  # share of cues that are random sentences of the same or another document
+    gradient_dropout: float = 0.0  # share of the steps with text in the prompt in which φ* alone answers
     num_steps: int = 1000
     tokens_per_step: int = 800
     max_tasks: int = 16
     questions_per_task: int = 4
     num_synthetic: int = 20000
     learning_rate: float = 1e-3
-    # A tied scalar under Adam moves by at most the learning rate a step, and it has far to go.
+    # With Adam a tied scalar moves by at most the learning rate per step, and its way is long.
     step_size_learning_rate: float = 1e-2
     warmup_share: float = 0.1
     clip_norm: float = 0.5
     weight_decay: float = 0.0
-    compute_dtype: str = "bfloat16"  # of the base model; φ*, step sizes and the optimiser are float32
+    compute_dtype: str = "bfloat16"  # the base model's type; φ*, step sizes and the optimiser are float32
     seed: int = 0
     validate_every: int = 100
-    validation_batches: int = 4  # of each set and each k
+    validation_batches: int = 4  # for each set and each k
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
@@ -117,18 +117,18 @@ class TrainConfig:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """All that decides what a run computes, as plain data: not where its files lie."""
+        """All settings that a run's results depend on, as plain data. Paths are left out."""
         files = ("base_model", "output", "data_folder", *LEARNERS)
         return {key: value for key, value in asdict(self).items() if key not in files}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is decisive, 64 hex digits."""
+        """SHA-256 of the decisive settings, 64 hex digits."""
         return digest_json(self.decisive)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
-        """Reads a TOML file; ``overrides`` go before it. ConfigError for an unknown key or a bad value."""
+        """Reads a TOML file. ``overrides`` replace its values. ConfigError for an unknown key or a bad value."""
         path = Path(path)
         try:
             raw: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""What the bank's retrieval finds for the training questions, so that the learner sees the hits that it will serve."""
+"""The bank's hits for the training questions, so that training sees the same kind of hits as serving."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bank_service.values.embedder import Embedder, embedded_text
 from regrad_vllm.learn.tasks import TaskSet, TaskVectors
 
 NUM_HITS = 10
-_BLOCK = 1024  # questions searched for at once
+_BLOCK = 1024  # questions searched for at a time
 
 
 def with_retrieval(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSet:
-    """The set with the vectors of its documents and of each task's first question, and the question's hits.
+    """The set with the embeddings of its documents and of each task's first question, and the question's hits.
 
-    ``cache``: a folder, where they are kept for the next run on the same texts with the same embedder.
+    cache: the folder that keeps them for the next run with the same texts and the same embedder.
     """
     documents = [embedded_text(task.title, task.text) for task in task_set.tasks]
     questions = [task.questions[0][0] for task in task_set.tasks]
@@ -41,7 +41,7 @@ def with_retrieval(task_set: TaskSet, embedder: Embedder, cache: Path) -> TaskSe
 
 
 def _search(questions: NDArray[np.float32], documents: NDArray[np.float32]) -> NDArray[np.int32]:
-    """(rows, at most NUM_HITS) indices of the best documents, best first, ties by index."""
+    """Indices of the best documents, (rows, at most NUM_HITS), best first. Ties are ordered by index."""
     count = min(NUM_HITS, len(documents))
     blocks = []
     for start in range(0, len(questions), _BLOCK):
@@ -51,7 +51,7 @@ def _search(questions: NDArray[np.float32], documents: NDArray[np.float32]) -> N
 
 
 def embed_all(texts: Sequence[str], embedder: Embedder) -> NDArray[np.float32]:
-    """float32 (texts, dimension), L2 norm 1; on all cores, with a progress bar."""
+    """Embeddings, float32 (texts, dimension), L2 norm 1. It uses all cores and shows a progress bar."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
