@@ -77,7 +77,7 @@ class Nearest(Protocol):
         ...
 
     async def erase(self, namespaces: Collection[str]) -> None:
-        """Erases the vectors that were removed from these namespaces until now, in memory and in files.
+        """Erases from all files the vectors that were removed from these namespaces until now.
 
         OSError if files can't be written.
         """
