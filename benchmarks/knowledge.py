@@ -189,7 +189,7 @@ def interval(rows: Mapping[str, Mapping[str, Any]], values: Mapping[str, float],
         [[values[key] for key in group] for group in groups],
         [[str(rows[key]["document"]) for key in group] for group in groups],
     )
-    return f"{100 * spread.mean:.1f} [{100 * spread.low:.1f}, {100 * spread.high:.1f}]"
+    return spread.percent()
 
 
 if __name__ == "__main__":
