@@ -201,7 +201,7 @@ class Bank:
     ) -> PutResult:
         """Stores a document with a gradient record that was computed elsewhere; durable on return.
 
-        Where ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
+        If ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
         InvalidArgumentError for a malformed record or embedding.
         """
         return await self._writer.put_gradient(document, record, embedding, expected_version)

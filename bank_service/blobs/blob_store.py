@@ -25,7 +25,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOT_THE_DISK = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 SWEEP_BATCH = 256  # digests looked up in the catalog at once
 
-References = Callable[[list[str]], Set[str]]  # which of these digests the catalog names
+References = Callable[[list[str]], Set[str]]  # returns those of the digests that the catalog names
 
 
 @dataclass(slots=True)

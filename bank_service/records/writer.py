@@ -45,7 +45,7 @@ UPLOADED = 0  # the number of tokens stored for an uploaded gradient; an encoded
 
 
 @dataclass(frozen=True, slots=True)
-class _Standing:
+class _Comparison:
     """A comparison of a new document with the stored one of the same id."""
 
     stored: StoredDocument | None  # None: there is none with a sound gradient
@@ -87,7 +87,7 @@ class Writer:
 
     @property
     def codec(self) -> str:
-        """The codec of what is stored from now on."""
+        """The codec of later writes."""
         return self._committer.codec
 
     async def put(self, document: Document, expected_version: int | None = None) -> PutResult:
@@ -98,7 +98,7 @@ class Writer:
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
         async with self._locks.lock((document.namespace, document.id)), self._pending:
-            current = await in_thread(self._pools.reads, self._standing, document, expected_version)
+            current = await in_thread(self._pools.reads, self._compare, document, expected_version)
             if current.has_content and current.is_encoded:
                 return self._unchanged(current.stored)
             if current.has_text and current.is_encoded and current.stored is not None:
@@ -118,14 +118,14 @@ class Writer:
     ) -> PutResult:
         """Stores a document with a gradient record that was computed elsewhere; durable on return.
 
-        Where ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
+        If ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
         InvalidArgumentError for a malformed record or embedding.
         """
         if embedding:
             check_vector(embedding, self._embedder.dimension, "header.embedding")
 
-        def check() -> tuple[str, _Standing]:
-            return self._check_record(record), self._standing(document, expected_version)
+        def check() -> tuple[str, _Comparison]:
+            return self._check_record(record), self._compare(document, expected_version)
 
         async with self._locks.lock((document.namespace, document.id)), self._pending:
             digest, current = await in_thread(self._pools.reads, check)
@@ -172,7 +172,7 @@ class Writer:
         with self._catalog.view() as view:
             return view.get(namespace, id)
 
-    def _standing(self, document: Document, expected_version: int | None) -> _Standing:
+    def _compare(self, document: Document, expected_version: int | None) -> _Comparison:
         """Reads the catalog before the costly work. VersionConflictError, QuotaExceededError."""
         with self._catalog.view() as view:
             stored = view.get(document.namespace, document.id)
@@ -182,8 +182,8 @@ class Writer:
             self._catalog.check_room(view, document, stored)
         # A document with a lost gradient counts as new, so that ingesting it again repairs it.
         if stored is None or not self._blobs.is_sound(stored.gradient.digest):
-            return _Standing(None, is_encoded=False, has_text=False, has_content=False)
-        return _Standing(
+            return _Comparison(None, is_encoded=False, has_text=False, has_content=False)
+        return _Comparison(
             stored,
             is_encoded=stored.gradient.num_tokens != UPLOADED,
             has_text=stored.document.text_digest == document.text_digest,

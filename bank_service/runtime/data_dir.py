@@ -17,7 +17,7 @@ ADDRESS_FILE = "address.json"
 
 @dataclass(frozen=True, slots=True)
 class BankAddress:
-    """Where a running bank listens."""
+    """The address of a running bank."""
 
     host: str
     port: int

@@ -1,4 +1,4 @@
-"""The contract of ownership: who may write to a bank's stores."""
+"""The contract of ownership. Only the owner may write to a bank's stores."""
 
 from __future__ import annotations
 

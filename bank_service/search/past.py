@@ -1,4 +1,4 @@
-"""Queries ``as_of`` an earlier sequence: what they would have been answered then.
+"""Answers queries ``as_of`` an earlier sequence, from the bank's state at that sequence.
 
 The answer has two sources. Living documents that have not changed since come from the vector store. Past versions
 come from the catalog, which reads all that the namespace had.
@@ -28,7 +28,7 @@ GoOn = Callable[[], None]  # called between batches; it raises an error once the
 BATCH = 500  # versions in memory at once, without their texts
 
 
-def _always() -> None:
+def _keep_on() -> None:
     pass
 
 
@@ -46,7 +46,7 @@ class Past:
             view.check_namespace(query.namespace)
             _as_of(view, query)
 
-    def search(self, query: Query, vector: FloatArray | None, go_on: GoOn = _always) -> QueryResult:
+    def search(self, query: Query, vector: FloatArray | None, go_on: GoOn = _keep_on) -> QueryResult:
         """Finds hits for a vector, (dimension,) in float32. None: for the query's document_ids. Hits have no records.
 
         Raises the errors of ``check``. NotFoundError names the first id that did not exist then.

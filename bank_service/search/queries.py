@@ -73,12 +73,12 @@ class Queries:
         also InvalidArgumentError, OutOfRangeError and OverloadedError.
         """
         if query.as_of is not None:
-            result = await self._then(query, query.as_of, vector)
+            result = await self._search_past(query, query.as_of, vector)
         elif vector is None:
             with span("catalog.read"):
                 result = await in_thread(self._pool, self._named, query)
         else:
-            result = await self._now(query, vector)
+            result = await self._search_present(query, vector)
         text_bytes = text_bytes_of(result.hits)
         if text_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:
             raise LimitExceededError(
@@ -100,7 +100,7 @@ class Queries:
             digests.append(hit.gradient_digest)
         return digests
 
-    async def _then(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
+    async def _search_past(self, query: Query, sequence: int, vector: FloatArray | None) -> QueryResult:
         if self._num_past >= self._max_past:
             raise OverloadedError(
                 f"the bank takes {self._max_past} queries with as_of at a time and has as many; try again later",
@@ -116,7 +116,7 @@ class Queries:
         finally:
             self._num_past -= 1
 
-    async def _now(self, query: Query, vector: FloatArray) -> QueryResult:
+    async def _search_present(self, query: Query, vector: FloatArray) -> QueryResult:
         await self._nearest.reach(self._acknowledged.value)
         for _ in range(MAX_ATTEMPTS - 1):
             attempt = await in_thread(self._pool, self._attempt, query, vector)

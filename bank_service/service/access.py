@@ -45,7 +45,7 @@ class Grant:
 
 
 class Grants(Protocol):
-    """Where the tokens are known."""
+    """The contract of a store of tokens and their permissions."""
 
     def find(self, secret: str) -> Grant | None:
         """The present permissions of the token with this secret; None for an unknown token."""

@@ -61,7 +61,7 @@ class BankServer:
 
     @property
     def address(self) -> BankAddress:
-        """Where it listens, once started."""
+        """The address, once the server is started."""
         if self._address is None:
             raise RuntimeError("the bank must be started before it has an address")
         return self._address

@@ -65,7 +65,7 @@ class TokensFile:
         return found
 
     def limits(self, namespace: str, defaults: NamespaceLimits) -> NamespaceLimits:
-        """``defaults`` with what the file sets for the namespace."""
+        """The limits of a namespace: those in the file, and ``defaults`` for the rest."""
         own = self._current().limits.get(namespace)
         if not own:
             return defaults

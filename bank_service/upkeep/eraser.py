@@ -101,13 +101,13 @@ class Eraser:
             # Remove the gradients that no document names from blob store and cache. Failed removals are repeated.
             await self._discarder.discard([digest for erasure in fresh for digest in erasure.digests])
             self._rewritten = fresh[-1].number
-        gone = await self._gone()
+        gone = await self._erased()
         if not await self._empty_log():
             return False
         await self._finish(gone)
         return await self._empty_log() and not self._since
 
-    async def _gone(self) -> list[int]:
+    async def _erased(self) -> list[int]:
         """The numbers of the erasures that have no traces left, except in the catalog's log."""
         now = time.monotonic()
         since: dict[int, float] = {}

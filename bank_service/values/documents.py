@@ -1,4 +1,4 @@
-"""A document and what the bank knows of it. Values are checked when they are born.
+"""Documents, gradients, queries and their results. Values are checked when they are made.
 
 InvalidArgumentError names the field as it stands in a request's document.
 """
@@ -101,12 +101,12 @@ class Document:
 
     @property
     def text_digest(self) -> str:
-        """Of what the encoder and the embedder read: title and text."""
+        """A digest of title and text, which the encoder and the embedder read."""
         return _canonical_digest(self.title, self.text)
 
     @property
     def content_digest(self) -> str:
-        """The SHA-256 of title, text and metadata."""
+        """A digest of title, text and metadata."""
         return _canonical_digest(self.title, self.text, dict(self.metadata))
 
 
@@ -229,7 +229,7 @@ class Query:
 
 
 def check_digests(digests: Sequence[str]) -> None:
-    """As many as a fetch takes, each a gradient's name."""
+    """InvalidArgumentError unless each digest is a gradient's name and their number fits a fetch."""
     if not 1 <= len(digests) <= limits.MAX_FETCH_DIGESTS:
         raise InvalidArgumentError(
             f"digests must be 1..{limits.MAX_FETCH_DIGESTS}, got {len(digests)}", field="digests"

@@ -64,7 +64,7 @@ def copy_catalog(path: Path, target: Path) -> None:
 
 
 def describe_copy(path: Path) -> CatalogCopy:
-    """The counts of a copy made by ``copy_catalog``, also by that of an older version."""
+    """The counts of a copy made by ``copy_catalog``. An older version may have made it."""
     with naming_damage(path), closing(sqlite3.connect(path)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         named = " UNION ALL ".join(

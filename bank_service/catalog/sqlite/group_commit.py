@@ -109,7 +109,7 @@ class GroupCommit:
                 future.set_result(result)
 
     def _together(self, batch: list[Write]) -> list[tuple[Future[Any], Any]]:
-        """Runs all operations: (future, result) for each. At the first BankError, none of them changes anything."""
+        """Runs all operations: (future, result) for each. The first BankError undoes them all."""
         with self._engine.begin() as connection:
             return [(future, operation(connection)) for operation, future in batch]
 

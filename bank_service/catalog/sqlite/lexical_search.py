@@ -120,7 +120,7 @@ class _Search:
         expression, times = " OR ".join(must), 1
         if may:
             # FTS5 scores by every word of the expression, as often as it occurs there. It has no optional words. The
-            # expression names the essential words twice: once as a requirement. So it names the others twice, too, and
+            # expression names the essential words twice: once as a requirement. So it also names the others twice, and
             # the score is halved.
             expression, times = f"({' OR '.join([*must, *may, *may])}) AND ({expression})", 2
         score: sa.Label[float] = sa.literal_column(f"round(-bm25({table}) / {times}, {_DIGITS})").label("score")
