@@ -15,6 +15,7 @@ import pytest
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import CollectionIdentity
 from bank_service.catalog.factory import describe_copy, open_catalog
+from bank_service.catalog.sqlite import upgrade
 from bank_service.errors import VersionConflictError
 from bank_service.testing.hash_encoder import HashEmbedder, spec_of
 from bank_service.values.documents import Document, Query, Retrieval
@@ -173,3 +174,20 @@ def test_every_older_schema_becomes_the_one_of_a_new_catalog(
         catalog.put(document(namespace=namespace), gradient(), None).result()
     catalog.close()
     assert objects(folder) == objects(fresh)
+
+
+def test_an_upgrade_that_fails_near_its_end_leaves_the_folder_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(connection: object) -> None:
+        raise OSError("no space left on device")
+
+    before, gradients = objects(folder), describe_copy(folder / "catalog.sqlite").gradients
+    with monkeypatch.context() as broken:
+        broken.setattr(upgrade, "count_anew", fail)
+        with pytest.raises(OSError, match="no space left"):
+            open_catalog(folder, IDENTITY, history_seconds=KEPT_SECONDS)
+    assert objects(folder) == before and describe_copy(folder / "catalog.sqlite").gradients == gradients
+    catalog = open_catalog(folder, IDENTITY, history_seconds=KEPT_SECONDS)
+    assert usage(catalog) == answers(folder)["usage"]
+    catalog.close()
