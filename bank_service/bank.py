@@ -19,7 +19,7 @@ from bank_service.backup.snapshot import Progress
 from bank_service.backup.snapshotter import Snapshotter
 from bank_service.bank_stats import BankStats, read_stats
 from bank_service.blobs.blob_store import BlobStore
-from bank_service.cache.gradient_cache import GradientCache
+from bank_service.cache.redis_cache import RedisCache
 from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListEntry
 from bank_service.catalog.factory import CATALOG_FILE, open_catalog, stored_codec
 from bank_service.catalog.failures import document_not_found
@@ -57,7 +57,7 @@ from bank_service.values.documents import (
 from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import Encoder
 from bank_service.values.namespace_limits import LimitsOf, unlimited
-from bank_service.wire.codec import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
+from bank_service.wire.record import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
 from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Bank:
         )
         reads = self._pools.reads
         catalog = open_catalog(config.data_dir, self.identity, limits_of, history_seconds=config.history_seconds)
-        self._cache = cache = GradientCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
+        self._cache = cache = RedisCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         self._stores = Stores(catalog, BlobStore.in_folder(config.data_dir / "blobs"), cache)
         self._discarder = Discarder(self._stores, self._pools.writes, metrics)
         self._background = Background()

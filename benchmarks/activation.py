@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
+from bank_service.wire.record import decode_gradient, encode_gradient, record_digest
 from benchmarks.bank.timing import percentile
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose

@@ -32,9 +32,9 @@ from bank_service.service.server import serve
 from bank_service.testing.client import Client, upload_of
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
-from bank_service.wire.codec import GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_CHUNK_BYTES
+from bank_service.wire.record import GradientSpec, encode_gradient
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bank_service.wire.codec import CODECS, DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
+from bank_service.wire.record import CODECS, DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.adapt.document_cache import load_gradient

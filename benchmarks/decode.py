@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from bank_service.wire.codec import decode_gradient
+from bank_service.wire.record import decode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
 from regrad_vllm.client import Bank, Query

@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 import torch
 
-from bank_service.wire.codec import decode_gradient
+from bank_service.wire.record import decode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.client import Bank, Query

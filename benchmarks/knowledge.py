@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bank_service.values.embedder import MiniLmEmbedder, embedded_text
+from bank_service.values.embedder import default_embedder, embedded_text
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import Question, SourceDocument
@@ -95,7 +95,7 @@ def load(data: Path, sets: Sequence[str], num_questions: int, seed: int) -> list
     together = {question.id for question in split.questions if len(question.documents) > 1}
     chosen = question_sets(split, sets, num_questions, 0, seed)
     documents = {document.id: document for document in chosen.documents}
-    embedder = MiniLmEmbedder.installed()
+    embedder = default_embedder()
     cues = Cues(embedder)
     asked = []
     for question in chosen.questions:

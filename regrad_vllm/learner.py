@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from bank_service.wire.codec import GradientSpec
 from bank_service.wire.codecs.sensitivity import Sensitivity
+from bank_service.wire.record import GradientSpec
 from regrad_vllm.layout import Layout
 from regrad_vllm.naming import digest_json, learner_fingerprint
 from regrad_vllm.sensitivity_file import read_sensitivity, write_sensitivity

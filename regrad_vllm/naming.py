@@ -10,16 +10,10 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 ADAPTER_PREFIX = "regrad-"
 MODEL_SUFFIX = "-regrad"
 BANK_READY = "bank ready at "  # the start of the line that `regrad bank` prints when it is ready
-Retrieval = Literal["dense", "lexical", "hybrid"]  # the kinds of search, explained in the bank's contract
-RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
-Operator = Literal["equals", "not_equals", "present", "absent"]  # the operators of a condition on metadata
-OPERATORS: tuple[Operator, ...] = ("equals", "not_equals", "present", "absent")
-OPERATORS_WITH_VALUES: tuple[Operator, ...] = ("equals", "not_equals")
 
 
 def digest_json(value: object) -> str:

@@ -16,7 +16,7 @@ from bank_service.blobs.folder_objects import fsync_folder
 from bank_service.blobs.objects import Objects
 from bank_service.catalog.factory import CATALOG_FILE, check_catalog, describe_copy
 from bank_service.errors import SnapshotError
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 
 
 def restore(source: str, data_dir: Path) -> Iterator[Progress]:

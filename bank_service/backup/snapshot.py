@@ -26,7 +26,7 @@ from bank_service.catalog.factory import CATALOG_FILE, copy_catalog, describe_co
 from bank_service.errors import SnapshotError
 from bank_service.runtime.data_dir import DataDir
 from bank_service.runtime.ownership import Ownership
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"

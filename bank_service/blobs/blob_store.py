@@ -18,7 +18,7 @@ from bank_service.blobs.folder_objects import FolderObjects
 from bank_service.blobs.objects import Objects
 from bank_service.errors import DataLossError
 from bank_service.runtime.holds import Holds
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Errors of a read that do not tell about the file: too many open files, no memory, or no permission.

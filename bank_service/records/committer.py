@@ -15,7 +15,7 @@ from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.background import Background, finished
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import Document, Gradient, PutResult
-from bank_service.wire.codec import (
+from bank_service.wire.record import (
     GradientFormatError,
     GradientSpec,
     decode_gradient,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bank_service.errors import InternalError, InvalidArgumentError, UnavailableError
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.values.encoder import EncodedDocument, Encoder
-from bank_service.wire.codec import GradientFormatError, encode_gradient
+from bank_service.wire.record import GradientFormatError, encode_gradient
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from bank_service.values.documents import (
 )
 from bank_service.values.embedder import Embedder, embedded_text
 from bank_service.values.vectors import unit
-from bank_service.wire.codec import (
+from bank_service.wire.record import (
     GradientFormatError,
     GradientSpec,
     WrongLearnerError,

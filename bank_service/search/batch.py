@@ -10,7 +10,7 @@ from bank_service.records.record_reader import RecordReader
 from bank_service.search.queries import MESSAGE_RESERVE_BYTES, Queries, text_bytes_of
 from bank_service.values.documents import Query, QueryResult
 from bank_service.wire import limits
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 HIT_BYTES = 512  # upper bound for the id, digest, scores and framing of one hit
 MAX_TRIES = 5  # attempts at a batch whose hits change between the search and the read of their gradients

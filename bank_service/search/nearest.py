@@ -20,7 +20,7 @@ from typing import Protocol
 
 from bank_service.catalog.contract import CatalogView
 from bank_service.values.filters import Condition
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 
 @dataclass(frozen=True, slots=True)

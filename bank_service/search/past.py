@@ -21,7 +21,7 @@ from bank_service.errors import InvalidArgumentError, NotFoundError, OutOfRangeE
 from bank_service.search.nearest import Nearest
 from bank_service.search.ranking import candidates_of, cosines_of, depth_of
 from bank_service.values.documents import Query, QueryResult
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
 
 GoOn = Callable[[], None]  # called between batches; it raises an error once the caller is gone

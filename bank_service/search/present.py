@@ -14,7 +14,7 @@ from bank_service.catalog.entries import Candidate, Score
 from bank_service.search.nearest import Nearest, Neighbours
 from bank_service.search.ranking import candidates_of, closest, cosines_of, depth_of
 from bank_service.values.documents import Query, Retrieval
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
 
 RANK_CONSTANT = 60  # of reciprocal rank fusion; the value of Cormack et al. (2009)

@@ -18,7 +18,7 @@ from bank_service.search.past import Past
 from bank_service.search.present import Present
 from bank_service.values.documents import Hit, Query, QueryResult
 from bank_service.wire import limits
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
 
 MAX_ATTEMPTS = 5  # searches of one query if documents change meanwhile

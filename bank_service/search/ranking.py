@@ -11,7 +11,7 @@ from bank_service.catalog.contract import MAX_KEYS, CatalogView
 from bank_service.catalog.entries import Candidate
 from bank_service.values.documents import Query
 from bank_service.values.vectors import unit
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from bank_service.errors import BankError, DeadlineExceededError, InvalidArgumentError
 from bank_service.values.documents import PutResult
 from bank_service.wire import limits
-from bank_service.wire.codec import HEADER_BYTES
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import HEADER_BYTES
 
 Put = Coroutine[Any, Any, PutResult]
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.ownership import Ownership
 from bank_service.upkeep.scrub import ScrubCounts
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import Embedder, MiniLmEmbedder
+from bank_service.values.embedder import Embedder, default_embedder
 from bank_service.values.encoder import Encoder
 
 
@@ -33,7 +33,7 @@ async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None
         stack.push_async_callback(redis.stop)
         await redis.start()
         if embedder is None:
-            embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
+            embedder = await asyncio.to_thread(default_embedder)
         bank = await Bank.open(config, encoder, embedder, redis.url, BankMetrics(), expires_history=False)
         stack.push_async_callback(bank.close)
         yield bank

@@ -26,7 +26,7 @@ from bank_service.service.servicer import BankServicer
 from bank_service.service.tls import server_credentials
 from bank_service.service.tokens_file import TokensFile
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import Embedder, MiniLmEmbedder
+from bank_service.values.embedder import Embedder, default_embedder
 from bank_service.values.encoder import Encoder
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire import limits
@@ -113,7 +113,7 @@ class BankServer:
             cache_url = redis.url
         embedder = self._embedder
         if embedder is None:
-            embedder = await asyncio.to_thread(MiniLmEmbedder.installed)
+            embedder = await asyncio.to_thread(default_embedder)
         bank = await Bank.open(config, self._encoder, embedder, cache_url, self.metrics, self._limits_of)
         self._stack.push_async_callback(bank.close)
         port = await self._listen(bank, credentials)

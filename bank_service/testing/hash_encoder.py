@@ -9,7 +9,7 @@ import numpy as np
 
 from bank_service.values.encoder import EncodedDocument
 from bank_service.values.vectors import unit
-from bank_service.wire.codec import FloatArray, GradientSpec
+from bank_service.wire.record import FloatArray, GradientSpec
 
 SHAPES = ((4, 8), (16, 4), (4, 7))  # 124 values: the last int8 block is not full
 MAX_WORDS = 100

@@ -22,7 +22,7 @@ from bank_service.records.writer import Writer
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import StoredDocument
-from bank_service.wire.codec import GradientFormatError, check_choice
+from bank_service.wire.record import GradientFormatError, check_choice
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from bank_service.runtime.background import Background
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import Gradient, StoredDocument
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bank_service.values.namespace_limits import NamespaceLimits
-from bank_service.wire.codec import check_choice
+from bank_service.wire.record import check_choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

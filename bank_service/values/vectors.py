@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 KeyArray = npt.NDArray[np.int64]
 

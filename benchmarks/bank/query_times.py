@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bank_service.search.usearch.graph import expansion_of, new_index
 from bank_service.search.usearch.usearch_index import MANIFEST
 from bank_service.testing.client import Client
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 from benchmarks.bank.child_bank import BankProcess
@@ -125,7 +125,7 @@ def _recall(found: list[list[int]], truth: np.ndarray) -> float:
 async def measure_kinds(process: BankProcess, questions: list[DrawnQuestion], repeats: int) -> dict[str, Any]:
     """Figures of each kind of query, one at a time: filters, words, both, by text, batches. In turns."""
     calls: dict[str, tuple[Any, list[Any]]] = {}
-    embedder = MiniLmEmbedder.installed()
+    embedder = default_embedder()
     async with Client(process.target) as client:
         for name, one_in in SELECTIVITIES.items():
             calls[f"filter_1_in_{one_in}"] = client.stub.Query, [_filtered(q, name) for q in questions]

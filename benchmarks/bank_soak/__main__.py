@@ -27,7 +27,7 @@ from typing import Any
 from bank_service import __version__
 from bank_service.testing.client import Client
 from bank_service.testing.tokens import Tokens
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from benchmarks.bank.child_bank import BankProcess, running_bank
 from benchmarks.bank.timing import percentile
 from benchmarks.bank_ingest import spec_with
@@ -81,7 +81,7 @@ class Soak:
         self._args = args
         self._seconds = 60 * args.minutes
         self._spec = spec_with(args.values)
-        self._dimension = MiniLmEmbedder.installed().dimension
+        self._dimension = default_embedder().dimension
         self._spaces = [Space(name, max(8, round(share * args.documents))) for name, share in SHARES.items()]
         tokens = Tokens(folder)
         self._admin = tokens.add("admin", "admin", "*")

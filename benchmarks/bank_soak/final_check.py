@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bank_service.testing.client import Client
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 from benchmarks.bank.child_bank import folder_bytes
 from benchmarks.bank_soak.ledger import Space
 

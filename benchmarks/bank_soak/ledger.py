@@ -14,9 +14,9 @@ import grpc
 import numpy as np
 
 from bank_service.testing.client import upload_of
-from bank_service.wire.codec import GradientSpec, encode_gradient, record_digest
 from bank_service.wire.errors import BankError, status_code
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import GradientSpec, encode_gradient, record_digest
 
 _WORDS = [f"word{number}" for number in range(2_000)]
 PAIRS = {"shelf": 10, "topic": 200}  # metadata: one document in so many has a value

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 
 from bank_service.testing.client import Client, own_errors
-from bank_service.wire.codec import GradientSpec, record_digest
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_FETCH_DIGESTS
+from bank_service.wire.record import GradientSpec, record_digest
 from benchmarks.bank_soak.ledger import PAIRS, Log, SeededContent, Space, Stored, digest_of
 
 NOT_FOUND, ABORTED, DENIED = (

@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from bank_service.testing.hash_encoder import HashEncoder, spec_of
-from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import encode_gradient, record_digest
 
 
 @dataclass(frozen=True, slots=True)

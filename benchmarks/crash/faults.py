@@ -16,7 +16,7 @@ import bank_service.catalog.sqlite.catalog_writes
 import bank_service.search.usearch.usearch_index
 from bank_service.backup.snapshot import Manifest, SnapshotWriter
 from bank_service.blobs.blob_store import BlobStore
-from bank_service.cache.gradient_cache import GradientCache
+from bank_service.cache.redis_cache import RedisCache
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.group_commit import GroupCommit
 from bank_service.records.discarder import Discarder
@@ -36,7 +36,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "at the start of an index snapshot": (UsearchIndex, "save"),
     "between the old and the new index snapshot": (bank_service.search.usearch.usearch_index, "os.replace"),
     "in a sweep, before anything is removed": (Discarder, "references"),
-    "after a sweep, before the cache": (GradientCache, "remove"),
+    "after a sweep, before the cache": (RedisCache, "remove"),
     "in a bank snapshot": (SnapshotWriter, "copy"),
     "before a bank snapshot's manifest": (Manifest, "write"),
 }

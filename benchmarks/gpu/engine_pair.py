@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
+from bank_service.wire.record import decode_gradient, encode_gradient, record_digest
 from benchmarks.shapes import RANK
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose

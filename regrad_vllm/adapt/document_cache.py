@@ -14,10 +14,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from bank_service.wire.codec import HEADER_BYTES, GradientSpec, codec_named, decode_gradient, verify_record
 from bank_service.wire.codecs.dense import INT8_BLOCK
 from bank_service.wire.codecs.int4 import INT4_BLOCK, int4_codes
 from bank_service.wire.codecs.lowrank import LowRankCodec, unpacked
+from bank_service.wire.record import HEADER_BYTES, GradientSpec, codec_named, decode_gradient, verify_record
 from regrad_vllm.adapt.arena import read_record
 from regrad_vllm.adapt.stored_gradient import BF16, FACTORS, FLOAT32, INT8, Payload, StoredGradient
 

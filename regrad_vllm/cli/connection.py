@@ -16,7 +16,7 @@ from bank_service.wire.ports import DEFAULT_BANK
 from regrad_vllm.console import CommandError, count, one_line
 
 if TYPE_CHECKING:
-    from bank_service.wire.codec import GradientSpec
+    from bank_service.wire.record import GradientSpec
     from regrad_vllm.client import Bank
 
 T = TypeVar("T")

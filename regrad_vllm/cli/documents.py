@@ -11,8 +11,8 @@ from typing import Any
 from regrad_vllm.arguments import whole
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
 from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
+from regrad_vllm.client.values import RETRIEVALS
 from regrad_vllm.console import UsageError, note, one_line, say
-from regrad_vllm.naming import RETRIEVALS
 
 _SHOWN_CHARACTERS = 80
 

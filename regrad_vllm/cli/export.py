@@ -11,7 +11,7 @@ from regrad_vllm.cli.connection import add_bank_flags, connect
 from regrad_vllm.console import CommandError, UsageError, count, say
 
 if TYPE_CHECKING:
-    from bank_service.wire.codec import GradientSpec
+    from bank_service.wire.record import GradientSpec
 
 _TIMEOUT_MS = 30_000
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
 
-    from bank_service.wire.codec import decode_gradient
+    from bank_service.wire.record import decode_gradient
     from regrad_vllm.adapt.compose import compose
     from regrad_vllm.default_model import shipped_learner
     from regrad_vllm.learner import Learner, save_adapter
@@ -54,7 +54,7 @@ def fetch_records(
 
     timeout_ms: for each of the two calls to the bank.
     """
-    from bank_service.wire.codec import record_digest
+    from bank_service.wire.record import record_digest
     from regrad_vllm.client import Query
 
     with connect(address, spec, timeout_ms) as bank:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regrad_vllm.client import Condition
-from regrad_vllm.naming import OPERATORS_WITH_VALUES, Operator
+from regrad_vllm.client.values import OPERATORS_WITH_VALUES, Operator
 
 HELP = (
     "only documents whose metadata match, each time given; again with the same key: one of these values (or none of "

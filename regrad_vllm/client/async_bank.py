@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from bank_service.wire.channel import open_aio_channel, open_channel
-from bank_service.wire.codec import GradientSpec, verify_record
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
 from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_PAGE_SIZE
 from bank_service.wire.ports import DEFAULT_BANK
+from bank_service.wire.record import GradientSpec, verify_record
 from bank_service.wire.tracing import inject
 from regrad_vllm.client import messages
 from regrad_vllm.client.bank import GRADIENTS_IN_FLIGHT, IN_FLIGHT, as_query, credentials_of, needed, own_errors

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bank_service.wire.codec import GradientSpec, max_record_bytes
 from bank_service.wire.errors import DataLossError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import GradientSpec, max_record_bytes
 
 
 class RecordStream:

@@ -8,10 +8,14 @@ from datetime import datetime
 from typing import Literal
 
 from bank_service.wire.limits import DEFAULT_NAMESPACE
-from regrad_vllm.naming import Operator, Retrieval
 
 Outcome = Literal["created", "updated", "unchanged"]
 OUTCOMES: tuple[Outcome, ...] = ("created", "updated", "unchanged")
+Retrieval = Literal["dense", "lexical", "hybrid"]  # the kinds of search, explained in the bank's contract
+RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
+Operator = Literal["equals", "not_equals", "present", "absent"]  # the operators of a condition on metadata
+OPERATORS: tuple[Operator, ...] = ("equals", "not_equals", "present", "absent")
+OPERATORS_WITH_VALUES: tuple[Operator, ...] = ("equals", "not_equals")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 TOKENS_PER_WORD = 1.35  # of English text, with the tokenizers of today's models
 TARGET_TOKENS = 160
 # A passage may grow to this before it is closed, so that a paragraph's last sentence isn't left alone.
-MAX_TOKENS = 200
+MAX_PASSAGE_TOKENS = 200
 OVERLAP_TOKENS = 32
 _MIN_TOKENS = 40
 _HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*\s*$")
@@ -51,7 +51,7 @@ def split_plain(text: str) -> list[Passage]:
 
 def split_text(title: str, text: str) -> list[Passage]:
     """The passages of a text with a known title. A short text is one passage, unchanged."""
-    if count_tokens(text) <= MAX_TOKENS:
+    if count_tokens(text) <= MAX_PASSAGE_TOKENS:
         return [Passage(title, text)]
     return _split_section(title, text)
 
@@ -91,7 +91,7 @@ def _split_section(title: str, body: str) -> list[Passage]:
     num_tokens = num_new = 0  # num_new: tokens in current that aren't repeated from the passage before
     for separator, piece in _pieces(body):
         tokens = count_tokens(piece)
-        if num_new and (num_tokens >= TARGET_TOKENS or num_tokens + tokens > MAX_TOKENS):
+        if num_new and (num_tokens >= TARGET_TOKENS or num_tokens + tokens > MAX_PASSAGE_TOKENS):
             passages.append(_join(current))
             current = _tail(current)
             num_tokens, num_new = sum(count_tokens(text) for _, text in current), 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
+from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Retrieved
 from regrad_vllm.evaluate.scoring import exact_match, score
 from regrad_vllm.learner import Prompts
@@ -113,7 +113,7 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
         "model": method.name if method.adapter == "own" else endpoint.model,
         "messages": [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}],
         "temperature": 0,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": MAX_ANSWER_TOKENS,
         **({} if method.adapter == "own" else {"regrad": options}),
     }
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.errors import BankError
-from bank_service.wire.codec import DEFAULT_CODEC, encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient
 from regrad_vllm.client import Bank, Document
 from regrad_vllm.data.questions import SourceDocument
 from regrad_vllm.learner import Learner

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import EvalData, SourceDocument, in_passages, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     data, others = _load(args)
     runner = InProcess(model, learner, {}, dtype=getattr(torch, args.dtype))
     top_k = args.top_k or learner.config.top_k
-    grower = Grower(runner, ExactSearch(MiniLmEmbedder.installed()), data, top_k, args.seed)
+    grower = Grower(runner, ExactSearch(default_embedder()), data, top_k, args.seed)
     curves: dict[str, Callable[[], Iterator[Point]]] = {
         "documents": lambda: grower.over_documents(others, args.counts),
         "k": grower.over_top_k,

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bank_service.values.embedder import Embedder, MiniLmEmbedder, embedded_text
-from bank_service.wire.codec import DEFAULT_CODEC, decode_gradient, encode_gradient
+from bank_service.values.embedder import Embedder, default_embedder, embedded_text
+from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.data.questions import EvalData, SourceDocument
@@ -28,7 +28,7 @@ from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.answers import Record, record_of, shown
-from regrad_vllm.evaluate.methods import MAX_TOKENS, Method
+from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import FoundDocument, Retrieved, check_controls, with_controls
 from regrad_vllm.evaluate.rivals import RivalSettings
 from regrad_vllm.learn.continual import pretrain
@@ -76,7 +76,7 @@ class InProcess:
         from tqdm import tqdm
 
         self.read(data.documents)
-        questions = ExactSearch(MiniLmEmbedder.installed()).search(data, top_k, seed)
+        questions = ExactSearch(default_embedder()).search(data, top_k, seed)
         check_controls(questions, methods)
         if any(method.per_document for method in methods):
             documents = [(document.title, document.text) for document in data.documents]
@@ -201,7 +201,8 @@ class InProcess:
         with injected:
             generate: Any = self._base.generate  # untyped
             found = generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=MAX_TOKENS, do_sample=False,
+                input_ids=ids.to(device), attention_mask=mask.to(device),
+                max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False,
                 pad_token_id=self._tokenizer.eos_token_id, eos_token_id=self._tokenizer.eos_token_id,
             )  # fmt: skip
         texts = self._tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)

@@ -15,7 +15,7 @@ from typing import Literal
 # own: a plain LoRA adapter with the method's name, served beside ReGrad.
 Adapter = Literal["none", "learner", "retrieved", "gold", "wrong", "random", "own"]
 
-MAX_TOKENS = 32
+MAX_ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)

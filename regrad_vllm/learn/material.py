@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
+from regrad_vllm.data.passages import TOKENS_PER_WORD
 from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch
@@ -59,7 +60,7 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
     if "synthetic" in config.sets:
         sets.append(synthetic_set(split, config.seed, config.num_synthetic))
     retrieved = [_is_retrieved(config, task_set) for task_set in sets]
-    embedder = MiniLmEmbedder.installed() if config.cue_share or any(retrieved) else None
+    embedder = default_embedder() if config.cue_share or any(retrieved) else None
     if embedder is not None:
         sets = [
             with_retrieval(task_set, embedder, cache) if needed else task_set
@@ -72,7 +73,7 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
         tokens_per_step=config.tokens_per_step,
         max_tasks=config.max_tasks,
         questions_per_task=config.questions_per_task,
-        max_words=int(config.max_document_tokens / 1.35),
+        max_words=int(config.max_document_tokens / TOKENS_PER_WORD),
         top_k_weights=config.top_k_weights,
         icl_share=config.icl_share,
         neighbour_share=config.neighbour_share,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from regrad_vllm.data.passages import TOKENS_PER_WORD
 from regrad_vllm.data.questions import DataSplit, in_passages
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.synthetic import synthetic_documents
@@ -122,7 +123,7 @@ class Sampler:
     sets: tuple[TaskSet, ...]
     set_weights: tuple[float, ...]
     seed: int
-    tokens_per_step: int  # document tokens, estimated as 1.35 per word
+    tokens_per_step: int  # document tokens, estimated by TOKENS_PER_WORD
     max_tasks: int
     questions_per_task: int
     max_words: int
@@ -214,7 +215,7 @@ class Sampler:
             new = [index, *(partner for partner in task_set.tasks[index].partners if partner not in chosen)]
             longest = max(longest, *(self._num_words(task_set.tasks[member]) for member in new))
             count = len(chosen) + len(new)
-            if chosen and (count > self.max_tasks or count * longest * 1.35 > self.tokens_per_step):
+            if chosen and (count > self.max_tasks or count * longest * TOKENS_PER_WORD > self.tokens_per_step):
                 break
             chosen += new
         return chosen

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from regrad_vllm.client import AsyncBank, Hit, Query
 from regrad_vllm.data.questions import Question
-from regrad_vllm.evaluate.methods import MAX_TOKENS
+from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS
 from regrad_vllm.learner import Prompts
 from regrad_vllm.load.comparison import Contender, LoadCondition
 from regrad_vllm.load.corpora import by_passage
@@ -142,7 +142,7 @@ class Served:
 
 def chat_body(model: str, prompts: Prompts, content: str, condition: LoadCondition) -> dict[str, Any]:
     """The chat request. Sampling is greedy for all, with a fixed number of tokens or up to the end token."""
-    length: dict[str, Any] = {"max_tokens": MAX_TOKENS}
+    length: dict[str, Any] = {"max_tokens": MAX_ANSWER_TOKENS}
     if condition.output_tokens:
         length = {"max_tokens": condition.output_tokens, "ignore_eos": True}
     # A request with a unique salt shares no KV blocks. So one server also measures the cost without prefix caching.

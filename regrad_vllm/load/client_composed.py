@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bank_service.wire.codec import decode_gradient
+from bank_service.wire.record import decode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.client import AsyncBank, Hit
 from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.evaluate.methods import MAX_TOKENS
+from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.load.askers import Attempt, Passages, chat_body
 from regrad_vllm.load.comparison import Contender, LoadCondition
@@ -140,7 +140,7 @@ class SwappedWeights:
                 tokens = self._model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), do_sample=False, streamer=times,
                     stopping_criteria=[stopped],
-                    max_new_tokens=fixed or MAX_TOKENS, min_new_tokens=fixed or None,
+                    max_new_tokens=fixed or MAX_ANSWER_TOKENS, min_new_tokens=fixed or None,
                     pad_token_id=self._tokenizer.eos_token_id,
                 )  # fmt: skip
                 attempt.stream.ended = time.perf_counter()

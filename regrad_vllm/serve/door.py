@@ -25,7 +25,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bank_service.wire.codec import GradientFormatError
+from bank_service.wire.record import GradientFormatError
 from regrad_vllm.adapt.arena import ArenaError
 from regrad_vllm.adapt.document_cache import DocumentCacheFull
 from regrad_vllm.serve.composer import Composer

@@ -23,9 +23,9 @@ from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.plan import Plan, Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.preparer import PreparedRequest, Preparer
-from regrad_vllm.serve.prompt import SHAPES, Body, PromptShape
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.request_holds import RequestHolds
+from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, Body, PromptShape
 from regrad_vllm.serve.used import Used, UsedMemory
 
 Scope = MutableMapping[str, Any]
@@ -33,8 +33,6 @@ Receive = Callable[[], Awaitable[Message]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 64 * 2**20
-# vLLM's routes with a prompt that ReGrad doesn't support. A request for ReGrad there gets an error.
-_ROUTES_WITHOUT = frozenset({"/invocations", "/v1/messages", "/v1/chat/completions/batch"})
 _RANK_HEADER = b"x-data-parallel-rank"
 _LOGGER = logging.getLogger("regrad")
 
@@ -61,7 +59,7 @@ class RegradMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _path(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         shape = SHAPES.get(path) if path is not None else None
-        if (shape is None and path not in _ROUTES_WITHOUT) or (shape is not None and not _is_json(scope)):
+        if (shape is None and path not in ROUTES_WITHOUT) or (shape is not None and not _is_json(scope)):
             await self._app(scope, receive, send)
             return
         runtime: Runtime = scope["app"].state.regrad

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from regrad_vllm.client import Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import MODEL_SUFFIX
-from regrad_vllm.serve.prompt import Body, PromptShape
 from regrad_vllm.serve.request import MAX_QUERY_BYTES, Mode, RegradOptions
 from regrad_vllm.serve.request_errors import RequestError
+from regrad_vllm.serve.routes import Body, PromptShape
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import Used
 

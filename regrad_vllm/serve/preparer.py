@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bank_service.wire.codec import GradientFormatError, WrongLearnerError
 from bank_service.wire.errors import (
     BankError,
     InvalidArgumentError,
@@ -21,6 +20,7 @@ from bank_service.wire.errors import (
     OutOfRangeError,
     retry_after_ms,
 )
+from bank_service.wire.record import GradientFormatError, WrongLearnerError
 from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, ArenaHold
 from regrad_vllm.client import Answer, AsyncBank, Hit, Query

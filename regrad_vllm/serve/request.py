@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from bank_service.wire.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_METADATA_BYTES
 from regrad_vllm.client import Condition
-from regrad_vllm.naming import OPERATORS, OPERATORS_WITH_VALUES, RETRIEVALS, Retrieval
+from regrad_vllm.client.values import OPERATORS, OPERATORS_WITH_VALUES, RETRIEVALS, Retrieval
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K
 

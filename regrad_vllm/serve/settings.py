@@ -15,8 +15,8 @@ from typing import Any, Literal
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 from bank_service.wire.ports import DEFAULT_BANK
+from regrad_vllm.client.values import RETRIEVALS, Retrieval
 from regrad_vllm.flags import as_text
-from regrad_vllm.naming import RETRIEVALS, Retrieval
 
 PREFIX = "REGRAD_"
 OnError = Literal["fail_open", "fail_closed"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from regrad_vllm.serve.routes import ID_PREFIXES
+
 _MAX_HEADER_CHARS = 4096
-_ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class UsedMemory:
 
     def get(self, request_id: str) -> Used | None:
         """A request by the id in its ``regrad`` object, or by the id of vLLM's answer. None if it is unknown."""
-        for prefix in ("", *_ID_PREFIXES):
+        for prefix in ("", *ID_PREFIXES):
             if request_id.startswith(prefix):
                 found = self._by_id.get(request_id[len(prefix) :])
                 if found is not None:

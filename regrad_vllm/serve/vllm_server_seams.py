@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.naming import ADAPTER_PREFIX
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.routes import ID_PREFIXES
 from regrad_vllm.serve.vllm_seams import PATCH_MARK, Seam, replace_by
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ SERVER_SEAMS: tuple[Seam, ...] = (
         "asks each of core_engines, the data parallel ranks; collective_rpc gives the first one's answers alone",
     ),
 )  # fmt: skip
-
-_ID_PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ def unfinished(engine_client: Any, request_id: str, lora_name: str) -> frozenset
     states = engine_client.output_processor.request_states
 
     def belongs(external_id: str) -> bool:
-        bare = next((external_id[len(p) :] for p in _ID_PREFIXES if external_id.startswith(p)), external_id)
+        bare = next((external_id[len(p) :] for p in ID_PREFIXES if external_id.startswith(p)), external_id)
         return any(
             known == request_id or known.startswith((request_id + "-", request_id + "_"))
             for known in (external_id, bare)

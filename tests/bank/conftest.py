@@ -15,12 +15,12 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder, default_embedder
 
 
 @pytest.fixture(scope="session")
-def embedder() -> MiniLmEmbedder:
-    return MiniLmEmbedder.installed()
+def embedder() -> Embedder:
+    return default_embedder()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest_asyncio.fixture
-async def server(data_dir: Path, embedder: MiniLmEmbedder) -> AsyncIterator[BankServer]:
+async def server(data_dir: Path, embedder: Embedder) -> AsyncIterator[BankServer]:
     async with BankServer(BankConfig(data_dir=data_dir), HashEncoder(), embedder) as running:
         yield running
 
@@ -48,7 +48,7 @@ async def client(server: BankServer) -> AsyncIterator[Client]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_client(tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder) -> AsyncIterator[Client]:
+async def shared_client(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> AsyncIterator[Client]:
     """Of one bank for a whole module, whose tests must not mind each other's documents."""
     config = BankConfig(data_dir=tmp_path_factory.mktemp("shared"))
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as connected:

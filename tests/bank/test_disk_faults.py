@@ -18,7 +18,7 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import UnavailableError
 from tests.bank.records.test_fetch import ingested, whole
 
@@ -48,7 +48,7 @@ def fill(disk: Path) -> Path:
 
 @pytest.mark.asyncio
 async def test_a_full_disk_refuses_writes_and_serves_reads_and_takes_writes_again_once_there_is_room(
-    disk: Path, embedder: MiniLmEmbedder
+    disk: Path, embedder: Embedder
 ) -> None:
     config = BankConfig(data_dir=disk / "bank")
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
@@ -67,7 +67,7 @@ async def test_a_full_disk_refuses_writes_and_serves_reads_and_takes_writes_agai
 
 
 @pytest.mark.asyncio
-async def test_a_catalog_without_room_refuses_the_document_whole(disk: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_catalog_without_room_refuses_the_document_whole(disk: Path, embedder: Embedder) -> None:
     """There is room for the gradient, but not for the text."""
     config = BankConfig(data_dir=disk / "bank")
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
@@ -85,7 +85,7 @@ async def test_a_catalog_without_room_refuses_the_document_whole(disk: Path, emb
 
 
 @pytest.mark.asyncio
-async def test_a_folder_on_a_read_only_disk_is_not_opened(disk: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_folder_on_a_read_only_disk_is_not_opened(disk: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=disk / "bank")
     async with BankServer(config, HashEncoder(), embedder):
         pass
@@ -169,7 +169,7 @@ CATALOG_DAMAGES: dict[str, Callable[[Path], None]] = {
 @pytest.mark.asyncio
 @pytest.mark.parametrize("damage", CATALOG_DAMAGES)
 async def test_a_damaged_catalog_is_not_opened_and_costs_no_gradient(
-    data_dir: Path, embedder: MiniLmEmbedder, damage: str
+    data_dir: Path, embedder: Embedder, damage: str
 ) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:

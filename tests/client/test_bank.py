@@ -10,7 +10,7 @@ import pytest
 
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.wire.codec import WrongLearnerError, encode_gradient, record_digest
+from bank_service.wire.record import WrongLearnerError, encode_gradient, record_digest
 from regrad_vllm.client import AsyncBank, Bank, Condition, Document, Query
 from tests.client.conftest import Call
 

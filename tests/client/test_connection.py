@@ -20,8 +20,8 @@ from bank_service.service.server import BankServer
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
-from bank_service.wire.codec import GradientSpec
 from bank_service.wire.generated import bank_pb2
+from bank_service.wire.record import GradientSpec
 from regrad_vllm.client import AsyncBank, Bank, BankCredentials, Document
 from regrad_vllm.client.retries import REPEATABLE, SERVICE
 from regrad_vllm.local.processes import free_port

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.wire.codec import GradientSpec
+from bank_service.wire.record import GradientSpec
 from regrad_vllm.cli import main
 from regrad_vllm.cli.export import fetch_records
 from regrad_vllm.cli.main import build_parser, explained

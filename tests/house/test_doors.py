@@ -195,7 +195,7 @@ def test_only_the_bank_knows_its_vector_store() -> None:
         ("import regrad_vllm.client", ("torch", "vllm", "transformers", "grpc", "numpy")),
         ("from regrad_vllm.client import Bank, AsyncBank", ("torch", "vllm", "transformers")),
         ("import regrad_vllm.serve.plugin", ("torch", "vllm", "transformers", "grpc", "numpy")),
-        ("import bank_service.wire.codec", ("torch", "grpc", "sqlalchemy")),
+        ("import bank_service.wire.record", ("torch", "grpc", "sqlalchemy")),
     ],
 )
 def test_light_modules_load_nothing_heavy(statement: str, heavy: tuple[str, ...]) -> None:

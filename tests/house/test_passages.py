@@ -7,7 +7,7 @@ import random
 import pytest
 
 from regrad_vllm.data.passages import (
-    MAX_TOKENS,
+    MAX_PASSAGE_TOKENS,
     OVERLAP_TOKENS,
     TARGET_TOKENS,
     TOKENS_PER_WORD,
@@ -48,7 +48,7 @@ def test_passages_have_about_the_target_length_and_end_with_a_sentence() -> None
     passages = split_plain(_prose(200))
     lengths = [count_tokens(passage.text) for passage in passages]
     assert len(passages) > 10
-    assert max(lengths) <= MAX_TOKENS + OVERLAP_TOKENS
+    assert max(lengths) <= MAX_PASSAGE_TOKENS + OVERLAP_TOKENS
     assert min(lengths) >= 0.5 * TARGET_TOKENS
     assert all(passage.text.endswith(".") for passage in passages)
 
@@ -89,7 +89,7 @@ def test_a_script_without_spaces_is_cut_and_loses_nothing() -> None:
     text = "".join(f"这是第{number}句话，讲的是一座不存在的桥。" for number in range(400))
     passages = split_plain(text)
     assert len(passages) > 3
-    assert max(count_tokens(passage.text) for passage in passages) <= MAX_TOKENS + OVERLAP_TOKENS
+    assert max(count_tokens(passage.text) for passage in passages) <= MAX_PASSAGE_TOKENS + OVERLAP_TOKENS
     spaced = [Passage("", " ".join(passage.text.replace(" ", "").replace("\n", ""))) for passage in passages]
     assert "".join(without_overlap(spaced)) == text
 

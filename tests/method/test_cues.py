@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import default_embedder
 from regrad_vllm.learn.cues import Cues, sentences
 
 MILL = ("The mill", "The mill was built in 1652 by two brothers. It grinds rye.\n\nIts wheel was made of larch wood.")
@@ -10,7 +10,7 @@ SHOP = ("The shop", "The shop opens at nine in the morning. On Sundays it is clo
 
 
 def test_a_cue_is_the_sentence_that_the_question_is_about_with_its_title() -> None:
-    cues = Cues(MiniLmEmbedder.installed())
+    cues = Cues(default_embedder())
     assert cues.nearest("When was the mill built?", [MILL, SHOP]) == ("The mill", MILL[1].split(" It")[0])
     assert cues.nearest("What wood is the wheel of?", [MILL, SHOP]) == ("The mill", "Its wheel was made of larch wood.")
     assert cues.nearest("At what time does the shop open?", [MILL, SHOP])[0] == "The shop"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.codec import FloatArray
+from bank_service.values.embedder import default_embedder
+from bank_service.wire.record import FloatArray
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.scoring import exact_match, token_f1
@@ -63,7 +63,7 @@ def test_plans_mix_each_tasks_own_document_with_others_up_to_k() -> None:
 
 
 def test_a_question_meets_its_own_hits_with_their_scores(tmp_path: Path) -> None:
-    embedder = MiniLmEmbedder.installed()
+    embedder = default_embedder()
     found = with_retrieval(synthetic_set("train", 0, 40), embedder, tmp_path)
     again = with_retrieval(synthetic_set("train", 0, 40), NoEmbedder(embedder.name), tmp_path)
     assert found.retrieval is not None and again.retrieval is not None, "from the cache"
@@ -116,7 +116,7 @@ def test_all_documents_that_a_question_needs_are_in_its_adapter() -> None:
 
 
 def test_the_prompt_shows_nothing_a_sentence_or_the_adapters_documents_by_their_shares() -> None:
-    cues = Cues(MiniLmEmbedder.installed())
+    cues = Cues(default_embedder())
     drawn = replace(
         sampler(0),
         sets=(two_hop_set(),),

@@ -28,7 +28,7 @@ from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.service.server import BankServer
 from bank_service.values.config import BankConfig
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import FloatArray, encode_gradient, record_digest
+from bank_service.wire.record import FloatArray, encode_gradient, record_digest
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.adapt.document_cache import DocumentCache, load_gradient
 from regrad_vllm.adapt.loops.compose_slot import compose_slot

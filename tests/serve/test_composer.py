@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bank_service.wire.codec import (
+from bank_service.wire.record import (
     CODECS,
     GradientFormatError,
     WrongLearnerError,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank_service.wire.codec import GradientSpec
 from bank_service.wire.codecs.lowrank import RANK, LowRankCodec, unpacked
+from bank_service.wire.record import GradientSpec
 from regrad_vllm.adapt.loops.compose_slot import compose_slot
 from regrad_vllm.adapt.slot_table import Shard, SlotTable, whole
 from regrad_vllm.adapt.stored_gradient import FACTORS, FLOAT32, Payload, StoredGradient

@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bank_service.wire.codec import decode_gradient, encode_gradient, record_digest
 from bank_service.wire.codecs import lowrank
+from bank_service.wire.record import decode_gradient, encode_gradient, record_digest
 from regrad_vllm.adapt import stored_gradient
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose

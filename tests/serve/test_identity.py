@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bank_service.wire.codec import decode_gradient, encode_gradient
+from bank_service.wire.record import decode_gradient, encode_gradient
 from regrad_vllm.learner import Learner
 from tests.serve.support import MAX_NUM_SEQS, BankThread, DrawingEncoder, VllmServer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.wire.codec import FloatArray, decode_gradient
+from bank_service.wire.record import FloatArray, decode_gradient
 from regrad_vllm.adapt.arena import FOLDER_PREFIX, Arena, read_record
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.layout import Layout

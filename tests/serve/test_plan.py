@@ -11,8 +11,8 @@ import pytest
 from regrad_vllm.client import Condition
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.plan import Plan, Planner
-from regrad_vllm.serve.prompt import SHAPES
 from regrad_vllm.serve.request_errors import RequestError
+from regrad_vllm.serve.routes import SHAPES
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import Used
 

@@ -11,8 +11,8 @@ import pytest
 from fastapi.responses import JSONResponse
 
 from regrad_vllm.client import AsyncBank, Bank, Condition, Document, Query
+from regrad_vllm.client.values import Retrieval
 from regrad_vllm.learner import Learner
-from regrad_vllm.naming import Retrieval
 from regrad_vllm.serve.preparer import no_hits
 from tests.serve.support import BankThread
 from tests.serve.test_releases import EngineLists, serving

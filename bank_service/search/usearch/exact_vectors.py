@@ -13,7 +13,7 @@ import numpy as np
 
 from bank_service.catalog.contract import CatalogView
 from bank_service.values.vectors import KeyArray, unit
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 TIE = 1e-5  # vectors with a smaller difference of cosines count as equally near
 MAX_VECTORS = 100_000  # of all namespaces together, including spare rows: 150 MB at 384 dimensions

@@ -20,7 +20,7 @@ from usearch.index import Index  # isort: skip
 
 from bank_service.runtime.locks import FairLock
 from bank_service.values.vectors import KeyArray
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 LARGE_SIZE, HUGE_SIZE = 50_000, 300_000  # vectors; searches of graphs above these sizes keep more candidates
 EXHAUSTIVE_SIZE = 5_000  # vectors; up to this size, a comparison with each is as fast as the graph

@@ -15,7 +15,7 @@ import numpy as np
 
 from bank_service.search.usearch.graph import Graph, new_index
 from bank_service.values.vectors import KeyArray, unit
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 logger = logging.getLogger(__name__)
 

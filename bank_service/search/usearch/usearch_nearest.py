@@ -19,7 +19,7 @@ from bank_service.search.usearch.exact_vectors import ExactVectors
 from bank_service.search.usearch.index_follower import IndexFollower
 from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.values.filters import Condition
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
 
 SCAN_SIZE = 5_000  # up to so many matching documents are compared; reading their vectors takes tens of milliseconds

@@ -20,7 +20,7 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import DataLossError, InvalidArgumentError
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.records.test_fetch import blob, ingested, whole
@@ -55,7 +55,7 @@ async def write(client: Client, name: str, log: list[tuple[int, str, str | None]
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", ["folder", "file", "memory"])
 async def test_a_snapshot_taken_under_load_is_the_bank_at_its_sequence(
-    server: BankServer, client: Client, embedder: MiniLmEmbedder, tmp_path: Path, kind: str
+    server: BankServer, client: Client, embedder: Embedder, tmp_path: Path, kind: str
 ) -> None:
     target = {"folder": f"{tmp_path}/target", "file": f"file://{tmp_path}/target", "memory": f"memory://{tmp_path}"}
     await ingested(client, 30)
@@ -112,7 +112,7 @@ async def test_what_goes_during_a_snapshot_is_kept_for_it_and_removed_after_it(
 
 @pytest.mark.asyncio
 async def test_a_bank_that_stops_ends_a_snapshot_that_nobody_reads_any_more(
-    data_dir: Path, embedder: MiniLmEmbedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    data_dir: Path, embedder: Embedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = BankConfig(data_dir=data_dir, drain_seconds=0)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
@@ -209,7 +209,7 @@ async def test_a_damaged_snapshot_is_not_restored(client: Client, tmp_path: Path
 
 @pytest.mark.asyncio
 async def test_a_target_that_holds_something_else_and_a_folder_that_is_not_empty_are_refused(
-    client: Client, data_dir: Path, tmp_path: Path, embedder: MiniLmEmbedder
+    client: Client, data_dir: Path, tmp_path: Path, embedder: Embedder
 ) -> None:
     await ingested(client, 1)
     other = tmp_path / "other"
@@ -231,7 +231,7 @@ async def test_a_target_that_holds_something_else_and_a_folder_that_is_not_empty
 @pytest.mark.asyncio
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_a_bank_writes_snapshots_below_its_root_and_without_one_for_its_own_machine_alone(
-    data_dir: Path, embedder: MiniLmEmbedder, tmp_path: Path, host: str
+    data_dir: Path, embedder: Embedder, tmp_path: Path, host: str
 ) -> None:
     config = BankConfig(data_dir=data_dir, host=host)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
@@ -249,7 +249,7 @@ async def test_a_bank_writes_snapshots_below_its_root_and_without_one_for_its_ow
 
 @pytest.mark.asyncio
 async def test_a_bank_that_does_not_run_is_taken_from_its_folder(
-    data_dir: Path, embedder: MiniLmEmbedder, tmp_path: Path
+    data_dir: Path, embedder: Embedder, tmp_path: Path
 ) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:

@@ -12,7 +12,7 @@ import pytest
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import DataLossError
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 
 
 @pytest.fixture(params=["folder", "remote"])

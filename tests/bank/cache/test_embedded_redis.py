@@ -13,8 +13,8 @@ import pytest
 from redis.asyncio import Redis
 
 from bank_service.cache.embedded_redis import EmbeddedRedis
-from bank_service.cache.gradient_cache import GradientCache
-from bank_service.wire.codec import record_digest
+from bank_service.cache.redis_cache import RedisCache
+from bank_service.wire.record import record_digest
 
 MIB = 2**20
 
@@ -51,7 +51,7 @@ async def test_a_long_data_directory_gets_its_socket_elsewhere(tmp_path: Path) -
 async def test_the_oldest_records_make_room_where_the_budget_is_full(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     redis = EmbeddedRedis(tmp_path, 8 * MIB)
     await redis.start()
-    cache = GradientCache(redis.url, 2000, 60, pool)
+    cache = RedisCache(redis.url, 2000, 60, pool)
     records = {record_digest(record): record for record in (bytes([n]) * MIB for n in range(20))}
     for digest, record in records.items():
         await cache.put({digest: record})

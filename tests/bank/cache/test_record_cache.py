@@ -15,11 +15,11 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from bank_service.cache import gradient_cache
+from bank_service.cache import redis_cache
 from bank_service.cache.embedded_redis import EmbeddedRedis
-from bank_service.cache.gradient_cache import KEY_PREFIX, GradientCache
 from bank_service.cache.record_cache import RecordCache
-from bank_service.wire.codec import record_digest
+from bank_service.cache.redis_cache import KEY_PREFIX, RedisCache
+from bank_service.wire.record import record_digest
 
 TIMEOUT_MS = 500
 TTL_SECONDS = 2
@@ -37,7 +37,7 @@ class Backend:
     @asynccontextmanager
     async def cache(self) -> AsyncIterator[RecordCache]:
         with ThreadPoolExecutor(1) as pool:
-            cache: RecordCache = GradientCache(self.url, TIMEOUT_MS, TTL_SECONDS, pool)
+            cache: RecordCache = RedisCache(self.url, TIMEOUT_MS, TTL_SECONDS, pool)
             try:
                 yield cache
             finally:
@@ -115,7 +115,7 @@ async def test_no_record_stays_for_ever(backend: Backend) -> None:
 async def test_a_silent_cache_raises_nothing_and_removes_later_what_it_could_not_remove(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 0.0)
+    monkeypatch.setattr(redis_cache, "COOL_DOWN_SECONDS", 0.0)
     async with backend.cache() as cache:
         await cache.put(RECORDS)
         backend.silence()

@@ -16,7 +16,7 @@ from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.documents import Document, Query
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import read_header, record_digest
+from bank_service.wire.record import read_header, record_digest
 from tests.bank import inside
 from tests.bank.search.test_as_of import open_bank
 

@@ -18,10 +18,10 @@ from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Gradient
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.values.namespace_limits import NamespaceLimits
-from bank_service.wire.codec import encode_gradient
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import encode_gradient
 
 if TYPE_CHECKING:
     from tests.bank.catalog.conftest import Opener
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_texts_and_gradients_and_a_smaller_one_always_fits(op
 
 @pytest.mark.asyncio
 async def test_a_refused_document_names_the_limit_and_leaves_nothing_behind(
-    data_dir: Path, tmp_path: Path, embedder: MiniLmEmbedder
+    data_dir: Path, tmp_path: Path, embedder: Embedder
 ) -> None:
     tokens = Tokens(tmp_path)
     everybody = tokens.add("everybody", "read write", "*")
@@ -128,7 +128,7 @@ async def test_a_refused_document_names_the_limit_and_leaves_nothing_behind(
 
 
 @pytest.mark.asyncio
-async def test_requests_in_flight_are_bounded_for_each_namespace(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_requests_in_flight_are_bounded_for_each_namespace(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir, max_namespace_requests=1)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         stream = client.stub.IngestDocuments()  # one request, however many documents
@@ -145,7 +145,7 @@ async def test_requests_in_flight_are_bounded_for_each_namespace(data_dir: Path,
 
 @pytest.mark.asyncio
 async def test_a_fetch_counts_in_the_namespaces_whose_gradients_it_asks_for(
-    data_dir: Path, tmp_path: Path, embedder: MiniLmEmbedder
+    data_dir: Path, tmp_path: Path, embedder: Embedder
 ) -> None:
     tokens = Tokens(tmp_path)
     everybody, reader = tokens.add("everybody", "read write", "*"), tokens.add("reader", "read", "m")
@@ -173,9 +173,7 @@ async def test_a_fetch_counts_in_the_namespaces_whose_gradients_it_asks_for(
 
 
 @pytest.mark.asyncio
-async def test_a_document_that_has_no_room_is_refused_before_it_is_encoded(
-    data_dir: Path, embedder: MiniLmEmbedder
-) -> None:
+async def test_a_document_that_has_no_room_is_refused_before_it_is_encoded(data_dir: Path, embedder: Embedder) -> None:
     encoder = HashEncoder()
     config = BankConfig(data_dir=data_dir, max_namespace_documents=2, max_namespace_bytes=20_000)
     async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:

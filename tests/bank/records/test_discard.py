@@ -16,8 +16,8 @@ from redis.asyncio import Redis
 
 from bank_service.bank import Bank
 from bank_service.blobs.blob_store import BlobStore
-from bank_service.cache import gradient_cache
-from bank_service.cache.gradient_cache import KEY_PREFIX, GradientCache
+from bank_service.cache import redis_cache
+from bank_service.cache.redis_cache import KEY_PREFIX, RedisCache
 from bank_service.records.discarder import Discarder
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
@@ -65,9 +65,9 @@ async def num_calls(redis: Redis) -> int:
 
 
 @asynccontextmanager
-async def cache_with(url: str, ttl_seconds: int, timeout_ms: int) -> AsyncIterator[GradientCache]:
+async def cache_with(url: str, ttl_seconds: int, timeout_ms: int) -> AsyncIterator[RedisCache]:
     with ThreadPoolExecutor(1) as pool:
-        cache = GradientCache(url, timeout_ms, ttl_seconds, pool)
+        cache = RedisCache(url, timeout_ms, ttl_seconds, pool)
         assert await cache.is_available()
         yield cache
         await cache.close()
@@ -129,14 +129,14 @@ async def test_a_reader_that_is_late_does_not_bring_a_discarded_gradient_back(
     data_dir: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, may_go_on = asyncio.Event(), asyncio.Event()
-    offer = GradientCache.put
+    offer = RedisCache.put
 
-    async def late(cache: GradientCache, records: Mapping[str, bytes]) -> None:
+    async def late(cache: RedisCache, records: Mapping[str, bytes]) -> None:
         reached.set()
         await may_go_on.wait()
         await offer(cache, records)
 
-    monkeypatch.setattr(GradientCache, "put", late)
+    monkeypatch.setattr(RedisCache, "put", late)
     async with bank_with(redis_server, data_dir) as (bank, redis):
         for id in ("a", "b"):
             await put(bank, id, f"text of {id}")
@@ -153,7 +153,7 @@ async def test_a_reader_that_is_late_does_not_bring_a_discarded_gradient_back(
 async def test_what_a_resting_cache_was_not_told_it_is_told_when_it_is_back(
     data_dir: Path, redis_server: str, purge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 5.0)
+    monkeypatch.setattr(redis_cache, "COOL_DOWN_SECONDS", 5.0)
     async with bank_with(redis_server, data_dir, cache_timeout_ms=1000) as (bank, redis):
         for id in ("a", "b"):
             await put(bank, id, f"text of {id}")
@@ -201,7 +201,7 @@ async def test_a_put_that_the_server_answered_too_late_leaves_nothing_of_a_disca
 async def test_a_failed_put_is_remembered_for_as_long_as_the_server_may_have_it(
     redis_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 0.0)
+    monkeypatch.setattr(redis_cache, "COOL_DOWN_SECONDS", 0.0)
     async with cache_with(redis_server, ttl_seconds=60, timeout_ms=200) as cache, stopped(redis_server) as go_on:
         await cache.put({"a": b"a record"})  # nobody removes it
         assert cache.may_have(["a"]) and not cache.may_have(["b"])
@@ -216,7 +216,7 @@ async def test_a_failed_put_is_remembered_for_as_long_as_the_server_may_have_it(
 async def test_only_a_write_puts_off_when_an_unremoved_gradient_has_expired(
     redis_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(gradient_cache, "COOL_DOWN_SECONDS", 0.0)
+    monkeypatch.setattr(redis_cache, "COOL_DOWN_SECONDS", 0.0)
     async with cache_with(redis_server, ttl_seconds=2, timeout_ms=100) as cache, stopped(redis_server) as go_on:
         begun = time.monotonic()
         while cache.may_have(["a"]) or cache.counts.errors < 3:

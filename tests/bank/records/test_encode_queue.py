@@ -11,7 +11,7 @@ from bank_service.records.encode_queue import EncodeQueue
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.testing.hash_encoder import BROKEN, NO_TOKENS, HashEncoder, spec_of
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import verify_record
+from bank_service.wire.record import verify_record
 
 
 class GatedEncoder(HashEncoder):

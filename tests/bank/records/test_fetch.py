@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from bank_service.cache.gradient_cache import KEY_PREFIX
+from bank_service.cache.redis_cache import KEY_PREFIX
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.codec import GradientSpec, record_digest
+from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import GradientSpec, record_digest
 
 
 @asynccontextmanager
-async def running(config: BankConfig, embedder: MiniLmEmbedder) -> AsyncIterator[Client]:
+async def running(config: BankConfig, embedder: Embedder) -> AsyncIterator[Client]:
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         yield client
 
@@ -53,7 +53,7 @@ async def test_records_come_in_the_order_asked_for_also_twice(client: Client) ->
 
 
 @pytest.mark.asyncio
-async def test_a_large_record_comes_in_chunks_of_at_most_1_mib(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_large_record_comes_in_chunks_of_at_most_1_mib(data_dir: Path, embedder: Embedder) -> None:
     encoder = HashEncoder()
     encoder.spec = GradientSpec(encoder.spec.fingerprint, encoder.spec.layout_id, ((1000, 1500),))
     config = BankConfig(data_dir=data_dir, codec="bf16")
@@ -161,7 +161,7 @@ async def test_a_killed_embedded_redis_fails_no_call_and_is_started_again(server
 
 @pytest.mark.asyncio
 async def test_a_real_redis_server_by_url_serves_as_the_cache(
-    data_dir: Path, embedder: MiniLmEmbedder, redis_server: str
+    data_dir: Path, embedder: Embedder, redis_server: str
 ) -> None:
     async with running(BankConfig(data_dir=data_dir, redis_url=redis_server), embedder) as client:
         assert not (data_dir / "redis").exists()
@@ -184,7 +184,7 @@ async def test_a_real_redis_server_by_url_serves_as_the_cache(
 
 @pytest.mark.asyncio
 async def test_every_cached_record_expires_and_a_redis_server_without_a_limit_is_warned_of(
-    data_dir: Path, embedder: MiniLmEmbedder, redis_server: str, caplog: pytest.LogCaptureFixture
+    data_dir: Path, embedder: Embedder, redis_server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     redis = Redis.from_url(redis_server)
     config = BankConfig(data_dir=data_dir, redis_url=redis_server, cache_ttl_seconds=50, cache_timeout_ms=5000)
@@ -227,7 +227,7 @@ def silent_server() -> Iterator[str]:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 async def test_a_redis_server_that_is_down_or_silent_fails_no_call(
-    data_dir: Path, embedder: MiniLmEmbedder, silent_server: str, kind: str
+    data_dir: Path, embedder: Embedder, silent_server: str, kind: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         refused = f"redis://127.0.0.1:{closed.getsockname()[1]}"

@@ -12,7 +12,7 @@ from bank_service.blobs.blob_store import BlobStore
 from bank_service.runtime import background
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 from benchmarks.bank_soak.ledger import SeededContent
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-USE = "from bank_service.values.embedder import MiniLmEmbedder; print(MiniLmEmbedder.installed().embed('a text').shape)"
+USE = "from bank_service.values.embedder import default_embedder; print(default_embedder().embed('a text').shape)"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from bank_service.search.usearch import usearch_nearest
 from bank_service.search.usearch.usearch_nearest import UsearchNearest
 from bank_service.values.documents import Document, Gradient, PutResult, Query, StoredDocument
 from bank_service.values.filters import Condition
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from tests.bank.catalog.test_catalog import IDENTITY
 from tests.bank.search.exact_nearest import ExactNearest
 

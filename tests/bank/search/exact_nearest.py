@@ -8,7 +8,7 @@ from bank_service.catalog.contract import Catalog, CatalogView
 from bank_service.search.nearest import Neighbours
 from bank_service.search.ranking import candidates_of, cosines_of
 from bank_service.values.filters import Condition
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 
 class ExactNearest:

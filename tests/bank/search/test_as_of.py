@@ -20,7 +20,7 @@ from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Hit, Query, Retrieval
 from bank_service.values.filters import Condition, Operator
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 from tests.bank import inside
 from tests.bank.search.collection import go, usearch_of
 

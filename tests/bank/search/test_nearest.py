@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bank_service.values.filters import Condition, Operator
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from tests.bank.search.collection import DIMENSION, Collection
 
 COLOURS = ("red", "green", "blue")

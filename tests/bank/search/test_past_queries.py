@@ -21,8 +21,8 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Query, QueryResult
-from bank_service.wire.codec import FloatArray
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import FloatArray
 
 NUM_BATCHES = 20  # of the past versions, one in each
 ASKED = pb.QueryRequest(text="a text", top_k=64, as_of=NUM_BATCHES)

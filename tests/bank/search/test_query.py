@@ -8,9 +8,9 @@ import pytest
 
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.codec import record_digest, verify_record
+from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import LearnerMismatchError, LimitExceededError, NotFoundError
+from bank_service.wire.record import record_digest, verify_record
 
 FACTS = {
     "owl": "The barn owl hunts mice at night by hearing alone.",
@@ -55,7 +55,7 @@ async def test_text_and_gradients_come_along_where_asked_for(client: Client) -> 
 
 
 @pytest.mark.asyncio
-async def test_a_vector_finds_what_its_text_finds(client: Client, embedder: MiniLmEmbedder) -> None:
+async def test_a_vector_finds_what_its_text_finds(client: Client, embedder: Embedder) -> None:
     await put_facts(client)
     by_text = await client.query(text="stone bridge", top_k=4)
     by_vector = await client.query(vector=(embedder.embed("stone bridge") * 3).tolist(), top_k=4)

@@ -16,11 +16,11 @@ from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.codec import encode_gradient
+from bank_service.values.embedder import Embedder
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.errors import BankError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import encode_gradient
 
 DOCUMENT = {"namespace": "theirs", "id": "a", "text": "a text"}
 # One request of each method, for a namespace of somebody else.
@@ -68,7 +68,7 @@ def tokens(tmp_path: Path) -> Tokens:
 
 
 @pytest_asyncio.fixture
-async def guarded(tokens: Tokens, data_dir: Path, embedder: MiniLmEmbedder) -> AsyncIterator[BankServer]:
+async def guarded(tokens: Tokens, data_dir: Path, embedder: Embedder) -> AsyncIterator[BankServer]:
     config = BankConfig(data_dir=data_dir, tokens_file=tokens.path)
     async with BankServer(config, HashEncoder(), embedder) as running:
         yield running

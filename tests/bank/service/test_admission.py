@@ -12,11 +12,11 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import FloatArray, encode_gradient
 from bank_service.wire.errors import DeadlineExceededError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import FloatArray, encode_gradient
 
 
 class GatedEncoder(HashEncoder):
@@ -41,7 +41,7 @@ class GatedEncoder(HashEncoder):
 
 
 @pytest.mark.asyncio
-async def test_a_flood_of_documents_does_not_hold_up_a_query(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_flood_of_documents_does_not_hold_up_a_query(data_dir: Path, embedder: Embedder) -> None:
     """By order of events: the queries are answered while every ingest still stands before the closed gate."""
     encoder = GatedEncoder()
     encoder.gate.set()
@@ -70,7 +70,7 @@ async def test_a_flood_of_documents_does_not_hold_up_a_query(data_dir: Path, emb
 
 @pytest.mark.asyncio
 async def test_documents_of_callers_that_went_away_or_ran_out_of_time_are_not_encoded(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     encoder = GatedEncoder()
     config = BankConfig(data_dir=data_dir, encode_batch_size=1)
@@ -100,7 +100,7 @@ async def test_documents_of_callers_that_went_away_or_ran_out_of_time_are_not_en
 
 @pytest.mark.asyncio
 async def test_queries_beyond_what_the_bank_takes_on_are_told_when_to_come_back(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     class GatedEmbedder:
         name, dimension = embedder.name, embedder.dimension
@@ -130,7 +130,7 @@ async def test_queries_beyond_what_the_bank_takes_on_are_told_when_to_come_back(
 @pytest.mark.asyncio
 @pytest.mark.parametrize("method", ["IngestDocuments", "IngestGradients"])
 async def test_a_stream_that_nobody_uses_loses_its_place_and_keeps_what_was_acknowledged(
-    data_dir: Path, embedder: MiniLmEmbedder, method: str
+    data_dir: Path, embedder: Embedder, method: str
 ) -> None:
     config = BankConfig(data_dir=data_dir, max_ingests=1, ingest_idle_seconds=0.5)
     encoder = HashEncoder()
@@ -158,7 +158,7 @@ async def test_a_stream_that_nobody_uses_loses_its_place_and_keeps_what_was_ackn
 
 @pytest.mark.asyncio
 async def test_a_client_that_waits_for_its_answer_or_sends_slowly_is_not_idle(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     encoder = GatedEncoder()
     config = BankConfig(data_dir=data_dir, ingest_idle_seconds=0.5)

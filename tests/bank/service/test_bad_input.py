@@ -14,7 +14,6 @@ import pytest_asyncio
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.wire import limits
-from bank_service.wire.codec import HEADER_BYTES, encode_gradient
 from bank_service.wire.errors import (
     InternalError,
     InvalidArgumentError,
@@ -23,6 +22,7 @@ from bank_service.wire.errors import (
     NotFoundError,
 )
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import HEADER_BYTES, encode_gradient
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

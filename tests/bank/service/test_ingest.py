@@ -9,10 +9,10 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, upload_of
 from bank_service.testing.hash_encoder import BROKEN, MAX_WORDS, NO_TOKENS, HashEncoder
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.codec import decode_gradient, encode_gradient
+from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import InternalError, InvalidArgumentError, NotFoundError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import decode_gradient, encode_gradient
 
 CREATED = pb.IngestDocumentsResponse.CREATED
 UPDATED = pb.IngestDocumentsResponse.UPDATED
@@ -49,7 +49,7 @@ async def test_a_text_longer_than_the_encoder_reads_is_told_to_be_truncated(clie
 
 
 @pytest.mark.asyncio
-async def test_the_same_content_again_is_free(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_the_same_content_again_is_free(data_dir: Path, embedder: Embedder) -> None:
     encoder = HashEncoder()
     async with (
         BankServer(BankConfig(data_dir=data_dir), encoder, embedder) as server,
@@ -75,7 +75,7 @@ async def test_an_update_counts_versions_and_its_old_gradient_goes(server: BankS
 
 
 @pytest.mark.asyncio
-async def test_new_metadata_alone_keeps_the_gradient_without_encoding(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_new_metadata_alone_keeps_the_gradient_without_encoding(data_dir: Path, embedder: Embedder) -> None:
     encoder = HashEncoder()
     async with (
         BankServer(BankConfig(data_dir=data_dir), encoder, embedder) as server,
@@ -120,7 +120,7 @@ async def test_two_documents_with_one_gradient_share_it_until_the_last_goes(clie
 
 @pytest.mark.asyncio
 async def test_many_documents_are_acknowledged_in_order_and_encoded_in_batches(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     encoder = HashEncoder()
     async with (
@@ -231,7 +231,7 @@ async def test_a_text_put_after_its_upload_gets_a_gradient_of_its_own(client: Cl
 
 
 @pytest.mark.asyncio
-async def test_an_uploaded_embedding_places_the_document(client: Client, embedder: MiniLmEmbedder) -> None:
+async def test_an_uploaded_embedding_places_the_document(client: Client, embedder: Embedder) -> None:
     vector = embedder.embed("volcanoes of Iceland") * 7
     document = pb.Document(id="a", text="something else entirely")
     (first,) = await client.upload(*upload_of(document, record_for("x"), embedding=vector.tolist()))

@@ -17,9 +17,9 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
-from bank_service.wire.codec import encode_gradient, record_digest
+from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import NotFoundError, OutOfRangeError, PermissionDeniedError
+from bank_service.wire.record import encode_gradient, record_digest
 
 TEXTS = ("the same in both", "another text", "a third one")
 IDS = ("a", "b")
@@ -160,7 +160,7 @@ class Bearer:
 class Harness:
     """A bank in an event loop of its own, with two new bearers for each sequence."""
 
-    def __init__(self, folder: Path, embedder: MiniLmEmbedder, runner: asyncio.Runner, history_seconds: int) -> None:
+    def __init__(self, folder: Path, embedder: Embedder, runner: asyncio.Runner, history_seconds: int) -> None:
         self.runner = runner
         self.tokens = Tokens(folder)
         self.keeps_history = history_seconds > 0
@@ -190,7 +190,7 @@ class Harness:
 
 @pytest.fixture(scope="module", params=[0, 3600], ids=["no history", "history"])
 def harness(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, embedder: MiniLmEmbedder
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, embedder: Embedder
 ) -> Iterator[Harness]:
     with asyncio.Runner() as runner:
         made = Harness(tmp_path_factory.mktemp("isolation"), embedder, runner, request.param)

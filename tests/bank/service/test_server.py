@@ -18,11 +18,11 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import read_header
 from bank_service.wire.errors import UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import read_header
 
 SERVICE = "regrad.bank.v1.BankService"
 
@@ -41,7 +41,7 @@ async def test_a_ready_bank_says_so_by_health_and_by_its_address_file(server: Ba
 @pytest.mark.asyncio
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_a_bank_that_other_machines_reach_warns_that_it_asks_nobody_who_they_are(
-    data_dir: Path, embedder: MiniLmEmbedder, caplog: pytest.LogCaptureFixture, host: str
+    data_dir: Path, embedder: Embedder, caplog: pytest.LogCaptureFixture, host: str
 ) -> None:
     async with BankServer(BankConfig(data_dir=data_dir, host=host), HashEncoder(), embedder):
         pass
@@ -62,9 +62,7 @@ async def test_reflection_names_the_service(server: BankServer) -> None:
 
 
 @pytest.mark.asyncio
-async def test_two_banks_cannot_share_a_data_directory(
-    server: BankServer, data_dir: Path, embedder: MiniLmEmbedder
-) -> None:
+async def test_two_banks_cannot_share_a_data_directory(server: BankServer, data_dir: Path, embedder: Embedder) -> None:
     with pytest.raises(BankInUseError, match=f"{data_dir}.*pid {os.getpid()}"):
         await BankServer(BankConfig(data_dir=data_dir), HashEncoder(), embedder).start()
     assert read_address(data_dir) == server.address, "the loser must not take the winner's address away"
@@ -74,7 +72,7 @@ async def test_two_banks_cannot_share_a_data_directory(
 
 @pytest.mark.asyncio
 async def test_another_learners_bank_is_not_opened_and_both_fingerprints_are_named(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder):
@@ -89,7 +87,7 @@ async def test_another_learners_bank_is_not_opened_and_both_fingerprints_are_nam
 
 
 @pytest.mark.asyncio
-async def test_a_collection_keeps_its_codec_without_being_told(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_collection_keeps_its_codec_without_being_told(data_dir: Path, embedder: Embedder) -> None:
     for codec in ("lowrank64", None):
         config = BankConfig(data_dir=data_dir, codec=codec)
         async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
@@ -100,7 +98,7 @@ async def test_a_collection_keeps_its_codec_without_being_told(data_dir: Path, e
 
 
 @pytest.mark.asyncio
-async def test_a_port_in_use_is_an_error_that_leaves_nothing_behind(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_port_in_use_is_an_error_that_leaves_nothing_behind(data_dir: Path, embedder: Embedder) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=str(port)):
@@ -127,7 +125,7 @@ class SlowEncoder(HashEncoder):
 
 @pytest.mark.asyncio
 async def test_a_stopping_bank_finishes_what_is_under_way_and_refuses_the_rest(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     encoder = SlowEncoder()
     server = BankServer(BankConfig(data_dir=data_dir), encoder, embedder)
@@ -148,7 +146,7 @@ async def test_a_stopping_bank_finishes_what_is_under_way_and_refuses_the_rest(
 
 
 @pytest.mark.asyncio
-async def test_a_drain_has_an_end(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_drain_has_an_end(data_dir: Path, embedder: Embedder) -> None:
     server = BankServer(BankConfig(data_dir=data_dir, drain_seconds=0.2), HashEncoder(), embedder)
     await server.start()
     async with Client(server.address.target) as client:
@@ -161,7 +159,7 @@ async def test_a_drain_has_an_end(data_dir: Path, embedder: MiniLmEmbedder) -> N
 
 @pytest.mark.asyncio
 async def test_a_port_for_metrics_that_is_taken_is_named_and_nothing_is_left_running(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -173,7 +171,7 @@ async def test_a_port_for_metrics_that_is_taken_is_named_and_nothing_is_left_run
 
 
 @pytest.mark.asyncio
-async def test_metrics_count_calls_documents_and_the_cache(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_metrics_count_calls_documents_and_the_cache(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir, metrics_port=0)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         put = await client.put("a", "text")
@@ -199,7 +197,7 @@ async def test_metrics_count_calls_documents_and_the_cache(data_dir: Path, embed
 
 @pytest.mark.asyncio
 async def test_a_restarted_bank_catches_its_index_up_and_rebuilds_a_corrupt_one(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     config = BankConfig(data_dir=data_dir, snapshot_every=5)
 
@@ -232,7 +230,7 @@ async def test_a_restarted_bank_catches_its_index_up_and_rebuilds_a_corrupt_one(
 
 
 @pytest.mark.asyncio
-async def test_a_snapshot_ahead_of_a_restored_catalog_is_rebuilt(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_snapshot_ahead_of_a_restored_catalog_is_rebuilt(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.put("old", "number one")
@@ -246,7 +244,7 @@ async def test_a_snapshot_ahead_of_a_restored_catalog_is_rebuilt(data_dir: Path,
 
 
 @pytest.mark.asyncio
-async def test_old_gradients_and_orphans_are_removed_from_disk(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_old_gradients_and_orphans_are_removed_from_disk(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.ingest({"id": "a", "text": "one"}, {"id": "a", "text": "two"}, {"id": "b", "text": "three"})

@@ -12,7 +12,7 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.wire.credentials import VARIABLES, BankCredentials
 from bank_service.wire.errors import UnauthenticatedError, UnavailableError
 from regrad_vllm.cli import main
@@ -46,7 +46,7 @@ def config_of(data_dir: Path, pem: Path, **settings: object) -> BankConfig:
 
 @pytest.mark.asyncio
 async def test_a_bank_with_tls_talks_to_those_who_know_its_authority(
-    data_dir: Path, pem: Path, embedder: MiniLmEmbedder
+    data_dir: Path, pem: Path, embedder: Embedder
 ) -> None:
     async with BankServer(config_of(data_dir, pem), HashEncoder(), embedder) as server:
         target = server.address.target
@@ -59,7 +59,7 @@ async def test_a_bank_with_tls_talks_to_those_who_know_its_authority(
 
 @pytest.mark.asyncio
 async def test_with_an_authority_for_clients_each_needs_a_certificate(
-    data_dir: Path, pem: Path, embedder: MiniLmEmbedder
+    data_dir: Path, pem: Path, embedder: Embedder
 ) -> None:
     config = config_of(data_dir, pem, tls_client_ca=pem / "ca.pem")
     async with BankServer(config, HashEncoder(), embedder) as server:
@@ -78,7 +78,7 @@ async def test_the_plugins_client_and_the_command_line_bring_token_and_certifica
     data_dir: Path,
     pem: Path,
     tmp_path: Path,
-    embedder: MiniLmEmbedder,
+    embedder: Embedder,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -122,7 +122,7 @@ async def test_the_warning_at_the_start_says_what_is_missing(
     data_dir: Path,
     pem: Path,
     tmp_path: Path,
-    embedder: MiniLmEmbedder,
+    embedder: Embedder,
     caplog: pytest.LogCaptureFixture,
     with_tokens: bool,
     with_tls: bool,
@@ -140,7 +140,7 @@ async def test_the_warning_at_the_start_says_what_is_missing(
 
 @pytest.mark.asyncio
 async def test_files_of_secrets_that_everybody_reads_stop_the_start(
-    data_dir: Path, pem: Path, tmp_path: Path, embedder: MiniLmEmbedder
+    data_dir: Path, pem: Path, tmp_path: Path, embedder: Embedder
 ) -> None:
     key = tmp_path / "open.key"
     shutil.copy(pem / "bank.key", key)
@@ -158,7 +158,7 @@ async def test_files_of_secrets_that_everybody_reads_stop_the_start(
 
 
 @pytest.mark.asyncio
-async def test_a_file_that_is_no_pem_is_named(data_dir: Path, pem: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_file_that_is_no_pem_is_named(data_dir: Path, pem: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir, tls_cert=pem / "bank.key", tls_key=pem / "bank.key")
     with pytest.raises(ValueError, match=r"tls_cert must be a PEM file with BEGIN CERTIFICATE, got .*bank\.key"):
         await BankServer(config, HashEncoder(), embedder).start()

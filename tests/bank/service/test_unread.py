@@ -21,10 +21,10 @@ from bank_service.testing.client import Client, own_errors
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.upkeep.recode import RecodeProgress
 from bank_service.values.config import BankConfig
-from bank_service.wire.codec import GradientSpec
 from bank_service.wire.errors import BankError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
+from bank_service.wire.record import GradientSpec
 from tests.spans import recorded_spans
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0)]  # 64 KiB unread, where it would grow to some MiB

@@ -18,10 +18,10 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.values.config import BankConfig
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import decode_gradient, encode_gradient, read_header
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import decode_gradient, encode_gradient, read_header
 
 NUM_DOCUMENTS = 150
 
@@ -53,9 +53,7 @@ async def codecs(client: Client) -> dict[str, str]:
 
 
 @pytest.mark.asyncio
-async def test_every_gradient_gets_the_new_codec_while_the_bank_serves(
-    data_dir: Path, embedder: MiniLmEmbedder
-) -> None:
+async def test_every_gradient_gets_the_new_codec_while_the_bank_serves(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
@@ -81,7 +79,7 @@ async def test_every_gradient_gets_the_new_codec_while_the_bank_serves(
 
 
 @pytest.mark.asyncio
-async def test_a_bank_that_was_stopped_on_the_way_goes_on(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_bank_that_was_stopped_on_the_way_goes_on(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
@@ -95,7 +93,7 @@ async def test_a_bank_that_was_stopped_on_the_way_goes_on(data_dir: Path, embedd
 
 
 @pytest.mark.asyncio
-async def test_a_change_of_metadata_meanwhile_keeps_no_old_record(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_change_of_metadata_meanwhile_keeps_no_old_record(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
@@ -107,9 +105,7 @@ async def test_a_change_of_metadata_meanwhile_keeps_no_old_record(data_dir: Path
 
 
 @pytest.mark.asyncio
-async def test_of_two_that_begin_at_once_one_is_refused_or_both_are_one(
-    data_dir: Path, embedder: MiniLmEmbedder
-) -> None:
+async def test_of_two_that_begin_at_once_one_is_refused_or_both_are_one(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.ingest(*({"id": f"d{n}", "text": f"text {n}"} for n in range(NUM_DOCUMENTS)))
@@ -133,7 +129,7 @@ class Waiting(HashEncoder):
 
 @pytest.mark.asyncio
 async def test_what_was_being_encoded_when_the_codec_changed_has_the_new_one(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     encoder = Waiting()
     config = BankConfig(data_dir=data_dir)
@@ -147,9 +143,7 @@ async def test_what_was_being_encoded_when_the_codec_changed_has_the_new_one(
 
 
 @pytest.mark.asyncio
-async def test_an_unknown_codec_and_a_second_one_meanwhile_are_refused(
-    data_dir: Path, embedder: MiniLmEmbedder
-) -> None:
+async def test_an_unknown_codec_and_a_second_one_meanwhile_are_refused(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.refused(recoded(client, "zip"), InvalidArgumentError)
@@ -164,7 +158,7 @@ async def test_an_unknown_codec_and_a_second_one_meanwhile_are_refused(
 
 @pytest.mark.asyncio
 async def test_a_collection_with_a_retired_codec_goes_on_until_it_is_recoded(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     async with BankServer(BankConfig(data_dir=data_dir, codec="lowrank64"), HashEncoder(), embedder):
         pass

@@ -17,11 +17,11 @@ from bank_service.upkeep import repair
 from bank_service.upkeep.scrub import Scrubber
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document
-from bank_service.values.embedder import MiniLmEmbedder
+from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.codec import encode_gradient, record_digest
 from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.record import encode_gradient, record_digest
 from tests.bank import inside
 from tests.bank.records.test_fetch import _flush, blob, ingested
 
@@ -123,7 +123,7 @@ class ForgetfulEncoder(HashEncoder):
 
 @pytest.mark.asyncio
 async def test_where_the_encoder_gives_another_gradient_the_document_gets_it_as_a_new_version(
-    data_dir: Path, embedder: MiniLmEmbedder
+    data_dir: Path, embedder: Embedder
 ) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, ForgetfulEncoder(), embedder) as server, Client(server.address.target) as client:
@@ -153,7 +153,7 @@ class Slow(HashEncoder):
 
 @pytest.mark.asyncio
 async def test_a_reader_waits_a_while_for_a_repair_which_goes_on_without_it(
-    data_dir: Path, embedder: MiniLmEmbedder, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repair, "WAIT_SECONDS", 0.2)
     encoder, config = Slow(), BankConfig(data_dir=data_dir)
@@ -171,7 +171,7 @@ async def test_a_reader_waits_a_while_for_a_repair_which_goes_on_without_it(
 
 
 @pytest.mark.asyncio
-async def test_a_scrub_finds_and_mends_what_nobody_asked_for(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_scrub_finds_and_mends_what_nobody_asked_for(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         digests = await ingested(client, 100)
@@ -189,7 +189,7 @@ async def test_a_scrub_finds_and_mends_what_nobody_asked_for(data_dir: Path, emb
 
 
 @pytest.mark.asyncio
-async def test_a_scrub_in_the_background_goes_at_its_rate(data_dir: Path, embedder: MiniLmEmbedder) -> None:
+async def test_a_scrub_in_the_background_goes_at_its_rate(data_dir: Path, embedder: Embedder) -> None:
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         digests = await ingested(client, 4)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bank_service.values.config import BankConfig
-from bank_service.wire.codec import CODECS
+from bank_service.wire.record import CODECS
 
 
 @pytest.mark.parametrize(

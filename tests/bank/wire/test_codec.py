@@ -11,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.wire.codec import (
+from bank_service.wire.codecs import RETIRED_CODECS
+from bank_service.wire.codecs.dense import INT8_BLOCK, MAX_INT8_SCALE
+from bank_service.wire.record import (
     CODECS,
     HEADER_BYTES,
     MAX_VALUES,
@@ -27,8 +29,6 @@ from bank_service.wire.codec import (
     record_digest,
     verify_record,
 )
-from bank_service.wire.codecs import RETIRED_CODECS
-from bank_service.wire.codecs.dense import INT8_BLOCK, MAX_INT8_SCALE
 
 NAMES = sorted(CODECS)
 SPEC = spec_of()

@@ -12,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.wire.codec import (
+from bank_service.wire.codecs import crumbs, nibbles
+from bank_service.wire.codecs.int4 import INT4_BLOCK
+from bank_service.wire.codecs.lowrank import LowRankCodec
+from bank_service.wire.codecs.sensitivity import Sensitivity
+from bank_service.wire.record import (
     HEADER_BYTES,
     FloatArray,
     GradientFormatError,
@@ -21,10 +25,6 @@ from bank_service.wire.codec import (
     encode_gradient,
     verify_record,
 )
-from bank_service.wire.codecs import crumbs, nibbles
-from bank_service.wire.codecs.int4 import INT4_BLOCK
-from bank_service.wire.codecs.lowrank import LowRankCodec
-from bank_service.wire.codecs.sensitivity import Sensitivity
 from tests.bank.wire.test_codec import random_values, resealed
 
 Part = Callable[[tuple[FloatArray, ...]], tuple[FloatArray, ...]]

@@ -13,7 +13,7 @@ from bank_service.catalog.contract import Catalog
 from bank_service.catalog.factory import open_catalog
 from bank_service.search.usearch.exact_vectors import ExactVectors, _Space
 from bank_service.values.documents import Document, Gradient, Query
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 from tests.bank.catalog.test_catalog import IDENTITY
 from tests.bank.search.collection import DIMENSION, Collection
 

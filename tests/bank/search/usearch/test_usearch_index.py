@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bank_service.search.usearch import graph
 from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.values.vectors import KeyArray, unit
-from bank_service.wire.codec import FloatArray
+from bank_service.wire.record import FloatArray
 
 DIMENSION = 16
 

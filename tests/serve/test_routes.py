@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from regrad_vllm.serve.prompt import SHAPES
+from regrad_vllm.serve.routes import SHAPES
 
 CHAT, TEXT, RESPONSES = (SHAPES[f"/v1/{name}"] for name in ("chat/completions", "completions", "responses"))
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from bank_service.cache.record_cache import CacheCounts
 from bank_service.runtime.seldom import Seldom
 from bank_service.runtime.threads import in_thread
-from bank_service.wire.codec import record_digest
+from bank_service.wire.record import record_digest
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ KEY_PREFIX = "regrad:gradient:"
 MAX_KEYS = 1000  # in one UNLINK
 
 
-class GradientCache:
+class RedisCache:
     """Implements ``RecordCache`` with a server that speaks Redis' protocol."""
 
     def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:

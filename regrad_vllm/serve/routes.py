@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 Body = Mapping[str, Any]
 Edit = Callable[[str], str]
+ID_PREFIXES = ("chatcmpl-", "cmpl-")  # vLLM puts one before a request's id
 
 
 class PromptShape(Protocol):
@@ -108,6 +109,8 @@ SHAPES: Mapping[str, PromptShape] = {
     "/v1/completions": CompletionPrompt(),
     "/v1/responses": ResponsesPrompt(),
 }
+# vLLM's routes with a prompt that ReGrad doesn't support. A request for ReGrad there gets an error.
+ROUTES_WITHOUT = frozenset({"/invocations", "/v1/messages", "/v1/chat/completions/batch"})
 
 
 def _has_system(messages: list[Any]) -> bool:
