@@ -1,7 +1,7 @@
 """Questions for a corpus that has none, written by a model behind any OpenAI-compatible server.
 
-The model reads every passage and writes questions with short answers as JSON. A question is kept on three conditions:
-its answer stands in the passage, it doesn't give the answer away, and it doesn't speak of "the text".
+The model reads every passage and writes questions with short answers as JSON. A question is kept if its answer is in
+the passage. It must not reveal the answer, and must not mention "the text".
 
 The model must follow instructions, and it must be larger than the learner's base model. The default model writes hardly
 any usable question.

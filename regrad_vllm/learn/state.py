@@ -51,8 +51,8 @@ class MetaState:
     def start_from(self, learner: Learner) -> None:
         """Takes φ*, step sizes and inner loss from a learner. A lower rank is extended; the function stays the same.
 
-        New inner steps begin with step_size_init. ConfigError if the modules or the kind of step sizes differ, if the
-        learner has a higher rank or more inner steps, or if learnt weights would be lost.
+        New inner steps begin with step_size_init. ConfigError if the modules or the kind of step sizes differ, or if
+        learnt weights would be lost. ConfigError also if the learner has a higher rank or more inner steps.
         """
         self._check_start(learner)
         self.take_phi(learner)

@@ -104,8 +104,8 @@ class Engine:
     async def prepare(self, placement: Placement) -> float:
         """Lets every worker of the rank compose the adapter into a slot. Returns the slowest one's ms. AdapterError.
 
-        One worker is asked first, then all others. So a request that waits for a slot on the first worker takes no slot
-        on another one, and two API servers can't block each other.
+        One worker is asked first, then all others. A request that waits for a slot on the first worker takes no other
+        slot. So two API servers can't block each other.
         """
         carrier: dict[str, str] = {}
         propagate.inject(carrier)

@@ -29,8 +29,8 @@ class _SlotHold:
 class Slots:
     """The slots of one worker. The engine's step takes slots, and another thread holds slots. Thread-safe.
 
-    The step always finds a slot: there are more slots than adapters that vLLM runs at a time, and a waiting adapter can
-    lose its slot and be composed again later.
+    The step always finds a slot, because there are more slots than adapters that vLLM runs at a time. A waiting adapter
+    can lose its slot and be composed again later.
     """
 
     def __init__(self, slot_ids: SlotIds) -> None:

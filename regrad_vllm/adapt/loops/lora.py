@@ -1,8 +1,8 @@
 """y += B (A x), each row of x with the adapter in its own slot. It serves hundreds of adapters in one decoding step.
 
 vLLM's CPU path copies and converts the whole A and B of every row's slot, module by module. Here a row's A and B are
-read once and in place. Each thread takes a row. If there are more threads than rows, each takes some of a row's columns
-and computes h = A x again, with A from the CPU's cache.
+read once and in place. Each thread takes a row. If there are more threads than rows, each takes some columns of a row
+and computes h = A x again. A is then in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SLICE = 8
 _A, _A_STRIDE, _B, _B_STRIDE, _RANK, _INPUTS, _OUTPUTS, _OFFSET = range(_SLICE)
 
 
-# Both loops take four rows of A or B at a time, so that x and the sums are read and written once for four rows. The
+# Both loops take four rows of A or B at a time. So x and the sums are read and written once for four rows. The
 # compiler sees that indices into a slice are in order, and makes vector instructions of the loops.
 
 
