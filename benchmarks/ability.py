@@ -2,12 +2,17 @@
 
     make bench-ability         (python -m benchmarks.ability [--num-texts N] [--dtype float32])
 
-Texts of the evaluation sample's haystack, a prefix each, read by `prompt_logprobs`, one request at a time, the ways in
-turns. "off" is the base model's name at a ReGrad server, before and ("off_again") after the adapted requests for the
-same text; "learner" φ* alone; "on" ReGrad with what the bank finds for the text's title among 100 documents of
-invented facts, so with a document that has nothing to do with the text. "stock" is `vllm serve` without our plugin and
-without LoRA, on the same machine right after. ``off_identical``: every log-probability of "off" and "off_again" is bit
-for bit that of "stock". Ends with status 1 where not.
+The texts are prefixes from the evaluation sample's haystack, read by `prompt_logprobs`. Requests run one at a time, and
+the ways take turns:
+
+- "off" and "off_again" use the base model's name at a ReGrad server, before and after the adapted requests for a text.
+- "learner" is φ* alone.
+- "on" is ReGrad with the bank's hit for the text's title. The bank has 100 documents of invented facts, so the hit has
+  nothing to do with the text.
+- "stock" is `vllm serve` without our plugin and without LoRA, afterwards on the same machine.
+
+``off_identical`` means that every log-probability of "off" and "off_again" has the bits of "stock". If it is false, the
+exit status is 1.
 """
 
 from __future__ import annotations

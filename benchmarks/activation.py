@@ -1,17 +1,17 @@
-"""How long the engine's loop stands still for a new adapter, and how long until it is active.
+"""Measures the time that a new adapter stops the engine's loop for, and the time until the adapter is active.
 
     make bench-activation      (python -m benchmarks.activation [--repeats N] [--documents 1 3 10] [--dtype D])
 
-Two engines of the default model, idle but for this, asked in turns for an adapter that neither has seen:
+Two otherwise idle engines of the default model are asked in turns for an adapter that is new to both:
 
-  ours      a recipe whose gradients are in the arena: composed into a slot through the worker's door, then activated
-  stock     vLLM without our plugin: the same adapter as a PEFT folder on a file system in memory
-  composed  as this project did before it had slots of its own: inside ours, composed as flat vectors, handed to vLLM as
-            tensors of modules, and copied into its slot by vLLM
+- ours: a recipe with its gradients in the arena. It is composed into a slot through the worker's door, then activated.
+- stock: vLLM without our plugin. The same adapter is a PEFT folder on a file system in memory.
+- composed: the project's former method, inside our engine. The adapter is composed as flat vectors and passed to vLLM
+  as tensors of modules. vLLM copies them into its slot.
 
-"loop" is the time inside the worker's step: ``add_adapter`` of vLLM's LoRA manager, for "composed" with the composing,
-which also ran there. "active" is the whole way from the documents' digests to an active adapter, with the calls into
-the processes; for "stock" with the composing and the writing of the folder left out.
+"loop" is the time of ``add_adapter`` of vLLM's LoRA manager, inside the worker's step. For "composed" it includes the
+composition, which also ran there. "active" is the time from the documents' digests to an active adapter, with the calls
+into the processes. For "stock" it excludes the composition and the writing of the folder.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ WAYS = ("ours", "stock", "composed")
 
 
 class AddProbe(RegradWorkerExtension):
-    """What the benchmark asks of a worker besides."""
+    """The worker's methods for this benchmark."""
 
     def probe_add(self, name: str, int_id: int, path: str) -> float:
-        """ms until vLLM's manager has a new adapter, and a GPU has done what that takes."""
+        """ms until vLLM's manager has a new adapter, with the work of a GPU."""
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest(name, int_id, path)
@@ -70,7 +70,7 @@ class AddProbe(RegradWorkerExtension):
         return (time.perf_counter() - start) * 1000
 
     def probe_composed(self, path: str) -> float:
-        """ms for the same with the adapter composed as tensors of modules."""
+        """ms until vLLM's manager has a new adapter that is composed as tensors of modules."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
 
@@ -123,7 +123,7 @@ def main() -> None:
             report[f"k={count}"] = asyncio.run(_compare(ours, stock, learner, recipes, Path(folder)))
         arena.close()
     for engine in (ours, stock):
-        engine.llm_engine.engine_core.shutdown()  # what it has to say comes before the figures
+        engine.llm_engine.engine_core.shutdown()  # its last output must precede the figures
     first = report[f"k={args.documents[0]}"]
     last = {
         "loop_ms_ours": first["ours"]["loop_ms"]["median"],

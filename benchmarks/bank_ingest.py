@@ -2,10 +2,10 @@
 
     make bench-ingest          (python -m benchmarks.bank_ingest [--repeats N] [--documents N] [--values N])
 
-Both are told of a gradient when it would survive a crash. The bank gets it by gRPC, verifies it, stores it with its
-document's text and embedding (given, not computed), commits the catalog and acknowledges; the files are written to a
-temporary name, fsynced, renamed, and their folder is fsynced, as many threads at once as the bank has streams. They
-take turns on the same disk; a repeat's ratio is bank MB/s over file MB/s. Embeddings and gradients are random.
+Both count a gradient when it would survive a crash. The bank gets it by gRPC, verifies it, and stores it with its
+document's text and a given embedding. It then commits the catalog and acknowledges. A file is written under a temporary
+name, fsynced and renamed, and its folder is fsynced. There are as many threads as the bank has streams. Both take turns
+on the same disk. A repeat's ratio is bank MB/s over file MB/s. Embeddings and gradients are random.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure_ingest(args: argparse.Namespace) -> dict[str, Any]:
-    """``args``: repeats, documents, values and folder, as the command line has them."""
+    """The figures of all repeats. args: the command's arguments repeats, documents, values and folder."""
     spec = spec_with(args.values)
     with (
         tempfile.TemporaryDirectory(prefix="ingest-", dir=args.folder) as folder,
@@ -89,13 +89,13 @@ def measure_ingest(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def spec_with(num_values: int) -> GradientSpec:
-    """The tests' learner, with one tensor of so many values."""
+    """The spec of a learner with one tensor of ``num_values`` values."""
     return GradientSpec(spec_of().fingerprint, spec_of().layout_id, ((1, num_values),))
 
 
 @contextlib.contextmanager
 def _bank(data_dir: Path, num_values: int) -> Iterator[str]:
-    """The address of a bank in a process of its own."""
+    """Starts a bank in a child process and yields its address."""
     command = [sys.executable, "-m", "benchmarks.bank_ingest", "--serve", str(data_dir), "--values", str(num_values)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     try:
@@ -111,7 +111,7 @@ def _bank(data_dir: Path, num_values: int) -> Iterator[str]:
 
 
 async def _measure(target: str, folder: Path, spec: GradientSpec, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each repeat; a first round, of warming up, is left out."""
+    """The seconds of each repeat. A first round warms up and doesn't count."""
     seconds: dict[str, list[float]] = {"bank": [], "files": []}
     async with Client(target) as client:
         for repeat in range(args.repeats + 1):

@@ -2,19 +2,21 @@
 
     make bench-codec           (python -m benchmarks.codec_costs [--data FOLDER --split validation] [--questions N] …)
 
-Each question is answered under the gradient of the passage that holds its answer, once for each codec: encoded,
-decoded, composed with φ*, greedy, all codecs from the same float32 gradient and in the same batches. So a difference is
-the codec's alone. EM and F1 in percent with 95% bootstrap intervals over documents, invented facts and real text
-together ("f1_delta_of_real_text": without the first); "f1_delta" is paired with fp32, over all lengths. "answer_kl",
-mean and 95% interval, says how far what the model expects at each place of the known answer has moved from float32's,
-in nats a token (Kullback-Leibler): it sees what a few hundred answers, right or wrong, are too few to tell.
-"…-unweighted" is a low-rank codec without the learner's sensitivity. --without-answers leaves EM and F1 out, which take
-most of the time. A document of 512 tokens is two passages, as in a bank: a gradient is one passage's. Without --data:
-the sample that ships and invented facts of the test split, which is for looking; to choose by it, give data with a
-validation split.
+Each question is answered with the gradient of the passage that holds its answer, once for each codec. The gradient is
+encoded, decoded and composed with φ*, and the answer is greedy. All codecs get the same float32 gradient and the same
+batches, so differences come from the codec alone. A document of 512 tokens is two passages, each with its own gradient,
+as in a bank.
 
-Speeds are MB/s of float32 values, of the last length's first gradients, and ms to compose a slot from three gradients
-as a worker does, codecs in turns, medians with least and greatest.
+- EM and F1 are in percent, with 95% bootstrap intervals over documents. Invented facts and real text count together.
+  "f1_delta" is paired with fp32, over all lengths. "f1_delta_of_real_text" leaves the invented facts out.
+- "answer_kl" is the mean Kullback-Leibler divergence from the model under the float32 gradient, in nats per token of
+  the known answer. It shows differences that a few hundred right or wrong answers can't show.
+- "…-unweighted" is a low-rank codec without the learner's sensitivity.
+- Speeds are MB/s of float32 values, over the first gradients of the last length. The time of a composition is in ms
+  for a slot from three gradients, as in a worker. Codecs take turns. Figures are medians with least and greatest.
+
+--without-answers leaves out EM and F1, which take most of the time. Without --data it uses the sample that ships and
+invented facts of the test split. Don't choose a codec by these; give data with a validation split for that.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def _data(args: argparse.Namespace) -> EvalData:
 
 
 def _gradients(encoder: GradientEncoder, data: EvalData) -> dict[str, NDArray[np.float32]]:
-    """Passage → its float32 δ, for those that answer a question."""
+    """Passage → its float32 δ, for the passages that answer a question."""
     wanted = {question.documents[0] for question in data.questions}
     documents = [document for document in data.documents if document.id in wanted]
     made = encoder.encode([(document.title, document.text) for document in documents])
@@ -136,7 +138,7 @@ def _gradients(encoder: GradientEncoder, data: EvalData) -> dict[str, NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """Of one question; EM and F1 in percent, NaN where no answer was generated."""
+    """The scores of one question. EM and F1 are in percent, or NaN without a generated answer."""
 
     em: float
     f1: float
@@ -145,7 +147,7 @@ class _Score:
 
 
 class _Expected:
-    """What float32's adapters expect of each question's answer: the first that is asked for is remembered."""
+    """The token distributions of the float32 adapters for each known answer. The first call stores them."""
 
     def __init__(self, runner: InProcess, questions: Sequence[Question]) -> None:
         self._runner = runner
@@ -236,7 +238,7 @@ def _error(deltas: Sequence[NDArray[np.float32]], learner: Learner, codec: str) 
 def _speeds(
     deltas: Sequence[NDArray[np.float32]], learner: Learner, codecs: Sequence[str], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Of each codec: bytes of a record, and encoding, decoding and composing in turns with the others."""
+    """The bytes of a record and the speeds of encoding, decoding and composing, for each codec, measured in turns."""
     import tempfile
 
     spec = learner.spec

@@ -1,13 +1,14 @@
-"""Decode throughput with every request on an adapter of its own, over the same requests on the base model.
+"""Decode throughput with a different adapter for each request, over the same requests on the base model.
 
     make bench-decode          (python -m benchmarks.decode [--concurrency N] [--tokens N] [--repeats N] [--dtype D])
 
-Three servers after one another: ours; stock vLLM with LoRA on all its modules; stock vLLM with LoRA on the learner's
-modules alone ("filtered"). On each the same prompts go out all at once, once to the base model's name and once with as
-many different adapters, in turns, all for the same number of tokens; a repeat's ratio is base over adapter seconds.
-Ours composes each adapter anew in each repeat (another gamma), from the query to the slot; the stock servers have
-theirs loaded from PEFT folders, and in their slots from the first, discarded repeat on: what they don't pay there
-favours them.
+Three servers run one after another. They are ours, stock vLLM with LoRA on all its modules, and stock vLLM with LoRA on
+only the learner's modules ("filtered"). Each gets the same prompts all at once, in turns with the base model and with
+as many different adapters as prompts. All generate the same number of tokens. A repeat's ratio is base seconds over
+adapter seconds.
+
+Our server composes new adapters in each repeat (another gamma), from the query to the slot. The stock servers load
+theirs from PEFT folders in the first repeat, which doesn't count. So the comparison favours the stock servers.
 """
 
 from __future__ import annotations

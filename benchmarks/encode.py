@@ -2,9 +2,9 @@
 
     make bench-encode          (python -m benchmarks.encode [--repeats N] [--tokens N])
 
-The loop is what the method's published scripts do: Hugging Face PEFT holds φ*, one document at a time, forward,
-``torch.autograd.grad``. Both are warmed up, then take turns on the same documents; a repeat's ratio is
-loop seconds / batch seconds. Both give the same gradients: the largest relative difference is reported.
+The loop follows the method's published scripts: Hugging Face PEFT holds φ*, and each document has a forward pass and
+``torch.autograd.grad``. Both are warmed up, then take turns on the same documents. A repeat's ratio is loop seconds /
+batch seconds. Both give the same gradients, and the largest relative difference is reported.
 """
 
 from __future__ import annotations

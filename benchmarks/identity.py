@@ -2,10 +2,10 @@
 
     make bench-identity        (python -m benchmarks.identity [--dtypes float32 bfloat16])
 
-The learner that ships, the real encoder, documents of invented facts. Requests with as many different document
-sets, mixed with base-model requests, are all sent at the same time; then each adapter is composed from the bank's
-gradients, written as a PEFT folder, loaded by PEFT and decoded greedily, in the same dtype. In bfloat16 the two
-round differently, so a share below 1 is expected; what counts there is how large it is.
+It uses the learner that ships, the real encoder, and documents of invented facts. All requests are sent at the same
+time. Each has another set of documents, and requests to the base model are among them. Then each adapter is composed
+from the bank's gradients, written as a PEFT folder, loaded by PEFT and decoded greedily, in the same dtype. In bfloat16
+the two round differently, so a share below 1 is expected.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _adapted(base: Any, learner: Learner, adapter: Any, ask: Ask, folder: Path) 
 
 
 def _greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
-    """Token by token with the cache, the likeliest each time; no end of text."""
+    """Decodes greedily, token by token with the KV cache, and never ends at an end token."""
     ids, past, tokens = torch.tensor([prompt]), None, list[int]()
     with torch.no_grad():
         for _ in range(_NUM_TOKENS):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.knowledge --data FOLDER --learners NAME=FOLDER … --readers NAME=FOLDER … --out FILE
 
-Asks questions of the validation split in one process. A learner is asked blind, with the cue (the documents' sentence
-nearest to the question, learn/cues.py), with the documents, and as φ* alone with the cue. A reader is a learner of
-which φ* alone is used, such as FT-RAG's. It is asked with the cue and with the documents. Each answer is a line of
-FILE. What stands there already isn't asked again, so that learners can be added to the same table.
+Asks questions of the validation split in one process. A cue is the documents' sentence nearest to the question
+(learn/cues.py). A learner is asked blind, with the cue, with the documents, and as φ* alone with the cue. A reader is a
+learner whose φ* alone is used, such as FT-RAG's. It is asked with the cue and with the documents. Each answer is a line
+of FILE. Answers in FILE are not asked again, so that learners can be added to the same table.
 
 F1 is of greedy answers. "First" is the share of answers that begin with the right token. The intervals are 95%
 bootstrap intervals over documents; differences are paired. Gradients are not quantised here.
@@ -53,7 +53,7 @@ class Asked:
     cue: tuple[str, str]  # (title, sentence)
 
     def shown(self, way: str) -> list[tuple[str, str]]:
-        """What stands in the prompt."""
+        """The texts in the prompt."""
         if way == "icl":
             return [(document.title, document.text) for document in self.documents]
         return [] if way == "blind" else [self.cue]

@@ -1,4 +1,4 @@
-"""Base models and learners in the shapes of real ones, with weights made up: for costs, which don't depend on them."""
+"""Base models and learners with real shapes and random weights, to measure costs, which don't depend on weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA_8B: Shape = {
 
 
 def write_model(folder: Path, shape: Shape) -> None:
-    """A folder that vLLM loads with ``load_format="dummy"``: a config alone."""
+    """Writes a folder with only a config, which vLLM loads with ``load_format="dummy"``."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -35,7 +35,7 @@ def write_model(folder: Path, shape: Shape) -> None:
 
 
 def made_up_learner(shape: Shape, phi_scale: float = 0.0) -> Learner:
-    """For the MLPs of the upper half; φ* is zero or normal with this deviation, seed 0."""
+    """A learner for the MLPs of the upper half. φ* is zero, or normal with the deviation ``phi_scale`` and seed 0."""
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
     layout = Layout.build(

@@ -1,11 +1,11 @@
-"""Memory of LoRA slots: ours and stock vLLM's, over what as many adapters hold.
+"""Memory of LoRA slots, ours and stock vLLM's, over the memory of as many adapters.
 
     make bench-slots           (python -m benchmarks.slot_memory [--slots N])
 
-Engines with random weights in the shapes of the default model and of Llama-3.1-8B (two of its 32 layers, the upper one
-adapted, and few words: what is left out has no slots), once with ours and once with stock vLLM's LoRA on all modules of
-all layers. Counted are the bytes of all slots' tensors in the worker, each allocation once. For Llama-3.1-8B itself,
-sixteen of 32 layers adapted, the last line gives what follows: sixteen times one layer's.
+The engines have random weights in the shapes of the default model and of Llama-3.1-8B. The latter has two of its 32
+layers, the upper one adapted, and a small vocabulary; the parts left out have no slots. Ours is compared with stock
+vLLM's LoRA on all modules of all layers. The bytes of all slots' tensors in the worker are counted, each allocation
+once. The last line gives the result for the whole Llama-3.1-8B with sixteen adapted layers, sixteen times one layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LAYERS_OF_LLAMA = 16
 
 
 class SlotProbe(RegradWorkerExtension):
-    """What the benchmark asks of a worker besides."""
+    """The worker's methods for this benchmark."""
 
     def probe_slots(self) -> int:
         """Bytes of all LoRA slots."""

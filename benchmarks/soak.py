@@ -2,11 +2,16 @@
 
     make bench-soak            (python -m benchmarks.soak [--counts 500 2000])
 
-Starts a bank and a server, ingests invented documents, then sends requests that each name another set of three
-documents: as many different adapters as requests. At every count it reads, once the server is idle: resident
-memory of the server's and the bank's processes, bytes in the arena, open files, adapters known to the workers,
-and the SHA-256 of the base weights in the workers. For every three of these requests one for the base model runs
-beside. Load is on loopback, bounded by the counts. Ends with status 1 where the base weights changed.
+It starts a bank and a server, ingests invented documents, and sends requests. Each request names another set of three
+documents, so each has another adapter. Every fourth request is for the base model. At each count it waits until the
+server is idle and takes these readings:
+
+- resident memory of the server's and the bank's processes;
+- bytes in the arena, and open files;
+- adapters known to the workers;
+- the SHA-256 of the base weights in the workers.
+
+The exit status is 1 if the base weights changed.
 """
 
 from __future__ import annotations
@@ -97,7 +102,7 @@ async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:
 
 
 def _reading(url: str) -> dict[str, Any]:
-    time.sleep(2)  # what ends with the last request has ended
+    time.sleep(2)  # time for the work after the last request to end
     status = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=300).json()
     processes = _processes()
     return {

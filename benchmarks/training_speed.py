@@ -2,13 +2,15 @@
 
     make bench-train           (python -m benchmarks.training_speed [--repeats N] [--steps N])
 
-The loop is the method as one writes it down: Hugging Face PEFT holds the adapter, each task differentiates each of its
-documents (second order), then answers its questions one at a time; gradients add up over the tasks. Ours takes the
-same tasks as one batch: per-document gradients in one pass, layers below the first adapted one without gradient, a
-task's questions packed behind their common prompt. The adapter is cast to the base model's dtype in both, the tasks are
-the same, and first the meta-gradients are compared in float32; both are warmed up and take turns. A repeat's ratio is
-loop seconds / batch seconds over the same steps. Needs no data: invented documents and the paragraphs of the evaluation
-sample; questions and k as in the config of the learner that ships, its inner loss the mean over the tokens.
+The loop is the obvious form of the method. Hugging Face PEFT holds the adapter. Each task differentiates each of its
+documents (second order), then answers its questions one at a time. Gradients add up over the tasks.
+
+Ours takes the same tasks as one batch. Per-document gradients take one pass, layers below the first adapted one have no
+gradient, and a task's questions are packed behind their common prompt. Both cast the adapter to the base model's dtype.
+
+First the meta-gradients are compared in float32. Then both are warmed up and take turns. A repeat's ratio is loop
+seconds / batch seconds over the same steps. The data are invented documents and the paragraphs of the evaluation
+sample. Questions and k are those of the shipped learner's config, and the inner loss is the mean over the tokens.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ def _compare(ours: Ours, loop: Loop, plans: list[StepPlan], repeats: int) -> dic
 
 
 def _wait() -> None:
-    """A GPU works on after a call has returned."""
+    """Waits for the GPU, which works on after a call has returned."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

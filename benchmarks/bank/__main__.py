@@ -1,19 +1,19 @@
-"""A bank of many documents, as its clients have it: queries, fetches and ingest, each beside what it stands on.
+"""Measures a bank of many documents through its RPCs: queries, fetches and ingest, each beside its underlying library.
 
     make bench-bank            (python -m benchmarks.bank [--documents N] [--keep FOLDER | --reuse FOLDER] [--parts …])
 
-- Build: made-up documents (see ``corpus.py``) with embeddings and small gradients, by IngestGradients over loopback
-  into a bank process; client and bank share the machine. An hour or two for a million. Progress goes to stderr.
-- Restart: from the start of the process, Python's imports among it, to the first answer; after SIGTERM, and after
-  kill -9 with changes that the index snapshot lacks.
-- Queries: by vector, the 10 nearest, no texts; over the wire, and raw usearch in this process on the bank's own graph,
-  from its snapshot. Headline: p50 over the wire less p50 raw, one at a time, the median over the repeats. Beside it:
-  what a health check costs on the same channel, raw searches with 2 ms of rest before each, 8 in flight,
-  and recall@10 of both against float32 brute force.
-- Other queries, figures only: filters, BM25 and hybrid by eight words of a document (both embed them, for the cosine),
-  batches, and by text with the real embedder.
-- Fetch: gradients of the shipped learner's size, three at a time; see ``fetch.py``. Headline: MB/s of the bank from its
-  cache over plain redis-py MGET of the same bytes.
+- Build: random documents (see ``drawn_corpus.py``) with embeddings and small gradients are stored by IngestGradients in
+  a bank process on the same machine. A million takes an hour or two. Progress goes to stderr.
+- Restart: the time from the start of the process, with Python's imports, to the first answer. It is measured after
+  SIGTERM, and after kill -9 with changes that the index snapshot lacks.
+- Queries: by vector, the 10 nearest, no texts. They go over the wire, and to raw usearch in this process with the
+  bank's own graph from its snapshot. The main figure is p50 over the wire minus p50 raw, one at a time, as the median
+  over the repeats. For comparison there are a health check on the same channel, raw searches after 2 ms of rest, and
+  8 queries in flight. Recall@10 of both is against float32 brute force.
+- Other queries, figures only: filters, BM25 and hybrid by eight words of a document, batches, and queries by text with
+  the real embedder. BM25 and hybrid embed the words too, for the cosine.
+- Fetch: three gradients of the shipped learner's size at a time; see ``fetch.py``. The main figure is MB/s of the bank
+  from its cache, over plain redis-py MGET of the same bytes.
 - Ingest: ``benchmarks.bank_ingest`` in the same run.
 """
 
@@ -71,7 +71,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": describe(*packages), "bank": __version__, "documents": args.documents}
 
     def say(part: str) -> None:
-        """Before each part; what was measured until then is in the folder, which --keep keeps."""
+        """Announces a part. The earlier results are then in the folder, which --keep keeps."""
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {part}\n")
         (folder / "report.json").write_text(json.dumps(report, indent=1))
 
@@ -129,7 +129,7 @@ def _arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Where the large bank lies. SystemExit where it is another than the options say."""
+    """The folder of the large bank. SystemExit if its bank doesn't fit the options."""
     if args.keep is None and args.reuse is None:
         with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as folder:
             yield Path(folder)

@@ -1,4 +1,4 @@
-"""Fills a bank by IngestGradients over loopback; goes on where a build was broken off."""
+"""Fills a bank by IngestGradients over loopback. It continues an interrupted build."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ RETRIES = 5  # of a block, while the bank says that it is overloaded
 
 
 async def build(process: BankProcess, corpus: DrawnCorpus, folder: Path) -> dict[str, Any]:
-    """Stores what the bank does not have yet. ``folder``/blocks says which blocks are in, ``folder``/build.json how the
-    first, whole build fared."""
+    """Stores the documents that the bank doesn't have yet.
+
+    ``folder``/blocks lists the stored blocks, and ``folder``/build.json has the figures of the first whole build.
+    """
     done_file, report_file = folder / "blocks", folder / "build.json"
     done = set(map(int, done_file.read_text().split())) if done_file.exists() else set()
     missing = [block for block in range(corpus.num_blocks) if block not in done]
@@ -39,7 +41,7 @@ async def build(process: BankProcess, corpus: DrawnCorpus, folder: Path) -> dict
 
     async with Client(process.target) as client:
         await asyncio.gather(*(stream(client) for _ in range(NUM_STREAMS)))
-        # Acknowledged is not yet indexed; a query waits for the index.
+        # An acknowledged document may not be indexed yet. A query waits for the index.
         indexed = time.perf_counter()
         await client.query(vector=corpus.questions(1)[0].vector.tolist(), top_k=1)
         indexed = time.perf_counter() - indexed
@@ -51,8 +53,10 @@ async def build(process: BankProcess, corpus: DrawnCorpus, folder: Path) -> dict
 
 
 async def touch(process: BankProcess, corpus: DrawnCorpus, count: int, note: str) -> None:
-    """Stores about ``count`` documents again with another note in their metadata: changes that the index has to follow,
-    after which it holds the same vectors."""
+    """Stores about ``count`` documents again with another note in their metadata.
+
+    The index has to follow these changes, and then it has the same vectors as before.
+    """
     async with Client(process.target) as client:
         for block in range(min(corpus.num_blocks, max(1, count // BLOCK))):
             await _store(client, corpus.uploads(block, note))
@@ -75,7 +79,7 @@ async def _store(client: Client, parts: list[Any]) -> None:
 
 
 class _Progress:
-    """Counts documents, and says so now and then."""
+    """Counts documents and prints the progress."""
 
     def __init__(self, process: BankProcess, total: int) -> None:
         self._process = process
@@ -89,7 +93,7 @@ class _Progress:
         self._count += count
         now = time.perf_counter()
         elapsed = now - self._started
-        # Blocks come in waves, one of each stream: tenths of a few of them would tell nothing.
+        # Blocks arrive in waves, one from each stream. So a few blocks are too few for times by tenths.
         while self._total > 20 * NUM_STREAMS * BLOCK and self._count >= (len(self._marks) + 1) * self._total / 10:
             self._marks.append(elapsed)
         if now - self._told > PROGRESS_SECONDS or self._count == self._total:

@@ -1,4 +1,4 @@
-"""A bank in a process of its own: started, measured, stopped or killed.
+"""A bank in a child process, which can be started, measured, stopped or killed.
 
 python -m benchmarks.bank.child_bank DATA_DIR [--values N] [--embedder minilm|hash] [--redis-url URL] [...]
 """
@@ -56,7 +56,7 @@ class BankProcess:
     """A running bank."""
 
     def __init__(self, data_dir: Path, *flags: str, log: Path | None = None) -> None:
-        """Returns when it answers. Its log is added to ``log``. SystemExit where it doesn't come up."""
+        """Starts the bank and waits for its answer. Appends its log to ``log``. SystemExit if it doesn't start."""
         self.data_dir = data_dir
         self.started = time.perf_counter()
         command = [sys.executable, "-m", "benchmarks.bank.child_bank", str(data_dir), *flags]
@@ -74,7 +74,7 @@ class BankProcess:
         self.target = address.target
 
     def _is_its_own(self) -> bool:
-        """The address is not that of a bank before, which was killed."""
+        """Whether the address belongs to this process, and not to a killed bank before it."""
         with contextlib.suppress(FileNotFoundError):
             return f'"pid": {self._process.pid}}}' in (self.data_dir / "address.json").read_text()
         return False
@@ -88,7 +88,7 @@ class BankProcess:
         return self._process.poll() is None
 
     def redis(self) -> psutil.Process | None:
-        """Its own Redis server; None where it uses another."""
+        """The bank's own Redis server. None if it uses an external one."""
         return next(iter(self.handle.children(recursive=True)), None)
 
     def memory_mib(self) -> dict[str, float]:
@@ -100,12 +100,12 @@ class BankProcess:
         }
 
     def cpu_seconds(self) -> float:
-        """Of the bank's own process, so far."""
+        """CPU time of the bank's own process so far."""
         times = self.handle.cpu_times()
         return float(times.user + times.system)
 
     def stop(self) -> float:
-        """SIGTERM; seconds until it is gone. SystemExit where it ends with an error."""
+        """Sends SIGTERM. Returns the seconds until the process has ended. SystemExit if it ends with an error."""
         started = time.perf_counter()
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -125,7 +125,7 @@ class BankProcess:
 
 @contextlib.contextmanager
 def running_bank(data_dir: Path, *flags: str, log: Path | None = None) -> Iterator[BankProcess]:
-    """A bank that is gone at the end, however that comes."""
+    """A running bank, which is ended at the context's end, also after an error."""
     process = BankProcess(data_dir, *flags, log=log)
     try:
         yield process
@@ -136,7 +136,7 @@ def running_bank(data_dir: Path, *flags: str, log: Path | None = None) -> Iterat
 
 
 def folder_bytes(data_dir: Path) -> dict[str, int]:
-    """Bytes of a bank's files by part; of the blobs also what their blocks take, and how many there are."""
+    """Bytes of a bank's files by part. For the blobs also the bytes of their disk blocks, and their number."""
     parts = {
         "catalog": _size(data_dir / "catalog.sqlite"),
         "wal": _size(data_dir / "catalog.sqlite-wal"),

@@ -1,11 +1,12 @@
-"""Made-up documents, the same for the same seed, block by block.
+"""Random documents in blocks. Equal seeds give equal documents.
 
-Vectors: unit vectors of the embedder's dimension around some thousand centres; centres and what is added to them have
-a falling spectrum (the i-th axis has a standard deviation of i^-0.35), which gives them about as many directions that
-matter as embeddings of texts have (participation ratio of 583 of them 96, of as many paragraphs by MiniLM 105). A
-document has a cosine of about 0.78 with its centre, a question of about 0.82 with its document. Texts: about 30 words
-of a vocabulary of 50,000 by Zipf's law, so that the commonest stand in most documents, as in a language; no stop words
-are left out. A vector has nothing to do with its text. Gradients: random values, few of them.
+- Vectors: unit vectors of the embedder's dimension around NUM_CENTRES centres. The i-th axis has a standard
+  deviation of i^-0.35. So they have about as many important directions as embeddings of texts. The participation ratio
+  of 583 of them is 96, and of as many paragraphs by MiniLM 105. The cosine of a document and its centre is about 0.78,
+  of a question and its document about 0.82.
+- Texts: about 30 words of a vocabulary of 50,000 by Zipf's law. So the commonest words are in most documents, as in a
+  language. A vector has nothing to do with its text.
+- Gradients: a few random values.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ENGLISH = (
 
 @dataclass(frozen=True, slots=True)
 class DrawnQuestion:
-    """What is asked of the bank, near one of its documents."""
+    """A question near one of the bank's documents."""
 
     number: int  # of that document
     vector: FloatArray  # (dimension,)
@@ -72,7 +73,7 @@ class DrawnCorpus:
         return unit(centres + DOCUMENT_NOISE * self._noise(generator, size))
 
     def uploads(self, block: int, note: str = "") -> list[pb.IngestGradientsRequest]:
-        """The messages that store the block's documents; ``note``, where given, is one more pair of their metadata."""
+        """The messages that store the block's documents. A ``note`` becomes one more pair of their metadata."""
         generator = self._generator(block, 2)
         vectors, texts, pairs = self.vectors(block), self._texts(block), self._metadata(block)
         parts: list[pb.IngestGradientsRequest] = []
@@ -85,7 +86,7 @@ class DrawnCorpus:
         return parts
 
     def questions(self, count: int) -> list[DrawnQuestion]:
-        """Near documents of blocks all over the corpus."""
+        """Questions near documents of blocks all over the corpus."""
         generator = np.random.default_rng([self.seed, 8])
         num_blocks = min(self.num_blocks, -(-count // QUESTIONS_PER_BLOCK))
         blocks = generator.choice(self.num_blocks, num_blocks, replace=False)
@@ -149,7 +150,7 @@ def number_of(id: str) -> int:
 
 
 def word_of(rank: int) -> str:
-    """A word of one syllable for the commonest, of up to three for the rarest."""
+    """The word of a rank. The commonest words have one syllable, the rarest three."""
     syllables = _SYLLABLES[rank % len(_SYLLABLES)]
     while rank := rank // len(_SYLLABLES):
         syllables += _SYLLABLES[rank % len(_SYLLABLES)]

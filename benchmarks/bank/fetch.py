@@ -1,8 +1,8 @@
-"""Fetches of gradients of real size: by the bank, from its cache and without it, against plain redis-py and files.
+"""Fetches gradients of real size through the bank, with and without its cache, and by plain redis-py and files.
 
-The Redis server is the bank's own kind, on a socket that this process can use too. The plugin has no way to Redis but
-through the bank. Without the cache: the server is emptied before each fetch, so that the bank reads its blobs, which
-lie in the kernel's page cache here, and puts them into the server again beside.
+The Redis server is of the bank's own kind, on a socket that this process can use too. The plugin itself reaches Redis
+only through the bank. "Without the cache" means that the server is emptied before each fetch. The bank then reads its
+blobs, here from the kernel's page cache, and puts them into the server again.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PER_FETCH = 3  # gradients, as many as a request takes by default in the plugin'
 NUM_DOCUMENTS = 48  # all of them fit the cache
 CACHE_BYTES = 2**30
 FILL_TRIES = 100
-REFILL_SECONDS = 0.05  # for what the bank does beside after a fetch from its blobs
+REFILL_SECONDS = 0.05  # time for the bank to refill the cache after a fetch from its blobs
 
 Fetch = Callable[[list[str]], Awaitable[None]]
 
 
 def measure_fetch(folder: Path, num_values: int, num_fetches: int, repeats: int) -> dict[str, Any]:
-    """In turns; a first repeat, of warming up, is left out."""
+    """The figures of all ways, measured in turns. A first repeat warms up and doesn't count."""
     return asyncio.run(_measure(folder, num_values, num_fetches, repeats))
 
 
@@ -78,7 +78,7 @@ async def _in_turns(
 
 
 async def _fill_cache(client: Client, redis: Redis, digests: list[str]) -> None:
-    """Returns once all are in the cache, each of which the bank puts there beside the fetch."""
+    """Fetches until the cache holds all gradients. The bank puts each one there after its fetch."""
     for _ in range(FILL_TRIES):
         await client.fetch(digests)
         await asyncio.sleep(REFILL_SECONDS)
@@ -118,7 +118,7 @@ async def _without_cache(redis: Redis, fetch: Fetch, chosen: list[list[str]]) ->
 
 
 async def _fill(client: Client, generator: np.random.Generator, num_values: int) -> tuple[list[str], int]:
-    """Digests of the documents' gradients, and bytes of each."""
+    """Stores the documents. Returns the digests of their gradients, and the bytes of each gradient."""
     spec = spec_with(num_values)
     digests, record = [], b""
     for number in range(NUM_DOCUMENTS):

@@ -55,7 +55,7 @@ class RawIndex:
 async def measure_queries(
     process: BankProcess, raw: RawIndex, questions: list[DrawnQuestion], truth: np.ndarray, repeats: int
 ) -> dict[str, Any]:
-    """A first repeat, of warming up, is left out."""
+    """The figures of queries over the wire and of raw searches. A first repeat warms up and doesn't count."""
     requests = [pb.QueryRequest(vector=question.vector.tolist(), top_k=TOP_K) for question in questions]
     named = [pb.QueryRequest(document_ids=[id_of(question.number)]) for question in questions]
     vectors = [question.vector for question in questions]
@@ -117,13 +117,13 @@ def _raw_by_threads(raw: RawIndex, vectors: list[np.ndarray]) -> tuple[list[floa
 
 
 def _recall(found: list[list[int]], truth: np.ndarray) -> float:
-    """Of the nearest TOP_K by exact comparison, the share that was found."""
+    """The share of the exact TOP_K nearest documents that was found."""
     shares = [len(set(each) & set(best)) / TOP_K for each, best in zip(found, truth.tolist(), strict=False)]
     return round(float(np.mean(shares)), 4)
 
 
 async def measure_kinds(process: BankProcess, questions: list[DrawnQuestion], repeats: int) -> dict[str, Any]:
-    """Figures of each kind of query, one at a time: filters, words, both, by text, batches. In turns."""
+    """The figures of each kind of query, one at a time and in turns: filters, words, hybrid, by text, batches."""
     calls: dict[str, tuple[Any, list[Any]]] = {}
     embedder = default_embedder()
     async with Client(process.target) as client:

@@ -16,11 +16,11 @@ from benchmarks.bank.build import touch
 from benchmarks.bank.child_bank import BankProcess, running_bank
 from benchmarks.bank.drawn_corpus import BLOCK, DrawnCorpus
 
-MAX_UNSAVED = 20_000  # two minutes of writing; more takes as much longer
+MAX_UNSAVED = 20_000  # two minutes of writing; the time grows with the number
 
 
 def measure_restarts(data_dir: Path, flags: list[str], corpus: DrawnCorpus) -> dict[str, Any]:
-    """The bank must be stopped, and is stopped after: its index snapshot is then of all that it holds."""
+    """The bank must be stopped before, and it is stopped afterwards. So its index snapshot contains all documents."""
     question = corpus.questions(1)[0].vector
     with running_bank(data_dir, *flags) as process:
         clean = _answered(process, question)
@@ -39,7 +39,7 @@ def measure_restarts(data_dir: Path, flags: list[str], corpus: DrawnCorpus) -> d
 
 
 def _answered(process: BankProcess, vector: np.ndarray) -> dict[str, Any]:
-    """Since the process was made: the imports of Python are in it."""
+    """The seconds from the start of the process, with Python's imports, to the first answer."""
 
     async def ask() -> None:
         async with Client(process.target) as client:

@@ -1,4 +1,4 @@
-"""Times of calls, one at a time and many in flight, and what is told of them."""
+"""Measures calls, one at a time and many in flight, and summarises their times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regrad_vllm.reporting.intervals import spread
 
 T = TypeVar("T")
 WIDTH = 8  # calls in flight
-PASS_SECONDS = 60.0  # of one pass; a slow kind of call is measured on fewer items, and its count says so
+PASS_SECONDS = 60.0  # the most time of one pass; slow calls are measured on fewer items, as their count shows
 
 
 async def one_at_a_time(
@@ -53,7 +53,7 @@ async def in_flight(call: Callable[[T], Awaitable[Any]], items: Sequence[T]) -> 
 
 
 def quantiles(passes: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """p50 and p99 of each pass, as median and spread over the passes, and how many calls the smallest pass had."""
+    """p50 and p99 of each pass, as median and spread over the passes, and the number of calls in the smallest pass."""
     return {
         "p50_ms": spread([percentile(times, 50) for times in passes]),
         "p99_ms": spread([percentile(times, 99) for times in passes]),

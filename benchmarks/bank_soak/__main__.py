@@ -2,16 +2,20 @@
 
     make bank-soak             (python -m benchmarks.bank_soak [--minutes N] [--documents N] [--rate N])
 
-Three namespaces of different size, each with two writers and two readers of its own token: new gradients, updates, the
-same again, changes of metadata alone, deletes, version conflicts, calls given up on their way (a write given up is
-followed at once by another of the same document); queries by vector, with filters, by words, hybrid and in batches,
-fetches, lists, gets, calls for a namespace that the token does not cover; and a snapshot every two minutes. The number
-of documents stays about the same after the bank was filled, and so does the set of ids: an id that never comes back
-leaves a row without content in the catalog, by design. Rate and this program's own memory are bounded.
+There are three namespaces of different size. Each has two writers and two readers with its own token.
 
-Compared are the first and the last third of the time. After the first third, growth an hour of the bank's memory and
-files is a line by least squares. At the end the bank must hold what its writers were told, before and after a restart.
-Exit status 1 where a call failed that must not, an answer was wrong, or the end is not what it must be.
+- Writes: new gradients, updates, unchanged documents, changes of metadata alone, deletes, version conflicts. Some calls
+  are cancelled, and a cancelled write is followed at once by another one of the same document.
+- Reads: queries by vector, with filters, by words, hybrid and in batches, fetches, lists, gets, and calls for a
+  namespace that the token doesn't cover.
+- A snapshot every two minutes.
+
+The number of documents and the set of ids stay about the same after the bank is filled. By design the catalog keeps an
+empty row for a deleted id. The rate and this program's own memory are bounded.
+
+The first and the last third of the time are compared. The growth of the bank's memory and files per hour is a line by
+least squares after the first third. At the end the bank must hold all acknowledged documents, before and after a
+restart. The exit status is 1 after an unexpected error, a wrong answer or a wrong final state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""At the end: what the bank holds against what its writers were told."""
+"""The final check: compares the bank's content with the acknowledged writes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.bank.child_bank import folder_bytes
 from benchmarks.bank_soak.ledger import Space
 
 NUM_SAMPLED = 50  # documents of a namespace whose texts, gradients and vectors are looked at
-SETTLE_SECONDS = 15  # for gradients that nobody has to be removed
+SETTLE_SECONDS = 15  # time for the bank to remove unused gradients
 
 
 async def differences(
     clients: Mapping[str, Client], admin: Client, spaces: Sequence[Space], data_dir: Path, dimension: int
 ) -> list[str]:
-    """Empty where all is as it must be."""
+    """The differences between the bank and the acknowledged writes. Empty if there are none."""
     found: list[str] = []
     for space in spaces:
         client = clients[space.name]

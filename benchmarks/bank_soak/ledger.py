@@ -1,4 +1,4 @@
-"""What the bank must hold, by those who write it; and what was done, how fast, and how it ended."""
+"""The expected content of the bank, as its writers know it, and a log of all calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIRS = {"shelf": 10, "topic": 200}  # metadata: one document in so many has a v
 
 @dataclass(frozen=True, slots=True)
 class SeededContent:
-    """A document's content, all of it drawn from ``seed`` but ``note``, which may change alone."""
+    """A document's content. All of it depends on ``seed``, except for ``note``, which may change alone."""
 
     seed: int
     note: str = ""
@@ -81,10 +81,10 @@ class Log:
         self.times: dict[tuple[str, int], array[float]] = defaultdict(lambda: array("f"))
         self.expected: Counter[str] = Counter()  # by "kind CODE"
         self.errors: Counter[str] = Counter()
-        self.wrong: list[str] = []  # answers that can't be
+        self.wrong: list[str] = []  # wrong answers
 
     def start(self) -> None:
-        """The time begins."""
+        """Starts the clock."""
         self._started = time.monotonic()
 
     @property
@@ -101,7 +101,7 @@ class Log:
 
     @asynccontextmanager
     async def call(self, kind: str, *expected: grpc.StatusCode) -> AsyncIterator[None]:
-        """Around a call of the bank; ``expected`` are codes that a race with other calls may give it."""
+        """Logs one call, made inside the context. expected: error codes that a race with other calls may cause."""
         started = time.perf_counter()
         third = min(2, int(3 * self.elapsed / self._seconds))
         try:
@@ -115,7 +115,7 @@ class Log:
             self.times[kind, third].append(1e3 * (time.perf_counter() - started))
 
     def is_wrong(self, what: str, *, counted: bool = False) -> None:
-        """``counted``: as an error, too."""
+        """Notes a wrong answer. counted: also counts it as an error."""
         if not counted:
             self.errors["wrong answer"] += 1
         if len(self.wrong) < 50:

@@ -1,4 +1,4 @@
-"""What a bank takes, now and then; and by how much that grows."""
+"""Samples the memory and the files of a bank, and computes their growth."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def _sample(process: BankProcess, snapshots: Path, spaces: Sequence[Space], log:
 
 
 def growth(samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
-    """By least squares over the samples after the first third: change an hour with its 95% interval, as if the samples
-    were independent, which makes it too narrow; and the means of the first and the last third."""
+    """The change per hour by least squares over the samples after the first third, and the means of two thirds.
+
+    The 95% interval assumes independent samples, so it is too narrow. The means are of the first and the last third.
+    """
     settled = [sample for sample in samples if sample["seconds"] > seconds / 3]
     thirds = [[s for s in samples if low <= 3 * s["seconds"] / seconds < low + 1] for low in (0, 2)]
     found: dict[str, Any] = {}
@@ -67,7 +69,7 @@ def growth(samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Slope and its standard error."""
+    """The slope and its standard error."""
     x, y = np.asarray(xs), np.asarray(ys)
     x = x - x.mean()
     square = float(x @ x)

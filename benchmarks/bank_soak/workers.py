@@ -21,13 +21,13 @@ NOT_FOUND, ABORTED, DENIED = (
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.PERMISSION_DENIED,
 )
-MAX_CANCEL_SECONDS = 0.02  # after which a call is given up
-IDS_PER_DOCUMENT = 1.2  # with one delete in five writes of a document that is there, so many ids give the target
+MAX_CANCEL_SECONDS = 0.02  # a cancelled call is cancelled within this time
+IDS_PER_DOCUMENT = 1.2  # every fifth write of a present document deletes it, so this many ids reach the target
 RAMP_STREAM = 50  # documents of one stream while the bank is filled
 
 
 async def paced(interval: float, log: Log, step: Callable[[], Awaitable[None]]) -> None:
-    """One step each ``interval`` seconds; those that a slow bank left no time for are left out."""
+    """One step each ``interval`` seconds. If the bank is slow, missed steps are left out."""
     due = time.monotonic() + random.random() * interval
     while not log.is_over:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -36,7 +36,7 @@ async def paced(interval: float, log: Log, step: Callable[[], Awaitable[None]]) 
 
 
 class SoakWriter:
-    """Changes its own ids in one namespace, and knows what each must be."""
+    """Changes its own ids in one namespace, and knows the expected content of each."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class SoakWriter:
         seed: int,
         given_up: float,
     ) -> None:
-        """``given_up``: the share of the changes of documents that are given up on their way first."""
+        """given_up: the share of changes that are cancelled first and then repeated."""
         self._client = client
         self._space = space
         self._spec = spec
@@ -60,7 +60,7 @@ class SoakWriter:
         self._ids = [f"{space.name}/{number}/{index}" for index in range(round(space.target * IDS_PER_DOCUMENT))]
 
     async def fill(self) -> None:
-        """The target's documents, as fast as it goes."""
+        """Stores the target's documents as fast as possible."""
         ids = self._random.sample(self._ids, self._space.target)
         for start in range(0, len(ids), RAMP_STREAM):
             chosen = {id: self._new_content() for id in ids[start : start + RAMP_STREAM]}
@@ -69,7 +69,7 @@ class SoakWriter:
                 self._acknowledged(id, content, response)
 
     async def step(self) -> None:
-        """One write, perhaps read back."""
+        """One write. Sometimes it is read back."""
         id = self._random.choice(self._ids)
         stored, choice = self._space.documents.get(id), self._random.random()
         if stored is None:
@@ -107,13 +107,13 @@ class SoakWriter:
             del self._space.documents[id]
 
     async def _given_up(self, id: str) -> None:
-        """A write that is cancelled on its way, and at once another, which must be the one that stays."""
+        """Cancels a write on its way and writes again at once. The second write must win."""
         parts = self._parts(id, self._new_content())
         await cancelled(self._client.upload(*parts), self._random, self._log, "write_given_up")
         await self._put("write_after_given_up", id, self._new_content(), None)
 
     async def _read_back(self, id: str) -> None:
-        """Nobody else writes the document: it must be what was acknowledged."""
+        """Reads a document. It must be the acknowledged one, because it has no other writer."""
         stored = self._space.documents.get(id)
         async with self._log.call("get_own", *([] if stored else [NOT_FOUND])):
             found = await self._client.get(id, self._space.name)
@@ -141,7 +141,7 @@ class SoakWriter:
 
 
 class SoakReader:
-    """Searches, lists and fetches in one namespace; what comes must be of it, and whole."""
+    """Searches, lists and fetches in one namespace. All answers must be whole and belong to the namespace."""
 
     def __init__(self, client: Client, space: Space, foreign: str, dimension: int, log: Log, seed: int) -> None:
         self._client = client
@@ -223,7 +223,7 @@ class SoakReader:
 
 
 async def snapshots(client: Client, target: Path, every: float, log: Log) -> None:
-    """To one target, each over the one before."""
+    """Makes snapshots at one target. Each replaces the one before."""
     while True:
         await asyncio.sleep(every)
         if log.is_over:
@@ -234,7 +234,7 @@ async def snapshots(client: Client, target: Path, every: float, log: Log) -> Non
 
 
 async def cancelled(call: Awaitable[object], generator: random.Random, log: Log, kind: str) -> None:
-    """Makes a call and gives it up after a moment; it may have ended by then."""
+    """Makes a call and cancels it after a moment. It may have ended by then."""
     task = asyncio.ensure_future(call)
     await asyncio.sleep(generator.random() * MAX_CANCEL_SECONDS)
     task.cancel()

@@ -2,15 +2,20 @@
 
     make crash-test          (python -m benchmarks.crash [--kills N] [--seed N])
 
-Eight writers put, update, delete and upload, two readers search and fetch, one snapshot follows the other. After each
-kill the bank is started on the same folder and compared with what its clients were told: an acknowledged write is
-there, one in flight happened whole or not at all, each gradient is what its document's encoder gives, versions and
-sequences have grown, searches show it all, what was a while ago is still answered as of then, no orphan blob stays,
-what lies at the snapshots' target can be restored.
-``lost``: acknowledged and not there. ``wrong``: any other broken promise.
+Eight writers put, update, delete and upload. Two readers search and fetch. One snapshot follows another. After each
+kill the bank is started on the same folder, and these promises are checked:
 
-The encoder and the embedder are the tests' own, fast and deterministic. A killed process leaves the kernel's page
-cache whole: this can't tell whether an fsync is missing; a power cut could.
+- An acknowledged write is there. A write in flight happened wholly or not at all.
+- Each gradient is the one that the encoder gives for its document.
+- Versions and sequences have grown.
+- Searches find all documents, and past states are still answered with as_of.
+- No orphan blob stays.
+- The snapshots' target can be restored.
+
+``lost`` counts acknowledged writes that are missing. ``wrong`` counts all other broken promises.
+
+The encoder and the embedder are fast and deterministic doubles. A killed process leaves the kernel's page cache whole.
+So this test can't detect a missing fsync, as a power cut could.
 """
 
 from __future__ import annotations
@@ -73,7 +78,7 @@ def main() -> int:
 
 
 def plan(number: int, generator: random.Random) -> list[str]:
-    """Kills in random order: of each ten, four at points, one in a start, five at work."""
+    """Kills in random order. Of ten, four are at chosen points, one is during a start, and five are under load."""
     at_points = list(POINTS) * (number * 4 // 10 // len(POINTS) + 1)
     kills = at_points[: number * 4 // 10]
     kills += [START] * (number // 10)

@@ -1,4 +1,4 @@
-"""Clients that write, read and check what they read, until the bank goes."""
+"""Clients that write, read and check their answers until the bank is killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.crash.killable import Process, end
 IDS_PER_WRITER = 6
 MAX_HITS = 64  # of one query: all documents of all writers
 SNAPSHOT_SECONDS = 0.2  # between the end of one and the next
-FAULT_SECONDS = 20  # for a bank to come to its fault
+FAULT_SECONDS = 20  # time for a bank to reach its fault
 
 
 async def work_until_killed(
@@ -26,9 +26,9 @@ async def work_until_killed(
     seconds: float | None,
     target: Path,
 ) -> bool:
-    """Loads the bank, has it write snapshots to ``target``, and kills it after ``seconds``.
+    """Puts load on the bank, lets it write snapshots to ``target``, and kills it after ``seconds``.
 
-    None: it kills itself; false where it did not, and was killed.
+    seconds None: the bank must kill itself. False if it did not, and was killed here.
     """
     async with Client(process.address.target) as client:
         tasks = [
@@ -51,13 +51,13 @@ async def work_until_killed(
 
 
 def _is_end(result: BaseException | None) -> bool:
-    """What a client sees of a bank that is killed."""
+    """Whether a client gets such an error from a killed bank."""
     cut = isinstance(result, InternalError) and "CANCELLED" in result.message
     return isinstance(result, UnavailableError) or cut
 
 
 async def _write(client: Client, name: str, model: Model, verdict: Verdict, generator: random.Random) -> None:
-    """Writes one document after the other. What was sent and not acknowledged may or may not have happened."""
+    """Writes one document after another. A write without an acknowledgement may or may not have happened."""
     while True:
         id = f"{name}-{generator.randrange(IDS_PER_WRITER)}"
         (now,) = model.states.get(id, [None])
@@ -132,7 +132,7 @@ async def _read_own(client: Client, id: str, model: Model, verdict: Verdict) -> 
 
 
 async def _snapshot(client: Client, target: Path) -> None:
-    """Snapshots to one target, each over the one before."""
+    """Makes snapshots at one target. Each replaces the one before."""
     while True:
         async with own_errors():
             async for _ in client.stub.CreateSnapshot(pb.CreateSnapshotRequest(target=str(target))):
@@ -141,7 +141,7 @@ async def _snapshot(client: Client, target: Path) -> None:
 
 
 async def _read(client: Client, verdict: Verdict) -> None:
-    """Searches and fetches; whatever comes must be whole."""
+    """Searches and fetches. All answers must be whole."""
     while True:
         try:
             hits = (await client.query(text="says", top_k=MAX_HITS, include_text=True)).hits

@@ -1,4 +1,4 @@
-"""What the bank may hold, as its clients know it; and the record that each document must have."""
+"""The possible contents of the bank, as its clients know them, and the right record of each document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bank_service.wire.record import encode_gradient, record_digest
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A document's content. All of it is drawn anew with ``text`` but ``note``, which may change alone."""
+    """A document's content. A change draws all of it anew, or ``note`` alone."""
 
     title: str
     text: str
@@ -28,18 +28,18 @@ class Content:
 
 
 def record_of(title: str, text: str) -> bytes:
-    """The gradient record of a document, uploaded or made by the bank: both are of the same encoder."""
+    """The gradient record of a document. Uploads and the bank use the same encoder, so it is the same for both."""
     return encode_gradient(HashEncoder().encode([(title, text)])[0].values, spec_of(), "int8")
 
 
 def is_right(digest: str, record: bytes, title: str, text: str) -> bool:
-    """The record is what the document's encoder gives, and has the digest that it goes by."""
+    """Whether the record is the encoder's one for the document, and its digest is right."""
     return record == record_of(title, text) and record_digest(record) == digest
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a document was, by an acknowledgement."""
+    """An acknowledged state of a document."""
 
     id: str
     content: Content | None
@@ -49,7 +49,7 @@ class Recorded:
 
 @dataclass(slots=True)
 class Model:
-    """What one writer knows of its documents. Nobody else writes them."""
+    """The knowledge of one writer about its documents. They have no other writer."""
 
     # id → states that the bank may be in; the first is the last one acknowledged. None: no such document.
     states: dict[str, list[Content | None]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Model:
 
 @dataclass(slots=True)
 class Verdict:
-    """What went against the promises."""
+    """The broken promises."""
 
     lost: list[str] = field(default_factory=list)  # acknowledged, and not there
     wrong: list[str] = field(default_factory=list)  # everything else

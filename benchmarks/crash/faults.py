@@ -25,7 +25,7 @@ from bank_service.search.usearch.usearch_index import UsearchIndex
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.encoder import EncodedDocument
 
-# Where → what is called there.
+# Name of a point → the function that is called there.
 POINTS: dict[str, tuple[Any, str]] = {
     "in the write of a blob": (bank_service.blobs.folder_objects, "os.fsync"),
     "before a blob gets its name": (bank_service.blobs.folder_objects, "os.replace"),
@@ -44,7 +44,7 @@ POINTS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The process kills itself when it comes to ``point`` for the ``passes``-th time."""
+    """The process kills itself when it reaches ``point`` for the ``passes``-th time."""
 
     point: str
     passes: int = 1

@@ -1,4 +1,4 @@
-"""Bank processes that can be killed, on one folder after the other."""
+"""Bank processes that can be killed, on one folder after another."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class Process:
     children: list[psutil.Process]  # its Redis server
 
     def arm(self) -> None:
-        """From now on its fault is there."""
+        """Makes its fault active."""
         self.handle.send_signal(signal.SIGUSR1)
 
     def wait(self, seconds: float) -> bool:
-        """It has ended by itself, at once or within ``seconds``."""
+        """Whether it ends by itself within ``seconds``."""
         return has_ended(self.handle, seconds)
 
 
 def end(handle: psutil.Process) -> None:
-    """Kills a process without a chance to say goodbye."""
+    """Kills a process with SIGKILL."""
     with contextlib.suppress(psutil.NoSuchProcess):
         handle.send_signal(signal.SIGKILL)
     has_ended(handle, END_SECONDS)
 
 
 def has_ended(handle: psutil.Process, seconds: float, *, is_zombie_enough: bool = False) -> bool:
-    """Within ``seconds``. A zombie may still have threads, and the locks of its files; nobody may ever reap it."""
+    """Whether a process ends within ``seconds``. A zombie may still have threads and the locks of its files."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -91,7 +91,7 @@ class Nursery:
         self._popen.stdout.close()
 
     def fork(self, data_dir: Path, fault: Fault | None = None, plant: str | None = None) -> psutil.Process:
-        """A bank that starts. The fault waits for ``arm``."""
+        """Starts a bank and doesn't wait for it. Its fault is inactive until ``arm``."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
         asked = None if fault is None else {"point": fault.point, "passes": fault.passes}
         order = {"data_dir": str(data_dir), "log": str(self._log), "fault": asked, "plant": plant}
@@ -103,7 +103,7 @@ class Nursery:
         return handle
 
     def start(self, data_dir: Path, fault: Fault | None = None, plant: str | None = None) -> Process:
-        """A bank that answers. RuntimeError with the end of its log where it doesn't come up."""
+        """Starts a bank and waits for its answer. RuntimeError, with the end of its log, if it doesn't start."""
         handle = self.fork(data_dir, fault, plant)
         deadline = time.monotonic() + START_SECONDS
         while not _is_announced(data_dir, handle.pid):

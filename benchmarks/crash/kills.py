@@ -1,4 +1,4 @@
-"""Kill, restart, check; again and again."""
+"""The loop of a crash test: kill, restart, check."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORK, START = "at work", "while it starts"  # kills at a random moment
 
 @dataclass(slots=True)
 class Run:
-    """What was done, and what it showed."""
+    """The kills of a run, and their results."""
 
     models: dict[str, Model]
     verdict: Verdict = field(default_factory=Verdict)

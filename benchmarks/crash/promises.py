@@ -1,4 +1,4 @@
-"""What must hold of a bank that was started after a kill."""
+"""The promises that a bank must keep after a kill and a restart."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bank_service.wire.errors import BankError, NotFoundError
 from benchmarks.crash.clients import MAX_HITS
 from benchmarks.crash.expected import Content, Model, Verdict, is_right
 
-PAST_SECONDS = 5  # half of what the bank keeps history for: a check takes time
+PAST_SECONDS = 5  # half of the time that the bank keeps history for, because a check takes time
 SWEEP_SECONDS = 20  # the sweep runs beside the first calls
 
 
 async def check(client: Client, data_dir: Path, models: dict[str, Model], verdict: Verdict) -> None:
-    """The bank's state is one that the models allow; then the models know it."""
+    """Checks that the models allow the bank's state, and updates the models."""
     alive: dict[str, Any] = {}
     for model in models.values():
         for id in model.states:
@@ -43,7 +43,7 @@ async def check(client: Client, data_dir: Path, models: dict[str, Model], verdic
 
 
 async def _check_one(client: Client, id: str, model: Model, verdict: Verdict) -> Any:
-    """The bank's answer for a document that is there."""
+    """Checks one document. Returns the bank's answer for it."""
     states = model.states[id]
     answer, content = None, None
     try:
@@ -63,7 +63,7 @@ async def _check_one(client: Client, id: str, model: Model, verdict: Verdict) ->
 
 
 async def _check_past(client: Client, model: Model, verdict: Verdict) -> None:
-    """What was acknowledged a while ago is still what the bank answers as of then, changed since or not."""
+    """Checks that as_of still gives earlier acknowledged states, whether they changed since or not."""
     for past in model.past:
         if time.monotonic() - past.acknowledged_s > PAST_SECONDS:
             continue
@@ -105,7 +105,7 @@ async def _check_search(client: Client, alive: dict[str, Any], verdict: Verdict)
 
 
 async def _check_orphans(client: Client, data_dir: Path, verdict: Verdict) -> None:
-    """Sooner or later there is no blob that the catalog does not name; one that is missing was found before."""
+    """Checks that all blobs without a catalog entry disappear. Missing blobs are found by other checks."""
     if (data_dir / WORK_FOLDER).exists():
         verdict.wrong.append("a snapshot that was killed left its work folder")
     num_gradients = (await client.stats()).num_gradients
@@ -118,7 +118,7 @@ async def _check_orphans(client: Client, data_dir: Path, verdict: Verdict) -> No
 
 
 def check_snapshot(target: Path, verdict: Verdict) -> None:
-    """What lies at the target is a whole snapshot, whatever became of the last one; or none was finished yet."""
+    """Checks that the target has a whole snapshot, even if the last one failed, or that no snapshot is finished yet."""
     if not (target / MANIFEST).exists():
         return
     with tempfile.TemporaryDirectory(prefix="restored-", dir=target.parent) as folder:

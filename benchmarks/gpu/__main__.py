@@ -1,20 +1,18 @@
-"""What ReGrad costs inside the engine: new adapters, decoding with one for each request, and documents in the prompt.
+"""The cost of ReGrad inside the engine: new adapters, decoding with one per request, and documents in the prompt.
 
     make bench-gpu             (python -m benchmarks.gpu [--shape S] [--parts …] [--adapters N …] [--repeats N])
 
-Meant for a GPU; runs on CPUs too, where `make bench-activation`, `bench-decode` and `bench-load` say more. Two engines
-of one shape with made-up weights (costs don't depend on them) stand in one run and are asked in turns: ours, and stock
-vLLM with LoRA on the learner's modules alone. Both are called as their servers call them, without HTTP and without a
-bank: records lie in the arena, and each request's adapter is composed through the worker's door before the request goes
-in.
+It is meant for a GPU. On CPUs it runs too, but `make bench-activation`, `bench-decode` and `bench-load` tell more. Two
+engines of one shape take turns in one run: ours, and stock vLLM with LoRA on the learner's modules alone. Their weights
+are random, because costs don't depend on them. There is no HTTP and no bank. Records are in the arena, and each
+request's adapter is composed through the worker's door before the request is submitted.
 
-  activation   a new adapter of k documents, on idle engines: the time of vLLM's ``add_adapter`` in the engine's loop,
-               the device's work waited for; stock reads a PEFT folder in memory
-  decode       so many requests at once, each on an adapter of its own that is new in every repeat, over the same
-               requests on the base model of the same engine; stock vLLM has its adapters in their slots from the first,
-               discarded repeat on
-  load         requests in a closed loop on our engine: ReGrad (k = 3 documents as gradients), RAG with φ* as a static
-               adapter (their tokens in the prompt), and the base model without documents
+- activation: a new adapter of k documents on idle engines. It measures vLLM's ``add_adapter`` in the engine's loop,
+  with the device's work. Stock vLLM reads a PEFT folder in memory.
+- decode: concurrent requests, each with a new adapter in every repeat, over the same requests on the base model of the
+  same engine. Stock vLLM has its adapters in their slots after the first repeat, which doesn't count.
+- load: requests in a closed loop on our engine. ReGrad has k = 3 documents as gradients. RAG has them in the prompt,
+  with φ* as a static adapter. The base model has no documents.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two engines of the benchmark, and the adapters that they are asked for."""
+"""The two engines of the benchmark, and the adapters for their requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunningEngine:
     async def answer(
         self, prompt: Sequence[int], num_tokens: int, recipe: Recipe | None = None, path: str = ""
     ) -> None:
-        """One request: on a recipe's adapter, on the PEFT folder ``path``, or on the base model."""
+        """One request with a recipe's adapter, with the PEFT folder ``path``, or with the base model."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
@@ -59,7 +59,7 @@ class RunningEngine:
                 raise RuntimeError(f"a request must generate {num_tokens} tokens, it generated {generated}")
 
     async def activate(self, recipe: Recipe) -> tuple[float, float]:
-        """ms of a new adapter in the engine's loop, and from its recipe until it is active."""
+        """(ms in the engine's loop, ms from the recipe to the active adapter) for a new adapter."""
         start = time.perf_counter()
         async with self._prepared(recipe):
             in_loop = await self.add(recipe.name, recipe.int_id, recipe.path)
@@ -67,7 +67,7 @@ class RunningEngine:
 
     @asynccontextmanager
     async def _prepared(self, recipe: Recipe) -> AsyncIterator[None]:
-        """Inside, the recipe's adapter is in a slot."""
+        """The recipe's adapter is in a slot while the context lasts."""
         assert self._doors is not None, "stock vLLM knows no recipes"
         place = self._doors.place(recipe)
         try:
@@ -87,7 +87,7 @@ class RunningEngine:
 
 
 class Adapters:
-    """Recipes that nobody has seen, of records in the arena; and PEFT folders."""
+    """Makes new recipes from records in the arena, and PEFT folders."""
 
     def __init__(self, learner: Learner, arena: Arena, folder: Path, num_records: int) -> None:
         self.learner, self.folder = learner, folder
@@ -100,7 +100,7 @@ class Adapters:
             arena.hold().put(self._digests[-1], record)
 
     def recipe(self, num_documents: int) -> Recipe:
-        """φ* alone for 0 documents, always the same; else one that was never made before."""
+        """A new recipe. For 0 documents it is always the same one, φ* alone."""
         digests = tuple(self._digests[i] for i in self._chance.permutation(len(self._digests))[:num_documents])
         gamma = 1 - next(self._numbers) / 2**20 if num_documents else 1.0
         return Recipe(str(self._arena.folder), self.learner.fingerprint, digests, (1.0,) * len(digests), gamma)
@@ -113,7 +113,7 @@ class Adapters:
         return str(path)
 
     def named_again(self, path: str, number: int) -> str:
-        """The folder under another name: another adapter to vLLM."""
+        """The folder under another name, which is another adapter for vLLM."""
         other = self.folder / f"adapter-{number}"
         other.symlink_to(path)
         return str(other)
@@ -130,12 +130,12 @@ async def running(
     memory_share: float,
     graph_sizes: Sequence[int],
 ) -> AsyncIterator[RunningEngine]:
-    """An engine of ``folder``/model for as many requests of so many tokens, with ``folder``/learner where it is ours.
+    """An engine of ``folder``/model for ``slots`` requests of ``max_tokens``. Ours also has ``folder``/learner.
 
-    memory_share: of the GPU's memory. graph_sizes: requests in a step for which CUDA graphs are made.
+    memory_share: of the GPU's memory. graph_sizes: the numbers of requests in a step that get CUDA graphs.
     """
     os.environ.update(SERVER_ENVIRONMENT | {"VLLM_PLUGINS": "regrad" if ours else ""})
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked worker would have what the other engine patched
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked worker would inherit the other engine's patches
     os.environ.pop("REGRAD_LEARNER", None)
     if ours:
         os.environ["REGRAD_LEARNER"] = str(folder / "learner")
@@ -144,7 +144,7 @@ async def running(
 
     device: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if torch.cuda.is_available():
-        # What `regrad serve` asks for, in the sizes that are measured, for both.
+        # Both engines have the compilation settings of `regrad serve`, with the measured sizes.
         graphs = json.loads(GPU_COMPILATION) | {"cudagraph_capture_sizes": list(graph_sizes)}
         device = {"dtype": "bfloat16", "gpu_memory_utilization": memory_share, "compilation_config": graphs}
     client = AsyncLLM.from_engine_args(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.kernels        (needs CUDA)
 
-A layer of Llama-3.2-1B's shape, rank 16, bfloat16, made-up weights, 272 slots, vLLM's kernels made for 256 adapters;
-"unique": every row on an adapter of its own, as in decoding, "long": rows of a few or many adapters, as of prompts.
-µs a call, from 50 replayed calls of a CUDA graph, so that launching costs neither anything.
+The layer has the shape of Llama-3.2-1B, rank 16, bfloat16, random weights and 272 slots. vLLM's kernels are made for
+256 adapters. "unique" batches have another adapter in each row, as in decoding. "long" batches have many rows per
+adapter, as in prompts. Times are µs per call, from 50 replayed calls of a CUDA graph, so that launches cost nothing.
 """
 
 from __future__ import annotations

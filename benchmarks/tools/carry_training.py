@@ -1,4 +1,4 @@
-"""A training run on a borrowed machine without network, which takes files in small pieces and is lent for minutes.
+"""Carries a training run to a machine without network that takes small files and is available only for minutes.
 
     python -m benchmarks.tools.carry_training pack my.toml --data my-data --output my-learner packed
     python -m benchmarks.tools.carry_training take my.toml --output my-learner OUT
@@ -100,7 +100,7 @@ def _learners(config: TrainConfig) -> dict[str, str]:
 
 
 def _toml(config: TrainConfig) -> str:
-    """JSON's numbers, arrays and strings of the basic plane are TOML's too."""
+    """The config as TOML. JSON's numbers, arrays and strings of the basic plane are valid TOML."""
     plain = {key: value for key, value in asdict(config).items() if not isinstance(value, dict)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
     for table in ("prompts", "sets"):

@@ -1,9 +1,9 @@
 """A run's folder → results. The folder holds the measurements, and all figures are computed from them here.
 
-run.json         the run's machine and settings, conditions, corpora, sizes
-questions.json   the questions, with the right answers
-requests.jsonl   a line for each request
-cells.jsonl      a line for each cell
+- run.json: the run's machine and settings, conditions, corpora, sizes.
+- questions.json: the questions, with the right answers.
+- requests.jsonl: a line for each request.
+- cells.jsonl: a line for each cell.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Call(Protocol):
-    """Calls a method of a client by its name. What the client gives one after another comes as a list."""
+    """Calls a method of a client by its name. An iterator comes as a list."""
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Awaitable[Any]: ...
 
@@ -43,14 +43,14 @@ def bank_process(data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of one bank for all tests, each of which has a namespace of its own."""
+    """The address of one bank for all tests. Each test has its own namespace."""
     with bank_process(tmp_path_factory.mktemp("bank")) as (_, address):
         yield address
 
 
 @pytest_asyncio.fixture(params=["blocking", "async"])
 async def call(request: pytest.FixtureRequest, address: str) -> AsyncIterator[Call]:
-    """Each client in turn."""
+    """The blocking client, then the asynchronous one."""
     if request.param == "blocking":
         with Bank(address, spec=spec_of()) as bank:
             yield blocking(bank)

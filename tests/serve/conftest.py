@@ -44,7 +44,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["small", pytest.param("default", marks=pytest.mark.only_test_all)])
 def model(request: pytest.FixtureRequest) -> Path:
-    """The folder of the model that is served."""
+    """The folder of the served model."""
     if request.param == "default":
         return ensure_default_model()
     return request.getfixturevalue("small_model")
@@ -77,7 +77,7 @@ def bank(learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session")
 def collector() -> Iterator[Collector]:
-    """Where the server's processes send their spans."""
+    """The collector that gets the spans of the server's processes."""
     running = Collector()
     try:
         yield running
@@ -94,7 +94,7 @@ def server(
     collector: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[VllmServer]:
-    """What ``regrad serve --print-command`` prints, on that bank, with fewer slots than the tests have adapters."""
+    """A server by the command of ``regrad serve --print-command``, with fewer slots than tests have adapters."""
     folder = tmp_path_factory.mktemp("server")
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",

@@ -65,7 +65,7 @@ def save_small_model(folder: Path) -> None:
 
 
 def random_learner(model: Path, seed: int, *, rank: int = RANK) -> Learner:
-    """A learner of the model's upper half. Its φ* is noise, strong enough to change what the model says."""
+    """A learner of the model's upper half. Its φ* is noise that is strong enough to change the answers."""
     sizes = json.loads((model / "config.json").read_text("utf-8"))
     hidden, inner, num_layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
     modules = [
@@ -104,7 +104,7 @@ def gradient_noise(layout: Layout, seed: int, spread: float) -> FloatArray:
 
 
 class DrawingEncoder:
-    """The bank's Encoder with gradients that are drawn from a document's text instead of computed."""
+    """A bank's Encoder that draws gradients from a document's text and computes nothing."""
 
     def __init__(self, learner: Learner) -> None:
         self._layout = learner.layout
@@ -121,7 +121,7 @@ class DrawingEncoder:
 
 
 class MemorySlots:
-    """Slots in plain memory, for the whole learner: what CpuSlots is on vLLM's layers."""
+    """Slots in plain memory, for the whole learner. They stand for CpuSlots, which needs vLLM's layers."""
 
     def __init__(self, learner: Learner, num_slots: int, dtype: torch.dtype = torch.float32) -> None:
         self.table = SlotTable.build(learner.layout, whole(learner.layout), learner.layout.rank)
@@ -137,7 +137,7 @@ class MemorySlots:
 
 
 class Worker:
-    """A composer as a worker has it, with its door, where vLLM's books are a list that the test keeps."""
+    """A worker's composer with its door. The test keeps the list of slots that vLLM's manager would keep."""
 
     def __init__(
         self, learner: Learner, *, max_loras: int = 4, max_waiting: int = 2, max_bytes: int = 2**28,
@@ -163,7 +163,7 @@ def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str =
 
 
 class BankThread:
-    """A bank in a thread of this process, on a port that stays its own over restarts."""
+    """A bank in a thread of this process. It keeps its port over restarts."""
 
     def __init__(self, data_dir: Path, learner: Learner, port: int = 0) -> None:
         self._data_dir = data_dir
@@ -208,24 +208,24 @@ class BankThread:
             self._thread = None
 
     def ingest(self, documents: Sequence[tuple[str, str]], namespace: str = "default") -> list[str]:
-        """Stores (id, text) pairs; their gradients' digests."""
+        """Stores (id, text) pairs. Returns their gradients' digests."""
         with Bank(self.address) as bank:
             receipts = bank.ingest((Document(id, text) for id, text in documents), namespace=namespace)
             return [receipt.gradient_digest for receipt in receipts]
 
     def upload(self, id: str, text: str) -> str:
-        """Stores a document with a gradient that the bank did not make, and could not make again; its digest."""
+        """Stores a document with an uploaded gradient, which the bank can't make again. Returns its digest."""
         record = encode_gradient(self._encoder.encode([("", text)])[0].values, self._encoder.spec, "int8")
         with Bank(self.address) as bank:
             (receipt,) = bank.ingest_gradients([(Document(id, text), record)])
             return receipt.gradient_digest
 
     def redis(self) -> Redis:
-        """A client of the server that caches for this bank."""
+        """A client of this bank's Redis server."""
         return Redis.from_url(EmbeddedRedis(self._data_dir, 1).url)
 
     def lose(self, digest: str) -> None:
-        """Takes a gradient's record away from the store, as a broken disk would."""
+        """Removes a gradient's record from the store, like a broken disk."""
         (found,) = [path for path in self._data_dir.glob(f"**/{digest[:2]}/{digest[2:]}") if path.is_file()]
         found.unlink()
 
@@ -241,7 +241,7 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """``regrad serve`` as a user starts it, in a process group of its own; or, ``plain``, the line that it prints."""
+    """``regrad serve`` in its own process group. ``plain``: the command that it prints."""
 
     def __init__(
         self, model: Path, flags: Sequence[str], environment: dict[str, str], log: Path, *, plain: bool = False
@@ -249,12 +249,12 @@ class VllmServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        # One for all threads: making a client costs more than a request.
+        # All threads share one client, because making a client costs more than a request.
         self.client = httpx.Client(
             base_url=self.url,
             headers={"authorization": f"Bearer {API_KEY}"},
             timeout=300,
-            # The server closes a connection after 5 s of silence: none that old is used again.
+            # The server closes a connection after 5 s of silence, so old connections must not be used again.
             limits=httpx.Limits(max_connections=None, keepalive_expiry=1),
             verify=False,
         )

@@ -18,7 +18,7 @@ STORES: dict[str, Callable[..., Catalog]] = {"sqlite": open_catalog}
 
 
 class Opener(Protocol):
-    """Opens the test's collection, also a second time. What it opened is closed after the test."""
+    """Opens the test's collection, also a second time. It is closed after the test."""
 
     def __call__(
         self,

@@ -66,7 +66,7 @@ def usearch(
 
 
 class Collection:
-    """Both in one folder. Every change is in the vector store when its call returns."""
+    """A catalog and its vector store in one folder. Every change is in the vector store when its call returns."""
 
     def __init__(
         self, folder: Path, way: str = "exact", *, history_seconds: int = 0, exact_below: int | None = None
@@ -99,7 +99,7 @@ class Collection:
         self.catalog.close()
 
     def lose_derived_data(self) -> None:
-        """To be called while closed."""
+        """Deletes the vector store's files. Call it while the collection is closed."""
         shutil.rmtree(self._index, ignore_errors=True)
 
     @property
@@ -127,7 +127,7 @@ class Collection:
         return self.catalog.put(document, Gradient("0" * 64, 1, 1, False, content), None)
 
     def delete(self, id: str, namespace: str = "n", *, purge: bool = False) -> int:
-        """The sequence of the change."""
+        """Deletes a document. Returns the sequence of the change."""
         sequence = self.catalog.delete(namespace, id, None, purge=purge).result().sequence
         self.run(self.nearest.reach(sequence))
         return sequence
@@ -140,7 +140,7 @@ class Collection:
         as_of: int | None = None,
         namespace: str = "n",
     ) -> list[str]:
-        """The nearest ``count`` documents, in order, of those that the store finds."""
+        """The ids of the nearest ``count`` documents that the store finds, in order."""
         with self.catalog.view() as view:
             found = self.nearest.nearest(view, namespace, vector, 2 * count + 16, conditions, as_of)
             candidates = closest(view, found.keys, vector, count)
@@ -149,7 +149,7 @@ class Collection:
         return [candidates[key].id for key in sorted(candidates, key=lambda key: (-cosines[key], candidates[key].id))]
 
     def answer(self, query: Query, vector: FloatArray) -> list[str]:
-        """What ``Present`` answers."""
+        """The answer of ``Present``, as ids."""
         with self.catalog.view() as view:
             found = Present(self.nearest, self.catalog.words).find(view, query, vector)
             assert not found.is_stale, "nobody else writes"
