@@ -42,14 +42,14 @@ async def server(data_dir: Path, embedder: Embedder) -> AsyncIterator[BankServer
 
 @pytest_asyncio.fixture
 async def client(server: BankServer) -> AsyncIterator[Client]:
-    """Of a bank of this test alone."""
+    """A client of a bank for this test alone."""
     async with Client(server.address.target) as connected:
         yield connected
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_client(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> AsyncIterator[Client]:
-    """Of one bank for a whole module, whose tests must not mind each other's documents."""
+    """A client of one bank for a whole module. Its tests must work beside each other's documents."""
     config = BankConfig(data_dir=tmp_path_factory.mktemp("shared"))
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as connected:
         yield connected

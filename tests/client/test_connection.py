@@ -1,4 +1,4 @@
-"""Who asks, and what happens while the bank is away."""
+"""Credentials, and calls while the bank is unavailable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `regrad ingest` reads out of files, and what it says about those it can't use."""
+"""`regrad ingest` reads documents from files, and reports unusable ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold for every file in the repository."""
+"""Rules for every file in the repository."""
 
 from __future__ import annotations
 

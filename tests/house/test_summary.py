@@ -1,4 +1,4 @@
-"""What an evaluation says, from made-up answers."""
+"""The summary of an evaluation, from invented answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each contender sends, to a server that writes it down."""
+"""The requests of each contender, to a server that records them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the base model is computed in."""
+"""The type that the base model is computed in."""
 
 from __future__ import annotations
 

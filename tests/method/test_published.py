@@ -21,7 +21,7 @@ from tests.method.reference import peft_model
 
 
 def write_checkpoint(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """What the published training script leaves: trainable parameters of {base_model: PEFT model, alpha…}."""
+    """The output of the published training script: trainable parameters of {base_model: PEFT model, alpha…}."""
     base = tiny_model("Llama")
     layout = build_layout(base, rank=4, layers=(1, 2), projections=("gate_proj", "down_proj"))
     torch.manual_seed(4)

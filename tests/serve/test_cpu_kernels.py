@@ -30,7 +30,7 @@ def stacks(outputs: list[int], *, slots: int, rank: int, inputs: int, dtype: tor
 
 
 def added(x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], slots: list[int]) -> Tensor:
-    """What must be added to each row of y, in float64."""
+    """The right addition to each row of y, in float64."""
     parts = []
     for one, other in zip(a, b, strict=True):
         rows = [

@@ -1,4 +1,4 @@
-"""What a request is planned to do: the table of model name, ``regrad`` object and server default."""
+"""The plan of a request, by model name, ``regrad`` object and server default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong over the wire: each error names its field, and every other request goes on unharmed."""
+"""Errors over the wire: each names its field, and every other request goes on unharmed."""
 
 from __future__ import annotations
 

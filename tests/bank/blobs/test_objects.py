@@ -1,4 +1,4 @@
-"""What every store of objects does: one suite, run on each."""
+"""The conformance suite of object stores, run on each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every cache of records does: one suite, run on each, with its server alive, silent and dead."""
+"""The conformance suite of record caches, run on each, with its server alive, silent and dead."""
 
 from __future__ import annotations
 

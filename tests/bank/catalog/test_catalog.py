@@ -1,4 +1,4 @@
-"""What every catalog does: documents, versions, changes, and that nothing of them gets lost or mixed up."""
+"""The conformance suite of catalogs: documents, versions and changes are neither lost nor mixed up."""
 
 from __future__ import annotations
 

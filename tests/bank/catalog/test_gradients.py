@@ -1,4 +1,4 @@
-"""What every catalog says of gradients: whose they are, how large, and how many."""
+"""Every catalog's figures about gradients: their documents, sizes and number."""
 
 from __future__ import annotations
 

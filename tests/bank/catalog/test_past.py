@@ -1,4 +1,4 @@
-"""What every catalog knows of the past: exactly the state at each sequence from the horizon on."""
+"""Every catalog knows exactly the state at each sequence from the horizon on."""
 
 from __future__ import annotations
 

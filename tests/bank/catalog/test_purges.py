@@ -1,4 +1,4 @@
-"""What every catalog does with a purge: nothing of the document is read again, and the erasure is never forgotten."""
+"""A purge in every catalog: nothing of the document is read again, and the erasure is never forgotten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a namespace may hold: in every catalog, and in a bank."""
+"""The quota of a namespace, in every catalog and in a bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kind of ownership does: one suite, run on each."""
+"""The conformance suite of ownerships, run on each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps a bank from starting is said before a model is loaded for it."""
+"""A bank that can't start says so before it loads a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a purge leaves: nothing, in any file under the bank's folder, within the time that is promised."""
+"""A purge leaves nothing in any file under the bank's folder, within the promised time."""
 
 from __future__ import annotations
 

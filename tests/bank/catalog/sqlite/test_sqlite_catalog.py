@@ -1,4 +1,4 @@
-"""What is SQLite's own: its settings, its one writer, its log and its file."""
+"""The tests of SQLite itself: its settings, its one writer, its log and its file."""
 
 from __future__ import annotations
 
