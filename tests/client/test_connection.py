@@ -1,4 +1,4 @@
-"""Credentials, and calls while the bank is unavailable."""
+"""The client identifies itself, and copes with an absent bank."""
 
 from __future__ import annotations
 

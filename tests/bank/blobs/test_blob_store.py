@@ -1,4 +1,4 @@
-"""Records under their digests. Tests that need no file run on each kind of store."""
+"""Records under their digests. Tests without files run on each kind of store."""
 
 from __future__ import annotations
 

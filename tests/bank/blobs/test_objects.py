@@ -1,4 +1,4 @@
-"""The conformance suite of object stores, run on each."""
+"""The suite of every store of objects, run on each."""
 
 from __future__ import annotations
 

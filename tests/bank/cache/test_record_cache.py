@@ -1,4 +1,4 @@
-"""The conformance suite of record caches, run on each, with its server alive, silent and dead."""
+"""The suite of every cache of records, run on each, with its server alive, silent and dead."""
 
 from __future__ import annotations
 

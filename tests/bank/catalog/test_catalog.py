@@ -1,4 +1,4 @@
-"""The conformance suite of catalogs: documents, versions and changes are neither lost nor mixed up."""
+"""The suite of every catalog: documents, versions and changes. None gets lost or mixed up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every catalog's figures about gradients: their documents, sizes and number."""
+"""The suite of every catalog for gradients: their owners, sizes and number."""
 
 from __future__ import annotations
 

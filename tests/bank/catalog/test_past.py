@@ -1,4 +1,4 @@
-"""Every catalog knows exactly the state at each sequence from the horizon on."""
+"""The suite of every catalog for the past: it knows exactly the state at each sequence from the horizon on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A purge in every catalog: nothing of the document is read again, and the erasure is never forgotten."""
+"""The suite of every catalog for purges: nothing of the document is read again, and the erasure is never forgotten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quota of a namespace, in every catalog and in a bank."""
+"""The limits of a namespace, in every catalog and in a bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance suite of ownerships, run on each."""
+"""The suite of every kind of ownership, run on each."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ async def test_scores_are_bm25_over_the_namespace_alone(client: Client) -> None:
     before = await lexical(client, "Owl, barn!")
     assert [id for id, _ in before] == sorted("013", key=lambda id: -expected[int(id)])
     assert [score for _, score in before] == pytest.approx([expected[int(id)] for id, _ in before], rel=1e-5)
-    # What another namespace holds must not show in this one's scores.
+    # Documents of another namespace must not change this one's scores.
     await client.ingest(*({"id": f"x{n}", "text": "owl barn " * (n + 1), "namespace": "tenant"} for n in range(20)))
     assert await lexical(client, "Owl, barn!") == before
     await client.put("gone", "owl barn owl")

@@ -1,4 +1,4 @@
-"""A bank that can't start says so before it loads a model."""
+"""An error that would stop the start is raised before a model is loaded."""
 
 from __future__ import annotations
 

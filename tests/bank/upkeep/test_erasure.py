@@ -1,4 +1,4 @@
-"""A purge leaves nothing in any file under the bank's folder, within the promised time."""
+"""A purge leaves no bytes in any file under the bank's folder, within the time that is promised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests of SQLite itself: its settings, its one writer, its log and its file."""
+"""Tests of SQLite alone: its settings, its one writer, its log and its file."""
 
 from __future__ import annotations
 

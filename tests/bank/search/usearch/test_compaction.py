@@ -129,7 +129,7 @@ async def test_queries_and_changes_go_on_while_the_index_is_compacted(
             while not stop.is_set():
                 before = set(living)
                 found = await parts.ids()
-                # What was deleted before the query began is never found, and the answer is always full.
+                # A document that was deleted before the query began is never found, and the answer is always full.
                 assert len(found) == 64 and {id for id in found if id.startswith("doc")} <= before
                 count += 1
             return count
