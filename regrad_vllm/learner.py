@@ -1,4 +1,4 @@
-"""The learner: φ*, its step sizes, its layout, its prompts, and what it was made for.
+"""The learner: φ*, its step sizes, its layout, its prompts, and its base model.
 
 On disk it is an adapter folder that Hugging Face PEFT can load. ``adapter_config.json`` and
 ``adapter_model.safetensors`` hold φ*. ``regrad.json`` and ``step_sizes.safetensors`` hold the rest. This module needs

@@ -45,7 +45,9 @@ SHIPPED_VALUES = 1_520_640  # of a gradient of the shipped learner; 1.6 MB in in
 
 
 PARTS = ("restart", "query", "fetch", "ingest")
-FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {  # of the last line: the part, and what of it
+FIGURES: dict[
+    str, tuple[str, Callable[[dict[str, Any]], float]]
+] = {  # the figures of the last line: name → (part, figure from its report)
     "query_p50_ms_over_raw": ("query", lambda part: part["p50_ms_over_raw"]["median"]),
     "recall_at_10": ("query", lambda part: part["recall_at_10_wire"]),
     "fetch_mb_s_ratio_redis": ("fetch", lambda part: part["mb_s_ratio_redis"]["median"]),

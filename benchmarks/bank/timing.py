@@ -19,7 +19,7 @@ PASS_SECONDS = 60.0  # the most time of one pass; slow calls are measured on few
 async def one_at_a_time(
     call: Callable[[T], Awaitable[Any]], items: Sequence[T], seconds: float = PASS_SECONDS, rest: float = 0.0
 ) -> tuple[list[float], list[Any]]:
-    """Milliseconds of each call, and what it returned. ``rest``: seconds before each, which don't count."""
+    """The milliseconds and the result of each call. ``rest``: seconds before each, which don't count."""
     times, results = [], []
     end = time.perf_counter() + seconds
     for item in items:

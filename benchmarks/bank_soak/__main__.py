@@ -1,4 +1,4 @@
-"""A bank with tokens and namespaces under mixed load for a fixed time: what grows, what gets slower, what goes wrong.
+"""A bank with tokens and namespaces under mixed load for a fixed time. It reports growth, slower calls and errors.
 
     make bank-soak             (python -m benchmarks.bank_soak [--minutes N] [--documents N] [--rate N])
 

@@ -1,1 +1,1 @@
-"""kill -9 under load, and what must hold after it."""
+"""kill -9 under load, and the promises that a bank must keep after it."""

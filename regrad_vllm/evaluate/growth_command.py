@@ -56,7 +56,7 @@ _LABELS = {
     "history": "updates and deletes so far",
 }
 
-_CURVES = [name for name in _LABELS if name != "documents_k3"]  # which comes with "documents"
+_CURVES = [name for name in _LABELS if name != "documents_k3"]  # "documents" includes it
 
 
 def main(argv: Sequence[str]) -> int:

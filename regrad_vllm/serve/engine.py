@@ -1,4 +1,4 @@
-"""The engine as the plugin sees it: what the server asks of vLLM's workers, and what must be set for it."""
+"""The server's requests to vLLM's workers, and the checks of vLLM's settings."""
 
 from __future__ import annotations
 
