@@ -26,10 +26,10 @@ demo: .venv/.made  ## documents in, a changed answer out
 
 # Two processes: one runs all that starts an engine, the other the rest (tests/conftest.py).
 test: .venv/.made model redis  ## the tests, with every kind of real part
-	@$(PY) -m pytest -n 2 --dist loadgroup -m 'not only_test_all' $(ARGS)
+	@$(PY) -m pytest -n 2 -m 'not only_test_all' $(ARGS)
 
 test-all: .venv/.made model redis  ## these and those that take minutes each
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 2 $(ARGS)
 
 lint: .venv/.made  ## style, types
 	@$(PY) -m ruff check .

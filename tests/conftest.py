@@ -1,23 +1,22 @@
-"""Which tests share a process where there are several (`pytest -n 2 --dist loadgroup`)."""
+"""Which tests share a process where there are several (`pytest -n 2`)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
 # They use one engine each, and engines beside each other would share the cores.
-ENGINES = {"serve", "house/test_demo.py", "house/test_readme.py"}
+ENGINES = ("tests/serve/", "tests/house/test_demo.py", "tests/house/test_readme.py")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts all tests with an engine in one group, and every other file in a group of its own."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item.path.relative_to(TESTS))))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All tests with an engine run in one process, one after the other. Every other file stays together."""
+    from xdist.scheduler import LoadScopeScheduling
 
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "engines" if nodeid.startswith(ENGINES) else nodeid.split("::", 1)[0]
 
-def _group(path: Path) -> str:
-    return "engines" if ENGINES & {path.as_posix(), path.parts[0]} else path.as_posix()
+    return ByEngine(config, log)

@@ -73,7 +73,7 @@ def test_nothing_is_left_running_when_the_block_is_left_by_an_error(small_learne
         service = services.start("bank", ["bank", *flags])
         log = tmp_path / "bank.log"
         waiting(service, lambda: "ready" if "bank ready" in log.read_text() else None, 120)
-        started = _descendants(os.getpid())
+        started = {service.process.pid} | _descendants(service.process.pid)
         assert len(started) >= 2, "the bank and its embedded Redis"
         raise RuntimeError("in the middle")
     assert not _alive(started)
