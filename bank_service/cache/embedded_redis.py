@@ -168,11 +168,14 @@ def _binary() -> Path:
 
 
 def _socket_folder(data_dir: Path) -> Path:
-    """The socket's folder, in the data directory. If the path would be too long, a private temporary folder is used."""
-    folder = data_dir / "redis"
-    if len(os.fsencode(folder / "redis.sock")) > MAX_SOCKET_PATH:
-        name = hashlib.sha256(os.fsencode(data_dir.absolute())).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir(), f"regrad-{os.getuid()}-{name}")
+    """The socket's folder, in the data directory. If the path would be too long, a private temporary folder is used.
+
+    TMPDIR may be too long as well. Then the folder is in /tmp.
+    """
+    name = hashlib.sha256(os.fsencode(data_dir.absolute())).hexdigest()[:16]
+    temporary = f"regrad-{os.getuid()}-{name}"
+    candidates = (data_dir / "redis", Path(tempfile.gettempdir(), temporary), Path("/tmp", temporary))
+    folder = next((f for f in candidates if len(os.fsencode(f / "redis.sock")) <= MAX_SOCKET_PATH), candidates[-1])
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"{folder} must be a folder of this user's own; remove it")

@@ -48,6 +48,19 @@ async def test_a_long_data_directory_gets_its_socket_elsewhere(tmp_path: Path) -
 
 
 @pytest.mark.asyncio
+async def test_a_long_folder_of_temporary_files_is_not_used_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    redis = EmbeddedRedis(folder, 8 * MIB)
+    await redis.start()
+    assert len(os.fsencode(redis.url.removeprefix("unix://"))) < 107
+    await redis.stop()
+
+
+@pytest.mark.asyncio
 async def test_the_oldest_records_make_room_where_the_budget_is_full(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     redis = EmbeddedRedis(tmp_path, 8 * MIB)
     await redis.start()
