@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--readers", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--ways", nargs="+", choices=LEARNER_WAYS, default=list(LEARNER_WAYS))
     parser.add_argument("--num-questions", type=whole(1), default=64, help="of each set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -76,7 +77,7 @@ def main() -> None:
         for name, _, folder in (entry.partition("=") for entry in entries):
             learner = Learner.load(folder)
             answerer = Answerer(InProcess(model, learner, {}, dtype=getattr(torch, args.dtype)), learner)
-            for way in ways:
+            for way in (way for way in ways if way in args.ways):
                 adapter = "phi" if ways is READER_WAYS or way == "phi_cue" else "gradients"
                 known = {(r["learner"], r["way"], r["id"]) for r in records(args.out)}
                 waiting = [entry for entry in asked if (name, way, entry.question.id) not in known]
