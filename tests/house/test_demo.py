@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,11 +81,18 @@ def test_nothing_is_left_running_when_the_block_is_left_by_an_error(small_learne
     assert not _alive(started)
 
 
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder for TMPDIR. vLLM's sockets lie there, and a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_the_demo_stops_what_it_started(small_learner: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_stopping_the_demo_stops_what_it_started(small_learner: Path, short_tmp: Path, number: signal.Signals) -> None:
     demo = subprocess.Popen(
         [sys.executable, "-m", "regrad_vllm.cli", "demo", "--learner", str(small_learner)],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_tmp)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -92,7 +101,7 @@ def test_stopping_the_demo_stops_what_it_started(small_learner: Path, tmp_path: 
     )
     with demo:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("regrad-demo-*/server.log")) and time.monotonic() < deadline:
+        while not list(short_tmp.glob("regrad-demo-*/server.log")) and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(2)
         started = _descendants(demo.pid)
@@ -139,10 +148,10 @@ def _stat(pid: int) -> list[str] | None:
 
 @pytest.mark.only_test_all
 @pytest.mark.timeout(900)
-def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone(tmp_path: Path) -> None:
+def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone(short_tmp: Path) -> None:
     played = subprocess.run(
         [sys.executable, "-m", "regrad_vllm.cli", "demo"],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_tmp)},
         capture_output=True,
         text=True,
         timeout=880,
@@ -156,4 +165,4 @@ def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone
     assert figures["regrad_em"] > max(figures["base_em"], figures["learner_em"]) + 0.3
     assert figures["deleted_ok"] is True and figures["base_weights_unchanged"] is True
     # vLLM and its libraries leave small files of their own there.
-    assert not list(tmp_path.glob("regrad-*")), "it left something behind"
+    assert not list(short_tmp.glob("regrad-*")), "it left something behind"
