@@ -137,19 +137,25 @@ def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | B
     if isinstance(text, _Reason):
         return BadInput(place, text)
     try:
-        record = json.loads(text)
+        record = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         return BadInput(place, f"must be a JSON object, it is not JSON: {error}")
     if not isinstance(record, dict):
         return BadInput(place, f"must be a JSON object, got {type(record).__name__}")
-    if "text" not in record:
-        return BadInput(place, f"must have a field 'text'; it has {sorted(record)}")
-    defaults = {"id": f"{file.id}#{number}", "title": "", "text": ""}
-    fields = {name: record.pop(name, default) for name, default in defaults.items()}
-    for name, value in fields.items():
+    given = {name: value for name, value in record.items() if value is not None}
+    if "text" not in given:
+        null = ", it is null" if "text" in record else f"; it has {sorted(record)}"
+        return BadInput(place, f"must have a field 'text'{null}")
+    fields = {"id": f"{file.id}#{number}", "title": "", "text": ""}
+    for name, default in fields.items():
+        value = given.pop(name, default)
+        if name != "text" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = json.dumps(value)
         if not isinstance(value, str):
-            return BadInput(place, f"{name} must be a string, got {type(value).__name__}")
-    metadata = _metadata(record)
+            kinds = "a string" if name == "text" else "a string or a number"
+            return BadInput(place, f"{name} must be {kinds}, got {type(value).__name__}")
+        fields[name] = value
+    metadata = _metadata(given)
     if isinstance(metadata, _Reason):
         return BadInput(place, metadata)
     return _checked(CorpusDocument(fields["id"], fields["text"], fields["title"], metadata, place=place))
@@ -171,7 +177,10 @@ def _decode(data: bytes) -> str | _Reason:
 
 
 def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
-    """All fields except id, title and text. They become the document's metadata."""
+    """All fields except id, title and text, as text. They become the document's metadata.
+
+    Null is an absent field. Numbers, true and false, and lists of these and of strings become JSON's text for them.
+    """
     nested = record.pop("metadata", {})
     if not isinstance(nested, dict):
         return _Reason(f"metadata must be an object, got {type(nested).__name__}")
@@ -179,11 +188,17 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
     for key, value in (nested | record).items():
         if isinstance(value, str):
             metadata[key] = value
-        elif isinstance(value, bool | int | float) or value is None:
-            metadata[key] = json.dumps(value)
-        else:
-            return _Reason(f"field {key!r} must be a string or number, as metadata are, got {type(value).__name__}")
+        elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(i, list | dict) for i in value)):
+            found = "an object" if isinstance(value, dict) else "a list of lists or objects"
+            return _Reason(f"field {key!r} must be a string, a number or a list of these, as metadata are, got {found}")
+        elif value is not None:
+            metadata[key] = json.dumps(value, ensure_ascii=False)
     return metadata
+
+
+def _no_constant(name: str) -> None:
+    """json.loads calls it for NaN and Infinity, which are not JSON. ValueError."""
+    raise ValueError(f"{name} is no value of JSON; write null for what is missing")
 
 
 def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:

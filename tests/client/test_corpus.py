@@ -52,6 +52,28 @@ def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path, monkey
     assert second.id == "d.jsonl#3"
 
 
+def test_null_is_an_absent_field_and_numbers_and_lists_become_text(tmp_path: Path) -> None:
+    record = {
+        "id": 7, "title": 1984, "text": "A.", "year": 1999, "share": 0.5, "open": True, "by": None, "tags": ["a", "é", 3],
+        "metadata": {"by": "me", "place": None},
+    }  # fmt: skip
+    nulls = dict.fromkeys(("id", "title", "metadata", "year")) | {"text": "B."}
+    path = _write(tmp_path / "d.jsonl", "\n".join(map(json.dumps, (record, nulls))))
+    (first, second), bad = _read(path)
+    assert not bad
+    assert (first.id, first.title) == ("7", "1984")
+    texts = {"year": "1999", "share": "0.5", "open": "true", "by": "me", "tags": '["a", "é", 3]'}
+    assert first.metadata == texts, "null doesn't hide the value of the same key in metadata"
+    assert second.id.endswith("d.jsonl#2")
+    assert (second.title, second.metadata) == ("", {})
+
+
+def test_a_number_and_a_string_that_name_the_same_id_are_reported(tmp_path: Path) -> None:
+    path = _write(tmp_path / "d.jsonl", '{"id": 7, "text": "A."}\n{"id": "7", "text": "B."}\n')
+    _, (twice,) = _read(path)
+    assert "id '7' must be unique" in twice.reason
+
+
 def test_files_that_are_named_have_ids_of_the_paths_they_are_named_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +110,12 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
             f"document.id must be at most {MAX_ID_BYTES} bytes",
         ),
         (json.dumps({"text": "x" * (MAX_TEXT_BYTES + 1)}), "document.text must be at most"),
-        ('{"text": "x", "tags": ["a"]}', "field 'tags' must be a string or number"),
+        ('{"text": null}', "must have a field 'text', it is null"),
+        ('{"text": "x", "id": true}', "id must be a string or a number, got bool"),
+        ('{"text": "x", "title": ["a"]}', "title must be a string or a number, got list"),
+        ('{"text": "x", "title": NaN}', "NaN is no value of JSON; write null"),
+        ('{"text": "x", "by": {"name": "me"}}', "field 'by' must be a string, a number or a list of these"),
+        ('{"text": "x", "metadata": {"tags": [["a"]]}}', "field 'tags' must be a string, a number or a list of these"),
         ('{"text": "x", "metadata": 1}', "metadata must be an object"),
         (
             json.dumps({"text": "x"} | {f"k{n}": "v" for n in range(MAX_METADATA_PAIRS + 1)}),
