@@ -19,8 +19,8 @@ from bank_service.values.filters import Condition, check_filter
 from bank_service.wire import limits
 
 _NAMESPACE = re.compile(rf"[a-zA-Z0-9._-]{{1,{limits.MAX_NAMESPACE_CHARS}}}")
-# Control characters show that a text is binary data. Tab, newline and carriage return are text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# Control characters show that a text is binary data or was decoded wrongly. White space is text, form feeds too.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
 def check_namespace(name: str, field: str = "namespace") -> str:
@@ -40,7 +40,7 @@ def check_id(id: str, field: str = "id") -> str:
 
 def check_text(text: str, field: str, max_bytes: int) -> None:
     """InvalidArgumentError unless the text is not blank, fits ``max_bytes`` of UTF-8, and has no control characters but
-    tab and newlines."""
+    white space."""
     num_bytes = len(text.encode())
     if num_bytes > max_bytes:
         raise InvalidArgumentError(f"{field} must be at most {max_bytes} bytes of UTF-8, got {num_bytes}", field=field)
@@ -53,8 +53,8 @@ def _check_printable(text: str, field: str) -> None:
     found = _CONTROL.search(text)
     if found:
         raise InvalidArgumentError(
-            f"{field} must not contain control characters except tab and newlines, "
-            f"got U+{ord(found[0]):04X} at character {found.start()}; is it binary data?",
+            f"{field} must not contain control characters except white space, "
+            f"got U+{ord(found[0]):04X} at character {found.start()}; remove them, or decode the text another way",
             field=field,
         )
 

@@ -7,7 +7,7 @@ passage, or the second line of a .jsonl file without an "id".
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
         shown = ", ".join(str(path) for path in left_out[:3])
         note(f"left out {count(len(left_out), 'file')} with other endings than {', '.join(ENDINGS)}: {shown} …")
     num_documents = 0
+    mended: dict[str, int] = {}
     for item in read_corpus(files):
         if isinstance(item, BadInput):
             bad.append(item)
         else:
             num_documents += 1
+            if item.num_mended:
+                mended[item.place] = item.num_mended
+    note_mended(mended)
     _report_bad(bad, skip=args.skip_bad)
     if not num_documents:
         raise UsageError("nothing to ingest: the paths named hold no document that can be used")
@@ -51,6 +55,13 @@ def run(args: argparse.Namespace) -> int:
     if outcome.sequence:
         note(f"as of sequence {outcome.sequence}")
     return 1 if outcome.refused or bad else 0
+
+
+def note_mended(mended: Mapping[str, int]) -> None:
+    """Reports the control characters that were mended: place → their number."""
+    if mended:
+        number, first = sum(mended.values()), next(iter(mended))
+        note(f"mended {count(number, 'control character')}: read as Windows-1252 or dropped; the first in {first}")
 
 
 def _upload(args: argparse.Namespace, files: Sequence[CorpusFile], num_documents: int) -> UploadOutcome:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_vllm.arguments import whole
+from regrad_vllm.cli.ingest import note_mended
 from regrad_vllm.client.corpus import ENDINGS, CorpusDocument, find_files, read_corpus
 from regrad_vllm.console import CommandError, UsageError, count, note, say
 
@@ -35,13 +36,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
     files, _, bad = find_files(args.paths)
     documents = []
+    mended: dict[str, int] = {}
     for item in read_corpus(files):
         if isinstance(item, CorpusDocument):
             documents.append(SourceDocument(item.id, item.title, item.text, args.set))
+            if item.num_mended:
+                mended[item.place] = item.num_mended
         else:
             bad.append(item)
     if bad:
         raise UsageError(f"{count(len(bad), 'input')} can't be used, the first: {bad[0]}; mend or leave them out")
+    note_mended(mended)
     work = write_questions(documents, args.server, args.model, args.out, per_passage=args.per_passage)
     outcome = asyncio.run(work)
     for failure in outcome.failures[:3]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bank_service.errors import InvalidArgumentError
 from bank_service.values import documents as bank_documents
 from regrad_vllm.client.values import Document
+from regrad_vllm.data.mending import mend
 from regrad_vllm.data.passages import split_markdown, split_plain
 
 ENDINGS = (".txt", ".md", ".jsonl")
@@ -26,6 +27,7 @@ class CorpusDocument(Document):
     """A document of a corpus, with its place in the input."""
 
     place: str = field(kw_only=True)  # its place in the input: "notes.jsonl:3", "guide.md#2"
+    num_mended: int = field(default=0, kw_only=True)  # control characters; a text file's are at its first passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +115,15 @@ def _read_text(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadIn
     if isinstance(text, _Reason):
         yield BadInput(str(file.path), text)
         return
+    text, num_mended = mend(text)
     passages = split_markdown(text) if file.path.suffix.lower() == ".md" else split_plain(text)
     if not passages:
         yield BadInput(str(file.path), "must hold some text, it is empty")
     for number, passage in enumerate(passages, 1):
         mark = f"#{number}" if len(passages) > 1 else ""
-        yield _checked(CorpusDocument(file.id + mark, passage.text, passage.title, place=f"{file.path}{mark}"))
+        place = f"{file.path}{mark}"
+        yield _checked(CorpusDocument(file.id + mark, passage.text, passage.title, place=place, num_mended=num_mended))
+        num_mended = 0
 
 
 def _read_jsonl(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadInput]:
@@ -158,7 +163,7 @@ def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | B
     metadata = _metadata(given)
     if isinstance(metadata, _Reason):
         return BadInput(place, metadata)
-    return _checked(CorpusDocument(fields["id"], fields["text"], fields["title"], metadata, place=place))
+    return _checked(_mended(CorpusDocument(fields["id"], fields["text"], fields["title"], metadata, place=place)))
 
 
 class _Reason(str):
@@ -199,6 +204,11 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
 def _no_constant(name: str) -> None:
     """json.loads calls it for NaN and Infinity, which are not JSON. ValueError."""
     raise ValueError(f"{name} is no value of JSON; write null for what is missing")
+
+
+def _mended(document: CorpusDocument) -> CorpusDocument:
+    (title, in_title), (text, in_text) = mend(document.title), mend(document.text)
+    return replace(document, title=title, text=text, num_mended=in_title + in_text)
 
 
 def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:

@@ -36,14 +36,14 @@ class Passage:
 
 def split_markdown(text: str) -> list[Passage]:
     """The passages of a Markdown text. A passage never crosses a heading."""
-    return [passage for title, body in _markdown_sections(text) for passage in _split_section(title, body)]
+    return [passage for title, body in _markdown_sections(_unified(text)) for passage in _split_section(title, body)]
 
 
 def split_plain(text: str) -> list[Passage]:
     """The passages of a plain text. The first line is the heading if it is short, alone and not a sentence."""
-    head, _, rest = text.strip().partition("\n")
+    head, _, rest = _unified(text).strip().partition("\n")
     heading = head.strip()
-    alone = rest.startswith("\n") or rest.lstrip(" \t\r").startswith("\n")
+    alone = rest.lstrip(" \t").startswith("\n")
     if rest.strip() and alone and len(heading.split()) <= 12 and not heading.endswith((".", "!", "?", ":", ";", ",")):
         return _split_section(heading, rest)
     return _split_section("", text)
@@ -62,12 +62,17 @@ def count_tokens(text: str) -> int:
     return max(spaced, len(_UNSPACED.findall(text)))
 
 
+def _unified(text: str) -> str:
+    """The text with newlines for other line ends, and with spaces for the form feeds between pages."""
+    return re.sub(r"\r\n|[\r\v]", "\n", text).replace("\f", " ")
+
+
 def _markdown_sections(text: str) -> Iterator[tuple[str, str]]:
     """(title, body) per heading; the title joins the headings above with " / "."""
     path: list[tuple[int, str]] = []
     lines: list[str] = []
     fenced = False
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if _FENCE.match(line):
             fenced = not fenced
         heading = None if fenced else _HEADING.match(line)
@@ -130,7 +135,7 @@ def _num_new_pieces(pieces: list[tuple[str, str]], num_new: int) -> int:
 
 def _pieces(body: str) -> Iterator[tuple[str, str]]:
     """(separator before it, piece): whole paragraphs, or the sentences of paragraphs that are too long."""
-    for paragraph in re.split(r"\n[ \t]*\n", body.replace("\r\n", "\n")):
+    for paragraph in re.split(r"\n[ \t]*\n", _unified(body)):
         stripped = paragraph.strip()
         if not stripped:
             continue

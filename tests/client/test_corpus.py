@@ -103,7 +103,8 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
         ('{"body": "x"}', "must have a field 'text'; it has ['body']"),
         ('{"text": 3}', "text must be a string, got int"),
         ('{"text": "  "}', "document.text must not be empty or blank"),
-        ('{"text": "a\\u0007b"}', "document.text must not contain control characters"),
+        ('{"text": "a\\u0000b"}', "document.text must not contain control characters"),
+        ('{"text": "x", "by": "a\\u0092b"}', "document.metadata must not contain control characters"),
         ('{"text": "x", "id": ""}', "id must not be empty"),
         (
             json.dumps({"text": "x", "id": "i" * (MAX_ID_BYTES + 1)}),
@@ -156,6 +157,22 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content:
     assert not documents
     assert [item.place for item in bad] == [str(path)]
     assert reason in bad[0].reason
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl"])
+def test_stray_control_characters_are_mended_and_counted(tmp_path: Path, name: str) -> None:
+    text = "It\x92s \x93so\x94\x81.\x08 Wait\x85 \x1b[1mno\x7f."
+    content = json.dumps({"text": text, "title": "\x80 5"}) + "\n" if name == "a.jsonl" else text + "\n\x1a"
+    (document,), bad = _read(_write(tmp_path / name, content))
+    assert not bad
+    assert document.text == "It’s “so”. Wait… [1mno."
+    assert document.title == ("€ 5" if name == "a.jsonl" else "")
+    assert document.num_mended == 9
+
+
+def test_the_control_characters_of_a_file_are_counted_once(tmp_path: Path) -> None:
+    documents, _ = _read(_write(tmp_path / "a.md", "# It\x92s\n\nOne\x85\n\n# Two\n\nTwo."))
+    assert [(document.title, document.num_mended) for document in documents] == [("It’s", 2), ("Two", 0)]
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:

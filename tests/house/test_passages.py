@@ -112,10 +112,17 @@ def test_a_plain_text_takes_a_first_line_that_stands_alone_as_its_heading() -> N
     assert [passage.title for passage in split_plain("one line\nanother line")] == [""]
 
 
-def test_windows_line_ends_separate_paragraphs_too() -> None:
-    assert [passage.text for passage in split_plain("Heading\r\n\r\nBody one.\r\n\r\nBody two.")] == [
-        "Body one.\n\nBody two."
-    ]
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\v"])
+def test_other_line_ends_separate_paragraphs_and_sections_too(end: str) -> None:
+    plain = "Heading\n\nBody one.\n\nBody two.".replace("\n", end)
+    assert split_plain(plain) == [Passage("Heading", "Body one.\n\nBody two.")]
+    assert split_markdown("# A\n\nOne.\n# B\nTwo.".replace("\n", end)) == [Passage("A", "One."), Passage("B", "Two.")]
+
+
+def test_a_form_feed_is_white_space() -> None:
+    pages = "\fThe bridge\n\nIt is built\n\fof oak. [Page 1]\n\f\nRFC 9\fends."
+    assert split_plain(pages) == [Passage("The bridge", "It is built\n of oak. [Page 1]\n\nRFC 9 ends.")]
+    assert split_markdown("# A\n\f\nOne.\n# B\n\f\nTwo.") == [Passage("A", "One."), Passage("B", "Two.")]
 
 
 def test_an_empty_text_has_no_passage() -> None:

@@ -52,6 +52,7 @@ async def bank(shared_client: Client) -> AsyncIterator[Client]:
         ({"text": "a\0b"}, "document.text", r"control characters.*got U\+0000 at character 1"),
         ({"text": "\x7fELF\x02\x01"}, "document.text", r"got U\+007F"),
         ({"text": "x\x1b[0m"}, "document.text", r"got U\+001B"),
+        ({"text": "It\x92s"}, "document.text", r"got U\+0092 at character 2; remove them"),
         ({"text": "x" * (limits.MAX_TEXT_BYTES + 1)}, "document.text", "at most 1048576 bytes of UTF-8, got 1048577"),
         ({"text": "ä" * (limits.MAX_TEXT_BYTES // 2 + 1)}, "document.text", "at most 1048576 bytes"),
         ({"text": "x" * 3_000_000}, "document.text", "at most 1048576 bytes of UTF-8, got 3000000"),

@@ -27,7 +27,7 @@ def record_for(text: str, title: str = "", codec: str = "int8", learner: str = "
 @pytest.mark.asyncio
 async def test_a_document_comes_back_as_it_was_put_with_the_encoders_gradient(client: Client) -> None:
     document = pb.Document(
-        id="zoë/1", title="Owls", text="Owls hunt\r\n\tat night. 🦉", metadata={"lang": "en", "": "x"}
+        id="zoë/1", title="Owls", text="Owls hunt\r\n\tat\x0b\x0cnight. 🦉", metadata={"lang": "en", "": "x"}
     )
     (put,) = await client.ingest(document)
     assert (put.namespace, put.id, put.version, put.outcome, put.sequence) == ("default", "zoë/1", 1, CREATED, 1)
