@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 TOKENS_PER_WORD = 1.35  # of English text, with the tokenizers of today's models
 TARGET_TOKENS = 160
@@ -20,8 +21,6 @@ TARGET_TOKENS = 160
 MAX_PASSAGE_TOKENS = 200
 OVERLAP_TOKENS = 32
 _MIN_TOKENS = 40
-_HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*\s*$")
-_FENCE = re.compile(r"^\s*(```|~~~)")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]")
 _LONGEST_TOKEN = 7  # characters; for text without spaces, such as URLs and rows of digits
 # Scripts without spaces: Thai, Japanese, Chinese, Korean. A character counts as a token.
@@ -69,21 +68,21 @@ def _unified(text: str) -> str:
 
 def _markdown_sections(text: str) -> Iterator[tuple[str, str]]:
     """(title, body) per heading; the title joins the headings above with " / "."""
+    from markdown_it import MarkdownIt  # here, since it is slow to load
+
+    # Underlined headings are off, because they would take the metadata that many files begin with for a heading.
+    parser = MarkdownIt("commonmark").disable(["lheading", "inline", "text_join"])
+    tokens = parser.parse(text)
+    lines = text.split("\n")
     path: list[tuple[int, str]] = []
-    lines: list[str] = []
-    fenced = False
-    for line in text.split("\n"):
-        if _FENCE.match(line):
-            fenced = not fenced
-        heading = None if fenced else _HEADING.match(line)
-        if heading is None:
-            lines.append(line)
-            continue
-        yield _join_path(path), "\n".join(lines)
-        lines = []
-        level = len(heading[1])
-        path = [entry for entry in path if entry[0] < level] + [(level, heading[2])]
-    yield _join_path(path), "\n".join(lines)
+    start = 0
+    for heading, words in pairwise(tokens):
+        if heading.type == "heading_open" and heading.level == 0 and heading.map:
+            yield _join_path(path), "\n".join(lines[start : heading.map[0]])
+            start = heading.map[1]
+            level = len(heading.markup)
+            path = [entry for entry in path if entry[0] < level] + [(level, words.content)]
+    yield _join_path(path), "\n".join(lines[start:])
 
 
 def _join_path(path: list[tuple[int, str]]) -> str:

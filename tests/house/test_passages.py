@@ -104,6 +104,37 @@ def test_markdown_headings_become_titles_with_the_headings_above_them() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "```npm install``` is one line",
+        "```` \n```\n# code\n```\n````",
+        "```\n~~~\n# code\n``` not the end\n  ```  ",
+        "~~~ a `tick`\n# code\n~~~~",
+        "- ```sh\n  # code\n  ```",
+        "> ```\n> # code",
+        "    ```\n    indented",
+        "<!--\n# a comment\n-->",
+    ],
+)
+def test_only_code_by_commonmarks_rules_hides_a_heading(code: str) -> None:
+    assert split_markdown(f"# A\n\n{code}\n\n ## B ##\nText.\n#no heading") == [
+        Passage("A", code.strip()),
+        Passage("A / B", "Text.\n#no heading"),
+    ]
+
+
+def test_a_fence_that_is_not_closed_goes_on_to_the_end() -> None:
+    assert split_markdown("# A\n```\n# code") == [Passage("A", "```\n# code")]
+
+
+def test_metadata_at_the_top_of_a_file_are_no_heading() -> None:
+    assert split_markdown("---\ntitle: x\n---\n# A\nText.") == [
+        Passage("", "---\ntitle: x\n---"),
+        Passage("A", "Text."),
+    ]
+
+
 def test_a_plain_text_takes_a_first_line_that_stands_alone_as_its_heading() -> None:
     assert [passage.title for passage in split_plain("The bridge of Orlen\n\nIt is built of oak.")] == [
         "The bridge of Orlen"
@@ -122,7 +153,7 @@ def test_other_line_ends_separate_paragraphs_and_sections_too(end: str) -> None:
 def test_a_form_feed_is_white_space() -> None:
     pages = "\fThe bridge\n\nIt is built\n\fof oak. [Page 1]\n\f\nRFC 9\fends."
     assert split_plain(pages) == [Passage("The bridge", "It is built\n of oak. [Page 1]\n\nRFC 9 ends.")]
-    assert split_markdown("# A\n\f\nOne.\n# B\n\f\nTwo.") == [Passage("A", "One."), Passage("B", "Two.")]
+    assert split_markdown("# A\n\f\nOne.\n\f# B\n\nTwo.") == [Passage("A", "One."), Passage("B", "Two.")]
 
 
 def test_an_empty_text_has_no_passage() -> None:
