@@ -15,16 +15,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from bank_service.wire.limits import MAX_TITLE_BYTES
+
 TOKENS_PER_WORD = 1.35  # of English text, with the tokenizers of today's models
 TARGET_TOKENS = 160
 # A passage may grow to this before it is closed, so that a paragraph's last sentence isn't left alone.
 MAX_PASSAGE_TOKENS = 200
 OVERLAP_TOKENS = 32
 _MIN_TOKENS = 40
-_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]")
+_MAX_HEADING_WORDS, _MAX_HEADING_CHARACTERS, _MAX_HEADING_UNSPACED = 12, 120, 24
+_STOPS = ".!?…"  # they end a sentence before white space
+_CLEAR_STOPS = "。！？｡।॥؟۔։።៕။།"  # they end a sentence anywhere
+_PAUSES = ":;,：；，、،؛፣፤፥၊"
+_CLOSERS = "\"'”’»)]」』）】》"
+_CLOSED = f"[{re.escape(_CLOSERS)}]*"
+_SENTENCE_END = re.compile(rf"[{_STOPS}]{_CLOSED}\s+|[{_CLEAR_STOPS}]{_CLOSED}")
 _LONGEST_TOKEN = 7  # characters; for text without spaces, such as URLs and rows of digits
-# Scripts without spaces: Thai, Japanese, Chinese, Korean. A character counts as a token.
-_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+# Scripts without spaces: from Thai to Burmese, Khmer, Japanese, Chinese, Korean. A character counts as a token.
+_UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +47,22 @@ def split_markdown(text: str) -> list[Passage]:
 
 
 def split_plain(text: str) -> list[Passage]:
-    """The passages of a plain text. The first line is the heading if it is short, alone and not a sentence."""
+    """The passages of a plain text. The first line is the heading if it stands alone and is short, and no sentence."""
     head, _, rest = _unified(text).strip().partition("\n")
     heading = head.strip()
     alone = rest.lstrip(" \t").startswith("\n")
-    if rest.strip() and alone and len(heading.split()) <= 12 and not heading.endswith((".", "!", "?", ":", ";", ",")):
+    if rest.strip() and alone and _may_be_heading(heading):
         return _split_section(heading, rest)
     return _split_section("", text)
+
+
+def _may_be_heading(line: str) -> bool:
+    is_short = (
+        len(line.split()) <= _MAX_HEADING_WORDS
+        and len(line) <= _MAX_HEADING_CHARACTERS
+        and len(_UNSPACED.findall(line)) <= _MAX_HEADING_UNSPACED
+    )
+    return is_short and not line.rstrip(_CLOSERS).endswith(tuple(_STOPS + _CLEAR_STOPS + _PAUSES))
 
 
 def split_text(title: str, text: str) -> list[Passage]:
@@ -77,7 +94,8 @@ def _markdown_sections(text: str) -> Iterator[tuple[str, str]]:
     path: list[tuple[int, str]] = []
     start = 0
     for heading, words in pairwise(tokens):
-        if heading.type == "heading_open" and heading.level == 0 and heading.map:
+        is_heading = heading.type == "heading_open" and heading.level == 0
+        if is_heading and heading.map and len(words.content.encode()) <= MAX_TITLE_BYTES:
             yield _join_path(path), "\n".join(lines[start : heading.map[0]])
             start = heading.map[1]
             level = len(heading.markup)
@@ -86,7 +104,9 @@ def _markdown_sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _join_path(path: list[tuple[int, str]]) -> str:
-    return " / ".join(title for _, title in path if title)
+    """The headings, without the outer ones if they would be too long for a title together."""
+    title = " / ".join(title for _, title in path if title)
+    return title if len(title.encode()) <= MAX_TITLE_BYTES else _join_path(path[1:])
 
 
 def _split_section(title: str, body: str) -> list[Passage]:

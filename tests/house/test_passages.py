@@ -15,6 +15,7 @@ from regrad_vllm.data.passages import (
     count_tokens,
     split_markdown,
     split_plain,
+    split_sentences,
     split_text,
 )
 
@@ -141,6 +142,49 @@ def test_a_plain_text_takes_a_first_line_that_stands_alone_as_its_heading() -> N
     ]
     assert [passage.title for passage in split_plain("It is built of oak.\n\nAnd of stone.")] == [""]
     assert [passage.title for passage in split_plain("one line\nanother line")] == [""]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_heading"),
+    [
+        ("奥伦的桥", True),
+        ("这是第一句话，讲的是一座不存在的桥。", False),
+        ("这是第一句话讲的是一座桥" * 33 + "这里。", False),
+        ("这是第一句话讲的是一座不存在的桥也讲的是河和船", True),
+        ("这是第一句话讲的是一座不存在的桥也讲的是河和船的故事", False),
+        ("彼は「行こう。」", False),
+        ("यह पुल लकड़ी का बना है।", False),
+        ("اين الجسر؟", False),
+        ("He said “Go.”", False),
+        ("x" * 121, False),
+        ("The “Quilegren”", True),
+    ],
+)
+def test_a_first_line_is_no_heading_in_any_script_if_it_is_long_or_a_sentence(line: str, is_heading: bool) -> None:
+    passages = split_plain(f"{line}\n\nBody.")
+    assert passages[0].title == (line if is_heading else "")
+    assert passages[0].text.startswith("Body." if is_heading else line[:10])
+
+
+def test_headings_that_are_too_long_for_a_title_are_text_or_lose_the_outer_ones() -> None:
+    long, middle = "桥" * 400, "桥" * 200
+    assert split_markdown(f"# {long}\n\nText.")[0].title == ""
+    assert split_markdown(f"# {long}\n\nText.")[0].text.startswith("# 桥")
+    assert split_markdown(f"# {middle}\n## {middle}\nText.") == [Passage(middle, "Text.")]
+
+
+def test_sentences_end_in_other_scripts_too() -> None:
+    text = "他说：“走吧。”然后走了。 यह पुल है। वह नदी है। هل هذا جسر؟ نعم. Да.» Нет."
+    assert list(split_sentences(text)) == [
+        "他说：“走吧。”",
+        "然后走了。",
+        "यह पुल है।",
+        "वह नदी है।",
+        "هل هذا جسر؟",
+        "نعم.",
+        "Да.»",
+        "Нет.",
+    ]
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\v"])
