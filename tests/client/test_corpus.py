@@ -54,8 +54,8 @@ def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path, monkey
 
 def test_null_is_an_absent_field_and_numbers_and_lists_become_text(tmp_path: Path) -> None:
     record = {
-        "id": 7, "title": 1984, "text": "A.", "year": 1999, "share": 0.5, "open": True, "by": None, "tags": ["a", "é", 3],
-        "metadata": {"by": "me", "place": None},
+        "id": 7, "title": 1984, "text": "A.", "year": 1999, "share": 0.5, "open": True, "by": None,
+        "tags": ["a", "é", 3], "metadata": {"by": "me", "place": None},
     }  # fmt: skip
     nulls = dict.fromkeys(("id", "title", "metadata", "year")) | {"text": "B."}
     path = _write(tmp_path / "d.jsonl", "\n".join(map(json.dumps, (record, nulls))))
