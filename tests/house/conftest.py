@@ -48,7 +48,7 @@ def small_learner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bank(small_learner: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a bank; tests keep apart by namespace."""
     folder = tmp_path_factory.mktemp("bank")
@@ -56,7 +56,7 @@ def bank(small_learner: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield start_bank(services, ensure_default_model(), small_learner, folder / "data")[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """The README's bank and server, with the default model and the learner that ships."""
     with opened(tmp_path_factory.mktemp("house")) as running:
