@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WORK_FOLDER = "snapshot.new"  # in the bank's folder, while a snapshot is written
 BATCH = 64  # gradients copied between two reports of progress
+# The files of a snapshot, and the unfinished ones of a killed writer: ``blobs/new/…``, and ``….new`` of older versions.
+_OWN_NAMES = re.compile(
+    r"(manifest\.json|catalog-[0-9a-f]{64}\.sqlite|blobs/[0-9a-f]{2}/[0-9a-f]{62})(\.new)?|blobs/new/[0-9]+"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ class SnapshotWriter:
         """Name → bytes of each file at the target. SnapshotError where they are no snapshot of this bank."""
         found: dict[str, int] = {}
         for name, size in self._target.sizes():
-            if not name.startswith(("blobs/", "catalog-", MANIFEST)):  # files of somebody else: look no further
+            if not _OWN_NAMES.fullmatch(name):  # a file of somebody else: look no further
                 raise SnapshotError(f"{target} must be empty or a snapshot of this bank, got {name!r} in it")
             found[name] = size
         before = Manifest.read(self._target)

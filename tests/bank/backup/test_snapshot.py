@@ -208,20 +208,50 @@ async def test_a_damaged_snapshot_is_not_restored(client: Client, tmp_path: Path
 
 
 @pytest.mark.asyncio
-async def test_a_target_that_holds_something_else_and_a_folder_that_is_not_empty_are_refused(
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt", "manifest.json.bak", "catalog-2024.csv", "catalog-photos/a.jpg", "blobs/mine.txt",
+        "blobs/new/draft.txt", "blobs/ab/notes.txt", "old/manifest.json",
+    ],
+)  # fmt: skip
+async def test_a_target_with_a_file_of_somebody_else_is_refused_and_keeps_it(
+    client: Client, tmp_path: Path, name: str
+) -> None:
+    await ingested(client, 1)
+    await snapshot(client, tmp_path / "target")
+    file = tmp_path / "target" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    error = await client.refused(snapshot(client, tmp_path / "target"), InvalidArgumentError)
+    assert error.field == "target" and name in error.message
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.asyncio
+async def test_a_snapshot_removes_the_unfinished_files_of_a_killed_one(client: Client, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    await ingested(client, 1)
+    await snapshot(client, target)
+    whole = sorted(path.name for path in target.rglob("*"))
+    (gradient,) = target.glob("blobs/??/*")
+    for path in (target / "manifest.json", next(target.glob("catalog-*")), gradient):
+        path.with_name(f"{path.name}.new").write_text("half")  # as older versions named it
+    (target / "blobs" / "new" / "17").write_text("half")
+    assert (await snapshot(client, target)).is_whole
+    assert sorted(path.name for path in target.rglob("*")) == whole
+
+
+@pytest.mark.asyncio
+async def test_a_target_outside_the_rules_and_a_folder_that_is_not_empty_are_refused(
     client: Client, data_dir: Path, tmp_path: Path, embedder: Embedder
 ) -> None:
     await ingested(client, 1)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    error = await client.refused(snapshot(client, other), InvalidArgumentError)
-    assert error.field == "target" and "notes.txt" in error.message
     for target in ("relative", "", "/", f"{tmp_path}/../x", "nosuch://bucket/x"):
         assert (await client.refused(snapshot(client, target), InvalidArgumentError)).field == "target"
     await snapshot(client, tmp_path / "target")
     with pytest.raises(SnapshotError, match="must be absent or an empty folder"):
-        restored(tmp_path / "target", other)
+        restored(tmp_path / "target", data_dir)
     config = BankConfig(data_dir=tmp_path / "b2")
     async with BankServer(config, HashEncoder(), embedder) as second, Client(second.address.target) as another:
         error = await client.refused(snapshot(another, tmp_path / "target"), InvalidArgumentError)
