@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import Executor
-from typing import ParamSpec, TypeVar
+from contextlib import aclosing
 
 from bank_service.backup.snapshot import Progress, SnapshotWriter, remove_leftovers
 from bank_service.backup.target import check_target
 from bank_service.errors import DataLossError, InvalidArgumentError, SnapshotError, UnavailableError
 from bank_service.records.stores import Stores
-from bank_service.runtime.threads import in_thread
+from bank_service.runtime.threads import ended_in_thread
 from bank_service.values.config import BankConfig
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Snapshotter:
@@ -52,8 +48,9 @@ class Snapshotter:
         async with self._lock:
             try:
                 with self._blobs.hold_all():
-                    async for progress in self._write(target):
-                        yield progress
+                    async with aclosing(self._write(target)) as steps:
+                        async for progress in steps:
+                            yield progress
             except SnapshotError as error:
                 raise InvalidArgumentError(str(error), field="target") from error
             except OSError as error:
@@ -68,33 +65,22 @@ class Snapshotter:
 
     async def _write(self, target: str) -> AsyncGenerator[Progress, None]:
         data_dir = self._config.data_dir
-        writer = await self._finished(SnapshotWriter, data_dir, self._blobs, target)
+        writer = await ended_in_thread(self._pool, SnapshotWriter, data_dir, self._blobs, target)
         try:
             for digests in writer.batches():
                 yield await self._copy(writer, digests)
-            yield await self._finished(writer.finish)
+            yield await ended_in_thread(self._pool, writer.finish)
         finally:
-            await self._finished(writer.close)
+            await ended_in_thread(self._pool, writer.close)
 
     async def _copy(self, writer: SnapshotWriter, digests: list[str]) -> Progress:
         repaired: set[str] = set()
         while True:
             try:
-                return await self._finished(writer.copy, digests)
+                return await ended_in_thread(self._pool, writer.copy, digests)
             except DataLossError as error:
                 # Repair each gradient only once. A repair may give the document a new gradient that is not in this
                 # snapshot's catalog. A second repair would not bring the old one back.
                 if error.digest in repaired or not await self._repair(error.digest):
                     raise
                 repaired.add(error.digest)
-
-    async def _finished(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs ``step`` in a thread. Waits for its end even where the caller is cancelled, so that no two snapshots
-        overlap."""
-        task = asyncio.ensure_future(in_thread(self._pool, step, *args, **kwargs))
-        try:
-            return await asyncio.shield(task)
-        finally:
-            while not task.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])

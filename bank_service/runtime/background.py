@@ -57,6 +57,6 @@ async def finished(task: asyncio.Task[T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError):  # the caller may be cancelled again
                 await asyncio.wait([task])
         raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor
 from typing import ParamSpec, TypeVar
+
+from bank_service.runtime.background import finished
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,11 +40,4 @@ async def stoppable_in_thread(pool: Executor, function: Callable[[Callable[[], N
 
 async def ended_in_thread(pool: Executor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs ``function(*args)`` in a thread of the pool. A cancelled caller continues only after the function's end."""
-    work = asyncio.ensure_future(in_thread(pool, function, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():
-            with contextlib.suppress(asyncio.CancelledError):  # the caller may be cancelled again
-                await asyncio.wait([work])
-        raise
+    return await finished(asyncio.create_task(in_thread(pool, function, *args, **kwargs)))

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import DataLossError, InvalidArgumentError
 from bank_service.wire.generated import bank_pb2 as pb
+from tests.bank.catalog.test_history import put
 from tests.bank.records.test_fetch import blob, ingested, whole
+from tests.bank.search.test_as_of import open_bank
 
 
 async def snapshot(client: Client, target: str | Path) -> Any:
@@ -122,6 +125,17 @@ async def test_a_bank_that_stops_ends_a_snapshot_that_nobody_reads_any_more(
         await server.stop()
         assert "failed" not in caplog.text
     assert not (data_dir / "snapshot.new").exists()
+
+
+@pytest.mark.asyncio
+async def test_a_snapshot_that_is_left_has_ended_before_the_next_may_begin(data_dir: Path, tmp_path: Path) -> None:
+    async with open_bank(data_dir) as bank:
+        await put(bank, "a", "a text")
+        async with aclosing(bank.snapshot(str(tmp_path / "target"))) as left:
+            await anext(left)
+            assert (data_dir / "snapshot.new").exists()
+        assert not (data_dir / "snapshot.new").exists()
+        assert [part async for part in bank.snapshot(str(tmp_path / "target"))][-1].manifest is not None
 
 
 @pytest.mark.asyncio
