@@ -170,7 +170,7 @@ class _Replay:
 def _check_absent(document: Body, path: str, planner: Planner) -> None:
     """RequestError if the request asks for ReGrad on a route that doesn't support it."""
     supported = f"{', '.join(SHAPES)} support it"
-    if "regrad" in document:
+    if document.get("regrad") is not None:
         raise RequestError(400, f"regrad must be absent on {path}, got it; {supported}", "regrad")
     model = document.get("model")
     if isinstance(model, str) and model in planner.regrad_names:

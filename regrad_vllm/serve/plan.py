@@ -47,7 +47,7 @@ class Planner:
         """
         model = body.get("model")
         named = isinstance(model, str) and model in self.regrad_names
-        asked = "regrad" in body
+        asked = body.get("regrad") is not None
         if not (named or asked or self.settings.default):
             return None
         options = RegradOptions.parse(body["regrad"]) if asked else RegradOptions()

@@ -1,6 +1,7 @@
 """The ``regrad`` object of a request's body, parsed strictly.
 
-An option that the server would not use is an error. It is never silently ignored.
+An option that the server would not use is an error. It is never silently ignored. A field that is null counts as left
+out, because typed clients write null for what they don't set.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class RegradOptions:
             raise RequestError.bad(f"regrad.{unknown[0]}", f"one of {', '.join(_PARSERS)}", unknown[0])
         fields: dict[str, Any] = {}
         for name, raw in value.items():
-            fields[name] = _PARSERS[name](f"regrad.{name}", raw)
+            if raw is not None:
+                fields[name] = _PARSERS[name](f"regrad.{name}", raw)
         options = cls(**fields)
         if options.document_ids is not None:
             for name in ("query", "top_k", "min_score", "retrieval", "filter"):
@@ -153,7 +155,7 @@ def _condition(field: str, value: object) -> Condition:
     if operator is None:
         raise RequestError.bad(f"{field}.operator", f"one of {', '.join(OPERATORS)}", value.get("operator"))
     key = _metadata_text(f"{field}.key", value.get("key"))
-    values = value.get("values", [])
+    values = [] if value.get("values") is None else value["values"]
     lowest, highest = (1, MAX_CONDITION_VALUES) if operator in OPERATORS_WITH_VALUES else (0, 0)
     if not isinstance(values, list) or not lowest <= len(values) <= highest:
         rule = f"a list of {lowest} to {highest} texts" if highest else "absent or empty"

@@ -150,7 +150,8 @@ def test_a_route_without_regrad_refuses_to_be_asked_for_it(
     answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x", "model": "base-regrad"}, path))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "model" and "got 'base-regrad'" in answer.json()["error"]["message"]
-    for body in ({"prompt": "x"}, {"prompt": "x", "model": "base"}, {"prompt": "x", "model": 3}):
+    bodies: list[dict[str, Any]] = [{}, {"model": "base"}, {"model": 3}, {"regrad": None}]
+    for body in ({"prompt": "x", **fields} for fields in bodies):
         assert asyncio.run(ask(settings, learner, arena, body, path)).json() == {"got": body}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -33,12 +34,21 @@ def test_every_field_is_taken() -> None:
     assert (named.document_ids, named.as_of) == (("b", "a"), 0)
 
 
+def test_a_field_that_is_null_counts_as_left_out() -> None:
+    fields = [field.name for field in dataclasses.fields(RegradOptions)]
+    assert RegradOptions.parse(dict.fromkeys(fields)) == RegradOptions()
+    named = RegradOptions.parse({**dict.fromkeys(fields), "document_ids": ["a"]})
+    assert named == RegradOptions(document_ids=("a",))
+    condition = {"key": "lang", "operator": "present", "values": None}
+    assert RegradOptions.parse({"filter": [condition]}).filter == (Condition("lang", "present"),)
+
+
 def test_minus_zero_is_zero_because_the_adapters_are_the_same() -> None:
     gamma = RegradOptions.parse({"gamma": -0.0}).gamma
     assert gamma == 0 and math.copysign(1, gamma) == 1
 
 
-@pytest.mark.parametrize("value", [None, True, 1, "on", [], [{}]])
+@pytest.mark.parametrize("value", [True, 1, "on", [], [{}]])
 def test_what_is_not_an_object_is_refused(value: object) -> None:
     with pytest.raises(RequestError, match="regrad must be an object") as caught:
         RegradOptions.parse(value)
@@ -48,17 +58,17 @@ def test_what_is_not_an_object_is_refused(value: object) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("enabled", 1), ("enabled", "true"), ("enabled", None),
+        ("enabled", 1), ("enabled", "true"),
         ("query", ""), ("query", "  "), ("query", 3), ("query", "x" * 70_000), ("query", "\ud800"),
-        ("namespace", ""), ("namespace", "n" * 65), ("namespace", None), ("namespace", "a/b"), ("namespace", "a\n"),
+        ("namespace", ""), ("namespace", "n" * 65), ("namespace", "a/b"), ("namespace", "a\n"),
         ("top_k", 0), ("top_k", -1), ("top_k", 65), ("top_k", 10**9), ("top_k", True), ("top_k", 1.5), ("top_k", "3"),
         ("gamma", math.nan), ("gamma", math.inf), ("gamma", -math.inf), ("gamma", 1e9), ("gamma", 16.01),
         ("gamma", True), ("gamma", "1"), ("gamma", 10**400),
         ("min_score", -1.01), ("min_score", 1.01), ("min_score", math.nan), ("min_score", []),
-        ("retrieval", "bm25"), ("retrieval", None), ("retrieval", []),
-        ("filter", None), ("filter", {}), ("filter", "lang=de"), ("filter", [EQUALS] * 17),
-        ("as_of", -1), ("as_of", 2**64), ("as_of", 1.0), ("as_of", "1"), ("as_of", True), ("as_of", None),
-        ("mode", "both"), ("mode", None), ("mode", ["icl"]),
+        ("retrieval", "bm25"), ("retrieval", []),
+        ("filter", {}), ("filter", "lang=de"), ("filter", [EQUALS] * 17),
+        ("as_of", -1), ("as_of", 2**64), ("as_of", 1.0), ("as_of", "1"), ("as_of", True),
+        ("mode", "both"), ("mode", ["icl"]),
         ("document_ids", []), ("document_ids", "a"), ("document_ids", [str(n) for n in range(65)]),
     ],
 )  # fmt: skip
@@ -77,6 +87,7 @@ def test_a_bad_value_names_its_field(field: str, value: object) -> None:
         ({**EQUALS, "operator": []}, ".operator"), ({**EQUALS, "value": "v"}, ".value"),
         ({"operator": "present"}, ".key"), ({**EQUALS, "key": None}, ".key"), ({**EQUALS, "key": "k" * 4097}, ".key"),
         ({**EQUALS, "key": "\ud800"}, ".key"),
+        ({**EQUALS, "values": None}, ".values"), ({**EQUALS, "values": 0}, ".values"),
         ({"key": "k", "operator": "equals"}, ".values"), ({**EQUALS, "values": []}, ".values"),
         ({**EQUALS, "values": "v"}, ".values"), ({**EQUALS, "values": ["v"] * 65}, ".values"),
         ({**EQUALS, "operator": "absent"}, ".values"), ({**EQUALS, "values": ["v", 1]}, ".values[1]"),

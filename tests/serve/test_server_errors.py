@@ -49,7 +49,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
 @pytest.mark.parametrize(
     ("regrad", "field"),
     [
-        ("on", "regrad"), ([], "regrad"), (None, "regrad"), ({"unknown": 1}, "regrad.unknown"),
+        ("on", "regrad"), ([], "regrad"), ({"unknown": 1}, "regrad.unknown"),
         ({"top_k": 0}, "regrad.top_k"), ({"top_k": -1}, "regrad.top_k"), ({"top_k": 10**9}, "regrad.top_k"),
         ({"top_k": True}, "regrad.top_k"), ({"top_k": 1.5}, "regrad.top_k"),
         ({"gamma": NAN}, "regrad.gamma"), ({"gamma": INF}, "regrad.gamma"), ({"gamma": "-Inf"}, "regrad.gamma"),
