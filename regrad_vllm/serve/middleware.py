@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from bank_service.wire.tracing import extract, span
-from regrad_vllm.serve import vllm_server_seams
-from regrad_vllm.serve.answer import AnswerTagger, Message, Send
+from regrad_vllm.serve import http_request, vllm_server_seams
+from regrad_vllm.serve.answer import AnswerTagger, Send
 from regrad_vllm.serve.engine import Engine
+from regrad_vllm.serve.http_request import App, Receive, Replay, Scope
 from regrad_vllm.serve.plan import Plan, Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.preparer import PreparedRequest, Preparer
@@ -28,12 +28,6 @@ from regrad_vllm.serve.request_holds import RequestHolds
 from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, Body, PromptShape
 from regrad_vllm.serve.used import Used, UsedMemory
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-MAX_BODY_BYTES = 64 * 2**20
-_RANK_HEADER = b"x-data-parallel-rank"
 _LOGGER = logging.getLogger("regrad")
 
 
@@ -57,23 +51,23 @@ class RegradMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = _path(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        path = http_request.path_of(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         shape = SHAPES.get(path) if path is not None else None
-        if (shape is None and path not in ROUTES_WITHOUT) or (shape is not None and not _is_json(scope)):
+        if (shape is None and path not in ROUTES_WITHOUT) or (shape is not None and not http_request.is_json(scope)):
             await self._app(scope, receive, send)
             return
         runtime: Runtime = scope["app"].state.regrad
         try:
-            _check_encoding(scope)
-            body = await _read_body(receive)
+            http_request.check_encoding(scope)
+            body = await http_request.read_body(receive)
             if body is None:  # the client hung up
                 return
-            document = _parse(body)
+            document = http_request.parse(body)
             if shape is None and document is not None:
                 _check_absent(document, str(path), runtime.planner)
             plan = _plan(document, shape, scope, runtime) if document is not None and shape is not None else None
             if document is None or shape is None or plan is None:
-                await self._app(scope, _Replay(body, receive), send)
+                await self._app(scope, Replay(body, receive), send)
                 return
             prepared = (
                 plan
@@ -84,7 +78,7 @@ class RegradMiddleware:
                 return
         except RequestError as error:
             runtime.metrics.errors.labels(status=str(error.status)).inc()
-            await _send_error(send, error)
+            await http_request.send_error(send, error)
             return
         await self._serve(prepared, document, shape, scope, receive, send)
 
@@ -109,10 +103,10 @@ class RegradMiddleware:
             runtime.metrics.requests.labels(outcome=_outcome(used)).inc()
             call, changed = _for_vllm(prepared, used, document, shape, runtime.planner)
             body = json.dumps(changed).encode()
-            replay = _Replay(body, receive)
+            replay = Replay(body, receive)
             tagger = AnswerTagger(send, used)
             with vllm_server_seams.served_call(call):
-                await self._app(_scope_for(scope, len(body)), replay, tagger)
+                await self._app(http_request.with_length(scope, len(body)), replay, tagger)
             clean = tagger.succeeded and not replay.disconnected
         finally:
             if holds is not None:
@@ -150,23 +144,6 @@ async def _called_off(
         drop(await doing)  # the work may have ended at the same moment
 
 
-class _Replay:
-    """An ASGI ``receive`` that first gives the body, which was read already, then the original messages."""
-
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
-        self.disconnected = False
-
-    async def __call__(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        message = await self._receive()
-        self.disconnected = self.disconnected or message["type"] == "http.disconnect"
-        return message
-
-
 def _check_absent(document: Body, path: str, planner: Planner) -> None:
     """RequestError if the request asks for ReGrad on a route that doesn't support it."""
     supported = f"{', '.join(SHAPES)} support it"
@@ -179,10 +156,7 @@ def _check_absent(document: Body, path: str, planner: Planner) -> None:
 
 
 def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) -> Plan | Used | None:
-    header_id = dict(scope["headers"]).get(b"x-request-id")
-    return runtime.planner.plan(
-        document, shape, header_id.decode("latin-1") if header_id else None, runtime.adapter_names()
-    )
+    return runtime.planner.plan(document, shape, http_request.request_id(scope), runtime.adapter_names())
 
 
 async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedRequest | Used:
@@ -190,7 +164,7 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedReques
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
     try:
         with span("regrad.prepare", extract(headers), request_id=plan.request_id):
-            return await runtime.preparer.prepare(plan, _wanted_rank(scope))
+            return await runtime.preparer.prepare(plan, http_request.wanted_rank(scope))
     except RequestError as error:
         if plan.by_name or runtime.planner.settings.on_error == "fail_closed":
             raise
@@ -231,67 +205,3 @@ def _outcome(used: Used) -> str:
     if used.adapter:
         return "adapter"
     return "fallback" if used.fallback else "base"
-
-
-def _path(scope: Scope) -> str:
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
-
-
-def _is_json(scope: Scope) -> bool:
-    """Whether the content type is JSON. vLLM refuses other types."""
-    headers = {name.lower(): value for name, value in scope["headers"]}
-    return bool(headers.get(b"content-type", b"").split(b";")[0].strip().lower() == b"application/json")
-
-
-def _check_encoding(scope: Scope) -> None:
-    """RequestError for a compressed body, because a ``regrad`` object in it can't be read."""
-    for name, value in scope["headers"]:
-        encoding = value.decode("latin-1").strip()
-        if name.lower() == b"content-encoding" and encoding.lower() not in ("", "identity"):
-            raise RequestError(
-                415, f"Content-Encoding must be identity or absent, got {encoding[:80]!r}; send the JSON as it is"
-            )
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body. None if the client hung up. RequestError if it is too large."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the body must be at most {MAX_BODY_BYTES} bytes, got more")
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-def _parse(body: bytes) -> Body | None:
-    """The body's JSON object. None for any other body, which vLLM refuses."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _wanted_rank(scope: Scope) -> int | None:
-    """The data parallel rank that a router before this server has chosen, read as vLLM reads it."""
-    value = dict(scope["headers"]).get(_RANK_HEADER, b"")
-    return int(value) if value.isdigit() else None
-
-
-def _scope_for(scope: Scope, num_bytes: int) -> Scope:
-    """The scope with the length of the changed body."""
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
-
-
-async def _send_error(send: Send, error: RequestError) -> None:
-    body = error.body()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after_ms is not None:
-        headers.append((b"retry-after", str(math.ceil(error.retry_after_ms / 1000)).encode()))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
