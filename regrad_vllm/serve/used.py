@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from regrad_vllm.serve.routes import ID_PREFIXES
 
-_MAX_HEADER_CHARS = 4096
+_MAX_HEADER_CHARS = 800  # one id of 256 bytes fits; all headers of an answer stay below 2 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Used:
     def headers(self) -> list[tuple[bytes, bytes]]:
         """x-regrad-adapter ("none" for the base model) and x-regrad-documents (ids, percent-encoded, with commas).
 
-        Ids beyond 4 KiB are left out and counted as "+N". The body has all ids.
+        Ids beyond 800 characters are left out and counted as "+N". The body has all ids.
         """
         ids = ""
         for index, document in enumerate(self.documents):

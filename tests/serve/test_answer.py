@@ -88,7 +88,9 @@ def test_ids_beyond_the_headers_room_are_counted() -> None:
         "r", "n", "blind", 1.0, tuple(UsedDocument("x" * 256, 1, 1.0, 1.0, "0" * 64) for _ in range(64)), "regrad-x"
     )
     value = dict(many.headers())[b"x-regrad-documents"]
-    assert len(value) < 4200 and value.endswith(b", +49")
+    assert len(value) < 820 and value.endswith(b", +61")
+    longest = Used("r", "n", "blind", 1.0, (UsedDocument("€" * 85 + "x", 1, 1.0, 1.0, "0" * 64),) * 2, "regrad-x")
+    assert dict(longest.headers())[b"x-regrad-documents"] == b"%E2%82%AC" * 85 + b"x, +1"
 
 
 def test_the_memory_forgets_the_oldest() -> None:
