@@ -157,7 +157,7 @@ def routes() -> APIRouter:
         """The state of learner, bank, arena and workers. With base_weights also the SHA-256 of W in each worker."""
         return JSONResponse(await request.app.state.regrad_status(base_weights))
 
-    @router.get("/v1/regrad/requests/{request_id}")
+    @router.get("/v1/regrad/requests/{request_id:path}")  # an id may contain slashes
     async def used(request: Request, request_id: str) -> JSONResponse:
         """The documents that one of the latest requests used."""
         runtime: Runtime = request.app.state.regrad

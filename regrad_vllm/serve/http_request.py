@@ -93,9 +93,13 @@ class Replay:
         return message
 
 
-def with_length(scope: Scope, num_bytes: int) -> Scope:
-    """The scope with the length of the changed body."""
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+def for_body(scope: Scope, num_bytes: int, *, id_in_body: bool) -> Scope:
+    """The scope for a changed body of this length.
+
+    id_in_body: the body's request_id must be the id, so X-Request-Id is left out, which vLLM would take before it.
+    """
+    gone = {b"content-length", *([_REQUEST_ID_HEADER.encode()] if id_in_body else [])}
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in gone]
     return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
 
 

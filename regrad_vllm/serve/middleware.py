@@ -106,7 +106,9 @@ class RegradMiddleware:
             replay = Replay(body, receive)
             tagger = AnswerTagger(send, used)
             with vllm_server_seams.served_call(call):
-                await self._app(http_request.with_length(scope, len(body)), replay, tagger)
+                await self._app(
+                    http_request.for_body(scope, len(body), id_in_body=shape.id_from_header), replay, tagger
+                )
             clean = tagger.succeeded and not replay.disconnected
         finally:
             if holds is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import Used
 
 SWITCHED_OFF = "regrad.enabled is false"
-_MAX_REQUEST_ID_CHARS = 256
+_MAX_REQUEST_ID_CHARS = 512
+_LOGGER = logging.getLogger("regrad")
 
 
 @dataclass(frozen=True, slots=True)
