@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.request_holds import RequestHolds
 from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, Body, PromptShape
 from regrad_vllm.serve.used import Used, UsedMemory
-
-_LOGGER = logging.getLogger("regrad")
 
 
 @dataclass(frozen=True)
@@ -168,10 +165,9 @@ async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedReques
         with span("regrad.prepare", extract(headers), request_id=plan.request_id):
             return await runtime.preparer.prepare(plan, http_request.wanted_rank(scope))
     except RequestError as error:
-        if plan.by_name or runtime.planner.settings.on_error == "fail_closed":
+        if plan.by_name:
             raise
-        _LOGGER.warning("request %s falls back to the base model: %s", plan.request_id, error.message)
-        return Used(plan.request_id, plan.query.namespace, plan.mode, plan.gamma, fallback=True, reason=error.message)
+        return runtime.planner.without_documents(plan.request_id, error)
 
 
 def _for_vllm(

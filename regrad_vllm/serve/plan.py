@@ -44,7 +44,7 @@ class Planner:
     ) -> Plan | Used | None:
         """The plan of a request. RequestError names the field at fault.
 
-        Used is returned for a request that switched ReGrad off, None for a request that ReGrad ignores.
+        Used is returned for a request that the base model answers, None for a request that ReGrad ignores.
         header_id: the X-Request-Id header. adapter_names: the LoRA adapters that vLLM serves by name.
         """
         model = body.get("model")
@@ -63,9 +63,30 @@ class Planner:
                 return None
             namespace = options.namespace or self.settings.namespace
             return Used(request_id, namespace, options.mode, 0.0, reason=SWITCHED_OFF)
-        if body.get("background"):
-            raise RequestError.bad("background", "false or absent with regrad", body["background"])
-        return self._filled(options, body, shape, request_id, by_name=named or asked)
+        by_name = named or asked
+        try:
+            if body.get("background"):
+                raise RequestError.bad("background", "false or absent with regrad", body["background"])
+            return self._filled(options, body, shape, request_id, by_name=by_name)
+        except RequestError as error:
+            if by_name:
+                raise
+            return self.without_documents(request_id, error)
+
+    def without_documents(self, request_id: str, error: RequestError) -> Used:
+        """The fallback to the base model, for a request that has ReGrad by the server's default alone.
+
+        With on_error fail_closed the error itself is raised.
+        """
+        if self.settings.on_error == "fail_closed":
+            raise error
+        _LOGGER.warning("request %s falls back to the base model: %s", request_id, error.message)
+        return Used(request_id, self.settings.namespace, "blind", self.gamma, fallback=True, reason=error.message)
+
+    @property
+    def gamma(self) -> float:
+        """The strength for requests that name none."""
+        return self.learner.config.gamma if self.settings.gamma is None else self.settings.gamma
 
     @property
     def regrad_names(self) -> tuple[str, ...]:
@@ -93,7 +114,6 @@ class Planner:
             )
         if options.mode == "icl" and question is None:
             raise RequestError.bad("regrad.mode", "blind where the request has no user text", options.mode)
-        gamma = next(value for value in (options.gamma, self.settings.gamma, learner.gamma) if value is not None)
         return Plan(
             request_id=request_id,
             query=Query(
@@ -107,7 +127,7 @@ class Planner:
                 conditions=options.filter,
                 as_of=options.as_of,
             ),
-            gamma=gamma,
+            gamma=self.gamma if options.gamma is None else options.gamma,
             mode=options.mode,
             by_name=by_name,
         )
