@@ -24,7 +24,7 @@ from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.preparer import PreparedRequest, Preparer
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.request_holds import RequestHolds
-from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, Body, PromptShape
+from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, TOKENIZING, Body, PromptShape
 from regrad_vllm.serve.used import Used, UsedMemory
 
 
@@ -48,9 +48,10 @@ class RegradMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = http_request.path_of(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
-        shape = SHAPES.get(path) if path is not None else None
-        if (shape is None and path not in ROUTES_WITHOUT) or (shape is not None and not http_request.is_json(scope)):
+        path = http_request.path_of(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
+        shape = SHAPES.get(path)
+        ours = path in ROUTES_WITHOUT or path in TOKENIZING if shape is None else http_request.is_json(scope)
+        if not ours:
             await self._app(scope, receive, send)
             return
         runtime: Runtime = scope["app"].state.regrad
@@ -61,7 +62,9 @@ class RegradMiddleware:
                 return
             document = http_request.parse(body)
             if shape is None and document is not None:
-                _check_absent(document, str(path), runtime.planner)
+                _check_absent(document, path, runtime.planner)
+                body = _with_base_name(document, body, runtime.planner)
+                scope = http_request.for_body(scope, len(body), id_in_body=False)
             plan = _plan(document, shape, scope, runtime) if document is not None and shape is not None else None
             if document is None or shape is None or plan is None:
                 await self._app(scope, Replay(body, receive), send)
@@ -149,9 +152,16 @@ def _check_absent(document: Body, path: str, planner: Planner) -> None:
     if document.get("regrad") is not None:
         raise RequestError(400, f"regrad must be absent on {path}, got it; {supported}", "regrad")
     model = document.get("model")
-    if isinstance(model, str) and model in planner.regrad_names:
+    if isinstance(model, str) and model in planner.regrad_names and path not in TOKENIZING:
         allowed = f"without ReGrad on {path}, such as {planner.model_names[0]}"
         raise RequestError(400, f"model must be one {allowed}, got {model!r}; {supported}", "model")
+
+
+def _with_base_name(document: Body, body: bytes, planner: Planner) -> bytes:
+    """The body. If it has a model's name with ReGrad, the same with the base model's name."""
+    model = document.get("model")
+    name = planner.base_name(model)
+    return json.dumps({**document, "model": name}).encode() if isinstance(model, str) and name != model else body
 
 
 def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) -> Plan | Used | None:

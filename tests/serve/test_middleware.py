@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
+from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+from vllm.entrypoints.serve.engine.serving import BaseServing
 
 from bank_service.wire.errors import (
     BankError,
@@ -33,6 +37,7 @@ from regrad_vllm.serve.middleware import RegradMiddleware, Runtime
 from regrad_vllm.serve.plan import Planner
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.preparer import Preparer, as_request_error
+from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, TOKENIZING
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
 from tests.serve.support import free_port
@@ -52,14 +57,16 @@ async def ask(
     arena: Arena,
     body: dict[str, Any],
     path: str = "/v1/completions",
-    **headers: str,
+    headers: Mapping[str, str] | Sequence[tuple[str, bytes]] = (),
 ) -> httpx.Response:
-    """One request through the middleware to a handler that says what body it got. No bank listens."""
+    """One request through the middleware to a handler that says what body and id it got. No bank listens."""
     app = FastAPI()
 
     @app.post(path)
     async def completions(request: Request) -> dict[str, Any]:
-        return {"got": await request.json()}
+        body = await request.json()
+        given = body.get("request_id")
+        return {"got": body, "id": given if path == "/v1/responses" else BaseServing._base_request_id(request, given)}
 
     app.add_middleware(RegradMiddleware)
     bank = AsyncBank(settings.bank, spec=learner.spec, timeout_ms=500, attempts=1)
@@ -104,6 +111,60 @@ def test_fail_closed_refuses_where_regrad_is_the_default(settings: Settings, lea
     assert arena.figures().num_leases == 0
 
 
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+WITHOUT_TEXT: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"prompt": [1, 2, 3]}, "regrad.query"),
+    ("/v1/completions", {"prompt": [[1, 2], [3]]}, "regrad.query"),
+    ("/v1/completions", {"prompt": ""}, "regrad.query"),
+    ("/v1/completions", {"prompt_embeds": "x"}, "regrad.query"),
+    ("/v1/chat/completions", {"messages": [{"role": "system", "content": "s"}]}, "regrad.query"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}]}, "regrad.query"),
+    ("/v1/chat/completions", {"messages": [IMAGE]}, "regrad.query"),
+    ("/v1/responses", {"input": [{"type": "function_call_output", "output": "x"}]}, "regrad.query"),
+    ("/v1/responses", {"input": "x", "background": True}, "background"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), WITHOUT_TEXT)
+def test_the_base_model_answers_clients_that_do_not_know_regrad_whatever_they_ask(
+    settings: Settings, learner: Learner, arena: Arena, path: str, body: dict[str, Any], field: str
+) -> None:
+    answer = asyncio.run(ask(settings, learner, arena, {"model": "base", **body}, path))
+    assert answer.status_code == 200, answer.text
+    used = answer.json()["regrad"]
+    assert used["fallback"] is True and field in used["reason"] and used["adapter"] is None
+    assert answer.json()["got"] == {"model": "base", **body, "request_id": used["request_id"]}
+    assert answer.headers["x-regrad-adapter"] == "none"
+    closed = replace(settings, on_error="fail_closed")
+    for server, fields in (
+        (closed, {"model": "base"}),
+        (settings, {"model": "base-regrad"}),
+        (settings, {"regrad": {}}),
+    ):
+        error = asyncio.run(ask(server, learner, arena, {**fields, **body}, path)).json()["error"]
+        assert (error["code"], error["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (["i" * 300], "i" * 300), (["one", "two"], "one"), (["\xe4/b"], "\xe4/b"),
+        ([""], None), (["i" * 513], None), ([], None),
+    ],
+)  # fmt: skip
+def test_a_request_has_one_id_everywhere(
+    settings: Settings, learner: Learner, arena: Arena, path: str, sent: list[str], expected: str | None
+) -> None:
+    headers = [("X-Request-Id", value.encode("latin-1")) for value in sent]
+    text = {"prompt": "x", "input": "x", "messages": [{"role": "user", "content": "x"}]}
+    answer = asyncio.run(ask(settings, learner, arena, {"model": "base", **text}, path, headers=headers))
+    id = answer.json()["regrad"]["request_id"]
+    assert answer.json()["id"] == id and 0 < len(id) <= 512
+    if path != "/v1/responses":  # there vLLM takes no id from the header
+        assert id == expected or (expected is None and id not in sent)
+
+
 @pytest.mark.parametrize("body", [{"model": "base-regrad"}, {"model": "base", "regrad": {}}, {"regrad": {}}])
 def test_who_asks_by_name_is_refused_even_with_fail_open(
     settings: Settings, learner: Learner, arena: Arena, body: dict[str, Any]
@@ -123,23 +184,23 @@ def test_without_the_default_a_plain_request_passes_byte_for_byte(
 ) -> None:
     body = {"model": "base", "prompt": "x", "extra": [1, {"a": None}]}
     answer = asyncio.run(ask(replace(settings, default=False), learner, arena, body))
-    assert answer.json() == {"got": body}
+    assert answer.json()["got"] == body
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "identity, br"])
 def test_a_packed_body_is_refused_because_regrad_could_hide_in_it(
     settings: Settings, learner: Learner, arena: Arena, encoding: str
 ) -> None:
-    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, **{"content-encoding": encoding}))
+    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, headers={"content-encoding": encoding}))
     assert answer.status_code == 415 and "Content-Encoding must be identity" in answer.json()["error"]["message"]
 
 
 def test_the_spelling_of_identity_does_not_matter(settings: Settings, learner: Learner, arena: Arena) -> None:
-    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, **{"content-encoding": "Identity"}))
+    answer = asyncio.run(ask(settings, learner, arena, {"prompt": "x"}, headers={"content-encoding": "Identity"}))
     assert answer.status_code == 200 and answer.json()["regrad"]["fallback"]
 
 
-@pytest.mark.parametrize("path", ["/invocations", "/v1/messages", "/v1/chat/completions/batch"])
+@pytest.mark.parametrize("path", sorted(ROUTES_WITHOUT))
 def test_a_route_without_regrad_refuses_to_be_asked_for_it(
     settings: Settings, learner: Learner, arena: Arena, path: str
 ) -> None:
@@ -152,12 +213,38 @@ def test_a_route_without_regrad_refuses_to_be_asked_for_it(
     assert answer.json()["error"]["param"] == "model" and "got 'base-regrad'" in answer.json()["error"]["message"]
     bodies: list[dict[str, Any]] = [{}, {"model": "base"}, {"model": 3}, {"regrad": None}]
     for body in ({"prompt": "x", **fields} for fields in bodies):
-        assert asyncio.run(ask(settings, learner, arena, body, path)).json() == {"got": body}
+        assert asyncio.run(ask(settings, learner, arena, body, path)).json()["got"] == body
+
+
+@pytest.mark.parametrize("path", sorted(TOKENIZING))
+def test_the_tokenizer_knows_every_name_that_the_server_lists(
+    settings: Settings, learner: Learner, arena: Arena, path: str
+) -> None:
+    for name in ("base", "base-regrad"):
+        answer = asyncio.run(ask(settings, learner, arena, {"model": name, "prompt": "x"}, path))
+        assert answer.json()["got"] == {"model": "base", "prompt": "x"}
+    answer = asyncio.run(ask(settings, learner, arena, {"model": "base-regrad", "prompt": "x", "regrad": {}}, path))
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "regrad"
+
+
+def test_every_route_of_vllm_that_takes_a_models_name_is_known() -> None:
+    app = FastAPI()
+    app.state.args = Namespace()
+    register_api_routers(app.state.args, app, ("generate", "render"))
+
+    def names_a_model(route: APIRoute) -> bool:
+        bodies = [field.field_info.annotation for field in route.dependant.body_params]
+        kinds = [kind for body in bodies for kind in get_args(body) or (body,)]
+        return any("model" in getattr(kind, "model_fields", {}) for kind in kinds)
+
+    found = {route.path for route in app.routes if isinstance(route, APIRoute) and names_a_model(route)}
+    assert "/v1/completions" in found and "/inference/v1/generate" in found
+    assert found <= ROUTES_WITHOUT | TOKENIZING | set(SHAPES)
 
 
 def test_a_body_of_any_other_route_is_not_read(settings: Settings, learner: Learner, arena: Arena) -> None:
     body = {"input": "x", "regrad": {}}
-    assert asyncio.run(ask(settings, learner, arena, body, "/v1/embeddings")).json() == {"got": body}
+    assert asyncio.run(ask(settings, learner, arena, body, "/v1/embeddings")).json()["got"] == body
 
 
 def test_texts_too_large_for_a_message_are_the_requests_own_fault() -> None:
@@ -230,7 +317,7 @@ def test_spans_belong_to_the_requests_own_trace(
 ) -> None:
     exporter = recorded_spans(monkeypatch)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}, traceparent=parent))
+    asyncio.run(ask(settings, learner, arena, {"model": "base", "prompt": "x"}, headers={"traceparent": parent}))
     spans: dict[str, Any] = {span.name: span for span in exporter.get_finished_spans()}
     assert {"regrad.prepare", "regrad.retrieve"} <= set(spans)
     assert all(f"{span.context.trace_id:032x}" == parent.split("-")[1] for span in spans.values())
