@@ -127,14 +127,10 @@ class BankServer:
         return defaults if self._tokens is None else self._tokens.limits(namespace, defaults)
 
     async def _listen(self, bank: Bank, credentials: grpc.ServerCredentials | None) -> int:
-        options = [
-            ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", limits.MAX_REQUEST_BYTES),
-            ("grpc.so_reuseport", 0),  # without it, two servers could listen on one port
-        ]
-        # Above this, gRPC refuses calls before it reads them. Below it, admission refuses with a reason.
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self.config.max_calls + _SPARE_CALLS)
         config = self.config
+        # Above this, gRPC refuses calls before it reads them. Below it, admission refuses with a reason.
+        max_calls = config.max_calls + _SPARE_CALLS
+        server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=max_calls)
         admission = Admission(config, self._limits_of)
         authority = Authority(self._tokens)
         servicer = BankServicer(

@@ -22,6 +22,8 @@ MAX_PAGE_SIZE = 1000
 DEFAULT_NAMESPACE = "default"
 RETRY_AFTER_MS = 1000  # the wait before a client repeats a call that the bank refused as one too many
 MAX_RECONNECT_MS = 1_000  # the longest wait between a client's tries to reach an absent bank
+KEEPALIVE_MS = 20_000  # the silence on a connection after which either end pings the other
+PING_TIMEOUT_MS = 30_000  # a connection whose ping has no answer for so long is closed
 
 
 def channel_options() -> list[tuple[str, int]]:
@@ -31,4 +33,27 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         # A client finds a restarted bank within two seconds. By default, gRPC waits up to minutes between its tries.
         ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
+        *_keepalive(),
+    ]
+
+
+def server_options() -> list[tuple[str, int]]:
+    """Options of a bank's server."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.so_reuseport", 0),  # without it, two servers could listen on one port
+        *_keepalive(),
+        ("grpc.http2.max_ping_strikes", 0),  # by default, it hangs up on a client that pings every few seconds
+    ]
+
+
+def _keepalive() -> list[tuple[str, int]]:
+    """Both ends notice a connection that a network has dropped without a word. A client then opens another one."""
+    return [
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),  # by default a minute, whatever the option above says
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # no limit
     ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from bank_service.errors import (
     DeadlineExceededError,
+    OverloadedError,
     PermissionDeniedError,
     UnauthenticatedError,
     UnavailableError,
@@ -20,12 +21,14 @@ from bank_service.service.server import BankServer
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
+from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2
 from bank_service.wire.record import GradientSpec
-from regrad_vllm.client import AsyncBank, Bank, BankCredentials, Document
+from regrad_vllm.client import AsyncBank, Bank, BankCredentials, Document, Receipt
 from regrad_vllm.client.retries import REPEATABLE, SERVICE
 from regrad_vllm.local.processes import free_port
 from tests.client.conftest import Call, asynchronous, blocking
+from tests.client.relay import relayed
 
 DOCUMENT = Document("a", "a text")
 
@@ -119,6 +122,51 @@ async def test_a_bank_that_does_not_answer_is_given_up_at_the_deadline() -> None
             for call in calls:
                 with pytest.raises(DeadlineExceededError):
                     await call("stats")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends notice a dropped connection within seconds."""
+    monkeypatch.setattr(limits, "KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(limits, "PING_TIMEOUT_MS", 1000)
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("impatient")
+async def test_a_connection_that_the_network_dropped_is_replaced(tmp_path: Path) -> None:
+    async with server_of(tmp_path) as server, relayed(server.address.target) as relay, both(relay.address) as calls:
+        for call in calls:
+            await call("stats")
+        relay.drop()
+        async with asyncio.timeout(30):
+            for call in calls:
+                await call("stats")
+        assert relay.num_connections == 2 * len(calls)
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("impatient")
+async def test_a_stream_over_a_dropped_connection_ends_at_both_ends(tmp_path: Path) -> None:
+    async with server_of(tmp_path, max_ingests=1) as server, relayed(server.address.target) as relay:
+
+        def documents() -> Iterator[Document]:
+            yield DOCUMENT
+            relay.drop()
+            yield Document("b", "a text")
+
+        stored: list[Receipt] = []
+        async with AsyncBank(relay.address) as cut_off, AsyncBank(server.address.target) as other:
+            with pytest.raises(UnavailableError):
+                async with asyncio.timeout(30):
+                    async for receipt in cut_off.ingest(documents(), in_flight=1):
+                        stored.append(receipt)
+            assert [receipt.id for receipt in stored] == ["a"]
+            async with asyncio.timeout(30):
+                while True:  # the bank takes one stream at a time
+                    with suppress(OverloadedError):
+                        assert [receipt.id async for receipt in other.ingest([DOCUMENT])] == ["a"]
+                        break
+                    await asyncio.sleep(0.05)
 
 
 def test_what_is_repeated_are_methods_of_the_contract() -> None:
