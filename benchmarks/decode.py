@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from bank_service.wire.record import decode_gradient
 from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
@@ -32,6 +30,7 @@ from regrad_vllm.client import Bank, Query
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.fill_bank import ingest
+from regrad_vllm.http_client import connect
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.local.pair import local_pair, start_stock_server, wait_for_server
 from regrad_vllm.local.processes import Services
@@ -99,8 +98,7 @@ def main() -> None:
 
 async def _measure(url: str, adapter: Bodies, args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"base": [], "adapters": []}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with connect(url, 600) as client:
 
         async def one(repeat: int, index: int, *, adapted: bool) -> None:
             body = {

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 
@@ -32,6 +31,7 @@ from regrad_vllm.data.questions import EvalData
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.fill_bank import ingest
+from regrad_vllm.http_client import connect
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.local.pair import local_pair
 from regrad_vllm.reporting.machine import describe
@@ -101,8 +101,7 @@ def _asks(data: EvalData, tokenizer: Any) -> list[Ask]:
 
 
 async def _serve(url: str, asks: list[Ask]) -> list[list[int]]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with connect(url, 600) as client:
 
         async def one(ask: Ask) -> list[int]:
             body: dict[str, Any] = {

@@ -27,12 +27,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.fill_bank import ingest
+from regrad_vllm.http_client import connect, get
 from regrad_vllm.local.pair import local_pair
 from regrad_vllm.reporting.machine import describe
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:
     gate = asyncio.Semaphore(_CONCURRENCY)
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    async with connect(url, 600) as client:
 
         async def one(number: int, chosen: tuple[int, ...] | None) -> None:
             body: dict[str, Any] = {
@@ -103,7 +103,7 @@ async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:
 
 def _reading(url: str) -> dict[str, Any]:
     time.sleep(2)  # time for the work after the last request to end
-    status = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=300).json()
+    status = get(url, "/v1/regrad/status?base_weights=true", 300).json()
     processes = _processes()
     return {
         "resident_mib": round(sum(process.memory_info().rss for process in processes) / 2**20, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 
 def whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
@@ -20,3 +21,16 @@ def whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def server_url(text: str) -> str:
+    """An argument's type: the URL of an OpenAI-compatible server, http://host:port. Its end "/v1" is dropped."""
+    url = text.rstrip("/").removesuffix("/v1")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"must be http://host:port, got {text!r}")
+    return url

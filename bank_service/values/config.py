@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from bank_service.values.namespace_limits import NamespaceLimits
+from bank_service.wire.ports import is_loopback
 from bank_service.wire.record import check_choice
 
 
@@ -49,12 +49,8 @@ class BankConfig:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches ``host``. False for any name but localhost, because a name may have any
-        address."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        """Whether only this machine reaches ``host``."""
+        return is_loopback(self.host)
 
     @property
     def missing_protection(self) -> tuple[str, ...]:

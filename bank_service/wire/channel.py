@@ -4,7 +4,6 @@ carries the token."""
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -12,10 +11,9 @@ import grpc
 
 from bank_service.wire.credentials import VARIABLES, BankCredentials
 from bank_service.wire.limits import channel_options
+from bank_service.wire.ports import is_loopback
 
 logger = logging.getLogger(__name__)
-
-_LOOPBACK = re.compile(r"(127\.[\d.]+|localhost|\[::1\]):\d+|unix:.*")
 
 Details: TypeAlias = Any  # grpc.ClientCallDetails; grpc and grpc.aio have different classes
 Option: TypeAlias = tuple[str, str | int]
@@ -28,7 +26,7 @@ def open_channel(
     can't be used."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
-    options = [*channel_options(), *more_options]
+    options = [*_options(address), *more_options]
     if tls is None:
         channel = grpc.insecure_channel(address, options=options)
     else:
@@ -42,7 +40,7 @@ def open_aio_channel(
     """A channel for the running event loop. See ``open_channel``."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
-    options = [*channel_options(), *more_options]
+    options = [*_options(address), *more_options]
     interceptors = [] if token is None else [kind(token) for kind in _AIO_KINDS]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
@@ -51,13 +49,23 @@ def open_aio_channel(
 
 def _prepared(address: str, credentials: BankCredentials) -> tuple[grpc.ChannelCredentials | None, str | None]:
     tls, token = credentials.read_certificates(), credentials.read_token()
-    if token is not None and tls is None and not _LOOPBACK.fullmatch(address):
+    if token is not None and tls is None and not _is_here(address):
         logger.warning(
             "the bank's token should go over TLS, got a plain connection to %s: who reads the network gets it; set %s",
             address,
             VARIABLES["ca"],
         )
     return tls, token
+
+
+def _options(address: str) -> list[Option]:
+    """gRPC takes the environment's proxy for every address, also for one on this machine, where no proxy can help."""
+    return [*channel_options(), *([("grpc.enable_http_proxy", 0)] if _is_here(address) else [])]
+
+
+def _is_here(address: str) -> bool:
+    """Whether the address is on this machine."""
+    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))
 
 
 class _Token:

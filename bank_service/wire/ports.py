@@ -1,8 +1,9 @@
-"""Joins host and port to one text, checks that a server can listen there, and words the error if it can't."""
+"""Hosts and ports: joined to one text, on this machine or elsewhere, and free for a server to listen on or not."""
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 
@@ -13,6 +14,15 @@ DEFAULT_BANK = f"127.0.0.1:{DEFAULT_PORT}"  # the default address of a bank
 def target_of(host: str, port: int) -> str:
     """For a gRPC channel."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``. False for any name but localhost, because a name may have any
+    address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def check_port(what: str, host: str, port: int, flag: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.arguments import whole
+from regrad_vllm.arguments import server_url, whole
 from regrad_vllm.cli.ingest import note_mended
 from regrad_vllm.client.corpus import ENDINGS, CorpusDocument, find_files, read_corpus
 from regrad_vllm.console import CommandError, UsageError, count, note, say
@@ -15,7 +15,9 @@ from regrad_vllm.console import CommandError, UsageError, count, note, say
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     parser = commands.add_parser("questions", help="questions for a corpus, written by a model that you serve")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{', '.join(ENDINGS)} files, or folders")
-    parser.add_argument("--server", required=True, metavar="URL", help="an OpenAI-compatible server, http://host:port")
+    parser.add_argument(
+        "--server", type=server_url, required=True, metavar="URL", help="an OpenAI-compatible server, http://host:port"
+    )
     parser.add_argument("--model", required=True, help="a model there that follows instructions")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for `regrad train --data`")
     parser.add_argument("--set", default="corpus", metavar="NAME", help="the set's name in configs (%(default)s)")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_vllm.data.questions import SourceDocument
+from regrad_vllm.http_client import connect
 
 VALIDATION_SHARE = 0.1
 MAX_ANSWER_WORDS = 8
@@ -62,9 +62,7 @@ async def write_questions(
     failures: list[str] = []
     num_refused = 0
     with tqdm(total=len(documents), unit="passage", desc="questions") as bar:
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with httpx.AsyncClient(base_url=server, timeout=_TIMEOUT_S, headers=headers) as client:
+        async with connect(server, _TIMEOUT_S) as client:
 
             async def one(document: SourceDocument) -> None:
                 nonlocal num_refused

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from regrad_vllm.http_client import connect, server_errors
+
 _MAX_TOKENS = 24
 _TIMEOUT_SECONDS = 600.0
 
@@ -31,13 +33,12 @@ class ChatAnswer:
 
 
 async def ask_all(base_url: str, system_prompt: str, asks: Sequence[ChatRequest]) -> list[ChatAnswer]:
-    """Sends all requests at the same time, with a progress bar. Returns the answers in their order. AskError."""
-    import httpx
+    """Sends all requests at the same time, with a progress bar. Returns the answers in their order. AskError,
+    ServerError."""
     from tqdm import tqdm
 
-    limits = httpx.Limits(max_connections=None)
-    with tqdm(total=len(asks), unit="answer", desc="ask") as bar:
-        async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
+    with server_errors(), tqdm(total=len(asks), unit="answer", desc="ask") as bar:
+        async with connect(base_url, _TIMEOUT_SECONDS) as client:
 
             async def one(ask: ChatRequest) -> ChatAnswer:
                 answer = await _ask(client, system_prompt, ask)

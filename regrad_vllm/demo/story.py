@@ -23,11 +23,13 @@ from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.chat import ChatAnswer, ChatRequest, ask_all
 from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
 from regrad_vllm.demo.table import render, shorten
+from regrad_vllm.http_client import get
 from regrad_vllm.local.pair import start_bank, start_server, wait_for_server
 from regrad_vllm.local.processes import Services
 
 BASE, REGRAD = "smollm2", "smollm2-regrad"
 _COLUMNS = (36, 22, 22, 31)
+_WEIGHTS_SECONDS = 120.0  # the longest wait for the digests of all base weights
 
 
 def run_demo(*, model: str | None, learner: Path | None) -> int:
@@ -157,9 +159,5 @@ def _marked(question: QuizQuestion, answer: ChatAnswer) -> str:
 
 
 def base_weights(url: str) -> Any:
-    """The digests of the workers' present base weights."""
-    import httpx
-
-    response = httpx.get(f"{url}/v1/regrad/status", params={"base_weights": "true"}, timeout=120)
-    response.raise_for_status()
-    return response.json()["base_weights"]
+    """The digests of the workers' present base weights. ServerError."""
+    return get(url, "/v1/regrad/status?base_weights=true", _WEIGHTS_SECONDS).json()["base_weights"]

@@ -14,6 +14,7 @@ from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Retrieved
 from regrad_vllm.evaluate.scoring import exact_match, score
+from regrad_vllm.http_client import connect
 from regrad_vllm.learner import Prompts
 
 PER_DOCUMENT = "-prag"  # the end of the namespace that holds a tuned LoRA for each document
@@ -64,14 +65,13 @@ async def ask_all(
     ``endpoint.concurrency`` requests run at the same time. With ``builder`` a second request for each question gets the
     likelihood of the right answer.
     """
-    import httpx
     from tqdm import tqdm
 
     jobs = [(question, method) for question in questions for method in methods]
     permits = asyncio.Semaphore(endpoint.concurrency)
     records: list[Record] = []
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="answer", desc="eval") as bar:
-        async with httpx.AsyncClient(base_url=endpoint.server, timeout=_TIMEOUT_S) as client:
+        async with connect(endpoint.server, _TIMEOUT_S) as client:
 
             async def one(asked: Retrieved, method: Method) -> None:
                 async with permits:

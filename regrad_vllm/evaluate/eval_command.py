@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from regrad_vllm.arguments import whole
+from regrad_vllm.arguments import server_url, whole
 from regrad_vllm.data.questions import EvalData, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.encode.prompting import PromptBuilder
@@ -29,6 +29,7 @@ from regrad_vllm.evaluate.retrieve import check_controls, retrieve
 from regrad_vllm.evaluate.rivals import Rivals, RivalSettings
 from regrad_vllm.evaluate.summary import summarise
 from regrad_vllm.evaluate.summary_page import markdown, render
+from regrad_vllm.http_client import served_models
 from regrad_vllm.learner import Learner, Prompts
 from regrad_vllm.naming import digest_json
 from regrad_vllm.reporting.machine import versions
@@ -137,7 +138,7 @@ def _prompt_builder(model: Path, prompts: Prompts) -> PromptBuilder:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """ValueError for options that don't go together."""
+    """ValueError for options that don't go together, ServerError if the server doesn't answer."""
     if bool(args.server) != bool(args.bank):
         raise ValueError("--server and --bank must be given together, or neither")
     if args.server and args.dtype:
@@ -145,6 +146,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("server", "likelihood"):
         if args.in_process and getattr(args, name):
             raise ValueError(f"--{name} must be left out with --in-process, which asks no server")
+    if args.server:  # else each question would fail, and count as wrong
+        served_models(args.server, args.model_name)
 
 
 def _in_process(
@@ -221,7 +224,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the base model (served: its own; in process: float32)"
     )
-    parser.add_argument("--server", help="URL of a running server, with --bank; else both are started")
+    parser.add_argument(
+        "--server", type=server_url, metavar="URL", help="URL of a running server, with --bank; else both are started"
+    )
     parser.add_argument("--bank", help="host:port of the server's bank")
     parser.add_argument("--model-name", default=_MODEL, help="the base model's name at the server")
     parser.add_argument("--num-fresh", type=whole(0), default=40, help="documents of invented facts")

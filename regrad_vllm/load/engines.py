@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.client import AsyncBank
+from regrad_vllm.http_client import ServerError, connect, get, served_models
 from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.load.askers import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
 from regrad_vllm.load.client_composed import Gradients, PeftFolders, SwappedWeights
@@ -90,13 +92,10 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
 
 
 def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str, str]:
-    """Contender → the reason why the running servers can't serve it. httpx.HTTPError; ValueError without the model."""
-    import httpx
-
-    response = httpx.get(f"{server}/v1/models", timeout=30).raise_for_status()
-    served = [model["id"] for model in response.json()["data"]]
-    if model_name not in served:
-        raise ValueError(f"--model-name must be one that {server} serves ({', '.join(served)}), got {model_name!r}")
+    """Contender → the reason why the running servers can't serve it. ServerError; ValueError without the model."""
+    served = served_models(server, model_name)
+    if stock is not None:
+        get(stock, "/v1/models")
     cannot = {}
     for contender in CONTENDERS.values():
         if contender.engine == "stock" and stock is None:
@@ -126,15 +125,7 @@ async def opened(
     wanted: Collection[Engine],
 ) -> AsyncIterator[Engines]:
     """Connects to the bank and the servers. If ``wanted`` has "alone", loads the published code's method too."""
-    import httpx
-
     async with AsyncExitStack() as stack:
-
-        async def connect(url: str) -> httpx.AsyncClient:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-            client = httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=limits)
-            return await stack.enter_async_context(client)
-
         # One try, as the server makes: a failed call is counted, and no pause between tries is measured.
         bank = AsyncBank(addresses.bank, spec=learner.spec, timeout_ms=_BANK_TIMEOUT_MS, attempts=1)
         stack.push_async_callback(bank.close)
@@ -145,7 +136,8 @@ async def opened(
         }
         passages = Passages(bank, learner.config.prompts, parts, text_bytes)
         gradients = Gradients(bank, learner, passages)
-        clients: dict[Engine, httpx.AsyncClient] = {"regrad": await connect(addresses.server)}
+        clients: dict[Engine, httpx.AsyncClient] = {}
+        clients["regrad"] = await stack.enter_async_context(connect(addresses.server, _REQUEST_TIMEOUT_S))
         askers: dict[Engine, Asker] = {
             "regrad": Served(clients["regrad"], addresses.model_name, learner.config.prompts, passages)
         }
@@ -153,7 +145,7 @@ async def opened(
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="regrad-load-", dir=_MEMORY if _MEMORY.is_dir() else None)
             )
-            clients["stock"] = await connect(addresses.stock)
+            clients["stock"] = await stack.enter_async_context(connect(addresses.stock, _REQUEST_TIMEOUT_S))
             askers["stock"] = PeftFolders(clients["stock"], learner, gradients, Path(folder))
         if "alone" in wanted:
             askers["alone"] = OneAtATime(SwappedWeights(model, learner, gradients, dtype))
@@ -172,21 +164,23 @@ def default_dtype() -> str:
 def served_dtype(server: str) -> str:
     """The type of a running server's LoRA slots. It is the model's type, unless a flag of the server changed it.
 
-    httpx.HTTPError; ValueError if the server has no ReGrad or another type.
+    ServerError; ValueError if the server has no ReGrad or another type.
     """
-    import httpx
-
-    response = httpx.get(f"{server}/v1/regrad/status", timeout=30)
-    found = str(response.json().get("lora_dtype", "")).removeprefix("torch.") if response.is_success else ""
+    try:
+        found = str(get(server, "/v1/regrad/status").json().get("lora_dtype")).removeprefix("torch.")
+    except ServerError as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
+        found = "a server without ReGrad"
     if found not in _BYTES:
-        raise ValueError(f"{server} must serve ReGrad in {' or '.join(_BYTES)}, got {found or response.status_code}")
+        raise ValueError(f"{server} must serve ReGrad in {' or '.join(_BYTES)}, got {found}")
     return found
 
 
 def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, int]:
     """Sizes: bytes of KV cache per token, tokens per KV block, bytes of a LoRA slot of the learner's rank.
 
-    Raises httpx.HTTPError.
+    Raises ServerError.
     """
     from transformers import AutoConfig
 
@@ -201,7 +195,5 @@ def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, i
 
 
 def _block_tokens(server: str) -> int:
-    import httpx
-
-    text = httpx.get(f"{server}/metrics", timeout=30).raise_for_status().text
+    text = get(server, "/metrics").text
     return next((int(found) for found in labels(text, "block_size") if found.isdigit()), _BLOCK_TOKENS)

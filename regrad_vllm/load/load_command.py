@@ -30,6 +30,7 @@ from typing import Any
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.datasets import SAMPLE, distractors, load_clean, question_sets
+from regrad_vllm.http_client import server_errors
 from regrad_vllm.learner import Learner
 from regrad_vllm.load.comparison import CONTENDERS
 from regrad_vllm.load.corpora import Corpus, filling, ingested, natural, of_length
@@ -56,7 +57,8 @@ _MAX_DOCUMENTS = 64  # the most passages of one request if documents have severa
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0, or 1 if a request failed. ValueError for options that contradict each other."""
+    """Returns 0, or 1 if a request failed. ValueError for options that contradict each other, ServerError
+    if a server goes away."""
     begun = time.monotonic()
     args = parser().parse_args(argv)
     contenders = _contenders(args)
@@ -110,7 +112,8 @@ def main(argv: Sequence[str]) -> int:
             async with opened(addresses, learner, model, dtype, corpora, engines) as running:
                 await Measurer(running, schedule, out, args.seed, args.cell_seconds, trace).run(phases)
 
-        asyncio.run(measure())
+        with server_errors():
+            asyncio.run(measure())
     run["facts"]["seconds"] = round(time.monotonic() - begun, 1)
     write_json(out / RUN, run)
     return write_report(out)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.arguments import whole
+from regrad_vllm.arguments import server_url, whole
 from regrad_vllm.load.comparison import CONTENDERS
 from regrad_vllm.load.schedule import CONDITIONS, GrowthPoint
 from regrad_vllm.load.traffic import zipf_exponent
@@ -39,9 +39,13 @@ def _where(made: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all (bfloat16 where the CPU is fast at it)")
     group.add_argument("--max-model-len", type=whole(64), default=8192)
     group.add_argument("--server-flags", default="", metavar="FLAGS", help="more for both servers, in one word")
-    group.add_argument("--server", metavar="URL", help="a running server with ReGrad and φ* as the adapter phi-star")
+    group.add_argument(
+        "--server", type=server_url, metavar="URL", help="a running server with ReGrad and φ* as the adapter phi-star"
+    )
     group.add_argument("--bank", metavar="HOST:PORT", help="its bank")
-    group.add_argument("--stock-server", metavar="URL", help="a running stock vLLM that loads adapters at run time")
+    group.add_argument(
+        "--stock-server", type=server_url, metavar="URL", help="a running stock vLLM that loads adapters at run time"
+    )
     group.add_argument(
         "--keep-documents", action="store_true", help="leave the documents in --bank (deleted again at the end)"
     )

@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from regrad_vllm.http_client import ServerError, get
 from regrad_vllm.local.processes import Service, Services, free_port, waiting
 from regrad_vllm.naming import BANK_READY
 from regrad_vllm.serve.launch import KV_CACHE_VARIABLE
 
 _BANK_SECONDS, _SERVER_SECONDS = 180.0, 600.0
 _HEALTH_SECONDS = 5.0
-# Memory for the KV cache in GiB, unless the user sets it. It suits a small machine; vLLM's default takes much more.
-SERVER_ENVIRONMENT = {KV_CACHE_VARIABLE: os.environ.get(KV_CACHE_VARIABLE, "1")}
+SERVER_ENVIRONMENT = {
+    # Memory for the KV cache in GiB, unless the user sets it. It suits a small machine; vLLM's default takes much more.
+    KV_CACHE_VARIABLE: os.environ.get(KV_CACHE_VARIABLE, "1"),
+    "VLLM_API_KEY": "",  # a user's variable must not lock us out
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +96,12 @@ def start_stock_server(
 
 def wait_for_server(server: Service, url: str) -> None:
     """Waits until the server answers. ServiceFailure."""
-    import httpx
 
     def healthy() -> str | None:
         try:
-            return "ready" if httpx.get(f"{url}/health", timeout=_HEALTH_SECONDS).status_code == 200 else None
-        except httpx.TransportError:
+            get(url, "/health", _HEALTH_SECONDS)
+        except ServerError:
             return None
+        return "ready"
 
     waiting(server, healthy, _SERVER_SECONDS)

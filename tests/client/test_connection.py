@@ -124,6 +124,20 @@ async def test_a_bank_that_does_not_answer_is_given_up_at_the_deadline() -> None
                     await call("stats")
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+async def test_a_bank_on_this_machine_is_reached_past_proxies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with server_of(tmp_path) as server:
+        for host in ("127.0.0.1", "localhost"):
+            async with both(f"{host}:{server.address.port}") as calls:
+                for call in calls:
+                    await call("stats")
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ends notice a dropped connection within seconds."""
