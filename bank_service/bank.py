@@ -167,7 +167,7 @@ class Bank:
         bank._scrubber.start()
         bank._background.run(bank._discarder.sweep())
         bank._recoder.resume()
-        if config.redis_url is not None:
+        if config.has_own_redis:
             bank._background.run(bank._cache.warn_where_unlimited())
         bank._publish(metrics)
         return bank

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from bank_service.cache.record_cache import CacheCounts
 from bank_service.runtime.seldom import Seldom
 from bank_service.runtime.threads import in_thread
+from bank_service.values.redis_url import unusable
 from bank_service.wire.record import record_digest
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,20 @@ class RedisCache:
     """Implements ``RecordCache`` with a server that speaks Redis' protocol."""
 
     def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:
-        """A record expires ``ttl_seconds`` after its last write."""
+        """A record expires ``ttl_seconds`` after its last write. ValueError for a URL that redis-py doesn't take."""
         timeout = timeout_ms / 1000
-        self._connections = BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=timeout,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=Retry(NoBackoff(), 0),
-        )
+        try:
+            self._connections = BlockingConnectionPool.from_url(
+                url,
+                max_connections=MAX_CONNECTIONS,
+                timeout=timeout,
+                socket_timeout=timeout,
+                socket_connect_timeout=timeout,
+                retry=Retry(NoBackoff(), 0),
+            )
+            self._connections.make_connection()  # it connects later, but checks the URL's options now
+        except (ValueError, TypeError):  # without the cause, whose text may have a part of the password
+            raise ValueError(unusable("redis_url")) from None
         self._redis = Redis(connection_pool=self._connections)
         self._timeout = timeout
         self._ttl_seconds = ttl_seconds

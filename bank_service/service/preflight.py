@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from bank_service.runtime.data_dir import DataDir
+from bank_service.service.own_redis import own_redis_url
 from bank_service.service.tls import server_credentials
 from bank_service.service.tokens_file import TokensFile
 from bank_service.values.config import BankConfig
@@ -16,12 +17,13 @@ def check_startable(config: BankConfig) -> None:
     """Raises the error that would stop the bank's start. It creates and keeps nothing.
 
     BankInUseError if another bank has the folder. RuntimeError if a port is taken. OSError or ValueError if the tokens
-    file or a file for TLS can't be used.
+    file, the file of Redis' URL or a file for TLS can't be used.
     """
     DataDir(config.data_dir).check_free()
     if config.tokens_file is not None:
         TokensFile(config.tokens_file)
     server_credentials(config)
+    own_redis_url(config)
     for flag, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
         if port:
             check_port("the bank", config.host, port, flag)

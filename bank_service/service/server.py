@@ -22,6 +22,7 @@ from bank_service.runtime.data_dir import BankAddress, DataDir
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.service.access import Authority
 from bank_service.service.admission import Admission
+from bank_service.service.own_redis import own_redis_url
 from bank_service.service.servicer import BankServicer
 from bank_service.service.tls import server_credentials
 from bank_service.service.tokens_file import TokensFile
@@ -105,7 +106,7 @@ class BankServer:
         data_dir = DataDir(config.data_dir)
         await asyncio.to_thread(data_dir.take)
         self._stack.callback(data_dir.release)
-        cache_url = config.redis_url
+        cache_url = own_redis_url(config)
         if cache_url is None:
             redis = EmbeddedRedis(config.data_dir, config.cache_bytes)
             self._stack.push_async_callback(redis.stop)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bank_service.values.namespace_limits import NamespaceLimits
+from bank_service.values.redis_url import check_redis_url
 from bank_service.wire.ports import is_loopback
 from bank_service.wire.record import check_choice
 
@@ -19,7 +20,8 @@ class BankConfig:
     host: str = "127.0.0.1"  # address to listen on
     port: int = 0  # port to listen on; 0: the kernel chooses
     metrics_port: int | None = None  # port for Prometheus; None: off, 0: the kernel chooses
-    redis_url: str | None = None  # URL of your own Redis server; None: an embedded server
+    redis_url: str | None = field(default=None, repr=False)  # URL of your own Redis server; None: an embedded server
+    redis_url_file: Path | None = None  # file that holds only that URL, so that nobody sees its password
     codec: str | None = None  # codec of a new bank's gradients; None: int8; an existing bank keeps its codec
     cache_bytes: int = 256 * 2**20  # memory limit of the embedded server; your own server has its own limit
     cache_timeout_ms: int = 250  # a slower answer of the cache counts as a miss
@@ -53,6 +55,11 @@ class BankConfig:
         return is_loopback(self.host)
 
     @property
+    def has_own_redis(self) -> bool:
+        """Whether the cache is a Redis server of the operator."""
+        return self.redis_url is not None or self.redis_url_file is not None
+
+    @property
     def missing_protection(self) -> tuple[str, ...]:
         """The protection against callers from other machines that this bank lacks."""
         has_callers = self.tokens_file is not None or self.tls_client_ca is not None
@@ -74,8 +81,7 @@ class BankConfig:
         object.__setattr__(self, "host", host)
         if not self.host:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
-        if self.redis_url is not None and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError(f"redis_url must start with redis://, rediss:// or unix://, got {self.redis_url!r}")
+        self._check_redis()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key must be given together, got one of them")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -110,3 +116,9 @@ class BankConfig:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value}")
         if self.port and self.port == self.metrics_port:
             raise ValueError(f"metrics_port must be another than port, got {self.port} for both")
+
+    def _check_redis(self) -> None:
+        if self.redis_url is not None:
+            check_redis_url(self.redis_url, "redis_url")
+            if self.redis_url_file is not None:
+                raise ValueError("redis_url_file must be left out where redis_url is given, got both")

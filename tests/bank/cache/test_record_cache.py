@@ -70,6 +70,12 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         await server.stop()
 
 
+def test_an_option_that_redis_does_not_know_is_refused_without_the_password(pool: ThreadPoolExecutor) -> None:
+    with pytest.raises(ValueError, match="redis_url must be like redis://") as caught:
+        RedisCache("redis://:s3cret@h?s3cret=1", TIMEOUT_MS, TTL_SECONDS, pool)
+    assert "s3cret" not in str(caught.value) and caught.value.__suppress_context__
+
+
 @pytest.mark.asyncio
 async def test_what_was_offered_is_found_and_counted(backend: Backend) -> None:
     async with backend.cache() as cache:

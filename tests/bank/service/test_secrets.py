@@ -1,4 +1,4 @@
-"""A token is known to its bearer and to nobody else: not to logs, spans, errors, figures or the bank's own files."""
+"""Tokens and the password of Redis show nowhere: not in logs, spans, errors, figures or the bank's own files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.protobuf import text_format
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from redis.asyncio import Redis
 
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
@@ -22,6 +23,7 @@ from bank_service.wire.channel import open_channel
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.errors import BankError, from_rpc_error
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from regrad_vllm.cli import main
 from tests.bank.service.test_access import METHODS, call
 from tests.spans import recorded_spans
 
@@ -106,3 +108,71 @@ async def test_a_token_shows_nowhere(
     for name, secret in tokens.secrets.items():
         assert secret not in everything, f"the token {name!r} shows"
         assert secret.removeprefix("regrad_") not in everything
+
+
+PASSWORD = "s3cret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://:s3cret@h:26379/0",
+        "http://user:s3cret@h",
+        ":s3cret@h:6379",
+        "user:s3cret://h",
+        "redis://:s3cret/x@h:6379/0",
+        "redis://:s3cret?x@h:6379/0",
+        "redis://:s3cret#x@h:6379/0",
+        "redis://:12/s3cret@h:6379/0",
+        "redis://:s3cret@h:port",
+        "redis://:s3cret[@h",
+    ],
+)
+def test_a_url_of_redis_that_cannot_be_used_is_refused_without_its_password(
+    url: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "redis.url"
+    file.write_text(url + "\n")
+    file.chmod(0o600)
+    for flags in (["--redis-url", url], ["--redis-url-file", str(file)]):
+        assert main(["bank", "--data-dir", str(data_dir), "--port", "0", "--model", "/nowhere", *flags]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("regrad bank: redis_url") and said.count("\n") == 1
+        assert PASSWORD not in said
+
+
+def test_a_file_with_the_url_of_redis_that_everybody_may_read_is_refused(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "redis.url"
+    file.write_text(f"redis://:{PASSWORD}@h")
+    file.chmod(0o644)
+    command = ["bank", "--data-dir", str(data_dir), "--port", "0", "--model", "/nowhere"]
+    assert main([*command, "--redis-url-file", str(file)]) == 1
+    assert capsys.readouterr().err.startswith("regrad bank: redis_url_file must not be open to everybody, got ")
+    assert main([*command, "--redis-url-file", str(file), "--redis-url", "redis://h"]) == 1
+    assert "redis_url_file must be left out where redis_url is given" in capsys.readouterr().err
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("form", ["unix://:{password}@{path}", "unix://{path}?password={password}"])
+async def test_the_password_of_redis_shows_nowhere(
+    form: str, redis_server: str, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with Redis.from_url(redis_server) as redis:
+        await redis.config_set("requirepass", PASSWORD)
+    file = tmp_path / "redis.url"
+    said = []
+    for password in (PASSWORD, f"not-{PASSWORD}"):
+        url = form.format(password=password, path=redis_server.removeprefix("unix://"))
+        file.write_text(url)
+        file.chmod(0o600)
+        config = BankConfig(data_dir=data_dir, redis_url_file=file)
+        async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+            await client.put("a", "a text")
+            await client.query(text="a text", top_k=1, include_gradients=True)
+            assert (await client.stats()).cache_available is (password == PASSWORD)
+        said.append(repr(BankConfig(data_dir=data_dir, redis_url=url)))
+    assert "the gradient cache failed" in caplog.text, "else this test looks at the wrong things"
+    assert PASSWORD not in "\n".join([caplog.text, *said, *(str(record.args) for record in caplog.records)])
