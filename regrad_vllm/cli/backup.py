@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bank_service.values.config import BankConfig
-from regrad_vllm.cli.bank import defaults
+from regrad_vllm.cli.bank import DATA_DIR, default_data_dir
 from regrad_vllm.cli.connection import add_credential_flags, connect
 from regrad_vllm.console import CommandError, count, note, say
 
@@ -31,16 +31,16 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("snapshot", help="a copy of a whole bank, while it runs", description=_SNAPSHOT)
     parser.add_argument("target", metavar="TARGET", help="folder or URL, as the bank's machine has it")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--data-dir", type=Path, help=f"a bank's folder ({_data_dir()})")
+    where.add_argument("--data-dir", type=Path, help=f"a bank's folder ({DATA_DIR})")
     where.add_argument("--bank", metavar="HOST:PORT", help="a running bank, instead")
     add_credential_flags(parser)
     parser.set_defaults(run=_snapshot)
     parser = commands.add_parser("restore", help="a bank out of a snapshot", description=_RESTORE)
     parser.add_argument("source", metavar="SOURCE", help="folder or URL of a snapshot")
-    parser.add_argument("--data-dir", type=Path, default=_data_dir(), help="absent or empty (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help=f"absent or empty ({DATA_DIR})")
     parser.set_defaults(run=_restore)
     parser = commands.add_parser("scrub", help="verify and mend a bank's gradients", description=_SCRUB)
-    parser.add_argument("--data-dir", type=Path, default=_data_dir(), help="a bank's folder (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help=f"a bank's folder ({DATA_DIR})")
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
     parser.set_defaults(run=_scrub)
@@ -55,7 +55,7 @@ def _snapshot(args: argparse.Namespace) -> int:
     if args.bank is not None:
         _online(args.bank, target)
         return 0
-    data_dir = (args.data_dir or _data_dir()).absolute()
+    data_dir = (args.data_dir or default_data_dir()).absolute()
     try:
         last = _followed(snapshot_folder(data_dir, target))
     except BankInUseError as error:
@@ -87,7 +87,7 @@ def _report(target: str, num_copied: int, num_gradients: int, sequence: int) -> 
 def _restore(args: argparse.Namespace) -> int:
     from bank_service.backup.restore import restore
 
-    data_dir = args.data_dir.absolute()
+    data_dir = (args.data_dir or default_data_dir()).absolute()
     last = _followed(restore(absolute_place(args.source), data_dir))
     assert last.manifest is not None
     say(
@@ -103,7 +103,7 @@ def _scrub(args: argparse.Namespace) -> int:
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.gradient_encoder import GradientEncoder
 
-    config = BankConfig(data_dir=args.data_dir)
+    config = BankConfig(data_dir=args.data_dir or default_data_dir())
     if not config.data_dir.is_dir():
         raise CommandError(
             f"{config.data_dir} must be the folder of a bank, it does not exist; name it with --data-dir"
@@ -144,7 +144,3 @@ def _note_progress(before: int, done: int, total: int) -> None:
 def absolute_place(place: str) -> str:
     """The path as an absolute one without "..", because a bank may run in another folder. URLs stay unchanged."""
     return place if "://" in place else os.path.abspath(place)
-
-
-def _data_dir() -> Path:
-    return Path(defaults()["data_dir"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,23 @@ from bank_service.wire.ports import DEFAULT_PORT
 from regrad_vllm.console import CommandError, note, say
 from regrad_vllm.flags import add_flags, given
 from regrad_vllm.naming import BANK_READY
+from regrad_vllm.user_folders import user_folder
+
+DATA_DIR = "~/.local/share/regrad/bank"  # the default where XDG_DATA_HOME is unset
+SHOWN_DEFAULTS = {"data_dir": DATA_DIR, "port": DEFAULT_PORT}  # the command line's own
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     parser = commands.add_parser("bank", help="start a gradient bank", description=__doc__)
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
-    add_flags(parser, BankConfig, defaults())
+    add_flags(parser, BankConfig, SHOWN_DEFAULTS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    config = BankConfig(**(defaults() | given(args, BankConfig)))
+    settings = {"port": DEFAULT_PORT} | given(args, BankConfig)
+    config = BankConfig(**{"data_dir": settings.get("data_dir") or default_data_dir()} | settings)
 
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
     from bank_service.service.preflight import check_startable
@@ -54,7 +58,6 @@ def _say_ready(address: BankAddress) -> None:
     say(BANK_READY + address.target)
 
 
-def defaults() -> dict[str, Any]:
-    """The command line's own defaults: a folder in the user's data (XDG_DATA_HOME) and a fixed port."""
-    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
-    return {"data_dir": data / "regrad" / "bank", "port": DEFAULT_PORT}
+def default_data_dir() -> Path:
+    """A folder in the user's data (XDG_DATA_HOME). NoHomeError."""
+    return user_folder("XDG_DATA_HOME", ".local/share") / "regrad" / "bank"

@@ -14,13 +14,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from bank_service.values.config import BankConfig
-from regrad_vllm.cli.bank import defaults
+from regrad_vllm.cli.bank import SHOWN_DEFAULTS
 from regrad_vllm.cli.main import build_parser
 from regrad_vllm.flags import settings_of
 from regrad_vllm.serve.settings import Settings, variable
 
 _BLOCK = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_DATA_DIR = "~/.local/share/regrad/bank"  # the default if XDG_DATA_HOME is unset
 _CREDENTIALS = ("--bank-token-file", "--bank-ca", "--bank-cert", "--bank-key")
 _SETTINGS: Mapping[str, type] = {"bank": BankConfig, "serve": Settings}  # commands with a table of their own
 
@@ -45,7 +44,7 @@ def with_reference(page: str) -> str:
 def bank_settings() -> str:
     """The table of the bank's settings: a row for each field of BankConfig."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
-    for setting in settings_of(BankConfig, defaults() | {"data_dir": _DATA_DIR}):
+    for setting in settings_of(BankConfig, SHOWN_DEFAULTS):
         flag = _flags(command_parsers()["bank"])[setting.name]
         rows.append(f"| `{flag}` | {setting.default_text or '–'} | {setting.help} |")
     return "\n".join(rows) + "\n"
@@ -122,7 +121,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[s
     name = f"{action.option_strings[0]} {value}".strip() if action.option_strings else value
     must = "required; " if action.option_strings and action.required else ""
     meaning = (action.help or "") % {**vars(action), "prog": parser.prog}
-    text = (must + meaning).replace(str(defaults()["data_dir"]), _DATA_DIR).replace("|", r"\|")
+    text = (must + meaning).replace("|", r"\|")
     yield f"| `{name}` | {text} |".replace("|  |", "| |")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import re
 import socket
 import subprocess
@@ -99,6 +100,26 @@ def test_a_bank_that_is_not_there_is_one_line_that_says_what_to_do(arguments: li
     assert "Traceback" not in result.stderr
 
 
+def test_only_a_command_that_needs_a_home_asks_for_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_entry(uid: int) -> pwd.struct_passwd:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for variable in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"])
+    assert raised.value.code == 0
+    assert main(["stats", "--bank", NOWHERE]) == 1
+    assert capsys.readouterr().err.startswith(f"regrad stats: the bank at {NOWHERE} is not available")
+    for command in (["bank"], ["snapshot", "there"], ["restore", "there"], ["scrub"], ["model"]):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert re.fullmatch(rf"regrad {command[0]}: HOME or XDG_(DATA|CACHE)_HOME must be set, because .+\n", said)
+
+
 def test_debug_shows_the_traceback() -> None:
     result = _regrad("--debug", "stats", "--bank", NOWHERE)
     assert result.returncode == 1
@@ -112,6 +133,7 @@ def test_debug_shows_the_traceback() -> None:
         (["bank", "--port", "70000"], "port must be in 0..65535, got 70000"),
         (["bank", "--cache-timeout-ms", "0"], "cache_timeout_ms must be in 1..60000, got 0"),
         (["bank", "--redis-url", "localhost"], "redis_url must start with redis://"),
+        (["bank", "--redis-url-file", "/nowhere"], "redis_url_file must be a readable file, got /nowhere"),
         (["bank", "--port", "0", "--learner", "/nowhere"], "/nowhere/regrad.json does not exist"),
         (["bank", "--port", "0", "--model", "/nowhere"], "model must be 'default', a folder or a hub id"),
         (["train", "/nowhere.toml"], "config /nowhere.toml does not exist"),
