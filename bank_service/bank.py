@@ -56,6 +56,7 @@ from bank_service.values.documents import (
 )
 from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import Encoder
+from bank_service.values.filters import Condition, check_filter
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 from bank_service.wire.record import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
 from bank_service.wire.tracing import span
@@ -229,14 +230,18 @@ class Bank:
 
         return await in_thread(self._pools.reads, read)
 
-    async def list(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
-        """Up to ``size`` documents after ``after_id``, in order of id. NotFoundError."""
+    async def list(
+        self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = ()
+    ) -> list[ListEntry]:
+        """Up to ``size`` documents after ``after_id`` that meet all conditions, in order of id. NotFoundError,
+        InvalidArgumentError."""
         namespace = check_namespace(namespace)
+        check_filter(conditions)
 
         def read() -> list[ListEntry]:
             with self._stores.catalog.view() as view:
                 view.check_namespace(namespace)
-                return view.page(namespace, after_id, size)
+                return view.page(namespace, after_id, size, conditions)
 
         return await in_thread(self._pools.reads, read)
 

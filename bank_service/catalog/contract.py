@@ -61,8 +61,8 @@ class CatalogView(Protocol):
         """The document, or None where there is none now."""
         ...
 
-    def page(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
-        """Up to ``size`` documents after ``after_id``, in the order of their ids' UTF-8 bytes."""
+    def page(self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = ()) -> list[ListEntry]:
+        """Up to ``size`` documents after ``after_id`` that meet all conditions, by their ids' UTF-8 bytes."""
         ...
 
     def after_key(self, key: int, limit: int) -> list[StoredDocument]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bank_service.values.documents import Hit
@@ -62,6 +63,7 @@ class ListEntry:
     version: int
     gradient_digest: str
     num_text_bytes: int
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

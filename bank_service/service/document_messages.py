@@ -84,6 +84,7 @@ def list_response(entries: Sequence[ListEntry], size: int) -> pb.ListDocumentsRe
                 version=entry.version,
                 gradient_digest=entry.gradient_digest,
                 num_text_bytes=entry.num_text_bytes,
+                metadata=dict(entry.metadata),
             )
             for entry in page
         ],

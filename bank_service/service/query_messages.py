@@ -23,7 +23,7 @@ def query_of(request: pb.QueryRequest) -> Query:
         include_gradients=request.include_gradients,
         include_text=request.include_text,
         retrieval=_retrieval_of(request.retrieval),
-        conditions=_conditions_of(request.filter),
+        conditions=conditions_of(request.filter),
         as_of=request.as_of if request.HasField("as_of") else None,
     )
 
@@ -76,7 +76,7 @@ def _retrieval_of(number: int) -> Retrieval:
         raise InvalidArgumentError(f"retrieval must be one of {names}, got {number}", field="retrieval") from None
 
 
-def _conditions_of(message: pb.Filter) -> tuple[Condition, ...]:
+def conditions_of(message: pb.Filter) -> tuple[Condition, ...]:
     conditions = []
     for index, item in enumerate(message.conditions):
         try:

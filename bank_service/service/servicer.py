@@ -29,7 +29,7 @@ from bank_service.service.document_messages import (
     page_of,
 )
 from bank_service.service.ingest_stream import Patience, acknowledge_in_order, uploads
-from bank_service.service.query_messages import check_batch, queries_of, query_of, response_of
+from bank_service.service.query_messages import check_batch, conditions_of, queries_of, query_of, response_of
 from bank_service.service.report_messages import recode_response, snapshot_response, stats_response
 from bank_service.service.sending import Context, end_with, send
 from bank_service.values.documents import PutResult
@@ -126,7 +126,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
         async with self._answering(context, "ListDocuments") as call:
             call.check(Scope.READ, request.namespace)
             after_id, size = page_of(request)
-            entries = await self._bank.list(request.namespace, after_id, size + 1)
+            entries = await self._bank.list(request.namespace, after_id, size + 1, conditions_of(request.filter))
             return list_response(entries, size)
 
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:

@@ -86,9 +86,10 @@ class Document:
 
     def _check_metadata(self) -> None:
         name = "document.metadata"
-        if len(self.metadata) > limits.MAX_METADATA_PAIRS:
+        num_pairs = len(self.metadata.keys() - {limits.SOURCE_KEY, limits.FILE_KEY})
+        if num_pairs > limits.MAX_METADATA_PAIRS:
             raise InvalidArgumentError(
-                f"{name} must have at most {limits.MAX_METADATA_PAIRS} pairs, got {len(self.metadata)}", field=name
+                f"{name} must have at most {limits.MAX_METADATA_PAIRS} pairs, got {num_pairs}", field=name
             )
         num_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in self.metadata.items())
         if num_bytes > limits.MAX_METADATA_BYTES:

@@ -22,6 +22,7 @@ from regrad_vllm.client.records import RecordStream
 from regrad_vllm.client.retries import DEFAULT_ATTEMPTS, retry_options
 from regrad_vllm.client.values import (
     Answer,
+    Condition,
     Deletion,
     Document,
     ListedDocument,
@@ -95,9 +96,16 @@ class AsyncBank:
         )
         return self._ingest("IngestGradients", requests, in_flight)
 
-    async def delete(self, id: str, *, namespace: str = DEFAULT_NAMESPACE, purge: bool = False) -> Deletion:
-        """Deletes a document. NotFoundError if there is none. purge: also erases its past versions."""
-        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge)
+    async def delete(
+        self,
+        id: str,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        purge: bool = False,
+        expected_version: int | None = None,
+    ) -> Deletion:
+        """See ``Bank.delete``."""
+        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge, expected_version=expected_version)
         return messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
 
     async def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
@@ -106,10 +114,14 @@ class AsyncBank:
         return messages.stored_document_of(await self._ask(self._stub.GetDocument, request))
 
     async def list(
-        self, *, namespace: str = DEFAULT_NAMESPACE, page_size: int = MAX_PAGE_SIZE
+        self,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        page_size: int = MAX_PAGE_SIZE,
+        conditions: Sequence[Condition] = (),
     ) -> AsyncIterator[ListedDocument]:
         """See ``Bank.list``."""
-        request = pb.ListDocumentsRequest(namespace=namespace, page_size=page_size)
+        request = messages.list_request(namespace, page_size, conditions)
         while True:
             page = await self._ask(self._stub.ListDocuments, request)
             for entry in page.documents:

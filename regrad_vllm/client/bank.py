@@ -25,6 +25,7 @@ from regrad_vllm.client.records import RecordStream
 from regrad_vllm.client.retries import DEFAULT_ATTEMPTS, retry_options
 from regrad_vllm.client.values import (
     Answer,
+    Condition,
     Deletion,
     Document,
     ListedDocument,
@@ -104,9 +105,19 @@ class Bank:
         requests = (messages.gradient_requests(document, record, namespace) for document, record in gradients)
         return self._ingest(self._stub.IngestGradients, requests, in_flight)
 
-    def delete(self, id: str, *, namespace: str = DEFAULT_NAMESPACE, purge: bool = False) -> Deletion:
-        """Deletes a document. NotFoundError if there is none. purge: also erases its past versions."""
-        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge)
+    def delete(
+        self,
+        id: str,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        purge: bool = False,
+        expected_version: int | None = None,
+    ) -> Deletion:
+        """Deletes a document. NotFoundError if there is none.
+
+        purge: also erases its past versions. expected_version: VersionConflictError if it has another version.
+        """
+        request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge, expected_version=expected_version)
         return messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
 
     def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
@@ -114,9 +125,18 @@ class Bank:
         request = pb.GetDocumentRequest(namespace=namespace, id=id)
         return messages.stored_document_of(self._ask(self._stub.GetDocument, request))
 
-    def list(self, *, namespace: str = DEFAULT_NAMESPACE, page_size: int = MAX_PAGE_SIZE) -> Iterator[ListedDocument]:
-        """The documents of a namespace in order of id, one page at a time. Concurrent changes may show or not."""
-        request = pb.ListDocumentsRequest(namespace=namespace, page_size=page_size)
+    def list(
+        self,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        page_size: int = MAX_PAGE_SIZE,
+        conditions: Sequence[Condition] = (),
+    ) -> Iterator[ListedDocument]:
+        """The documents of a namespace in order of id, one page at a time. Concurrent changes may show or not.
+
+        conditions: all must hold. A bank of an earlier version lists all documents, without metadata.
+        """
+        request = messages.list_request(namespace, page_size, conditions)
         while True:
             page = self._ask(self._stub.ListDocuments, request)
             yield from map(messages.listed_document_of, page.documents)

@@ -66,8 +66,14 @@ def stored_document_of(message: pb.GetDocumentResponse) -> StoredDocument:
     )
 
 
+def list_request(namespace: str, page_size: int, conditions: Sequence[Condition]) -> pb.ListDocumentsRequest:
+    return pb.ListDocumentsRequest(namespace=namespace, page_size=page_size, filter=_filter_of(conditions))
+
+
 def listed_document_of(entry: pb.ListDocumentsResponse.Entry) -> ListedDocument:
-    return ListedDocument(entry.id, entry.title, entry.version, entry.gradient_digest, entry.num_text_bytes)
+    return ListedDocument(
+        entry.id, entry.title, entry.version, entry.gradient_digest, entry.num_text_bytes, dict(entry.metadata)
+    )
 
 
 def query_request(query: Query, learner_fingerprint: str) -> pb.QueryRequest:

@@ -71,6 +71,7 @@ class ListedDocument:
     version: int
     gradient_digest: str
     num_text_bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

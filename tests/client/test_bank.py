@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError
+from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError, VersionConflictError
 from bank_service.testing.hash_encoder import spec_of
 from bank_service.wire.record import WrongLearnerError, encode_gradient, record_digest
 from regrad_vllm.client import AsyncBank, Bank, Condition, Document, Query
@@ -59,6 +59,23 @@ async def test_a_listing_has_every_document_once_whatever_the_page(call: Call, n
         listed = await call("list", namespace=namespace, page_size=page_size)
         assert [entry.id for entry in listed] == ids
     assert (listed[0].title, listed[0].num_text_bytes, listed[0].version) == ("T", len("text of d0"), 1)
+
+
+async def test_a_listing_has_the_metadata_and_keeps_to_conditions(call: Call, namespace: str) -> None:
+    languages = {"a": "de", "b": "fr", "c": "de"}
+    await call(
+        "ingest", [Document(id, id, metadata={"lang": lang}) for id, lang in languages.items()], namespace=namespace
+    )
+    german = (Condition("lang", "equals", ("de",)),)
+    listed = await call("list", namespace=namespace, page_size=1, conditions=german)
+    assert [(entry.id, entry.metadata) for entry in listed] == [("a", {"lang": "de"}), ("c", {"lang": "de"})]
+
+
+async def test_a_deletion_that_expects_another_version_is_refused(call: Call, namespace: str) -> None:
+    await call("ingest", [LAMP, Document("lamp", "It broke.")], namespace=namespace, in_flight=1)
+    with pytest.raises(VersionConflictError):
+        await call("delete", "lamp", namespace=namespace, expected_version=1)
+    assert (await call("delete", "lamp", namespace=namespace, expected_version=2)).version == 2
 
 
 async def test_a_query_finds_by_text_by_words_by_condition_by_id_and_in_the_past(call: Call, namespace: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from bank_service.catalog.contract import MAX_KEYS
 from bank_service.catalog.entries import Candidate, Change, Erasure, ListEntry, Score, Totals, Usage
 from bank_service.catalog.failures import namespace_not_found
 from bank_service.catalog.sqlite import attributes, erasures, gradients, history
@@ -64,14 +66,15 @@ class SqliteView:
         row = _LIVING.one(self._connection, namespace=namespace, id=id)
         return None if row is None else to_stored(row)
 
-    def page(self, namespace: str, after_id: str, size: int) -> list[ListEntry]:
-        query = (
-            sa.select(_V.id, _V.title, _V.version, _V.gradient_digest, _V.num_text_bytes)
-            .where(_V.namespace == namespace, _V.id > after_id, living)
-            .order_by(_V.id)
-            .limit(size)
-        )
-        return [ListEntry(*row) for row in self._connection.execute(query)]
+    def page(self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = ()) -> list[ListEntry]:
+        query = sa.select(_V.id, _V.title, _V.version, _V.gradient_digest, _V.num_text_bytes, _V.metadata)
+        few = self.matching(namespace, conditions, MAX_KEYS + 1) if conditions else []
+        if conditions and len(few) <= MAX_KEYS:  # found by their metadata, without a scan of the namespace
+            query = query.where(_V.key.in_(few))
+        else:
+            query = query.where(_V.namespace == namespace, *(attributes.holds(item, _V.key) for item in conditions))
+        rows = self._connection.execute(query.where(_V.id > after_id, living).order_by(_V.id).limit(size))
+        return [ListEntry(*row[:-1], json.loads(row[-1])) for row in rows]
 
     def after_key(self, key: int, limit: int) -> list[StoredDocument]:
         query = sa.select(versions).where(_V.key > key, living).order_by(_V.key).limit(limit)

@@ -146,30 +146,41 @@ class GetDocumentResponse(_message.Message):
     def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., num_tokens: _Optional[int] = ..., truncated: _Optional[bool] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class ListDocumentsRequest(_message.Message):
-    __slots__ = ("namespace", "page_size", "page_token")
+    __slots__ = ("namespace", "page_size", "page_token", "filter")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     page_size: int
     page_token: str
-    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    filter: Filter
+    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
 
 class ListDocumentsResponse(_message.Message):
     __slots__ = ("documents", "next_page_token")
     class Entry(_message.Message):
-        __slots__ = ("id", "title", "version", "gradient_digest", "num_text_bytes")
+        __slots__ = ("id", "title", "version", "gradient_digest", "num_text_bytes", "metadata")
+        class MetadataEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: str
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
         ID_FIELD_NUMBER: _ClassVar[int]
         TITLE_FIELD_NUMBER: _ClassVar[int]
         VERSION_FIELD_NUMBER: _ClassVar[int]
         GRADIENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
         NUM_TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        METADATA_FIELD_NUMBER: _ClassVar[int]
         id: str
         title: str
         version: int
         gradient_digest: str
         num_text_bytes: int
-        def __init__(self, id: _Optional[str] = ..., title: _Optional[str] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., num_text_bytes: _Optional[int] = ...) -> None: ...
+        metadata: _containers.ScalarMap[str, str]
+        def __init__(self, id: _Optional[str] = ..., title: _Optional[str] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., num_text_bytes: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     documents: _containers.RepeatedCompositeFieldContainer[ListDocumentsResponse.Entry]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from bank_service.catalog.contract import Catalog
+from bank_service.catalog.contract import MAX_KEYS, Catalog
 from bank_service.catalog.entries import CollectionIdentity, Score
 from bank_service.errors import CollectionMismatchError, NotFoundError, UnavailableError, VersionConflictError
 from bank_service.values.documents import Document, Gradient, Outcome
+from bank_service.values.filters import Condition, Operator
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
@@ -26,8 +28,10 @@ def gradient(digit: str = "0") -> Gradient:
     return Gradient(digit * 64, 100, 3, False, np.full(4, 0.5, "<f4").tobytes())
 
 
-def document(id: str = "a", text: str = "text", namespace: str = "n") -> Document:
-    return Document(namespace, id, "", text)
+def document(
+    id: str = "a", text: str = "text", namespace: str = "n", metadata: Mapping[str, str] = MappingProxyType({})
+) -> Document:
+    return Document(namespace, id, "", text, metadata)
 
 
 def test_a_catalog_opened_anew_has_its_documents_and_its_identity(open_store: Opener) -> None:
@@ -200,3 +204,24 @@ def test_a_closed_catalog_takes_no_writes(open_store: Opener) -> None:
     catalog.close()
     with pytest.raises(UnavailableError):
         catalog.put(document(), gradient(), None)
+
+
+@pytest.mark.parametrize("num_red", [MAX_KEYS, MAX_KEYS + 1], ids=["few", "many"])
+def test_a_listing_keeps_to_documents_that_meet_all_conditions(catalog: Catalog, num_red: int) -> None:
+    ids = sorted(f"d{n}" for n in range(num_red))
+    red, big = {"colour": "red"}, {"colour": "red", "size": "big"}
+    for id in reversed(ids):
+        catalog.put(document(id, metadata=big if id == ids[1] else red), gradient(), None)
+    catalog.put(document("blue", metadata={"colour": "blue"}), gradient(), None)
+    catalog.put(document("gone", metadata=red), gradient(), None)
+    catalog.put(document("elsewhere", namespace="m", metadata=red), gradient(), None)
+    catalog.delete("n", "gone", None).result()
+    is_red = Condition("colour", Operator.EQUALS, ("red",))
+    with catalog.view() as view:
+        assert [entry.id for entry in view.page("n", "", 1000, [is_red])] == ids
+        assert [entry.id for entry in view.page("n", ids[2], 3, [is_red])] == ids[3:6]
+        (entry,) = view.page("n", "", 10, [is_red, Condition("size", Operator.PRESENT)])
+        assert (entry.id, entry.metadata) == (ids[1], big)
+        assert [entry.id for entry in view.page("n", "", 10, [Condition("colour", Operator.NOT_EQUALS, ("red",))])] == [
+            "blue"
+        ]

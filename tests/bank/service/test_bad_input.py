@@ -198,6 +198,8 @@ async def test_an_unknown_gradient_is_not_found(bank: Client) -> None:
         ("list", {"page_token": "not base64!"}, "page_token"),
         ("list", {"page_token": "gICA"}, "page_token"),
         ("list", {"namespace": "a b"}, "namespace"),
+        ("list", {"filter": condition(values=[])}, "filter.conditions[0].values"),
+        ("list", {"filter": condition(17)}, "filter.conditions"),
         ("get", {"id": ""}, "id"),
         ("get", {"id": "x" * 257}, "id"),
         ("get", {"id": "x", "namespace": "a b"}, "namespace"),
