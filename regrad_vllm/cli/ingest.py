@@ -2,6 +2,9 @@
 
 A document's id is its file's path, as you give it, or relative to the folder that you give. "#2" is the file's second
 passage, or the second line of a .jsonl file without an "id".
+
+Each PATH is a source. An ingest removes passages and lines that the source held before and whose file no longer holds
+them. It names other documents that the source no longer holds.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bank_service.wire.limits import MAX_ID_BYTES
 from regrad_vllm.cli.connection import add_bank_flags, connect, describe_failure
 from regrad_vllm.client.corpus import ENDINGS, BadInput, CorpusFile, find_files, read_corpus
+from regrad_vllm.client.leftovers import Leftovers
 from regrad_vllm.client.upload import UploadError, UploadOutcome, upload
-from regrad_vllm.console import CommandError, UsageError, count, note, say
+from regrad_vllm.console import CommandError, UsageError, count, note, one_line, say
 
 _MAX_LISTED = 20
 
@@ -24,6 +29,18 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{', '.join(ENDINGS)} files, or folders")
     add_bank_flags(parser)
     parser.add_argument("--skip-bad", action="store_true", help="leave out what can't be used, instead of stopping")
+    parser.add_argument(
+        "--delete-missing",
+        action="store_true",
+        help="delete all documents that a source no longer holds: those that brought an id, and those of files that "
+        "are gone",
+    )
+    parser.add_argument(
+        "--source",
+        type=_source,
+        metavar="NAME",
+        help="a name for the source of all PATHs, the same wherever they lie (each PATH's own absolute path)",
+    )
     parser.add_argument("--in-flight", type=int, default=64, help="documents sent ahead of the answers (%(default)s)")
     parser.set_defaults(run=run)
 
@@ -31,7 +48,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 def run(args: argparse.Namespace) -> int:
     if args.in_flight < 1:
         raise UsageError(f"--in-flight must be at least 1, got {args.in_flight}")
-    files, left_out, bad = find_files(args.paths)
+    files, left_out, bad = find_files(args.paths, args.source or "")
     if left_out:
         shown = ", ".join(str(path) for path in left_out[:3])
         note(f"left out {count(len(left_out), 'file')} with other endings than {', '.join(ENDINGS)}: {shown} …")
@@ -48,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
     _report_bad(bad, skip=args.skip_bad)
     if not num_documents:
         raise UsageError("nothing to ingest: the paths named hold no document that can be used")
-    outcome = _upload(args, files, num_documents)
+    outcome = _upload(args, files, bad, num_documents)
     for refusal in outcome.refused:
         note(f"{refusal.place}: {describe_failure(args.bank, refusal.error)}")
+    _report_left(outcome.left, args)
     say(outcome.summary())
     if outcome.sequence:
         note(f"as of sequence {outcome.sequence}")
@@ -64,11 +82,20 @@ def note_mended(mended: Mapping[str, int]) -> None:
         note(f"mended {count(number, 'control character')}: read as Windows-1252 or dropped; the first in {first}")
 
 
-def _upload(args: argparse.Namespace, files: Sequence[CorpusFile], num_documents: int) -> UploadOutcome:
+def _source(name: str) -> str:
+    if not name.strip() or not name.isprintable() or len(name.encode()) > MAX_ID_BYTES:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_ID_BYTES} bytes of printable text, got {name!r}")
+    return name
+
+
+def _upload(
+    args: argparse.Namespace, files: Sequence[CorpusFile], bad: Sequence[BadInput], num_documents: int
+) -> UploadOutcome:
     from tqdm import tqdm
 
     with connect(args.bank) as bank, tqdm(total=num_documents, unit="doc", desc="ingest") as bar:
         flags = {"namespace": args.namespace, "in_flight": args.in_flight, "skip_bad": args.skip_bad}
+        flags |= {"delete_missing": args.delete_missing, "bad": bad}
         try:
             return upload(bank, files, progress=bar.update, **flags)
         except UploadError as failure:
@@ -85,3 +112,19 @@ def _report_bad(bad: list[BadInput], *, skip: bool) -> None:
         raise UsageError(
             f"{count(len(bad), 'input')} can't be used, nothing was ingested; mend them or pass --skip-bad"
         )
+
+
+def _report_left(left: Leftovers, args: argparse.Namespace) -> None:
+    """Names the documents that stay although no file of the ingest holds them."""
+    if left.unknown:
+        note(f"documents that the files no longer hold were not looked for: {left.unknown}")
+    if left.missing:
+        remedy = "some of its input can't be used" if args.delete_missing else "--delete-missing removes them"
+        note(f"no longer held by their source, but not removed: {_names(left.missing)}; {remedy}")
+    if left.others:
+        note(f"of another source or an earlier version, so not removed: {_names(left.others)}")
+
+
+def _names(ids: list[str]) -> str:
+    more = f" and {len(ids) - _MAX_LISTED:,} more" if len(ids) > _MAX_LISTED else ""
+    return ", ".join(map(one_line, ids[:_MAX_LISTED])) + more

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
+from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
 from regrad_vllm.console import count, note, one_line, say
 
 
@@ -17,6 +18,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         help="a namespace's documents",
         description="The documents of a namespace in order of id. A change meanwhile may show or not.",
     )
+    listing.add_argument("--filter", action="append", type=filter_flag, default=[], metavar=METAVAR, help=HELP)
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(listing)
     listing.set_defaults(run=run_list)
@@ -34,11 +36,12 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 def run_list(args: argparse.Namespace) -> int:
     num_documents = 0
     with connect(args.bank) as bank:
-        for entry in bank.list(namespace=args.namespace):
+        for entry in bank.list(namespace=args.namespace, conditions=conditions_of(args.filter)):
             num_documents += 1
             if args.json:
                 fields = {"id": entry.id, "version": entry.version, "title": entry.title}
                 fields |= {"num_text_bytes": entry.num_text_bytes, "gradient_digest": entry.gradient_digest}
+                fields["metadata"] = dict(entry.metadata)
                 say(json.dumps(fields, ensure_ascii=False))
             else:
                 title = f"  {' '.join(entry.title.split())}" if entry.title else ""

@@ -3,6 +3,8 @@
 .txt and .md files are cut into passages. A .jsonl file holds one document per line. An id comes from the file's path as
 given, or from its path relative to a given folder. So a changed file, ingested again, updates its documents, and two
 files of the same name have different ids.
+
+Two pairs of metadata say where a document came from: its source, and the file that its id is made of.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from bank_service.errors import InvalidArgumentError
 from bank_service.values import documents as bank_documents
+from bank_service.wire.limits import FILE_KEY, SOURCE_KEY
 from regrad_vllm.client.values import Document
 from regrad_vllm.data.mending import mend
 from regrad_vllm.data.passages import split_markdown, split_plain
@@ -36,6 +40,8 @@ class BadInput:
 
     place: str
     reason: str
+    source: str = ""  # its CorpusFile's; empty for a path that is not there
+    id: str = ""  # the id that would be made for it; a file's for the whole file
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -45,38 +51,50 @@ class BadInput:
 class CorpusFile:
     path: Path
     id: str  # the path relative to a given folder, or the given path of the file; "/" between its parts
+    source: str  # the name of the file or folder that was given: its absolute path, unless it was named
 
 
-def find_files(paths: Iterable[Path]) -> tuple[list[CorpusFile], list[Path], list[BadInput]]:
-    """(files to read in order, files in folders with another ending, unusable paths)."""
-    files: list[CorpusFile] = []
+def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile], list[Path], list[BadInput]]:
+    """(files to read in order, files in folders with another ending, unusable paths).
+
+    source: the name of all paths' source. Empty: each path's own, its absolute path.
+    """
+    files: dict[tuple[Path, str], CorpusFile] = {}  # a file that is given twice under the same id is read once
     left_out: list[Path] = []
     bad: list[BadInput] = []
+
+    def add(path: Path, id: str, given: Path) -> None:
+        files.setdefault((path.resolve(), id), CorpusFile(path, id, source or _absolute(given)))
+
     for path in paths:
         if path.is_dir():
-            for found in _walk(path):
+            for found in _walk(path, source or _absolute(path), bad):
                 if found.suffix.lower() in ENDINGS:
-                    files.append(CorpusFile(found, found.relative_to(path).as_posix()))
+                    add(found, found.relative_to(path).as_posix(), path)
                 else:
                     left_out.append(found)
         elif not path.exists():
-            bad.append(BadInput(str(path), "no such file or folder"))
+            bad.append(BadInput(str(path), "no such file or folder", source))
         elif path.suffix.lower() not in ENDINGS:
-            bad.append(BadInput(str(path), f"its ending must be one of {', '.join(ENDINGS)}; convert it to text first"))
+            reason = f"its ending must be one of {', '.join(ENDINGS)}; convert it to text first"
+            bad.append(BadInput(str(path), reason, source))
         else:
-            files.append(CorpusFile(path, _named_id(path)))
-    return files, left_out, bad
+            add(path, _named_id(path), path)
+    return list(files.values()), left_out, bad
 
 
 def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInput]:
     """Every document of the files, in order. Unusable input is yielded as BadInput. Reads one file at a time."""
     seen: dict[str, str] = {}
     for file in files:
+        shown, absolute = str(file.path), str(file.path.resolve())
         for item in _read_file(file):
             if isinstance(item, CorpusDocument):
-                earlier = seen.setdefault(item.id, item.place)
-                if earlier != item.place:
-                    yield BadInput(item.place, f"id {item.id!r} must be unique, {earlier} has it too; rename one")
+                place = absolute + item.place.removeprefix(shown)  # the same for a file that was given twice
+                earlier = seen.setdefault(item.id, place)
+                if earlier != place:
+                    reason = f"id {item.id!r} must be unique, {earlier} has it too; rename one"
+                    yield BadInput(item.place, reason, file.source, item.id)
                     continue
             yield item
 
@@ -92,78 +110,88 @@ def _named_id(path: Path) -> str:
     return "/".join(parts)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+def _absolute(path: Path) -> str:
+    """The path's source. Bytes that are no UTF-8 are escaped, because metadata is text."""
+    return str(path.resolve()).encode(errors="backslashreplace").decode()
+
+
+def _walk(folder: Path, source: str, bad: list[BadInput]) -> Iterator[Path]:
+    """The files below the folder. Folders that can't be read are added to ``bad``."""
+
+    def note(error: OSError) -> None:
+        bad.append(BadInput(error.filename, f"can't be read: {error.strerror}", source))
+
+    for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
 def _read_file(file: CorpusFile) -> Iterator[CorpusDocument | BadInput]:
+    bad = partial(BadInput, str(file.path), source=file.source, id=file.id)
+    if file.path.exists() and not file.path.is_file():  # such as a pipe, which can't be read a second time
+        yield bad("must be a regular file; save what it gives to one")
+        return
     try:
         data = file.path.read_bytes()
     except OSError as error:
-        yield BadInput(str(file.path), f"can't be read: {error.strerror}")
+        yield bad(f"can't be read: {error.strerror}")
         return
     if file.path.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(file, data)
-    else:
-        yield from _read_text(file, data)
-
-
-def _read_text(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadInput]:
+        lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+        if not lines:
+            yield bad("must hold one JSON object a line, it is empty")
+        for number, line in lines:
+            yield _read_line(file, number, line)
+        return
     text = _decode(data)
     if isinstance(text, _Reason):
-        yield BadInput(str(file.path), text)
+        yield bad(text)
         return
     text, num_mended = mend(text)
     passages = split_markdown(text) if file.path.suffix.lower() == ".md" else split_plain(text)
     if not passages:
-        yield BadInput(str(file.path), "must hold some text, it is empty")
+        yield bad("must hold some text, it is empty")
     for number, passage in enumerate(passages, 1):
         mark = f"#{number}" if len(passages) > 1 else ""
-        place = f"{file.path}{mark}"
-        yield _checked(CorpusDocument(file.id + mark, passage.text, passage.title, place=place, num_mended=num_mended))
+        made_id, place = file.id + mark, f"{file.path}{mark}"
+        metadata = {SOURCE_KEY: file.source, FILE_KEY: file.id}
+        document = CorpusDocument(made_id, passage.text, passage.title, metadata, place=place, num_mended=num_mended)
+        yield _checked(document, made_id)
         num_mended = 0
 
 
-def _read_jsonl(file: CorpusFile, data: bytes) -> Iterator[CorpusDocument | BadInput]:
-    empty = True
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            empty = False
-            yield _read_line(file, number, line)
-    if empty:
-        yield BadInput(str(file.path), "must hold one JSON object a line, it is empty")
-
-
 def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | BadInput:
-    place = f"{file.path}:{number}"
+    place, made_id = f"{file.path}:{number}", f"{file.id}#{number}"
+    bad = partial(BadInput, place, source=file.source, id=made_id)
     text = _decode(line)
     if isinstance(text, _Reason):
-        return BadInput(place, text)
+        return bad(text)
     try:
         record = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        return BadInput(place, f"must be a JSON object, it is not JSON: {error}")
+        return bad(f"must be a JSON object, it is not JSON: {error}")
     if not isinstance(record, dict):
-        return BadInput(place, f"must be a JSON object, got {type(record).__name__}")
+        return bad(f"must be a JSON object, got {type(record).__name__}")
     given = {name: value for name, value in record.items() if value is not None}
     if "text" not in given:
         null = ", it is null" if "text" in record else f"; it has {sorted(record)}"
-        return BadInput(place, f"must have a field 'text'{null}")
-    fields = {"id": f"{file.id}#{number}", "title": "", "text": ""}
+        return bad(f"must have a field 'text'{null}")
+    own = {} if "id" in given else {FILE_KEY: file.id}
+    fields = {"id": made_id, "title": "", "text": ""}
     for name, default in fields.items():
         value = given.pop(name, default)
         if name != "text" and isinstance(value, int | float) and not isinstance(value, bool):
             value = json.dumps(value)
         if not isinstance(value, str):
             kinds = "a string" if name == "text" else "a string or a number"
-            return BadInput(place, f"{name} must be {kinds}, got {type(value).__name__}")
+            return bad(f"{name} must be {kinds}, got {type(value).__name__}")
         fields[name] = value
     metadata = _metadata(given)
     if isinstance(metadata, _Reason):
-        return BadInput(place, metadata)
-    return _checked(_mended(CorpusDocument(fields["id"], fields["text"], fields["title"], metadata, place=place)))
+        return bad(metadata)
+    metadata |= own | {SOURCE_KEY: file.source}
+    document = CorpusDocument(fields["id"], fields["text"], fields["title"], metadata, place=place)
+    return _checked(_mended(document), made_id)
 
 
 class _Reason(str):
@@ -191,6 +219,8 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
         return _Reason(f"metadata must be an object, got {type(nested).__name__}")
     metadata: dict[str, str] = {}
     for key, value in (nested | record).items():
+        if key in (SOURCE_KEY, FILE_KEY):  # of the ingest before, in what `regrad get` has printed
+            continue
         if isinstance(value, str):
             metadata[key] = value
         elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(i, list | dict) for i in value)):
@@ -211,14 +241,15 @@ def _mended(document: CorpusDocument) -> CorpusDocument:
     return replace(document, title=title, text=text, num_mended=in_title + in_text)
 
 
-def _checked(document: CorpusDocument) -> CorpusDocument | BadInput:
+def _checked(document: CorpusDocument, made_id: str) -> CorpusDocument | BadInput:
     """The document, or BadInput if the bank would refuse it. So a bad corpus is refused before anything is sent."""
+    bad = partial(BadInput, document.place, source=document.metadata[SOURCE_KEY], id=made_id)
     if not document.id:
-        return BadInput(document.place, "id must not be empty; leave the field out for an id made from the file's name")
+        return bad("id must not be empty; leave the field out for an id made from the file's name")
     try:
         bank_documents.Document("", document.id, document.title, document.text, document.metadata)
     except InvalidArgumentError as error:
-        return BadInput(document.place, error.message)
+        return bad(error.message)
     except UnicodeEncodeError:
-        return BadInput(document.place, "must be valid Unicode, it holds half of a surrogate pair")
+        return bad("must be valid Unicode, it holds half of a surrogate pair")
     return document

@@ -1,6 +1,6 @@
 """Uploads files and folders to a bank, for `regrad ingest`.
 
-It can skip documents that the bank refuses. If a file has become shorter, it deletes the passages that are gone.
+It can skip documents that the bank refuses. At the end it deletes what the files held before and no longer hold.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bank_service.errors import BankError, InvalidArgumentError, NotFoundError, VersionConflictError
-from regrad_vllm.client.corpus import CorpusDocument, CorpusFile, read_corpus
+from bank_service.errors import BankError, InvalidArgumentError, VersionConflictError
+from regrad_vllm.client.corpus import BadInput, CorpusDocument, CorpusFile, read_corpus
+from regrad_vllm.client.leftovers import Held, Leftovers, remove_leftovers
 from regrad_vllm.client.values import OUTCOMES, Receipt
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ class Refusal:
 class UploadOutcome:
     """The outcome of an upload."""
 
-    counts: Counter[str]  # documents by outcome, and the counts "truncated" and "removed"
+    counts: Counter[str]  # documents by outcome, and the count "truncated"
     refused: tuple[Refusal, ...]
     sequence: int  # of the last change; 0 without any answer
+    left: Leftovers
 
     def summary(self) -> str:
         parts = [f"{self.counts[name]:,} {name}" for name in OUTCOMES]
-        if self.counts["removed"]:
-            parts.append(f"{self.counts['removed']:,} removed that their files no longer hold")
+        if self.left.num_removed:
+            parts.append(f"{self.left.num_removed:,} removed that their files no longer hold")
         if self.counts["truncated"]:
             parts.append(
                 f"{self.counts['truncated']:,} longer than the learner reads (the rest is not in the gradient)"
@@ -69,14 +71,18 @@ def upload(
     namespace: str,
     in_flight: int = 64,
     skip_bad: bool = False,
+    delete_missing: bool = False,
+    bad: Sequence[BadInput] = (),
     progress: Callable[[], object] = lambda: None,
 ) -> UploadOutcome:
     """Streams the files' documents to the bank, with at most ``in_flight`` unanswered documents.
 
-    skip_bad: skips documents that the bank refuses. progress: called after each document. UploadError if the stream
-    ends early, BankError if a deletion fails.
+    skip_bad: skips documents that the bank refuses. delete_missing: see ``remove_leftovers``. bad: the unusable paths
+    of ``find_files``. progress: called after each document. UploadError if the stream ends early, BankError if a
+    deletion fails.
     """
-    feed = _Feed(item for item in read_corpus(files) if isinstance(item, CorpusDocument))
+    held = Held(files, bad)
+    feed = _Feed(held.noting(read_corpus(files)))
     counts: Counter[str] = Counter()
     refused: list[Refusal] = []
     while not feed.at_end:
@@ -94,12 +100,8 @@ def upload(
                 raise UploadError(error, place, sum(counts[name] for name in OUTCOMES)) from error
             refused.append(Refusal(document.place, error))
             progress()
-    sequence = feed.sequence
-    for file in files:
-        for change in _remove_rest(bank, namespace, file.id, feed.highest):
-            counts["removed"] += 1
-            sequence = max(sequence, change)
-    return UploadOutcome(counts, tuple(refused), sequence)
+    left = remove_leftovers(bank, namespace, held, delete_missing=delete_missing)
+    return UploadOutcome(counts, tuple(refused), max(feed.sequence, left.sequence), left)
 
 
 class _Feed:
@@ -111,7 +113,6 @@ class _Feed:
         self._sent: deque[CorpusDocument] = deque()
         self.at_end = False
         self.sequence = 0  # the highest one in the answers
-        self.highest: dict[str, int] = {}  # file → the number of its last passage; 0 for a single whole document
 
     def documents(self) -> Iterator[CorpusDocument]:
         """The documents for one stream."""
@@ -123,12 +124,7 @@ class _Feed:
     def answered(self, receipt: Receipt) -> None:
         """Notes that the oldest unanswered document is in the bank."""
         self.sequence = max(self.sequence, receipt.sequence)
-        document = self._sent.popleft()
-        base, _, number = document.id.rpartition("#")
-        if base and number.isdecimal():
-            self.highest[base] = max(self.highest.get(base, 0), int(number))
-        else:
-            self.highest.setdefault(document.id, 0)
+        self._sent.popleft()
 
     def rewind(self) -> CorpusDocument | None:
         """After a failed stream: returns the oldest unanswered document. The next stream begins with the others."""
@@ -137,23 +133,3 @@ class _Feed:
         self._sent.clear()
         self.at_end = False
         return failed
-
-
-def _remove_rest(bank: Bank, namespace: str, file_id: str, highest: dict[str, int]) -> Iterator[int]:
-    """Deletes the passages that the file had earlier and no longer has. Yields each deletion's sequence."""
-    if file_id not in highest:
-        return
-    last = highest[file_id]
-    if last and (change := _delete(bank, namespace, file_id)):
-        yield change
-    while change := _delete(bank, namespace, f"{file_id}#{last + 1}"):
-        yield change
-        last += 1
-
-
-def _delete(bank: Bank, namespace: str, document_id: str) -> int:
-    """Deletes a document and returns the deletion's sequence. 0 if there is no such document."""
-    try:
-        return bank.delete(document_id, namespace=namespace).sequence
-    except NotFoundError:
-        return 0

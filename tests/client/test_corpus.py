@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,9 @@ def test_a_jsonl_line_keeps_its_id_title_and_other_fields(tmp_path: Path, monkey
     assert not bad
     first, second = documents
     assert (first.id, first.title, first.text) == ("x", "T", "A.")
-    assert dict(first.metadata) == {"year": "1999", "by": "me"}
+    assert first.metadata == {"year": "1999", "by": "me", "regrad.source": str(path)}
     assert second.id == "d.jsonl#3"
+    assert second.metadata == {"regrad.source": str(path), "regrad.file": "d.jsonl"}
 
 
 def test_null_is_an_absent_field_and_numbers_and_lists_become_text(tmp_path: Path) -> None:
@@ -63,9 +65,11 @@ def test_null_is_an_absent_field_and_numbers_and_lists_become_text(tmp_path: Pat
     assert not bad
     assert (first.id, first.title) == ("7", "1984")
     texts = {"year": "1999", "share": "0.5", "open": "true", "by": "me", "tags": '["a", "é", 3]'}
-    assert first.metadata == texts, "null doesn't hide the value of the same key in metadata"
+    assert first.metadata == texts | {"regrad.source": str(path)}, (
+        "null doesn't hide the value of the same key in metadata"
+    )
     assert second.id.endswith("d.jsonl#2")
-    assert (second.title, second.metadata) == ("", {})
+    assert (second.title, sorted(second.metadata)) == ("", ["regrad.file", "regrad.source"])
 
 
 def test_a_number_and_a_string_that_name_the_same_id_are_reported(tmp_path: Path) -> None:
@@ -178,6 +182,41 @@ def test_the_control_characters_of_a_file_are_counted_once(tmp_path: Path) -> No
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     _, bad = _read(tmp_path / "nowhere")
     assert bad == [BadInput(str(tmp_path / "nowhere"), "no such file or folder")]
+
+
+def test_what_an_ingest_adds_takes_no_room_from_a_documents_own_metadata(tmp_path: Path) -> None:
+    own = {f"k{n}": "v" for n in range(MAX_METADATA_PAIRS)}
+    (document,), bad = _read(_write(tmp_path / "d.jsonl", json.dumps({"text": "x"} | own)))
+    assert not bad
+    assert own.items() < document.metadata.items()
+
+
+def test_the_source_of_what_a_bank_has_printed_is_the_file_that_it_is_in_now(tmp_path: Path) -> None:
+    printed = {"id": "a", "text": "x", "metadata": {"regrad.source": "/old", "regrad.file": "old.md", "by": "me"}}
+    path = _write(tmp_path / "d.jsonl", json.dumps(printed))
+    (document,), _ = _read(path)
+    assert document.metadata == {"by": "me", "regrad.source": str(path)}
+
+
+def test_a_file_that_is_given_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "docs" / "a.txt", "Text.")
+    path = _write(tmp_path / "docs" / "b.jsonl", '{"id": "x", "text": "A."}')
+    (tmp_path / "link").symlink_to("docs")
+    monkeypatch.chdir(tmp_path / "docs")
+    documents, bad = _read(tmp_path / "docs", Path("."), tmp_path / "link")
+    assert not bad
+    assert [document.id for document in documents] == ["a.txt", "x"]
+    assert {document.metadata["regrad.source"] for document in documents} == {str(tmp_path / "docs")}
+    documents, bad = _read(tmp_path / "docs", Path("b.jsonl"))
+    assert not bad, "the same line of the same file is no second document"
+    assert path.exists()
+
+
+def test_a_pipe_is_refused_because_it_can_be_read_only_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "a.jsonl"
+    os.mkfifo(pipe)
+    _, (bad,) = _read(pipe)
+    assert (bad.place, bad.reason) == (str(pipe), "must be a regular file; save what it gives to one")
 
 
 def test_an_id_that_occurs_twice_is_reported_with_both_places(tmp_path: Path) -> None:

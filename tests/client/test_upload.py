@@ -16,7 +16,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
-from bank_service.errors import InvalidArgumentError, NotFoundError
+from bank_service.errors import InvalidArgumentError, PermissionDeniedError
 from bank_service.wire.errors import to_status
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.client import Bank
@@ -30,6 +30,7 @@ class _Picky(bank_pb2_grpc.BankServiceServicer):  # type: ignore[misc]  # genera
     def __init__(self, hold: int) -> None:
         self.stored: list[str] = []
         self.most_ahead = 0
+        self.refuses_reads = False
         self._hold = hold  # answers only when so many wait, or a moment passed
 
     def IngestDocuments(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
@@ -67,9 +68,12 @@ class _Picky(bank_pb2_grpc.BankServiceServicer):  # type: ignore[misc]  # genera
             outcome = bank_pb2.IngestDocumentsResponse.CREATED
             yield bank_pb2.IngestDocumentsResponse(id=document_id, version=1, outcome=outcome)
 
-    def DeleteDocument(self, request: Any, context: grpc.ServicerContext) -> Any:
-        missing = NotFoundError("nothing is ever deleted here", kind="document", name=request.id)
-        context.abort_with_status(rpc_status.to_status(to_status(missing)))
+    def ListDocuments(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if self.refuses_reads:
+            refusal = PermissionDeniedError("this token may only write", scope="read", namespace="n")
+            context.abort_with_status(rpc_status.to_status(to_status(refusal)))
+        entries = [bank_pb2.ListDocumentsResponse.Entry(id=id, version=1) for id in self.stored]
+        return bank_pb2.ListDocumentsResponse(documents=entries)  # of all documents, as before there were filters
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def picky() -> Iterator[tuple[_Picky, str]]:
 
 def _corpus(path: Path, ids: list[str]) -> list[CorpusFile]:
     path.write_text("".join(json.dumps({"id": name, "text": "x"}) + "\n" for name in ids))
-    return [CorpusFile(path, path.name)]
+    return [CorpusFile(path, path.name, "s")]
 
 
 def _upload(address: str, files: list[CorpusFile], **flags: Any) -> UploadOutcome:
@@ -124,3 +128,21 @@ def test_without_skipping_the_first_refusal_ends_it_and_says_how_far_it_came(
     with pytest.raises(UploadError, match=r"c\.jsonl:3: .*bad2 is bad.*\(2 documents before it are in\)"):
         _upload(address, files)
     assert servicer.stored == ["d0", "d1"]
+
+
+def test_a_bank_that_knows_no_sources_loses_nothing(picky: tuple[_Picky, str], tmp_path: Path) -> None:
+    servicer, address = picky
+    servicer.stored.append("d1")
+    outcome = _upload(address, _corpus(tmp_path / "c.jsonl", ["d0"]), delete_missing=True)
+    assert outcome.left.num_removed == 0
+    assert "earlier version" in outcome.left.unknown
+
+
+def test_a_token_that_may_only_write_ingests_and_is_told_what_was_not_looked_for(
+    picky: tuple[_Picky, str], tmp_path: Path
+) -> None:
+    servicer, address = picky
+    servicer.refuses_reads = True
+    outcome = _upload(address, _corpus(tmp_path / "c.jsonl", ["d0"]), delete_missing=True)
+    assert outcome.counts["created"] == 1
+    assert outcome.left.unknown == "this token may only write"

@@ -127,6 +127,7 @@ def test_documents_are_listed_and_got_as_they_were_ingested(
     ]
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    source = {"regrad.source": str(path)}
     flags = ["--bank", bank, "--namespace", "listed"]
     assert main(["list", *flags]) == 1
     assert capsys.readouterr().err == "regrad list: namespace 'listed' has no documents\n"
@@ -147,9 +148,15 @@ def test_documents_are_listed_and_got_as_they_were_ingested(
         ("b", 1, ""),
         ("c\nd", 1, ""),
     ]
+    assert main(["list", "--json", "--filter", "lang=de", *flags]) == 0
+    (german,) = capsys.readouterr().out.splitlines()
+    assert json.loads(german)["metadata"] == {"lang": "de"} | source
     assert main(["get", "b", "nobody", "a", *flags]) == 1
     captured = capsys.readouterr()
-    assert [json.loads(line) for line in captured.out.splitlines()] == [documents[1], documents[0]]
+    assert [json.loads(line) for line in captured.out.splitlines()] == [
+        documents[1] | {"metadata": source},
+        documents[0] | {"metadata": {"lang": "de"} | source},
+    ]
     notes = captured.err.splitlines()
     assert notes[0].startswith("b: version 1, sequence ") and notes[0].endswith("longer than the learner reads")
     assert notes[-1] == "regrad get: 1 id not in namespace 'listed': nobody"
