@@ -7,6 +7,7 @@ The google.rpc message that generic clients know for the code comes before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NoReturn, cast
@@ -167,12 +168,9 @@ async def abort(context: grpc.aio.ServicerContext, error: BankError) -> NoReturn
 def from_rpc_error(error: grpc.RpcError) -> BankError:
     """The error of a failed call. A status without the bank's ErrorInfo becomes the nearest error by status code."""
     call = cast(grpc.aio.AioRpcError, error)  # the synchronous client's errors have the same three methods
-    status = _details(call.trailing_metadata() or ())
-    if status is not None:
-        for packed in status.details:
-            info = details.ErrorInfo()
-            if packed.Unpack(info) and info.domain == DOMAIN and info.reason in _TABLE:
-                return _rebuild(info, status.message)
+    sent = _sent_error(call.trailing_metadata() or ())
+    if sent is not None:
+        return sent
     message = f"the bank's call failed with {call.code().name}: {call.details()}"
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError(message)
@@ -194,23 +192,25 @@ def _reason(error: BankError) -> str:
     return "INTERNAL"
 
 
-def _details(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+def _sent_error(metadata: Iterable[tuple[str, str | bytes]]) -> BankError | None:
+    """The error that the bank sent. None without its ErrorInfo."""
     for key, value in metadata:
         if key == DETAILS_KEY and isinstance(value, bytes):
-            try:
-                return status_pb2.Status.FromString(value)
-            except DecodeError:
-                return None  # a proxy may have changed the details; the code and message remain
+            with suppress(DecodeError):  # a proxy may have changed the details; the code and message remain
+                status = status_pb2.Status.FromString(value)
+                for packed in status.details:
+                    info = details.ErrorInfo()
+                    if packed.Unpack(info) and info.domain == DOMAIN and info.reason in _TABLE:
+                        return _rebuild(info, status.message)
     return None
 
 
 def _rebuild(info: details.ErrorInfo, message: str) -> BankError:
     fields = dict(info.metadata)
-    index = fields.pop("index", None)
     try:
+        index = int(fields.pop("index")) if "index" in fields else None
         error = _TABLE[info.reason].error(message, **fields)
-    except TypeError:  # a newer bank sent other fields
-        error = InternalError(message)
-    if index is not None:
-        error.index = int(index)
+    except (TypeError, ValueError):  # a bank of another version sent other fields
+        return InternalError(message)
+    error.index = index
     return error

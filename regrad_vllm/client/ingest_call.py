@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from bank_service.wire.errors import BankError, InternalError, from_rpc_error
+from bank_service.wire.errors import InternalError, from_rpc_error
 from bank_service.wire.generated import bank_pb2 as pb
 from regrad_vllm.client.messages import receipt_of
 from regrad_vllm.client.values import Receipt
@@ -31,7 +31,7 @@ class IngestCall:
         self._num_ahead = 0  # documents that were sent and aren't answered yet
         self._finished = False
         self._messages: SimpleQueue[Any] = SimpleQueue()  # None ends it
-        self._answers: SimpleQueue[pb.IngestDocumentsResponse | BankError | None] = SimpleQueue()
+        self._answers: SimpleQueue[pb.IngestDocumentsResponse | Exception | None] = SimpleQueue()
         self._call = method(iter(self._messages.get, None), metadata=metadata)
         threading.Thread(target=self._read, name="ingest-answers", daemon=True).start()
 
@@ -57,7 +57,9 @@ class IngestCall:
         ValueError for an answer of another version's bank.
         """
         answer = self._answers.get()
-        if isinstance(answer, BankError):
+        if isinstance(answer, grpc.RpcError):
+            raise from_rpc_error(answer) from answer
+        if isinstance(answer, Exception):
             raise answer
         if answer is not None:
             self._num_ahead -= 1
@@ -72,10 +74,10 @@ class IngestCall:
         self._messages.put(None)
 
     def _read(self) -> None:
+        end: Exception | None = None
         try:
             for message in self._call:
                 self._answers.put(message)
-        except grpc.RpcError as error:
-            self._answers.put(from_rpc_error(error))
-        else:
-            self._answers.put(None)
+        except Exception as error:  # noqa: BLE001 - any error must reach the caller, who waits for an end
+            end = error
+        self._answers.put(end)

@@ -16,6 +16,7 @@ import pytest
 from bank_service.errors import InvalidArgumentError, UnavailableError
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
 from regrad_vllm.client import AsyncBank, Bank, Document, Receipt
+from regrad_vllm.client.ingest_call import IngestCall
 from tests.client.conftest import Call, bank_process
 
 IN_FLIGHT = 4
@@ -161,3 +162,17 @@ def test_an_answer_that_this_client_does_not_know_is_an_error_and_not_waited_for
             list(bank.ingest([Document("a", "A text.")]))
     finally:
         server.stop(None).wait()
+
+
+@pytest.mark.timeout(30)
+def test_an_error_of_the_reading_thread_is_the_callers_and_not_waited_for() -> None:
+    def method(documents: object, metadata: object) -> Iterator[Any]:
+        yield bank_pb2.IngestDocumentsResponse(id="a", outcome=1)  # type: ignore[arg-type]
+        raise KeyError("gRPC broke")
+
+    call = IngestCall(method, IN_FLIGHT, ())
+    call.send([])
+    receipt = call.receive()
+    assert receipt is not None and receipt.id == "a"
+    with pytest.raises(KeyError, match="gRPC broke"):
+        call.receive()

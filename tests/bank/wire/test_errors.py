@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 from google.rpc import error_details_pb2 as details
+from google.rpc import status_pb2
 
 from bank_service.errors import (
     BankError,
@@ -24,7 +25,7 @@ from bank_service.errors import (
     VersionConflictError,
 )
 from bank_service.wire import generate
-from bank_service.wire.errors import DETAILS_KEY, from_rpc_error, to_status
+from bank_service.wire.errors import DETAILS_KEY, DOMAIN, from_rpc_error, to_status
 
 ERRORS = [
     (InvalidArgumentError("top_k must be in 1..64, got 0", field="top_k"), "INVALID_ARGUMENT"),
@@ -118,6 +119,32 @@ def test_a_failure_of_the_network_is_the_nearest_error(
 ) -> None:
     error = from_rpc_error(failed_call(code, "the wire broke", metadata))
     assert type(error) is kind and "the wire broke" in error.message
+
+
+@pytest.mark.parametrize(
+    ("reason", "metadata"),
+    [
+        ("UNAVAILABLE", {"index": "last"}),
+        ("OVERLOADED", {"limit": "max_calls", "retry_after_ms": "soon"}),
+        ("OUT_OF_RANGE", {"field": "as_of", "limit": "yesterday"}),
+        ("VERSION_CONFLICT", {"namespace": "n", "id": "i", "expected_version": "3", "actual_version": "new"}),
+        ("NOT_FOUND", {"kind": "document", "name": "x", "more": "of a later version"}),
+    ],
+)
+def test_an_error_whose_fields_this_client_does_not_understand_is_an_internal_one(
+    reason: str, metadata: dict[str, str]
+) -> None:
+    status = status_pb2.Status(message="the bank's words")
+    status.details.add().Pack(details.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    error = from_rpc_error(failed_call(grpc.StatusCode.ABORTED, "", status.SerializeToString()))
+    assert type(error) is InternalError and error.message == "the bank's words"
+
+
+def test_an_error_whose_details_are_damaged_goes_by_its_status_code() -> None:
+    status = status_pb2.Status()
+    status.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")
+    error = from_rpc_error(failed_call(grpc.StatusCode.UNAVAILABLE, "the wire broke", status.SerializeToString()))
+    assert type(error) is UnavailableError and "the wire broke" in error.message
 
 
 def test_a_call_that_grpcs_client_breaks_off_is_one_to_repeat() -> None:
