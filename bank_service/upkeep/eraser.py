@@ -79,7 +79,7 @@ class Eraser:
 
     @property
     def num_pending(self) -> int:
-        """The number of unfinished purges at the last round."""
+        """The number of unfinished purges that the last round found."""
         return len(self._since)
 
     @property
@@ -96,6 +96,9 @@ class Eraser:
         await self._discarder.retry()
         fresh, sequence = await in_thread(self._pool, self._look)
         if fresh:
+            now = time.monotonic()
+            for erasure in fresh:
+                self._since.setdefault(erasure.number, now)
             self._is_log_empty = False
             await self._rewrite({erasure.namespace for erasure in fresh}, sequence)
             # Remove the gradients that no document names from blob store and cache. Failed removals are repeated.

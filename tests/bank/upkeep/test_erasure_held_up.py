@@ -21,6 +21,7 @@ from bank_service.upkeep import eraser
 from tests.bank import inside
 from tests.bank.catalog.test_history import put
 from tests.bank.records.test_discard import bank_with, read
+from tests.bank.search.collection import usearch_of
 from tests.bank.search.test_as_of import open_bank
 from tests.bank.upkeep.test_erasure import filled, num_erasures, removable, traces, unremovable, within_the_bound
 
@@ -202,3 +203,17 @@ async def test_what_is_not_erased_for_long_is_said_in_the_log_and_in_the_metrics
         removable(path)
         await within_the_bound(lambda: value("regrad_bank_pending_erasures") == 0)
         assert value("regrad_bank_oldest_erasure_seconds") == 0
+
+
+@pytest.mark.asyncio
+async def test_the_metrics_count_a_purge_while_its_first_round_is_under_way(data_dir: Path) -> None:
+    metrics = BankMetrics()
+    value = metrics.registry.get_sample_value
+    async with open_bank(data_dir) as bank:
+        inside.publish(bank, metrics)
+        await put(bank, "a", "a text")
+        async with usearch_of(bank).compactor.lock:  # the round can't rebuild the index
+            await bank.delete("", "a", purge=True)
+            await within_the_bound(lambda: value("regrad_bank_pending_erasures") == 1)
+            assert (value("regrad_bank_oldest_erasure_seconds") or 0) > 0
+        await within_the_bound(lambda: value("regrad_bank_pending_erasures") == 0)
