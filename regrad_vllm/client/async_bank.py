@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -183,16 +184,20 @@ class AsyncBank:
             self._blocking = open_channel(self.address, self._credentials)
         stub = bank_pb2_grpc.BankServiceStub(self._blocking)
         call = IngestCall(getattr(stub, method), in_flight, tuple(inject()))
+        loop = asyncio.get_running_loop()
+        # A thread of its own: the loop's pool has few, and the bank may take long to answer.
+        waiting = ThreadPoolExecutor(1, "ingest-receipts")
         try:
             async for request in requests:
                 call.send(request)
-                while call.must_receive and (receipt := await asyncio.to_thread(call.receive)):
+                while call.must_receive and (receipt := await loop.run_in_executor(waiting, call.receive)):
                     yield receipt
             call.finish()
-            while receipt := await asyncio.to_thread(call.receive):
+            while receipt := await loop.run_in_executor(waiting, call.receive):
                 yield receipt
         finally:
             call.cancel()
+            waiting.shutdown(wait=False)
 
 
 async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:

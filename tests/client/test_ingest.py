@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -102,7 +103,7 @@ def test_an_error_of_the_source_is_the_callers_and_the_stream_is_left(address: s
 @pytest.mark.asyncio
 async def test_an_iteration_that_is_left_ends_its_call_and_its_threads(address: str) -> None:
     def num_threads() -> int:
-        return sum(thread.name == "ingest-answers" for thread in threading.enumerate())
+        return sum(thread.name.startswith("ingest-") for thread in threading.enumerate())
 
     source = Source("left", 1000)
     with Bank(address) as bank:
@@ -120,6 +121,22 @@ async def test_an_iteration_that_is_left_ends_its_call_and_its_threads(address: 
             break
         time.sleep(0.05)
     assert num_threads() == 0
+
+
+@pytest.mark.asyncio
+async def test_an_ingest_that_waits_for_the_bank_takes_no_thread_of_the_loops_pool(tmp_path: Path) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    with bank_process(tmp_path) as (process, address):
+        async with AsyncBank(address) as bank:
+            await bank.stats()
+            process.send_signal(signal.SIGSTOP)
+            try:
+                receipt = asyncio.ensure_future(anext(bank.ingest([Document("a", "A text.")])))
+                await asyncio.sleep(0)  # it waits now
+                assert await asyncio.wait_for(asyncio.to_thread(int), 10) == 0 and not receipt.done()
+            finally:
+                process.send_signal(signal.SIGCONT)
+            assert (await receipt).id == "a"
 
 
 def test_what_has_a_receipt_outlives_a_bank_that_is_killed(tmp_path: Path) -> None:
