@@ -5,8 +5,8 @@
             print(receipt.id, receipt.version)
         print(bank.query("Who is the harbour master?").hits)
 
-All errors are subclasses of ``bank_service.errors.BankError``. gRPC is imported when ``Bank`` or ``AsyncBank`` is first
-used.
+A failed call raises a subclass of ``bank_service.errors.BankError``. An argument, or an answer of another version, that
+the client can't use raises ValueError. gRPC is imported when ``Bank`` or ``AsyncBank`` is first used.
 """
 
 from __future__ import annotations
