@@ -82,7 +82,6 @@ class _WithToken(
     _Token,
     grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
     grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
-    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
     grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
     """For blocking channels."""
@@ -92,7 +91,6 @@ class _WithToken(
 
     intercept_unary_unary = _intercept
     intercept_unary_stream = _intercept
-    intercept_stream_unary = _intercept
     intercept_stream_stream = _intercept
 
 
