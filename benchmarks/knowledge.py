@@ -5,7 +5,8 @@
 Asks questions of the validation split in one process. A cue is the documents' sentence nearest to the question
 (learn/cues.py). A learner is asked blind, with the cue, with the documents, and as φ* alone with the cue. A reader is a
 learner whose φ* alone is used, such as FT-RAG's. It is asked with the cue and with the documents. Each answer is a line
-of FILE. Answers in FILE are not asked again, so that learners can be added to the same table.
+of FILE. Answers in FILE are not asked again, so that learners can be added to the same table. After the table, the last
+line is the same figures as one JSON object.
 
 F1 is of greedy answers. "First" is the share of answers that begin with the right token. The intervals are 95%
 bootstrap intervals over documents; differences are paired. Gradients are not quantised here.
@@ -18,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from regrad_vllm.evaluate.in_process import InProcess
 from regrad_vllm.evaluate.scoring import score
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learner import Learner
-from regrad_vllm.reporting.intervals import stratified_interval
+from regrad_vllm.reporting.intervals import Interval, rounded, stratified_interval
+from regrad_vllm.reporting.markdown import markdown_table
 
 SETS = ("records", "squad", "qamr", "hops", "newpages_bio")
 LEARNER_WAYS, READER_WAYS = ("blind", "cue", "icl", "phi_cue"), ("cue", "icl")
@@ -87,7 +89,9 @@ def main() -> None:
                         file.write(json.dumps({"learner": name, "way": way, **found}, ensure_ascii=False) + "\n")
                         file.flush()
                 sys.stderr.write(f"{name} {way}: {len(waiting)} questions, {time.monotonic() - started:.0f} s\n")
-    sys.stdout.write(table(list(records(args.out)), {entry.question.id for entry in asked}))
+    found = summary(list(records(args.out)), {entry.question.id for entry in asked})
+    sys.stdout.write(table(found["methods"], found["differences"]) + "\n\n")
+    sys.stdout.write(json.dumps(rounded(found), ensure_ascii=False) + "\n")
 
 
 def load(data: Path, sets: Sequence[str], num_questions: int, seed: int) -> list[Asked]:
@@ -160,37 +164,64 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text("utf-8").splitlines())
 
 
-def table(found: Sequence[Mapping[str, Any]], ids: set[str]) -> str:
-    """F1 by set, over all sets with its interval, first tokens right, prompt tokens; then paired differences."""
+def summary(found: Sequence[Mapping[str, Any]], ids: set[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each method: F1 by set and over all sets, the share of right first tokens, prompt tokens. Then the paired
+    differences of F1 between methods that were asked the same questions."""
     methods: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in found:
         if record["id"] in ids:
             methods.setdefault(f"{record['learner']} {record['way']}", {})[record["id"]] = record
     sets = sorted({record["set"] for rows in methods.values() for record in rows.values()})
-    lines = [f"| | {' | '.join(sets)} | all | first | prompt |", "|---|" + "--:|" * (len(sets) + 3)]
-    for name, rows in methods.items():
-        means = [100 * np.mean([row["f1"] for row in rows.values() if row["set"] == chosen]) for chosen in sets]
-        spread = interval(rows, {key: row["f1"] for key, row in rows.items()}, sets)
-        first, tokens = (np.mean([row[key] for row in rows.values()]) for key in ("first", "prompt_tokens"))
-        by_set = " | ".join(f"{mean:.1f}" for mean in means)
-        lines.append(f"| {name} | {by_set} | {spread} | {100 * first:.1f} | {tokens:.0f} |")
-    lines += ["", "| paired difference of F1 | all |", "|---|--:|"]
-    for (name, rows), (other, others) in combinations(methods.items(), 2):
-        if rows.keys() == others.keys():
-            differences = {key: rows[key]["f1"] - others[key]["f1"] for key in rows}
-            lines.append(f"| {name} − {other} | {interval(rows, differences, sets)} |")
-    return "\n".join(lines) + "\n"
+    means = {
+        name: {
+            "by_set": {key: mean([row["f1"] for row in rows.values() if row["set"] == key]) for key in sets},
+            "all": asdict(interval(rows, {key: row["f1"] for key, row in rows.items()}, sets)),
+            "first": mean([row["first"] for row in rows.values()]),
+            "prompt_tokens": mean([row["prompt_tokens"] for row in rows.values()]),
+        }
+        for name, rows in methods.items()
+    }
+    differences = {
+        f"{name} − {other}": asdict(interval(rows, {key: rows[key]["f1"] - others[key]["f1"] for key in rows}, sets))
+        for (name, rows), (other, others) in combinations(methods.items(), 2)
+        if rows.keys() == others.keys()
+    }
+    return {"methods": means, "differences": differences}
 
 
-def interval(rows: Mapping[str, Mapping[str, Any]], values: Mapping[str, float], sets: Sequence[str]) -> str:
-    """Mean of the sets' means in percent, with its interval."""
+def table(means: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, float]]) -> str:
+    """Both parts of the summary in percent."""
+    sets = list(dict.fromkeys(key for row in means.values() for key in row["by_set"]))
+    rows = []
+    for name, row in means.items():
+        by_set = [percent(row["by_set"][key]) for key in sets]
+        last = [Interval(**row["all"]).percent(), percent(row["first"]), f"{row['prompt_tokens']:.0f}"]
+        rows.append([name, *by_set, *last])
+    paired = [[name, Interval(**difference).percent()] for name, difference in differences.items()]
+    return "\n\n".join(
+        [
+            markdown_table(["", *sets, "all", "first", "prompt"], rows),
+            markdown_table(["paired difference of F1", "all"], paired),
+        ]
+    )
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def interval(rows: Mapping[str, Mapping[str, Any]], values: Mapping[str, float], sets: Sequence[str]) -> Interval:
+    """Mean of the sets' means with its interval."""
     groups = [[key for key, row in rows.items() if row["set"] == chosen] for chosen in sets]
     groups = [group for group in groups if group]
-    spread = stratified_interval(
+    return stratified_interval(
         [[values[key] for key in group] for group in groups],
         [[str(rows[key]["document"]) for key in group] for group in groups],
     )
-    return spread.percent()
 
 
 if __name__ == "__main__":
