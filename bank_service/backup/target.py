@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 
 from bank_service.blobs.folder_objects import FolderObjects
@@ -12,6 +13,7 @@ from bank_service.values.config import BankConfig
 
 # Unfinished files lie beside the gradients. The next snapshot removes those that a killed one left.
 _UNFINISHED = "blobs/new"
+_USER = re.compile(r"(?<=://)[^/]*@")  # name and password in a URL
 
 
 def open_target(target: str) -> Objects:
@@ -19,7 +21,7 @@ def open_target(target: str) -> Objects:
     target = target.removeprefix("file://")
     if "://" not in target:
         if not target.startswith("/"):
-            raise SnapshotError(f"a snapshot must lie in an absolute folder or at a URL, got {target[:200]!r}")
+            raise SnapshotError(f"a snapshot must lie in an absolute folder or at a URL, got {_shown(target)!r}")
         return FolderObjects(Path(target), _UNFINISHED)
     try:
         return RemoteObjects.at(target)
@@ -29,7 +31,7 @@ def open_target(target: str) -> Objects:
                 "fsspec must be installed for snapshots at URLs; pip install fsspec and its package for that store"
             ) from error
         raise SnapshotError(
-            f"a snapshot must lie at a URL that fsspec can open, got {target[:200]!r}: {error}"
+            f"a snapshot must lie at a URL that fsspec can open, got {_shown(target)!r}: {error}"
         ) from None
 
 
@@ -40,7 +42,7 @@ def check_target(config: BankConfig, target: str) -> None:
     is_named = path.is_absolute() and len(path.parts) > 1 if "://" not in url else bool(path.parts)
     if not is_named or ".." in path.parts:
         raise InvalidArgumentError(
-            f"target must be an absolute folder of the bank's machine or a URL, without .., got {target[:200]!r}",
+            f"target must be an absolute folder of the bank's machine or a URL, without .., got {_shown(target)!r}",
             field="target",
         )
     root = config.snapshot_root
@@ -52,7 +54,12 @@ def check_target(config: BankConfig, target: str) -> None:
         allowed = Path(url).resolve().is_relative_to(Path(root.removeprefix("file://")).resolve())
     if not allowed:
         raise InvalidArgumentError(
-            f"target must lie below the bank's --snapshot-root, {root or 'which it was started without'}, "
-            f"got {target[:200]!r}",
+            f"target must lie below the bank's --snapshot-root, {_shown(root or 'which it was started without')}, "
+            f"got {_shown(target)!r}",
             field="target",
         )
+
+
+def _shown(place: str) -> str:
+    """A target for a message: without a password."""
+    return _USER.sub("…@", place)[:200]

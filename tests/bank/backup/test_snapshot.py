@@ -289,6 +289,10 @@ async def test_a_bank_writes_snapshots_below_its_root_and_without_one_for_its_ow
         error = await client.refused(snapshot(client, tmp_path / "rooted"), InvalidArgumentError)
         assert "--snapshot-root" in error.message
         await client.refused(snapshot(client, "memory://root"), InvalidArgumentError)
+    config = BankConfig(data_dir=data_dir, host=host, snapshot_root="ftp://user:s3cret@host/root")
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        error = await client.refused(snapshot(client, "ftp://user:s3cret@host/other"), InvalidArgumentError)
+        assert "ftp://…@host/root" in error.message and "s3cret" not in error.message
 
 
 @pytest.mark.asyncio
