@@ -20,6 +20,8 @@ _CONFIG_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "partial_rotary_factor",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 _HASH_CHUNK_BYTES = 1 << 24
 
@@ -60,10 +62,13 @@ def load_base_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model in eval mode and its tokenizer.
 
-    attention: "sdpa", or "eager" if a second derivative is needed.
+    attention: "sdpa", or "eager" if a second derivative is needed. A model with a soft cap in its attention gets
+    "eager" always, because the library's "sdpa" leaves the cap out.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if getattr(AutoConfig.from_pretrained(folder), "attn_logit_softcapping", None) is not None:
+        attention = "eager"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     model.to(device).eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(folder)

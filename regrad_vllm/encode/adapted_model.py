@@ -1,9 +1,10 @@
 """A frozen causal LM with LoRA tensors that may differ from row to row, split at the first adapted layer.
 
-It works with any Hugging Face causal LM built like Llama: ``model.model.layers`` of decoder layers, a final norm and
-``lm_head``. Both halves run the library's own forward pass, so masks, rotary embeddings and sliding windows are the
-library's. Rows are padded on the right and attention is causal. So padding never influences a real token, and no
-padding mask is needed.
+It works with any Hugging Face causal LM built like Llama: its decoder layers are ``model.model.layers``. Both halves
+and the logits run the library's own forward pass. So masks, rotary embeddings, sliding windows, multipliers and soft
+caps are the library's. At its start it compares itself with the whole model, and it refuses a model built otherwise.
+Rows are padded on the right and attention is causal. So padding never influences a real token, and no padding mask is
+needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from regrad_vllm.base_model import BaseModelError
 from regrad_vllm.layout import Layout
 
 
@@ -98,24 +101,36 @@ class AdaptedModel:
     """The base model with a layout and scaling s. Adapters are arguments of its methods and never stored."""
 
     def __init__(self, model: Any, layout: Layout, scaling: float) -> None:
+        """BaseModelError, with the architecture's name, if the parts don't compute what ``model`` computes."""
         self.layout = layout
         self.scaling = scaling
         self.device: torch.device = model.device
-        self._lm_head = model.lm_head
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in layout.modules]
-        decoder = model.model
         first = min(_layer_index(name) for name in layout.modules)
-        self._lower = _slice_decoder(decoder, 0, first, norm=False)
-        self._upper = _slice_decoder(decoder, first, len(decoder.layers), norm=True)
-        self._embed = decoder.embed_tokens
+        try:
+            decoder = model.model
+            self._embed = model.get_input_embeddings()
+            self._lower = _slice_decoder(decoder, 0, first) if first else None
+            self._upper = _slice_decoder(decoder, first, len(decoder.layers))
+            self._head = _with_modules(model, model=_Passing())
+            error = self._relative_error(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as caught:  # anything, from the code of a model built otherwise
+            raise BaseModelError(_refusal(model, " ".join(str(caught).split()))) from caught
+        if not error <= torch.finfo(model.dtype).eps ** 0.5:
+            raise BaseModelError(_refusal(model, f"the logits of its layers run apart are wrong by {error:.1%}"))
 
     def lower(self, batch: TokenBatch) -> Tensor:
         """Hidden states before the first adapted layer, (rows, length, hidden). They don't depend on φ."""
         with torch.no_grad():
-            embedded: Tensor = self._embed(batch.ids)
-            if not len(self._lower.layers):
-                return embedded
-            return self._run(self._lower, embedded, batch)
+            if self._lower is None:
+                return cast(Tensor, self._embed(batch.ids))
+            found: list[Any] = []
+            last = self._lower.layers[-1].register_forward_hook(lambda _module, _inputs, output: found.append(output))
+            with last:
+                self._run(self._lower, batch, input_ids=batch.ids)
+        return cast(Tensor, found[0][0] if isinstance(found[0], tuple) else found[0])
 
     def upper(self, hidden: Tensor, adapters: Sequence[Tensor], batch: TokenBatch) -> Tensor:
         """Final hidden states, (rows, length, hidden), under ``adapters``.
@@ -124,7 +139,12 @@ class AdaptedModel:
         Consecutive rows share an adapter.
         """
         with self.injected(adapters):
-            return self._run(self._upper, hidden, batch)
+            if self._lower is None:
+                return self._run(self._upper, batch, inputs_embeds=hidden)
+            # The decoder may change its input before the first layer, as it changes embeddings.
+            first = self._upper.layers[0].register_forward_pre_hook(lambda _module, inputs: (hidden, *inputs[1:]))
+            with first:
+                return self._run(self._upper, batch, inputs_embeds=hidden)
 
     def token_losses(self, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the counted positions, (counted,), and their mask, bool (rows, length)."""
@@ -134,7 +154,7 @@ class AdaptedModel:
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits of the next token after each final hidden state, float32 (positions, vocabulary)."""
-        return cast(Tensor, self._lm_head(final).float())
+        return self._logits(final).float()
 
     def loss(self, final: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:
         """The sum over all rows of the next-token cross-entropy, each target times its weight.
@@ -146,7 +166,7 @@ class AdaptedModel:
 
     def predict(self, final: Tensor) -> Tensor:
         """The likeliest next token of each final hidden state, int64 (positions,)."""
-        return cast(Tensor, self._lm_head(final).argmax(-1))
+        return self._logits(final).argmax(-1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(groups, num_values) → the layout's tensors, each (groups, *shape)."""
@@ -156,15 +176,32 @@ class AdaptedModel:
             for part, tensor in zip(torch.split(flat, sizes, dim=1), self.layout.tensors, strict=True)
         ]
 
+    def _logits(self, final: Tensor) -> Tensor:
+        return cast(Tensor, self._head(inputs_embeds=final[None], use_cache=False).logits[0])
+
     @staticmethod
-    def _run(part: Any, hidden: Tensor, batch: TokenBatch) -> Tensor:
+    def _run(part: Any, batch: TokenBatch, **inputs: Tensor) -> Tensor:
         attention: dict[str, Any] = {}
         if batch.visible is not None and batch.positions is not None:
             attention = {
-                "attention_mask": _attention_bias(part.config, batch.visible, batch.positions, hidden.dtype),
+                "attention_mask": _attention_bias(part.config, batch.visible, batch.positions, part.dtype),
                 "position_ids": batch.positions,
             }
-        return cast(Tensor, part(inputs_embeds=hidden, use_cache=False, **attention).last_hidden_state)
+        return cast(Tensor, part(**inputs, use_cache=False, **attention).last_hidden_state)
+
+    @torch.no_grad()
+    def _relative_error(self, model: Any) -> float:
+        """The logits of two rows of tokens, padded and packed, against those of ``model``."""
+        rows = torch.randint(self._embed.num_embeddings, (2, 9), generator=torch.Generator().manual_seed(0))
+        rows[1, :4] = rows[0, :4]  # shared when packed
+        expected = model(input_ids=rows.to(self.device), use_cache=False).logits[:, 4:8].flatten(0, 1).float()
+        members = [(row, 5) for row in rows.tolist()]
+        adapters = self.split(torch.zeros(1, self.layout.num_values, device=self.device))
+        errors = []
+        for batch in (TokenBatch.pad(members, self.device), TokenBatch.pack([members], self.device)):
+            final = self.upper(self.lower(batch), adapters, batch)
+            errors.append((self.logits(final[batch.targets != -100]) - expected).norm() / expected.norm())
+        return float(torch.stack(errors).max())
 
     @contextmanager
     def injected(self, adapters: Sequence[Tensor]) -> Iterator[None]:
@@ -210,15 +247,32 @@ def _attention_bias(config: Any, visible: Tensor, positions: Tensor, dtype: torc
     return bias(near)
 
 
-def _slice_decoder(decoder: Any, first: int, end: int, *, norm: bool) -> Any:
+class _Passing(nn.Module):
+    """In the place of the decoder: its output is its input. So the model makes logits of given final states."""
+
+    def forward(self, inputs_embeds: Any, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _slice_decoder(decoder: Any, first: int, end: int) -> Any:
     """A view of ``decoder`` that runs the layers first … end − 1 and shares its weights."""
-    part = copy.copy(decoder)
-    part.__dict__["_modules"] = dict(decoder._modules)
+    part = _with_modules(decoder, layers=nn.ModuleList(decoder.layers[first:end]))
     part.config = copy.copy(decoder.config)
     part.config.num_hidden_layers = end - first
     if getattr(decoder.config, "layer_types", None):
         part.config.layer_types = list(decoder.config.layer_types[first:end])
-    part.layers = nn.ModuleList(decoder.layers[first:end])
-    if not norm:
-        part.norm = nn.Identity()
     return part
+
+
+def _with_modules(module: Any, **others: nn.Module) -> Any:
+    """A copy of ``module`` that shares all modules except ``others``."""
+    part = copy.copy(module)
+    part.__dict__["_modules"] = {**module._modules, **others}
+    return part
+
+
+def _refusal(model: Any, reason: str) -> str:
+    return (
+        f"the base model must be built like Llama, got {type(model).__name__}: {reason}; use a model of another "
+        "architecture"
+    )

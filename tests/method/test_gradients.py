@@ -10,6 +10,7 @@ from regrad_vllm.base_model import BaseModelError, build_layout
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.document_gradients import document_deltas, document_gradients
 from regrad_vllm.encode.inner_loss import InnerLoss
+from tests.method.conftest import tiny_model
 from tests.method.reference import lm_loss, peft_model, relative_error
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -27,16 +28,30 @@ def test_batched_gradients_equal_the_one_document_autograd_loop(any_model: Any) 
     documents.append(list(documents[2]))  # repeated
     documents.append(documents[4][:40])  # as truncation leaves it
     batch = TokenBatch.pad([(tokens, 1) for tokens in documents])
-    actual = document_gradients(AdaptedModel(any_model, layout, SCALING), phi, batch)
+    model = AdaptedModel(any_model, layout, SCALING)
+    actual = document_gradients(model, phi, batch)
+    with torch.no_grad():
+        final = model.upper(model.lower(batch), model.split(phi[None]), batch)
+        losses, counted = model.token_losses(final, batch.targets)
 
     peft = peft_model(any_model, layout, SCALING)
     for row, tokens in enumerate(documents):
         leaf = phi.clone().requires_grad_()
-        (expected,) = torch.autograd.grad(lm_loss(peft, layout, leaf, tokens), leaf)
+        loss = lm_loss(peft, layout, leaf, tokens)
+        (expected,) = torch.autograd.grad(loss, leaf)
         assert expected.norm() > 1e-3
+        assert float(losses[counted.nonzero()[:, 0] == row].mean()) == pytest.approx(float(loss.detach()), rel=1e-5)
         assert relative_error(actual[row], expected) <= 1e-5
     assert torch.equal(actual[2], actual[5])
     assert relative_error(actual[6], actual[4]) > 1e-2
+
+
+@pytest.mark.parametrize("architecture", ["RecurrentGemma", "GPTNeoX"])
+def test_a_model_whose_layers_do_not_run_apart_is_refused_by_name(architecture: str) -> None:
+    model = tiny_model(architecture)
+    projections = {"RecurrentGemma": ("down_proj",), "GPTNeoX": ("dense_4h_to_h",)}[architecture]
+    with pytest.raises(BaseModelError, match=f"must be built like Llama, got {architecture}ForCausalLM: "):
+        AdaptedModel(model, build_layout(model, rank=4, layers=(2, 3), projections=projections), SCALING)
 
 
 def test_layers_of_every_position_can_be_adapted(llama: Any) -> None:

@@ -114,7 +114,9 @@ def test_the_base_digest_sees_weights_and_not_sharding(tmp_path: Path, model_fol
     assert base_digest(sharded) == base_digest(model_folder) != base_digest(changed)
 
 
-def test_the_base_digest_sees_rotary_scaling_and_the_tokenizers_steps(tmp_path: Path, model_folder: Path) -> None:
+def test_the_base_digest_sees_rotary_scaling_multipliers_and_the_tokenizers_steps(
+    tmp_path: Path, model_folder: Path
+) -> None:
     def variant(name: str, **files: dict[str, Any]) -> str:
         folder = tmp_path / name
         shutil.copytree(model_folder, folder)
@@ -127,6 +129,7 @@ def test_the_base_digest_sees_rotary_scaling_and_the_tokenizers_steps(tmp_path: 
     scaled = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
     assert variant("scaled", config={"rope_parameters": scaled}) != plain
     assert variant("windowed", config={"layer_types": ["sliding_attention"] * 4}) != plain
+    assert variant("multiplied", config={"logits_scaling": 8.0}) != plain
     assert variant("split", tokenizer={"pre_tokenizer": {"type": "Whitespace"}}) != plain
     assert variant("added", tokenizer={"added_tokens": [{"id": 1, "content": "<x>", "special": True}]}) != plain
     # The same model as another library version spells it.
