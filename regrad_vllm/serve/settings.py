@@ -7,6 +7,7 @@ The plugin runs in vLLM's processes and doesn't start them. They all inherit the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ PREFIX = "REGRAD_"
 OnError = Literal["fail_open", "fail_closed"]
 MAX_TOP_K = 64
 MAX_GAMMA = 16.0
+# The variables of one service, after its name. Kubernetes sets them in every container of the namespace.
+_SERVICE_VARIABLE = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
 
 
 class SettingsError(ValueError):
@@ -88,14 +91,16 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> Settings | None:
         """The settings. None if REGRAD_LEARNER is unset, which means that the plugin is off.
 
-        SettingsError for an unknown variable that starts with REGRAD_, and for a bad value.
+        SettingsError for an unknown variable that starts with REGRAD_, and for a bad value. Variables that Kubernetes
+        sets for a service, such as regrad-bank, don't count.
         """
         if not environment.get(variable("learner")):
             return None
         known = {variable(name): name for name in _PARSERS}
         values: dict[str, Any] = {}
+        services = [key.removesuffix("SERVICE_HOST") for key in environment if key.endswith("_SERVICE_HOST")]
         for key, text in environment.items():
-            if not key.startswith(PREFIX):
+            if not key.startswith(PREFIX) or any(_is_of_service(key, text, service) for service in services):
                 continue
             if key not in known:
                 raise SettingsError(f"{key} must be one of {', '.join(sorted(known))}; remove it or mend its name")
@@ -135,6 +140,12 @@ class Settings:
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return PREFIX + name.upper()
+
+
+def _is_of_service(key: str, text: str, service: str) -> bool:
+    """Whether Kubernetes sets this variable for a service. Its PORT is a URL, and a mere number is the user's."""
+    name = key.removeprefix(service)
+    return name != key and bool(_SERVICE_VARIABLE.fullmatch(name)) and (name != "PORT" or "://" in text)
 
 
 def _switch(text: str) -> bool:

@@ -64,6 +64,24 @@ def test_an_unknown_key_is_told_the_known_ones() -> None:
         Settings.from_environment({**LEARNER, "REGRAD_TOPK": "3"})
 
 
+@pytest.mark.parametrize("service", ["REGRAD_BANK", "REGRAD_EU_1", "REGRAD"])
+def test_what_kubernetes_sets_for_a_service_is_no_setting(service: str) -> None:
+    port = "tcp://10.0.0.7:50061"
+    links = {
+        "SERVICE_HOST": "10.0.0.7", "SERVICE_PORT": "50061", "SERVICE_PORT_GRPC": "50061", "PORT": port,
+        "PORT_50061_TCP": port, "PORT_50061_TCP_PROTO": "tcp", "PORT_50061_TCP_PORT": "50061",
+        "PORT_50061_TCP_ADDR": "10.0.0.7",
+    }  # fmt: skip
+    given = {**LEARNER, **{f"{service}_{name}": text for name, text in links.items()}}
+    assert Settings.from_environment(given) == Settings(learner=Path("/some/folder"))
+    for name, text in (("PORT", "50061"), ("TOPK", "3"), ("PORT_50061", "1"), ("SERVICE_HOSTS", "x")):
+        with pytest.raises(SettingsError, match=f"{service}_{name} must be one of"):
+            Settings.from_environment({**given, f"{service}_{name}": text})
+    del given[f"{service}_SERVICE_HOST"]
+    with pytest.raises(SettingsError, match=f"{service}_SERVICE_PORT must be one of"):
+        Settings.from_environment(given)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
