@@ -52,7 +52,8 @@ class Planner:
         asked = body.get("regrad") is not None
         if not (named or asked or self.settings.default):
             return None
-        options = RegradOptions.parse(body["regrad"]) if asked else RegradOptions()
+        most = self.settings.max_documents
+        options = RegradOptions.parse(body["regrad"], most) if asked else RegradOptions()
         if not named and model is not None and model not in self.model_names:
             if asked and options.enabled and model in adapter_names:
                 raise RequestError.bad("model", f"one of {', '.join(self.model_names)} with regrad", model)
@@ -103,7 +104,6 @@ class Planner:
         self, options: RegradOptions, body: Body, shape: PromptShape, request_id: str, *, by_name: bool
     ) -> Plan:
         learner = self.learner.config
-        self._check_number(options)
         question = shape.question(body)
         text = None if options.document_ids else options.query or question
         if text is None and not options.document_ids:
@@ -131,20 +131,6 @@ class Planner:
             mode=options.mode,
             by_name=by_name,
         )
-
-    def _check_number(self, options: RegradOptions) -> None:
-        """RequestError for more documents than this server allows. Each costs time, bandwidth and memory."""
-        limit = self.settings.max_documents
-        if options.top_k is not None and options.top_k > limit:
-            raise RequestError.bad(
-                "regrad.top_k", f"at most {limit} (this server's REGRAD_MAX_DOCUMENTS)", options.top_k
-            )
-        if options.document_ids is not None and len(options.document_ids) > limit:
-            raise RequestError.bad(
-                "regrad.document_ids",
-                f"at most {limit} ids (this server's REGRAD_MAX_DOCUMENTS)",
-                len(options.document_ids),
-            )
 
 
 def _first(*values: float | None) -> float | None:

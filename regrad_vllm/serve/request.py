@@ -20,7 +20,6 @@ from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K
 
 Mode = Literal["blind", "icl"]
 MODES: tuple[Mode, ...] = ("blind", "icl")
-MAX_DOCUMENT_IDS = 64
 MAX_ID_BYTES = 256
 MAX_QUERY_BYTES = 64 * 2**10
 MAX_SEQUENCE = 2**64 - 1  # the greatest number in a message to the bank
@@ -43,17 +42,21 @@ class RegradOptions:
     as_of: int | None = None
 
     @classmethod
-    def parse(cls, value: object) -> RegradOptions:
-        """Options from parsed JSON. RequestError (400) names the field ``regrad.<field>`` and its limit."""
+    def parse(cls, value: object, max_documents: int = MAX_TOP_K) -> RegradOptions:
+        """Options from parsed JSON. RequestError (400) names the field ``regrad.<field>`` and its limit.
+
+        max_documents: the server's limit for one request. Each document costs time, bandwidth and memory.
+        """
         if not isinstance(value, Mapping):
             raise RequestError.bad("regrad", "an object", value)
-        unknown = sorted(set(value) - set(_PARSERS))
+        parsers = {**_PARSERS, "top_k": _whole(1, max_documents), "document_ids": _ids(max_documents)}
+        unknown = sorted(set(value) - set(parsers))
         if unknown:
-            raise RequestError.bad(f"regrad.{unknown[0]}", f"one of {', '.join(_PARSERS)}", unknown[0])
+            raise RequestError.bad(f"regrad.{unknown[0]}", f"one of {', '.join(parsers)}", unknown[0])
         fields: dict[str, Any] = {}
         for name, raw in value.items():
             if raw is not None:
-                fields[name] = _PARSERS[name](f"regrad.{name}", raw)
+                fields[name] = parsers[name](f"regrad.{name}", raw)
         options = cls(**fields)
         if options.document_ids is not None:
             for name in ("query", "top_k", "min_score", "retrieval", "filter"):
@@ -93,15 +96,18 @@ def _namespace(field: str, value: object) -> str:
     return value
 
 
-def _ids(field: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_DOCUMENT_IDS:
-        raise RequestError.bad(field, f"a list of 1 to {MAX_DOCUMENT_IDS} document ids", value)
-    parse = _text(MAX_ID_BYTES)
-    ids = tuple(parse(f"{field}[{index}]", item) for index, item in enumerate(value))
-    for index, item in enumerate(ids):
-        if item in ids[:index]:
-            raise RequestError.bad(f"{field}[{index}]", "named once: a document counts once", item)
-    return ids
+def _ids(most: int) -> Callable[[str, object], tuple[str, ...]]:
+    def parse(field: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list) or not 1 <= len(value) <= most:
+            raise RequestError.bad(field, f"a list of 1 to {most} document ids", value)
+        text = _text(MAX_ID_BYTES)
+        ids = tuple(text(f"{field}[{index}]", item) for index, item in enumerate(value))
+        for index, item in enumerate(ids):
+            if item in ids[:index]:
+                raise RequestError.bad(f"{field}[{index}]", "named once: a document counts once", item)
+        return ids
+
+    return parse
 
 
 def _whole(low: int, high: int) -> Callable[[str, object], int]:
@@ -176,9 +182,7 @@ def _metadata_text(field: str, value: object) -> str:
 _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "enabled": _boolean,
     "query": _text(MAX_QUERY_BYTES),
-    "document_ids": _ids,
     "namespace": _namespace,
-    "top_k": _whole(1, MAX_TOP_K),
     "gamma": _number(-MAX_GAMMA, MAX_GAMMA),
     "min_score": _number(-1, 1),
     "retrieval": _retrieval,

@@ -66,7 +66,6 @@ class Settings:
         if not self.namespace:
             raise SettingsError("REGRAD_NAMESPACE must not be empty; leave it out for 'default'")
         for name, low, high in (
-            ("top_k", 1, MAX_TOP_K),
             ("max_documents", 1, MAX_TOP_K),
             ("gamma", -MAX_GAMMA, MAX_GAMMA),
             ("min_score", -1, 1),
@@ -81,10 +80,10 @@ class Settings:
             # Written so that NaN fails too.
             if value is not None and not low <= value <= high:
                 raise SettingsError(f"{variable(name)} must be in {low}..{high}, got {value}")
-        if self.top_k is not None and self.top_k > self.max_documents:
+        if self.top_k is not None and not 1 <= self.top_k <= self.max_documents:
             raise SettingsError(
-                f"REGRAD_TOP_K must be at most REGRAD_MAX_DOCUMENTS ({self.max_documents}), got {self.top_k}; "
-                "raise that or lower this"
+                f"REGRAD_TOP_K must be in 1..{self.max_documents}, got {self.top_k}; REGRAD_MAX_DOCUMENTS, at most "
+                f"{MAX_TOP_K}, sets the limit"
             )
 
     @classmethod

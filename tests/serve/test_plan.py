@@ -85,8 +85,13 @@ def test_the_requests_values_come_before_the_servers_before_the_learners(planner
 
 def test_a_request_gets_no_more_documents_than_the_server_allows(planner: Planner) -> None:
     ids = [f"d{number}" for number in range(17)]
-    for regrad, field in (({"top_k": 17}, "regrad.top_k"), ({"document_ids": ids}, "regrad.document_ids")):
-        with pytest.raises(RequestError, match=f"{field} must be at most 16") as caught:
+    for regrad, field, rule in (
+        ({"top_k": 17}, "regrad.top_k", "a whole number in 1..16"),
+        ({"top_k": 99}, "regrad.top_k", "a whole number in 1..16"),
+        ({"document_ids": ids}, "regrad.document_ids", "a list of 1 to 16"),
+        ({"document_ids": [*ids] * 9}, "regrad.document_ids", "a list of 1 to 16"),
+    ):
+        with pytest.raises(RequestError, match=f"{field} must be {rule}") as caught:
             plan_of(planner, model="base-regrad", regrad=regrad)
         assert (caught.value.status, caught.value.param) == (400, field)
     plan = plan_of(planner, regrad={"document_ids": ids[:16]})
