@@ -30,19 +30,21 @@ class BaseModelError(ValueError):
     """A model folder can't be used. The message gives the reason."""
 
 
-def base_digest(folder: str | Path) -> str:
+def base_digest(folder: str | Path, *, config: str | Path | None = None, tokenizer: str | Path | None = None) -> str:
     """SHA-256 over a model folder's weights, architecture, vocabulary and chat template, 64 hex digits.
 
+    config, tokenizer: the folders with config.json, and with tokenizer and chat template. None: the same folder.
     Weights count by tensor (name, dtype, shape, bytes), so neither sharding nor the order of files matters. It reads
     the whole model, at about 1 s per GB.
     """
     folder = Path(folder)
     state = hashlib.sha256(b"regrad.base.v1\0")
-    config = _read_json(folder / "config.json")
-    plain = {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None}
-    state.update(json.dumps({**plain, **_positions(config)}, sort_keys=True).encode())
-    state.update(json.dumps(_tokenizer_parts(folder), sort_keys=True, ensure_ascii=False).encode())
-    state.update(_chat_template(folder).encode())
+    architecture = _read_json(Path(config or folder) / "config.json")
+    plain = {key: architecture[key] for key in _CONFIG_KEYS if architecture.get(key) is not None}
+    state.update(json.dumps({**plain, **_positions(architecture)}, sort_keys=True).encode())
+    text = Path(tokenizer or folder)
+    state.update(json.dumps(_tokenizer_parts(text), sort_keys=True, ensure_ascii=False).encode())
+    state.update(_chat_template(text).encode())
     for name, dtype, shape, path, begin, end in sorted(_tensors(folder)):
         state.update(f"{name}|{dtype}|{shape}|".encode())
         with path.open("rb") as file:

@@ -67,7 +67,7 @@ class RegradEndpoint:
         learner = Learner.load(settings.learner)
         check_engine_settings(engine_client.vllm_config, learner)
         if settings.check_base:
-            await asyncio.to_thread(check_base, engine_client.vllm_config.model_config.model, learner)
+            await asyncio.to_thread(check_base, engine_client.vllm_config, learner)
         engine, dtype = await Engine.connect(engine_client, learner)
         warn_of_small_budgets(settings, learner, engine_client.vllm_config.scheduler_config.max_num_seqs)
         arena = Arena.open(settings.arena_dir, settings.arena_bytes)
@@ -111,19 +111,38 @@ def warn_of_small_budgets(settings: Settings, learner: Learner, max_num_seqs: in
             )  # fmt: skip
 
 
-def check_base(model: str, learner: Learner) -> None:
-    """Compares the served model's files with the learner's base. SettingsError, BaseModelError."""
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+def check_base(vllm_config: Any, learner: Learner) -> None:
+    """Compares the served model's files with the learner's base. SettingsError, BaseModelError.
 
-        folder = Path(snapshot_download(model, local_files_only=True))
-    found = base_digest(folder)
+    vLLM reads the weights from --download-dir. It reads config and tokenizer from the hub's own cache, and each of the
+    three may be of another model or revision.
+    """
+    model = vllm_config.model_config
+    found = base_digest(
+        _local_folder(model.model, model.revision, vllm_config.load_config.download_dir),
+        config=_local_folder(model.hf_config_path or model.model, model.revision),
+        tokenizer=_local_folder(model.tokenizer, model.tokenizer_revision),
+    )
     if found != learner.config.base_digest:
         raise SettingsError(
-            f"the learner must have been trained on the served model {model} (digest {found}), it was trained on "
-            f"{learner.config.base_digest}; serve that model, or set REGRAD_CHECK_BASE=off if you know better"
+            f"the learner must have been trained on the served model {model.model} (digest {found}), it was trained on "
+            f"{learner.config.base_digest}; serve that model, or set --regrad-check-base off if you know better"
         )
+
+
+def _local_folder(name: str, revision: str | None, cache: str | None = None) -> Path:
+    """The folder with the files that vLLM loaded: ``name`` itself, or its snapshot in a cache. SettingsError."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"the served model {name} must be a folder or in the hub's cache, to be compared with the learner's base: "
+            f"{error}; set --regrad-check-base off to leave that out"
+        ) from error
 
 
 @asynccontextmanager
