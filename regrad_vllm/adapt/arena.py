@@ -110,7 +110,7 @@ class Arena:
                 lock_file = os.open(folder / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ArenaError(f"arena folder under {root} can't be made: {error}; set REGRAD_ARENA_DIR") from error
+            raise ArenaError(f"arena folder under {root} can't be made: {error}; set --regrad-arena-dir") from error
         return cls(folder, max_bytes, lock_file)
 
     @property
@@ -214,13 +214,13 @@ class Arena:
     def _make_room(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             raise ArenaFull(
-                f"a gradient must fit the arena of {self._max_bytes} bytes, got {num_bytes}; raise REGRAD_ARENA_BYTES"
+                f"a gradient must fit the arena of {self._max_bytes} bytes, got {num_bytes}; raise --regrad-arena-bytes"
             )
         while self._used_bytes + num_bytes > self._max_bytes:
             if not self._evict():
                 raise ArenaFull(
                     f"the arena must have {num_bytes} bytes free, all of its {self._max_bytes} are used by running "
-                    "requests; retry later or raise REGRAD_ARENA_BYTES"
+                    "requests; retry later or raise --regrad-arena-bytes"
                 )
 
     def _evict(self) -> bool:
@@ -255,7 +255,7 @@ class Arena:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ArenaFull(
                     f"the file system of {self._folder} is full before the arena's {self._max_bytes} bytes are; "
-                    "lower REGRAD_ARENA_BYTES or set REGRAD_ARENA_DIR to a larger one"
+                    "lower --regrad-arena-bytes or set --regrad-arena-dir to a larger one"
                 ) from error
             raise ArenaError(f"gradient can't be written to {self._folder}: {error}") from error
 

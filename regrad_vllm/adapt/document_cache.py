@@ -124,7 +124,7 @@ class DocumentCache(Generic[EntryT]):
                 if not self._shrink(num_bytes):
                     raise DocumentCacheFull(
                         f"a worker must have {num_bytes} bytes free for a gradient, all of its {self._max_bytes} are "
-                        "used by running requests; retry later or raise REGRAD_WORKER_BYTES"
+                        "used by running requests; retry later or raise --regrad-worker-bytes"
                     )
                 kept = self._kept[digest] = _Kept(entry, num_bytes)
                 self._used_bytes += num_bytes

@@ -12,7 +12,7 @@ from opentelemetry import propagate
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient, DoorClosed
-from regrad_vllm.serve.launch import EXTENSION_CLASS, rank_refusal
+from regrad_vllm.serve.launch import EXTENSION_CLASS, loras_refusal, rank_refusal
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.settings import SettingsError
 
@@ -165,12 +165,8 @@ def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
         raise SettingsError("the engine must run with LoRA; set --enable-lora")
     if refusal := rank_refusal(lora.max_lora_rank, learner):
         raise SettingsError(refusal)
-    num_seqs = vllm_config.scheduler_config.max_num_seqs
-    if lora.max_loras < num_seqs:
-        raise SettingsError(
-            f"--max-loras must be at least --max-num-seqs ({num_seqs}), because every request has an adapter of its "
-            f"own, got {lora.max_loras}; set both alike"
-        )
+    if refusal := loras_refusal(lora.max_loras, vllm_config.scheduler_config.max_num_seqs):
+        raise SettingsError(refusal)
     if lora.fully_sharded_loras:
         raise SettingsError("--fully-sharded-loras must be off: adapters are composed whole; leave the flag out")
     if lora.enable_tower_connector_lora:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from bank_service.wire.ports import check_port
 from regrad_vllm.base_model import has_wide_vectors
 from regrad_vllm.flags import settings_of
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.settings import Settings, SettingsError, variable
+from regrad_vllm.serve.settings import PREFIX, Settings, SettingsError, variable
+from regrad_vllm.serve.vllm_flags import config_flags, given_flags
 
 PLUGIN_NAME = "regrad"
 EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise SettingsError(f"MODEL must come first, got {argv[0]!r}; as in `regrad serve default --port 8000`")
-    flags, rest = parser.parse_known_args([_dashed(argument) for argument in argv[1:]])
+    flags, rest = parser.parse_known_args([part for argument in argv[1:] for part in _spelled(argument)])
     _check_rest(rest, parser)
     print_command = vars(flags).pop("print_command", False)
     if not print_command:
@@ -82,21 +84,21 @@ def command_line(environment: Mapping[str, str], arguments: Sequence[str]) -> st
 def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     """Arguments of ``vllm serve``: the model, ``argv``, and the flags that ReGrad needs and ``argv`` doesn't have.
 
-    SettingsError if --max-lora-rank in ``argv`` is too small for the learner.
+    SettingsError if --max-lora-rank in ``argv`` is too small for the learner, or --max-loras for --max-num-seqs.
     """
-    given = _given_flags(argv)
-    rank = given.get("max-lora-rank", "")
-    if rank.isdecimal() and (refusal := rank_refusal(int(rank), learner)):
-        raise SettingsError(refusal)
+    given = given_flags(argv)
     on_cpu = not has_gpu()
     num_seqs = given.get("max-num-seqs") or str(CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
     max_loras = given.get("max-loras") or num_seqs
+    rank = given.get("max-lora-rank") or str(lora_rank(learner.layout.rank))
+    if refusal := rank_refusal(int(rank), learner) or loras_refusal(int(max_loras), int(num_seqs)):
+        raise SettingsError(refusal)
     wanted: dict[str, list[str]] = {
         "enable-lora": [],
         "max-num-seqs": [num_seqs],
         "max-loras": [max_loras],
         "max-cpu-loras": [max_loras],
-        "max-lora-rank": [str(lora_rank(learner.layout.rank))],
+        "max-lora-rank": [rank],
         "lora-target-modules": list(merged_modules(learner)),
         "worker-extension-cls": [EXTENSION_CLASS],
     }
@@ -124,12 +126,22 @@ def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
     )
 
 
+def loras_refusal(max_loras: int, num_seqs: int) -> str:
+    """The reason why so many requests can't have so few adapters, with the remedy. Empty if they can."""
+    if max_loras >= num_seqs:
+        return ""
+    return (
+        f"--max-loras must be at least --max-num-seqs ({num_seqs}), because every request has an adapter of its own, "
+        f"got {max_loras}; set both alike"
+    )
+
+
 def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
     """On a CPU: a tenth of the memory for the KV cache, from 1 to 16 GiB, unless the user sets it.
 
     By default vLLM takes 92% of the memory. It refuses to start if bank and API server use a part of that.
     """
-    said = {"gpu-memory-utilization", "kv-cache-memory-bytes", "num-gpu-blocks-override"} & set(_given_flags(argv))
+    said = {"gpu-memory-utilization", "kv-cache-memory-bytes", "num-gpu-blocks-override"} & set(given_flags(argv))
     if said or KV_CACHE_VARIABLE in environment or has_gpu():
         return {}
     total_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -166,10 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--print-command", action="store_true", help="print the environment and command, run nothing")
     for setting in settings_of(Settings):
-        flag = setting.name.replace("_", "-")
         default = f"{setting.default_text}; " if setting.default_text else ""
         parser.add_argument(
-            f"--{flag}" if setting.name in _SHORT_FLAGS else f"--regrad-{flag}",
+            _flag(setting.name),
             dest=setting.name,
             help=f"{setting.help} ({default}{variable(setting.name)} in the environment)".lstrip().replace("%", "%%"),
         )
@@ -177,28 +188,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """SettingsError for an unknown --regrad flag, with the known ones. vLLM's own error comes a minute later."""
+    """SettingsError for an unknown --regrad flag, with the known ones. vLLM's own error comes a minute later.
+
+    It is the same for a flag of ours in the file that vLLM reads.
+    """
     ours = [name for action in parser._actions for name in action.option_strings]
-    unknown = [flag for flag in _given_flags(rest) if flag.startswith("regrad-")]
+    for flag in config_flags(rest):
+        if f"--{flag}" in ours:
+            raise SettingsError(f"--{flag} must be given on the command line, because only vLLM reads --config's file")
+    unknown = [flag for flag in given_flags(rest) if flag.startswith("regrad-")]
     if unknown:
         flag = f"--{unknown[0]}"
         near = get_close_matches(flag, ours, 1, cutoff=0.85)
         raise SettingsError(f"{flag} must be one of {', '.join(near or sorted(ours))}; see `regrad serve --help`")
 
 
-def _dashed(argument: str) -> str:
-    """The flag with dashes. vLLM accepts --max_model_len for --max-model-len, so our flags accept underscores too."""
+def _spelled(argument: str) -> list[str]:
+    """The flag as our parser and vLLM's take it.
+
+    vLLM accepts --max_model_len for --max-model-len, so our flags accept underscores too. vLLM ignores --config=FILE.
+    """
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--regrad_") else argument
+    if name == "--config" and equals:
+        return [name, value]
+    return [name.replace("_", "-") + equals + value if name.startswith("--regrad_") else argument]
 
 
 def _check_port(rest: Sequence[str]) -> None:
     """RuntimeError if the port is taken. vLLM finds out only after all its imports."""
-    given = _given_flags(rest)
+    given = given_flags(rest)
     port = given.get("port", str(_VLLM_PORT))
-    # --config may set another port or a socket. The other flags mean that there is no port.
-    unknown = {"config", "uds", "headless", "help"} & set(given) or "-h" in rest or given.get("api-server-count") == "0"
-    if not unknown and port.isdecimal() and 0 < int(port) < 65536:
+    # With these flags there is no port.
+    portless = {"uds", "headless", "help"} & set(given) or "-h" in rest or given.get("api-server-count") == "0"
+    if not portless and 0 < int(port) < 65536:
         check_port("the server", given.get("host") or "0.0.0.0", int(port), "--port")
 
 
@@ -211,10 +233,33 @@ def _settings(flags: argparse.Namespace, environment: Mapping[str, str], model: 
         from regrad_vllm.default_model import shipped_learner
 
         merged[variable("learner")] = str(shipped_learner())
-    settings = Settings.from_environment(merged)
-    if settings is None:
-        raise AssertionError("the learner was set above")
+    try:
+        settings = Settings.from_environment(merged)
+        if settings is None:
+            raise AssertionError("the learner was set above")
+        _ = settings.bank_credentials  # the server would refuse them when its engine has started
+    except SettingsError as error:
+        raise SettingsError(_by_flags(str(error), environment, vars(flags))) from error
     return settings
+
+
+def _by_flags(message: str, environment: Mapping[str, str], flags: Mapping[str, str]) -> str:
+    """The message with flags in the place of variables, except for those that the environment sets."""
+    names = {variable(setting.name): setting.name for setting in settings_of(Settings)}
+    if message.startswith(PREFIX) and message.split()[0] not in names:
+        return message  # about an unknown variable
+
+    def spelled(match: re.Match[str]) -> str:
+        name = names.get(match[0])
+        return match[0] if name is None or (match[0] in environment and name not in flags) else _flag(name)
+
+    return re.sub(rf"{PREFIX}\w+", spelled, message)
+
+
+def _flag(name: str) -> str:
+    """The flag of a setting."""
+    dashed = name.replace("_", "-")
+    return f"--{dashed}" if name in _SHORT_FLAGS else f"--regrad-{dashed}"
 
 
 def _model_folder(model: str) -> str:
@@ -223,18 +268,6 @@ def _model_folder(model: str) -> str:
     from regrad_vllm.default_model import ensure_default_model
 
     return str(ensure_default_model())
-
-
-def _given_flags(argv: Sequence[str]) -> dict[str, str]:
-    """Flag → its first value, in each spelling of argparse: --max_num_seqs=4, --max-num-seqs 4, --enable-lora."""
-    given: dict[str, str] = {}
-    for index, argument in enumerate(argv):
-        if not argument.startswith("--"):
-            continue
-        name, _, value = argument[2:].partition("=")
-        following = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("--") else ""
-        given[name.replace("_", "-")] = value or following
-    return given
 
 
 def _says_how_to_compile(argv: Sequence[str], given: Mapping[str, str]) -> bool:

@@ -75,7 +75,7 @@ def test_an_arena_full_of_held_records_refuses_and_keeps_what_it_has(arena: Aren
     with arena.hold() as hold:
         for number in range(10):
             hold.put(*record(number))
-        with pytest.raises(ArenaFull, match="REGRAD_ARENA_BYTES"):
+        with pytest.raises(ArenaFull, match="--regrad-arena-bytes"):
             arena.hold().put(*record(10))
         assert all(holds(arena, number) for number in range(10))
     fill(arena, range(10, 11))

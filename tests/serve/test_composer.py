@@ -197,7 +197,7 @@ def test_a_cache_full_of_pinned_gradients_refuses_the_next(arena: Arena, learner
     first, second = (stored_recipe(arena, learner, [text]) for text in ("one", "two"))
     worker = Worker(learner, max_bytes=record_bytes(learner) * 3 // 2)
     prepared(worker, first)
-    with pytest.raises(DocumentCacheFull, match="REGRAD_WORKER_BYTES"):
+    with pytest.raises(DocumentCacheFull, match="--regrad-worker-bytes"):
         prepared(worker, second)
     worker.composer.release(second.int_id)
     worker.composer.release(first.int_id)

@@ -55,6 +55,28 @@ def test_a_flag_that_the_user_gave_stays(model: Path, learner: Learner, spelling
     assert arguments.count("--dtype") == 1 and "--enable-lora" not in arguments
 
 
+@pytest.mark.parametrize(
+    ("flags", "environment", "rule"),
+    [
+        (["--regrad-top-k", "99"], {}, r"^--regrad-top-k must be in 1\.\.16, got 99; --regrad-max-documents, at"),
+        (["--regrad-top-k", "9"], {"MAX_DOCUMENTS": "4"}, r"^--regrad-top-k must be in 1\.\.4, got 9; REGRAD_MAX_D"),
+        (["--regrad-max-documents=4"], {"TOP_K": "9"}, r"^REGRAD_TOP_K must be in 1\.\.4, .*--regrad-max-documents"),
+        (["--bank", "nowhere"], {"BANK": "here:1"}, "^--bank must be host:port, got 'nowhere'"),
+        ([], {"BANK": "nowhere"}, "^REGRAD_BANK must be host:port, got 'nowhere'"),
+        (["--regrad-gamma", "nan"], {"TOP_K": "9"}, "^--regrad-gamma must be a finite number"),
+        (["--regrad-bank-cert", "/c", "--regrad-bank-ca", "/a"], {}, "see --regrad-bank-ca, --regrad-bank-cert, --reg"),
+        (["--regrad-top-k", "1"], {"TOPK": "1"}, "^REGRAD_TOPK must be one of REGRAD_ARENA_BYTES, "),
+    ],
+)
+def test_an_error_names_what_the_user_wrote(
+    flags: list[str], environment: dict[str, str], rule: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in environment.items():
+        monkeypatch.setenv(f"REGRAD_{name}", text)
+    with pytest.raises(SettingsError, match=rule):
+        main([str(model), "--learner", "/l", *flags, "--print-command"])
+
+
 def test_float32_on_cpus_where_bfloat16_is_emulated(
     model: Path, learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,19 +162,22 @@ def test_a_flag_of_ours_that_there_is_not_is_refused_with_the_one_that_is_near(
         main([*command, "--regrad-topk", "2"])
     with pytest.raises(SettingsError, match="--regrad-zzz must be one of --bank, --learner, --namespace, --print-com"):
         main([*command, "--port=0", "--regrad-zzz=2"])
-    with pytest.raises(SettingsError, match="REGRAD_TOP_K must be in"):
+    with pytest.raises(SettingsError, match="--regrad-top-k must be in"):
         main([*command, "--port=0", "--regrad_top_k", "99"])
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(
-    model: Path, learner_folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, learner_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
     monkeypatch.setattr(os, "execve", lambda *_: started.append("vllm"))
     command = [str(model), "--learner", str(learner_folder)]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for flags in (["--port", port], [f"--port={port}", "--host", "127.0.0.1"]):
+        in_file, socket_in_file = tmp_path / "port.yaml", tmp_path / "socket.yaml"
+        in_file.write_text(f"port: {port}\nhost: 127.0.0.1\n")
+        socket_in_file.write_text("uds: a-socket\n")
+        for flags in (["--port", port], [f"--port={port}", "--host", "127.0.0.1"], ["--config", str(in_file)]):
             with pytest.raises(
                 RuntimeError, match=rf"the server can't listen on [\d.]+:{port} \(Address already in use"
             ):
@@ -160,7 +185,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(
         assert not started
         with pytest.raises(RuntimeError, match="can't listen"):
             main(["/nowhere", "--learner", "/nowhere", "--port", port])  # before anything is read
-        others = (["--uds", "a-socket"], ["--headless"], ["--config", "a-file"], ["--help"], ["-h"])
+        others = (["--uds", "a-socket"], ["--headless"], ["--config", str(socket_in_file)], ["--help"], ["-h"])
         for number, flags in enumerate((*others, ["--api-server-count", "0"]), 1):
             main([*command, "--port", port, *flags])
             assert len(started) == number

@@ -1,0 +1,68 @@
+"""vLLM's own flags, in its config file and on the command line, as far as ``regrad serve`` reads them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from regrad_vllm.learner import Learner
+from regrad_vllm.serve.launch import main, serve_args
+from regrad_vllm.serve.settings import SettingsError
+
+
+def value(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+@pytest.mark.parametrize("spelling", ["--config {}", "--config={}"])
+def test_flags_in_vllms_config_file_count_as_given(
+    spelling: str, model: Path, learner_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "served-model-name: [mine, too]\nmax_num_seqs: 8\ndtype: half\nport: 70000\n"
+        "lora-target-modules:\n- a.b\nenable-lora: true\nkv-cache-memory-bytes: 1g\n"
+    )
+    given = spelling.format(file).split(maxsplit=1)
+    command = [str(model), "--learner", str(learner_folder), *given, "--print-command"]
+    assert main(command) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert value(words, "--config") == str(file)
+    assert value(words, "--max-loras") == value(words, "--max-cpu-loras") == "8"
+    assert not {"--served-model-name", "--max-num-seqs", "--dtype", "--lora-target-modules", "--enable-lora"} & {*words}
+    assert not [word for word in words if word.startswith("VLLM_CPU_KVCACHE_SPACE")]
+    assert main([*command, "--max-num-seqs", "9"]) == 0, "the command line comes first"
+    assert value(shlex.split(capsys.readouterr().out), "--max-loras") == "9"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("serve.yaml", "max-num-seqs: many", "--max-num-seqs must be a whole number, got 'many'"),
+        ("serve.yaml", "max-lora-rank: 8", "--max-lora-rank must be at least the learner's rank 16, got 8"),
+        ("serve.yaml", "regrad_top_k: 3", "--regrad-top-k must be given on the command line"),
+        ("serve.yaml", "learner: /l", "--learner must be given on the command line"),
+        ("serve.yaml", "- port", "--config must name a file of vLLM's flags, got .*: it must have a line for each"),
+        ("serve.yaml", "a: [", "--config must name a file of vLLM's flags, got "),
+        ("serve.json", "{}", "its name must end with .yaml or .yml"),
+        ("", "", "--config must name a file of vLLM's flags, got .*No such file"),
+    ],
+)
+def test_a_config_file_that_vllm_could_not_use_is_refused_before_anything_starts(
+    name: str, text: str, rule: str, model: Path, learner_folder: Path, tmp_path: Path
+) -> None:
+    if name:
+        (tmp_path / name).write_text(text)
+    config = str(tmp_path / (name or "none.yaml"))
+    with pytest.raises(SettingsError, match=rule):
+        main([str(model), "--learner", str(learner_folder), "--config", config, "--print-command"])
+
+
+def test_a_flag_of_vllm_that_regrad_reads_is_checked_before_anything_starts(model: Path, learner: Learner) -> None:
+    for flag, text in (("--max-num-seqs", "abc"), ("--max_loras", "-1"), ("--max-lora-rank", ""), ("--port", "http")):
+        with pytest.raises(SettingsError, match=f"{flag.replace('_', '-')} must be a whole number, got '{text}'"):
+            serve_args(str(model), learner, [f"{flag}={text}"])
+    with pytest.raises(SettingsError, match=r"--max-loras must be at least --max-num-seqs \(9\).* got 8"):
+        serve_args(str(model), learner, ["--max-num-seqs", "9", "--max-loras", "8"])
