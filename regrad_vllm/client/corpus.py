@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -67,14 +68,17 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
         files.setdefault((path.resolve(), id), CorpusFile(path, id, source or _absolute(given)))
 
     for path in paths:
-        if path.is_dir():
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except OSError as error:
+            bad.append(BadInput(str(path), _reason(error), source))
+            continue
+        if is_folder:
             for found in _walk(path, source or _absolute(path), bad):
                 if found.suffix.lower() in ENDINGS:
                     add(found, found.relative_to(path).as_posix(), path)
                 else:
                     left_out.append(found)
-        elif not path.exists():
-            bad.append(BadInput(str(path), "no such file or folder", source))
         elif path.suffix.lower() not in ENDINGS:
             reason = f"its ending must be one of {', '.join(ENDINGS)}; convert it to text first"
             bad.append(BadInput(str(path), reason, source))
@@ -116,25 +120,33 @@ def _absolute(path: Path) -> str:
 
 
 def _walk(folder: Path, source: str, bad: list[BadInput]) -> Iterator[Path]:
-    """The files below the folder. Folders that can't be read are added to ``bad``."""
+    """The files below the folder. Folders that can't be read, and links to folders, are added to ``bad``."""
 
     def note(error: OSError) -> None:
-        bad.append(BadInput(error.filename, f"can't be read: {error.strerror}", source))
+        bad.append(BadInput(error.filename, _reason(error), source))
 
     for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for link in (Path(parent) / name for name in folders):
+            if link.is_symlink():
+                reason = "is a link to a folder, which isn't followed; name it as a path of its own"
+                bad.append(BadInput(str(link), reason, source))
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _reason(error: OSError) -> str:
+    return "no such file or folder" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
 
 
 def _read_file(file: CorpusFile) -> Iterator[CorpusDocument | BadInput]:
     bad = partial(BadInput, str(file.path), source=file.source, id=file.id)
-    if file.path.exists() and not file.path.is_file():  # such as a pipe, which can't be read a second time
-        yield bad("must be a regular file; save what it gives to one")
-        return
     try:
+        if not stat.S_ISREG(file.path.stat().st_mode):  # such as a pipe, which can't be read a second time
+            yield bad("must be a regular file; save what it gives to one")
+            return
         data = file.path.read_bytes()
     except OSError as error:
-        yield bad(f"can't be read: {error.strerror}")
+        yield bad(_reason(error))
         return
     if file.path.suffix.lower() == ".jsonl":
         lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]

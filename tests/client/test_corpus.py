@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,48 @@ def test_a_pipe_is_refused_because_it_can_be_read_only_once(tmp_path: Path) -> N
     os.mkfifo(pipe)
     _, (bad,) = _read(pipe)
     assert (bad.place, bad.reason) == (str(pipe), "must be a regular file; save what it gives to one")
+
+
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    for name in ("a.txt", "closed/b.txt", "blind/c.txt"):
+        _write(tmp_path / "inside" / name, "Text.")
+    os.mkfifo(tmp_path / "inside" / "pipe.txt")
+    (tmp_path / "inside" / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "inside" / "up").symlink_to("..", target_is_directory=True)
+    (tmp_path / "inside" / "closed").chmod(0)
+    (tmp_path / "inside" / "blind").chmod(0o444)
+    with _no_superuser():
+        documents, bad = _read(Path("inside"), Path("inside/closed/b.txt"))
+    for name in ("closed", "blind"):
+        (tmp_path / "inside" / name).chmod(0o755)
+    assert [document.id for document in documents] == ["a.txt"]
+    assert sorted(map(str, bad)) == [
+        "inside/blind/c.txt: can't be read: Permission denied",
+        "inside/closed/b.txt: can't be read: Permission denied",
+        "inside/closed: can't be read: Permission denied",
+        "inside/gone.txt: no such file or folder",
+        "inside/pipe.txt: must be a regular file; save what it gives to one",
+        "inside/up: is a link to a folder, which isn't followed; name it as a path of its own",
+    ]
+    (tmp_path / "inside" / "pipe.txt").unlink()
+    documents, _ = _read(Path("inside/up"))
+    assert {document.id for document in documents} == {
+        f"inside/{name}" for name in ("a.txt", "blind/c.txt", "closed/b.txt")
+    }
+
+
+@contextmanager
+def _no_superuser() -> Iterator[None]:
+    """Root reads closed folders, so it becomes nobody meanwhile."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def test_an_id_that_occurs_twice_is_reported_with_both_places(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def test_one_bad_line_keeps_everything_out_unless_it_is_to_be_skipped(
     captured = capsys.readouterr()
     assert captured.out == "3 created, 0 updated, 0 unchanged\n"
     assert f"{path}:4: must be a JSON object" in captured.err
+
+
+def test_a_pipe_in_a_folder_is_named_and_the_exit_status_tells(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_lines(tmp_path / "lights.jsonl", 3)
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert _ingest(bank, "pipes", tmp_path) == 2
+    assert f"{tmp_path}/pipe.txt: must be a regular file" in capsys.readouterr().err
+    assert main(["ingest", str(tmp_path), "--bank", bank, "--namespace", "pipes", "--skip-bad"]) == 1
+    assert capsys.readouterr().out == "3 created, 0 updated, 0 unchanged\n"
 
 
 def test_what_the_bank_refuses_is_named_by_its_place(
