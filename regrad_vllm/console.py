@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import sys
+from contextlib import suppress
 
 
 class CommandError(Exception):
@@ -17,16 +21,51 @@ class UsageError(CommandError):
     exit_status = 2
 
 
+def prepare_output() -> None:
+    """Fits the output to where it goes. CommandError if standard output is closed.
+
+    Characters that the encoding lacks are escaped. Progress bars, also those of child processes, need a terminal.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if sys.stdout is None:
+        raise CommandError("standard output is closed; send it to a terminal, a file or /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_output() -> None:
+    """Drops output that couldn't be written, so that Python doesn't report it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(text: str = "") -> None:
     """Prints one line of the result to standard output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
+def say_json(value: object) -> None:
+    """Prints a value as one line of JSON. It stays JSON where the output's encoding lacks some of its characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    say(text)
+
+
 def note(text: str) -> None:
-    """Prints one line that isn't part of the result to standard error."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Prints one line that isn't part of the result to standard error. It is lost if nobody can read it."""
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def count(number: int, noun: str) -> str:

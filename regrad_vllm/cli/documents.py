@@ -12,7 +12,7 @@ from regrad_vllm.arguments import whole
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
 from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
 from regrad_vllm.client.values import RETRIEVALS
-from regrad_vllm.console import UsageError, note, one_line, say
+from regrad_vllm.console import UsageError, note, one_line, say, say_json
 
 _SHOWN_CHARACTERS = 80
 
@@ -71,7 +71,7 @@ def run_query(args: argparse.Namespace) -> int:
         if args.json:
             found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4), "cosine": round(hit.cosine, 4)}
             found |= {"title": hit.title, "text": hit.text, "sequence": answer.sequence}
-            say(json.dumps(found, ensure_ascii=False))
+            say_json(found)
         else:
             text = " ".join(f"{hit.title}: {hit.text}".split() if hit.title else hit.text.split())
             cut = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from typing import Any
 
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
 from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
-from regrad_vllm.console import count, note, one_line, say
+from regrad_vllm.console import count, note, one_line, say, say_json
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -42,7 +41,7 @@ def run_list(args: argparse.Namespace) -> int:
                 fields = {"id": entry.id, "version": entry.version, "title": entry.title}
                 fields |= {"num_text_bytes": entry.num_text_bytes, "gradient_digest": entry.gradient_digest}
                 fields["metadata"] = dict(entry.metadata)
-                say(json.dumps(fields, ensure_ascii=False))
+                say_json(fields)
             else:
                 title = f"  {' '.join(entry.title.split())}" if entry.title else ""
                 size = count(entry.num_text_bytes, "byte")
@@ -58,7 +57,7 @@ def run_get(args: argparse.Namespace) -> int:
         for id, answer in each_there(args.ids, args.namespace, get):
             document = answer.document
             fields = {"id": id, "title": document.title, "text": document.text, "metadata": dict(document.metadata)}
-            say(json.dumps(fields, ensure_ascii=False))
+            say_json(fields)
             when = answer.updated_at.replace(tzinfo=None).isoformat(" ", "seconds")
             cut = ", longer than the learner reads" if answer.truncated else ""
             note(

@@ -24,7 +24,7 @@ from regrad_vllm.cli import (
     serve,
     token,
 )  # fmt: skip
-from regrad_vllm.console import CommandError, note
+from regrad_vllm.console import CommandError, end_output, note, prepare_output
 from regrad_vllm.local.processes import ServiceFailure
 
 _INTERRUPTED = 130
@@ -49,7 +49,18 @@ _EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after an error, 2 after wrong usage."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        prepare_output()
+    except CommandError as error:
+        note(f"regrad: {error}")
+        return error.exit_status
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        end_output()
+
+
+def _run(arguments: list[str]) -> int:
     name = next((index for index, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
     own = name + 1 if name < len(arguments) and arguments[name] in _PASS_ON else len(arguments)
     args = build_parser().parse_args(arguments[:own], argparse.Namespace(rest=arguments[own:]))
@@ -59,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has ended, so there is nothing left to print
-        return 1
+        return 1  # the reader of the output has ended
     # The packages raise ValueError for bad input, OSError or RuntimeError for missing resources, and BankError for
     # errors of a bank.
     except (CommandError, BankError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:

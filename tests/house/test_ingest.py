@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,45 @@ def test_documents_are_listed_and_got_as_they_were_ingested(
     notes = captured.err.splitlines()
     assert notes[0].startswith("b: version 1, sequence ") and notes[0].endswith("longer than the learner reads")
     assert notes[-1] == "regrad get: 1 id not in namespace 'listed': nobody"
+
+
+def _regrad(shell: str, *arguments: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+    """Runs `regrad` in a shell that redirects its output, as the text ``shell`` says."""
+    command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "regrad_vllm.cli", *arguments]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment.pop("TQDM_DISABLE", None)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_the_output_fits_its_encoding_and_has_no_bars_off_a_terminal(bank: str, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    documents = [{"id": "dé", "title": "Ö", "text": "A – 🦉."}, {"id": "e", "text": "B."}]
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    flags = ["--bank", bank, "--namespace", "ascii"]
+    ingested = _regrad("", "ingest", str(path), *flags)
+    assert ingested.stdout == "2 created, 0 updated, 0 unchanged\n"
+    assert re.fullmatch(r"as of sequence \d+\n", ingested.stderr)
+    listed = _regrad("", "list", *flags, encoding="ascii")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [r"d\xe9", "e"]
+    lines = _regrad("", "get", "dé", *flags, encoding="ascii").stdout.splitlines()
+    assert [(found["id"], found["text"]) for found in map(json.loads, lines)] == [("dé", "A – 🦉.")]
+
+
+@pytest.mark.parametrize(
+    ("shell", "error"),
+    [
+        (">&-", "regrad: standard output is closed; send it to a terminal, a file or /dev/null\n"),
+        (">/dev/full", "regrad list: [Errno 28] No space left on device\n"),
+        ("2>&-", ""),
+        ("2>/dev/full", ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(bank: str, tmp_path: Path, shell: str, error: str) -> None:
+    assert _ingest(bank, "closed", _write_lines(tmp_path / "lights.jsonl", 2)) == 0
+    result = _regrad(shell, "list", "--bank", bank, "--namespace", "closed")
+    assert (result.returncode, result.stderr) == (1 if error else 0, error)
+    assert result.stdout.count("version 1") == (0 if error else 2)
 
 
 def test_a_query_as_of_an_earlier_sequence_until_something_is_deleted(
