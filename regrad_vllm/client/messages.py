@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC
 from typing import cast
 
+from bank_service.errors import InvalidArgumentError
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.limits import MAX_CHUNK_BYTES
+from bank_service.wire.limits import MAX_CHUNK_BYTES, MAX_TEXT_BYTES
 from regrad_vllm.client.values import (
     Answer,
     Condition,
@@ -155,6 +156,12 @@ def recode_progress_of(message: pb.RecodeCollectionResponse) -> RecodeProgress:
 
 
 def _document(document: Document, namespace: str) -> pb.Document:
+    """InvalidArgumentError for a text that may be too long for a message. The bank checks all other limits."""
+    if len(document.text) > MAX_TEXT_BYTES:
+        raise InvalidArgumentError(
+            f"text must have at most {MAX_TEXT_BYTES} bytes, got {len(document.text)} characters; split the document",
+            field="text",
+        )
     return pb.Document(
         namespace=namespace,
         id=document.id,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from bank_service.errors import InvalidArgumentError
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 
 Outcome = Literal["created", "updated", "unchanged"]
@@ -16,6 +17,11 @@ RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
 Operator = Literal["equals", "not_equals", "present", "absent"]  # the operators of a condition on metadata
 OPERATORS: tuple[Operator, ...] = ("equals", "not_equals", "present", "absent")
 OPERATORS_WITH_VALUES: tuple[Operator, ...] = ("equals", "not_equals")
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidArgumentError(f"{field} must be one of {', '.join(choices)}, got {value!r}", field=field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,10 @@ class Condition:
     operator: Operator
     values: tuple[str, ...] = ()  # equals: the value is one of them; not_equals: it is not; otherwise empty
 
+    def __post_init__(self) -> None:
+        """InvalidArgumentError for an unknown operator."""
+        _check_choice("operator", self.operator, OPERATORS)
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
@@ -100,6 +110,8 @@ class Query:
     )  # the answer of the past after that change; None: the present one
 
     def __post_init__(self) -> None:
+        """InvalidArgumentError for an unknown retrieval, ValueError without or with both of text and ids."""
+        _check_choice("retrieval", self.retrieval, RETRIEVALS)
         if bool(self.text) == bool(self.document_ids):
             raise ValueError("a query must have either text or document_ids")
 

@@ -116,6 +116,16 @@ async def test_the_banks_errors_come_back_as_they_are(call: Call) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         await call("query", Query("x", top_k=1000))
     assert refused.value.field == "top_k"
+    for make, field in (
+        (lambda: Condition("place", "prefix"), "operator"),  # type: ignore[arg-type]
+        (lambda: Query("x", retrieval="sparse"), "retrieval"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidArgumentError, match="must be one of") as refused:
+            make()
+        assert refused.value.field == field
+    with pytest.raises(InvalidArgumentError, match="at most 1048576 bytes, got 50000000 characters") as refused:
+        await call("ingest", [Document("long", "x" * 50_000_000)])
+    assert refused.value.field == "text"
 
 
 async def test_gradients_that_are_made_elsewhere_are_stored_and_fetched_in_the_order_asked_for(
