@@ -16,7 +16,8 @@ Go on by hand, from this folder. Three terminals, or & behind the first two:
   regrad query "Who commands the Quilegren?"
 
   curl -s http://localhost:8000/v1/chat/completions -H 'content-type: application/json' -d \\
-    '{{"model": "smollm2-regrad", "messages": [{{"role": "user", "content": "Who commands the Quilegren?"}}]}}'
+    '{{"model": "smollm2-regrad", "messages": [{{"role": "user", "content": "Who commands the Quilegren?"}}],
+    "temperature": 0}}'
 
   python - <<'END'
   from openai import OpenAI
@@ -24,6 +25,7 @@ Go on by hand, from this folder. Three terminals, or & behind the first two:
   answer = client.chat.completions.create(
       model="smollm2",
       messages=[{{"role": "user", "content": "Who commands the Quilegren?"}}],
+      temperature=0,
       extra_body={{"regrad": {{"top_k": 1}}}},
   )
   print(answer.choices[0].message.content, answer.model_extra["regrad"]["documents"])

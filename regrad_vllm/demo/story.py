@@ -104,7 +104,10 @@ class Stage:
             *(ChatRequest(REGRAD, text, {"gamma": 0.0}) for text in texts),
             *(ChatRequest(REGRAD, text, {}) for text in texts),
         ]
-        say(f"asking {len(texts)} questions three ways, {len(asks)} requests at once")
+        say(
+            f"asking {len(texts)} questions of the base model, the learner without documents and ReGrad: "
+            f"{len(asks)} requests at once"
+        )
         answers = asyncio.run(ask_all(url, self._system_prompt(), asks))
         n = len(texts)
         return answers[:n], answers[n : 2 * n], answers[2 * n :]
@@ -131,7 +134,7 @@ class Stage:
             ]
             asked = f"right of {count(len(places), 'question')} {title}"
             say(f"{asked}: base model {right[0]}, learner without documents {right[1]}, ReGrad {right[2]}")
-        say("(right: the answer to the letter but for case and articles; real text is where this learner is weak)")
+        say("(case and articles don't count; real text is where this learner is weak)")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, and asks again.
@@ -149,7 +152,7 @@ class Stage:
         say(f"deleted {question.document_id} and asked again: {question.text}")
         used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))
         say(f"  before: {before.text} (right, from {', '.join(used_before)})")
-        say(f"  after:  {after.text} (a guess, from {', '.join(used_after)})")
+        say(f"  after:  {after.text} (wrong: a guess from the nearest documents left, {', '.join(used_after)})")
         gone = question.document_id in used_before and question.document_id not in used_after
         return gone and not question.is_answered_by(after.text)
 
