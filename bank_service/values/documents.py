@@ -218,7 +218,7 @@ class Query:
         ):
             if is_refused:
                 raise InvalidArgumentError(
-                    f"retrieval must be DENSE {rule.format(self.retrieval.name)}", field="retrieval"
+                    f"retrieval must be dense {rule.format(self.retrieval.name.lower())}", field="retrieval"
                 )
 
     def _check_text(self) -> None:

@@ -146,7 +146,7 @@ async def test_a_stream_without_requests_ends_well(bank: Client) -> None:
         ({"document_ids": ["always", ""]}, "document_ids[1]", "not be empty"),
         ({"text": "x", "top_k": 1, "namespace": "a/b"}, "namespace", "got 'a/b'"),
         ({"text": "x", "top_k": 1, "retrieval": 9}, "retrieval", "one of DENSE, LEXICAL, HYBRID, got 9"),
-        ({"vector": [1.0] * 384, "top_k": 1, "retrieval": pb.HYBRID}, "retrieval", "DENSE without text, got HYBRID"),
+        ({"vector": [1.0] * 384, "top_k": 1, "retrieval": pb.HYBRID}, "retrieval", "dense without text, got hybrid"),
         ({"document_ids": ["always"], "filter": condition()}, "filter", "absent with document_ids"),
         ({"text": "x", "top_k": 1, "filter": condition(times=17)}, "filter.conditions", "at most 16, got 17"),
         ({"text": "x", "top_k": 1, "filter": condition(operator=0)}, "filter.conditions[0].operator", "EQUALS.*got 0"),
