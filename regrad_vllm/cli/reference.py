@@ -111,7 +111,8 @@ def _section(name: str, parser: argparse.ArgumentParser, summary: str) -> str:
 
 def _prose(description: str) -> list[str]:
     text = inspect.cleandoc(description)
-    return [*f"{text[:1].upper()}{text[1:]}".splitlines(), ""]
+    first = text if text.startswith("vLLM") else f"{text[:1].upper()}{text[1:]}"
+    return [*first.splitlines(), ""]
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:

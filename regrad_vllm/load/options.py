@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="contenders:\n"
         + "".join(f"  {contender.name:12}{contender.label}\n" for contender in CONTENDERS.values())
         + "\nZipf's exponent is fitted so that the most popular fifth of the documents takes\n74% of the "
-        f"references, as on a published RAG trace: {zipf_exponent(1000):.2f} for 1,000 documents.",
+        f"references, as on a published RAG trace: {zipf_exponent(1000):.2f} for 1,000 documents.\n"
+        "\nregrad bench report FOLDER makes the report of an earlier run anew, even of an interrupted one.",
     )
     _where(made)
     _what(made)

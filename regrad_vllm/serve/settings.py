@@ -49,7 +49,7 @@ class Settings:
     arena_dir: Path | None = None  # folder of the arena; None: shared memory
     arena_bytes: int = 256 * 2**20  # of gradients kept on this machine for all workers
     worker_bytes: int = 256 * 2**20  # of gradients that each worker keeps ready
-    waiting_slots: int | None = None  # for waiting adapters, besides --max-loras; None: a 16th of it
+    waiting_slots: int | None = None  # slots for waiting adapters, besides --max-loras; None: a 16th of --max-loras
     bank_timeout_ms: int = 5000  # for each call to the bank
     bank_token_file: Path | None = None  # the token for the bank; None: no token
     bank_ca: Path | None = None  # PEM of the bank's authority, "system" for gRPC's own list; None: no TLS
