@@ -20,6 +20,8 @@ from regrad_vllm.client.corpus import ENDINGS, BadInput, CorpusFile, find_files,
 from regrad_vllm.client.leftovers import Leftovers
 from regrad_vllm.client.upload import UploadError, UploadOutcome, upload
 from regrad_vllm.console import CommandError, UsageError, count, note, one_line, say
+from regrad_vllm.data.token_counts import CountTokens, count_tokens, tokenizer_of
+from regrad_vllm.default_model import resolve_model
 
 _MAX_LISTED = 20
 
@@ -28,6 +30,9 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("ingest", help="documents into a bank", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{', '.join(ENDINGS)} files, or folders")
     add_bank_flags(parser)
+    parser.add_argument(
+        "--model", help="cut texts by this base model's tokens: 'default', a folder or a hub id (default: an estimate)"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out what can't be used, instead of stopping")
     parser.add_argument(
         "--delete-missing",
@@ -49,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
     if args.in_flight < 1:
         raise UsageError(f"--in-flight must be at least 1, got {args.in_flight}")
     files, left_out, bad = find_files(args.paths, args.source or "")
+    counter = count_tokens if args.model is None else tokenizer_of(resolve_model(args.model))
     if left_out:
         shown = ", ".join(str(path) for path in left_out[:3])
         note(f"left out {count(len(left_out), 'file')} with other endings than {', '.join(ENDINGS)}: {shown} …")
     num_documents = 0
     mended: dict[str, int] = {}
-    for item in read_corpus(files):
+    for item in read_corpus(files, counter):
         if isinstance(item, BadInput):
             bad.append(item)
         else:
@@ -65,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
     _report_bad(bad, skip=args.skip_bad)
     if not num_documents:
         raise UsageError("nothing to ingest: the paths named hold no document that can be used")
-    outcome = _upload(args, files, bad, num_documents)
+    outcome = _upload(args, files, bad, num_documents, counter)
     for refusal in outcome.refused:
         note(f"{refusal.place}: {describe_failure(args.bank, refusal.error)}")
     _report_left(outcome.left, args)
     say(outcome.summary())
+    has_texts = any(file.path.suffix.lower() != ".jsonl" for file in files)
+    if outcome.counts["truncated"] and has_texts and args.model is None:
+        note("texts are cut by an estimate of tokens; name the bank's base model with --model to have them counted")
     if outcome.sequence:
         note(f"as of sequence {outcome.sequence}")
     return 1 if outcome.refused or bad else 0
@@ -89,7 +98,11 @@ def _source(name: str) -> str:
 
 
 def _upload(
-    args: argparse.Namespace, files: Sequence[CorpusFile], bad: Sequence[BadInput], num_documents: int
+    args: argparse.Namespace,
+    files: Sequence[CorpusFile],
+    bad: Sequence[BadInput],
+    num_documents: int,
+    counter: CountTokens,
 ) -> UploadOutcome:
     from tqdm import tqdm
 
@@ -97,7 +110,7 @@ def _upload(
         flags = {"namespace": args.namespace, "in_flight": args.in_flight, "skip_bad": args.skip_bad}
         flags |= {"delete_missing": args.delete_missing, "bad": bad}
         try:
-            return upload(bank, files, progress=bar.update, **flags)
+            return upload(bank, files, progress=bar.update, count=counter, **flags)
         except UploadError as failure:
             raise CommandError(failure.told(describe_failure(args.bank, failure.error))) from failure
 

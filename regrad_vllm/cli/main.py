@@ -37,6 +37,7 @@ _EXTRAS = {
     "restore": "bank",
     "scrub": "bank,train",
     "serve": "cpu",
+    "ingest": "bank",
     "questions": "train",
     "train": "bank,train",
     "eval": "bank,train",

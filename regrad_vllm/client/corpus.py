@@ -23,6 +23,7 @@ from bank_service.wire.limits import FILE_KEY, SOURCE_KEY
 from regrad_vllm.client.values import Document
 from regrad_vllm.data.mending import mend
 from regrad_vllm.data.passages import split_markdown, split_plain
+from regrad_vllm.data.token_counts import CountTokens, count_tokens
 
 ENDINGS = (".txt", ".md", ".jsonl")
 
@@ -87,12 +88,15 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
     return list(files.values()), left_out, bad
 
 
-def read_corpus(files: Sequence[CorpusFile]) -> Iterator[CorpusDocument | BadInput]:
-    """Every document of the files, in order. Unusable input is yielded as BadInput. Reads one file at a time."""
+def read_corpus(files: Sequence[CorpusFile], count: CountTokens = count_tokens) -> Iterator[CorpusDocument | BadInput]:
+    """Every document of the files, in order. Unusable input is yielded as BadInput. Reads one file at a time.
+
+    count: measures the passages of texts.
+    """
     seen: dict[str, str] = {}
     for file in files:
         shown, absolute = str(file.path), str(file.path.resolve())
-        for item in _read_file(file):
+        for item in _read_file(file, count):
             if isinstance(item, CorpusDocument):
                 place = absolute + item.place.removeprefix(shown)  # the same for a file that was given twice
                 earlier = seen.setdefault(item.id, place)
@@ -138,7 +142,7 @@ def _reason(error: OSError) -> str:
     return "no such file or folder" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
 
 
-def _read_file(file: CorpusFile) -> Iterator[CorpusDocument | BadInput]:
+def _read_file(file: CorpusFile, count: CountTokens) -> Iterator[CorpusDocument | BadInput]:
     bad = partial(BadInput, str(file.path), source=file.source, id=file.id)
     try:
         if not stat.S_ISREG(file.path.stat().st_mode):  # such as a pipe, which can't be read a second time
@@ -160,7 +164,8 @@ def _read_file(file: CorpusFile) -> Iterator[CorpusDocument | BadInput]:
         yield bad(text)
         return
     text, num_mended = mend(text)
-    passages = split_markdown(text) if file.path.suffix.lower() == ".md" else split_plain(text)
+    split = split_markdown if file.path.suffix.lower() == ".md" else split_plain
+    passages = split(text, count)
     if not passages:
         yield bad("must hold some text, it is empty")
     for number, passage in enumerate(passages, 1):

@@ -14,6 +14,7 @@ from bank_service.errors import BankError, InvalidArgumentError, VersionConflict
 from regrad_vllm.client.corpus import BadInput, CorpusDocument, CorpusFile, read_corpus
 from regrad_vllm.client.leftovers import Held, Leftovers, remove_leftovers
 from regrad_vllm.client.values import OUTCOMES, Receipt
+from regrad_vllm.data.token_counts import CountTokens, count_tokens
 
 if TYPE_CHECKING:
     from regrad_vllm.client.bank import Bank
@@ -74,15 +75,16 @@ def upload(
     delete_missing: bool = False,
     bad: Sequence[BadInput] = (),
     progress: Callable[[], object] = lambda: None,
+    count: CountTokens = count_tokens,
 ) -> UploadOutcome:
     """Streams the files' documents to the bank, with at most ``in_flight`` unanswered documents.
 
     skip_bad: skips documents that the bank refuses. delete_missing: see ``remove_leftovers``. bad: the unusable paths
-    of ``find_files``. progress: called after each document. UploadError if the stream ends early, BankError if a
-    deletion fails.
+    of ``find_files``. progress: called after each document. count: measures the passages of texts. UploadError if the
+    stream ends early, BankError if a deletion fails.
     """
     held = Held(files, bad)
-    feed = _Feed(held.noting(read_corpus(files)))
+    feed = _Feed(held.noting(read_corpus(files, count)))
     counts: Counter[str] = Counter()
     refused: list[Refusal] = []
     while not feed.at_end:

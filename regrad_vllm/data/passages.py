@@ -1,8 +1,8 @@
 """Long texts → passages of about 160 tokens, cut where a paragraph or a sentence ends, titled by their heading.
 
 Training, `regrad ingest` and the evaluation all cut texts here, so a learner meets the passages that it was trained on.
-The lines of an ingested .jsonl file are passages already. Tokens are estimated from words, because `regrad ingest` has
-no tokenizer.
+The lines of an ingested .jsonl file are passages already. Tokens are estimated, because `regrad ingest` has a tokenizer
+only if it is named one.
 
 A passage begins with the last sentences of the passage before it, up to OVERLAP_TOKENS. So it also holds the sentences
 that its own first sentence refers to.
@@ -14,15 +14,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from bank_service.wire.limits import MAX_TITLE_BYTES
+from regrad_vllm.data.token_counts import CountTokens, count_tokens
 
-TOKENS_PER_WORD = 1.35  # of English text, with the tokenizers of today's models
 TARGET_TOKENS = 160
 # A passage may grow to this before it is closed, so that a paragraph's last sentence isn't left alone.
 MAX_PASSAGE_TOKENS = 200
 OVERLAP_TOKENS = 32
 _MIN_TOKENS = 40
+_TITLE_TOKENS = 16  # a longer title takes its tokens from those of the text
 _MAX_HEADING_WORDS, _MAX_HEADING_CHARACTERS, _MAX_HEADING_UNSPACED = 12, 120, 24
 _STOPS = ".!?…"  # they end a sentence before white space
 _CLEAR_STOPS = "。！？｡।॥؟۔։።៕။།"  # they end a sentence anywhere
@@ -30,8 +32,7 @@ _PAUSES = ":;,：；，、،؛፣፤፥၊"
 _CLOSERS = "\"'”’»)]」』）】》"
 _CLOSED = f"[{re.escape(_CLOSERS)}]*"
 _SENTENCE_END = re.compile(rf"[{_STOPS}]{_CLOSED}\s+|[{_CLEAR_STOPS}]{_CLOSED}")
-_LONGEST_TOKEN = 7  # characters; for text without spaces, such as URLs and rows of digits
-# Scripts without spaces: from Thai to Burmese, Khmer, Japanese, Chinese, Korean. A character counts as a token.
+# Scripts without spaces: from Thai to Burmese, Khmer, Japanese, Chinese, Korean.
 _UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
 
 
@@ -41,19 +42,28 @@ class Passage:
     text: str
 
 
-def split_markdown(text: str) -> list[Passage]:
+class _Piece(NamedTuple):
+    """A paragraph, a sentence or a part of one."""
+
+    separator: str  # from the piece before it
+    text: str
+    num_tokens: int
+
+
+def split_markdown(text: str, count: CountTokens = count_tokens) -> list[Passage]:
     """The passages of a Markdown text. A passage never crosses a heading."""
-    return [passage for title, body in _markdown_sections(_unified(text)) for passage in _split_section(title, body)]
+    sections = _markdown_sections(_unified(text))
+    return [passage for title, body in sections for passage in _split_section(title, body, count)]
 
 
-def split_plain(text: str) -> list[Passage]:
+def split_plain(text: str, count: CountTokens = count_tokens) -> list[Passage]:
     """The passages of a plain text. The first line is the heading if it stands alone and is short, and no sentence."""
     head, _, rest = _unified(text).strip().partition("\n")
     heading = head.strip()
     alone = rest.lstrip(" \t").startswith("\n")
     if rest.strip() and alone and _may_be_heading(heading):
-        return _split_section(heading, rest)
-    return _split_section("", text)
+        return _split_section(heading, rest, count)
+    return _split_section("", text, count)
 
 
 def _may_be_heading(line: str) -> bool:
@@ -69,13 +79,7 @@ def split_text(title: str, text: str) -> list[Passage]:
     """The passages of a text with a known title. A short text is one passage, unchanged."""
     if count_tokens(text) <= MAX_PASSAGE_TOKENS:
         return [Passage(title, text)]
-    return _split_section(title, text)
-
-
-def count_tokens(text: str) -> int:
-    """The estimated number of tokens, from words and characters."""
-    spaced = max(round(TOKENS_PER_WORD * len(text.split())), len(text) // _LONGEST_TOKEN)
-    return max(spaced, len(_UNSPACED.findall(text)))
+    return _split_section(title, text, count_tokens)
 
 
 def _unified(text: str) -> str:
@@ -109,63 +113,55 @@ def _join_path(path: list[tuple[int, str]]) -> str:
     return title if len(title.encode()) <= MAX_TITLE_BYTES else _join_path(path[1:])
 
 
-def _split_section(title: str, body: str) -> list[Passage]:
+def _split_section(title: str, body: str, count: CountTokens) -> list[Passage]:
+    target = max(_MIN_TOKENS, TARGET_TOKENS - max(0, count(title) - _TITLE_TOKENS))
+    most = target + MAX_PASSAGE_TOKENS - TARGET_TOKENS
     passages: list[str] = []
-    current: list[tuple[str, str]] = []  # (separator before it, piece)
-    num_tokens = num_new = 0  # num_new: tokens in current that aren't repeated from the passage before
-    for separator, piece in _pieces(body):
-        tokens = count_tokens(piece)
-        if num_new and (num_tokens >= TARGET_TOKENS or num_tokens + tokens > MAX_PASSAGE_TOKENS):
+    current: list[_Piece] = []
+    num_repeated = 0  # pieces of current that the passage before it ends with
+    for piece in _pieces(body, target, count):
+        num_tokens = _num_tokens(current)
+        if len(current) > num_repeated and (num_tokens >= target or num_tokens + piece.num_tokens > most):
             passages.append(_join(current))
             current = _tail(current)
-            num_tokens, num_new = sum(count_tokens(text) for _, text in current), 0
-        current.append((separator, piece))
-        num_tokens += tokens
-        num_new += tokens
-    if passages and 0 < num_new < _MIN_TOKENS:
-        passages[-1] += "".join(separator + piece for separator, piece in current[-_num_new_pieces(current, num_new) :])
-    elif num_new:
+            num_repeated = len(current)
+        current.append(piece)
+    new = current[num_repeated:]
+    if passages and _num_tokens(new) < _MIN_TOKENS:
+        passages[-1] += "".join(piece.separator + piece.text for piece in new)
+    elif new:
         passages.append(_join(current))
     return [Passage(title, passage) for passage in passages]
 
 
-def _join(pieces: list[tuple[str, str]]) -> str:
-    return "".join(separator + piece for separator, piece in pieces)[len(pieces[0][0]) :]
+def _num_tokens(pieces: list[_Piece]) -> int:
+    return sum(piece.num_tokens for piece in pieces)
 
 
-def _tail(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _join(pieces: list[_Piece]) -> str:
+    return "".join(piece.separator + piece.text for piece in pieces)[len(pieces[0].separator) :]
+
+
+def _tail(pieces: list[_Piece]) -> list[_Piece]:
     """The last pieces that fit into the overlap, but never all pieces."""
     total = 0
     for index in range(len(pieces) - 1, 0, -1):
-        total += count_tokens(pieces[index][1])
+        total += pieces[index].num_tokens
         if total > OVERLAP_TOKENS:
             return pieces[index + 1 :]
     return pieces[1:]
 
 
-def _num_new_pieces(pieces: list[tuple[str, str]], num_new: int) -> int:
-    """The number of pieces at the end that have ``num_new`` tokens together."""
-    number = 0
-    while num_new > 0:
-        number += 1
-        num_new -= count_tokens(pieces[-number][1])
-    return number
-
-
-def _pieces(body: str) -> Iterator[tuple[str, str]]:
-    """(separator before it, piece): whole paragraphs, or the sentences of paragraphs that are too long."""
+def _pieces(body: str, limit: int, count: CountTokens) -> Iterator[_Piece]:
+    """Whole paragraphs, or the sentences of paragraphs that are longer than the limit."""
     for paragraph in re.split(r"\n[ \t]*\n", _unified(body)):
-        stripped = paragraph.strip()
+        stripped, separator = paragraph.strip(), "\n\n"
         if not stripped:
             continue
-        if count_tokens(stripped) <= TARGET_TOKENS:
-            yield "\n\n", stripped
-            continue
-        separator = "\n\n"
-        for sentence in split_sentences(stripped):
-            for piece in _bounded(sentence):
-                yield separator, piece
-                separator = " "
+        sentences = [stripped] if count(stripped) <= limit else split_sentences(stripped)
+        for part in (part for sentence in sentences for part in _parts(sentence, limit, count)):
+            yield _Piece(separator, part, count(part))
+            separator = " "
 
 
 def split_sentences(paragraph: str) -> Iterator[str]:
@@ -178,18 +174,14 @@ def split_sentences(paragraph: str) -> Iterator[str]:
         yield paragraph[start:].strip()
 
 
-def _bounded(sentence: str) -> Iterator[str]:
+def _parts(sentence: str, limit: int, count: CountTokens) -> Iterator[str]:
     """The sentence; if it is too long, its parts, cut between words or, in scripts without spaces, characters."""
-    if count_tokens(sentence) <= TARGET_TOKENS:
+    num_tokens = count(sentence)
+    if num_tokens <= limit:
         yield sentence
         return
     words = sentence.split()
-    if count_tokens(sentence) == round(TOKENS_PER_WORD * len(words)):
-        step = int(TARGET_TOKENS / TOKENS_PER_WORD)
-        for start in range(0, len(words), step):
-            yield " ".join(words[start : start + step])
-        return
-    size = len(sentence) * TARGET_TOKENS // count_tokens(sentence)
-    for start in range(0, len(sentence), size):
-        if sentence[start : start + size].strip():
-            yield sentence[start : start + size].strip()
+    units, space = (words, " ") if len(words) > 1 else (list(sentence), "")
+    size = max(1, len(units) * limit // num_tokens)
+    for start in range(0, len(units), size):
+        yield from _parts(space.join(units[start : start + size]).strip(), limit, count)

@@ -13,8 +13,8 @@ import torch
 
 from bank_service.values.embedder import default_embedder
 from regrad_vllm.data.leaks import evaluation_without_leaks, without_leaks
-from regrad_vllm.data.passages import TOKENS_PER_WORD
 from regrad_vllm.data.questions import SPLITS, DataSplit, load_split
+from regrad_vllm.data.token_counts import TOKENS_PER_WORD
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.batches import make_batch
 from regrad_vllm.learn.cues import Cues

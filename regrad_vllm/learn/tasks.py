@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from regrad_vllm.data.passages import TOKENS_PER_WORD
 from regrad_vllm.data.questions import DataSplit, in_passages
+from regrad_vllm.data.token_counts import TOKENS_PER_WORD
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.synthetic import synthetic_documents
 

@@ -107,6 +107,22 @@ def test_what_the_bank_refuses_is_named_by_its_place(
     assert last.endswith("(0 documents before it are in)")
 
 
+def test_texts_are_cut_by_the_tokens_of_the_model_that_is_named(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rights.txt").write_text("Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. " * 60)
+    flags = ["--bank", bank, "--namespace", "cut"]
+    numbers = []
+    for model in ([], ["--model", "default"]):
+        assert main(["ingest", str(tmp_path), *flags, *model]) == 0
+        assert ("--model" in capsys.readouterr().err) is not bool(model)
+        assert main(["list", *flags]) == 0
+        numbers.append(capsys.readouterr().out.count("rights.txt#"))
+    assert numbers[1] > numbers[0] > 1, "the estimate is for English"
+    assert main(["ingest", str(tmp_path), *flags, "--model", str(tmp_path)]) == 1
+    assert f"{tmp_path}/tokenizer.json must exist" in capsys.readouterr().err
+
+
 def test_documents_longer_than_the_learner_reads_are_counted(
     bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

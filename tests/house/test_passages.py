@@ -10,14 +10,15 @@ from regrad_vllm.data.passages import (
     MAX_PASSAGE_TOKENS,
     OVERLAP_TOKENS,
     TARGET_TOKENS,
-    TOKENS_PER_WORD,
     Passage,
-    count_tokens,
     split_markdown,
     split_plain,
     split_sentences,
     split_text,
 )
+from regrad_vllm.data.token_counts import TOKENS_PER_WORD, count_tokens, tokenizer_of
+from regrad_vllm.default_model import ensure_default_model, shipped_learner
+from regrad_vllm.learner import Learner
 
 
 def _prose(num_sentences: int, seed: int = 0) -> str:
@@ -93,6 +94,40 @@ def test_a_script_without_spaces_is_cut_and_loses_nothing() -> None:
     assert max(count_tokens(passage.text) for passage in passages) <= MAX_PASSAGE_TOKENS + OVERLAP_TOKENS
     spaced = [Passage("", " ".join(passage.text.replace(" ", "").replace("\n", ""))) for passage in passages]
     assert "".join(without_overlap(spaced)) == text
+
+
+_TEXTS = {
+    "ru": """Глава о свободе и достоинстве людей
+Все люди рождаются свободными и равными в своем достоинстве и правах.
+Они наделены разумом и совестью и должны поступать в отношении друг друга в духе братства.""",
+    "hi": """मनुष्यों के अधिकार और स्वतन्त्रता
+सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।
+उन्हें बुद्धि और अन्तरात्मा की देन प्राप्त है और परस्पर उन्हें भाईचारे के भाव से बर्ताव करना चाहिए।""",
+    "zh": """人的尊严和权利
+人人生而自由，在尊严和权利上一律平等。
+他们赋有理性和良心，并应以兄弟关系的精神相对待。""",
+    "ar": """حقوق الإنسان
+يولد جميع الناس أحرارًا متساوين في الكرامة والحقوق.
+وقد وهبوا عقلاً وضميرًا وعليهم أن يعامل بعضهم بعضًا بروح الإخاء.""",
+    "ko": """인간의 존엄과 권리
+모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.
+인간은 천부적으로 이성과 양심을 부여받았으며 서로 형제애의 정신으로 행동하여야 한다.""",
+}
+
+
+@pytest.mark.parametrize("language", _TEXTS)
+@pytest.mark.parametrize("by_tokenizer", [False, True], ids=["estimated", "counted"])
+def test_no_passage_is_longer_than_the_learner_reads_in_any_script(language: str, by_tokenizer: bool) -> None:
+    title, *sentences = _TEXTS[language].split("\n")
+    rng = random.Random(0)
+    text = " ".join(f"{number} {rng.choice(sentences)}" for number in range(150))
+    exact = tokenizer_of(ensure_default_model())
+    passages = split_markdown(f"# {title}\n\n## {title}\n\n{text}", exact if by_tokenizer else count_tokens)
+    limit = Learner.load(shipped_learner()).config.max_document_tokens
+    lengths = [exact(f"{passage.title}\n{passage.text}") for passage in passages]
+    assert max(lengths) <= limit
+    assert min(lengths[:-1]) >= limit / 4, "nor far shorter"
+    assert without_overlap(passages) == text.split()
 
 
 def test_markdown_headings_become_titles_with_the_headings_above_them() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from regrad_vllm.data.passages import count_tokens
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_split
+from regrad_vllm.data.token_counts import count_tokens
 from regrad_vllm.evaluate.datasets import SAMPLE, question_sets
 from regrad_vllm.evaluate.growth import sized
 from regrad_vllm.evaluate.methods import METHODS
