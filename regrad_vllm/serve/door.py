@@ -8,8 +8,10 @@ the same user may connect. The lines are JSON:
 
 Every prepare needs one release. When a connection ends, the door does its missing releases.
 
-A request whose adapter is in a slot already doesn't wait behind requests that wait for a slot. The gradients of a
-waiting request are read when its turn comes. So gradients are held for at most one adapter more than there are slots.
+A request whose adapter is in a slot already doesn't wait behind requests that wait for a slot. A request whose adapter
+is being composed, or waits for its turn, waits for that alone. Otherwise it would keep the slot while it waits behind a
+request for another slot, and both would wait forever. The gradients of a waiting request are read when its turn comes.
+So gradients are held for at most one adapter more than there are slots.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Door:
         self._composer = composer
         self._cores = cores
         self._loop = asyncio.new_event_loop()
+        self._under_way: dict[int, asyncio.Future[float]] = {}  # adapter → its turn at composing
         self._finding = ThreadPoolExecutor(1, "regrad-find", self._unbind)
         self._composing = ThreadPoolExecutor(1, "regrad-compose", self._unbind)
         self.address = f"regrad-{os.getpid()}-{secrets.token_hex(8)}"
@@ -120,11 +123,21 @@ class Door:
 
     async def _prepare(self, adapter_id: int) -> float:
         """Composes the adapter. Returns the ms without the wait for a slot."""
-        if self._composer.is_there(adapter_id):
-            to_compose, load_ms = await self._loop.run_in_executor(self._finding, self._composer.load, adapter_id)
-            if not to_compose:
-                return load_ms
-        return await self._loop.run_in_executor(self._composing, self._composer.prepare, adapter_id)
+        while True:
+            under_way = self._under_way.get(adapter_id)
+            if under_way is not None:
+                await asyncio.wait([under_way])
+            elif not self._composer.is_there(adapter_id):
+                break
+            else:
+                to_compose, ms = await self._loop.run_in_executor(self._finding, self._composer.load, adapter_id)
+                if not to_compose:
+                    return ms
+        turn = self._under_way[adapter_id] = self._loop.run_in_executor(
+            self._composing, self._composer.prepare, adapter_id
+        )
+        turn.add_done_callback(lambda _: self._under_way.pop(adapter_id))
+        return await turn
 
     def _release(self, owed: dict[int, int], number: int) -> None:
         adapter_id = owed.pop(number, None)

@@ -123,6 +123,26 @@ def test_who_needs_no_slot_waits_for_nobody_and_what_waits_pins_nothing(arena: A
     asyncio.run(run())
 
 
+def test_who_shares_an_adapter_does_not_keep_its_slot_behind_who_waits_for_one(arena: Arena, learner: Learner) -> None:
+    first, second, third = (stored_recipe(arena, learner, [f"text {number}"]) for number in range(3))
+    worker = Worker(learner, max_loras=1, max_waiting=1)
+
+    async def request(client: DoorClient, recipe: Recipe) -> str:
+        number = client.new_question()
+        answer = await client.prepare(number, recipe, "")
+        client.release(number)
+        return str(answer["error"])
+
+    async def run() -> None:
+        client = DoorClient(worker.door.address)
+        burst = [request(client, recipe) for recipe in (first, second, third, first, second)]
+        async with asyncio.timeout(30):
+            assert await asyncio.gather(*burst) == [""] * 5
+        await client.close()
+
+    asyncio.run(run())
+
+
 def test_whatever_goes_wrong_is_answered(
     arena: Arena, learner: Learner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
