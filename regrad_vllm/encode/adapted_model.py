@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from regrad_vllm.base_model import BaseModelError
 from regrad_vllm.layout import Layout
@@ -250,8 +249,18 @@ def _attention_bias(config: Any, visible: Tensor, positions: Tensor, dtype: torc
 class _Passing(nn.Module):
     """In the place of the decoder: its output is its input. So the model makes logits of given final states."""
 
-    def forward(self, inputs_embeds: Any, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> _FinalStates:
+        return _FinalStates(inputs_embeds)
+
+
+class _FinalStates:
+    """A decoder's output with nothing else in it. Architectures differ in the names of the rest."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _slice_decoder(decoder: Any, first: int, end: int) -> Any:

@@ -46,6 +46,18 @@ def test_batched_gradients_equal_the_one_document_autograd_loop(any_model: Any) 
     assert relative_error(actual[6], actual[4]) > 1e-2
 
 
+@pytest.mark.parametrize(("architecture", "projections"), [("Mixtral", ("q_proj", "o_proj")), ("Phi", ("fc1", "fc2"))])
+def test_experts_and_a_final_norm_of_another_name_do_no_harm(architecture: str, projections: tuple[str, ...]) -> None:
+    model = tiny_model(architecture)
+    layout = build_layout(model, rank=2, layers=(2, 3), projections=projections)
+    phi = torch.randn(layout.num_values, generator=torch.Generator().manual_seed(1)) * 0.3
+    tokens = random_tokens(12, 5)
+    actual = document_gradients(AdaptedModel(model, layout, SCALING), phi, TokenBatch.pad([(tokens, 1)]))
+    leaf = phi.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(lm_loss(peft_model(model, layout, SCALING), layout, leaf, tokens), leaf)
+    assert relative_error(actual[0], expected) <= 1e-5
+
+
 @pytest.mark.parametrize("architecture", ["RecurrentGemma", "GPTNeoX"])
 def test_a_model_whose_layers_do_not_run_apart_is_refused_by_name(architecture: str) -> None:
     model = tiny_model(architecture)
