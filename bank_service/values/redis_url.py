@@ -1,4 +1,4 @@
-"""The URL of a Redis server. It may have a password in it, so no message shows more than its scheme."""
+"""The URL of a Redis server. It may have a password in it, so the messages here show no more than its scheme."""
 
 from __future__ import annotations
 
