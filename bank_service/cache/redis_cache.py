@@ -47,7 +47,8 @@ class RedisCache:
                 socket_connect_timeout=timeout,
                 retry=Retry(NoBackoff(), 0),
             )
-            self._connections.make_connection()  # it connects later, but checks the URL's options now
+            # It connects later, but checks the URL's options now.
+            self._connections.make_connection()  # type: ignore[no-untyped-call]
         except (ValueError, TypeError):  # without the cause, whose text may have a part of the password
             raise ValueError(unusable("redis_url")) from None
         self._redis = Redis(connection_pool=self._connections)

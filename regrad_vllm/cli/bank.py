@@ -27,8 +27,10 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = {"port": DEFAULT_PORT} | given(args, BankConfig)
-    config = BankConfig(**{"data_dir": settings.get("data_dir") or default_data_dir()} | settings)
+    settings: dict[str, Any] = {"port": DEFAULT_PORT} | given(args, BankConfig)
+    if "data_dir" not in settings:
+        settings["data_dir"] = default_data_dir()
+    config = BankConfig(**settings)
 
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
     from bank_service.service.preflight import check_startable
