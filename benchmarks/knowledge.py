@@ -2,11 +2,11 @@
 
     python -m benchmarks.knowledge --data FOLDER --learners NAME=FOLDER … --readers NAME=FOLDER … --out FILE
 
-Asks questions of the validation split in one process. A cue is the documents' sentence nearest to the question
-(learn/cues.py). A learner is asked blind, with the cue, with the documents, and as φ* alone with the cue. A reader is a
-learner whose φ* alone is used, such as FT-RAG's. It is asked with the cue and with the documents. Each answer is a line
-of FILE. Answers in FILE are not asked again, so that learners can be added to the same table. After the table, the last
-line is the same figures as one JSON object.
+Asks questions of the validation split in one process. A cue is the documents' sentence nearest to the question, or
+several with --cue-sentences (learn/cues.py). A learner is asked blind, with the cue, with the documents, and as φ*
+alone with the cue. A reader is a learner whose φ* alone is used, such as FT-RAG's. It is asked with the cue and with
+the documents. Each answer is a line of FILE. Answers in FILE are not asked again, so that learners can be added to the
+same table. After the table, the last line is the same figures as one JSON object.
 
 F1 is of greedy answers. "First" is the share of answers that begin with the right token. The intervals are 95%
 bootstrap intervals over documents; differences are paired. Gradients are not quantised here.
@@ -52,13 +52,13 @@ class Asked:
     question: Question
     documents: tuple[SourceDocument, ...]  # that answer it together, best score first
     scores: tuple[float, ...]
-    cue: tuple[str, str]  # (title, sentence)
+    cue: tuple[tuple[str, str], ...]  # (title, sentence) each
 
     def shown(self, way: str) -> list[tuple[str, str]]:
         """The texts in the prompt."""
         if way == "icl":
             return [(document.title, document.text) for document in self.documents]
-        return [] if way == "blind" else [self.cue]
+        return [] if way == "blind" else list(self.cue)
 
 
 def main() -> None:
@@ -69,11 +69,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--ways", nargs="+", choices=LEARNER_WAYS, default=list(LEARNER_WAYS))
+    parser.add_argument(
+        "--cue-sentences", type=whole(1), default=1, help="more than one: the way is called cue2 and so on"
+    )
     parser.add_argument("--num-questions", type=whole(1), default=64, help="of each set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    asked = load(args.data, args.sets, args.num_questions, args.seed)
+    asked = load(args)
     model = resolve_model("default")
     for entries, ways in ((args.learners, LEARNER_WAYS), (args.readers, READER_WAYS)):
         for name, _, folder in (entry.partition("=") for entry in entries):
@@ -81,27 +84,28 @@ def main() -> None:
             answerer = Answerer(InProcess(model, learner, {}, dtype=getattr(torch, args.dtype)), learner)
             for way in (way for way in ways if way in args.ways):
                 adapter = "phi" if ways is READER_WAYS or way == "phi_cue" else "gradients"
+                label = f"{way}{args.cue_sentences}" if args.cue_sentences > 1 and way.endswith("cue") else way
                 known = {(r["learner"], r["way"], r["id"]) for r in records(args.out)}
-                waiting = [entry for entry in asked if (name, way, entry.question.id) not in known]
+                waiting = [entry for entry in asked if (name, label, entry.question.id) not in known]
                 started = time.monotonic()
                 with args.out.open("a", encoding="utf-8") as file:
                     for found in answerer.answer(waiting, way, adapter):
-                        file.write(json.dumps({"learner": name, "way": way, **found}, ensure_ascii=False) + "\n")
+                        file.write(json.dumps({"learner": name, "way": label, **found}, ensure_ascii=False) + "\n")
                         file.flush()
-                sys.stderr.write(f"{name} {way}: {len(waiting)} questions, {time.monotonic() - started:.0f} s\n")
+                sys.stderr.write(f"{name} {label}: {len(waiting)} questions, {time.monotonic() - started:.0f} s\n")
     found = summary(list(records(args.out)), {entry.question.id for entry in asked})
     sys.stdout.write(table(found["methods"], found["differences"]) + "\n\n")
     sys.stdout.write(json.dumps(rounded(found), ensure_ascii=False) + "\n")
 
 
-def load(data: Path, sets: Sequence[str], num_questions: int, seed: int) -> list[Asked]:
+def load(args: argparse.Namespace) -> list[Asked]:
     """Questions of the validation split with their documents and cues."""
-    split = load_clean(data, "validation")
+    split = load_clean(args.data, "validation")
     together = {question.id for question in split.questions if len(question.documents) > 1}
-    chosen = question_sets(split, sets, num_questions, 0, seed)
+    chosen = question_sets(split, args.sets, args.num_questions, 0, args.seed)
     documents = {document.id: document for document in chosen.documents}
     embedder = default_embedder()
-    cues = Cues(embedder)
+    cues = Cues(embedder, args.cue_sentences)
     asked = []
     for question in chosen.questions:
         right = [documents[key] for key in question.documents[: None if question.id in together else 1]]

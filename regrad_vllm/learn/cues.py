@@ -1,4 +1,4 @@
-"""Cues: one sentence of a document for the prompt. It helps the model to find the knowledge in the adapter."""
+"""Cues: sentences of the documents for the prompt. They help the model to find the knowledge in the adapter."""
 
 from __future__ import annotations
 
@@ -23,14 +23,25 @@ def sentences(title: str, text: str) -> list[tuple[str, str]]:
 class Cues:
     """Finds sentences with the bank's embedder. The title is prepended to each sentence."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: Embedder, number: int = 1) -> None:
+        """number: sentences of a cue, at least 1. Short documents may have fewer."""
+        self._number = number
         self._embed = lru_cache(maxsize=_KEPT)(embedder.embed)
 
-    def nearest(self, question: str, documents: Sequence[tuple[str, str]]) -> tuple[str, str]:
-        """(title, sentence) for the sentence in ``documents`` that is nearest to the question."""
-        found = [sentence for document in documents for sentence in sentences(*document)]
-        vectors = np.stack([self._embed(embedded_text(*sentence)) for sentence in found])
-        return found[int(np.argmax(vectors @ self._embed(question)))]
+    def nearest(self, question: str, documents: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        """(title, sentence) for each sentence of a cue, nearest to the question first.
+
+        Each document gives its nearest sentence before any gives a second one.
+        """
+        found = [(place, sentence) for place, document in enumerate(documents) for sentence in sentences(*document)]
+        vectors = np.stack([self._embed(embedded_text(*sentence)) for _, sentence in found])
+        order = [int(at) for at in np.argsort(-(vectors @ self._embed(question)), kind="stable")]
+        best_of: dict[int, int] = {}  # place of a document → its nearest sentence
+        for at in order:
+            best_of.setdefault(found[at][0], at)
+        firsts = set(best_of.values())
+        chosen = [*(at for at in order if at in firsts), *(at for at in order if at not in firsts)][: self._number]
+        return tuple(found[at][1] for at in order if at in chosen)
 
     @staticmethod
     def any(documents: Sequence[tuple[str, str]], rng: random.Random) -> tuple[str, str]:

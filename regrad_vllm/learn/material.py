@@ -80,7 +80,7 @@ def make_sampler(config: TrainConfig, split: Split, data: DataSplit, cache: Path
         cue_share=config.cue_share,
         wrong_cue_share=config.wrong_cue_share,
         gradient_dropout=config.gradient_dropout,
-        cues=Cues(embedder) if embedder is not None else None,
+        cues=Cues(embedder, config.cue_sentences) if embedder is not None else None,
     )
 
 

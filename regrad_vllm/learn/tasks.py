@@ -159,7 +159,7 @@ class Sampler:
         self, text: Text, question: str, tasks: Sequence[Task], mix: Sequence[float], scores: Sequence[float],
         rng: random.Random,
     ) -> tuple[Passage, ...]:  # fmt: skip
-        """The texts in the prompt: none, the adapter's documents in a server's order, or one sentence."""
+        """The texts in the prompt: none, the adapter's documents in a server's order, or a cue."""
         best_first = sorted((at for at, weight in enumerate(mix) if weight), key=lambda at: -scores[at])
         passages = tuple(tasks[at].passage for at in best_first)
         if text != "cue":
@@ -167,7 +167,7 @@ class Sampler:
         assert self.cues is not None
         if rng.random() < self.wrong_cue_share:
             return (self.cues.any(rng.choice((passages, [task.passage for task in tasks])), rng),)
-        return (self.cues.nearest(question, passages),)
+        return self.cues.nearest(question, passages)
 
     def _mix(
         self, task_set: TaskSet, indices: list[int], row: int, rng: random.Random

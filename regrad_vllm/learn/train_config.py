@@ -14,7 +14,7 @@ from regrad_vllm.naming import digest_json
 
 _AT_LEAST_ONE = (
     "rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks", "questions_per_task",
-    "validate_every", "checkpoint_every", "num_synthetic", "validation_batches", "inner_steps",
+    "validate_every", "checkpoint_every", "num_synthetic", "validation_batches", "inner_steps", "cue_sentences",
 )  # fmt: skip
 LEARNERS = ("start", "start_phi", "teacher")  # the keys that name a learner folder
 _TINY, _HUGE = 1e-12, 1e12  # limits for a number that must be above 0 and finite
@@ -70,7 +70,8 @@ class TrainConfig:
     neighbour_share: float = 0.5  # share of the steps whose documents are hits of each other's questions
     top_k_weights: tuple[float, ...] = (0.5, 0.2, 0.3)  # in training: chance of k = 1, 2, …
     icl_share: float = 0.1  # share of the steps with the adapter's documents in the prompt
-    cue_share: float = 0.0  # share of the steps with the documents' sentence nearest to the question in the prompt
+    cue_share: float = 0.0  # share of the steps with the documents' sentences nearest to the question in the prompt
+    cue_sentences: int = 1  # of each cue; each document gives its nearest before any gives a second one
     wrong_cue_share: float = 0.15  # share of cues that are random sentences of the same or another document
     gradient_dropout: float = 0.0  # share of the steps with text in the prompt in which φ* alone answers
     num_steps: int = 1000

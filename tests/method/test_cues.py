@@ -11,9 +11,20 @@ SHOP = ("The shop", "The shop opens at nine in the morning. On Sundays it is clo
 
 def test_a_cue_is_the_sentence_that_the_question_is_about_with_its_title() -> None:
     cues = Cues(default_embedder())
-    assert cues.nearest("When was the mill built?", [MILL, SHOP]) == ("The mill", MILL[1].split(" It")[0])
-    assert cues.nearest("What wood is the wheel of?", [MILL, SHOP]) == ("The mill", "Its wheel was made of larch wood.")
-    assert cues.nearest("At what time does the shop open?", [MILL, SHOP])[0] == "The shop"
+    assert cues.nearest("When was the mill built?", [MILL, SHOP]) == (("The mill", MILL[1].split(" It")[0]),)
+    wheel = ("The mill", "Its wheel was made of larch wood.")
+    assert cues.nearest("What wood is the wheel of?", [MILL, SHOP]) == (wheel,)
+    assert cues.nearest("At what time does the shop open?", [MILL, SHOP])[0][0] == "The shop"
+
+
+def test_each_document_gives_its_nearest_sentence_to_a_cue_before_any_gives_a_second_one() -> None:
+    question = "What wood is the wheel of the mill, and when was it built?"
+    embedder = default_embedder()
+    (one,) = Cues(embedder).nearest(question, [SHOP, MILL])
+    two, three = (Cues(embedder, number).nearest(question, [SHOP, MILL]) for number in (2, 3))
+    assert one[0] == "The mill" and two[0] == one and two[1][0] == "The shop"
+    assert [title for title, _ in three] == ["The mill", "The mill", "The shop"] and set(two) < set(three)
+    assert len(Cues(embedder, 9).nearest(question, [SHOP, MILL])) == 5, "all there are"
 
 
 def test_any_sentence_of_any_document_may_be_the_cue_and_a_text_without_an_end_is_one_sentence() -> None:

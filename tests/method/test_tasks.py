@@ -138,7 +138,7 @@ def test_the_prompt_shows_nothing_a_sentence_or_the_adapters_documents_by_their_
             mixed = {plan.tasks[at].passage for at, weight in enumerate(weights) if weight}
             for (question, _), passages in zip(pairs, shown, strict=True):
                 if plan.text == "cue":
-                    nearest.append(passages == (cues.nearest(question, sorted(mixed)),))
+                    nearest.append(passages == cues.nearest(question, sorted(mixed)))
                 else:
                     assert set(passages) == (mixed if plan.text == "icl" else set())
     assert 0.5 < sum(nearest) / len(nearest) < 0.95, "half of them, and what chance adds"
