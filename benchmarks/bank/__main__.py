@@ -12,6 +12,7 @@
   8 queries in flight. Recall@10 of both is against float32 brute force.
 - Other queries, figures only: filters, BM25 and hybrid by eight words of a document, batches, and queries by text with
   the real embedder. BM25 and hybrid embed the words too, for the cosine.
+- Purges: one document at a time; see ``purge.py``. The time grows with the documents of the namespace.
 - Fetch: three gradients of the shipped learner's size at a time; see ``fetch.py``. The main figure is MB/s of the bank
   from its cache, over plain redis-py MGET of the same bytes.
 - Ingest: ``benchmarks.bank_ingest`` in the same run.
@@ -36,6 +37,7 @@ from benchmarks.bank.build import build
 from benchmarks.bank.child_bank import folder_bytes, running_bank
 from benchmarks.bank.drawn_corpus import DrawnCorpus
 from benchmarks.bank.fetch import measure_fetch
+from benchmarks.bank.purge import measure_purges
 from benchmarks.bank.query_times import TOP_K, RawIndex, measure_kinds, measure_queries
 from benchmarks.bank.restart import measure_restarts
 from benchmarks.bank_ingest import measure_ingest, spec_with
@@ -44,7 +46,7 @@ from regrad_vllm.reporting.machine import describe
 SHIPPED_VALUES = 1_520_640  # of a gradient of the shipped learner; 1.6 MB in int8
 
 
-PARTS = ("restart", "query", "fetch", "ingest")
+PARTS = ("restart", "query", "purge", "fetch", "ingest")
 FIGURES: dict[
     str, tuple[str, Callable[[dict[str, Any]], float]]
 ] = {  # the figures of the last line: name → (part, figure from its report)
@@ -96,6 +98,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             del raw
             report["other_queries"] = asyncio.run(measure_kinds(process, questions, args.repeats))
             report["memory_mib_after_queries"] = process.memory_mib()
+    if "purge" in args.parts:
+        say("purging")
+        with running_bank(data_dir, *flags) as process:
+            report["purge"] = asyncio.run(measure_purges(process, corpus, args.repeats))
     if "fetch" in args.parts:
         with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
             say("fetching")

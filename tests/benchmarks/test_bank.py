@@ -44,6 +44,7 @@ def test_the_bank_is_measured_beside_what_it_stands_on(tmp_path: Path) -> None:
     assert figures["query_p50_ms_over_raw"] > 0 and figures["ingest_ratio_fsync"] > 0
     assert figures["fetch_mb_s_ratio_redis"] > 0 and report["fetch"]["hit_share_bank_redis"] > 0.5
     assert report["restart"]["after_kill"]["first_answer_seconds"] > 0
+    assert report["purge"]["seconds"]["median"] > 0 and report["purge"]["cpu_seconds"]["median"] > 0
     kinds = {"filter_1_in_10", "filter_1_in_1000", "filter_1_in_100000", "lexical", "hybrid", "dense_by_text"}
     assert all(report["other_queries"][kind]["p50_ms"]["median"] > 0 for kind in kinds)
     assert json.loads((tmp_path / "kept" / "build.json").read_text()).items() <= report["build"].items()
