@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from regrad_vllm.serve.used import Used
+from regrad_vllm.serve.used import Used, UsedByPrompts
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -19,7 +19,7 @@ _MAX_HELD_BYTES = 64 * 2**10  # a stream without an event in its first 64 KiB pa
 class AnswerTagger:
     """An ASGI ``send`` that tags one answer. Errors (status 400 and above) pass unchanged."""
 
-    def __init__(self, send: Send, used: Used) -> None:
+    def __init__(self, send: Send, used: Used | UsedByPrompts) -> None:
         self._send = send
         self._used = used
         self._start: Message | None = None  # the answer's headers, held back until the new length is known

@@ -8,24 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from bank_service.wire.tracing import extract, span
-from regrad_vllm.serve import http_request, vllm_server_seams
+from regrad_vllm.learner import Prompts
+from regrad_vllm.serve import http_request
 from regrad_vllm.serve.answer import AnswerTagger, Send
 from regrad_vllm.serve.engine import Engine
 from regrad_vllm.serve.http_request import App, Receive, Replay, Scope
-from regrad_vllm.serve.plan import Plan, Planner
+from regrad_vllm.serve.plan import Plan, Planner, PromptPlans
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.preparer import PreparedRequest, Preparer
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.request_holds import RequestHolds
-from regrad_vllm.serve.routes import ROUTES_WITHOUT, SHAPES, TOKENIZING, Body, PromptShape
-from regrad_vllm.serve.used import Used, UsedMemory
+from regrad_vllm.serve.routes import (
+    ROUTES_WITHOUT,
+    SHAPES,
+    TOKENIZING,
+    Body,
+    PromptShape,
+    join_prompts,
+    split_prompts,
+)
+from regrad_vllm.serve.several_prompts import SeveralPrompts
+from regrad_vllm.serve.used import Used, UsedByPrompts, UsedMemory
+from regrad_vllm.serve.vllm_server_seams import ServedCall, make_served_call, served_call
+
+Prepared = PreparedRequest | SeveralPrompts | Used  # Used: the base model answers
 
 
 @dataclass(frozen=True)
@@ -74,17 +87,15 @@ class RegradMiddleware:
                 if isinstance(plan, Used)
                 else await _unless_gone(_prepare(plan, scope, runtime), receive, partial(_drop, runtime))
             )
-            if prepared is None:
-                return
+            if prepared is not None:
+                await self._serve(prepared, document, shape, scope, receive, send)
         except RequestError as error:
             runtime.metrics.errors.labels(status=str(error.status)).inc()
             await http_request.send_error(send, error)
-            return
-        await self._serve(prepared, document, shape, scope, receive, send)
 
     async def _serve(
         self,
-        prepared: PreparedRequest | Used,
+        prepared: Prepared,
         document: Body,
         shape: PromptShape,
         scope: Scope,
@@ -93,19 +104,17 @@ class RegradMiddleware:
     ) -> None:
         """Runs vLLM's handler, with the adapter if there is one, and releases the holds."""
         runtime: Runtime = scope["app"].state.regrad
-        holds = (
-            RequestHolds(prepared, runtime.engine, runtime.releases) if isinstance(prepared, PreparedRequest) else None
-        )
+        holds = _holds(prepared, runtime)
         clean = False
         try:
             used = prepared if isinstance(prepared, Used) else prepared.used
             runtime.memory.add(used)
             runtime.metrics.requests.labels(outcome=_outcome(used)).inc()
-            call, changed = _for_vllm(prepared, used, document, shape, runtime.planner)
+            call, changed = _for_vllm(prepared, used.request_id, document, shape, runtime.planner)
             body = json.dumps(changed).encode()
             replay = Replay(body, receive)
             tagger = AnswerTagger(send, used)
-            with vllm_server_seams.served_call(call):
+            with served_call(call):
                 await self._app(
                     http_request.for_body(scope, len(body), id_in_body=shape.id_from_header), replay, tagger
                 )
@@ -116,8 +125,8 @@ class RegradMiddleware:
 
 
 async def _unless_gone(
-    work: Coroutine[Any, Any, PreparedRequest | Used], receive: Receive, drop: Callable[[PreparedRequest | Used], None]
-) -> PreparedRequest | Used | None:
+    work: Coroutine[Any, Any, Prepared], receive: Receive, drop: Callable[[Prepared], None]
+) -> Prepared | None:
     """The result of ``work``. If the client hangs up first, ``work`` is cancelled, and the result is None.
 
     ``work`` may wait long for a slot, and a request without a client must not keep its place. ``drop`` takes a result
@@ -138,9 +147,7 @@ async def _unless_gone(
         hanging_up.cancel()
 
 
-async def _called_off(
-    doing: asyncio.Future[PreparedRequest | Used], drop: Callable[[PreparedRequest | Used], None]
-) -> None:
+async def _called_off(doing: asyncio.Future[Prepared], drop: Callable[[Prepared], None]) -> None:
     doing.cancel()
     with suppress(asyncio.CancelledError, RequestError):
         drop(await doing)  # the work may have ended at the same moment
@@ -164,52 +171,77 @@ def _with_base_name(document: Body, body: bytes, planner: Planner) -> bytes:
     return json.dumps({**document, "model": name}).encode() if isinstance(model, str) and name != model else body
 
 
-def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) -> Plan | Used | None:
+def _plan(document: Body, shape: PromptShape, scope: Scope, runtime: Runtime) -> Plan | PromptPlans | Used | None:
     return runtime.planner.plan(document, shape, http_request.request_id(scope), runtime.adapter_names())
 
 
-async def _prepare(plan: Plan, scope: Scope, runtime: Runtime) -> PreparedRequest | Used:
+async def _prepare(plan: Plan | PromptPlans, scope: Scope, runtime: Runtime) -> Prepared:
     """The prepared request. If the policy allows a fallback: the reason why the base model answers. RequestError."""
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-    try:
-        with span("regrad.prepare", extract(headers), request_id=plan.request_id):
-            return await runtime.preparer.prepare(plan, http_request.wanted_rank(scope))
-    except RequestError as error:
-        if plan.by_name:
-            raise
-        return runtime.planner.without_documents(plan.request_id, error)
+    rank = http_request.wanted_rank(scope)
+    with span("regrad.prepare", extract(headers), request_id=plan.request_id):
+        if isinstance(plan, PromptPlans):
+            return await SeveralPrompts.find(
+                plan, runtime.planner, runtime.preparer, runtime.engine, runtime.releases, rank
+            )
+        try:
+            return await runtime.preparer.prepare(plan, rank)
+        except RequestError as error:
+            if plan.by_name:
+                raise
+            return runtime.planner.without_documents(plan.request_id, error)
 
 
 def _for_vllm(
-    prepared: PreparedRequest | Used, used: Used, document: Body, shape: PromptShape, planner: Planner
-) -> tuple[vllm_server_seams.ServedCall | None, Body]:
+    prepared: Prepared, request_id: str, document: Body, shape: PromptShape, planner: Planner
+) -> tuple[ServedCall, Body]:
     """The arguments for vLLM's handler: (adapter, body)."""
-    body = {name: value for name, value in document.items() if name != "regrad"}
-    model = body.get("model")
-    body["model"] = planner.base_name(model)
-    body["request_id"] = used.request_id
+    model = document.get("model")
+    body: Body = {name: value for name, value in document.items() if name != "regrad"}
+    body = {**body, "model": planner.base_name(model), "request_id": request_id}
     answered_by = model if isinstance(model, str) else planner.model_names[0]
-    placement = prepared.placement if isinstance(prepared, PreparedRequest) else None
-    if not isinstance(prepared, PreparedRequest) or placement is None:
-        return vllm_server_seams.ServedCall(None, answered_by), body
     prompts = planner.learner.config.prompts
-    changed: Body | None = body
-    if used.mode == "icl":
-        texts = [prompts.render_document(title, text) for title, text in prepared.texts]
-        changed = shape.with_question(body, lambda question: prompts.render_icl(question, texts))
+    if isinstance(prepared, SeveralPrompts):
+        parts = [
+            _with_documents(part, prepared.texts(number), shape, prompts)
+            for number, part in enumerate(split_prompts(body, shape))
+        ]
+        return prepared.call(answered_by), join_prompts(body, parts)
+    if isinstance(prepared, Used) or prepared.placement is None:
+        return ServedCall(None, answered_by), body
+    body = _with_documents(body, prepared.found.texts, shape, prompts)
+    if planner.settings.system_prompt and prompts.system:
+        body = shape.with_system(body, prompts.system)
+    placement = prepared.placement
+    return make_served_call(placement.recipe, answered_by, placement.data_parallel_rank), body
+
+
+def _with_documents(body: Body, texts: Sequence[tuple[str, str]], shape: PromptShape, prompts: Prompts) -> Body:
+    """The body with the documents' (title, text) in its question. There are none, except in mode icl."""
+    if not texts:
+        return body
+    rendered = [prompts.render_document(title, text) for title, text in texts]
+    changed = shape.with_question(body, lambda question: prompts.render_icl(question, rendered))
     if changed is None:
         raise AssertionError("mode icl was planned for a body without a question")
-    if planner.settings.system_prompt and prompts.system:
-        changed = shape.with_system(changed, prompts.system)
-    return vllm_server_seams.make_served_call(placement.recipe, answered_by, placement.data_parallel_rank), changed
+    return changed
 
 
-def _drop(runtime: Runtime, prepared: PreparedRequest | Used) -> None:
+def _holds(prepared: Prepared, runtime: Runtime) -> RequestHolds | SeveralPrompts | None:
+    """The holds of a prepared request. None if the base model answers."""
     if isinstance(prepared, PreparedRequest):
-        RequestHolds(prepared, runtime.engine, runtime.releases).let_go()
+        return RequestHolds(prepared, runtime.engine, runtime.releases)
+    return prepared if isinstance(prepared, SeveralPrompts) else None
 
 
-def _outcome(used: Used) -> str:
-    if used.adapter:
+def _drop(runtime: Runtime, prepared: Prepared) -> None:
+    holds = _holds(prepared, runtime)
+    if holds is not None:
+        holds.let_go()
+
+
+def _outcome(used: Used | UsedByPrompts) -> str:
+    prompts = used.prompts if isinstance(used, UsedByPrompts) else (used,)
+    if any(prompt.adapter for prompt in prompts):
         return "adapter"
-    return "fallback" if used.fallback else "base"
+    return "fallback" if any(prompt.fallback for prompt in prompts) else "base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regrad_vllm.client import Query
@@ -11,10 +12,11 @@ from regrad_vllm.learner import Learner
 from regrad_vllm.naming import MODEL_SUFFIX
 from regrad_vllm.serve.request import MAX_QUERY_BYTES, Mode, RegradOptions
 from regrad_vllm.serve.request_errors import RequestError
-from regrad_vllm.serve.routes import Body, PromptShape
+from regrad_vllm.serve.routes import Body, PromptShape, split_prompts
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import Used
 
+MAX_PROMPTS = 64  # of one request, if each has documents of its own
 SWITCHED_OFF = "regrad.enabled is false"
 _MAX_REQUEST_ID_CHARS = 512
 _LOGGER = logging.getLogger("regrad")
@@ -32,6 +34,15 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptPlans:
+    """The plans for a request with several prompts, each of which has documents of its own."""
+
+    request_id: str
+    plans: tuple[Plan | Used, ...]  # in the order of the prompts; Used: the base model answers
+    num_choices: int  # of each prompt
+
+
+@dataclass(frozen=True, slots=True)
 class Planner:
     """Makes plans for the requests of one server."""
 
@@ -41,7 +52,7 @@ class Planner:
 
     def plan(
         self, body: Body, shape: PromptShape, header_id: str | None, adapter_names: frozenset[str]
-    ) -> Plan | Used | None:
+    ) -> Plan | PromptPlans | Used | None:
         """The plan of a request. RequestError names the field at fault.
 
         Used is returned for a request that the base model answers, None for a request that ReGrad ignores.
@@ -68,6 +79,10 @@ class Planner:
         try:
             if body.get("background"):
                 raise RequestError.bad("background", "false or absent with regrad", body["background"])
+            parts = split_prompts(body, shape)
+            searched = options.mode == "icl" or not (options.query or options.document_ids)
+            if len(parts) > 1 and searched:
+                return self._by_prompt(options, parts, shape, request_id, by_name=by_name)
             return self._filled(options, body, shape, request_id, by_name=by_name)
         except RequestError as error:
             if by_name:
@@ -99,6 +114,30 @@ class Planner:
         if isinstance(model, str) and model in self.regrad_names:
             return model.removesuffix(MODEL_SUFFIX)
         return model if isinstance(model, str) else self.model_names[0]
+
+    def _by_prompt(
+        self, options: RegradOptions, parts: Sequence[Body], shape: PromptShape, request_id: str, *, by_name: bool
+    ) -> PromptPlans:
+        if len(parts) > MAX_PROMPTS:
+            raise RequestError.bad(
+                "prompt",
+                f"at most {MAX_PROMPTS} prompts, where each has documents of its own; send several requests, or name "
+                "documents for all prompts in regrad.query or regrad.document_ids",
+                len(parts),
+            )
+        for field in ("use_beam_search", "prompt_embeds"):  # with these vLLM numbers the prompts in another way
+            if parts[0].get(field):
+                raise RequestError.bad(field, "absent with several prompts and regrad", parts[0][field])
+        plans: list[Plan | Used] = []
+        for number, part in enumerate(parts):
+            try:
+                plans.append(self._filled(options, part, shape, request_id, by_name=by_name))
+            except RequestError as error:
+                if by_name:
+                    raise RequestError(error.status, f"prompt[{number}]: {error.message}", error.param) from error
+                plans.append(self.without_documents(request_id, error))
+        num_choices = parts[0].get("n")
+        return PromptPlans(request_id, tuple(plans), num_choices if isinstance(num_choices, int) else 1)
 
     def _filled(
         self, options: RegradOptions, body: Body, shape: PromptShape, request_id: str, *, by_name: bool

@@ -34,13 +34,25 @@ from regrad_vllm.serve.used import Used, UsedDocument
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """The adapter and gradients held for a request. Without a placement the request runs on the base model."""
+class Found:
+    """The documents found for a request, with their gradients held."""
 
     used: Used
     gradients: ArenaHold
-    placement: Placement | None
+    recipe: Recipe | None  # None: no document was found, so the request runs on the base model
     texts: tuple[tuple[str, str], ...]  # (title, text) of the documents, in mode icl
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """The adapter and gradients held for a request. Without a placement the request runs on the base model."""
+
+    found: Found
+    placement: Placement | None
+
+    @property
+    def used(self) -> Used:
+        return self.found.used
 
 
 class Preparer:
@@ -63,30 +75,46 @@ class Preparer:
 
         After a RequestError nothing is held.
         """
+        return await self.compose(await self.find(plan), wanted_rank)
+
+    async def find(self, plan: Plan) -> Found:
+        """Finds a request's documents and holds their gradients. ``compose`` or the caller must release them.
+
+        After a RequestError nothing is held.
+        """
         hold = self._arena.hold()
-        placement: Placement | None = None
         timings: dict[str, float] = {}
         try:
             async with self._bank_permits:
                 answer = await self._find(plan, hold, timings)
-            hits = answer.hits
-            if not hits:
-                return PreparedRequest(self._used(plan, answer, None, timings), hold, None, ())
-            placement = self._engine.place(self._recipe(plan, hits), wanted_rank)
-            await self._compose(placement, timings)
-            texts = tuple((hit.title, hit.text) for hit in hits) if plan.query.with_text else ()
-            return PreparedRequest(self._used(plan, answer, placement.recipe, timings), hold, placement, texts)
-        except AdapterError as error:
-            self._engine.release(_made(placement))
-            hold.release(discard=error.damaged)  # a damaged record must leave the arena
-            raise RequestError(503, f"the adapter can't be composed: {error}") from error
+            recipe = self._recipe(plan, answer.hits) if answer.hits else None
+            texts = tuple((hit.title, hit.text) for hit in answer.hits) if plan.query.with_text else ()
+            return Found(self._used(plan, answer, recipe, timings), hold, recipe, texts)
         except (BankError, GradientFormatError, ArenaError) as error:
             hold.release()
             raise as_request_error(error, self._bank.address) from error
-        except BaseException:  # also after a cancellation the holds must end
-            if placement is not None:
-                self._engine.release(placement)
+        except BaseException:  # also after a cancellation the hold must end
             hold.release()
+            raise
+
+    async def compose(self, found: Found, wanted_rank: int | None = None) -> PreparedRequest:
+        """Composes the adapter of found documents. The caller must release ``placement`` and ``gradients``.
+
+        After a RequestError nothing is held.
+        """
+        if found.recipe is None:
+            return PreparedRequest(found, None)
+        placement = self._engine.place(found.recipe, wanted_rank)
+        try:
+            await self._compose(placement, found.used.timings_ms)
+            return PreparedRequest(found, placement)
+        except AdapterError as error:
+            self._engine.release(placement)
+            found.gradients.release(discard=error.damaged)  # a damaged record must leave the arena
+            raise RequestError(503, f"the adapter can't be composed: {error}") from error
+        except BaseException:  # also after a cancellation the holds must end
+            self._engine.release(placement)
+            found.gradients.release()
             raise
 
     async def _find(self, plan: Plan, hold: ArenaHold, timings: dict[str, float]) -> Answer:
@@ -164,12 +192,6 @@ class Preparer:
         ms = (time.perf_counter() - start) * 1000
         timings[name] = timings.get(name, 0.0) + ms
         (self._metrics.retrieve_ms if name == "retrieve" else self._metrics.fetch_ms).observe(ms)
-
-
-def _made(placement: Placement | None) -> Placement:
-    if placement is None:
-        raise AssertionError("an adapter was refused before there was one")
-    return placement
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:

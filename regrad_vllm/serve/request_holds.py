@@ -38,7 +38,7 @@ class RequestHolds:
         """Ends the holds at once. The engine must be done with the request, or never have got it."""
         if self._prepared.placement is not None:
             self._engine.release(self._prepared.placement)
-        self._prepared.gradients.release()
+        self._prepared.found.gradients.release()
 
     async def _let_go_later(self, running: frozenset[str]) -> None:
         try:

@@ -6,7 +6,7 @@ unchanged, and vLLM rejects it. Bodies are never changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 Body = Mapping[str, Any]
@@ -117,6 +117,19 @@ ROUTES_WITHOUT = frozenset({
 })  # fmt: skip
 # Routes that use the tokenizer alone. There a model's name with ReGrad is the base model's.
 TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+
+
+def split_prompts(body: Body, shape: PromptShape) -> list[Body]:
+    """A body for each prompt of a request to /v1/completions with several texts. Else the body alone."""
+    prompts = body.get("prompt") if isinstance(shape, CompletionPrompt) else None
+    if not isinstance(prompts, list) or len(prompts) < 2 or not all(isinstance(prompt, str) for prompt in prompts):
+        return [body]
+    return [{**body, "prompt": prompt} for prompt in prompts]
+
+
+def join_prompts(body: Body, parts: Sequence[Body]) -> Body:
+    """The body with the prompts of the parts that ``split_prompts`` made of it."""
+    return {**body, "prompt": [part["prompt"] for part in parts]}
 
 
 def _has_system(messages: list[Any]) -> bool:

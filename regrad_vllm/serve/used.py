@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 from regrad_vllm.serve.routes import ID_PREFIXES
 
-_MAX_HEADER_CHARS = 800  # one id of 256 bytes fits; all headers of an answer stay below 2 KiB
+# One id of 256 bytes fits, in percent-encoding. All headers of an answer stay below 2 KiB.
+_MAX_DOCUMENTS_CHARS = 800
+_MAX_ADAPTERS_CHARS = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +70,56 @@ class Used:
         return json.dumps(self.as_json(), separators=(",", ":")).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """x-regrad-adapter ("none" for the base model) and x-regrad-documents (ids, percent-encoded, with commas).
+        """x-regrad-adapter and x-regrad-documents."""
+        return _headers([self])
 
-        Ids beyond 800 characters are left out and counted as "+N". The body has all ids.
-        """
-        ids = ""
-        for index, document in enumerate(self.documents):
-            shown = (", " if ids else "") + quote(document.id, safe="")
-            if len(ids) + len(shown) > _MAX_HEADER_CHARS:
-                ids += f", +{len(self.documents) - index}"
-                break
-            ids += shown
-        return [(b"x-regrad-adapter", (self.adapter or "none").encode()), (b"x-regrad-documents", ids.encode())]
+
+@dataclass(frozen=True, slots=True)
+class UsedByPrompts:
+    """The documents of one answer to several prompts, each of which has documents of its own."""
+
+    request_id: str
+    prompts: Sequence[Used]  # in the order of the request
+    num_choices: int  # of each prompt
+
+    def as_json(self) -> dict[str, Any]:
+        """The ``regrad`` object of an answer: for each prompt its own, with the indices of its choices."""
+        prompts = []
+        for number, used in enumerate(self.prompts):
+            choices = range(number * self.num_choices, (number + 1) * self.num_choices)
+            own = {name: value for name, value in used.as_json().items() if name != "request_id"}
+            prompts.append({"choices": list(choices), **own})
+        return {"request_id": self.request_id, "prompts": prompts}
+
+    def json_bytes(self) -> bytes:
+        return json.dumps(self.as_json(), separators=(",", ":")).encode()
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """x-regrad-adapter and x-regrad-documents, with those of all prompts."""
+        return _headers(self.prompts)
+
+
+def _headers(prompts: Sequence[Used]) -> list[tuple[bytes, bytes]]:
+    """The adapters ("none" for the base model), and the documents' ids, percent-encoded. Both with commas.
+
+    Names that don't fit are left out and counted as "+N". The body has them all.
+    """
+    adapters = dict.fromkeys(used.adapter or "none" for used in prompts)
+    ids = dict.fromkeys(quote(document.id, safe="") for used in prompts for document in used.documents)
+    return [
+        (b"x-regrad-adapter", _listed(adapters, _MAX_ADAPTERS_CHARS)),
+        (b"x-regrad-documents", _listed(ids, _MAX_DOCUMENTS_CHARS)),
+    ]
+
+
+def _listed(names: Collection[str], max_chars: int) -> bytes:
+    shown: list[str] = []
+    for name in names:
+        if len(", ".join([*shown, name])) > max_chars:
+            shown.append(f"+{len(names) - len(shown)}")
+            break
+        shown.append(name)
+    return ", ".join(shown).encode()
 
 
 class UsedMemory:
@@ -86,18 +127,18 @@ class UsedMemory:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._by_id: OrderedDict[str, Used] = OrderedDict()
+        self._by_id: OrderedDict[str, Used | UsedByPrompts] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, used: Used) -> None:
+    def add(self, used: Used | UsedByPrompts) -> None:
         self._by_id.pop(used.request_id, None)
         self._by_id[used.request_id] = used
         while len(self._by_id) > self._capacity:
             self._by_id.popitem(last=False)
 
-    def get(self, request_id: str) -> Used | None:
+    def get(self, request_id: str) -> Used | UsedByPrompts | None:
         """A request by the id in its ``regrad`` object, or by the id of vLLM's answer. None if it is unknown."""
         for prefix in ("", *ID_PREFIXES):
             if request_id.startswith(prefix):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.naming import ADAPTER_PREFIX
@@ -33,9 +33,9 @@ SERVER_SEAMS: tuple[Seam, ...] = (
         "labels vllm:lora_requests_info with adapter names, one time series for each combination",
     ),
     Seam(
-        "vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self", "prompt", "lora_request", "data_parallel_rank"),
-        "0.26.0, 0.32.0",
-        "is told the rank that a request runs on", others_may_follow=True,
+        "vllm.v1.engine.async_llm", "AsyncLLM.generate",
+        ("self", "prompt", "request_id", "lora_request", "data_parallel_rank"), "0.26.0, 0.32.0",
+        "is told a request's rank, and the adapter of each prompt", others_may_follow=True,
     ),
     Seam(
         "vllm.v1.engine.output_processor", "RequestState.__init__",
@@ -57,6 +57,8 @@ class ServedCall:
     lora_request: LoRARequest | None  # None: vLLM's own choice
     model_name: str  # for the answer's "model"
     data_parallel_rank: int | None = None  # the rank that has the adapter; None: vLLM's own choice
+    # For a request with several prompts: the call of a prompt, by its number. The adapter is held inside the context.
+    prompt_call: Callable[[int], AbstractAsyncContextManager[ServedCall]] | None = None
 
 
 SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
@@ -96,6 +98,8 @@ def install_served_call() -> None:
     @wraps(original_generate)
     def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> Any:
         call = SERVED_CALL.get()
+        if call is not None and call.prompt_call is not None:
+            return _generate_for_prompt(call.prompt_call, partial(original_generate, self), *args, **kwargs)
         # Some handlers of vLLM don't pass the rank on (responses and beam search in 0.32).
         if call is not None and kwargs.get("data_parallel_rank") is None:
             kwargs["data_parallel_rank"] = call.data_parallel_rank
@@ -104,6 +108,20 @@ def install_served_call() -> None:
     replace_by(AsyncLLM, "generate", generate)
     replace_by(BaseServing, "_maybe_get_adapters", maybe_get_adapters)
     replace_by(OpenAIServingModels, "model_name", model_name)
+
+
+async def _generate_for_prompt(
+    prompt_call: Callable[[int], AbstractAsyncContextManager[ServedCall]], generate: Any, *args: Any, **kwargs: Any
+) -> AsyncIterator[Any]:
+    """``AsyncLLM.generate`` for one of several prompts. Its number stands at the end of vLLM's id for it."""
+    request_id: str = kwargs["request_id"] if "request_id" in kwargs else args[2]
+    async with prompt_call(int(request_id.rpartition("-")[2])) as call:
+        kwargs["lora_request"] = call.lora_request
+        if kwargs.get("data_parallel_rank") is None:
+            kwargs["data_parallel_rank"] = call.data_parallel_rank
+        async with aclosing(generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                yield output
 
 
 def _name_of(lora_request: LoRARequest | None) -> str | None:

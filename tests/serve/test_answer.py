@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from regrad_vllm.serve.answer import AnswerTagger
-from regrad_vllm.serve.used import Used, UsedDocument, UsedMemory
+from regrad_vllm.serve.used import Used, UsedByPrompts, UsedDocument, UsedMemory
 
 USED = Used("r1", "default", "blind", 1.0, (UsedDocument("ä b,c", 2, 0.5, 1.0, "0" * 64),), "regrad-x")
 
@@ -85,12 +85,33 @@ def test_a_stream_without_any_event_passes() -> None:
 
 def test_ids_beyond_the_headers_room_are_counted() -> None:
     many = Used(
-        "r", "n", "blind", 1.0, tuple(UsedDocument("x" * 256, 1, 1.0, 1.0, "0" * 64) for _ in range(64)), "regrad-x"
+        "r",
+        "n",
+        "blind",
+        1.0,
+        tuple(UsedDocument("x" * 254 + f"{n:02d}", 1, 1.0, 1.0, "0" * 64) for n in range(64)),
+        "regrad-x",
     )
     value = dict(many.headers())[b"x-regrad-documents"]
     assert len(value) < 820 and value.endswith(b", +61")
-    longest = Used("r", "n", "blind", 1.0, (UsedDocument("€" * 85 + "x", 1, 1.0, 1.0, "0" * 64),) * 2, "regrad-x")
+    documents = tuple(UsedDocument("€" * 85 + end, 1, 1.0, 1.0, "0" * 64) for end in "xy")
+    longest = Used("r", "n", "blind", 1.0, documents, "regrad-x")
     assert dict(longest.headers())[b"x-regrad-documents"] == b"%E2%82%AC" * 85 + b"x, +1"
+
+
+def test_several_prompts_are_told_apart_by_their_choices() -> None:
+    plain = Used("r1", "default", "blind", 1.0, reason="none")
+    used = UsedByPrompts("r1", (USED, plain, USED), 2)
+    told = used.as_json()
+    assert told["request_id"] == "r1"
+    assert [prompt["choices"] for prompt in told["prompts"]] == [[0, 1], [2, 3], [4, 5]]
+    assert [len(prompt["documents"]) for prompt in told["prompts"]] == [1, 0, 1]
+    assert told["prompts"][1]["reason"] == "none" and json.loads(used.json_bytes()) == told
+    headers = dict(used.headers())
+    assert headers[b"x-regrad-adapter"] == b"regrad-x, none"
+    assert headers[b"x-regrad-documents"] == b"%C3%A4%20b%2Cc"
+    many = UsedByPrompts("r", [Used("r", "n", "blind", 1.0, adapter=f"regrad-{n:040x}") for n in range(64)], 1)
+    assert dict(many.headers())[b"x-regrad-adapter"].endswith(b", +60")
 
 
 def test_the_memory_forgets_the_oldest() -> None:

@@ -145,6 +145,20 @@ def test_the_base_model_answers_clients_that_do_not_know_regrad_whatever_they_as
         assert (error["code"], error["param"]) == (400, field)
 
 
+def test_without_a_bank_the_base_model_answers_each_of_several_prompts(
+    settings: Settings, learner: Learner, arena: Arena
+) -> None:
+    body = {"model": "base", "prompt": ["a", "b"], "n": 2}
+    answer = asyncio.run(ask(settings, learner, arena, body))
+    used = answer.json()["regrad"]
+    assert [(prompt["choices"], prompt["fallback"]) for prompt in used["prompts"]] == [([0, 1], True), ([2, 3], True)]
+    assert all(settings.bank in prompt["reason"] for prompt in used["prompts"])
+    assert answer.json()["got"] == {**body, "request_id": used["request_id"]}
+    assert answer.headers["x-regrad-adapter"] == "none"
+    answer = asyncio.run(ask(settings, learner, arena, {**body, "model": "base-regrad"}))
+    assert answer.status_code == 503 and arena.figures().num_leases == 0
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
 @pytest.mark.parametrize(
     ("sent", "expected"),

@@ -10,7 +10,7 @@ import pytest
 
 from regrad_vllm.client import Condition
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.plan import Plan, Planner
+from regrad_vllm.serve.plan import MAX_PROMPTS, Plan, Planner, PromptPlans
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.routes import SHAPES
 from regrad_vllm.serve.settings import Settings
@@ -24,7 +24,7 @@ def planner(learner: Learner) -> Planner:
     return Planner(Settings(learner=Path("/l")), learner, ("base", "alias"))
 
 
-def plan_of(planner: Planner, **body: Any) -> Plan | Used | None:
+def plan_of(planner: Planner, **body: Any) -> Plan | PromptPlans | Used | None:
     return planner.plan({"prompt": "p", **body}, SHAPE, None, frozenset({"tuned"}))
 
 
@@ -99,6 +99,48 @@ def test_a_request_gets_no_more_documents_than_the_server_allows(planner: Planne
     one = replace(planner, settings=replace(planner.settings, max_documents=1))
     plan = plan_of(one, model="base-regrad")
     assert isinstance(plan, Plan) and plan.query.top_k == 1, "the learner's own top_k gives way"
+
+
+def test_each_of_several_prompts_is_searched_for(planner: Planner) -> None:
+    plans = plan_of(planner, model="base-regrad", prompt=["a", "b"], n=3, regrad={"top_k": 1})
+    assert isinstance(plans, PromptPlans) and plans.num_choices == 3
+    assert [(plan.query.text, plan.query.top_k) for plan in plans.plans if isinstance(plan, Plan)] == [
+        ("a", 1),
+        ("b", 1),
+    ]
+    assert {plan.request_id for plan in plans.plans} == {plans.request_id}
+    for regrad in ({"query": "q"}, {"document_ids": ["d"]}):
+        assert isinstance(plan_of(planner, prompt=["a", "b"], regrad=regrad), Plan), "one search for all prompts"
+        icl = plan_of(planner, prompt=["a", "b"], regrad={**regrad, "mode": "icl"})
+        assert isinstance(icl, PromptPlans), "the documents go into each prompt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt"),
+        ({"prompt": ["a", "b"], "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": ["a", "b"], "prompt_embeds": "x"}, "prompt_embeds"),
+    ],
+)
+def test_several_prompts_that_can_not_have_their_own_documents_are_refused_or_the_base_models(
+    planner: Planner, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan_of(planner, model="base-regrad", **fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    planner = replace(planner, settings=replace(planner.settings, default=True))
+    used = plan_of(planner, model="base", **fields)
+    assert isinstance(used, Used) and used.fallback and param in str(used.reason)
+
+
+def test_a_blank_prompt_among_several_is_named_or_the_base_models(planner: Planner) -> None:
+    with pytest.raises(RequestError, match=r"^prompt\[1\]: regrad.query must"):
+        plan_of(planner, model="base-regrad", prompt=["a", " "])
+    planner = replace(planner, settings=replace(planner.settings, default=True))
+    plans = plan_of(planner, model="base", prompt=["a", " "])
+    assert isinstance(plans, PromptPlans) and isinstance(plans.plans[0], Plan)
+    assert isinstance(plans.plans[1], Used) and plans.plans[1].fallback
 
 
 def test_switched_off_by_our_models_name_the_base_model_answers(planner: Planner) -> None:

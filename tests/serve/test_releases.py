@@ -66,8 +66,8 @@ async def serving(
     @app.post("/v1/completions")
     async def completions(request: Request) -> JSONResponse:
         call = vllm_server_seams.SERVED_CALL.get()
-        assert call is not None and call.lora_request is not None
-        return await handler(await request.json(), call.lora_request.lora_name)
+        assert call is not None
+        return await handler(await request.json(), call.lora_request.lora_name if call.lora_request else "")
 
     app.add_middleware(RegradMiddleware)
     settings = Settings(learner=folder, bank=bank.address)

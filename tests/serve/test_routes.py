@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from regrad_vllm.serve.routes import SHAPES
+from regrad_vllm.serve.routes import SHAPES, join_prompts, split_prompts
 
 CHAT, TEXT, RESPONSES = (SHAPES[f"/v1/{name}"] for name in ("chat/completions", "completions", "responses"))
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -59,6 +59,21 @@ def test_editing_makes_a_new_body(shape: Any, body: dict[str, Any], edited: dict
     before = copy.deepcopy(body)
     assert shape.with_question(body, lambda text: f"<{text}>") == edited
     assert body == before
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "p"}, {"prompt": ["p"]}, {"prompt": [1, 2]}, {"prompt": [[1], [2]]}, {"prompt": ["p", [1]]}, {}]
+)
+def test_a_body_without_several_texts_stays_whole(body: dict[str, Any]) -> None:
+    assert split_prompts(body, TEXT) == [body]
+    assert split_prompts({"prompt": ["p", "q"]}, CHAT) == [{"prompt": ["p", "q"]}]
+
+
+def test_several_texts_are_split_and_joined_again() -> None:
+    body = {"prompt": ["p", "q"], "n": 2}
+    parts = split_prompts(body, TEXT)
+    assert parts == [{"prompt": "p", "n": 2}, {"prompt": "q", "n": 2}]
+    assert join_prompts(body, parts) == body
 
 
 SYSTEM = {"role": "system", "content": "s"}

@@ -76,11 +76,12 @@ def test_what_the_bank_does_not_have_is_a_404(
     assert error["param"] == field and name in error["message"]
 
 
-def test_several_prompts_need_a_query_of_their_own(server: VllmServer) -> None:
+def test_several_prompts_share_the_documents_that_the_request_names(server: VllmServer) -> None:
     body = {"model": TWIN, "prompt": ["a", "b"], "max_tokens": 1}
-    assert error_of(post_raw(server, body), 400)["param"] == "regrad.query"
     answer = post_raw(server, {**body, "regrad": {"query": "riddle 3"}})
     assert answer.status_code == 200 and len(answer.json()["choices"]) == 2
+    assert answer.json()["regrad"]["adapter"]
+    assert error_of(post_raw(server, {**body, "prompt": ["a"] * 65}), 400)["param"] == "prompt"
 
 
 def test_a_response_in_the_background_can_not_pin_gradients(server: VllmServer) -> None:

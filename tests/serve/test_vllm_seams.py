@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +24,7 @@ from regrad_vllm.serve.vllm_patches import check_whole, install_wide_ids
 from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams
 from regrad_vllm.serve.vllm_server_seams import (
     SERVER_SEAMS,
+    ServedCall,
     install_bounded_lora_metrics,
     install_served_call,
     make_served_call,
@@ -111,6 +115,42 @@ def test_a_request_runs_on_its_adapters_rank_where_vllm_forgets_to_say_one(
     with served_call(make_served_call(recipe, "m", adapters)):
         AsyncLLM.generate(None, "prompt", data_parallel_rank=told)  # type: ignore[arg-type,call-arg]
     assert seen == [(("prompt",), expected)]
+
+
+def test_each_of_several_prompts_is_generated_inside_the_call_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    events: list[Any] = []
+
+    async def generate(self: Any, prompt: str, params: None, request_id: str, **kwargs: Any) -> AsyncIterator[str]:
+        try:
+            for word in ("one", "two"):
+                yield f"{prompt} {word} {kwargs['lora_request'].lora_name} {kwargs['data_parallel_rank']}"
+        finally:
+            events.append(f"{prompt} ends")
+
+    @asynccontextmanager
+    async def prompt_call(number: int) -> AsyncIterator[ServedCall]:
+        try:
+            yield make_served_call(Recipe("/a", "0" * 64, (), (), float(number)), "m", number)
+        finally:
+            events.append(f"{number} is let go")
+
+    async def run() -> None:
+        with served_call(ServedCall(None, "m", prompt_call=prompt_call)):
+            outputs = [AsyncLLM.generate(None, text, None, f"cmpl-id-7-{n}") for n, text in enumerate("ab")]  # type: ignore[arg-type]
+        names = [make_served_call(Recipe("/a", "0" * 64, (), (), float(n)), "m").lora_request.lora_name for n in (0, 1)]
+        assert await anext(outputs[1]) == f"b one {names[1]} 1"
+        assert [output async for output in outputs[0]] == [f"a one {names[0]} 0", f"a two {names[0]} 0"]
+        assert events == ["a ends", "0 is let go"]
+        await outputs[1].aclose()
+        assert events[2:] == ["b ends", "1 is let go"], "the engine's part ends before the adapter's hold"
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    for place in ((BaseServing, "_maybe_get_adapters"), (OpenAIServingModels, "model_name")):
+        monkeypatch.setattr(*place, inspect.unwrap(getattr(*place)))
+    install_served_call()
+    asyncio.run(run())
 
 
 def test_a_recipes_request_is_named_by_its_content_wherever_the_bytes_lie() -> None:
