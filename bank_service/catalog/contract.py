@@ -176,9 +176,8 @@ class CatalogView(Protocol):
 class WordSearch(Protocol):
     """Finds the best documents by BM25, with k1 = 1.2 and b = 0.75, over title and text.
 
-    A word is a run of letters and digits. Case and accents don't matter. The idf of a word is always positive, and
-    close to 0 for words in half of the documents or more. An implementation must pass
-    ``tests/bank/search/test_word_search.py``.
+    ``values.words`` makes the words of documents and queries. The idf of a word is always positive, and close to 0 for
+    words in half of the documents or more. An implementation must pass ``tests/bank/search/test_word_search.py``.
     """
 
     def best(

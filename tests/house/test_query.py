@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import unicodedata
 from collections.abc import AsyncIterator
 
 import pytest
@@ -32,6 +33,8 @@ async def target(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]
     async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
         for id, (text, metadata) in DOCUMENTS.items():
             await client.put(id, text, metadata=metadata)
+        for id, text in {"zh": "南京长江大桥是一座桥。", "fr": "Renée habite à Brest."}.items():
+            await client.put(id, text, namespace="scripts")
         yield client.target
 
 
@@ -73,8 +76,20 @@ async def test_the_retrieval_chosen_is_the_one_that_answers(target: str, capsys:
     assert only["id"] == "fr"
 
 
+@pytest.mark.parametrize(("text", "id"), [("大桥", "zh"), (unicodedata.normalize("NFD", "Renée"), "fr")])
+async def test_words_are_found_in_every_script_and_spelling(
+    target: str, capsys: pytest.CaptureFixture[str], text: str, id: str
+) -> None:
+    for retrieval, num_hits in (("lexical", 1), ("hybrid", 2)):
+        command = ["query", text, "--bank", target, "--json", "--namespace", "scripts", "--top-k", "2"]
+        assert await asyncio.to_thread(main, [*command, "--retrieval", retrieval]) == 0
+        hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(hits) == num_hits and hits[0]["id"] == id
+    assert hits[0]["score"] > 1 / 61 + 1 / 63, "else hybrid found it by its vector alone"
+
+
 async def test_an_answer_says_the_sequence_that_it_reflects(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {hit["sequence"] for hit in await found(target, capsys)} == {4}
+    assert {hit["sequence"] for hit in await found(target, capsys)} == {6}
     (first,) = await found(target, capsys, "--as-of", "1")
     assert (first["id"], first["sequence"]) == ("de", 1)
     assert await asyncio.to_thread(main, ["query", "x", "--bank", target, "--as-of", "0"]) == 0

@@ -1,10 +1,12 @@
 """The words of documents, for BM25 with SQLite's FTS5. They lie in the catalog's file. The transaction that writes a
 document writes its words.
 
+``values.words`` makes the words, and FTS5 gets them with spaces in between.
+
 Each namespace has its own table, because FTS5 computes its statistics per table. Examples are the number of documents
 and their mean length. In one common table, scores would reveal the word counts of other namespaces.
 
-The tables are contentless: to remove a document, FTS5 needs the same text again. FTS5 only marks a removed word, and
+The tables are contentless: to remove a document, FTS5 needs the same words again. FTS5 only marks a removed word, and
 keeps it until its segments are merged. ``WordCleaner`` merges them after removals. The catalog's ``secure_delete`` then
 overwrites the old segments.
 """
@@ -16,8 +18,11 @@ import sqlalchemy as sa
 from bank_service.catalog.sqlite.prepared import Prepared, run_text
 from bank_service.catalog.sqlite.tables import living, metadata, versions
 from bank_service.values.embedder import embedded_text
+from bank_service.values.words import document_words
 
 MERGE_PAGES = 200  # per step of a merge; a step takes the catalog's only writer some milliseconds
+
+FILLED_ROWS = 1_000  # documents in memory at once when all tables are built anew
 
 lexical_spaces = sa.Table(
     "lexical_spaces",
@@ -38,29 +43,30 @@ _COUNT_REMOVED = Prepared(
 def put_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Adds a document's words, so that searches find it."""
     table = table_of(connection, namespace) or _create(connection, namespace)
-    values = (key, embedded_text(title, text))
+    values = (key, document_words(embedded_text(title, text)))
     run_text(connection, f"INSERT INTO {table}(rowid, text) VALUES (?, ?)", values)
 
 
 def remove_words(connection: sa.Connection, key: int, namespace: str, title: str, text: str) -> None:
     """Removes a document's words. ``title`` and ``text`` must be the same as in ``put_words``."""
     table = table_of(connection, namespace)
-    values = (key, embedded_text(title, text))
+    values = (key, document_words(embedded_text(title, text)))
     run_text(connection, f"INSERT INTO {table}({table}, rowid, text) VALUES ('delete', ?, ?)", values)
     _COUNT_REMOVED.run(connection, space=namespace)
 
 
 def fill_words(connection: sa.Connection) -> None:
-    """Builds all tables from the documents, for a catalog of a schema without them."""
-    spaces = sa.select(versions.c.namespace).where(living).distinct()
-    for namespace in connection.execute(spaces).scalars().all():
-        table = _create(connection, namespace)
-        copy = (
-            f"INSERT INTO {table}(rowid, text) "
-            "SELECT key, CASE title WHEN '' THEN text ELSE title || char(10) || text END "
-            "FROM versions WHERE namespace = :namespace AND ended IS NULL AND NOT deleted"
-        )
-        connection.execute(sa.text(copy), {"namespace": namespace})
+    """Builds all tables anew from the documents, for a catalog of a schema without them or with other words."""
+    for number in connection.execute(sa.select(lexical_spaces.c.number)).scalars().all():
+        connection.exec_driver_sql(f"DROP TABLE {_name(number)}")
+    connection.execute(sa.delete(lexical_spaces))
+    columns, last = versions.c, 0
+    documents = sa.select(columns.began, columns.key, columns.namespace, columns.title, columns.text).where(living)
+    page = documents.order_by(columns.began).limit(FILLED_ROWS)
+    while rows := connection.execute(page.where(columns.began > last)).all():
+        for _, key, namespace, title, text in rows:
+            put_words(connection, key, namespace, title, text)
+        last = rows[-1].began
 
 
 def uncleaned(connection: sa.Connection) -> dict[int, int]:
@@ -106,7 +112,5 @@ def _name(number: int) -> str:
 def _create(connection: sa.Connection, namespace: str) -> str:
     added = sa.insert(lexical_spaces).values(namespace=namespace, num_removed=0).returning(lexical_spaces.c.number)
     table = _name(int(connection.execute(added).scalar_one()))
-    connection.exec_driver_sql(
-        f"CREATE VIRTUAL TABLE {table} USING fts5(text, content='', tokenize='unicode61 remove_diacritics 2')"
-    )
+    connection.exec_driver_sql(f"CREATE VIRTUAL TABLE {table} USING fts5(text, content='', tokenize='ascii')")
     return table

@@ -12,7 +12,6 @@ Scores are rounded, so that the order of a sum does not decide between equally g
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,15 +23,15 @@ from bank_service.catalog.sqlite.prepared import Prepared, among, listed, run_te
 from bank_service.catalog.sqlite.quota import usage
 from bank_service.catalog.sqlite.tables import now, versions
 from bank_service.values.filters import Condition
+from bank_service.values.words import query_words
 
-MAX_WORDS = 128  # different words of a query that are searched; each has a list of documents to read
+MAX_WORDS = 128  # words of a query that are searched; each has a list of documents to read
 WORTHWHILE = 0.25  # if the essential words have a larger share of all list entries, all documents are scored
 SPARE = 64  # documents read beyond ``count``, to see ties at the end
 _SATURATION = 2.2  # k1 + 1 of FTS5's BM25: a word adds at most so many times its idf to a score
 _LEAST_IDF = 1e-6  # FTS5's idf of a word in half of the documents or more
 _DIGITS = 9  # decimal places of a score; FTS5's sums are exact to about 14
 _ROUNDING = 10.0**-_DIGITS
-_WORD = re.compile(r"\w+")
 
 _IDS = Prepared(sa.select(versions.c.key, versions.c.id).where(versions.c.key.in_(among("keys")), now))
 
@@ -69,8 +68,8 @@ def _words(connection: sa.Connection, table: str, namespace: str, text: str) -> 
     """The words of a user's text that occur in the namespace, the rarest first."""
     total = usage(connection, namespace).num_documents
     words: list[_Word] = []
-    for text_word in list(dict.fromkeys(match[0].lower() for match in _WORD.finditer(text)))[:MAX_WORDS]:
-        quoted = f'"{text_word}"'
+    for word in _chosen(query_words(text)):
+        quoted = f'"{word}"'
         counted = f"SELECT count(*) FROM {table} WHERE {table} MATCH ?"
         ((number,),) = run_text(connection, counted, (quoted,))
         if number:
@@ -78,6 +77,14 @@ def _words(connection: sa.Connection, table: str, namespace: str, text: str) -> 
             idf = max(math.log((total - number + 0.5) / (number + 0.5)), _LEAST_IDF)
             words.append(_Word(quoted, number, _SATURATION * idf))
     return sorted(words, key=lambda word: word.num_documents)
+
+
+def _chosen(words: list[str]) -> list[str]:
+    """The different words. Of more than MAX_WORDS the first and the last ones, because a question may stand before or
+    behind a long text."""
+    first, last = list(dict.fromkeys(words)), list(dict.fromkeys(reversed(words)))
+    half = MAX_WORDS // 2
+    return first if len(first) <= MAX_WORDS else list(dict.fromkeys([*first[:half], *last[:half]]))
 
 
 def _needed(words: Sequence[_Word], least: float) -> int:

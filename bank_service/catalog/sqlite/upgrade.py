@@ -17,8 +17,9 @@ from bank_service.catalog.sqlite.tables import collection, now, versions
 logger = logging.getLogger(__name__)
 
 # Schema 1 had no tables for filters and lexical retrieval, and 2 had none for past versions. Schema 3 had an index of
-# digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage.
-SCHEMA_VERSION = 5
+# digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage. Up to 5, FTS5
+# made the words.
+SCHEMA_VERSION = 6
 MOVED_ROWS = 5_000  # rows moved at a time, so that the file reuses the room of earlier ones
 _IN_BOTH = (
     "key, namespace, id, version, updated_us, content_digest, gradient_digest, gradient_bytes, num_tokens, truncated, "
@@ -30,14 +31,16 @@ def upgrade(connection: sa.Connection, schema_version: int, path: Path) -> sa.Ro
     """Upgrades in the caller's transaction, whole or not at all. All tables must exist. Returns the collection's
     row."""
     logger.info("upgrading the catalog %s from schema %d; minutes for a million documents", path, schema_version)
-    _join_versions(connection)
+    if schema_version < 5:
+        _join_versions(connection)
     if schema_version < 2:
         fill_attributes(connection)
-        fill_words(connection)
     if schema_version < 3:
         fill_horizons(connection)
-    _move_erasures(connection)
-    count_anew(connection)
+    if schema_version < 5:
+        _move_erasures(connection)
+        count_anew(connection)
+    fill_words(connection)
     connection.execute(sa.update(collection).values(schema_version=SCHEMA_VERSION))
     return connection.execute(sa.select(collection)).mappings().one()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from bank_service.catalog.contract import CatalogView
 from bank_service.values.documents import StoredDocument
 from bank_service.values.filters import Condition
+from bank_service.values.words import document_words, query_words
 
 
 class PlainWords:
@@ -27,7 +26,7 @@ class PlainWords:
             self._sequence, self._stored = view.sequence(), view.after_key(0, 10**6)
         stored = [item for item in self._stored if item.document.namespace == namespace]
         texts = {item.key: words_of(f"{item.document.title}\n{item.document.text}") for item in stored}
-        scores = bm25(texts, list(dict.fromkeys(words_of(text))))
+        scores = bm25(texts, list(dict.fromkeys(query_words(text))))
         matching = [
             item
             for item in stored
@@ -42,8 +41,7 @@ class PlainWords:
 
 @lru_cache(maxsize=4096)
 def words_of(text: str) -> tuple[str, ...]:
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    return tuple(re.findall(r"[^\W_]+", plain.lower()))
+    return tuple(document_words(text).split())
 
 
 def bm25(texts: Mapping[int, Sequence[str]], words: Sequence[str]) -> dict[int, float]:

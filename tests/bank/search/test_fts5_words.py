@@ -57,12 +57,17 @@ def test_documents_without_an_essential_word_are_not_scored(
     assert scored == [['"word1"', '"word0"']], "all at once, where it would leave few out"
 
 
-def test_no_more_words_than_count(catalog: SqliteCatalog) -> None:
-    *known, rarest = VOCABULARY
-    text = " ".join([f"absent{number}" for number in range(MAX_WORDS - len(known))] + known)
-    found = best(catalog, f"{text} {rarest}", 60)
-    assert found == best(catalog, text, 60)
-    assert found != best(catalog, f"{rarest} {text}", 60)
+def test_of_too_many_words_the_first_and_the_last_count(catalog: SqliteCatalog) -> None:
+    half = (
+        [f"absent{number}" for number in range(MAX_WORDS // 2)],
+        [f"none{number}" for number in range(MAX_WORDS // 2)],
+    )
+    first, last = map(" ".join, half)
+    rarest = VOCABULARY[-1]
+    alone = best(catalog, rarest, 60)
+    assert alone == best(catalog, f"{rarest} {first} {last}", 60) == best(catalog, f"{first} {last} {rarest}", 60)
+    assert alone == best(catalog, f"{rarest} {first} {last} {rarest}", 60), "it counts once"
+    assert best(catalog, f"{first} {rarest} {last}", 60) == {}
 
 
 def has_word(path: Path) -> bool:

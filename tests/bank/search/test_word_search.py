@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +121,28 @@ def test_a_word_counts_in_title_and_text_whatever_its_case_and_accents(small: Ca
         assert list(found(small, words, text)) == ["a"], text
     for text in ("", "!?", "_", "nothing", "head"):
         assert found(small, words, text) == {}, text
+
+
+SPELLINGS = {
+    "chinese": ("南京长江大桥是一座桥。", ("大桥", "长江大桥", "桥")),
+    "japanese": ("東京タワーへ行く", ("タワー", "東京", "ﾀﾜｰ")),
+    "korean": ("서울의 다리", ("서울", unicodedata.normalize("NFD", "서울"))),
+    "thai": ("สวัสดีครับ", ("สวัสดี",)),
+    "french": ("Renée arrive", ("Renée", unicodedata.normalize("NFD", "Renée"), "RENEE", "ｒｅｎéｅ")),
+    "decomposed": (unicodedata.normalize("NFD", "Zoë"), ("Zoë", "zoe")),
+}
+
+
+def test_a_word_counts_in_every_script_and_spelling(small: Catalog, make: Make) -> None:
+    words = make(small)
+    for id, (text, _) in SPELLINGS.items():
+        put(small, id, text)
+    for id, (_, queries) in SPELLINGS.items():
+        for text in queries:
+            assert list(found(small, words, text)) == [id], text
+    for id, (_, queries) in SPELLINGS.items():
+        put(small, id, "another text")
+        assert all(found(small, words, text) == {} for text in queries), id
 
 
 @pytest.mark.parametrize("text", ['owl" OR "comet', "owl NOT owl", "text:owl", "owl*", "NEAR(owl, 2)", "-owl", "(owl"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import tarfile
@@ -174,6 +175,69 @@ def test_every_older_schema_becomes_the_one_of_a_new_catalog(
         catalog.put(document(namespace=namespace), gradient(), None).result()
     catalog.close()
     assert objects(folder) == objects(fresh)
+
+
+def with_words_of_schema_5(folder: Path) -> set[str]:
+    """Makes a new catalog one of schema 5, where FTS5 made the words. Returns the ids of its documents."""
+    folder.mkdir()
+    catalog = open_catalog(folder, IDENTITY)
+    texts = {"zh": "南京长江大桥", "fr": "Renée", "en": "an owl"}
+    for id, text in texts.items():
+        catalog.put(document(id, text, namespace="default"), gradient(), None).result()
+    catalog.put(document("gone", "a badger", namespace="default"), gradient(), None).result()
+    catalog.delete("default", "gone", None).result()
+    with catalog.view() as view:
+        keys = {item.id: item.key for item in view.candidates(range(9))}
+    catalog.close()
+    with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
+        connection.execute("DROP TABLE lexical_1")
+        tokenizer = "unicode61 remove_diacritics 2"
+        connection.execute(f"CREATE VIRTUAL TABLE lexical_1 USING fts5(text, content='', tokenize='{tokenizer}')")
+        for id, text in texts.items():
+            connection.execute("INSERT INTO lexical_1(rowid, text) VALUES (?, ?)", (keys[id], text))
+        connection.commit()
+    become(folder, 5, ())
+    return set(keys)
+
+
+def lexical(catalog: Catalog, text: str) -> set[str]:
+    with catalog.view() as view:
+        return {item.id for item in view.candidates(list(catalog.words.best(view, "default", text, [], 9)))}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_words_of_schema_5_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Whole or not at all, as at a kill: the upgrade is one transaction."""
+    folder = tmp_path / "bank"
+    ids = with_words_of_schema_5(folder)
+    before = objects(folder)
+    if fails:
+        fill_words = upgrade.fill_words
+
+        def fail(connection: Any) -> None:
+            fill_words(connection)
+            raise OSError("no space left on device")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(upgrade, "fill_words", fail)
+            with pytest.raises(OSError, match="no space left"):
+                open_catalog(folder, IDENTITY)
+        with closing(sqlite3.connect(folder / "catalog.sqlite")) as connection:
+            assert connection.execute("SELECT schema_version FROM collection").fetchone() == (5,)
+            assert connection.execute("SELECT count(*) FROM lexical_1 WHERE lexical_1 MATCH '大桥'").fetchone() == (0,)
+    for _ in range(2):  # upgraded once, and found so the next time
+        catalog = open_catalog(folder, IDENTITY)
+        found = {text: lexical(catalog, text) for text in ("大桥", "Rene\u0301e", "owl", "badger")}
+        assert found == {"大桥": {"zh"}, "Rene\u0301e": {"fr"}, "owl": {"en"}, "badger": set()}
+        with catalog.view() as view:
+            assert {entry.id for entry in view.page("default", "", 9)} == ids
+        catalog.close()
+    assert objects(folder) == before
+    catalog = open_catalog(folder, IDENTITY)
+    catalog.delete("default", "zh", None).result()
+    asyncio.run(catalog.words.clean())
+    assert lexical(catalog, "大桥") == set() and lexical(catalog, "owl") == {"en"}
+    catalog.close()
 
 
 def test_an_upgrade_that_fails_near_its_end_leaves_the_folder_as_it_was(
