@@ -54,7 +54,7 @@ from bank_service.values.documents import (
     check_namespace,
     check_vector,
 )
-from bank_service.values.embedder import Embedder
+from bank_service.values.embedder import Embedder, embedded_query
 from bank_service.values.encoder import Encoder
 from bank_service.values.filters import Condition, check_filter
 from bank_service.values.namespace_limits import LimitsOf, unlimited
@@ -251,9 +251,9 @@ class Bank:
         InvalidArgumentError, NotFoundError, LearnerMismatchError. LimitExceededError where the texts don't fit one
         message. DataLossError where a gradient is lost. OutOfRangeError where the bank no longer knows that past.
         """
-        vector = await self._vector(query)
+        vectors = await self._vectors(query)
         while True:
-            result = await self._queries.search(query, vector)
+            result = await self._queries.search(query, vectors)
             if not query.include_gradients:
                 return result
             try:
@@ -270,11 +270,11 @@ class Bank:
         Raises the errors of ``query``, with the query's index. LimitExceededError where the texts and gradients don't
         fit one message together.
         """
-        return await answer_batch(queries, self._vector, self._queries, self._records)
+        return await answer_batch(queries, self._vectors, self._queries, self._records)
 
-    async def _vector(self, query: Query) -> FloatArray | None:
-        """Checks the query against the collection. Returns the vector to search for, (embedding_dimension,) in float32.
-        None where the query names its documents."""
+    async def _vectors(self, query: Query) -> FloatArray | None:
+        """Checks the query against the collection. Returns the vectors to search for, (n, embedding_dimension) in
+        float32. None where the query names its documents."""
         fingerprint = self.identity.learner_fingerprint
         if query.learner_fingerprint and query.learner_fingerprint != fingerprint:
             raise LearnerMismatchError(
@@ -284,12 +284,12 @@ class Bank:
             )
         if query.vector:
             check_vector(query.vector, self.identity.embedding_dimension, "vector")
-            return np.asarray(query.vector, dtype=np.float32)
+            return np.asarray([query.vector], dtype=np.float32)
         if not query.text:
             return None
         await self._queries.check_namespace(query.namespace)  # before the embedder works; a search checks it by itself
         with span("bank.embed"):
-            return await in_thread(self._pools.query_embeds, self._embedder.embed, query.text)
+            return await in_thread(self._pools.query_embeds, embedded_query, self._embedder, query.text)
 
     async def fetch(
         self, digests: Sequence[str], may_read: MayRead | None = None, enter: Callable[[str], None] | None = None

@@ -19,7 +19,7 @@ CONCURRENCY = 4  # queries of one batch that run at once; the pool's other threa
 
 async def answer_batch(
     batch: Sequence[Query],
-    vector_of: Callable[[Query], Awaitable[FloatArray | None]],
+    vectors_of: Callable[[Query], Awaitable[FloatArray | None]],
     queries: Queries,
     records: RecordReader,
 ) -> tuple[QueryResult, ...]:
@@ -32,7 +32,7 @@ async def answer_batch(
     async def answer(index: int, query: Query) -> QueryResult:
         try:
             async with turns:
-                return await queries.search(query, await vector_of(query))
+                return await queries.search(query, await vectors_of(query))
         except BankError as error:
             raise placed(error, index) from error
 

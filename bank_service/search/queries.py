@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -66,19 +66,17 @@ class Queries:
 
         await in_thread(self._pool, check)
 
-    async def search(self, query: Query, vector: FloatArray | None) -> QueryResult:
-        """Finds hits for a vector, (dimension,) in float32. None: for the query's document_ids. Hits have no records.
+    async def search(self, query: Query, vectors: FloatArray | None) -> QueryResult:
+        """Finds the best hits of all vectors, (n, dimension) in float32. None: for the query's document_ids. Hits have
+        no records.
 
         NotFoundError names the first unknown id. LimitExceededError if the texts don't fit one message. With ``as_of``
         also InvalidArgumentError, OutOfRangeError and OverloadedError.
         """
-        if query.as_of is not None:
-            result = await self._search_past(query, query.as_of, vector)
-        elif vector is None:
-            with span("catalog.read"):
-                result = await in_thread(self._pool, self._named, query)
+        if vectors is None:
+            result = await self._search(query, None)
         else:
-            result = await self._search_present(query, vector)
+            result = _best(query, [await self._search(query, vector) for vector in vectors])
         text_bytes = text_bytes_of(result.hits)
         if text_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:
             raise LimitExceededError(
@@ -87,6 +85,14 @@ class Queries:
                 limit="max_message_bytes",
             )
         return result
+
+    async def _search(self, query: Query, vector: FloatArray | None) -> QueryResult:
+        if query.as_of is not None:
+            return await self._search_past(query, query.as_of, vector)
+        if vector is None:
+            with span("catalog.read"):
+                return await in_thread(self._pool, self._named, query)
+        return await self._search_present(query, vector)
 
     def fitting(self, hits: Iterable[Hit]) -> list[str]:
         """The digests of the first hits, as many as fit one message with their gradients and all texts."""
@@ -149,6 +155,16 @@ class Queries:
                     raise document_not_found(query.namespace, id)
             hits = view.hits({began[id]: Score(1.0, 1.0) for id in query.document_ids}, query.include_text)
             return QueryResult(tuple(hits), {}, view.sequence())
+
+
+def _best(query: Query, results: Sequence[QueryResult]) -> QueryResult:
+    """The best hits of several searches for one query. A document has its best score."""
+    best: dict[str, Hit] = {}
+    for hit in (hit for result in results for hit in result.hits):
+        if hit.id not in best or (hit.score, hit.cosine) > (best[hit.id].score, best[hit.id].cosine):
+            best[hit.id] = hit
+    hits = sorted(best.values(), key=lambda hit: (-hit.score, hit.id)) if len(results) > 1 else results[0].hits
+    return QueryResult(tuple(hits[: query.top_k]), {}, min(result.sequence for result in results))
 
 
 def text_bytes_of(hits: Iterable[Hit]) -> int:

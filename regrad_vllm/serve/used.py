@@ -14,6 +14,7 @@ from regrad_vllm.serve.routes import ID_PREFIXES
 # One id of 256 bytes fits, in percent-encoding. All headers of an answer stay below 2 KiB.
 _MAX_DOCUMENTS_CHARS = 800
 _MAX_ADAPTERS_CHARS = 240
+_SHOWN_CHARS = 500  # of a query
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Used:
     fallback: bool = False  # ReGrad was asked for and failed
     reason: str | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose, slot_wait
+    query: str | None = None  # the text that was searched for; None: there was no search
     sequence: int | None = None  # the bank's last change that the documents reflect; None: the bank wasn't asked
 
     def as_json(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Used:
             "request_id": self.request_id,
             "adapter": self.adapter,
             "namespace": self.namespace,
+            "query": self.query and _shortened(self.query),
             "documents": [
                 {
                     "id": document.id,
@@ -120,6 +123,12 @@ def _listed(names: Collection[str], max_chars: int) -> bytes:
             break
         shown.append(name)
     return ", ".join(shown).encode()
+
+
+def _shortened(text: str) -> str:
+    """A text of bounded length, with its beginning and its end."""
+    half = _SHOWN_CHARS // 2
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:half]} … {text[-half:]}"
 
 
 class UsedMemory:

@@ -155,6 +155,9 @@ class NoEmbedder:
     def embed(self, text: str) -> FloatArray:
         raise AssertionError("embedded again")
 
+    def reads_all(self, text: str) -> bool:
+        return True
+
 
 def test_fresh_facts_are_the_same_for_the_same_seed_and_ask_about_their_document() -> None:
     data = fresh_facts(20, 3)

@@ -11,6 +11,7 @@ import pytest
 from regrad_vllm.client import Condition
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.plan import MAX_PROMPTS, Plan, Planner, PromptPlans
+from regrad_vllm.serve.request import MAX_QUERY_BYTES
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.routes import SHAPES
 from regrad_vllm.serve.settings import Settings
@@ -55,6 +56,13 @@ def test_who_gets_a_plan(
     assert isinstance(plan, Plan) == (planned_by_default if default else planned)
     if isinstance(plan, Plan):
         assert plan.by_name is by_name
+
+
+def test_of_a_text_beyond_the_banks_limit_the_beginning_and_the_end_are_searched_for(planner: Planner) -> None:
+    plan = plan_of(planner, model="base-regrad", prompt="first é " + "line é\n" * 20_000 + "é last")
+    assert isinstance(plan, Plan)
+    assert plan.query.text.startswith("first é line") and plan.query.text.endswith("line é\né last")
+    assert len(plan.query.text.encode()) <= MAX_QUERY_BYTES
 
 
 def test_the_requests_values_come_before_the_servers_before_the_learners(planner: Planner, learner: Learner) -> None:

@@ -77,6 +77,34 @@ def test_a_filter_in_the_request_keeps_to_the_documents_that_match(
     asyncio.run(run())
 
 
+def test_a_question_behind_a_long_log_is_searched_for_and_the_answer_says_so(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    lines = [f"2026-11-29 worker WARN connection reset by peer, retry {n} in {n * 7} ms" for n in range(200)]
+
+    async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+        return JSONResponse({})
+
+    async def run() -> None:
+        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, _, _):
+
+            async def used(text: str) -> Any:
+                body = {"model": "base", "prompt": text, "regrad": {"top_k": 1}}
+                answer = await http.post("/v1/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                return answer.json()["regrad"]
+
+            alone, behind = await used(QUESTION), await used("\n".join([*lines, QUESTION]))
+            assert behind["documents"] == alone["documents"] != []
+            assert alone["query"] == QUESTION
+            assert behind["query"].startswith(lines[0]) and behind["query"].endswith("\n" + QUESTION)
+            assert len(behind["query"]) < 600
+            body = {"model": "base", "prompt": "x", "regrad": {"document_ids": ["doc-1"]}}
+            assert (await http.post("/v1/completions", json=body)).json()["regrad"]["query"] is None
+
+    asyncio.run(run())
+
+
 def test_a_request_as_of_an_earlier_sequence_gets_the_documents_of_then(
     bank: BankThread, learner: Learner, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import spec_of
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import LearnerMismatchError, LimitExceededError, NotFoundError
+from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.record import record_digest, verify_record
 
 FACTS = {
@@ -61,6 +62,34 @@ async def test_a_vector_finds_what_its_text_finds(client: Client, embedder: Embe
     by_vector = await client.query(vector=(embedder.embed("stone bridge") * 3).tolist(), top_k=4)
     assert [hit.id for hit in by_text.hits] == [hit.id for hit in by_vector.hits]
     np.testing.assert_allclose([h.score for h in by_text.hits], [h.score for h in by_vector.hits], atol=1e-6)
+
+
+LINES = [f"2026-11-29 worker {n} WARN connection reset by peer, retry {n} in {n * 7} ms" for n in range(200)]
+QUESTION = "Which bird catches mice in the dark?"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join([*LINES, QUESTION]),
+        "\n".join([*LINES, "", QUESTION, "Thank you!"]),
+        "\n".join([QUESTION, *LINES]),
+        " ".join([*LINES, QUESTION]),
+        ". ".join([*LINES, QUESTION]),
+    ],
+    ids=["behind", "with thanks", "before", "in one line", "in sentences"],
+)
+async def test_a_question_beside_a_long_log_is_searched_for(client: Client, text: str) -> None:
+    assert len(text.split()) > 2000
+    await put_facts(client)
+    sequence = (await client.stats()).sequence
+    for fields in ({}, {"as_of": sequence}, {"retrieval": pb.LEXICAL}, {"retrieval": pb.HYBRID}):
+        hits = (await client.query(text=text, top_k=2, **fields)).hits
+        assert hits[0].id == "owl", fields
+    (answer,) = await client.query_batch({"text": text, "top_k": 4})
+    assert answer.hits[0].id == "owl" and len(answer.hits) == 4
+    assert [hit.score for hit in answer.hits] == sorted((hit.score for hit in answer.hits), reverse=True)
 
 
 @pytest.mark.asyncio

@@ -110,6 +110,9 @@ async def test_queries_beyond_what_the_bank_takes_on_are_told_when_to_come_back(
             assert self.gate.wait(60)
             return embedder.embed(text)
 
+        def reads_all(self, text: str) -> bool:
+            return True
+
     gated = GatedEmbedder()
     config = BankConfig(data_dir=data_dir, max_queries=2, max_calls=4)
     async with (

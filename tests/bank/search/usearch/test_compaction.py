@@ -52,7 +52,7 @@ class Parts:
         await self.nearest.reach(max(sequences))
 
     async def ids(self, top_k: int = 64) -> set[str]:
-        vector = np.asarray([1, 0, 0, 0], np.float32)
+        vector = np.asarray([[1, 0, 0, 0]], np.float32)
         found = await self.queries.search(Query("n", vector=(1.0,), top_k=top_k), vector)
         return {hit.id for hit in found.hits}
 
