@@ -2,7 +2,7 @@
 
 usearch keeps the node of a removed vector until a new vector takes it. If many vectors are removed and few are added,
 searches walk through dead nodes, and the memory stays in use. Then the compactor builds a new graph from the catalog,
-applies the last changes, and replaces the old graph.
+applies the last changes, and replaces the old graph. It does the same once with each graph of an older version.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class Compactor:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             try:
-                for namespace in await in_thread(self._pool, self._index.wasteful, DEAD_SHARE, MIN_DEAD):
+                wasteful = await in_thread(self._pool, self._index.wasteful, DEAD_SHARE, MIN_DEAD)
+                for namespace in wasteful:
                     await self.compact(namespace)
+                if wasteful:
+                    await self._follower.save()
             except Exception:  # the old graph stays in use
                 logger.exception("a namespace's index could not be rebuilt; trying again")
 

@@ -46,7 +46,7 @@ class UsearchIndex:
             graph.remove(np.asarray(keys, dtype=np.uint64))
 
     def search(self, namespace: str, vector: FloatArray, count: int) -> tuple[KeyArray, FloatArray]:
-        """The nearest keys, best first, and their cosines. Both have exactly min(count, size) entries."""
+        """The nearest keys, best first, and their cosines. Both have at least min(count, size) entries."""
         graph = self._graph(namespace)
         if graph is None:
             return np.empty(0, np.int64), np.empty(0, np.float32)
@@ -63,10 +63,15 @@ class UsearchIndex:
         return 0 if graph is None else graph.size()
 
     def wasteful(self, share: float, least: int) -> list[str]:
-        """The namespaces with too many nodes of removed vectors: more than ``share`` of all, and at least ``least``."""
+        """The namespaces with too many nodes of removed vectors: more than ``share`` of all, and at least ``least``.
+        Also those whose graphs are of an older version."""
         with self._lock:
             graphs = dict(self._graphs)
-        return [name for name, graph in graphs.items() if graph.num_dead() > max(share * graph.num_nodes(), least - 1)]
+        return [
+            name
+            for name, graph in graphs.items()
+            if graph.is_old or graph.num_dead() > max(share * graph.num_nodes(), least - 1)
+        ]
 
     def empty_like(self) -> UsearchIndex:
         """An empty index for the same vectors."""
@@ -176,7 +181,5 @@ def _read_snapshot(folder: Path, collection_id: str, dimension: int) -> tuple[in
     for namespace, (name, checksum) in manifest["files"].items():
         if _checksum(folder / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
-        index = new_index(dimension)
-        index.load(str(folder / name))
-        graphs[namespace] = Graph(index)
+        graphs[namespace] = Graph.load(folder / name, dimension)
     return int(manifest["sequence"]), graphs, manifest["files"]

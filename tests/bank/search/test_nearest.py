@@ -12,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bank_service.search.usearch import graph
+from bank_service.values.documents import Query, Retrieval
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire.record import FloatArray
 from tests.bank.search.collection import DIMENSION, Collection
@@ -91,6 +93,38 @@ def test_a_filtered_search_finds_the_nearest_that_match(collection: Collection) 
         matching = {id: vectors[id] for id in vectors if expected(pairs[id])}
         for count in (1, 10, 64):
             assert collection.ids(target, count, (condition,)) == ranked(matching, target)[:count]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-2])
+def test_many_equal_or_near_equal_vectors_hide_no_other(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch, noise: float
+) -> None:
+    """The graph of a large namespace, where 300 of 400 documents are copies. The others find themselves."""
+    monkeypatch.setattr(graph, "EXHAUSTIVE_SIZE", 0)
+    generator = np.random.default_rng(0)
+    copied = drawn(generator)
+    vectors = {f"copy {number}": copied + noise * drawn(generator) for number in range(300)}
+    vectors |= {f"{number}": drawn(generator) for number in range(100)}
+    order = generator.permutation(list(vectors)).tolist()
+    collection.fill({id: vectors[id] for id in order}, {id: {"colour": COLOURS[len(id) % 2]} for id in vectors})
+    before = collection.nearest.sequence
+
+    def missed() -> list[str]:
+        others = [f"{number}" for number in range(0, 100, 7)]
+        same = {id: (Condition("colour", Operator.EQUALS, (COLOURS[len(id) % 2],)),) for id in others}
+        by_vector = [id for id in others if collection.ids(vectors[id], 1) != [id]]
+        filtered = [id for id in others if collection.ids(vectors[id], 1, same[id]) != [id]]
+        past = [id for id in others if collection.ids(vectors[id], 1, as_of=before) != [id]]
+        hybrid = Query("n", "nowhere", top_k=1, retrieval=Retrieval.HYBRID)
+        joined = [id for id in others if collection.answer(hybrid, vectors[id]) != [id]]
+        return [*by_vector, *filtered, *past, *joined]
+
+    assert missed() == []
+    for number in range(0, 300, 2):
+        collection.delete(f"copy {number}")
+        del vectors[f"copy {number}"]
+    assert missed() == []
+    assert set(collection.ids(copied, 400)) == set(vectors)
 
 
 def test_as_of_finds_what_has_not_changed_since(collection: Collection) -> None:

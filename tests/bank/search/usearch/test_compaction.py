@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
+import json
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,7 +18,8 @@ from bank_service.catalog.factory import open_catalog
 from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.search.queries import Queries
 from bank_service.search.usearch import compaction
-from bank_service.search.usearch.usearch_index import UsearchIndex
+from bank_service.search.usearch.graph import new_index
+from bank_service.search.usearch.usearch_index import MANIFEST, UsearchIndex
 from bank_service.values.documents import Document, Gradient, Query
 from tests.bank.catalog.test_catalog import IDENTITY, gradient
 from tests.bank.search.collection import usearch
@@ -90,6 +93,40 @@ async def test_a_namespace_is_wasteful_from_the_share_and_the_number_on(
         await parts.compactor.compact("n")
         assert parts.index.wasteful(0.0, 1) == [] and parts.index.size("n") == 69
         assert await parts.ids() <= set(names(range(31, 100)))
+
+
+def become_old(folder: Path) -> None:
+    """Makes a snapshot one of a version whose graphs have all vectors."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for space, (name, _) in manifest["files"].items():
+        graph = new_index(IDENTITY.embedding_dimension)
+        graph.load(str(folder / name))
+        content = (folder / name).read_bytes()[: graph.serialized_length]
+        (folder / name).write_bytes(content)
+        manifest["files"][space] = (name, hashlib.sha256(content).hexdigest())
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.asyncio
+async def test_a_graph_of_an_older_version_answers_and_is_built_anew(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with parts_in(tmp_path, pool) as parts:
+        await parts.put(*names(range(40)))
+    become_old(tmp_path / "index")
+    async with parts_in(tmp_path, pool) as parts:
+        assert parts.index.wasteful(1.0, 10**6) == ["n"], "it must not be taken for a graph of this version"
+        assert await parts.ids() == set(names(range(40)))
+        await parts.put("doc 40")
+    monkeypatch.setattr(compaction, "CHECK_SECONDS", 0.01)
+    async with parts_in(tmp_path, pool) as parts, asyncio.timeout(60):
+        while parts.index.wasteful(1.0, 10**6):
+            await asyncio.sleep(0.01)
+        assert parts.index.size("n") == 41
+        assert await parts.ids() == set(names(range(41)))
+    loaded = UsearchIndex(IDENTITY.embedding_dimension)
+    assert loaded.load(tmp_path / "index", parts.catalog.collection_id) == 41
+    assert loaded.wasteful(1.0, 10**6) == []
 
 
 @pytest.mark.asyncio
