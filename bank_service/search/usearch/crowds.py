@@ -19,7 +19,7 @@ from bank_service.wire.record import FloatArray
 
 NEAR = 0.05  # the largest cosine distance of near-equal vectors
 CROWDED = 32  # near-equal vectors in the graph; the next ones belong to a leader
-MAX_DIFFERENT = 1_000  # different vectors of one leader
+MAX_DIFFERENT = 4_000  # different vectors of one leader, which take about 1 ms to compare
 
 
 class _Crowd:
