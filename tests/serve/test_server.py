@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import adapter_name
 from tests.serve.support import BASE, MAX_NUM_SEQS, BankThread, VllmServer
+from tests.serve.test_server_errors import eventually
 
 TWIN = BASE + "-regrad"
 QUESTION = "What is the answer to riddle 7?"
@@ -115,6 +117,87 @@ def test_several_choices_share_one_adapter(server: VllmServer) -> None:
     answer = server.post("/v1/chat/completions", body).json()
     assert len(answer["choices"]) == 2
     assert answer["regrad"]["adapter"]
+
+
+PROMPTS = [f"Fact number {n}: the answer to riddle {n} is {n * 37 % 1000}." for n in (7, 42, 99)]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"n": 2, "temperature": 1.0, "seed": 5}])
+def test_each_of_several_prompts_is_answered_with_its_own_documents(
+    server: VllmServer, sampling: dict[str, Any]
+) -> None:
+    regrad, n = {"top_k": 1}, sampling.get("n", 1)
+    alone = [server.complete(prompt, regrad, **sampling) for prompt in PROMPTS]
+    body = {"model": TWIN, "prompt": PROMPTS, "max_tokens": 8, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True, "regrad": regrad, **sampling}  # fmt: skip
+    answer = server.post("/v1/completions", body).json()
+    prompts = answer["regrad"]["prompts"]
+    assert [prompt["choices"] for prompt in prompts] == [list(range(i * n, (i + 1) * n)) for i in range(3)]
+    assert [prompt["documents"][0]["id"] for prompt in prompts] == ["doc-7", "doc-42", "doc-99"]
+    assert [prompt["adapter"] for prompt in prompts] == [single["regrad"]["adapter"] for single in alone]
+    tokens = [choice["token_ids"] for choice in answer["choices"]]
+    assert tokens == [choice["token_ids"] for single in alone for choice in single["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(3 * n))
+    assert answer["usage"]["completion_tokens"] == 8 * 3 * n and answer["model"] == TWIN
+    assert server.client.get(f"/v1/regrad/requests/{answer['id']}").json() == answer["regrad"]
+    streaming = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with server.client.stream("POST", "/v1/completions", json=streaming) as stream:
+        events = events_of(stream.iter_lines())
+    assert events[0]["regrad"]["prompts"][1]["documents"] == prompts[1]["documents"]
+    texts = dict.fromkeys(range(3 * n), "")
+    for choice in (choice for event in events for choice in event["choices"]):
+        texts[choice["index"]] += choice["text"]
+    assert list(texts.values()) == [choice["text"] for choice in answer["choices"]]
+    assert events[-1]["usage"]["total_tokens"] == answer["usage"]["total_tokens"]
+
+
+def test_more_prompts_than_slots_take_turns(server: VllmServer) -> None:
+    prompts = [[f"Fact number {n}: the answer to riddle {n} is {n * 37 % 1000}." for n in range(start, start + 20)]
+               for start in (0, 20)]  # fmt: skip
+    assert all(len(several) > MAX_NUM_SEQS for several in prompts), "each of the two needs all slots"
+    bodies = [{"model": TWIN, "prompt": several, "max_tokens": 4, "regrad": {"top_k": 1}} for several in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda body: server.post("/v1/completions", body), bodies))
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["choices"]) == len({p["adapter"] for p in answer.json()["regrad"]["prompts"]}) == 20
+        assert answer.headers["x-regrad-adapter"].endswith(", +16")
+    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+    assert eventually(lambda: server.status()["workers"][0]["num_tickets"] == 0)
+
+
+def test_icl_mode_puts_each_prompts_documents_into_it(server: VllmServer, model: Path) -> None:
+    body = {"model": TWIN, "prompt": PROMPTS, "max_tokens": 1, "return_token_ids": True,
+            "regrad": {"top_k": 1, "mode": "icl"}}  # fmt: skip
+    answer = server.post("/v1/completions", body).json()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [str(tokenizer.decode(choice["prompt_token_ids"])) for choice in answer["choices"]]
+    for text, prompt in zip(texts, PROMPTS, strict=True):
+        assert text.count(prompt) == 2, "as the document and as the question"
+
+
+def test_the_headers_of_an_answer_stay_below_2_kib(server: VllmServer, bank: BankThread) -> None:
+    documents = [(f"{n:02d}" + "€" * 84 + "x", f"What long id number {n} names.") for n in range(16)]
+    bank.ingest(documents)
+    ids = [id for id, _ in documents]
+    answer = server.post(
+        "/v1/completions",
+        {**BODIES["/v1/completions"], "model": TWIN, "regrad": {"document_ids": ids}},
+        **{"x-request-id": "i" * 512},
+    )
+    for id in ids:
+        bank.delete(id)
+    assert [document["id"] for document in answer.json()["regrad"]["documents"]] == ids
+    assert answer.headers["x-regrad-documents"].endswith(", +15")
+    assert answer.json()["id"] == "cmpl-" + "i" * 512
+    assert sum(len(name) + len(value) + 4 for name, value in answer.headers.raw) + 512 < 2048, "the id may come back"
+
+
+def test_the_tokenizer_takes_the_twins_name(server: VllmServer) -> None:
+    answers = [server.post("/tokenize", {"model": name, "prompt": QUESTION}) for name in (BASE, TWIN)]
+    assert answers[0].json() == answers[1].json() and answers[1].json()["count"] > 3
+    back = server.post("/detokenize", {"model": TWIN, "tokens": answers[1].json()["tokens"]})
+    assert QUESTION in back.json()["prompt"]
 
 
 def test_retrieval_finds_the_document_that_the_question_is_about(server: VllmServer) -> None:

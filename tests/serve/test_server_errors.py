@@ -81,7 +81,41 @@ def test_several_prompts_share_the_documents_that_the_request_names(server: Vllm
     answer = post_raw(server, {**body, "regrad": {"query": "riddle 3"}})
     assert answer.status_code == 200 and len(answer.json()["choices"]) == 2
     assert answer.json()["regrad"]["adapter"]
-    assert error_of(post_raw(server, {**body, "prompt": ["a"] * 65}), 400)["param"] == "prompt"
+
+
+def test_what_goes_wrong_with_one_of_several_prompts_is_the_requests_error(
+    server: VllmServer, bank: BankThread
+) -> None:
+    bank.ingest([("huge", HUGE)])
+    try:
+        body = {"model": TWIN, "prompt": ["The moon", HUGE], "max_tokens": 200, "ignore_eos": True}
+        body["regrad"] = {"top_k": 1, "gamma": 16}
+        assert "finite" in error_of(post_raw(server, body), 503)["message"]
+        with server.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+        assert "finite" in json.loads(lines[-1][6:])["error"]["message"]
+    finally:
+        bank.delete("huge")
+    too_long = {"model": TWIN, "prompt": ["a", "word " * 3000], "max_tokens": 1}
+    error_of(post_raw(server, too_long), 400)
+    assert error_of(post_raw(server, {**too_long, "prompt": ["a"] * 65}), 400)["param"] == "prompt"
+    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+    assert eventually(lambda: server.status()["workers"][0]["num_tickets"] == 0)
+    assert server.status()["workers"][0]["num_waiting"] == 0
+
+
+def test_a_client_that_hangs_up_gives_back_the_pins_of_all_its_prompts(server: VllmServer) -> None:
+    prompts = [f"Tell a long story of riddle {n}." for n in range(20)]
+    body = {"model": TWIN, "prompt": prompts, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()  # kept, because httpx hangs up when it goes
+        next(lines)
+        assert server.status()["arena"]["num_leases"] == 20
+    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+    assert eventually(lambda: server.status()["workers"][0]["num_tickets"] == 0)
+    status = server.status()
+    assert status["arena"]["num_pinned"] == status["num_releases_waiting"] == 0
+    assert server.complete("x", {"document_ids": ["doc-1"]})["regrad"]["adapter"]
 
 
 def test_a_response_in_the_background_can_not_pin_gradients(server: VllmServer) -> None:
