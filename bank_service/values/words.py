@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 
+MAX_MARKS = 30  # of one letter; Unicode's stream-safe text format (UAX 15) has the same limit
+
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 _WITHOUT_SPACES = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3040-\u318f\u31f0-\u31ff\u3400-\u9fff"
@@ -60,8 +62,19 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 def _plain(text: str) -> str:
     """The text in one spelling, with spaces between its words."""
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", _IN_WORDS.sub("", text)).casefold())
+    text = unicodedata.normalize("NFKD", _decomposed(_IN_WORDS.sub("", text)))
+    text = unicodedata.normalize("NFKD", text.casefold())
     return unicodedata.normalize("NFKC", text.translate({ord(letter): _replaced(letter) for letter in set(text)}))
+
+
+def _decomposed(text: str) -> str:
+    """The text with decomposed letters, and with at most MAX_MARKS marks one after another.
+
+    ``normalize`` sorts the marks of a letter. It takes time in the square of their number, and holds the GIL.
+    """
+    text = text.translate({ord(letter): unicodedata.normalize("NFKD", letter) for letter in set(text)})
+    marks = "".join(sorted(filter(unicodedata.combining, set(text))))
+    return re.sub(f"([{marks}]{{{MAX_MARKS}}})[{marks}]+", r"\1", text) if marks else text
 
 
 @lru_cache(maxsize=10_000)

@@ -42,3 +42,14 @@ def test_a_query_in_a_script_without_spaces_has_pairs_or_a_lone_character() -> N
 def test_a_text_has_every_word_of_a_query_for_it(text: str) -> None:
     words = document_words(f"before {text}, behind").split()
     assert query_words(text) and set(query_words(text)) <= set(words)
+
+
+@pytest.mark.parametrize("marks", ["\u094d\u093c", "\u0f73"])
+def test_a_letter_has_at_most_30_marks(marks: str) -> None:
+    """More would take time in the square of their number."""
+    words = document_words("\u0915" + (marks * 30)[:30])
+    assert len(words) > 30 and document_words("\u0915" + marks * 30_000 + " end") == f"{words} end"
+
+
+def test_accents_without_end_do_not_hide_the_letters_behind_them() -> None:
+    assert document_words("a" + "\u0301\u0323" * 30_000 + "b \u0301c") == "ab c"
