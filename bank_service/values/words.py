@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 
+# Words of another version can differ. The number counts changes of this module; Unicode's tables come with Python.
+VERSION = f"1 Unicode {unicodedata.unidata_version}"
 MAX_MARKS = 30  # of one letter; Unicode's stream-safe text format (UAX 15) has the same limit
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")

@@ -30,6 +30,7 @@ from bank_service.catalog.sqlite.catalog_view import SqliteView
 from bank_service.catalog.sqlite.catalog_writes import delete_document, purge_document, put_document
 from bank_service.catalog.sqlite.fts5_words import Fts5Words
 from bank_service.catalog.sqlite.group_commit import GroupCommit
+from bank_service.catalog.sqlite.lexical import renew_words
 from bank_service.catalog.sqlite.prepared import run_text
 from bank_service.catalog.sqlite.quota import check_room, enforced
 from bank_service.catalog.sqlite.tables import collection, metadata, recoding
@@ -64,6 +65,7 @@ class SqliteCatalog:
             # The id belongs to the file. It stays the same when the content changes.
             self.collection_id = self._open_collection(path, identity)
             with self._engine.begin() as connection:  # only after the collection proved to be the caller's
+                renew_words(connection)
                 self.history_seconds = history.seconds_kept(connection, history_seconds)
         except BaseException as error:
             self._engine.dispose()

@@ -6,19 +6,25 @@ document writes its words.
 Each namespace has its own table, because FTS5 computes its statistics per table. Examples are the number of documents
 and their mean length. In one common table, scores would reveal the word counts of other namespaces.
 
-The tables are contentless: to remove a document, FTS5 needs the same words again. FTS5 only marks a removed word, and
-keeps it until its segments are merged. ``WordCleaner`` merges them after removals. The catalog's ``secure_delete`` then
-overwrites the old segments.
+The tables are contentless: to remove a document, FTS5 needs the same words again. So the catalog knows the version of
+its words. If a bank of another version opens it, such as one with a newer Python, all tables are built anew.
+
+FTS5 only marks a removed word, and keeps it until its segments are merged. ``WordCleaner`` merges them after removals.
+The catalog's ``secure_delete`` then overwrites the old segments.
 """
 
 from __future__ import annotations
+
+import logging
 
 import sqlalchemy as sa
 
 from bank_service.catalog.sqlite.prepared import Prepared, run_text
 from bank_service.catalog.sqlite.tables import living, metadata, versions
 from bank_service.values.embedder import embedded_text
-from bank_service.values.words import document_words
+from bank_service.values.words import VERSION, document_words
+
+logger = logging.getLogger(__name__)
 
 MERGE_PAGES = 200  # per step of a merge; a step takes the catalog's only writer some milliseconds
 
@@ -30,6 +36,13 @@ lexical_spaces = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True),  # of the FTS5 table
     sa.Column("namespace", sa.Text, nullable=False, unique=True),
     sa.Column("num_removed", sa.Integer, nullable=False),  # documents whose words are still in the table's segments
+)
+
+words_version = sa.Table(  # one row with the version of ``values.words`` that made all words
+    "words_version",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),  # always 1
+    sa.Column("version", sa.Text, nullable=False),
 )
 
 _NUMBER = Prepared(sa.select(lexical_spaces.c.number).where(lexical_spaces.c.namespace == sa.bindparam("namespace")))
@@ -55,6 +68,16 @@ def remove_words(connection: sa.Connection, key: int, namespace: str, title: str
     _COUNT_REMOVED.run(connection, space=namespace)
 
 
+def renew_words(connection: sa.Connection) -> None:
+    """Builds all tables anew if another version made their words, in minutes for a million documents."""
+    known = connection.execute(sa.select(words_version.c.version)).scalar_one_or_none()
+    if known == VERSION:
+        return
+    if known is not None:
+        logger.info("making the words of all documents anew: they are of version %s, not %s", known, VERSION)
+    fill_words(connection)
+
+
 def fill_words(connection: sa.Connection) -> None:
     """Builds all tables anew from the documents, for a catalog of a schema without them or with other words."""
     for number in connection.execute(sa.select(lexical_spaces.c.number)).scalars().all():
@@ -67,6 +90,8 @@ def fill_words(connection: sa.Connection) -> None:
         for _, key, namespace, title, text in rows:
             put_words(connection, key, namespace, title, text)
         last = rows[-1].began
+    connection.execute(sa.delete(words_version))
+    connection.execute(sa.insert(words_version).values(id=1, version=VERSION))
 
 
 def uncleaned(connection: sa.Connection) -> dict[int, int]:

@@ -240,6 +240,31 @@ def test_the_words_of_schema_5_are_made_anew(tmp_path: Path, monkeypatch: pytest
     catalog.close()
 
 
+@pytest.mark.parametrize(
+    "version", ["UPDATE words_version SET version = 'of another Python'", "DELETE FROM words_version"]
+)
+def test_words_of_another_version_are_made_anew(tmp_path: Path, version: str) -> None:
+    """FTS5 removes a document only by the words that it got."""
+    texts = {"owl": "an owl hunts", "fox": "a fox sleeps"}
+    catalog = open_catalog(tmp_path, IDENTITY)
+    keys = {
+        id: catalog.put(document(id, text, namespace="default"), gradient(), None).result().stored.key
+        for id, text in texts.items()
+    }
+    catalog.close()
+    with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as connection:
+        connection.execute("INSERT INTO lexical_1(lexical_1) VALUES ('delete-all')")
+        for key in keys.values():
+            connection.execute("INSERT INTO lexical_1(rowid, text) VALUES (?, 'words of before')", (key,))
+        connection.execute(version)
+        connection.commit()
+    catalog = open_catalog(tmp_path, IDENTITY)
+    assert lexical(catalog, "owl") == {"owl"} and lexical(catalog, "before") == set()
+    catalog.delete("default", "owl", None).result()
+    assert lexical(catalog, "owl hunts") == set() and lexical(catalog, "sleeps") == {"fox"}
+    catalog.close()
+
+
 def test_an_upgrade_that_fails_near_its_end_leaves_the_folder_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
