@@ -68,12 +68,15 @@ def run(args: argparse.Namespace) -> int:
             if item.num_mended:
                 mended[item.place] = item.num_mended
     note_mended(mended)
-    _report_bad(bad, skip=args.skip_bad)
+    _name_bad(bad)
+    if bad and not args.skip_bad:
+        raise UsageError(
+            f"{count(len(bad), 'input')} can't be used, nothing was ingested; mend them or pass --skip-bad"
+        )
     if not num_documents:
         raise UsageError("nothing to ingest: the paths named hold no document that can be used")
     outcome = _upload(args, files, bad, num_documents, counter)
-    for refusal in outcome.refused:
-        note(f"{refusal.place}: {describe_failure(args.bank, refusal.error)}")
+    _report_left_out(outcome, args.bank)
     _report_left(outcome.left, args)
     say(outcome.summary())
     has_texts = any(file.path.suffix.lower() != ".jsonl" for file in files)
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         note("texts are cut by an estimate of tokens; name the bank's base model with --model to have them counted")
     if outcome.sequence:
         note(f"as of sequence {outcome.sequence}")
-    return 1 if outcome.refused or bad else 0
+    return 1 if outcome.refused or outcome.unusable or bad else 0
 
 
 def note_mended(mended: Mapping[str, int]) -> None:
@@ -115,16 +118,20 @@ def _upload(
             raise CommandError(failure.told(describe_failure(args.bank, failure.error))) from failure
 
 
-def _report_bad(bad: list[BadInput], *, skip: bool) -> None:
-    """Reports all unusable input. UsageError, unless ``skip`` is set."""
+def _name_bad(bad: Sequence[BadInput]) -> None:
     for item in bad[:_MAX_LISTED]:
         note(str(item))
     if len(bad) > _MAX_LISTED:
         note(f"… and {len(bad) - _MAX_LISTED:,} more")
-    if bad and not skip:
-        raise UsageError(
-            f"{count(len(bad), 'input')} can't be used, nothing was ingested; mend them or pass --skip-bad"
-        )
+
+
+def _report_left_out(outcome: UploadOutcome, bank: str) -> None:
+    """Names the input that passed the check and isn't in the bank."""
+    for refusal in outcome.refused:
+        note(f"{refusal.place}: {describe_failure(bank, refusal.error)}")
+    _name_bad(outcome.unusable)
+    if outcome.unusable:
+        note(f"{count(len(outcome.unusable), 'input')} became unusable after the check; mend and ingest again")
 
 
 def _report_left(left: Leftovers, args: argparse.Namespace) -> None:

@@ -29,12 +29,14 @@ class Held:
             self.files.setdefault(file.source, set()).add(file.id)
         self.last: dict[str, int] = {}  # file → the number of its last passage or line; 0 for a whole file
         self.incomplete = {item.source for item in bad}  # sources with input that can't be used
+        self.unusable: list[BadInput] = []  # among the items of ``noting``
 
     def noting(self, items: Iterable[CorpusDocument | BadInput]) -> Iterator[CorpusDocument]:
         """The documents among the items. An unusable line or file holds what it held before."""
         for item in items:
             self.ids.add(item.id)
             if isinstance(item, BadInput):
+                self.unusable.append(item)
                 self.incomplete.add(item.source)
                 self.files[item.source].discard(item.id)
                 continue

@@ -36,6 +36,7 @@ class UploadOutcome:
     refused: tuple[Refusal, ...]
     sequence: int  # of the last change; 0 without any answer
     left: Leftovers
+    unusable: tuple[BadInput, ...]  # of the files, except input that was known to be unusable
 
     def summary(self) -> str:
         parts = [f"{self.counts[name]:,} {name}" for name in OUTCOMES]
@@ -79,9 +80,9 @@ def upload(
 ) -> UploadOutcome:
     """Streams the files' documents to the bank, with at most ``in_flight`` unanswered documents.
 
-    skip_bad: skips documents that the bank refuses. delete_missing: see ``remove_leftovers``. bad: the unusable paths
-    of ``find_files``. progress: called after each document. count: measures the passages of texts. UploadError if the
-    stream ends early, BankError if a deletion fails.
+    skip_bad: skips documents that the bank refuses. delete_missing: see ``remove_leftovers``. bad: input that is known
+    to be unusable, such as the paths of ``find_files``. progress: called after each document. count: measures the
+    passages of texts. UploadError if the stream ends early, BankError if a deletion fails.
     """
     held = Held(files, bad)
     feed = _Feed(held.noting(read_corpus(files, count)))
@@ -103,7 +104,9 @@ def upload(
             refused.append(Refusal(document.place, error))
             progress()
     left = remove_leftovers(bank, namespace, held, delete_missing=delete_missing)
-    return UploadOutcome(counts, tuple(refused), max(feed.sequence, left.sequence), left)
+    known = {item.place for item in bad}
+    unusable = tuple(item for item in held.unusable if item.place not in known)
+    return UploadOutcome(counts, tuple(refused), max(feed.sequence, left.sequence), left, unusable)
 
 
 class _Feed:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from regrad_vllm.cli import ingest as ingest_command
 from regrad_vllm.cli import main
 from regrad_vllm.client import Bank, Document
 
@@ -109,6 +110,24 @@ def test_a_line_that_cannot_be_used_now_keeps_what_it_was(ingest: Ingest, ids: I
     Path("guide.md").write_bytes(b"\xff")
     ingest("guide.md", "faq.jsonl", "--skip-bad", "--delete-missing")
     assert {"guide.md#1", "guide.md#2"} <= set(ids())
+
+
+def test_input_that_becomes_unusable_after_the_check_is_named(ingest: Ingest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gone", "good", "broken"):
+        _guide(Path(f"docs/{name}.md"), 1)
+    connect = ingest_command.connect
+
+    def connect_later(bank: str) -> Bank:
+        Path("docs/gone.md").unlink()
+        Path("docs/broken.md").write_bytes(b"\xff")
+        return connect(bank)
+
+    monkeypatch.setattr(ingest_command, "connect", connect_later)
+    status, out, notes = ingest("docs")
+    assert (status, out) == (1, "1 created, 0 updated, 0 unchanged\n")
+    assert "docs/gone.md: no such file or folder\n" in notes
+    assert "docs/broken.md: must be UTF-8" in notes
+    assert "2 inputs became unusable after the check; mend and ingest again" in notes
 
 
 def test_the_documents_of_a_file_that_a_folder_has_lost_are_removed_on_request(ingest: Ingest, ids: Ids) -> None:
