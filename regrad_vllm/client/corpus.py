@@ -42,7 +42,7 @@ class BadInput:
 
     place: str
     reason: str
-    source: str = ""  # its CorpusFile's; empty for a path that is not there
+    source: str = ""  # its CorpusFile's; empty if it belongs to none
     id: str = ""  # the id that would be made for it; a file's for the whole file
 
     def __str__(self) -> str:
@@ -68,6 +68,8 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
     def add(path: Path, id: str, given: Path) -> None:
         files.setdefault((path.resolve(), id), CorpusFile(path, id, source or _absolute(given)))
 
+    paths = list(paths)
+    given = [Path(os.path.realpath(path)) for path in paths]
     for path in paths:
         try:
             is_folder = stat.S_ISDIR(path.stat().st_mode)
@@ -75,7 +77,7 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
             bad.append(BadInput(str(path), _reason(error), source))
             continue
         if is_folder:
-            for found in _walk(path, source or _absolute(path), bad):
+            for found in _walk(path, source or _absolute(path), given, bad):
                 if found.suffix.lower() in ENDINGS:
                     add(found, found.relative_to(path).as_posix(), path)
                 else:
@@ -123,8 +125,11 @@ def _absolute(path: Path) -> str:
     return str(path.resolve()).encode(errors="backslashreplace").decode()
 
 
-def _walk(folder: Path, source: str, bad: list[BadInput]) -> Iterator[Path]:
-    """The files below the folder. Folders that can't be read, and links to folders, are added to ``bad``."""
+def _walk(folder: Path, source: str, given: Sequence[Path], bad: list[BadInput]) -> Iterator[Path]:
+    """The files below the folder. Folders that can't be read are added to ``bad``.
+
+    So are links to folders, unless their target is one of the resolved paths that were given, or lies below one.
+    """
 
     def note(error: OSError) -> None:
         bad.append(BadInput(error.filename, _reason(error), source))
@@ -132,9 +137,9 @@ def _walk(folder: Path, source: str, bad: list[BadInput]) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for link in (Path(parent) / name for name in folders):
-            if link.is_symlink():
+            if link.is_symlink() and not any(link.resolve().is_relative_to(path) for path in given):
                 reason = "is a link to a folder, which isn't followed; name it as a path of its own"
-                bad.append(BadInput(str(link), reason, source))
+                bad.append(BadInput(str(link), reason))  # of no source, since nothing of it was ever in the bank
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 

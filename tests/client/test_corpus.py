@@ -251,6 +251,19 @@ def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path, monkeypatc
     }
 
 
+def test_a_linked_folder_that_is_given_too_is_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "docs" / "sub" / "a.txt", "Text.")
+    _write(tmp_path / "other" / "b.txt", "Text.")
+    (tmp_path / "docs" / "link").symlink_to("../other")
+    (tmp_path / "docs" / "sub" / "up").symlink_to("..")
+    _, (bad,) = _read(Path("docs"))
+    assert (bad.place, bad.source) == ("docs/link", ""), "it makes no source incomplete"
+    documents, none = _read(Path("docs"), Path("docs/link"))
+    assert not none
+    assert [document.id for document in documents] == ["sub/a.txt", "b.txt"]
+
+
 @contextmanager
 def _no_superuser() -> Iterator[None]:
     """Root reads closed folders, so it becomes nobody meanwhile."""

@@ -145,6 +145,16 @@ def test_the_documents_of_a_file_that_a_folder_has_lost_are_removed_on_request(i
     assert ids() == ["guide.md", "new.md#1", "new.md#2", "sub/guide.md"]
 
 
+def test_a_link_to_a_folder_keeps_no_missing_document(ingest: Ingest, ids: Ids) -> None:
+    old = _guide(Path("docs/old.md"), 1)
+    _guide(Path("docs/new.md"), 1)
+    ingest("docs")
+    old.unlink()
+    Path("docs/link").symlink_to("..")
+    ingest("docs", "--skip-bad", "--delete-missing")
+    assert ids() == ["new.md"]
+
+
 def test_a_folder_is_one_source_by_whatever_path_it_is_named(
     ingest: Ingest, ids: Ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
