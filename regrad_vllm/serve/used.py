@@ -41,8 +41,12 @@ class Used:
     fallback: bool = False  # ReGrad was asked for and failed
     reason: str | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose, slot_wait
-    query: str | None = None  # the text that was searched for; None: there was no search
+    query: str | None = None  # the text that was searched for, kept shortened; None: there was no search
     sequence: int | None = None  # the bank's last change that the documents reflect; None: the bank wasn't asked
+
+    def __post_init__(self) -> None:
+        if self.query:
+            object.__setattr__(self, "query", _shortened(self.query))
 
     def as_json(self) -> dict[str, Any]:
         """The ``regrad`` object of an answer."""
@@ -50,7 +54,7 @@ class Used:
             "request_id": self.request_id,
             "adapter": self.adapter,
             "namespace": self.namespace,
-            "query": self.query and _shortened(self.query),
+            "query": self.query,
             "documents": [
                 {
                     "id": document.id,

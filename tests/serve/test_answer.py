@@ -114,6 +114,12 @@ def test_several_prompts_are_told_apart_by_their_choices() -> None:
     assert dict(many.headers())[b"x-regrad-adapter"].endswith(b", +60")
 
 
+def test_an_answer_that_is_remembered_keeps_no_long_query() -> None:
+    used = Used("r", "n", "blind", 1.0, query="a" * 40_000 + "z" * 25_000)
+    assert used.query is not None and len(used.query) == 503
+    assert used.as_json()["query"] == used.query == "a" * 250 + " … " + "z" * 250
+
+
 def test_the_memory_forgets_the_oldest() -> None:
     memory = UsedMemory(2)
     for name in ("a", "b", "a", "c"):
