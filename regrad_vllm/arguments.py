@@ -25,6 +25,8 @@ def whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
 
 def server_url(text: str) -> str:
     """An argument's type: the URL of an OpenAI-compatible server, http://host:port. Its end "/v1" is dropped."""
+    if "@" in text:
+        raise argparse.ArgumentTypeError("must be http://host:port without a user or a password, got one with an @")
     url = text.rstrip("/").removesuffix("/v1")
     try:
         parts = urlsplit(url)

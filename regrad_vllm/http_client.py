@@ -28,25 +28,28 @@ class ServerError(RuntimeError):
 def connect(server: str, timeout_s: float) -> httpx.AsyncClient:
     """A client of ``server`` (http://host:port) with any number of connections. It sends the key in OPENAI_API_KEY.
 
-    It reaches this machine without a proxy. ServerError if the environment's proxies can't be used.
+    It reaches this machine without a proxy. ServerError if the environment's proxies can't be used, ValueError if the
+    key can't.
     """
     import httpx
 
+    headers = _headers()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     with _usable_proxies():
         transport = httpx.AsyncHTTPTransport(limits=limits) if _is_here(server) else None
         return httpx.AsyncClient(
-            base_url=server, timeout=timeout_s, headers=_headers(), limits=limits, transport=transport
+            base_url=server, timeout=timeout_s, headers=headers, limits=limits, transport=transport
         )
 
 
 def get(server: str, path: str, timeout_s: float = 30.0) -> httpx.Response:
-    """A server's answer to a GET. ServerError if it is no success."""
+    """A server's answer to a GET. ServerError if it is no success, ValueError if the key can't be used."""
     import httpx
 
+    headers = _headers()
     with _usable_proxies():
         transport = httpx.HTTPTransport() if _is_here(server) else None
-        client = httpx.Client(base_url=server, timeout=timeout_s, headers=_headers(), transport=transport)
+        client = httpx.Client(base_url=server, timeout=timeout_s, headers=headers, transport=transport)
     with server_errors(), client:
         return client.get(path).raise_for_status()
 
@@ -77,7 +80,10 @@ def server_errors() -> Iterator[None]:
 
 
 def _headers() -> Mapping[str, str]:
-    key = os.environ.get(KEY_VARIABLE)
+    """The key's header. ValueError without the key's text for a key that no header can have."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{KEY_VARIABLE} must be printable ASCII, got other characters in it; copy the key again")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
@@ -87,10 +93,13 @@ def _is_here(server: str) -> bool:
 
 @contextmanager
 def _usable_proxies() -> Iterator[None]:
-    """Turns the errors of httpx for proxies that it can't use into ServerError."""
+    """Turns the errors of httpx for proxies that it can't use into ServerError, without a proxy's password."""
     import httpx
 
+    rule = "http_proxy, https_proxy, all_proxy and no_proxy must be usable"
     try:
         yield
-    except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise ServerError(f"http_proxy, https_proxy, all_proxy and no_proxy must be usable, got {error}") from error
+    except ImportError as error:  # of a SOCKS proxy
+        raise ServerError(f"{rule}, got {error}") from None
+    except (ValueError, httpx.InvalidURL):
+        raise ServerError(f"{rule}, got one that is no URL like http://USER:PASSWORD@HOST:PORT") from None

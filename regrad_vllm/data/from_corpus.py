@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_vllm.data.questions import SourceDocument
-from regrad_vllm.http_client import connect
+from regrad_vllm.http_client import ServerError, connect, server_errors
 
 VALIDATION_SHARE = 0.1
 MAX_ANSWER_WORDS = 8
@@ -54,7 +54,6 @@ async def write_questions(
     Writes the splits "train" and "validation" into ``out``. A digest of a file's id chooses its split, so all passages
     of one file are in the same split.
     """
-    import httpx
     from tqdm import tqdm
 
     gate = asyncio.Semaphore(concurrency)
@@ -68,7 +67,7 @@ async def write_questions(
                 nonlocal num_refused
                 async with gate:
                     answer = await _ask(client, model, document, per_passage)
-                if isinstance(answer, httpx.HTTPError):
+                if isinstance(answer, ServerError):
                     failures.append(f"{document.id}: {answer}")
                 else:
                     pairs = list(parse(answer))
@@ -108,9 +107,7 @@ def is_usable(question: str, answer: str, document: SourceDocument) -> bool:
 
 
 async def _ask(client: Any, model: str, document: SourceDocument, number: int) -> Any:
-    """The model's text. An httpx.HTTPError is returned, not raised."""
-    import httpx
-
+    """The model's text. A ServerError is returned, not raised."""
     title = f", titled “{document.title}”" if document.title else ""
     prompt = _PROMPT.format(title=title, text=document.text, number=number)
     body = {
@@ -120,13 +117,14 @@ async def _ask(client: Any, model: str, document: SourceDocument, number: int) -
         "max_tokens": number * _TOKENS_PER_QUESTION,
     }
     try:
-        response = await client.post("/v1/chat/completions", json=body)
-        response.raise_for_status()
+        with server_errors():
+            response = await client.post("/v1/chat/completions", json=body)
+            response.raise_for_status()
         return response.json()["choices"][0]["message"]["content"] or ""
-    except httpx.HTTPError as error:
+    except ServerError as error:
         return error
     except (ValueError, LookupError, TypeError) as error:  # one unreadable answer must not end the run
-        return httpx.DecodingError(f"the server's answer must be a chat completion: {error!r}")
+        return ServerError(f"the server's answer must be a chat completion: {error!r}")
 
 
 def _write(out: Path, documents: Sequence[SourceDocument], found: Mapping[str, Sequence[tuple[str, str]]]) -> None:

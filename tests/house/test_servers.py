@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from regrad_vllm.cli import main
+from regrad_vllm.http_client import connect
 from regrad_vllm.local.processes import free_port
 
 KEY = "the-key"
@@ -77,6 +78,38 @@ def test_a_server_that_is_away_is_one_line(command: list[str], capsys: pytest.Ca
 def test_proxies_that_cannot_be_used_are_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     line = said(command, "http://example.com", capsys)  # nothing is sent
     assert line.startswith("http_proxy, https_proxy, all_proxy and no_proxy must be usable, got ")
+
+
+def test_a_password_of_a_proxy_is_not_shown(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("all_proxy")
+    monkeypatch.setenv("http_proxy", "http://user:hunter2")
+    line = said(command, "http://example.com", capsys)  # nothing is sent
+    assert line.startswith("http_proxy, https_proxy, all_proxy and no_proxy must be usable") and "hunter2" not in line
+
+
+def test_a_key_may_end_with_a_new_line_and_one_that_no_header_can_have_is_not_shown(
+    command: list[str], server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    assert said(command, server, capsys).startswith("--model-name must be one")
+    for key in ("schlüssel", "two\nlines"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        line = said(command, server, capsys)
+        assert line.startswith("OPENAI_API_KEY must be printable ASCII, got ") and key[:3] not in line
+        with pytest.raises(ValueError, match="OPENAI_API_KEY must be printable ASCII"):
+            connect(server, 1.0)
+
+
+@pytest.mark.parametrize("url", ["http://user:s3cret@host", "http://user:s3/cret@host", "user:s3cret@host"])
+def test_a_url_with_a_password_is_refused_and_not_shown(
+    url: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--server", url, "--bank", "127.0.0.1:1"])
+    line = capsys.readouterr().err
+    assert "argument --server: must be http://host:port without a user or a password" in line and "s3" not in line
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "http://", "http://localhost:port", "/v1"])
