@@ -19,6 +19,7 @@ from regrad_vllm.serve.used import Used
 MAX_PROMPTS = 64  # of one request, if each has documents of its own
 SWITCHED_OFF = "regrad.enabled is false"
 _MAX_REQUEST_ID_CHARS = 512
+_MAX_CHOICES = 16384  # of each prompt, vLLM's default limit
 _LOGGER = logging.getLogger("regrad")
 
 
@@ -128,6 +129,9 @@ class Planner:
         for field in ("use_beam_search", "prompt_embeds"):  # with these vLLM numbers the prompts in another way
             if parts[0].get(field):
                 raise RequestError.bad(field, "absent with several prompts and regrad", parts[0][field])
+        num_choices = parts[0].get("n", 1)
+        if type(num_choices) is not int or not 1 <= num_choices <= _MAX_CHOICES:  # vLLM would take 2.0 and "2" for 2
+            raise RequestError.bad("n", f"a whole number in 1..{_MAX_CHOICES} with several prompts", num_choices)
         plans: list[Plan | Used] = []
         for number, part in enumerate(parts):
             try:
@@ -136,8 +140,7 @@ class Planner:
                 if by_name:
                     raise RequestError(error.status, f"prompt[{number}]: {error.message}", error.param) from error
                 plans.append(self.without_documents(request_id, error))
-        num_choices = parts[0].get("n")
-        return PromptPlans(request_id, tuple(plans), num_choices if isinstance(num_choices, int) else 1)
+        return PromptPlans(request_id, tuple(plans), num_choices)
 
     def _filled(
         self, options: RegradOptions, body: Body, shape: PromptShape, request_id: str, *, by_name: bool

@@ -129,6 +129,10 @@ def test_each_of_several_prompts_is_searched_for(planner: Planner) -> None:
         ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt"),
         ({"prompt": ["a", "b"], "use_beam_search": True}, "use_beam_search"),
         ({"prompt": ["a", "b"], "prompt_embeds": "x"}, "prompt_embeds"),
+        ({"prompt": ["a", "b"], "n": 2.0}, "n"),
+        ({"prompt": ["a", "b"], "n": "2"}, "n"),
+        ({"prompt": ["a", "b"], "n": True}, "n"),
+        ({"prompt": ["a", "b"], "n": 10**9}, "n"),
     ],
 )
 def test_several_prompts_that_can_not_have_their_own_documents_are_refused_or_the_base_models(
