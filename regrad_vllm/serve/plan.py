@@ -97,7 +97,7 @@ class Planner:
         """
         if self.settings.on_error == "fail_closed":
             raise error
-        _LOGGER.warning("request %s falls back to the base model: %s", request_id, error.message)
+        _LOGGER.warning("request %r falls back to the base model: %s", request_id, error.message)
         return Used(request_id, self.settings.namespace, "blind", self.gamma, fallback=True, reason=error.message)
 
     @property

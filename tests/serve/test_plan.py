@@ -146,6 +146,12 @@ def test_several_prompts_that_can_not_have_their_own_documents_are_refused_or_th
     assert isinstance(used, Used) and used.fallback and param in str(used.reason)
 
 
+def test_an_id_with_a_new_line_is_one_line_of_the_log(planner: Planner, caplog: pytest.LogCaptureFixture) -> None:
+    planner = replace(planner, settings=replace(planner.settings, default=True))
+    plan_of(planner, model="base", prompt="", request_id="mine\nERROR forged")
+    assert "request 'mine\\nERROR forged' falls back" in caplog.messages[0]
+
+
 def test_a_blank_prompt_among_several_is_named_or_the_base_models(planner: Planner) -> None:
     with pytest.raises(RequestError, match=r"^prompt\[1\]: regrad.query must"):
         plan_of(planner, model="base-regrad", prompt=["a", " "])
