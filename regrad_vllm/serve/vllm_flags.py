@@ -42,6 +42,8 @@ def config_flags(argv: Sequence[str]) -> dict[str, str]:
         raise SettingsError(f"--config must name a file of vLLM's flags, got {path!r}: {error}") from error
     given = {}
     for key, value in flags.items():
+        if value is None or value == []:  # vLLM takes its default
+            continue
         flag = str(key).replace("_", "-")
         given[f"no-{flag}" if value is False else flag] = "" if isinstance(value, bool) else str(value)
     return given

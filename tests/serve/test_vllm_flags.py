@@ -37,6 +37,18 @@ def test_flags_in_vllms_config_file_count_as_given(
     assert value(shlex.split(capsys.readouterr().out), "--max-loras") == "9"
 
 
+def test_an_empty_value_in_vllms_config_file_counts_as_left_out(
+    model: Path, learner_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("served-model-name: []\nlora-target-modules: []\nmax-num-seqs: null\nport:\n")
+    command = [str(model), "--learner", str(learner_folder), "--print-command"]
+    assert main(command) == 0
+    plain = shlex.split(capsys.readouterr().out)
+    assert main([*command, "--config", str(file)]) == 0
+    assert {*plain} <= {*shlex.split(capsys.readouterr().out)}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "rule"),
     [
