@@ -111,9 +111,10 @@ SHAPES: Mapping[str, PromptShape] = {
 }
 # vLLM's routes with a prompt or tokens that ReGrad doesn't support. A request for ReGrad there gets an error.
 ROUTES_WITHOUT = frozenset({
-    "/invocations", "/v1/messages", "/v1/chat/completions/batch", "/cohere/v2/chat", "/generative_scoring",
-    "/v1/systemone", "/inference/v1/generate", "/v1/chat/completions/render", "/v1/completions/render",
-    "/v1/messages/render", "/v1/responses/render", "/v1/chat/completions/derender", "/v1/completions/derender",
+    "/invocations", "/v1/messages", "/v1/chat/completions/batch", "/cohere/v2/chat", "/cohere/v2/chat/render",
+    "/generative_scoring", "/v1/systemone", "/inference/v1/generate", "/v1/chat/completions/render",
+    "/v1/completions/render", "/v1/messages/render", "/v1/responses/render", "/v1/chat/completions/derender",
+    "/v1/completions/derender",
 })  # fmt: skip
 # Routes that use the tokenizer alone. There a model's name with ReGrad is the base model's.
 TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
