@@ -129,7 +129,9 @@ def test_the_base_digest_sees_rotary_scaling_multipliers_and_the_tokenizers_step
     scaled = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
     assert variant("scaled", config={"rope_parameters": scaled}) != plain
     assert variant("windowed", config={"layer_types": ["sliding_attention"] * 4}) != plain
-    assert variant("multiplied", config={"logits_scaling": 8.0}) != plain
+    for name in ("logits_scaling", "query_pre_attn_scalar"):
+        assert variant(name, config={name: 8.0}) != plain
+    assert variant("activated", config={"hidden_activation": "gelu"}) != plain
     assert variant("split", tokenizer={"pre_tokenizer": {"type": "Whitespace"}}) != plain
     assert variant("added", tokenizer={"added_tokens": [{"id": 1, "content": "<x>", "special": True}]}) != plain
     # The same model as another library version spells it.
