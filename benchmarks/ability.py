@@ -18,6 +18,7 @@ exit status is 1.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import sys
@@ -25,13 +26,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts
 from regrad_vllm.evaluate.fill_bank import ingest
+from regrad_vllm.http_client import connect
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT, local_pair, wait_for_server
 from regrad_vllm.local.processes import Services, free_port
 from regrad_vllm.reporting.intervals import Interval, stratified_interval
@@ -99,10 +99,14 @@ def _logprobs(url: str, title: str, text: str, options: dict[str, Any] | None) -
     }  # fmt: skip
     if options is not None:
         body["regrad"] = {"namespace": _NAMESPACE, "query": title or text[:100], **options}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=600)
-    answer.raise_for_status()
-    positions = answer.json()["choices"][0]["prompt_logprobs"]
+    positions = asyncio.run(_completion(url, body))["choices"][0]["prompt_logprobs"]
     return [next(iter(position.values()))["logprob"] for position in positions if position]
+
+
+async def _completion(url: str, body: dict[str, Any]) -> Any:
+    async with connect(url, 600) as client:
+        answer = await client.post("/v1/completions", json=body)
+        return answer.raise_for_status().json()
 
 
 if __name__ == "__main__":
