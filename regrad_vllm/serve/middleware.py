@@ -140,7 +140,7 @@ async def _unless_gone(
             await _called_off(doing, drop)
             return None
         return await asyncio.shield(doing)
-    except asyncio.CancelledError:
+    except BaseException:  # cancelled, or ``receive`` or the work itself failed
         await _called_off(doing, drop)
         raise
     finally:

@@ -181,6 +181,7 @@ class _Client:
     def __init__(self) -> None:
         self.gone = asyncio.Event()
         self.reads = asyncio.Event()
+        self.error: Exception | None = None  # what ``receive`` raises instead of a hang-up
         self.sent: list[Any] = []
         self._messages = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
 
@@ -188,6 +189,8 @@ class _Client:
         if self._messages:
             return self._messages.pop()
         await self.gone.wait()
+        if self.error is not None:
+            raise self.error
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -195,8 +198,9 @@ class _Client:
         self.sent.append(message)
 
 
+@pytest.mark.parametrize("error", [None, OSError("the connection broke")])
 def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
-    bank: BankThread, learner: Learner, tmp_path: Path
+    bank: BankThread, learner: Learner, tmp_path: Path, error: Exception | None
 ) -> None:
     async def run() -> None:
         async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
@@ -209,10 +213,15 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
             asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
             await eventually(lambda: worker.composer.figures()["num_tickets"] == 1)
             assert arena.figures().num_leases == 1
+            client.error = error
+            client.reads.set()
             client.gone.set()
-            async with asyncio.timeout(5):
-                await asked
-            assert arena.figures().num_leases == 0 and not client.sent
+            if error is None:
+                await asyncio.wait_for(asked, 5)
+            else:
+                with pytest.raises(OSError, match="broke"):
+                    await asyncio.wait_for(asked, 5)
+            assert arena.figures().num_leases == 0 and bool(client.sent) is (error is not None)
             await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
 
     asyncio.run(run())
