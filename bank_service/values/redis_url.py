@@ -16,7 +16,7 @@ def check_redis_url(url: str, setting: str) -> None:
         raise ValueError(f"{setting} must start with redis://, rediss:// or unix://, got {got}")
     try:
         parts = urlsplit(url)
-        usable = (parts.port is None or parts.port > 0) and "@" not in parts.path + parts.fragment
+        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.fragment
     except ValueError:
         usable = False
     if not usable and not url.startswith("unix://"):

@@ -20,6 +20,8 @@ from bank_service.wire.record import CODECS
         ({"host": "[]"}, "host must not be empty"),
         ({"codec": "zip"}, f"codec must be one of {', '.join(sorted(CODECS))}, got 'zip'"),
         ({"redis_url": "localhost:6379"}, "redis_url must start with redis://"),
+        ({"redis_url": "redis://:6379/0"}, "redis_url must be like redis://"),
+        ({"redis_url": "rediss://:s3cret@"}, "redis_url must be like redis://"),
         ({"cache_bytes": 0}, "cache_bytes must be in 1048576"),
         ({"encode_wait_ms": float("nan")}, "encode_wait_ms must be in 0..1000, got nan"),
         ({"encode_batch_size": 0}, "encode_batch_size must be"),
