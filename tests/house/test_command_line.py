@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import re
 import socket
@@ -100,8 +101,9 @@ def test_a_bank_that_is_not_there_is_one_line_that_says_what_to_do(arguments: li
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("home", [None, "", "/"])
 def test_only_a_command_that_needs_a_home_asks_for_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_entry(uid: int) -> pwd.struct_passwd:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -109,6 +111,9 @@ def test_only_a_command_that_needs_a_home_asks_for_one(
     monkeypatch.setattr(pwd, "getpwuid", no_entry)
     for variable in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(SystemExit) as raised:
         main(["--help"])
     assert raised.value.code == 0
