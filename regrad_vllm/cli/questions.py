@@ -32,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from regrad_vllm.data.from_corpus import write_questions
     from regrad_vllm.data.questions import SourceDocument
 
-    if args.per_passage < 1:
-        raise UsageError(f"--per-passage must be at least 1, got {args.per_passage}")
     if args.out.exists() and any(args.out.iterdir()):
         raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
     files, _, bad = find_files(args.paths)
