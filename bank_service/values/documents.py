@@ -86,16 +86,22 @@ class Document:
 
     def _check_metadata(self) -> None:
         name = "document.metadata"
-        num_pairs = len(self.metadata.keys() - {limits.SOURCE_KEY, limits.FILE_KEY})
-        if num_pairs > limits.MAX_METADATA_PAIRS:
+        own = {key: value for key, value in self.metadata.items() if key not in (limits.SOURCE_KEY, limits.FILE_KEY)}
+        if len(own) > limits.MAX_METADATA_PAIRS:
             raise InvalidArgumentError(
-                f"{name} must have at most {limits.MAX_METADATA_PAIRS} pairs, got {num_pairs}", field=name
+                f"{name} must have at most {limits.MAX_METADATA_PAIRS} pairs, got {len(own)}", field=name
             )
-        num_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in self.metadata.items())
+        num_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in own.items())
         if num_bytes > limits.MAX_METADATA_BYTES:
             raise InvalidArgumentError(
                 f"{name} must be at most {limits.MAX_METADATA_BYTES} bytes in all, got {num_bytes}", field=name
             )
+        for key in self.metadata.keys() - own.keys():
+            num_bytes = len(self.metadata[key].encode())
+            if num_bytes > limits.MAX_SOURCE_BYTES:
+                raise InvalidArgumentError(
+                    f"{name}[{key!r}] must be at most {limits.MAX_SOURCE_BYTES} bytes, got {num_bytes}", field=name
+                )
         for key, value in self.metadata.items():
             _check_printable(key + value, name)
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))

@@ -11,9 +11,10 @@ MAX_TITLE_BYTES = 2**10
 MAX_TEXT_BYTES = 2**20
 MAX_METADATA_PAIRS = 32
 MAX_METADATA_BYTES = 4 * 2**10
-# Metadata that `regrad ingest` adds. They don't count among the MAX_METADATA_PAIRS.
+# Metadata that `regrad ingest` adds. They take no room from MAX_METADATA_PAIRS and MAX_METADATA_BYTES.
 SOURCE_KEY = "regrad.source"  # the file or folder that the document came from
 FILE_KEY = "regrad.file"  # the file that the document's id is made of; absent if the document brought its id
+MAX_SOURCE_BYTES = 4 * 2**10  # of the value of either key; the longest path on Linux
 MAX_TOP_K = 64
 MAX_QUERY_IDS = 64
 MAX_BATCH_QUERIES = 64

@@ -67,6 +67,11 @@ async def bank(shared_client: Client) -> AsyncIterator[Client]:
         ({"namespace": "x\n"}, "document.namespace", "1,64"),
         ({"metadata": {str(n): "" for n in range(33)}}, "document.metadata", "at most 32 pairs, got 33"),
         ({"metadata": {"k": "x" * 4096}}, "document.metadata", "at most 4096 bytes in all, got 4097"),
+        (
+            {"metadata": {"regrad.file": "x" * 4097}},
+            "document.metadata",
+            "'regrad.file'. must be at most 4096 bytes",
+        ),
         ({"metadata": {"k": "a\0"}}, "document.metadata", "control characters"),
     ],
 )
@@ -88,6 +93,7 @@ async def test_a_document_out_of_its_limits_is_refused(
         {"text": "x" * limits.MAX_TEXT_BYTES},
         {"metadata": {str(n): "" for n in range(32)}},
         {"metadata": {"k": "x" * 4095}},
+        {"metadata": {"k": "x" * 4095, "regrad.source": "/" * 4096, "regrad.file": "x" * 4096}},
     ],
 )
 async def test_a_document_at_its_limits_is_stored(bank: Client, fields: dict[str, Any]) -> None:
