@@ -6,7 +6,7 @@ ordered and cut by their ids. Only an approximate store may choose among them by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bank_service.catalog.contract import CatalogView, WordSearch
@@ -25,6 +25,7 @@ class Ranked:
     """The documents that answer a query in one view."""
 
     scores: dict[int, Score]  # by key, best first
+    words: Mapping[int, float]  # key → BM25 of the best documents by words, best first
     candidates: dict[int, Candidate]  # by key; all documents of ``scores`` and perhaps more
     sequence: int  # every change up to this one is reflected
     is_stale: bool  # vector store and view differ: a newer view may give another answer
@@ -37,9 +38,11 @@ class Present:
         self._nearest = nearest
         self._words = words
 
-    def find(self, view: CatalogView, query: Query, vector: FloatArray) -> Ranked:
+    def find(
+        self, view: CatalogView, query: Query, vector: FloatArray, words: Mapping[int, float] | None = None
+    ) -> Ranked:
         """Finds the best ``top_k`` documents with at least ``min_score``. ``vector``: float32 (dimension,). ``view``
-        must be fresh: nothing was read from it."""
+        must be fresh: nothing was read from it. ``words``: of an earlier ``Ranked`` for the same query."""
         depth = depth_of(query)
         proposed = self._proposed(view, query, vector, depth)
         dense = closest(view, proposed.keys, vector, depth)
@@ -48,10 +51,14 @@ class Present:
             or len(dense) < min(len(proposed.keys), depth)
             or any(candidate.sequence > proposed.sequence for candidate in dense.values())
         )
-        words: dict[int, float] = {}
-        if query.retrieval is not Retrieval.DENSE:
+        if query.retrieval is Retrieval.DENSE:
+            words = {}
+        elif words is None:
             with span("catalog.words"):
                 words = self._words.best(view, query.namespace, query.text, query.conditions, depth)
+        else:
+            present = view.among(list(words), query.conditions)  # documents may have changed since
+            words = {key: score for key, score in words.items() if key in present}
         candidates = dense | candidates_of(view, [key for key in words if key not in dense])
         cosines = cosines_of(candidates, vector)
         if query.retrieval is Retrieval.LEXICAL:
@@ -63,7 +70,7 @@ class Present:
             values = _fused([nearest, list(words)])
         best = sorted(values, key=lambda key: (-values[key], candidates[key].id))[: query.top_k]
         scores = {key: Score(values[key], cosines[key]) for key in best if cosines[key] >= query.min_score}
-        return Ranked(scores, candidates, proposed.sequence, is_stale)
+        return Ranked(scores, words, candidates, proposed.sequence, is_stale)
 
     def _proposed(self, view: CatalogView, query: Query, vector: FloatArray, depth: int) -> Neighbours:
         if query.retrieval is Retrieval.LEXICAL:

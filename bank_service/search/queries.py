@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from bank_service.runtime.threads import in_thread, stoppable_in_thread
 from bank_service.search.nearest import Nearest
 from bank_service.search.past import Past
 from bank_service.search.present import Present
-from bank_service.values.documents import Hit, Query, QueryResult
+from bank_service.values.documents import Hit, Query, QueryResult, Retrieval
 from bank_service.wire import limits
 from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
@@ -28,7 +28,8 @@ MESSAGE_RESERVE_BYTES = 256 * 2**10  # ids, digests, scores and framing of 64 hi
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     result: QueryResult
-    newer: int | None  # a stale attempt: the sequence that the vectors must reflect before the next one
+    newer: int | None = None  # a stale attempt: the sequence that the vectors must reflect before the next one
+    words: Mapping[int, float] | None = None  # see ``Ranked.words``
 
 
 class Queries:
@@ -74,9 +75,14 @@ class Queries:
         also InvalidArgumentError, OutOfRangeError and OverloadedError.
         """
         if vectors is None:
-            result = await self._search(query, None)
+            result = (await self._search(query, None)).result
         else:
-            result = _best(query, [await self._search(query, vector) for vector in vectors])
+            # The order by words alone is the same for each vector.
+            first, *others = vectors[:1] if query.retrieval is Retrieval.LEXICAL else vectors
+            attempt = await self._search(query, first)
+            result = attempt.result
+            for vector in others:  # one after another: each answer may have many MB of text
+                result = _best(query, result, (await self._search(query, vector, attempt.words)).result)
         text_bytes = text_bytes_of(result.hits)
         if text_bytes > limits.MAX_MESSAGE_BYTES - MESSAGE_RESERVE_BYTES:
             raise LimitExceededError(
@@ -86,13 +92,15 @@ class Queries:
             )
         return result
 
-    async def _search(self, query: Query, vector: FloatArray | None) -> QueryResult:
+    async def _search(
+        self, query: Query, vector: FloatArray | None, words: Mapping[int, float] | None = None
+    ) -> _Attempt:
         if query.as_of is not None:
-            return await self._search_past(query, query.as_of, vector)
+            return _Attempt(await self._search_past(query, query.as_of, vector))
         if vector is None:
             with span("catalog.read"):
-                return await in_thread(self._pool, self._named, query)
-        return await self._search_present(query, vector)
+                return _Attempt(await in_thread(self._pool, self._named, query))
+        return await self._search_present(query, vector, words)
 
     def fitting(self, hits: Iterable[Hit]) -> list[str]:
         """The digests of the first hits, as many as fit one message with their gradients and all texts."""
@@ -122,20 +130,20 @@ class Queries:
         finally:
             self._num_past -= 1
 
-    async def _search_present(self, query: Query, vector: FloatArray) -> QueryResult:
+    async def _search_present(self, query: Query, vector: FloatArray, words: Mapping[int, float] | None) -> _Attempt:
         await self._nearest.reach(self._acknowledged.value)
         for _ in range(MAX_ATTEMPTS - 1):
-            attempt = await in_thread(self._pool, self._attempt, query, vector)
+            attempt = await in_thread(self._pool, self._attempt, query, vector, words)
             if attempt.newer is None:
-                return attempt.result
+                return attempt
             await self._nearest.reach(attempt.newer)
         # The documents change faster than the searches. The last search ranks the found ones by their present vectors,
         # and leaves deleted ones out.
-        return (await in_thread(self._pool, self._attempt, query, vector)).result
+        return await in_thread(self._pool, self._attempt, query, vector, words)
 
-    def _attempt(self, query: Query, vector: FloatArray) -> _Attempt:
+    def _attempt(self, query: Query, vector: FloatArray, words: Mapping[int, float] | None) -> _Attempt:
         with span("catalog.read"), self._catalog.view() as view:
-            found = self._present.find(view, query, vector)
+            found = self._present.find(view, query, vector, words)
             if not found.scores:
                 view.check_namespace(query.namespace)
             if query.include_text:
@@ -144,7 +152,7 @@ class Queries:
             else:
                 hits = tuple(found.candidates[key].hit(score) for key, score in found.scores.items())
             result = QueryResult(hits, {}, found.sequence)
-            return _Attempt(result, view.sequence() if found.is_stale else None)
+            return _Attempt(result, view.sequence() if found.is_stale else None, found.words)
 
     def _named(self, query: Query) -> QueryResult:
         with self._catalog.view() as view:
@@ -157,14 +165,14 @@ class Queries:
             return QueryResult(tuple(hits), {}, view.sequence())
 
 
-def _best(query: Query, results: Sequence[QueryResult]) -> QueryResult:
-    """The best hits of several searches for one query. A document has its best score."""
+def _best(query: Query, one: QueryResult, other: QueryResult) -> QueryResult:
+    """The best hits of two searches for one query. A document has its best score."""
     best: dict[str, Hit] = {}
-    for hit in (hit for result in results for hit in result.hits):
+    for hit in (*one.hits, *other.hits):
         if hit.id not in best or (hit.score, hit.cosine) > (best[hit.id].score, best[hit.id].cosine):
             best[hit.id] = hit
-    hits = sorted(best.values(), key=lambda hit: (-hit.score, hit.id)) if len(results) > 1 else results[0].hits
-    return QueryResult(tuple(hits[: query.top_k]), {}, min(result.sequence for result in results))
+    hits = sorted(best.values(), key=lambda hit: (-hit.score, hit.id))
+    return QueryResult(tuple(hits[: query.top_k]), {}, min(one.sequence, other.sequence))
 
 
 def text_bytes_of(hits: Iterable[Hit]) -> int:

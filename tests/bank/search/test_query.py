@@ -12,6 +12,7 @@ from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import LearnerMismatchError, LimitExceededError, NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.record import record_digest, verify_record
+from tests.spans import recorded_spans
 
 FACTS = {
     "owl": "The barn owl hunts mice at night by hearing alone.",
@@ -90,6 +91,17 @@ async def test_a_question_beside_a_long_log_is_searched_for(client: Client, text
     (answer,) = await client.query_batch({"text": text, "top_k": 4})
     assert answer.hits[0].id == "owl" and len(answer.hits) == 4
     assert [hit.score for hit in answer.hits] == sorted((hit.score for hit in answer.hits), reverse=True)
+
+
+@pytest.mark.asyncio
+async def test_a_long_query_searches_by_words_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    await put_facts(client)
+    spans = recorded_spans(monkeypatch)
+    for retrieval, num_searches in ((pb.LEXICAL, 1), (pb.HYBRID, 5)):
+        spans.clear()
+        await client.query(text="\n".join([*LINES, QUESTION]), top_k=2, retrieval=retrieval)
+        names = [span.name for span in spans.get_finished_spans()]
+        assert names.count("catalog.words") == 1 and names.count("catalog.read") == num_searches
 
 
 @pytest.mark.asyncio
