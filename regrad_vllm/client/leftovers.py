@@ -64,20 +64,23 @@ def remove_leftovers(bank: Bank, namespace: str, held: Held, *, delete_missing: 
     too, unless some input of its source can't be used. BankError if the bank fails.
     """
     left = Leftovers()
+    num_listed = 0
     try:
         for source, files in held.files.items():
             for entry in bank.list(namespace=namespace, conditions=(Condition(SOURCE_KEY, "equals", (source,)),)):
                 if entry.metadata.get(SOURCE_KEY) != source:
                     left.unknown = "the bank has an earlier version, which doesn't list the documents of a source"
                     return left
+                num_listed += 1
                 if entry.id in held.ids:
                     continue
                 if entry.metadata.get(FILE_KEY) in files or (delete_missing and source not in held.incomplete):
                     _delete(bank, namespace, entry, left)
                 else:
                     left.missing.append(entry.id)
-        known = held.ids.union(left.missing)
-        left.others.extend(id for id in _next_ids(held.last) if id not in known and _is_there(bank, namespace, id))
+        if bank.stats().namespaces.get(namespace) != num_listed - left.num_removed:  # else there are no others
+            known = held.ids.union(left.missing)
+            left.others.extend(id for id in _next_ids(held.last) if id not in known and _is_there(bank, namespace, id))
     except PermissionDeniedError as error:  # such as a token that may write only
         left.unknown = error.message
     except NotFoundError:  # the bank has taken no document, and the namespace had none before

@@ -68,6 +68,18 @@ def test_a_document_of_another_source_stays_though_its_id_looks_like_the_next_pa
     assert ids() == ["guide.md", "guide.md#1", "guide.md#2", "guide.md#3"]
 
 
+def test_no_document_of_others_is_asked_for_where_there_are_none(
+    ingest: Ingest, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("one call for each file")
+
+    monkeypatch.setattr(Bank, "get", refuse)
+    for number in (3, 1):
+        assert ingest(_guide(Path("guide.md"), number), _guide(Path("docs/other.md"), 2))[0] == 0
+    assert ids() == ["docs/other.md#1", "docs/other.md#2", "guide.md"]
+
+
 @pytest.mark.parametrize("gap", ["", json.dumps({"id": "own", "text": "own"}), "{bad"], ids=["blank", "own-id", "bad"])
 def test_all_lines_that_a_file_no_longer_holds_go_whatever_lay_between_them(ingest: Ingest, ids: Ids, gap: str) -> None:
     one, two, four, five = ({"text": text} for text in ("one", "two", "four", "five"))
