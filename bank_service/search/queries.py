@@ -16,7 +16,7 @@ from bank_service.runtime.threads import in_thread, stoppable_in_thread
 from bank_service.search.nearest import Nearest
 from bank_service.search.past import Past
 from bank_service.search.present import Present
-from bank_service.values.documents import Hit, Query, QueryResult, Retrieval
+from bank_service.values.documents import Hit, Query, QueryResult
 from bank_service.wire import limits
 from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
@@ -77,8 +77,7 @@ class Queries:
         if vectors is None:
             result = (await self._search(query, None)).result
         else:
-            # The order by words alone is the same for each vector.
-            first, *others = vectors[:1] if query.retrieval is Retrieval.LEXICAL else vectors
+            first, *others = vectors
             attempt = await self._search(query, first)
             result = attempt.result
             for vector in others:  # one after another: each answer may have many MB of text
