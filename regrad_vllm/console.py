@@ -37,12 +37,19 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def end_output() -> None:
-    """Drops output that couldn't be written, so that Python doesn't report it again at its end."""
+def end_output(*, failed: bool) -> int:
+    """0, or 1 if output couldn't be written. It is dropped, so that Python doesn't report it again at its end.
+
+    The error is reported, unless the command failed anyway or the reader of the output has ended.
+    """
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not failed and not isinstance(error, BrokenPipeError):
+            note(f"regrad: {error}")
+        return 1
+    return 0
 
 
 def say(text: str = "") -> None:

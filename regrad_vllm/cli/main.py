@@ -56,9 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"regrad: {error}")
         return error.exit_status
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    finally:
-        end_output()
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as ended:  # of argparse, after help, the version or wrong usage
+        if end_output(failed=bool(ended.code)):
+            return 1
+        raise
+    except BaseException:  # of --debug
+        end_output(failed=True)
+        raise
+    lost = end_output(failed=status != 0)
+    return status or lost
 
 
 def _run(arguments: list[str]) -> int:

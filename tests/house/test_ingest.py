@@ -197,6 +197,7 @@ def _regrad(shell: str, *arguments: str, encoding: str = "utf-8") -> subprocess.
     command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "regrad_vllm.cli", *arguments]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     environment.pop("TQDM_DISABLE", None)
+    environment.pop("PYTHONUNBUFFERED", None)  # with it, no output is left for the end
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
@@ -229,6 +230,19 @@ def test_output_that_cannot_be_written_is_one_line(bank: str, tmp_path: Path, sh
     result = _regrad(shell, "list", "--bank", bank, "--namespace", "closed")
     assert (result.returncode, result.stderr) == (1 if error else 0, error)
     assert result.stdout.count("bytes of text") == (0 if error else 2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["serve", "default", "--print-command"]], ids=lambda words: words[0]
+)
+def test_output_that_is_lost_at_the_end_is_one_line(arguments: list[str]) -> None:
+    result = _regrad(">/dev/full", *arguments)
+    assert (result.returncode, result.stderr) == (1, "regrad: [Errno 28] No space left on device\n")
+
+
+def test_a_reader_that_has_ended_is_no_error_to_report() -> None:
+    result = _regrad("| true", "--version")
+    assert result.stderr == ""
 
 
 def test_a_query_as_of_an_earlier_sequence_until_something_is_deleted(
