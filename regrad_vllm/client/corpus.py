@@ -121,8 +121,12 @@ def _named_id(path: Path) -> str:
 
 
 def _absolute(path: Path) -> str:
-    """The path's source. Bytes that are no UTF-8 are escaped, because metadata is text."""
-    return str(path.resolve()).encode(errors="backslashreplace").decode()
+    """The source that a given path is. Bytes that are no UTF-8 are escaped, because metadata is text.
+
+    A file that is a link keeps its own name, because such links change their targets with every version.
+    """
+    source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    return str(source).encode(errors="backslashreplace").decode()
 
 
 def _walk(folder: Path, source: str, given: Sequence[Path], bad: list[BadInput]) -> Iterator[Path]:

@@ -214,6 +214,17 @@ def test_a_file_that_is_given_twice_is_read_once(tmp_path: Path, monkeypatch: py
     assert path.exists()
 
 
+def test_a_link_to_a_file_is_one_source_whatever_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(".")
+    for version in ("v1.md", "v2.md"):
+        _write(tmp_path / version, f"Text of {version}.")
+        (tmp_path / "current.md").unlink(missing_ok=True)
+        (tmp_path / "current.md").symlink_to(version)
+        (document,), _ = _read(tmp_path / "link" / "current.md")
+        assert document.text == f"Text of {version}."
+        assert document.metadata["regrad.source"] == f"{tmp_path}/current.md"
+
+
 def test_a_pipe_is_refused_because_it_can_be_read_only_once(tmp_path: Path) -> None:
     pipe = tmp_path / "a.jsonl"
     os.mkfifo(pipe)
