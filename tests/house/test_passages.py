@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
+from regrad_vllm.data import token_counts
 from regrad_vllm.data.passages import (
     MAX_PASSAGE_TOKENS,
     OVERLAP_TOKENS,
@@ -16,7 +19,7 @@ from regrad_vllm.data.passages import (
     split_sentences,
     split_text,
 )
-from regrad_vllm.data.token_counts import TOKENS_PER_WORD, count_tokens, tokenizer_of
+from regrad_vllm.data.token_counts import count_tokens, tokenizer_of
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.learner import Learner
 
@@ -25,7 +28,7 @@ def _prose(num_sentences: int, seed: int = 0) -> str:
     rng = random.Random(seed)
     sentences = []
     for number in range(num_sentences):
-        words = [f"w{rng.randrange(999)}" for _ in range(rng.randint(6, 25))]
+        words = ["".join(rng.choices("adegilnorst", k=5)) for _ in range(rng.randint(6, 25))]
         sentences.append(" ".join(words).capitalize() + f" n{number}.")
     return " ".join(sentences)
 
@@ -82,8 +85,9 @@ def test_paragraphs_stay_together_where_they_fit() -> None:
 
 
 def test_a_text_without_any_full_stop_is_still_cut() -> None:
-    passages = split_plain(" ".join(f"word{number}" for number in range(1000)))
-    whole = int(TARGET_TOKENS / TOKENS_PER_WORD)
+    text = " ".join(["bridge"] * 1000)
+    passages = split_plain(text)
+    whole = 1000 * TARGET_TOKENS // count_tokens(text)
     assert [len(passage.text.split()) for passage in passages[:-1]] == [whole] * (len(passages) - 1)
 
 
@@ -128,6 +132,23 @@ def test_no_passage_is_longer_than_the_learner_reads_in_any_script(language: str
     assert max(lengths) <= limit
     assert min(lengths[:-1]) >= limit / 4, "nor far shorter"
     assert without_overlap(passages) == text.split()
+
+
+_NUMBERS = [random.Random(0).randrange(10**n) for n in range(1, 10)] * 30
+_KINDS = {
+    "numbers": " ".join(map(str, _NUMBERS)),
+    "csv": "\n".join(f"{number},2024-01-{n % 28:02},{number / 7:.2f}" for n, number in enumerate(_NUMBERS)),
+    "json": json.dumps([{"id": number, "name": "Orlen", "open": True, "at": None} for number in _NUMBERS]),
+    "hex": random.Random(0).randbytes(500).hex(),
+    "code": Path(token_counts.__file__).read_text("utf-8"),
+    "prose": (Path(__file__).parents[2] / "LICENSE").read_text("utf-8"),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_estimate_is_near_the_count_for_prose_and_not_too_low_for_numbers_and_signs(kind: str) -> None:
+    ratio = tokenizer_of(ensure_default_model())(_KINDS[kind]) / count_tokens(_KINDS[kind])
+    assert (0.9 if kind == "prose" else 0.6) < ratio < 1.1
 
 
 def test_markdown_headings_become_titles_with_the_headings_above_them() -> None:
