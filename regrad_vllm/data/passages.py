@@ -98,12 +98,14 @@ def _markdown_sections(text: str) -> Iterator[tuple[str, str]]:
     path: list[tuple[int, str]] = []
     start = 0
     for heading, words in pairwise(tokens):
-        is_heading = heading.type == "heading_open" and heading.level == 0
-        if is_heading and heading.map and len(words.content.encode()) <= MAX_TITLE_BYTES:
+        if heading.type == "heading_open" and heading.level == 0 and heading.map:
             yield _join_path(path), "\n".join(lines[start : heading.map[0]])
-            start = heading.map[1]
             level = len(heading.markup)
-            path = [entry for entry in path if entry[0] < level] + [(level, words.content)]
+            path = [entry for entry in path if entry[0] < level]
+            start = heading.map[0]
+            if len(words.content.encode()) <= MAX_TITLE_BYTES:  # a longer one is text of its own section
+                path.append((level, words.content))
+                start = heading.map[1]
     yield _join_path(path), "\n".join(lines[start:])
 
 

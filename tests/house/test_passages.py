@@ -229,6 +229,13 @@ def test_headings_that_are_too_long_for_a_title_are_text_or_lose_the_outer_ones(
     assert split_markdown(f"# {middle}\n## {middle}\nText.") == [Passage(middle, "Text.")]
 
 
+def test_a_heading_that_is_too_long_ends_the_section_before_it() -> None:
+    long = "奥" * 342
+    passages = split_markdown(f"# A\n\n## B\n\nOne.\n\n## {long}\n\nTwo.\n\n### C\n\nThree.")
+    assert list(dict.fromkeys(passage.title for passage in passages)) == ["A / B", "A", "A / C"]
+    assert [passage.text for passage in passages if passage.title != "A"] == ["One.", "Three."]
+
+
 def test_sentences_end_in_other_scripts_too() -> None:
     text = "他说：“走吧。”然后走了。 यह पुल है। वह नदी है। هل هذا جسر؟ نعم. Да.» Нет."
     assert list(split_sentences(text)) == [
