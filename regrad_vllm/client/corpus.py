@@ -176,7 +176,7 @@ def _read_file(file: CorpusFile, count: CountTokens) -> Iterator[CorpusDocument 
     split = split_markdown if file.path.suffix.lower() == ".md" else split_plain
     passages = split(text, count)
     if not passages:
-        yield bad("must hold some text, it is empty")
+        yield bad(f"must hold some text, it {'has headings only' if text.strip() else 'is empty'}")
     for number, passage in enumerate(passages, 1):
         mark = f"#{number}" if len(passages) > 1 else ""
         made_id, place = file.id + mark, f"{file.path}{mark}"

@@ -149,8 +149,9 @@ def test_a_line_that_cannot_be_used_is_named_by_file_and_number(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.txt", b"", "must hold some text"),
-        ("a.md", b"# Only a heading\n", "must hold some text"),
+        ("a.txt", b"", "must hold some text, it is empty"),
+        ("a.md", b" \n", "must hold some text, it is empty"),
+        ("a.md", b"# Only a heading\n", "must hold some text, it has headings only"),
         ("a.txt", b"GIF89a\0\1", "holds a zero byte at offset 6"),
         ("a.txt", b"caf\xe9", "must be UTF-8, byte 3 is not"),
         ("a.jsonl", b"\n\n", "one JSON object a line"),
