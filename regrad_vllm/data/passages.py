@@ -28,11 +28,13 @@ _TITLE_TOKENS = 16  # a longer title takes its tokens from those of the text
 _MAX_HEADING_WORDS, _MAX_HEADING_CHARACTERS, _MAX_HEADING_UNSPACED = 12, 120, 24
 _STOPS = ".!?…"  # they end a sentence before white space
 _CLEAR_STOPS = "。！？｡।॥؟۔։።៕။།"  # they end a sentence anywhere
+_WIDE_STOPS = "．～"  # they end a sentence anywhere but before a digit, as in "３．１４" and "5～10"
 _PAUSES = ":;,：；，、،؛፣፤፥၊"
 _CLOSERS = "\"'”’»)]」』）】》"
 _CLOSED = f"[{re.escape(_CLOSERS)}]*"
-_SENTENCE_END = re.compile(rf"[{_STOPS}]{_CLOSED}\s+|[{_CLEAR_STOPS}]{_CLOSED}")
-# Scripts without spaces: from Thai to Burmese, Khmer, Japanese, Chinese, Korean.
+_SENTENCE_END = re.compile(rf"[{_STOPS}]{_CLOSED}\s+|[{_CLEAR_STOPS}]{_CLOSED}|[{_WIDE_STOPS}](?!\d){_CLOSED}")
+# Scripts without spaces: from Thai to Burmese, Khmer, Japanese, Chinese. Korean has spaces, but says as much in a few
+# characters.
 _UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
 
 
@@ -72,7 +74,7 @@ def _may_be_heading(line: str) -> bool:
         and len(line) <= _MAX_HEADING_CHARACTERS
         and len(_UNSPACED.findall(line)) <= _MAX_HEADING_UNSPACED
     )
-    return is_short and not line.rstrip(_CLOSERS).endswith(tuple(_STOPS + _CLEAR_STOPS + _PAUSES))
+    return is_short and not line.rstrip(_CLOSERS).endswith(tuple(_STOPS + _CLEAR_STOPS + _WIDE_STOPS + _PAUSES))
 
 
 def split_text(title: str, text: str) -> list[Passage]:

@@ -209,6 +209,8 @@ def test_a_plain_text_takes_a_first_line_that_stands_alone_as_its_heading() -> N
         ("这是第一句话讲的是一座不存在的桥也讲的是河和船", True),
         ("这是第一句话讲的是一座不存在的桥也讲的是河和船的故事", False),
         ("彼は「行こう。」", False),
+        ("彼は行った．", False),
+        ("楽しいね～", False),
         ("यह पुल लकड़ी का बना है।", False),
         ("اين الجسر؟", False),
         ("He said “Go.”", False),
@@ -247,6 +249,12 @@ def test_sentences_end_in_other_scripts_too() -> None:
         "نعم.",
         "Да.»",
         "Нет.",
+    ]
+    assert list(split_sentences("約３．１４だ．次は5～10分。楽しいね～行こう")) == [
+        "約３．１４だ．",
+        "次は5～10分。",
+        "楽しいね～",
+        "行こう",
     ]
 
 
