@@ -207,7 +207,9 @@ def _read_line(file: CorpusFile, number: int, line: bytes) -> CorpusDocument | B
     for name, default in fields.items():
         value = given.pop(name, default)
         if name != "text" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = json.dumps(value)
+            value = _as_text(name, value)
+        if isinstance(value, _Reason):
+            return bad(value)
         if not isinstance(value, str):
             kinds = "a string" if name == "text" else "a string or a number"
             return bad(f"{name} must be {kinds}, got {type(value).__name__}")
@@ -253,8 +255,19 @@ def _metadata(record: dict[str, object]) -> dict[str, str] | _Reason:
             found = "an object" if isinstance(value, dict) else "a list of lists or objects"
             return _Reason(f"field {key!r} must be a string, a number or a list of these, as metadata are, got {found}")
         elif value is not None:
-            metadata[key] = json.dumps(value, ensure_ascii=False)
+            text = _as_text(f"field {key!r}", value)
+            if isinstance(text, _Reason):
+                return text
+            metadata[key] = text
     return metadata
+
+
+def _as_text(name: str, value: object) -> str | _Reason:
+    """JSON's text for a value. json.loads reads a number like 1e400 as infinity, which JSON hasn't."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return _Reason(f"{name} must be within ±1.8e308 as a number; write it as a string")
 
 
 def _no_constant(name: str) -> None:

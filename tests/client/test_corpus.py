@@ -121,6 +121,8 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
         ('{"text": "x", "id": true}', "id must be a string or a number, got bool"),
         ('{"text": "x", "title": ["a"]}', "title must be a string or a number, got list"),
         ('{"text": "x", "title": NaN}', "NaN is no value of JSON; write null"),
+        ('{"text": "x", "id": 1e400}', "id must be within ±1.8e308 as a number"),
+        ('{"text": "x", "size": [1, -1e400]}', "field 'size' must be within ±1.8e308 as a number"),
         ('{"text": "x", "by": {"name": "me"}}', "field 'by' must be a string, a number or a list of these"),
         ('{"text": "x", "metadata": {"tags": [["a"]]}}', "field 'tags' must be a string, a number or a list of these"),
         ('{"text": "x", "metadata": 1}', "metadata must be an object"),
