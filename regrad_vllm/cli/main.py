@@ -84,8 +84,16 @@ def _run(arguments: list[str]) -> int:
     except (CommandError, BankError, ModuleNotFoundError, ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        note(f"regrad {args.command}: {explained(args.command, error)}")
+        wrong = _no_utf8(args, error) if isinstance(error, UnicodeEncodeError) else ""
+        note(f"regrad {args.command}: {wrong or explained(args.command, error)}")
         return error.exit_status if isinstance(error, CommandError) else 1
+
+
+def _no_utf8(args: argparse.Namespace, error: UnicodeEncodeError) -> str:
+    """The text for an argument that isn't UTF-8; empty if no argument has the text at fault."""
+    text = repr(error.object)
+    name = next((name for name, value in vars(args).items() if text[1:-1] in repr(value)), "")
+    return f"{name.removesuffix('s')} must be UTF-8, got {text}" if name else ""
 
 
 def explained(command: str, error: Exception) -> str:

@@ -166,6 +166,23 @@ def test_a_value_that_cannot_be_used_is_one_line_that_names_it(
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["query", "x", "--namespace", "a\udcffb"], "namespace"),
+        (["query", "x", "--filter", "a\udcffb=1"], "filter"),
+        (["query", "a\udcffb"], "text"),
+        (["get", "a\udcffb"], "id"),
+        (["delete", "a\udcffb"], "id"),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_named(
+    arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*arguments, "--bank", NOWHERE])
+    assert capsys.readouterr().err == f"regrad {arguments[0]}: {name} must be UTF-8, got 'a\\udcffb'\n"
+
+
 def test_bad_inputs_are_all_listed_before_anything_is_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "good.txt").write_text("A sentence.")
     (tmp_path / "empty.txt").write_text("")
