@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from regrad_vllm.cli import ingest as ingest_command
 from regrad_vllm.cli import main
+from regrad_vllm.cli.connection import connect
 from regrad_vllm.client import Bank, Document
 
 Ingest = Callable[..., tuple[int, str, str]]
@@ -127,14 +128,13 @@ def test_a_line_that_cannot_be_used_now_keeps_what_it_was(ingest: Ingest, ids: I
 def test_input_that_becomes_unusable_after_the_check_is_named(ingest: Ingest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gone", "good", "broken"):
         _guide(Path(f"docs/{name}.md"), 1)
-    connect = ingest_command.connect
 
-    def connect_later(bank: str) -> Bank:
+    def connect_later(bank: str) -> AbstractContextManager[Bank]:
         Path("docs/gone.md").unlink()
         Path("docs/broken.md").write_bytes(b"\xff")
         return connect(bank)
 
-    monkeypatch.setattr(ingest_command, "connect", connect_later)
+    monkeypatch.setattr("regrad_vllm.cli.ingest.connect", connect_later)
     status, out, notes = ingest("docs")
     assert (status, out) == (1, "1 created, 0 updated, 0 unchanged\n")
     assert "docs/gone.md: no such file or folder\n" in notes
