@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from typing import IO
 
 
 class CommandError(Exception):
@@ -42,14 +43,23 @@ def end_output(*, failed: bool) -> int:
 
     The error is reported, unless the command failed anyway or the reader of the output has ended.
     """
+    status = 0
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         if not failed and not isinstance(error, BrokenPipeError):
             note(f"regrad: {error}")
-        return 1
-    return 0
+        status = 1
+    try:
+        sys.stderr.flush()
+    except OSError:  # notes that nobody can read are no failure
+        _drop(sys.stderr)
+    return status
+
+
+def _drop(stream: IO[str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str = "") -> None:
