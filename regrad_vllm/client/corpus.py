@@ -65,8 +65,8 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
     left_out: list[Path] = []
     bad: list[BadInput] = []
 
-    def add(path: Path, id: str, given: Path) -> None:
-        files.setdefault((path.resolve(), id), CorpusFile(path, id, source or _absolute(given)))
+    def add(path: Path, id: str, source: str) -> None:
+        files.setdefault((path.resolve(), id), CorpusFile(path, id, source))
 
     paths = list(paths)
     given = [Path(os.path.realpath(path)) for path in paths]
@@ -76,17 +76,18 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
         except OSError as error:
             bad.append(BadInput(str(path), _reason(error), source))
             continue
+        own_source = source or _absolute(path)
         if is_folder:
-            for found in _walk(path, source or _absolute(path), given, bad):
+            for found in _walk(path, own_source, given, bad):
                 if found.suffix.lower() in ENDINGS:
-                    add(found, found.relative_to(path).as_posix(), path)
+                    add(found, found.relative_to(path).as_posix(), own_source)
                 else:
                     left_out.append(found)
         elif path.suffix.lower() not in ENDINGS:
             reason = f"its ending must be one of {', '.join(ENDINGS)}; convert it to text first"
             bad.append(BadInput(str(path), reason, source))
         else:
-            add(path, _named_id(path), path)
+            add(path, _named_id(path), own_source)
     return list(files.values()), left_out, bad
 
 

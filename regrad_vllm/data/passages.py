@@ -162,10 +162,14 @@ def _pieces(body: str, limit: int, count: CountTokens) -> Iterator[_Piece]:
         stripped, separator = paragraph.strip(), "\n\n"
         if not stripped:
             continue
-        sentences = [stripped] if count(stripped) <= limit else split_sentences(stripped)
-        for part in (part for sentence in sentences for part in _parts(sentence, limit, count)):
-            yield _Piece(separator, part, count(part))
-            separator = " "
+        num_tokens = count(stripped)
+        if num_tokens <= limit:
+            yield _Piece(separator, stripped, num_tokens)
+            continue
+        for sentence in split_sentences(stripped):
+            for part, num_tokens in _parts(sentence, limit, count):
+                yield _Piece(separator, part, num_tokens)
+                separator = " "
 
 
 def split_sentences(paragraph: str) -> Iterator[str]:
@@ -178,11 +182,14 @@ def split_sentences(paragraph: str) -> Iterator[str]:
         yield paragraph[start:].strip()
 
 
-def _parts(sentence: str, limit: int, count: CountTokens) -> Iterator[str]:
-    """The sentence; if it is too long, its parts, cut between words or, in scripts without spaces, characters."""
+def _parts(sentence: str, limit: int, count: CountTokens) -> Iterator[tuple[str, int]]:
+    """The sentence and its tokens; if it is too long, those of its parts.
+
+    They are cut between words or, in scripts without spaces, between characters.
+    """
     num_tokens = count(sentence)
     if num_tokens <= limit:
-        yield sentence
+        yield sentence, num_tokens
         return
     words = sentence.split()
     units, space = (words, " ") if len(words) > 1 else (list(sentence), "")
