@@ -110,10 +110,18 @@ def _upload(
     from tqdm import tqdm
 
     with connect(args.bank) as bank, tqdm(total=num_documents, unit="doc", desc="ingest") as bar:
-        flags = {"namespace": args.namespace, "in_flight": args.in_flight, "skip_bad": args.skip_bad}
-        flags |= {"delete_missing": args.delete_missing, "bad": bad}
         try:
-            return upload(bank, files, progress=bar.update, count=counter, **flags)
+            return upload(
+                bank,
+                files,
+                namespace=args.namespace,
+                in_flight=args.in_flight,
+                skip_bad=args.skip_bad,
+                delete_missing=args.delete_missing,
+                bad=bad,
+                progress=bar.update,
+                count=counter,
+            )
         except UploadError as failure:
             raise CommandError(failure.told(describe_failure(args.bank, failure.error))) from failure
 
