@@ -181,9 +181,8 @@ async def _prepare(plan: Plan | PromptPlans, scope: Scope, runtime: Runtime) -> 
     rank = http_request.wanted_rank(scope)
     with span("regrad.prepare", extract(headers), request_id=plan.request_id):
         if isinstance(plan, PromptPlans):
-            return await SeveralPrompts.find(
-                plan, runtime.planner, runtime.preparer, runtime.engine, runtime.releases, rank
-            )
+            prompts = SeveralPrompts(plan, runtime.planner, runtime.preparer, runtime.engine, runtime.releases, rank)
+            return await prompts.find()
         try:
             return await runtime.preparer.prepare(plan, rank)
         except RequestError as error:

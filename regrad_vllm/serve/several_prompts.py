@@ -47,28 +47,18 @@ class SeveralPrompts:
         prompts = tuple(self._used[number] for number in range(len(self._plans.plans)))
         return UsedByPrompts(self._plans.request_id, prompts, self._plans.num_choices)
 
-    @classmethod
-    async def find(
-        cls,
-        plans: PromptPlans,
-        planner: Planner,
-        preparer: Preparer,
-        engine: Engine,
-        releases: set[asyncio.Task[None]],
-        wanted_rank: int | None,
-    ) -> SeveralPrompts:
+    async def find(self) -> SeveralPrompts:
         """Finds the documents of all prompts and holds their gradients. After a RequestError nothing is held."""
-        made = cls(plans, planner, preparer, engine, releases, wanted_rank)
-        finding = [asyncio.ensure_future(made._find(number, plan)) for number, plan in enumerate(plans.plans)]
+        finding = [asyncio.ensure_future(self._find(number, plan)) for number, plan in enumerate(self._plans.plans)]
         try:
             await asyncio.gather(*finding)
         except BaseException:
             for task in finding:
                 task.cancel()
             await asyncio.wait(finding)
-            made.let_go()
+            self.let_go()
             raise
-        return made
+        return self
 
     def texts(self, number: int) -> tuple[tuple[str, str], ...]:
         """(title, text) of the documents that go into a prompt, in mode icl. Empty after the prompt's start."""
