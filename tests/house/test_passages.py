@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bank_service.values.sentences import split_sentences
 from regrad_vllm.data import token_counts
 from regrad_vllm.data.passages import (
     MAX_PASSAGE_TOKENS,
@@ -16,7 +17,6 @@ from regrad_vllm.data.passages import (
     Passage,
     split_markdown,
     split_plain,
-    split_sentences,
     split_text,
 )
 from regrad_vllm.data.token_counts import count_tokens, tokenizer_of
