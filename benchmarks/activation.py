@@ -49,7 +49,7 @@ from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.launch import merged_modules
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.worker import RegradWorkerExtension
+from regrad_vllm.serve.worker.extension import RegradWorkerExtension
 
 _MAX_LORAS = 16
 WAYS = ("ours", "stock", "composed")

@@ -25,7 +25,7 @@ from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.launch import merged_modules
-from regrad_vllm.serve.worker import RegradWorkerExtension
+from regrad_vllm.serve.worker.extension import RegradWorkerExtension
 
 _SHAPES: dict[str, Shape] = {
     "smollm2-135m": SMOLLM2_135M,

@@ -26,7 +26,7 @@ from regrad_vllm.serve.settings import PREFIX, Settings, SettingsError, variable
 from regrad_vllm.serve.vllm_flags import config_flags, given_flags
 
 PLUGIN_NAME = "regrad"
-EXTENSION_CLASS = "regrad_vllm.serve.worker.RegradWorkerExtension"
+EXTENSION_CLASS = "regrad_vllm.serve.worker.extension.RegradWorkerExtension"
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_MAX_NUM_SEQS = 32
 GPU_MAX_NUM_SEQS = 128

@@ -13,9 +13,9 @@ def register() -> None:
     import os
 
     if os.environ.get("REGRAD_LEARNER"):
-        from regrad_vllm.serve import worker
+        from regrad_vllm.serve.worker import extension
 
-        worker.register()
+        extension.register()
 
 
 def endpoint_plugin() -> RegradEndpoint:

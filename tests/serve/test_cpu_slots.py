@@ -13,7 +13,7 @@ from regrad_vllm.adapt.loops import lora
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import slot_shards, vllm_seams
 from regrad_vllm.serve.cpu_slots import CpuSlots
-from regrad_vllm.serve.worker import refusal
+from regrad_vllm.serve.worker.extension import refusal
 from tests.serve.test_cpu_kernels import added, merged, wrapper
 from tests.serve.test_gpu_slots import INNER, INPUTS, RANK, SLOTS, Layers, layers, manager_of, small_learner, values_of
 

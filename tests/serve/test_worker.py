@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import worker
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.settings import Settings, SettingsError
-from regrad_vllm.serve.worker import register
+from regrad_vllm.serve.worker import extension as worker
+from regrad_vllm.serve.worker.extension import register
 
 
 @pytest.mark.parametrize(
