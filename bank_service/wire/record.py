@@ -72,7 +72,8 @@ class GradientHeader:
 
 def max_record_bytes(spec: GradientSpec) -> int:
     """The largest size of a record of ``spec`` in any codec, in bytes."""
-    return HEADER_BYTES + max(codec.max_payload_bytes(spec) for codec in CODECS.values())
+    largest_factors = map(codec_named, ("factors-99-99-8", "factors-99-99-4"))
+    return HEADER_BYTES + max(codec.max_payload_bytes(spec) for codec in (*CODECS.values(), *largest_factors))
 
 
 def record_digest(record: Buffer) -> str:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from bank_service.wire.codecs.base import Codec, GradientFormatError
 from bank_service.wire.codecs.dense import Bf16Codec, Fp32Codec, Int8Codec
+from bank_service.wire.codecs.factors import FactorsCodec, is_factors
 from bank_service.wire.codecs.int4 import Int4Codec
 from bank_service.wire.codecs.lowrank import LowRankCodec
 
@@ -24,9 +25,11 @@ DEFAULT_CODEC = Int8Codec.name
 
 def codec_named(name: str) -> Codec:
     """The codec of that name. Retired codecs are found too. GradientFormatError lists the codecs that can be chosen."""
+    if is_factors(name):
+        return FactorsCodec(name)
     found = CODECS.get(name) or RETIRED_CODECS.get(name)
     if found is None:
-        raise GradientFormatError(f"codec must be one of {', '.join(sorted(CODECS))}, got {name!r}")
+        raise GradientFormatError(f"codec must be factors-P-Q-BITS or one of {', '.join(sorted(CODECS))}, got {name!r}")
     return found
 
 
