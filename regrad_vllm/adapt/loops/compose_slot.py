@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from regrad_vllm.adapt.loops.factors import expand
+from regrad_vllm.adapt.loops.expand import expand
 from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, f32_array, i8_array, u16_array
 from regrad_vllm.adapt.slot_table import SlotTable
 from regrad_vllm.adapt.stored_gradient import (
