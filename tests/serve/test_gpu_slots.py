@@ -24,7 +24,7 @@ from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, Prompts
 from regrad_vllm.serve import vllm_seams
 from tests.serve.test_cpu_kernels import merged, row_parallel
-from tests.serve.test_factors import payloads
+from tests.serve.test_expand import payloads
 
 INPUTS, INNER, RANK, SLOTS = 72, 136, 4, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,8 +13,8 @@ Payload, little-endian, tensors in layout order: A, B, A, B and so on. The part 
             4 bits: blocks of 128 codes in 64 bytes. Byte i of a block holds code i in its low half and code i + 64
             in its high half, each as code + 8. Code 0 pads the last block. The stride is 64 · ceil(long / 128).
     zeros up to a multiple of 16
-Value (long i, short j) of a tensor is Σ_c scale[c, i // 128] · code[c, i] · short[c, j], in float32, components in
-order, the one with the most energy first. A worker reads payloads where they lie, so there is nothing to unpack.
+Value (long i, short j) of a tensor is Σ_c scale[c, i // 128] · code[c, i] · short[c, j], in float32. The component with
+the most energy comes first. A worker reads payloads where they lie, so there is nothing to unpack.
 """
 
 from __future__ import annotations
