@@ -47,7 +47,7 @@ _ALIGNMENT = 16
 _LARGEST_VALUE = 2.0**50  # of a gradient; then scales and shorts stay below the limit of ``_HIGH_BYTE``
 _CHUNK_VALUES = 2**18  # values fitted at once
 
-# The rules for the bytes of a payload. A byte b of a kind is sound if ((b & mask) + offset) mod 256 ≤ limit, for both tests.
+# Rules for the bytes of a payload. A byte b of a kind is sound if ((b & mask) + offset) mod 256 ≤ limit, in both tests.
 _HIGH_BYTE = 0x5A  # of a bf16 below 2**55; then a sum of 99 products scale · 127 · short is finite in float32
 _ZERO, _LOW, _SCALE, _SHORT, _CODE, _PAIR, _LAST_PAIR, _NO_PAIR = range(8)
 _RULES = (
