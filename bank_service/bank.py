@@ -38,7 +38,7 @@ from bank_service.search.batch import answer_batch
 from bank_service.search.nearest import Nearest
 from bank_service.search.queries import Queries
 from bank_service.search.usearch.usearch_nearest import UsearchNearest
-from bank_service.upkeep.recode import RecodeProgress, Recoder
+from bank_service.upkeep.recode import RecodeProgress, Recoder, codec_to_write
 from bank_service.upkeep.repair import Repairer
 from bank_service.upkeep.scrub import Scrubber, ScrubCounts
 from bank_service.upkeep.upkeep import Upkeep
@@ -58,7 +58,7 @@ from bank_service.values.embedder import Embedder, embedded_query
 from bank_service.values.encoder import Encoder
 from bank_service.values.filters import Condition, check_filter
 from bank_service.values.namespace_limits import LimitsOf, unlimited
-from bank_service.wire.record import DEFAULT_CODEC, HEADER_BYTES, FloatArray, GradientSpec, codec_named
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, GradientSpec, max_record_bytes
 from bank_service.wire.tracing import span
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,10 @@ class Bank:
         collection."""
         spec = encoder.spec
         self.spec: GradientSpec = spec
-        codec = config.codec or stored_codec(config.data_dir / CATALOG_FILE) or DEFAULT_CODEC
-        self.identity = CollectionIdentity(spec.fingerprint, spec.layout_id, codec, embedder.name, embedder.dimension)
+        stored = stored_codec(config.data_dir / CATALOG_FILE)
+        named = config.codec or stored or DEFAULT_CODEC
+        codec = codec_to_write(named)
+        self.identity = CollectionIdentity(spec.fingerprint, spec.layout_id, named, embedder.name, embedder.dimension)
         self._embedder = embedder
         self._pools = Pools(
             reads=ThreadPoolExecutor(NUM_IO_THREADS, "bank-read"),
@@ -137,8 +139,8 @@ class Bank:
 
     @property
     def max_upload_bytes(self) -> int:
-        """The largest size of a gradient record in the collection's codec, in bytes."""
-        return HEADER_BYTES + codec_named(self._writer.codec).max_payload_bytes(self.spec)
+        """The largest size of a gradient record that can be uploaded, in bytes."""
+        return max_record_bytes(self.spec)
 
     @classmethod
     async def open(

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bank_service.wire.record import decode_gradient, encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
 from benchmarks.bank.timing import percentile
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
@@ -157,7 +157,7 @@ def _stored(arena: Arena, learner: Learner, number: int) -> list[str]:
     )
     hold, digests = arena.hold(), []
     for encoded in encoder.encode([(document.title, document.text) for document in fresh_facts(number, 5).documents]):
-        record = encode_gradient(encoded.values, learner.spec, "int8")
+        record = encode_gradient(encoded.values, learner.spec, DEFAULT_CODEC)
         digests.append(record_digest(record))
         hold.put(digests[-1], record)
     return digests

@@ -34,7 +34,7 @@ from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_CHUNK_BYTES
-from bank_service.wire.record import GradientSpec, encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, GradientSpec, encode_gradient
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--documents", type=int, default=200, help="of one repeat")
-    parser.add_argument("--values", type=int, default=500_000, help="of a gradient; in int8 a byte each, and scales")
+    parser.add_argument("--values", type=int, default=500_000, help="of a gradient; a byte each, and scales")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (the system's temporary folder)")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -129,7 +129,7 @@ async def _measure(target: str, folder: Path, spec: GradientSpec, args: argparse
 def _records(spec: GradientSpec, number: int, seed: int) -> list[bytes]:
     generator = np.random.default_rng(seed)
     values = generator.standard_normal(spec.num_values).astype(np.float32)
-    return [encode_gradient(np.roll(values, shift), spec, "int8") for shift in range(number)]
+    return [encode_gradient(np.roll(values, shift), spec, DEFAULT_CODEC) for shift in range(number)]
 
 
 async def _through_the_bank(client: Client, records: list[bytes], repeat: int) -> float:

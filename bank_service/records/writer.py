@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,9 +30,12 @@ from bank_service.values.documents import (
 from bank_service.values.embedder import Embedder, embedded_text
 from bank_service.values.vectors import unit
 from bank_service.wire.record import (
+    FloatArray,
     GradientFormatError,
     GradientSpec,
     WrongLearnerError,
+    decode_gradient,
+    encode_gradient,
     read_header,
     record_digest,
     verify_record,
@@ -118,25 +121,27 @@ class Writer:
     ) -> PutResult:
         """Stores a document with a gradient record that was computed elsewhere; durable on return.
 
-        If ``embedding`` is empty, the bank embeds the text. LearnerMismatchError, VersionConflictError,
-        InvalidArgumentError for a malformed record or embedding.
+        A record of another codec is given the collection's. If ``embedding`` is empty, the bank embeds the text.
+        LearnerMismatchError, VersionConflictError, InvalidArgumentError for a malformed record or embedding.
         """
         if embedding:
             check_vector(embedding, self._embedder.dimension, "header.embedding")
 
-        def check() -> tuple[str, _Comparison]:
-            return self._check_record(record), self._compare(document, expected_version)
+        def check() -> tuple[bytes, float, _Comparison]:
+            return *self._storable(record), self._compare(document, expected_version)
 
         async with self._locks.lock((document.namespace, document.id)), self._pending:
-            digest, current = await in_thread(self._pools.reads, check)
+            storable, error, current = await in_thread(self._pools.reads, check)
             if embedding:
                 vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
             else:
                 vector = await in_thread(self._pools.document_embeds, self._embed_document, document)
-            gradient = Gradient(digest, len(record), UPLOADED, False, vector)
+            gradient = _gradient(storable, vector, UPLOADED, truncated=False)
             if current.has_content and current.has_gradient(gradient):
-                return self._unchanged(current.stored)
-            return await self._committer.store(document, gradient, record, expected_version)
+                result = self._unchanged(current.stored)
+            else:
+                result = await self._committer.store(document, gradient, storable, expected_version)
+            return replace(result, relative_error=error)
 
     async def delete(
         self, namespace: str, id: str, expected_version: int | None = None, *, purge: bool = False
@@ -199,20 +204,27 @@ class Writer:
         with span("bank.embed"):
             return self._embedder.embed(embedded_text(document.title, document.text)).astype("<f4").tobytes()
 
-    def _check_record(self, record: bytes) -> str:
-        """Verifies an uploaded record and returns its digest. LearnerMismatchError, InvalidArgumentError."""
+    def _storable(self, record: bytes) -> tuple[bytes, float]:
+        """Verifies an uploaded record. (the record in the collection's codec, its relative error).
+
+        LearnerMismatchError, InvalidArgumentError.
+        """
         try:
-            header = verify_record(record, self._spec)
+            if verify_record(record, self._spec).codec == self.codec:
+                return record, 0.0
+            given = decode_gradient(record, self._spec)
+            stored = encode_gradient(given, self._spec, self.codec)
         except WrongLearnerError as error:
             raise LearnerMismatchError(str(error), expected=error.expected, actual=error.actual) from error
         except GradientFormatError as error:
             raise InvalidArgumentError(f"the gradient record is malformed: {error}", field="chunk") from error
-        if header.codec != self.codec:
-            raise InvalidArgumentError(
-                f"the gradient record's codec must be the collection's {self.codec}, got {header.codec}",
-                field="chunk",
-            )
-        return record_digest(record)
+        return stored, _relative_error(decode_gradient(stored, self._spec), given)
+
+
+def _relative_error(stored: FloatArray, given: FloatArray) -> float:
+    """‖stored − given‖ / ‖given‖, and 0 for two vectors of zeros. The sums are in float64."""
+    size = float(np.linalg.norm(given.astype(np.float64)))
+    return float(np.linalg.norm(stored.astype(np.float64) - given)) / size if size else 0.0
 
 
 def _gradient(record: bytes, embedding: bytes, num_tokens: int, truncated: bool) -> Gradient:

@@ -41,6 +41,7 @@ def ingested_response(result: PutResult) -> pb.IngestDocumentsResponse:
         num_tokens=stored.gradient.num_tokens,
         truncated=stored.gradient.truncated,
         sequence=stored.sequence,
+        relative_error=result.relative_error,
     )
 
 

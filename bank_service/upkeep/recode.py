@@ -5,7 +5,7 @@ encoded again, document by document. Each becomes a new version in one commit, s
 the whole new one. The catalog records that the work is not done. So a bank that stops meanwhile continues when it opens
 again.
 
-A finer codec does not restore the precision that a coarser one has lost. For that, ingest the documents again.
+More components do not restore what fewer have lost. For that, ingest the documents again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bank_service.records.writer import Writer
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import StoredDocument
-from bank_service.wire.record import GradientFormatError, check_choice
+from bank_service.wire.codecs.factors import is_factors
+from bank_service.wire.record import DEFAULT_CODEC, GradientFormatError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,23 @@ class RecodeProgress:
     num_recoded: int = 0  # visited documents that had another codec
     num_failed: int = 0  # documents that keep their old record: it is damaged, or the quota is full
     finished: bool = False
+
+
+def codec_to_write(codec: str) -> str:
+    """The codec of later writes in a collection that has ``codec``. A retired one is not written any more.
+
+    Its gradients keep it, because a recoding loses bits. The operator has to want it, so the log says how.
+    """
+    if is_factors(codec):
+        return codec
+    logger.warning(
+        "the collection's codec must be of factors, got %s, which is retired; its gradients are still read, and new "
+        "ones are stored as %s; `regrad recode %s` gives the old ones factors, too",
+        codec,
+        DEFAULT_CODEC,
+        DEFAULT_CODEC,
+    )
+    return DEFAULT_CODEC
 
 
 class Recoder:

@@ -22,7 +22,7 @@ class BankConfig:
     metrics_port: int | None = None  # port for Prometheus; None: off, 0: the kernel chooses
     redis_url: str | None = field(default=None, repr=False)  # URL of your own Redis server; None: an embedded server
     redis_url_file: Path | None = None  # file that holds only that URL, so that nobody sees its password
-    codec: str | None = None  # codec of a new bank's gradients; None: int8; an existing bank keeps its codec
+    codec: str | None = None  # factors-P-Q-BITS of a new bank; None: factors-4-1-8; an existing bank keeps its codec
     cache_bytes: int = 256 * 2**20  # memory limit of the embedded server; your own server has its own limit
     cache_timeout_ms: int = 250  # a slower answer of the cache counts as a miss
     cache_ttl_seconds: int = 86_400  # time after which a cached gradient expires

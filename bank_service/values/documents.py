@@ -155,6 +155,7 @@ class PutResult:
     stored: StoredDocument
     outcome: Outcome
     replaced_digest: str | None = None  # of the gradient that the new one replaced
+    relative_error: float | None = None  # ‖stored − given‖ / ‖given‖ of an uploaded gradient
 
 
 class Retrieval(Enum):

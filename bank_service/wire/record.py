@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bank_service.wire.codecs import CODECS, DEFAULT_CODEC, check_choice, codec_named
+from bank_service.wire.codecs import DEFAULT_CODEC, DENSE, RETIRED_CODECS, check_choice, codec_named
 from bank_service.wire.codecs.base import (
     MAX_VALUES,
     Buffer,
@@ -31,7 +31,7 @@ from bank_service.wire.codecs.base import (
 )
 
 __all__ = [
-    "CODECS", "DEFAULT_CODEC", "HEADER_BYTES", "MAX_VALUES", "Buffer", "FloatArray", "GradientFormatError",
+    "DEFAULT_CODEC", "DENSE", "HEADER_BYTES", "MAX_VALUES", "Buffer", "FloatArray", "GradientFormatError",
     "GradientHeader", "GradientSpec", "WrongLearnerError", "check_choice", "codec_named", "decode_gradient",
     "encode_gradient", "max_record_bytes", "read_header", "record_digest", "verify_record",
 ]  # fmt: skip
@@ -72,8 +72,8 @@ class GradientHeader:
 
 def max_record_bytes(spec: GradientSpec) -> int:
     """The largest size of a record of ``spec`` in any codec, in bytes."""
-    largest_factors = map(codec_named, ("factors-99-99-8", "factors-99-99-4"))
-    return HEADER_BYTES + max(codec.max_payload_bytes(spec) for codec in (*CODECS.values(), *largest_factors))
+    largest = (DENSE.name, *RETIRED_CODECS, "factors-99-99-8", "factors-99-99-4")
+    return HEADER_BYTES + max(codec_named(name).max_payload_bytes(spec) for name in largest)
 
 
 def record_digest(record: Buffer) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from bank_service.testing.client import upload_of
 from bank_service.values.vectors import unit
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import FloatArray, GradientSpec, encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, GradientSpec, encode_gradient
 
 BLOCK = 500  # documents made, and uploaded by one stream, at a time
 NUM_CENTRES = 3_000
@@ -79,7 +79,7 @@ class DrawnCorpus:
         parts: list[pb.IngestGradientsRequest] = []
         for place, text in enumerate(texts):
             values = generator.standard_normal(self.spec.num_values, np.float32)
-            record = encode_gradient(values, self.spec, "int8")
+            record = encode_gradient(values, self.spec, DEFAULT_CODEC)
             metadata = {**pairs[place], "note": note} if note else pairs[place]
             document = pb.Document(id=id_of(block * BLOCK + place), text=text, metadata=metadata)
             parts += upload_of(document, record, embedding=vectors[place].tolist(), chunk_bytes=2**20)

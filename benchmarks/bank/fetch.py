@@ -20,7 +20,7 @@ from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.cache.redis_cache import KEY_PREFIX
 from bank_service.testing.client import Client, upload_of
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient
 from benchmarks.bank.child_bank import BankProcess, running_bank
 from benchmarks.bank.timing import one_at_a_time, percentile
 from benchmarks.bank_ingest import spec_with
@@ -123,7 +123,7 @@ async def _fill(client: Client, generator: np.random.Generator, num_values: int)
     digests, record = [], b""
     for number in range(NUM_DOCUMENTS):
         values = generator.standard_normal(num_values, np.float32)
-        record = encode_gradient(values, spec, "int8")
+        record = encode_gradient(values, spec, DEFAULT_CODEC)
         document = pb.Document(id=str(number), text=f"document {number}")
         parts = upload_of(document, record, chunk_bytes=2**20)
         digests.append((await client.upload(*parts))[0].gradient_digest)

@@ -12,7 +12,7 @@ import numpy as np
 
 from bank_service.testing.client import Client, upload_of
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient
 from benchmarks.bank.child_bank import BankProcess
 from benchmarks.bank.drawn_corpus import DrawnCorpus
 from regrad_vllm.reporting.intervals import spread
@@ -30,7 +30,7 @@ async def measure_purges(process: BankProcess, corpus: DrawnCorpus, repeats: int
     async with Client(process.target) as client:
         for question in corpus.questions(repeats):
             document = pb.Document(id="purged", text=question.words)
-            record = encode_gradient(values, corpus.spec, "int8")
+            record = encode_gradient(values, corpus.spec, DEFAULT_CODEC)
             await client.upload(*upload_of(document, record, embedding=question.vector.tolist()))
             await client.query(vector=question.vector.tolist(), top_k=1)  # waits for the index
             await client.delete("purged", purge=True)

@@ -16,7 +16,7 @@ import numpy as np
 from bank_service.testing.client import upload_of
 from bank_service.wire.errors import BankError, status_code
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import GradientSpec, encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, GradientSpec, encode_gradient, record_digest
 
 _WORDS = [f"word{number}" for number in range(2_000)]
 PAIRS = {"shelf": 10, "topic": 200}  # metadata: one document in so many has a value
@@ -43,7 +43,7 @@ class SeededContent:
 
     def record(self, spec: GradientSpec) -> bytes:
         values = np.random.default_rng([self.seed, 1]).standard_normal(spec.num_values, np.float32)
-        return encode_gradient(values, spec, "int8")
+        return encode_gradient(values, spec, DEFAULT_CODEC)
 
     def upload(self, namespace: str, id: str, spec: GradientSpec, dimension: int) -> list[pb.IngestGradientsRequest]:
         document = pb.Document(namespace=namespace, id=id, text=self.text, metadata=self.metadata)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient, record_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Content:
 
 def record_of(title: str, text: str) -> bytes:
     """The gradient record of a document. Uploads and the bank use the same encoder, so it is the same for both."""
-    return encode_gradient(HashEncoder().encode([(title, text)])[0].values, spec_of(), "int8")
+    return encode_gradient(HashEncoder().encode([(title, text)])[0].values, spec_of(), DEFAULT_CODEC)
 
 
 def is_right(digest: str, record: bytes, title: str, text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bank_service.wire.record import decode_gradient, encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
 from benchmarks.shapes import RANK
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
@@ -95,7 +95,7 @@ class Adapters:
         self._digests = []
         for _ in range(num_records):
             values = self._chance.standard_normal(learner.layout.num_values, np.float32) * np.float32(1e-4)
-            record = encode_gradient(values, learner.spec, "int8")
+            record = encode_gradient(values, learner.spec, DEFAULT_CODEC)
             self._digests.append(record_digest(record))
             arena.hold().put(self._digests[-1], record)
 

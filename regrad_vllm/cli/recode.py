@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Gives every gradient of a running bank another codec, while it serves. Each document gets a new
 version. New documents have the new codec at once. The bank goes on if this command is interrupted, and after a restart.
-The same command again shows the progress. A finer codec doesn't bring back the bits that a coarser one lost."""
+The same command again shows the progress. More components don't bring back what fewer have lost."""
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     parser = commands.add_parser("recode", help="a bank's gradients in another codec", description=_DESCRIPTION)
-    parser.add_argument("codec", metavar="CODEC", help="such as lowrank64; a wrong one is answered with all")
+    parser.add_argument("codec", metavar="CODEC", help="factors-P-Q-BITS, such as factors-4-1-8")
     add_bank_flags(parser, namespace=False)
     parser.set_defaults(run=run)
 

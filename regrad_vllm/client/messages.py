@@ -47,6 +47,7 @@ def receipt_of(message: pb.IngestDocumentsResponse) -> Receipt:
         num_tokens=message.num_tokens,
         truncated=message.truncated,
         sequence=message.sequence,
+        relative_error=message.relative_error if message.HasField("relative_error") else None,
     )
 
 

@@ -45,6 +45,7 @@ class Receipt:
     num_tokens: int  # tokens that the encoder read
     truncated: bool  # the text was too long for the learner and was cut
     sequence: int  # the number of the change that made this version
+    relative_error: float | None = None  # ‖stored − given‖ / ‖given‖ of an uploaded gradient
 
 
 @dataclass(frozen=True, slots=True)

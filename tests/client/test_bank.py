@@ -10,7 +10,7 @@ import pytest
 
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError, NotFoundError, VersionConflictError
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.wire.record import WrongLearnerError, encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, WrongLearnerError, encode_gradient, record_digest
 from regrad_vllm.client import AsyncBank, Bank, Condition, Document, Query
 from tests.client.conftest import Call
 
@@ -133,7 +133,7 @@ async def test_gradients_that_are_made_elsewhere_are_stored_and_fetched_in_the_o
 ) -> None:
     spec, rng = spec_of(), np.random.default_rng(1)
     records = {
-        f"g{n}": encode_gradient(rng.standard_normal(spec.num_values).astype(np.float32), spec, "int8")
+        f"g{n}": encode_gradient(rng.standard_normal(spec.num_values).astype(np.float32), spec, DEFAULT_CODEC)
         for n in range(12)  # more than are in flight
     }
     gradients = [(Document(id, f"text of {id}"), record) for id, record in records.items()]
@@ -172,12 +172,12 @@ async def test_a_snapshot_reports_until_it_is_whole(call: Call, namespace: str, 
 
 async def test_a_recoding_reports_until_it_is_finished(call: Call, namespace: str) -> None:
     (before,) = await call("ingest", [HARBOUR], namespace=namespace)
-    codec = "bf16" if (await call("stats")).codec != "bf16" else "int4"
+    codec = "factors-2-2-8" if (await call("stats")).codec != "factors-2-2-8" else "factors-2-2-4"
     last = (await call("recode", codec))[-1]
     assert last.finished and last.num_recoded >= 1 and not last.num_failed
     assert (await call("stats")).codec == codec
     assert (await call("get", "harbour", namespace=namespace)).gradient_digest != before.gradient_digest
-    await call("recode", "int8")
+    await call("recode", DEFAULT_CODEC)
 
 
 @pytest.mark.parametrize("query", [{"text": ""}, {"text": "x", "document_ids": ("a",)}])

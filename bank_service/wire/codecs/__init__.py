@@ -1,4 +1,9 @@
-"""All codecs by name. Each record names the codec that made it."""
+"""All codecs by name. Each record names the codec that made it.
+
+A collection has one codec of factors. ``fp32`` holds the values as they are: another encoder uploads its gradients in
+it, and the bank stores their factors. Records of retired codecs are only read, until `regrad recode` gives them
+factors.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +12,28 @@ from types import MappingProxyType
 
 from bank_service.wire.codecs.base import Codec, GradientFormatError
 from bank_service.wire.codecs.dense import Bf16Codec, Fp32Codec, Int8Codec
-from bank_service.wire.codecs.factors import FactorsCodec, is_factors
+from bank_service.wire.codecs.factors import CHOICE, FactorsCodec, is_factors
 from bank_service.wire.codecs.int4 import Int4Codec
 from bank_service.wire.codecs.lowrank import LowRankCodec
 
-
-def _registry(*codecs: Codec) -> Mapping[str, Codec]:
-    return MappingProxyType({codec.name: codec for codec in codecs})
-
-
-# A collection can choose among these.
-CODECS: Mapping[str, Codec] = _registry(Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), LowRankCodec(64))
-# Older collections may have these codecs, and keep them until they are recoded. Their format is the one of lowrank64.
-RETIRED_CODECS: Mapping[str, Codec] = _registry(*map(LowRankCodec, (32, 128, 256)))
-DEFAULT_CODEC = Int8Codec.name
+DEFAULT_CODEC = "factors-4-1-8"
+DENSE = Fp32Codec()
+RETIRED_CODECS: Mapping[str, Codec] = MappingProxyType(
+    {codec.name: codec for codec in (Bf16Codec(), Int8Codec(), Int4Codec(), *map(LowRankCodec, (32, 64, 128, 256)))}
+)
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name. Retired codecs are found too. GradientFormatError lists the codecs that can be chosen."""
+    """The codec of that name, which may be retired. GradientFormatError for an unknown one."""
     if is_factors(name):
         return FactorsCodec(name)
-    found = CODECS.get(name) or RETIRED_CODECS.get(name)
+    found = DENSE if name == DENSE.name else RETIRED_CODECS.get(name)
     if found is None:
-        raise GradientFormatError(f"codec must be factors-P-Q-BITS or one of {', '.join(sorted(CODECS))}, got {name!r}")
+        raise GradientFormatError(f"codec must be {CHOICE} or {DENSE.name}, got {name!r}")
     return found
 
 
 def check_choice(name: str) -> None:
-    """GradientFormatError, with a remedy, unless a new collection may have the codec."""
-    codec_named(name)
-    if name in RETIRED_CODECS:
-        raise GradientFormatError(
-            f"codec must be one of {', '.join(sorted(CODECS))}, got {name!r}, which is retired; a collection that has "
-            "it keeps it without being told, until `regrad recode` gives it another"
-        )
+    """GradientFormatError unless a collection can have the codec."""
+    if not is_factors(name):
+        raise GradientFormatError(f"codec must be {CHOICE}, got {name!r}; {DEFAULT_CODEC} is the default")

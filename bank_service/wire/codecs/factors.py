@@ -42,6 +42,7 @@ Shapes = tuple[tuple[int, int], ...]
 Int64Array = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
+CHOICE = "factors-P-Q-BITS with P in 1..99, Q in 0..99 and BITS 8 or 4"
 _NAME = re.compile(r"factors-([1-9][0-9]?)-(0|[1-9][0-9]?)-(8|4)")
 _ALIGNMENT = 16
 _LARGEST_VALUE = 2.0**50  # of a gradient; then scales and shorts stay below the limit of ``_HIGH_BYTE``
@@ -97,9 +98,7 @@ def factor_form(codec: str, shapes: Shapes) -> FactorForm:
     ``shapes``: of the tensors in layout order. Those with an even index are A (rank, in), the others B (out, rank).
     """
     if not is_factors(codec):
-        raise GradientFormatError(
-            f"codec must be factors-P-Q-BITS with P in 1..99, Q in 0..99 and BITS 8 or 4, got {codec!r}"
-        )
+        raise GradientFormatError(f"codec must be {CHOICE}, got {codec!r}")
     of_b, of_a, bits = map(int, codec.split("-")[1:])
     table = np.zeros((len(shapes), 7), np.int64)
     end = 0

@@ -51,7 +51,7 @@ class IngestDocumentsRequest(_message.Message):
     def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ..., expected_version: _Optional[int] = ...) -> None: ...
 
 class IngestDocumentsResponse(_message.Message):
-    __slots__ = ("namespace", "id", "version", "gradient_digest", "outcome", "num_tokens", "truncated", "sequence")
+    __slots__ = ("namespace", "id", "version", "gradient_digest", "outcome", "num_tokens", "truncated", "sequence", "relative_error")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[IngestDocumentsResponse.Outcome]
@@ -70,6 +70,7 @@ class IngestDocumentsResponse(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     id: str
     version: int
@@ -78,7 +79,8 @@ class IngestDocumentsResponse(_message.Message):
     num_tokens: int
     truncated: bool
     sequence: int
-    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., outcome: _Optional[_Union[IngestDocumentsResponse.Outcome, str]] = ..., num_tokens: _Optional[int] = ..., truncated: _Optional[bool] = ..., sequence: _Optional[int] = ...) -> None: ...
+    relative_error: float
+    def __init__(self, namespace: _Optional[str] = ..., id: _Optional[str] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., outcome: _Optional[_Union[IngestDocumentsResponse.Outcome, str]] = ..., num_tokens: _Optional[int] = ..., truncated: _Optional[bool] = ..., sequence: _Optional[int] = ..., relative_error: _Optional[float] = ...) -> None: ...
 
 class IngestGradientsRequest(_message.Message):
     __slots__ = ("header", "chunk")

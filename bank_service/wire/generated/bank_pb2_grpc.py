@@ -103,7 +103,8 @@ class BankServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def IngestGradients(self, request_iterator, context):
-        """Stores documents with gradients that an external encoder computed. Per document: one message with
+        """Stores documents with gradients that an external encoder computed. A record that has not the collection's codec,
+        such as one in fp32, is given it; the response reports the error. Per document: one message with
         `header`, then any number of messages with `chunk`; the next `header` or the end closes the document.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

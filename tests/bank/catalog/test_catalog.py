@@ -21,7 +21,7 @@ from bank_service.wire.limits import DEFAULT_NAMESPACE
 if TYPE_CHECKING:
     from tests.bank.catalog.conftest import Opener
 
-IDENTITY = CollectionIdentity("a" * 64, "b" * 16, "int8", "an embedder", 4)
+IDENTITY = CollectionIdentity("a" * 64, "b" * 16, "factors-4-1-8", "an embedder", 4)
 
 
 def gradient(digit: str = "0") -> Gradient:
@@ -49,7 +49,7 @@ def test_a_catalog_opened_anew_has_its_documents_and_its_identity(open_store: Op
     [
         ({"learner_fingerprint": "c" * 64}, ("a" * 64, "c" * 64)),
         ({"layout_id": "d" * 16}, ("b" * 16, "d" * 16)),
-        ({"codec": "bf16"}, ("int8", "bf16")),
+        ({"codec": "factors-4-0-8"}, ("factors-4-1-8", "factors-4-0-8")),
         ({"embedder": "another"}, ("an embedder", "another")),
         ({"embedding_dimension": 5}, ("4", "5")),
     ],

@@ -66,7 +66,7 @@ def test_recoding_is_remembered_until_it_ends(open_store: Opener) -> None:
 
     assert not is_recoding()
     for _ in range(2):  # begun anew, on the way
-        catalog.begin_recoding("int8").result()
+        catalog.begin_recoding("factors-4-1-8").result()
         assert is_recoding()
     catalog.close()
     catalog = open_store()

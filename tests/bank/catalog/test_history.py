@@ -16,7 +16,7 @@ from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.upkeep import history_cleaner
 from bank_service.values.documents import Document, Query
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.record import read_header, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, read_header, record_digest
 from tests.bank import inside
 from tests.bank.search.test_as_of import open_bank
 
@@ -201,10 +201,10 @@ async def test_where_the_encoder_gives_another_gradient_the_past_has_that_one(
 async def test_the_past_keeps_its_codec_when_the_collection_gets_another(data_dir: Path) -> None:
     async with open_bank(data_dir) as bank:
         first = await put(bank, "a", "a text")
-        progress = [progress async for progress in bank.recode("bf16")]
+        progress = [progress async for progress in bank.recode("factors-1-0-8")]
         assert progress[-1].finished and progress[-1].num_recoded == 1
         query = Query("", document_ids=("a",), include_gradients=True, as_of=first)
-        for asked, codec, version in ((query, "int8", 1), (Query("", document_ids=("a",)), "bf16", 2)):
+        for asked, codec, version in ((query, DEFAULT_CODEC, 1), (Query("", document_ids=("a",)), "factors-1-0-8", 2)):
             (hit,) = (await bank.query(asked)).hits
             found = [record async for _, record in bank.fetch([hit.gradient_digest])]
             assert (read_header(found[0]).codec, hit.version) == (codec, version)
@@ -221,7 +221,7 @@ async def test_without_history_the_past_ends_where_a_document_gets_another_gradi
     async with open_bank(data_dir, history_seconds=history_seconds) as bank:
         first = await put(bank, "a", "a text")
         if way == "recoded":
-            assert [progress async for progress in bank.recode("bf16")][-1].num_recoded == 1
+            assert [progress async for progress in bank.recode("factors-1-0-8")][-1].num_recoded == 1
         else:
             (digest,) = blobs(data_dir)
             inside.stores(bank).blobs.path(digest).unlink()

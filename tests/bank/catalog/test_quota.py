@@ -21,7 +21,7 @@ from bank_service.values.documents import Document, Gradient
 from bank_service.values.embedder import Embedder
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient
 
 if TYPE_CHECKING:
     from tests.bank.catalog.conftest import Opener
@@ -112,7 +112,7 @@ async def test_a_refused_document_names_the_limit_and_leaves_nothing_behind(
     tokens.write(tokens.path.read_text() + 'limits."small" = { max_documents = 1 }\n')
     config = BankConfig(data_dir=data_dir, tokens_file=tokens.path, max_namespace_documents=2)
     encoder = HashEncoder()
-    record = encode_gradient(encoder.encode([("", "c")])[0].values, encoder.spec, "int8")
+    record = encode_gradient(encoder.encode([("", "c")])[0].values, encoder.spec, DEFAULT_CODEC)
     async with BankServer(config, encoder, embedder) as server, Client(server.address.target, everybody) as client:
         for namespace, most in (("small", 1), ("other", 2)):
             documents = [{"namespace": namespace, "id": id, "text": f"{id} {namespace}"} for id in "abc"[: most + 1]]

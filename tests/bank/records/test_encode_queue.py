@@ -11,7 +11,7 @@ from bank_service.records.encode_queue import EncodeQueue
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.testing.hash_encoder import BROKEN, NO_TOKENS, HashEncoder, spec_of
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.record import verify_record
+from bank_service.wire.record import DEFAULT_CODEC, verify_record
 
 
 class GatedEncoder(HashEncoder):
@@ -33,7 +33,7 @@ def encoder() -> GatedEncoder:
 
 @pytest.fixture
 def queue(encoder: GatedEncoder) -> Iterator[EncodeQueue]:
-    made = EncodeQueue(encoder, "int8", batch_size=4, wait_ms=1, metrics=BankMetrics())
+    made = EncodeQueue(encoder, DEFAULT_CODEC, batch_size=4, wait_ms=1, metrics=BankMetrics())
     yield made
     encoder.gate.set()
     made.close()
@@ -43,7 +43,7 @@ def test_documents_that_wait_together_are_encoded_together(queue: EncodeQueue, e
     futures = [queue.submit("", f"text {number}") for number in range(10)]
     encoder.gate.set()
     for future in futures:
-        assert verify_record(future.result(10).record, spec_of()).codec == "int8"
+        assert verify_record(future.result(10).record, spec_of()).codec == DEFAULT_CODEC
     assert sum(map(len, encoder.batches)) == 10
     assert len(encoder.batches) <= 4 and max(map(len, encoder.batches)) == 4
 
@@ -79,7 +79,7 @@ def test_an_encoder_that_returns_nonsense_is_an_internal_error(values: np.ndarra
         def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
             return [EncodedDocument(values, 1, False) for _ in documents]
 
-    queue = EncodeQueue(Nonsense(), "int8", batch_size=4, wait_ms=1, metrics=BankMetrics())
+    queue = EncodeQueue(Nonsense(), DEFAULT_CODEC, batch_size=4, wait_ms=1, metrics=BankMetrics())
     with pytest.raises(InternalError, match="gradient is unusable"):
         queue.submit("", "x").result(10)
     queue.close()
@@ -94,7 +94,7 @@ def test_an_encoder_that_returns_no_gradients_at_all_does_not_end_the_queue() ->
         def _encode_one(self, title: str, text: str) -> EncodedDocument:
             return super()._encode_one(title, text.replace(BROKEN, "x"))
 
-    queue = EncodeQueue(Absent(), "int8", batch_size=4, wait_ms=1, metrics=BankMetrics())
+    queue = EncodeQueue(Absent(), DEFAULT_CODEC, batch_size=4, wait_ms=1, metrics=BankMetrics())
     bad, good = queue.submit("", BROKEN), queue.submit("", "fine")
     with pytest.raises(InternalError, match="the encoder failed: AttributeError"):
         bad.result(10)
@@ -107,7 +107,7 @@ def test_an_encoder_that_returns_too_few_is_an_internal_error() -> None:
         def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
             return []
 
-    queue = EncodeQueue(Forgetful(), "int8", batch_size=4, wait_ms=1, metrics=BankMetrics())
+    queue = EncodeQueue(Forgetful(), DEFAULT_CODEC, batch_size=4, wait_ms=1, metrics=BankMetrics())
     with pytest.raises(InternalError, match="must return 1 gradients, got 0"):
         queue.submit("", "x").result(10)
     queue.close()

@@ -11,7 +11,7 @@ from bank_service.testing.hash_encoder import spec_of
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import LearnerMismatchError, LimitExceededError, NotFoundError
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import record_digest, verify_record
+from bank_service.wire.record import DEFAULT_CODEC, record_digest, verify_record
 from tests.spans import recorded_spans
 
 FACTS = {
@@ -253,6 +253,6 @@ async def test_stats_count_what_is_there(client: Client) -> None:
     }
     (hit,) = (await client.query(document_ids=["x"])).hits
     assert (stats.num_documents, stats.num_gradients, stats.gradient_bytes) == (5, 5, 5 * hit.gradient_bytes)
-    assert (stats.sequence, stats.codec, stats.embedding_dimension) == (7, "int8", 384)
+    assert (stats.sequence, stats.codec, stats.embedding_dimension) == (7, DEFAULT_CODEC, 384)
     assert (stats.learner_fingerprint, stats.layout_id) == (spec_of().fingerprint, spec_of().layout_id)
     assert stats.embedder.startswith("all-MiniLM-L6-v2-onnx-int8@") and stats.cache_available and stats.version

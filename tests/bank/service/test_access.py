@@ -20,7 +20,7 @@ from bank_service.values.embedder import Embedder
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.errors import BankError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient
 
 DOCUMENT = {"namespace": "theirs", "id": "a", "text": "a text"}
 # One request of each method, for a namespace of somebody else.
@@ -41,7 +41,7 @@ REQUESTS: dict[str, Any] = {
     ),
     "FetchGradients": pb.FetchGradientsRequest(digests=["0" * 64]),
     "GetStats": pb.GetStatsRequest(),
-    "RecodeCollection": pb.RecodeCollectionRequest(codec="int8"),
+    "RecodeCollection": pb.RecodeCollectionRequest(codec=DEFAULT_CODEC),
     "CreateSnapshot": pb.CreateSnapshotRequest(target="no/absolute/path"),
 }
 WITHOUT_NAMESPACE = {"FetchGradients", "GetStats", "CreateSnapshot", "RecodeCollection"}
@@ -167,7 +167,7 @@ async def test_each_document_of_a_stream_is_checked_before_its_record_is_read(
     guarded: BankServer, tokens: Tokens
 ) -> None:
     encoder = HashEncoder()
-    record = encode_gradient(encoder.encode([("", "x")])[0].values, encoder.spec, "int8")
+    record = encode_gradient(encoder.encode([("", "x")])[0].values, encoder.spec, DEFAULT_CODEC)
     own, other = (pb.Document(namespace=name, id="a", text="x") for name in ("ours", "theirs"))
     async with of(guarded, tokens.add("ours", "read write", "ours")) as ours:
         requests = [pb.IngestDocumentsRequest(document=document) for document in (own, other, own)]

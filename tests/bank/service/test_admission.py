@@ -16,7 +16,7 @@ from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.errors import DeadlineExceededError, OverloadedError
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import FloatArray, encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, encode_gradient
 
 
 class GatedEncoder(HashEncoder):
@@ -138,7 +138,7 @@ async def test_a_stream_that_nobody_uses_loses_its_place_and_keeps_what_was_ackn
     config = BankConfig(data_dir=data_dir, max_ingests=1, ingest_idle_seconds=0.5)
     encoder = HashEncoder()
     document = pb.Document(id="before", text="the silence")
-    record = encode_gradient(encoder.encode([("", document.text)])[0].values, encoder.spec, "int8")
+    record = encode_gradient(encoder.encode([("", document.text)])[0].values, encoder.spec, DEFAULT_CODEC)
     if method == "IngestDocuments":
         sent = [pb.IngestDocumentsRequest(document=document)]
     else:  # the second header says that the first record is whole
@@ -165,7 +165,7 @@ async def test_a_client_that_waits_for_its_answer_or_sends_slowly_is_not_idle(
 ) -> None:
     encoder = GatedEncoder()
     config = BankConfig(data_dir=data_dir, ingest_idle_seconds=0.5)
-    record = encode_gradient(encoder.encode_now("slow"), encoder.spec, "int8")
+    record = encode_gradient(encoder.encode_now("slow"), encoder.spec, DEFAULT_CODEC)
     async with BankServer(config, encoder, embedder) as server, Client(server.address.target) as client:
         stream = client.stub.IngestDocuments()
         await stream.write(pb.IngestDocumentsRequest(document=pb.Document(id="patient", text="long in the encoder")))

@@ -22,7 +22,7 @@ from bank_service.wire.errors import (
     NotFoundError,
 )
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import HEADER_BYTES, encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, HEADER_BYTES, encode_gradient, max_record_bytes
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -219,7 +219,7 @@ async def test_other_calls_out_of_their_limits_are_refused(
     assert (await bank.refused(getattr(bank, call)(**fields), InvalidArgumentError)).field == field
 
 
-def record_of(learner: str = "a learner", codec: str = "int8") -> bytes:
+def record_of(learner: str = "a learner", codec: str = DEFAULT_CODEC) -> bytes:
     spec = spec_of(learner)
     return encode_gradient(np.ones(spec.num_values, np.float32), spec, codec)
 
@@ -227,7 +227,7 @@ def record_of(learner: str = "a learner", codec: str = "int8") -> bytes:
 DOCUMENT = pb.Document(id="up", text="uploaded")
 RECORD = record_of()
 HEADER = upload_of(DOCUMENT, RECORD)[0]
-INT8_BYTES = len(RECORD)  # of every record of the collection
+MAX_BYTES = max_record_bytes(spec_of())
 CHUNK = pb.IngestGradientsRequest(chunk=RECORD)
 
 
@@ -242,10 +242,9 @@ CHUNK = pb.IngestGradientsRequest(chunk=RECORD)
         ([HEADER, pb.IngestGradientsRequest(chunk=b"x" * (2**20 + 1))], "chunk", "at most 1048576 bytes, got 1048577"),
         (upload_of(DOCUMENT, RECORD, record_bytes=0), "header.record_bytes", "got 0"),
         (upload_of(DOCUMENT, RECORD, record_bytes=HEADER_BYTES), "header.record_bytes", "got 128"),
-        (upload_of(DOCUMENT, RECORD, record_bytes=2**63), "header.record_bytes", f"129..{INT8_BYTES} "),
+        (upload_of(DOCUMENT, RECORD, record_bytes=2**63), "header.record_bytes", f"129..{MAX_BYTES} "),
         (upload_of(DOCUMENT, b"\0" * 200), "chunk", "malformed.*start with"),
         (upload_of(DOCUMENT, RECORD[:-1] + bytes([RECORD[-1] ^ 1])), "chunk", "malformed.*checksum"),
-        (upload_of(DOCUMENT, record_of(codec="int4")), "chunk", "codec must be the collection's int8, got int4"),
         (upload_of(DOCUMENT, RECORD, embedding=[1.0]), "header.embedding", "384 dimensions, got 1"),
         (upload_of(DOCUMENT, RECORD, embedding=[NAN] * 384), "header.embedding", "finite"),
         (upload_of(pb.Document(id="up"), RECORD), "document.text", "empty"),

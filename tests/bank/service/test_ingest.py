@@ -3,23 +3,24 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, upload_of
-from bank_service.testing.hash_encoder import BROKEN, MAX_WORDS, NO_TOKENS, HashEncoder
+from bank_service.testing.hash_encoder import BROKEN, MAX_WORDS, NO_TOKENS, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import InternalError, InvalidArgumentError, NotFoundError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import decode_gradient, encode_gradient
+from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
 
 CREATED = pb.IngestDocumentsResponse.CREATED
 UPDATED = pb.IngestDocumentsResponse.UPDATED
 UNCHANGED = pb.IngestDocumentsResponse.UNCHANGED
 
 
-def record_for(text: str, title: str = "", codec: str = "int8", learner: str = "a learner") -> bytes:
+def record_for(text: str, title: str = "", codec: str = DEFAULT_CODEC, learner: str = "a learner") -> bytes:
     encoder = HashEncoder(learner)
     return encode_gradient(encoder.encode([(title, text)])[0].values, encoder.spec, codec)
 
@@ -217,6 +218,45 @@ async def test_an_uploaded_gradient_is_stored_as_it_is(client: Client) -> None:
     assert hit.id == "two" and hit.score > 0.4
     (again,) = await client.upload(*upload_of(one, record))
     assert again.outcome == UNCHANGED
+    assert [answer.relative_error for answer in (*answers, again)] == [0, 0, 0]
+    assert all(answer.HasField("relative_error") for answer in (*answers, again))
+    assert not (await client.put("own", "a text")).HasField("relative_error")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("codec", ["fp32", "factors-4-4-8"])
+async def test_an_uploaded_gradient_of_another_codec_becomes_factors_and_its_error_is_told(
+    client: Client, codec: str
+) -> None:
+    spec = spec_of()
+    document, given = pb.Document(id="one", text="the owl text"), record_for("encoded elsewhere", codec=codec)
+    (answer,) = await client.upload(*upload_of(document, given))
+    ((digest, record),) = await client.fetch([answer.gradient_digest])
+    values, stored = decode_gradient(given, spec), decode_gradient(record, spec)
+    assert digest == record_digest(record) and record == encode_gradient(values, spec, DEFAULT_CODEC)
+    expected = np.linalg.norm(stored - values) / np.linalg.norm(values)
+    assert answer.relative_error == pytest.approx(float(expected), rel=1e-5) and 0.1 < expected < 1
+    (again,) = await client.upload(*upload_of(document, given))
+    assert (again.outcome, again.relative_error) == (UNCHANGED, answer.relative_error)
+    (same,) = await client.upload(*upload_of(document, record))
+    assert (same.outcome, same.relative_error) == (UNCHANGED, 0)
+
+
+@pytest.mark.asyncio
+async def test_at_full_rank_a_dense_upload_loses_only_what_rounding_takes(data_dir: Path, embedder: Embedder) -> None:
+    config = BankConfig(data_dir=data_dir, codec="factors-4-4-8")
+    async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
+        (answer,) = await client.upload(*upload_of(pb.Document(text="a text"), record_for("x", codec="fp32")))
+        zeros = encode_gradient(np.zeros(spec_of().num_values, np.float32), spec_of(), "fp32")
+        (nothing,) = await client.upload(*upload_of(pb.Document(text="another"), zeros))
+    assert 0 < answer.relative_error < 0.01 and nothing.relative_error == 0
+
+
+@pytest.mark.asyncio
+async def test_a_dense_upload_that_has_no_factors_is_refused(client: Client) -> None:
+    huge = encode_gradient(np.full(spec_of().num_values, 1e30, np.float32), spec_of(), "fp32")
+    error = await client.refused(client.upload(*upload_of(pb.Document(text="a text"), huge)), InvalidArgumentError)
+    assert error.field == "chunk" and "values must be at most 2**50" in str(error)
 
 
 @pytest.mark.asyncio

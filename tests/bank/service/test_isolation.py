@@ -19,7 +19,7 @@ from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import NotFoundError, OutOfRangeError, PermissionDeniedError
-from bank_service.wire.record import encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient, record_digest
 
 TEXTS = ("the same in both", "another text", "a third one")
 IDS = ("a", "b")
@@ -27,7 +27,7 @@ IDS = ("a", "b")
 
 def digest_of(text: str) -> str:
     encoder = HashEncoder()
-    return record_digest(encode_gradient(encoder.encode([("", text)])[0].values, encoder.spec, "int8"))
+    return record_digest(encode_gradient(encoder.encode([("", text)])[0].values, encoder.spec, DEFAULT_CODEC))
 
 
 DIGESTS = {text: digest_of(text) for text in TEXTS}

@@ -80,21 +80,21 @@ async def test_another_learners_bank_is_not_opened_and_both_fingerprints_are_nam
     with pytest.raises(CollectionMismatchError) as caught:
         await BankServer(config, HashEncoder("another learner"), embedder).start()
     assert spec_of().fingerprint in str(caught.value) and spec_of("another learner").fingerprint in str(caught.value)
-    with pytest.raises(CollectionMismatchError, match="codec.*must be int8, got bf16"):
-        await BankServer(BankConfig(data_dir=data_dir, codec="bf16"), HashEncoder(), embedder).start()
+    with pytest.raises(CollectionMismatchError, match="codec.*must be factors-4-1-8, got factors-4-0-8"):
+        await BankServer(BankConfig(data_dir=data_dir, codec="factors-4-0-8"), HashEncoder(), embedder).start()
     async with BankServer(config, HashEncoder(), embedder):
         pass  # the failed starts let go of the directory
 
 
 @pytest.mark.asyncio
 async def test_a_collection_keeps_its_codec_without_being_told(data_dir: Path, embedder: Embedder) -> None:
-    for codec in ("lowrank64", None):
+    for codec in ("factors-2-1-4", None):
         config = BankConfig(data_dir=data_dir, codec=codec)
         async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
             stored = await client.put(f"made with {codec}", f"a text for {codec}")
-            assert (await client.stats()).codec == "lowrank64"
+            assert (await client.stats()).codec == "factors-2-1-4"
             ((_, record),) = await client.fetch([stored.gradient_digest])
-            assert read_header(record).codec == "lowrank64"
+            assert read_header(record).codec == "factors-2-1-4"
 
 
 @pytest.mark.asyncio

@@ -21,7 +21,7 @@ from bank_service.values.embedder import Embedder
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.errors import DataLossError, NotFoundError, UnavailableError
 from bank_service.wire.generated import bank_pb2 as pb
-from bank_service.wire.record import encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, encode_gradient, record_digest
 from tests.bank import inside
 from tests.bank.records.test_fetch import _flush, blob, ingested
 
@@ -61,7 +61,7 @@ async def test_a_damaged_gradient_is_made_again_from_its_text_while_it_is_fetche
 async def test_a_damaged_gradient_that_was_uploaded_is_a_loss_until_it_is_uploaded_again(
     server: BankServer, client: Client, data_dir: Path
 ) -> None:
-    record = encode_gradient(HashEncoder().encode([("", "another text")])[0].values, spec_of(), "int8")
+    record = encode_gradient(HashEncoder().encode([("", "another text")])[0].values, spec_of(), DEFAULT_CODEC)
     document = pb.Document(id="a", text="a text")
     parts = upload_of(document, record)
     (put,) = await client.upload(*parts)
@@ -175,7 +175,7 @@ async def test_a_scrub_finds_and_mends_what_nobody_asked_for(data_dir: Path, emb
     config = BankConfig(data_dir=data_dir)
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         digests = await ingested(client, 100)
-        record = encode_gradient(HashEncoder().encode([("", "x")])[0].values, spec_of(), "int8")
+        record = encode_gradient(HashEncoder().encode([("", "x")])[0].values, spec_of(), DEFAULT_CODEC)
         (uploaded,) = await client.upload(*upload_of(pb.Document(id="mine", text="mine"), record))
     for digest in (digests[0], digests[99], uploaded.gradient_digest):
         blob(data_dir, digest).write_bytes(b"rot")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from bank_service.values.config import BankConfig
-from bank_service.wire.record import CODECS
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,7 @@ from bank_service.wire.record import CODECS
         ({"port": 50061, "metrics_port": 50061}, "metrics_port must be another than port, got 50061 for both"),
         ({"host": ""}, "host must not be empty"),
         ({"host": "[]"}, "host must not be empty"),
-        ({"codec": "zip"}, f"codec must be one of {', '.join(sorted(CODECS))}, got 'zip'"),
+        ({"codec": "zip"}, "codec must be factors-P-Q-BITS .*, got 'zip'"),
         ({"redis_url": "localhost:6379"}, "redis_url must start with redis://"),
         ({"redis_url": "redis://:6379/0"}, "redis_url must be like redis://"),
         ({"redis_url": "rediss://:s3cret@"}, "redis_url must be like redis://"),

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bank_service.testing.hash_encoder import spec_of
-from bank_service.wire.codecs import RETIRED_CODECS
 from bank_service.wire.codecs.dense import INT8_BLOCK, MAX_INT8_SCALE
 from bank_service.wire.record import (
-    CODECS,
+    DEFAULT_CODEC,
+    DENSE,
     HEADER_BYTES,
     MAX_VALUES,
     FloatArray,
@@ -30,7 +30,7 @@ from bank_service.wire.record import (
     verify_record,
 )
 
-NAMES = sorted(CODECS)
+NAMES = (DENSE.name, DEFAULT_CODEC, "factors-4-1-4", "bf16", "int8", "int4", "lowrank64")
 SPEC = spec_of()
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -158,22 +158,18 @@ def test_values_of_another_shape_or_type_are_refused(values: Any) -> None:
 
 
 def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(GradientFormatError, match=f"{', '.join(NAMES)}, got 'int3'"):
+    with pytest.raises(GradientFormatError, match="codec must be factors-P-Q-BITS .* or fp32, got 'int3'"):
         encode_gradient(random_values(), SPEC, "int3")
-    unknown = resealed(encode_gradient(random_values(), SPEC, "int8"), {8: b"int3"})
-    with pytest.raises(GradientFormatError, match=f"{', '.join(NAMES)}, got 'int3'"):
+    unknown = resealed(encode_gradient(random_values(), SPEC, "fp32"), {8: b"int3"})
+    with pytest.raises(GradientFormatError, match="codec must be factors-P-Q-BITS .* or fp32, got 'int3'"):
         decode_gradient(unknown, SPEC)
 
 
-def test_a_retired_codec_is_read_and_written_but_no_choice() -> None:
-    assert sorted(RETIRED_CODECS) == ["lowrank128", "lowrank256", "lowrank32"]
-    for codec in CODECS:
+@pytest.mark.parametrize("codec", ["fp32", "int8", "lowrank64", "zip"])
+def test_a_collection_can_have_factors_alone(codec: str) -> None:
+    check_choice(DEFAULT_CODEC)
+    with pytest.raises(GradientFormatError, match=f"must be factors-P-Q-BITS .*, got '{codec}'; {DEFAULT_CODEC} is"):
         check_choice(codec)
-    for codec in RETIRED_CODECS:
-        values = decode_gradient(encode_gradient(random_values(), SPEC, codec), SPEC)
-        assert values.any() and not np.array_equal(values, random_values())
-        with pytest.raises(GradientFormatError, match=f"{', '.join(NAMES)}, got '{codec}', which is retired; .*recode"):
-            check_choice(codec)
 
 
 def test_another_learners_gradient_is_refused_with_both_fingerprints() -> None:
