@@ -1,108 +1,92 @@
-"""Codecs: bytes, answers and speed, on questions whose documents were in no training.
+"""Codecs: bytes of a document against answers, on questions whose documents were in no training.
 
-    make bench-codec           (python -m benchmarks.codec_costs [--data FOLDER --split validation] [--questions N] …)
+    make bench-codec           (python -m benchmarks.codec_costs [--data FOLDER --split validation] [--documents N] …)
 
-Each question is answered with the gradient of the passage that holds its answer, once for each codec. The gradient is
-encoded, decoded and composed with φ*, and the answer is greedy. All codecs get the same float32 gradient and the same
-batches, so differences come from the codec alone. A document of 512 tokens is two passages, each with its own gradient,
-as in a bank.
+Each question gets the adapter of the passage that holds its answer, once for each codec. The known answer is given
+token by token. All codecs get the same float32 gradient and the same batches, so differences come from the codec alone.
 
-- EM and F1 are in percent, with 95% bootstrap intervals over documents. Invented facts and real text count together.
-  "f1_delta" is paired with fp32, over all lengths. "f1_delta_of_real_text" leaves the invented facts out.
-- "answer_kl" is the mean Kullback-Leibler divergence from the model under the float32 gradient, in nats per token of
-  the known answer. It shows differences that a few hundred right or wrong answers can't show.
-- "…-unweighted" is a low-rank codec without the learner's sensitivity.
-- Speeds are MB/s of float32 values, over the first gradients of the last length. The time of a composition is in ms
-  for a slot from three gradients, as in a worker. Codecs take turns. Figures are medians with least and greatest.
+- "nll" is the negative log likelihood of an answer's tokens, in nats. "tokens" is the share of them that are the
+  likeliest, "first" the same for the first token. Each is the mean over questions.
+- "…_delta" is paired with fp32, with a 95% bootstrap interval over documents.
+- "answer_kl" is the mean Kullback-Leibler divergence of the tokens' distributions from those of fp32, in nats. It shows
+  differences that a few hundred right or wrong tokens can't show.
+- "error" is the median of ‖decoded − δ‖ / ‖δ‖. "encode_ms", "check_ms" and "decode_ms" are for one document: the median
+  with least and greatest. The codecs take turns.
 
---without-answers leaves out EM and F1, which take most of the time. Without --data it uses the sample that ships and
-invented facts of the test split. Don't choose a codec by these; give data with a validation split for that.
+--minutes ends the run early, with the documents done by then. Without --data it uses the sample that ships and invented
+facts of the test split. Don't choose a codec by these; give data with a validation split for that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import random
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
 
-from bank_service.wire.record import CODECS, DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
-from regrad_vllm.adapt.arena import Arena
+from bank_service.wire.record import DEFAULT_CODEC, codec_named, decode_gradient, encode_gradient, verify_record
 from regrad_vllm.adapt.compose import compose
-from regrad_vllm.adapt.document_cache import load_gradient
-from regrad_vllm.adapt.loops.compose_slot import compose_slot
-from regrad_vllm.adapt.slot_table import SlotTable, whole
-from regrad_vllm.arguments import whole as whole_number
-from regrad_vllm.data.questions import EvalData, Question
+from regrad_vllm.arguments import whole
+from regrad_vllm.base_model import load_base_model
+from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.encode.gradient_encoder import GradientEncoder
-from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts, load_clean, question_sets
-from regrad_vllm.evaluate.growth import sized
-from regrad_vllm.evaluate.in_process import InProcess
-from regrad_vllm.evaluate.scoring import exact_match, score
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
+from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
+from regrad_vllm.encode.prompting import PromptBuilder
+from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts, load_clean
 from regrad_vllm.learner import Learner
-from regrad_vllm.load.corpora import filling
 from regrad_vllm.reporting.intervals import bootstrap_interval, spread
 from regrad_vllm.reporting.machine import describe
 
 _REFERENCE = "fp32"
-_UNWEIGHTED = "-unweighted"
-_OF_THE_LAST_LINE = ("bytes", "bytes_ratio_to_fp32", "em", "f1", "f1_delta", "answer_kl", "questions")
-_BATCH = 16
-_TIMED = 12  # gradients
-_DOCUMENTS = 3  # of a composed slot
+_CODECS = (
+    "factors-1-0-8", "factors-1-1-8", "factors-2-0-8", "factors-2-1-8", "factors-2-1-4", "factors-4-0-8",
+    "factors-4-0-4", "factors-4-1-8", "factors-4-1-4", "factors-4-2-8", "factors-8-1-8", "factors-8-1-4",
+    "factors-8-2-8",
+)  # fmt: skip
+_AT_ONCE = 4  # documents whose questions are one batch
+_ANSWERS = ("nll", "tokens", "first")
+
+Asked = tuple[SourceDocument, list[Question]]
 
 
 def main() -> None:
     args = _parser().parse_args()
     started = time.monotonic()
     codecs = list(dict.fromkeys([_REFERENCE, DEFAULT_CODEC, *args.codecs]))
-    if unknown := [name for name in codecs if name.removesuffix(_UNWEIGHTED) not in CODECS]:
-        raise SystemExit(f"--codecs must be among {', '.join(CODECS)}, got {', '.join(unknown)}")
-    learner = Learner.load(shipped_learner())
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    runner = InProcess(ensure_default_model(), learner, {}, dtype=dtype)
-    data, others = _data(args), filling(args.data or SAMPLE, args.split)
-    lengths: dict[str, Any] = {}
-    scores: dict[str, list[_Score]] = {name: [] for name in codecs}
-    speeds: dict[str, Any] = {}
-    for length in args.lengths:
-        at = sized(data, length, others, args.seed)
-        deltas = _gradients(runner.encoder, at)
-        expected = _Expected(runner, at.questions)
-        found = {
-            name: _answered(runner, learner, at.questions, deltas, name, expected, generates=not args.without_answers)
-            for name in codecs
-        }
-        lengths[f"{length} tokens"] = {name: _row(own, found[_REFERENCE]) for name, own in found.items()}
-        for name, own in found.items():
-            scores[name] += own
-        errors = {name: _error(list(deltas.values())[:_TIMED], learner, name) for name in codecs}
-        for name, error in errors.items():
-            lengths[f"{length} tokens"][name]["relative_error"] = error
-        speeds = _speeds(list(deltas.values())[:_TIMED], learner, codecs, args.repeats)
-        sys.stdout.write(json.dumps({f"{length} tokens": lengths[f"{length} tokens"]}, indent=1) + "\n")
-        sys.stdout.flush()
-    table = {name: {**speeds[name], **_row(scores[name], scores[_REFERENCE])} for name in codecs}
+    for name in codecs:
+        codec_named(name)
+    bench = _Bench(ensure_default_model(), Learner.load(shipped_learner()), codecs)
+    asked = _asked(args)
+    for start in tqdm(range(0, len(asked), _AT_ONCE), unit="batch", desc="codecs"):
+        bench.add(asked[start : start + _AT_ONCE])
+        if time.monotonic() - started > 60 * args.minutes:
+            break
+    table = {name: bench.row(name) for name in codecs}
     report = {
-        "machine": describe("torch", "transformers", "numpy"), "learner": learner.fingerprint[:16], "dtype": args.dtype,
-        "seed": args.seed, "split": args.split, "by_length": lengths, "all": table,
-        "seconds": round(time.monotonic() - started),
+        "machine": describe("torch", "transformers", "numpy"), "learner": bench.learner.fingerprint[:16],
+        "seed": args.seed, "split": args.split, "documents": bench.num_documents, "questions": bench.num_questions,
+        "table": table, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     last = {
         "default_codec": DEFAULT_CODEC,
+        "questions": bench.num_questions,
         "bytes_ratio_to_fp32": table[DEFAULT_CODEC]["bytes_ratio_to_fp32"],
-        "f1_delta": None if args.without_answers else table[DEFAULT_CODEC]["f1_delta"][0],
-        "table": {name: {key: row[key] for key in _OF_THE_LAST_LINE} for name, row in table.items()},
+        "tokens_delta": table[DEFAULT_CODEC]["tokens_delta"],
+        "answer_kl": table[DEFAULT_CODEC]["answer_kl"],
+        "answer_kl_of": {name: row["answer_kl"][0] for name, row in table.items()},
     }
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(last) + "\n")
 
@@ -112,178 +96,157 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, metavar="FOLDER", help="see regrad_vllm/data/questions.py")
     made.add_argument("--split", choices=("validation", "test"), default="test")
     made.add_argument("--sets", nargs="+", default=["squad", "nq", "qamr"])
-    made.add_argument("--questions", type=whole_number(1), default=40, help="of each set, at each length")
-    made.add_argument("--fresh", type=whole_number(0), default=180, help="questions about invented facts, besides")
-    made.add_argument("--lengths", type=whole_number(8), nargs="+", default=[32, 128, 512], help="tokens")
-    made.add_argument("--codecs", nargs="+", default=list(CODECS), metavar="CODEC")
-    made.add_argument("--without-answers", action="store_true", help="no EM and F1")
-    made.add_argument("--repeats", type=whole_number(5), default=5, help="of the timing")
-    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    made.add_argument("--documents", type=whole(1), default=24, help="of each set")
+    made.add_argument("--per-document", type=whole(1), default=4, help="questions, at most")
+    made.add_argument("--fresh", type=whole(0), default=24, help="invented facts, besides")
+    made.add_argument("--codecs", nargs="+", default=list(_CODECS), metavar="CODEC")
+    made.add_argument("--minutes", type=float, default=float("inf"))
     made.add_argument("--seed", type=int, default=0)
     return made
 
 
-def _data(args: argparse.Namespace) -> EvalData:
-    real = question_sets(load_clean(args.data or SAMPLE, args.split), args.sets, args.questions, 0, args.seed)
-    return fresh_facts(args.fresh, args.seed, args.split).merged(real)
+def _asked(args: argparse.Namespace) -> list[Asked]:
+    """Documents with their questions. The sets take turns, so that an early end leaves a share of each."""
+    data = in_passages(load_clean(args.data or SAMPLE, args.split))
+    fresh = fresh_facts(args.fresh, args.seed, args.split)
+    fresh_data = DataSplit({document.id: document for document in fresh.documents}, fresh.questions)
+    rng = random.Random(f"benchmarks.codec_costs.{args.seed}")
+    sets = [_of_set(data, name, args.documents, args.per_document, rng) for name in args.sets]
+    sets.append(_of_set(fresh_data, "fresh", args.fresh, args.per_document, rng))
+    turns = range(max(map(len, sets)))
+    return [own[turn] for turn in turns for own in sets if turn < len(own)]
 
 
-def _gradients(encoder: GradientEncoder, data: EvalData) -> dict[str, NDArray[np.float32]]:
-    """Passage → its float32 δ, for the passages that answer a question."""
-    wanted = {question.documents[0] for question in data.questions}
-    documents = [document for document in data.documents if document.id in wanted]
-    made = encoder.encode([(document.title, document.text) for document in documents])
-    return {document.id: encoded.values for document, encoded in zip(documents, made, strict=True)}
+def _of_set(data: DataSplit, name: str, documents: int, per_document: int, rng: random.Random) -> list[Asked]:
+    by_document: dict[str, list[Question]] = {}
+    for question in data.questions:
+        if question.set_name == name:
+            by_document.setdefault(question.documents[0], []).append(question)
+    chosen = rng.sample(sorted(by_document), min(documents, len(by_document)))
+    return [
+        (data.documents[key], rng.sample(by_document[key], min(per_document, len(by_document[key])))) for key in chosen
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """The scores of one question. EM and F1 are in percent, or NaN without a generated answer."""
+    """One question under one codec."""
 
-    em: float
-    f1: float
-    kl: float
     document: str
+    nll: float
+    tokens: float
+    first: float
+    kl: float
 
 
-class _Expected:
-    """The token distributions of the float32 adapters for each known answer. The first call stores them."""
+class _Bench:
+    """The scores of all codecs, one batch of documents after another."""
 
-    def __init__(self, runner: InProcess, questions: Sequence[Question]) -> None:
-        self._runner = runner
-        self._questions = questions
-        self._reference: dict[int, NDArray[np.float32]] = {}
-
-    def divergence(self, indices: Sequence[int], adapters: Sequence[NDArray[np.float32]]) -> list[float]:
-        """Mean Kullback-Leibler divergence from the reference over the answer's tokens, in nats."""
-        asked = [self._questions[index] for index in indices]
-        prompts = [self._runner.builder.question(question.question) for question in asked]
-        found = self._runner.expectations(prompts, [question.answers[0] for question in asked], adapters)
-        values = []
-        for index, own in zip(indices, found, strict=True):
-            reference = self._reference.setdefault(index, own)
-            values.append(float((np.exp(reference) * (reference - own)).sum(axis=1).mean()))
-        return values
-
-
-def _answered(
-    runner: InProcess, learner: Learner, questions: Sequence[Question], deltas: Mapping[str, NDArray[np.float32]],
-    codec: str, expected: _Expected, *, generates: bool,
-) -> list[_Score]:  # fmt: skip
-    prompts = [runner.builder.question(question.question) for question in questions]
-    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))  # little padding
-    found: dict[int, _Score] = {}
-    for start in range(0, len(order), _BATCH):
-        some = order[start : start + _BATCH]
-        adapters = []
-        for index in some:
-            delta = _decoded(deltas[questions[index].documents[0]], learner, codec)
-            adapters.append(compose(learner.phi, [delta], learner.config.weights([1.0]), learner.config.gamma))
-        divergences = expected.divergence(some, adapters)
-        texts = runner.generate([prompts[index] for index in some], adapters) if generates else [None] * len(some)
-        for index, text, kl in zip(some, texts, divergences, strict=True):
-            asked = questions[index]
-            em = f1 = math.nan
-            if text is not None:
-                em = 100 * exact_match(text, asked.answers)
-                f1 = 100 * score(text, asked.answers, asked.kind)
-            found[index] = _Score(em, f1, kl, f"{asked.set_name}/{asked.documents[0]}")
-    return [found[index] for index in range(len(questions))]
-
-
-def _row(own: Sequence[_Score], reference: Sequence[_Score]) -> dict[str, Any]:
-    clusters = [each.document.partition("#")[0] for each in own]  # its passages, at every length
-
-    def interval(values: list[float], digits: int = 2) -> list[float]:
-        found = bootstrap_interval(values, clusters)
-        return [round(value, digits) for value in (found.mean, found.low, found.high)]
-
-    fresh = [document.startswith("fresh/") for document in clusters]
-    row: dict[str, Any] = {"em": None, "f1": None, "f1_delta": None, "f1_delta_of_real_text": None}
-    if not any(math.isnan(each.em) for each in own):
-        deltas = [mine.f1 - other.f1 for mine, other in zip(own, reference, strict=True)]
-        real = [delta for delta, is_fresh in zip(deltas, fresh, strict=True) if not is_fresh]
-        row = {
-            "em": interval([each.em for each in own]),
-            "f1": interval([each.f1 for each in own]),
-            "f1_delta": interval(deltas),
-            "f1_delta_of_real_text": round(sum(real) / len(real), 2) if real else None,
+    def __init__(self, model_folder: Path, learner: Learner, codecs: Sequence[str]) -> None:
+        check_base(learner, model_folder)
+        base, tokenizer = load_base_model(model_folder, dtype=torch.float32, device="cpu")
+        self.learner = learner
+        self._model = AdaptedModel(base, learner.layout, learner.scaling)
+        self._builder = PromptBuilder(tokenizer, learner.config.prompts)
+        self._encoder = GradientEncoder(self._model, self._builder, learner)
+        self._codecs = list(codecs)
+        self._scores: dict[str, list[_Score]] = {name: [] for name in codecs}
+        self._errors: dict[str, list[float]] = {name: [] for name in codecs}
+        self._bytes: dict[str, list[int]] = {name: [] for name in codecs}
+        self._ms: dict[str, dict[str, list[float]]] = {
+            name: {"encode_ms": [], "check_ms": [], "decode_ms": []} for name in codecs
         }
-    kl = [each.kl for each in own]
-    return {
-        **row,
-        "answer_kl": interval(kl, 5),
-        "questions": len(own),
-        "questions_of_real_text": fresh.count(False),
-    }
+        self.num_documents = 0
 
+    @property
+    def num_questions(self) -> int:
+        return len(self._scores[_REFERENCE])
 
-def _encoded(delta: NDArray[np.float32], learner: Learner, codec: str) -> bytes:
-    if codec.endswith(_UNWEIGHTED):
-        return encode_gradient(delta, replace(learner.spec, sensitivity=None), codec.removesuffix(_UNWEIGHTED))
-    return encode_gradient(delta, learner.spec, codec)
+    @torch.no_grad()
+    def add(self, asked: Sequence[Asked]) -> None:
+        with torch.enable_grad():
+            made = self._encoder.encode([(document.title, document.text) for document, _ in asked])
+        members = [
+            [(self._builder.question(each.question), self._builder.answer(each.answers[0])) for each in questions]
+            for _, questions in asked
+        ]
+        batch = TokenBatch.pack([[(ask + answer, len(ask)) for ask, answer in own] for own in members])
+        answers = [
+            (document.id.partition("#")[0], len(answer))
+            for (document, _), own in zip(asked, members, strict=True)
+            for _, answer in own
+        ]
+        lower = self._model.lower(batch)
+        reference: Tensor | None = None
+        self._codecs = [_REFERENCE, *reversed(self._codecs[1:])]  # they take turns
+        for codec in self._codecs:
+            adapters = np.stack([self._adapter(each.values, codec) for each in made])
+            final = self._model.upper(lower, self._model.split(torch.from_numpy(adapters)), batch)
+            counted = batch.targets != -100
+            found = self._model.logits(final[counted]).log_softmax(-1)
+            reference = found if reference is None else reference
+            self._scores[codec] += _scores(answers, batch.targets[counted], found, reference)
+        self.num_documents += len(asked)
 
+    def row(self, codec: str) -> dict[str, Any]:
+        own, reference = self._scores[codec], self._scores[_REFERENCE]
+        clusters = [each.document for each in own]
 
-def _decoded(delta: NDArray[np.float32], learner: Learner, codec: str) -> NDArray[np.float32]:
-    return decode_gradient(_encoded(delta, learner, codec), learner.spec)
+        def interval(values: list[float], digits: int = 4) -> list[float]:
+            found = bootstrap_interval(values, clusters)
+            return [round(value, digits) for value in (found.mean, found.low, found.high)]
 
-
-def _error(deltas: Sequence[NDArray[np.float32]], learner: Learner, codec: str) -> float:
-    """Median of ‖decoded − δ‖ / ‖δ‖."""
-    decoded = [_decoded(delta, learner, codec) for delta in deltas]
-    found = [np.linalg.norm(own - delta) / np.linalg.norm(delta) for own, delta in zip(decoded, deltas, strict=True)]
-    return round(float(np.median(found)), 4)
-
-
-def _speeds(
-    deltas: Sequence[NDArray[np.float32]], learner: Learner, codecs: Sequence[str], repeats: int
-) -> dict[str, dict[str, Any]]:
-    """The bytes of a record and the speeds of encoding, decoding and composing, for each codec, measured in turns."""
-    import tempfile
-
-    spec = learner.spec
-    records = {name: [_encoded(delta, learner, name) for delta in deltas] for name in codecs}
-    table = SlotTable.build(learner.layout, whole(learner.layout), learner.layout.rank)
-    slot = torch.empty(table.num_values, dtype=torch.bfloat16)
-    ms: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": [], "compose": []} for name in codecs}
-    with tempfile.TemporaryDirectory() as folder:
-        arena = Arena.open(Path(folder), 2**30)
-        try:
-            stored = {name: _stored(arena, own[:_DOCUMENTS], learner) for name, own in records.items()}
-            for repeat in range(repeats + 1):  # the first warms up
-                for name in codecs if repeat % 2 else list(reversed(codecs)):
-                    times = [time.perf_counter()]
-                    for delta in deltas:
-                        _encoded(delta, learner, name)
-                    times.append(time.perf_counter())
-                    for record in records[name]:
-                        decode_gradient(record, spec)
-                    times.append(time.perf_counter())
-                    compose_slot(slot, learner.phi, stored[name], [1.0] * _DOCUMENTS, table, learner.scaling)
-                    times.append(time.perf_counter())
-                    if repeat:
-                        for what, seconds in zip(ms[name], np.diff(times), strict=True):
-                            ms[name][what].append(1000 * float(seconds))
-        finally:
-            arena.close()
-    megabytes = 4 * spec.num_values * len(deltas) / 1e6
-    return {
-        name: {
-            "bytes": round(sum(map(len, own)) / len(own)),
-            "bytes_ratio_to_fp32": round(len(own[0]) / (4 * spec.num_values), 5),
-            "encode_mb_s": spread([1000 * megabytes / value for value in ms[name]["encode"]]),
-            "decode_mb_s": spread([1000 * megabytes / value for value in ms[name]["decode"]]),
-            "compose_ms": spread(ms[name]["compose"]),
+        row: dict[str, Any] = {
+            "bytes": round(statistics.fmean(self._bytes[codec])),
+            "bytes_ratio_to_fp32": round(sum(self._bytes[codec]) / sum(self._bytes[_REFERENCE]), 5),
+            "error": round(statistics.median(self._errors[codec]), 4),
+            "answer_kl": interval([each.kl for each in own], 6),
         }
-        for name, own in records.items()
+        for name in _ANSWERS:
+            row[name] = round(statistics.fmean(getattr(each, name) for each in own), 4)
+            pairs = zip(own, reference, strict=True)
+            row[f"{name}_delta"] = interval([getattr(mine, name) - getattr(other, name) for mine, other in pairs])
+        return row | {name: spread(values) for name, values in self._ms[codec].items()}
+
+    def _adapter(self, delta: NDArray[np.float32], codec: str) -> NDArray[np.float32]:
+        """The adapter of one document, its gradient encoded and decoded."""
+        spec = self.learner.spec
+        times = [time.perf_counter()]
+        record = encode_gradient(delta, spec, codec)
+        times.append(time.perf_counter())
+        verify_record(record, spec)
+        times.append(time.perf_counter())
+        decoded = decode_gradient(record, spec)
+        times.append(time.perf_counter())
+        for name, seconds in zip(self._ms[codec], np.diff(times), strict=True):
+            self._ms[codec][name].append(1000 * float(seconds))
+        self._bytes[codec].append(len(record))
+        self._errors[codec].append(float(np.linalg.norm(decoded - delta) / np.linalg.norm(delta)))
+        config = self.learner.config
+        return compose(self.learner.phi, [decoded], config.weights([1.0]), config.gamma)
+
+
+def _scores(answers: Sequence[tuple[str, int]], targets: Tensor, found: Tensor, reference: Tensor) -> list[_Score]:
+    """answers: (document, number of tokens), in the order of ``targets`` (tokens,).
+
+    found, reference: log probabilities (tokens, vocabulary).
+    """
+    per_token: Mapping[str, Tensor] = {
+        "nll": -found.gather(1, targets[:, None])[:, 0],
+        "tokens": (found.argmax(1) == targets).float(),
+        "kl": (reference.exp() * (reference - found)).sum(1),
     }
-
-
-def _stored(arena: Arena, records: Sequence[bytes], learner: Learner) -> list[Any]:
-    hold = arena.hold()
-    for record in records:
-        hold.put(record_digest(record), record)
-    return [load_gradient(str(arena.folder), record_digest(record), learner.spec)[0] for record in records]
+    parts = {name: values.split([size for _, size in answers]) for name, values in per_token.items()}
+    return [
+        _Score(
+            document,
+            nll=float(parts["nll"][row].mean()),
+            tokens=float(parts["tokens"][row].mean()),
+            first=float(parts["tokens"][row][0]),
+            kl=float(parts["kl"][row].mean()),
+        )
+        for row, (document, _) in enumerate(answers)
+    ]
 
 
 if __name__ == "__main__":
