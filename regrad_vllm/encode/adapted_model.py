@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from regrad_vllm.base_model import BaseModelError
+from regrad_vllm.encode import derivatives
+from regrad_vllm.encode.fast_parts import FastParts, replaced
 from regrad_vllm.layout import Layout
 
 
@@ -105,6 +107,7 @@ class AdaptedModel:
         self.scaling = scaling
         self.device: torch.device = model.device
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in layout.modules]
+        self._parts = FastParts(model)
         first = min(_layer_index(name) for name in layout.modules)
         try:
             decoder = model.model
@@ -122,7 +125,7 @@ class AdaptedModel:
 
     def lower(self, batch: TokenBatch) -> Tensor:
         """Hidden states before the first adapted layer, (rows, length, hidden). They don't depend on φ."""
-        with torch.no_grad():
+        with torch.no_grad(), self._parts.used():
             if self._lower is None:
                 return cast(Tensor, self._embed(batch.ids))
             found: list[Any] = []
@@ -137,7 +140,7 @@ class AdaptedModel:
         adapters: the layout's tensors in order, each (groups, *shape). The number of rows must be a multiple of groups.
         Consecutive rows share an adapter.
         """
-        with self.injected(adapters):
+        with self._parts.used(), self.injected(adapters):
             if self._lower is None:
                 return self._run(self._upper, batch, inputs_embeds=hidden)
             # The decoder may change its input before the first layer, as it changes embeddings.
@@ -149,7 +152,7 @@ class AdaptedModel:
         """Cross-entropy of the counted positions, (counted,), and their mask, bool (rows, length)."""
         counted = targets != -100
         logits = self.logits(final[counted])
-        return nn.functional.cross_entropy(logits, targets[counted], reduction="none"), counted
+        return derivatives.cross_entropy(logits, targets[counted]), counted
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits of the next token after each final hidden state, float32 (positions, vocabulary)."""
@@ -204,21 +207,29 @@ class AdaptedModel:
 
     @contextmanager
     def injected(self, adapters: Sequence[Tensor]) -> Iterator[None]:
+        """Within it the model's modules have the adapters of ``upper``."""
+        pairs = list(zip(self._modules, adapters[::2], adapters[1::2], strict=True))
+        linears = {module: self._lora_linear(module, a, b) for module, a, b in pairs if type(module) is nn.Linear}
         handles = [
-            module.register_forward_hook(self._lora_hook(adapters[2 * index], adapters[2 * index + 1]))
-            for index, module in enumerate(self._modules)
+            module.register_forward_hook(self._lora_hook(a, b)) for module, a, b in pairs if module not in linears
         ]
         try:
-            yield
+            with replaced(linears):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _lora_linear(self, module: nn.Linear, a: Tensor, b: Tensor) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            return derivatives.lora_linear(x, a.to(x.dtype), b.to(x.dtype), module.weight, module.bias, self.scaling)
+
+        return forward
 
     def _lora_hook(self, a: Tensor, b: Tensor) -> Any:
         def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows, length, _ = inputs[0].shape
             grouped = inputs[0].reshape(a.shape[0], rows // a.shape[0] * length, -1)
-            # The scaling is applied to the smaller tensor. It saves a pass over (rows, length, out) in each derivative.
             low = self.scaling * torch.bmm(grouped, a.to(grouped.dtype).transpose(1, 2))
             return output + torch.bmm(low, b.to(grouped.dtype).transpose(1, 2)).reshape(output.shape)
 

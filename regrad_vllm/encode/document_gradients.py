@@ -23,15 +23,7 @@ def document_gradients(
     phi: float32 (num_values,), or (rows, num_values) if each document has its own. inner_loss: L; None: the mean over
     the tokens. Returns float32 (rows, num_values), with zeros for a row without targets.
     """
-    rows = len(batch.ids)
-    if not (batch.targets != -100).any():
-        return torch.zeros(rows, model.layout.num_values)
-    shared = [part.detach().requires_grad_() for part in model.split(phi.expand(rows, -1))]
-    hidden = model.lower(batch)
-    weights = (inner_loss or InnerLoss()).weights(batch, hidden)
-    loss = model.loss(model.upper(hidden, shared, batch), batch, weights.detach())
-    gradients = torch.autograd.grad(loss, shared)
-    return torch.cat([gradient.reshape(rows, -1).float() for gradient in gradients], dim=1)
+    return document_deltas(model, phi, torch.ones(1, 1, device=phi.device), batch, inner_loss)
 
 
 def document_deltas(
@@ -39,9 +31,16 @@ def document_deltas(
 ) -> Tensor:
     """δ_d = Σ_s a_s ⊙ g_d(φ_s) with φ_0 = φ* and φ_s+1 = φ_s − a_s ⊙ g_d(φ_s); one inner step is a ⊙ g_d(φ*).
 
-    step_sizes: float32 (inner_steps, num_values). Returns float32 (rows, num_values).
+    step_sizes: float32 (inner_steps, num_values or 1). Returns float32 (rows, num_values).
     """
     deltas = torch.zeros(len(batch.ids), model.layout.num_values, device=phi.device)
+    if not (batch.targets != -100).any():
+        return deltas
+    hidden = model.lower(batch)
+    weights = (inner_loss or InnerLoss()).weights(batch, hidden).detach()
     for sizes in step_sizes:
-        deltas = deltas + sizes * document_gradients(model, phi - deltas, batch, inner_loss)
+        own = [part.detach().requires_grad_() for part in model.split(phi - deltas)]
+        loss = model.loss(model.upper(hidden, own, batch), batch, weights)
+        gradients = torch.autograd.grad(loss, own)
+        deltas += sizes * torch.cat([gradient.reshape(len(deltas), -1).float() for gradient in gradients], dim=1)
     return deltas
