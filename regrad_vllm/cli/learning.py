@@ -57,6 +57,10 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from regrad_vllm.learn.process import keep_freed_memory, share_cores
+
+    share_cores()
+    keep_freed_memory()
     from regrad_vllm.default_model import resolve_model
     from regrad_vllm.learn.train import train
     from regrad_vllm.learn.train_config import TrainConfig
