@@ -3,8 +3,13 @@
     make bench-encode          (python -m benchmarks.encode [--repeats N] [--tokens N])
 
 The loop follows the method's published scripts: Hugging Face PEFT holds φ*, and each document has a forward pass and
-``torch.autograd.grad``. Both are warmed up, then take turns on the same documents. A repeat's ratio is loop seconds /
-batch seconds. Both give the same gradients, and the largest relative difference is reported.
+``torch.autograd.grad``. Both give the same gradients, in float32.
+
+``over_before`` compares all inner steps of the encoder with the encoder before its derivatives were written by hand
+(plain_model.py), in the type that the encoder chooses. The last line gives it for 128 tokens.
+
+All are warmed up, then take turns on the same documents. A repeat's ratio is the others' seconds / the encoder's. The
+largest relative difference of the results is reported.
 """
 
 from __future__ import annotations
@@ -13,15 +18,17 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regrad_vllm.base_model import load_base_model
+from benchmarks.plain_model import PlainModel, plain_deltas
+from regrad_vllm.base_model import fast_dtype, load_base_model
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
-from regrad_vllm.encode.document_gradients import document_gradients
+from regrad_vllm.encode.document_gradients import document_deltas, document_gradients
 from regrad_vllm.encode.gradient_encoder import check_base, plan_passes
 from regrad_vllm.learner import Learner
 from regrad_vllm.reporting.intervals import spread
@@ -40,11 +47,18 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_base_model(folder, dtype=torch.float32, device=device)
     batched = AdaptedModel(base, learner.layout, learner.scaling)
+    dtype = fast_dtype(device)
+    quick, _ = load_base_model(folder, dtype=dtype, device=device)
+    models = (
+        AdaptedModel(quick, learner.layout, learner.scaling),
+        PlainModel(quick, learner.layout, learner.scaling),
+    )
     looped = _peft(folder, device)
     phi = torch.tensor(learner.phi, device=device)
     text = Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8") * 8
     source = tokenizer(text)["input_ids"]
     report: dict[str, Any] = {"machine": describe("torch", "transformers", "peft"), "threads": torch.get_num_threads()}
+    report["encoder_dtype"] = str(dtype).removeprefix("torch.")
     ratios = {}
     for length in LENGTHS:
         number = max(4, args.tokens // length)
@@ -52,38 +66,69 @@ def main() -> None:
         if len(documents[-1]) != length:
             raise SystemExit(f"README.md must give {number} documents of {length} tokens, it is too short")
         figures = _compare(batched, looped, learner, phi, documents, args.repeats)
-        report[f"documents_of_{length}_tokens"] = {"num_documents": number, **figures}
+        before = _over_before(*models, learner, phi, documents, args.repeats)
+        report[f"documents_of_{length}_tokens"] = {"num_documents": number, **figures, **before}
         ratios[f"ratio_{length}"] = figures["ratio"]["median"]
+        if length == 128:
+            ratios["over_before"] = before["over_before"]["median"]
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(ratios) + "\n")
 
 
 def _compare(
     batched: AdaptedModel, looped: Any, learner: Learner, phi: torch.Tensor, documents: list[list[int]], repeats: int
 ) -> dict[str, Any]:
-    def batch() -> torch.Tensor:
-        found = torch.empty(len(documents), len(phi))
-        for indices in plan_passes([len(tokens) for tokens in documents]):
-            rows = TokenBatch.pad([(documents[index], 1) for index in indices], phi.device)
-            found[indices] = document_gradients(batched, phi, rows).cpu()
-        return found
-
     def loop() -> torch.Tensor:
         return torch.stack([_one(looped, learner, tokens, phi.device) for tokens in documents])
 
-    expected, actual = loop(), batch()
-    error = float(((actual - expected).norm(dim=1) / expected.norm(dim=1)).max())
-    seconds: dict[str, list[float]] = {"batch": [], "loop": []}
-    for repeat in range(repeats):
-        for name, run in (("batch", batch), ("loop", loop)) if repeat % 2 else (("loop", loop), ("batch", batch)):
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+    def batch() -> torch.Tensor:
+        return _in_passes(documents, phi, lambda rows: document_gradients(batched, phi, rows))
+
+    seconds, error = _take_turns({"batch": batch, "loop": loop}, repeats)
     return {
         "documents_per_s_batch": spread([len(documents) / value for value in seconds["batch"]]),
         "documents_per_s_loop": spread([len(documents) / value for value in seconds["loop"]]),
         "ratio": spread([slow / fast for slow, fast in zip(seconds["loop"], seconds["batch"], strict=True)]),
         "largest_relative_difference": error,
     }
+
+
+def _over_before(
+    now: AdaptedModel, before: PlainModel, learner: Learner, phi: torch.Tensor, documents: list[list[int]], repeats: int
+) -> dict[str, Any]:
+    sizes = torch.tensor(learner.expand_step_sizes(), device=phi.device)
+    runs: dict[str, Callable[[], torch.Tensor]] = {
+        "now": lambda: _in_passes(documents, phi, lambda rows: document_deltas(now, phi, sizes, rows)),
+        "before": lambda: _in_passes(documents, phi, lambda rows: plain_deltas(before, phi, sizes, rows)),
+    }
+    seconds, error = _take_turns(runs, repeats)
+    return {
+        "encoded_per_s": spread([len(documents) / value for value in seconds["now"]]),
+        "encoded_per_s_before": spread([len(documents) / value for value in seconds["before"]]),
+        "over_before": spread([slow / fast for slow, fast in zip(seconds["before"], seconds["now"], strict=True)]),
+        "largest_relative_difference_to_before": error,
+    }
+
+
+def _in_passes(
+    documents: list[list[int]], phi: torch.Tensor, run: Callable[[TokenBatch], torch.Tensor]
+) -> torch.Tensor:
+    found = torch.empty(len(documents), len(phi))
+    for indices in plan_passes([len(tokens) for tokens in documents]):
+        found[indices] = run(TokenBatch.pad([(documents[index], 1) for index in indices], phi.device)).cpu()
+    return found
+
+
+def _take_turns(runs: dict[str, Callable[[], torch.Tensor]], repeats: int) -> tuple[dict[str, list[float]], float]:
+    """The seconds of both runs in each repeat, and the largest relative difference of a document's results."""
+    first, second = (run() for run in runs.values())
+    error = float(((first - second).norm(dim=1) / second.norm(dim=1)).max())
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name, run in list(runs.items())[:: 1 if repeat % 2 else -1]:
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds, error
 
 
 def _peft(folder: Path, device: str) -> Any:

@@ -8,8 +8,11 @@ documents (second order), then answers its questions one at a time. Gradients ad
 Ours takes the same tasks as one batch. Per-document gradients take one pass, layers below the first adapted one have no
 gradient, and a task's questions are packed behind their common prompt. Both cast the adapter to the base model's dtype.
 
-First the meta-gradients are compared in float32. Then both are warmed up and take turns. A repeat's ratio is loop
-seconds / batch seconds over the same steps. The data are invented documents and the paragraphs of the evaluation
+The third is our batch before its derivatives were written by hand (plain_model.py).
+
+First the meta-gradients are compared in float32. Then all are warmed up and take turns. A repeat's ratio is loop
+seconds / batch seconds over the same steps, ``over_before`` is the third's seconds / batch seconds. The last line gives
+it for the paragraphs. The data are invented documents and the paragraphs of the evaluation
 sample. Questions and k are those of the shipped learner's config, and the inner loss is the mean over the tokens.
 """
 
@@ -26,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from benchmarks.plain_model import PlainModel
 from regrad_vllm.arguments import whole
-from regrad_vllm.base_model import load_base_model
+from regrad_vllm.base_model import fast_dtype, load_base_model
 from regrad_vllm.data.questions import load_split
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel
@@ -47,38 +51,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=whole(1), default=5)
     parser.add_argument("--steps", type=whole(1), default=1, help="of each kind of document and repeat")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default the faster one on this machine")
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     learner = Learner.load(shipped_learner())
     report: dict[str, Any] = {
-        "machine": describe("torch", "transformers", "peft"), "dtype": args.dtype, "learner": learner.fingerprint[:16]
+        "machine": describe("torch", "transformers", "peft"), "dtype": str(dtype).removeprefix("torch."),
+        "learner": learner.fingerprint[:16],
     }  # fmt: skip
     plans = {name: [sampler.plan(step) for step in range(args.steps)] for name, sampler in _samplers().items()}
-    exact = _pair(torch.float32, learner)
-    differences = {name: _difference(*exact, found[0]) for name, found in plans.items()}
-    if max(differences.values()) > _MAX_DIFFERENCE:
-        raise SystemExit(f"the two meta-gradients must be the same in float32, they differ by {differences}")
-    pair = exact if args.dtype == "float32" else _pair(torch.bfloat16, learner)
+    exact = _runs(torch.float32, learner)
+    differences = {name: _differences(exact, found[0]) for name, found in plans.items()}
+    if max(max(found.values()) for found in differences.values()) > _MAX_DIFFERENCE:
+        raise SystemExit(f"the meta-gradients must be the same in float32, they differ by {differences}")
+    runs = exact if dtype == torch.float32 else _runs(dtype, learner)
     ratios = {}
     for name, found in plans.items():
-        figures = {**_compare(*pair, found, args.repeats), "relative_difference_float32": differences[name]}
+        figures = {**_compare(runs, found, args.repeats), "relative_difference_float32": differences[name]}
         report[name] = figures
         ratios[f"ratio_{name}"] = figures["ratio"]["median"]
+    ratios["over_before"] = report["paragraphs"]["over_before"]["median"]
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(ratios) + "\n")
 
 
-def _pair(dtype: torch.dtype, learner: Learner) -> tuple[Ours, Loop]:
+Runs = dict[str, Callable[[StepPlan], Tensor]]
+
+
+def _runs(dtype: torch.dtype, learner: Learner) -> Runs:
+    """Contender → the meta-gradient of a step."""
     folder = ensure_default_model()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, tokenizer = load_base_model(folder, dtype=dtype, device=str(device), attention="eager")
     other, _ = load_base_model(folder, dtype=dtype, device=str(device), attention="eager")
-    ours = Ours(AdaptedModel(base, learner.layout, learner.scaling), learner, tokenizer)
-    return ours, Loop(other, learner, tokenizer, device)
+    models = {"batch": AdaptedModel, "before": PlainModel}
+    ours = {
+        name: Ours(kind(base, learner.layout, learner.scaling), learner, tokenizer) for name, kind in models.items()
+    }
+    return {
+        "loop": Loop(other, learner, tokenizer, device).gradient,
+        **{name: run.gradient for name, run in ours.items()},
+    }
 
 
-def _difference(ours: Ours, loop: Loop, plan: StepPlan) -> float:
-    mine, theirs = ours.gradient(plan), loop.gradient(plan)
-    return float((mine - theirs).norm() / theirs.norm())
+def _differences(runs: Runs, plan: StepPlan) -> dict[str, float]:
+    found = {name: run(plan) for name, run in runs.items()}
+    mine = found.pop("batch")
+    return {name: float((mine - theirs).norm() / theirs.norm()) for name, theirs in found.items()}
 
 
 def _samplers() -> dict[str, Sampler]:
@@ -160,25 +178,25 @@ class Loop:
         return loss
 
 
-def _compare(ours: Ours, loop: Loop, plans: list[StepPlan], repeats: int) -> dict[str, Any]:
-    ours.gradient(plans[0])
-    loop.gradient(plans[0])
-    seconds: dict[str, list[float]] = {"batch": [], "loop": []}
+def _compare(runs: Runs, plans: list[StepPlan], repeats: int) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(plans[0])
     for repeat in range(repeats):
-        turns: list[tuple[str, Callable[[StepPlan], Tensor]]] = [("loop", loop.gradient), ("batch", ours.gradient)]
-        for name, run in turns if repeat % 2 else turns[::-1]:
+        for name, run in list(runs.items())[:: 1 if repeat % 2 else -1]:
             started = time.perf_counter()
             for plan in plans:
                 run(plan)
             _wait()
             seconds[name].append(time.perf_counter() - started)
     tasks = sum(len(plan.tasks) for plan in plans)
+    speeds = {f"tasks_per_s_{name}": spread([tasks / value for value in found]) for name, found in seconds.items()}
     return {
         "num_tasks": tasks,
         "questions_per_task": sum(map(len, plans[0].questions)) / len(plans[0].questions),
-        "tasks_per_s_batch": spread([tasks / value for value in seconds["batch"]]),
-        "tasks_per_s_loop": spread([tasks / value for value in seconds["loop"]]),
+        **speeds,
         "ratio": spread([slow / fast for slow, fast in zip(seconds["loop"], seconds["batch"], strict=True)]),
+        "over_before": spread([slow / fast for slow, fast in zip(seconds["before"], seconds["batch"], strict=True)]),
     }
 
 

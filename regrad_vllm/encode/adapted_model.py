@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regrad_vllm.base_model import BaseModelError
 from regrad_vllm.encode import derivatives
-from regrad_vllm.encode.fast_parts import FastParts, replaced
+from regrad_vllm.encode.fast_parts import FastParts, Parts, replaced
 from regrad_vllm.layout import Layout
 
 
@@ -107,7 +107,7 @@ class AdaptedModel:
         self.scaling = scaling
         self.device: torch.device = model.device
         self._modules: list[nn.Module] = [model.get_submodule(name) for name in layout.modules]
-        self._parts = FastParts(model)
+        self._parts: Parts = FastParts(model)
         first = min(_layer_index(name) for name in layout.modules)
         try:
             decoder = model.model

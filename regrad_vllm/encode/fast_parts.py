@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from regrad_vllm.encode import derivatives
 
 _ATTENTION = "regrad"  # our attention's name in the library's register
+
+
+class Parts(Protocol):
+    def used(self) -> AbstractContextManager[None]:
+        """Within it the model runs by these parts."""
 
 
 class FastParts:
