@@ -5,8 +5,8 @@
 The loop follows the method's published scripts: Hugging Face PEFT holds φ*, and each document has a forward pass and
 ``torch.autograd.grad``. Both give the same gradients, in float32.
 
-``over_before`` compares all inner steps of the encoder with the encoder before its derivatives were written by hand
-(plain_model.py), in the type that the encoder chooses. The last line gives it for 128 tokens.
+``over_before`` compares the encoder, with all inner steps, with the one before its derivatives were written by hand
+(plain_model.py). Both run in the type that is fast on this machine. The last line gives it for 128 tokens.
 
 All are warmed up, then take turns on the same documents. A repeat's ratio is the others' seconds / the encoder's. The
 largest relative difference of the results is reported.
