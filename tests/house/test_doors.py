@@ -37,6 +37,7 @@ FORBIDDEN = {
         "grpc", "vllm", "regrad_vllm.client", "regrad_vllm.serve", "regrad_vllm.cli", *INSIDE_THE_BANK,
     ),
     "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo", *INSIDE_THE_BANK),
+    "regrad_vllm/serve/kernels": ("grpc", "vllm"),
     "regrad_vllm/local": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
     "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli", "regrad_vllm.load", *INSIDE_THE_BANK),
     "regrad_vllm/load": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),

@@ -38,6 +38,7 @@ def _array_maker(element: Any) -> Any:
 
 f32_array = _array_maker(types.float32)
 i8_array = _array_maker(types.int8)
+i32_array = _array_maker(types.int32)
 i64_array = _array_maker(types.int64)
 u16_array = _array_maker(types.uint16)
 

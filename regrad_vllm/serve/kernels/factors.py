@@ -1,0 +1,114 @@
+"""Loops over one document's factors of one tensor, read where they lie.
+
+``form`` is the address of the tensor's row in ``FactorForm.table``, which tells where its parts are. ``x`` and ``part``
+begin at a whole block of the long side, number ``block``. All addresses are int64.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import types
+
+from bank_service.wire.codecs.factors import BLOCK, CODES, COUNT, LONG, SCALES, SHORT, SHORTS, STRIDE
+from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, f32_array, i8_array, i64_array, u16_array
+from regrad_vllm.serve.kernels.compiled import compiled
+from regrad_vllm.serve.kernels.vectors import LANES, add_bf16, dot_bf16, gather8, gather_blocks, spread4, spread8
+
+_WIDE = 64  # codes taken at a time, where there are so many
+_I64, _F32 = types.int64, types.float32
+load_bf16 = FLOAT_TYPES[torch.bfloat16].load
+
+
+@cache
+def add_inputs() -> Any:
+    gather_blocks8, gather_blocks4 = gather_blocks(8), gather_blocks(4)
+
+    @compiled(types.void(_I64, _I64, _I64, _F32, _I64, _I64, _I64, _I64))
+    def add(payload: Any, bits: Any, form: Any, step: Any, x: Any, h: Any, block: Any, num_blocks: Any) -> None:
+        """h += step · P (Q x) of a document. x is zero where this worker has no input."""
+        form = i64_array(form, 7)
+        length, size = form[LONG], form[SHORT]
+        all_blocks, vectors = (length + BLOCK - 1) // BLOCK, size // LANES
+        whole = num_blocks if bits == 4 else min(num_blocks, length // BLOCK - block)
+        own_h = f32_array(h, size)
+        for c in range(form[COUNT]):
+            codes = payload + form[CODES] + c * form[STRIDE] + block * (16 * bits)
+            scales = payload + form[SCALES] + 2 * (c * all_blocks + block)
+            total = gather_blocks4(x, codes, scales, whole) if bits == 4 else gather_blocks8(x, codes, scales, whole)
+            if whole < num_blocks:  # the tensor's last block, cut short
+                last_x, last_codes, last_size = x + 4 * BLOCK * whole, codes + BLOCK * whole, length % BLOCK
+                rest = gather8(last_x, last_codes, last_size // LANES)
+                some_x, some_codes = f32_array(last_x, last_size), i8_array(last_codes, last_size)
+                for j in range(last_size // LANES * LANES, last_size):
+                    rest += np.float32(some_codes[j]) * some_x[j]
+                total += load_bf16(u16_array(scales, whole + 1)[whole]) * rest
+            shorts = payload + form[SHORTS] + 2 * c * size
+            add_bf16(h, shorts, vectors, step * total)
+            own = u16_array(shorts, size)
+            for j in range(vectors * LANES, size):
+                own_h[j] += step * total * load_bf16(own[j])
+
+    return add
+
+
+@cache
+def weights() -> Any:
+    @compiled(types.void(_I64, _I64, _F32, _I64, _I64))
+    def weigh(payload: Any, form: Any, step: Any, h: Any, out: Any) -> None:
+        """out[c] = step · V h of each component of a document."""
+        form = i64_array(form, 7)
+        size, vectors = form[SHORT], form[SHORT] // LANES
+        own_h, outs = f32_array(h, size), f32_array(out, form[COUNT])
+        for c in range(form[COUNT]):
+            shorts = payload + form[SHORTS] + 2 * c * size
+            total = dot_bf16(h, shorts, vectors)
+            own = u16_array(shorts, size)
+            for j in range(vectors * LANES, size):
+                total += load_bf16(own[j]) * own_h[j]
+            outs[c] = step * total
+
+    return weigh
+
+
+@cache
+def add_outputs() -> Any:
+    spread_wide, spread = spread8(_WIDE), spread8(LANES)
+
+    @compiled(types.void(_I64, _I64, _I64, _I64, _I64, _I64, _I64, _I64))
+    def add(payload: Any, bits: Any, form: Any, steps: Any, work: Any, part: Any, block: Any, num_blocks: Any) -> None:
+        """part += Σ_c steps[c] · scale · code of a document, over ``num_blocks`` blocks.
+
+        work: as many floats as ``steps``. ``part`` has whole blocks, though the tensor may end before.
+        """
+        form = i64_array(form, 7)
+        count, length, stride = form[COUNT], form[LONG], form[STRIDE]
+        all_blocks = (length + BLOCK - 1) // BLOCK
+        scales = u16_array(payload + form[SCALES], count * all_blocks)
+        factors, own_steps = f32_array(work, count), f32_array(steps, count)
+        for number in range(block, block + num_blocks):
+            for c in range(count):
+                factors[c] = own_steps[c] * load_bf16(scales[c * all_blocks + number])
+            own = part + 4 * BLOCK * (number - block)
+            codes = payload + form[CODES] + number * (16 * bits)
+            if bits == 4:
+                spread4(own, codes, stride, work, count)
+                continue
+            size = min(BLOCK, length - number * BLOCK)
+            done = 0
+            while size - done >= _WIDE:
+                spread_wide(own + 4 * done, codes + done, stride, work, count)
+                done += _WIDE
+            while size - done >= LANES:
+                spread(own + 4 * done, codes + done, stride, work, count)
+                done += LANES
+            last = f32_array(own, size)
+            for c in range(count):
+                last_codes = i8_array(codes + c * stride, size)
+                for j in range(done, size):
+                    last[j] += factors[c] * np.float32(last_codes[j])
+
+    return add

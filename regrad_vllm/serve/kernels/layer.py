@@ -1,0 +1,177 @@
+"""One of vLLM's linear layers with φ* and the documents of each row, on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bank_service.wire.codecs.factors import BLOCK
+from regrad_vllm.adapt.loops.team import on_all_threads
+from regrad_vllm.serve.kernels import compose, rows
+from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
+from regrad_vllm.serve.kernels.dense import KINDS
+from regrad_vllm.serve.kernels.vectors import LANES
+
+MAX_RANK = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSlice:
+    """One slice of one of vLLM's (merged) linear layers: this worker's shard of it."""
+
+    outputs: int  # width of this slice in y on this worker
+    a: Tensor | None  # φ*: (R, inputs on this worker), None where the learner has no part here
+    b: Tensor | None  # φ*: (outputs, R), without the scaling
+    tensor_a: int  # index in the layout, −1 where documents have no part in A
+    tensor_b: int  # the same for B
+    first_input: int  # where this worker's shard begins in the long side of A
+    first_output: int  # where it begins in the long side of B
+
+    def __post_init__(self) -> None:
+        """ValueError if the shapes don't fit together, or documents have a part without φ*."""
+        if self.a is None or self.b is None:
+            if self.a is not None or self.b is not None or self.tensor_a >= 0 or self.tensor_b >= 0:
+                raise ValueError("a slice must have both a and b where documents or the learner have a part")
+            return
+        rank = self.a.shape[0]
+        if self.a.dim() != 2 or self.b.shape != (self.outputs, rank) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(
+                f"a must be (R, inputs), b ({self.outputs}, R), with R in 1..{MAX_RANK}, "
+                f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
+            )
+        if self.first_input < 0 or self.first_output < 0:
+            raise ValueError(f"a shard must begin at 0 or later, got {self.first_input} and {self.first_output}")
+
+
+class DocumentsLayer:
+    """The φ* of one layer, copied into panels of 16 columns, with the loops that apply it and the documents."""
+
+    def __init__(self, slices: Sequence[LayerSlice], scaling: float, forms: Forms) -> None:
+        """``slices``: of the layer, in the order of y's columns. ``scaling``: lora_alpha / R.
+
+        ValueError if the slices' inputs are not the same.
+        """
+        self._forms, self._outputs = forms, sum(part.outputs for part in slices)
+        ours, weights, offset = [], [], 0
+        for part in slices:
+            if part.a is not None and part.b is not None:
+                ours.append((part, offset))
+                weights.append((part.a, part.b))
+            offset += part.outputs
+        self._inputs = _only("inputs", {a.shape[1] for a, _ in weights})
+        first_input = _only("first input", {part.first_input for part, _ in ours if part.tensor_a >= 0})
+        p = self._parameters = np.zeros(rows.HEAD + rows.SLICE * len(ours), np.int64)
+        p[rows.NUM_TENSORS], p[rows.INPUTS], p[rows.NUM_SLICES] = forms.tables.shape[1], self._inputs, len(ours)
+        p[rows.LEAD], p[rows.FIRST_BLOCK] = first_input % BLOCK, first_input // BLOCK
+        p[rows.SCALING : rows.SCALING + 1].view(np.float32)[0] = scaling
+        self._panels = []
+        for number, ((part, offset), (a, b)) in enumerate(zip(ours, weights, strict=True)):
+            lead = part.first_output % BLOCK if part.tensor_b >= 0 else 0
+            both = _panels(a), _panels(b, lead)
+            self._panels.append(both)
+            s = rows.HEAD + rows.SLICE * number
+            p[s : s + rows.SLICE] = (
+                both[0].data_ptr(), both[1].data_ptr(), a.shape[0], part.outputs, offset, part.tensor_a, part.tensor_b,
+                lead, part.first_output // BLOCK,
+            )  # fmt: skip
+        self._address = p.ctypes.data
+        self._composed: _Composed | None = None
+
+    def add(self, y: Tensor, x: Tensor, batch: BatchDocuments) -> None:
+        """y[row] += s (B* h + Σ c U (V h)) with h = A* x[row] + Σ c P (Q x[row]), in place, for each ReGrad row.
+
+        y: (tokens, all outputs), x: (tokens, inputs), of one of the types float32, bfloat16 and float16, their rows
+        contiguous. Sums are float32, y is rounded once. Not thread-safe. ValueError for other shapes or types.
+        """
+        p = self._parameters
+        if not p[rows.NUM_SLICES]:
+            return
+        if (
+            x.shape != (batch.num_rows, self._inputs)
+            or y.shape != (batch.num_rows, self._outputs)
+            or x.dtype != y.dtype
+            or x.dtype not in KINDS
+            or x.stride(1) != 1
+            or y.stride(1) != 1
+        ):
+            self._refuse(y, x, batch)
+        p[rows.BATCH], p[rows.TABLES] = batch.parameters.ctypes.data, self._forms.tables.ctypes.data
+        p[rows.BITS] = self._forms.bits.ctypes.data
+        p[rows.KIND], p[rows.VALUE_BYTES] = KINDS.index(x.dtype), x.itemsize
+        p[rows.X], p[rows.X_STRIDE], p[rows.Y], p[rows.Y_STRIDE] = x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)
+        groups, others = batch.grouped
+        if len(others):
+            p[rows.NUM_INDICES], p[rows.INDICES] = len(others), others.ctypes.data
+            on_all_threads(rows.body(), self._address)
+        for indices in groups:
+            if self._composed is None:
+                self._composed = _Composed(p)
+            self._composed.add(p, batch, indices)
+
+    def _refuse(self, y: Tensor, x: Tensor, batch: BatchDocuments) -> None:
+        raise ValueError(
+            f"x and y must be contiguous rows of {self._inputs} and {self._outputs} values of one float type for the "
+            f"batch's {batch.num_rows} tokens, got {tuple(x.shape)} of {x.dtype} and {tuple(y.shape)} of {y.dtype}"
+        )
+
+
+def _panels(matrix: Tensor, lead: int = 0) -> Tensor:
+    """(columns, depth) → float32 (panels, depth, 16), with ``lead`` columns of zeros before, and zeros after."""
+    columns, depth = matrix.shape
+    padded = torch.zeros(-(-(lead + columns) // LANES) * LANES, depth)
+    padded[lead : lead + columns] = matrix
+    return padded.view(-1, LANES, depth).transpose(1, 2).contiguous()
+
+
+def _only(name: str, found: set[int]) -> int:
+    """The one value that all slices have, 0 if there is no slice."""
+    if len(found) > 1:
+        raise ValueError(f"all slices must have the same {name}, got {sorted(found)}")
+    return found.pop() if found else 0
+
+
+class _Composed:
+    """The dense A and B of a layer for one group of rows at a time."""
+
+    def __init__(self, parameters: NDArray[np.int64]) -> None:
+        """``parameters``: of the layer."""
+        self._rows = parameters.copy()
+        self._compose = np.zeros(compose.HEAD + 2 * compose.PART * int(parameters[rows.NUM_SLICES]), np.int64)
+        self._compose[compose.NUM_PARTS] = 2 * parameters[rows.NUM_SLICES]
+        self._compose[compose.NUM_TENSORS] = parameters[rows.NUM_TENSORS]
+        self._panels = []
+        for number in range(int(parameters[rows.NUM_SLICES])):
+            own = self._rows[rows.HEAD + rows.SLICE * number :][: rows.SLICE]
+            a, b, rank, outputs, _, tensor_a, tensor_b, lead, first_block = own.tolist()
+            inputs, first_input = int(parameters[rows.INPUTS]), 0
+            if tensor_a >= 0:
+                first_input = int(parameters[rows.LEAD] + BLOCK * parameters[rows.FIRST_BLOCK])
+            both = (
+                torch.empty(-(-rank // LANES) * LANES * inputs),
+                torch.empty(-(-(lead + outputs) // LANES) * LANES * rank),
+            )
+            self._panels.append(both)
+            own[[rows.A, rows.B, rows.TENSOR_A, rows.TENSOR_B]] = both[0].data_ptr(), both[1].data_ptr(), -1, -1
+            self._compose[compose.HEAD + 2 * compose.PART * number :][: 2 * compose.PART] = (
+                a, both[0].data_ptr(), tensor_a, 0, rank, inputs, first_input,
+                b, both[1].data_ptr(), tensor_b, 1, rank, outputs, lead + BLOCK * first_block,
+            )  # fmt: skip
+
+    def add(self, parameters: NDArray[np.int64], batch: BatchDocuments, indices: NDArray[np.int64]) -> None:
+        """Composes for the documents of these rows, then adds to the rows. ``parameters``: of the layer's call."""
+        first, last = batch.first[indices[0] : indices[0] + 2].tolist()
+        p = self._compose
+        p[compose.NUM_DOCUMENTS] = last - first
+        p[compose.ADDRESSES], p[compose.STEPS], p[compose.FORMS] = (
+            array.ctypes.data + array.itemsize * first for array in (batch.addresses, batch.steps, batch.forms)
+        )
+        p[compose.TABLES], p[compose.BITS] = parameters[rows.TABLES], parameters[rows.BITS]
+        on_all_threads(compose.body(), p.ctypes.data)
+        self._rows[: rows.HEAD] = parameters[: rows.HEAD]
+        self._rows[rows.NUM_INDICES], self._rows[rows.INDICES] = len(indices), indices.ctypes.data
+        on_all_threads(rows.body(), self._rows.ctypes.data)

@@ -1,0 +1,208 @@
+"""The loop over rows: φ* as a product of several rows with panels of 16 columns, then each row's own documents.
+
+x of some rows is widened to float32, then h = A* x + Σ c P (Q x), then y block by block of columns. Each thread takes
+some rows. If there are more threads than rows, each takes some blocks of a row's columns and computes h again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from bank_service.wire.codecs.factors import BLOCK, COUNT
+from regrad_vllm.adapt.loops.memory import f32_array, i32_array, i64_array
+from regrad_vllm.adapt.loops.team import num_threads, thread_index
+from regrad_vllm.serve.kernels import factors
+from regrad_vllm.serve.kernels.dense import add_rounded, product, widen
+from regrad_vllm.serve.kernels.vectors import LANES, TILE_ROWS
+
+ITEM_ROWS = 32  # rows that one thread takes at a time
+_WIDTH = 4 * BLOCK  # columns of y summed at a time, so that they and their part of B fit into one core's cache
+
+# The parameters: a head, then a part for each slice.
+HEAD = 17
+(
+    NUM_INDICES, INDICES, BATCH, TABLES, BITS, NUM_TENSORS, KIND, X, X_STRIDE, Y, Y_STRIDE, VALUE_BYTES, INPUTS, LEAD,
+    FIRST_BLOCK, SCALING, NUM_SLICES,
+) = range(HEAD)  # fmt: skip
+SLICE = 9
+A, B, RANK, OUTPUTS, OFFSET, TENSOR_A, TENSOR_B, LEAD_OUT, FIRST_BLOCK_OUT = range(SLICE)
+# The parameters of ``BatchDocuments``.
+_ROWS, _FIRST, _ADDRESSES, _STEPS, _FORMS = range(5)
+_DOCUMENT = 3
+_PAYLOAD, _BITS, _FORM = range(_DOCUMENT)
+
+
+@numba.njit(nogil=True)
+def _num_documents(p: Any, indices: Any) -> Any:
+    first = i64_array(i64_array(p[BATCH], 5)[_FIRST], indices[-1] + 2)
+    total = 0
+    for index in indices:
+        total += first[index + 1] - first[index]
+    return total
+
+
+@numba.njit(nogil=True)
+def _look_up(p: Any, tensor: Any, indices: Any, firsts: Any, documents: Any, steps: Any) -> Any:
+    """The documents of each row, for one tensor. firsts: (rows + 1,). Returns their components, all together."""
+    batch = i64_array(p[BATCH], 5)
+    first = i64_array(batch[_FIRST], indices[-1] + 2)
+    num_documents = first[indices[-1] + 1]
+    addresses, all_steps = i64_array(batch[_ADDRESSES], num_documents), f32_array(batch[_STEPS], num_documents)
+    forms = i32_array(batch[_FORMS], num_documents)
+    place = components = 0
+    for i in range(len(indices)):
+        firsts[i] = place
+        for document in range(first[indices[i]], first[indices[i] + 1]):
+            form = p[TABLES] + 56 * (forms[document] * p[NUM_TENSORS] + tensor)
+            documents[place, _PAYLOAD], documents[place, _FORM] = addresses[document], form
+            documents[place, _BITS] = i64_array(p[BITS], forms[document] + 1)[forms[document]]
+            steps[place] = all_steps[document]
+            components += i64_array(form, 7)[COUNT]
+            place += 1
+    firsts[len(indices)] = place
+    return components
+
+
+@cache
+def _hidden() -> Any:
+    multiply, add_inputs = product(), factors.add_inputs()
+
+    @numba.njit(nogil=True)
+    def hidden(p: Any, s: Any, indices: Any, x: Any, h: Any, firsts: Any, documents: Any, steps: Any) -> None:
+        """h = s (A* x + Σ c P (Q x)) of each row. ``firsts``, ``documents`` and ``steps`` are work buffers."""
+        num_rows, stride = h.shape[0], 4 * h.shape[1]
+        multiply(
+            num_rows, x.ctypes.data + 4 * p[LEAD], 4 * x.shape[1], p[s + A], p[INPUTS], h.shape[1] // LANES, 0,
+            h.ctypes.data, stride, 4 * LANES,
+        )  # fmt: skip
+        if p[s + TENSOR_A] >= 0:
+            _look_up(p, p[s + TENSOR_A], indices, firsts, documents, steps)
+            for i in range(num_rows):
+                for k in range(firsts[i], firsts[i + 1]):
+                    add_inputs(
+                        documents[k, _PAYLOAD], documents[k, _BITS], documents[k, _FORM], steps[k],
+                        x[i].ctypes.data, h[i].ctypes.data, p[FIRST_BLOCK], x.shape[1] // BLOCK,
+                    )  # fmt: skip
+        scaling = f32_array(p.ctypes.data + 8 * SCALING, 1)[0]
+        for i in range(num_rows):
+            for j in range(h.shape[1]):
+                h[i, j] *= scaling
+
+    return hidden
+
+
+@cache
+def _columns() -> Any:
+    multiply, add_to, add_outputs = product(), add_rounded(), factors.add_outputs()
+
+    @numba.njit(nogil=True)
+    def columns(
+        p: Any, s: Any, indices: Any, h: Any, first_block: Any, last_block: Any, firsts: Any, documents: Any,
+        places: Any, weights: Any,
+    ) -> None:  # fmt: skip
+        """y += B* h + Σ U (c V h) of each row, in some blocks of the slice's columns."""
+        num_rows, rank = len(indices), p[s + RANK]
+        rows = i64_array(i64_array(p[BATCH], 5)[_ROWS], indices[-1] + 1)
+        part, work = np.empty((TILE_ROWS, _WIDTH), np.float32), np.empty(len(weights), np.float32)
+        tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
+        end = p[s + LEAD_OUT] + p[s + OUTPUTS]
+        for block in range(first_block, last_block, _WIDTH // BLOCK):
+            blocks = min(last_block - block, _WIDTH // BLOCK)
+            left, right = block * BLOCK, min((block + blocks) * BLOCK, end)
+            start = max(left, p[s + LEAD_OUT])
+            for number in range(tiles):
+                first, last = num_rows * number // tiles, num_rows * (number + 1) // tiles
+                multiply(
+                    last - first, h[first].ctypes.data, 4 * h.shape[1], p[s + B] + left * rank * 4, rank,
+                    (right - left + LANES - 1) // LANES, 0, part.ctypes.data, 4 * _WIDTH, 4 * LANES,
+                )  # fmt: skip
+                for i in range(first, last):
+                    own = part.ctypes.data + (i - first) * 4 * _WIDTH
+                    for k in range(firsts[i], firsts[i + 1]):
+                        add_outputs(
+                            documents[k, _PAYLOAD], documents[k, _BITS], documents[k, _FORM],
+                            weights.ctypes.data + 4 * places[k], work.ctypes.data, own, p[s + FIRST_BLOCK_OUT] + block,
+                            blocks,
+                        )  # fmt: skip
+                    column = rows[indices[i]] * p[Y_STRIDE] + p[s + OFFSET] + start - p[s + LEAD_OUT]
+                    add_to(p[KIND], p[Y] + column * p[VALUE_BYTES], right - start, own + 4 * (start - left))
+
+    return columns
+
+
+@cache
+def _slice() -> Any:
+    weigh, hidden, columns = factors.weights(), _hidden(), _columns()
+
+    @numba.njit(nogil=True)
+    def add_slice(p: Any, s: Any, indices: Any, x: Any, first_block: Any, last_block: Any) -> None:
+        """Some blocks of a slice's columns, for some rows. x: float32 (rows, whole blocks)."""
+        num_rows, num_documents = len(indices), _num_documents(p, indices)
+        firsts, documents = np.zeros(num_rows + 1, np.int64), np.empty((num_documents, _DOCUMENT), np.int64)
+        steps, places = np.empty(num_documents, np.float32), np.zeros(num_documents + 1, np.int64)
+        h = np.empty((num_rows, (p[s + RANK] + LANES - 1) // LANES * LANES), np.float32)
+        hidden(p, s, indices, x, h, firsts, documents, steps)
+        components = 0
+        firsts[:] = 0
+        if p[s + TENSOR_B] >= 0:
+            components = _look_up(p, p[s + TENSOR_B], indices, firsts, documents, steps)
+        weights = np.empty(components, np.float32)
+        for i in range(num_rows):
+            for k in range(firsts[i], firsts[i + 1]):
+                place = weights.ctypes.data + 4 * places[k]
+                weigh(documents[k, _PAYLOAD], documents[k, _FORM], steps[k], h[i].ctypes.data, place)
+                places[k + 1] = places[k] + i64_array(documents[k, _FORM], 7)[COUNT]
+        columns(p, s, indices, h, first_block, last_block, firsts, documents, places, weights)
+
+    return add_slice
+
+
+@numba.njit(inline="always")
+def _blocks_of(p: Any, s: Any) -> Any:
+    """Blocks of a slice's columns, its lead of empty columns included."""
+    return (p[s + LEAD_OUT] + p[s + OUTPUTS] + BLOCK - 1) // BLOCK
+
+
+@cache
+def body() -> int:
+    """The address of the compiled function that each thread runs."""
+    to_floats, add_slice = widen(), _slice()
+
+    @numba.cfunc(types.void(types.voidptr))
+    def run(data: Any) -> None:
+        head = numba.carray(data, (HEAD,), np.int64)
+        p = numba.carray(data, (HEAD + SLICE * head[NUM_SLICES],), np.int64)
+        indices = i64_array(p[INDICES], p[NUM_INDICES])
+        rows = i64_array(i64_array(p[BATCH], 5)[_ROWS], indices[-1] + 1)
+        threads, num_rows = num_threads(), p[NUM_INDICES]
+        total = 0  # blocks of all slices
+        for number in range(p[NUM_SLICES]):
+            total += _blocks_of(p, HEAD + SLICE * number)
+        parts = min(total, max(1, threads // num_rows))  # parts of a row's columns
+        pieces = num_rows
+        if num_rows > threads:
+            pieces = (num_rows + ITEM_ROWS - 1) // ITEM_ROWS
+            pieces = min(num_rows, (pieces + threads - 1) // threads * threads)
+        width = (p[LEAD] + p[INPUTS] + BLOCK - 1) // BLOCK * BLOCK
+        x = np.zeros(((num_rows + pieces - 1) // pieces, width), np.float32)  # zero around the inputs
+        for item in range(thread_index(), pieces * parts, threads):
+            piece, which = item // parts, item % parts
+            own = indices[num_rows * piece // pieces : num_rows * (piece + 1) // pieces]
+            for i in range(len(own)):
+                place = p[X] + rows[own[i]] * p[X_STRIDE] * p[VALUE_BYTES]
+                to_floats(p[KIND], place, p[INPUTS], x[i].ctypes.data + 4 * p[LEAD])
+            start, stop, before = total * which // parts, total * (which + 1) // parts, 0
+            for number in range(p[NUM_SLICES]):
+                s = HEAD + SLICE * number
+                blocks = _blocks_of(p, s)
+                low, high = max(start - before, 0), min(stop - before, blocks)
+                if low < high:
+                    add_slice(p, s, own, x[: len(own)], low, high)
+                before += blocks
+
+    return int(run.address)

@@ -1,0 +1,262 @@
+"""Vector instructions of the loops, written as LLVM's own, so that they don't hang on what a compiler finds.
+
+A vector has 16 floats: two registers of AVX2 or one of AVX-512. Addresses are int64, strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+TILE_ROWS = 6  # with 16 columns they fill 12 of AVX2's 16 registers
+_FLOAT, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_CONTRACT = ("contract",)  # a product and a sum may become one instruction
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_I64, value)
+
+
+def _vector(builder: Any, address: Any, element: Any, lanes: int = LANES) -> Any:
+    kind = ir.VectorType(element, lanes)
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1 if element == _I8 else 2)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def _scalar(builder: Any, address: Any, element: Any = _FLOAT) -> Any:
+    return builder.load(builder.inttoptr(address, element.as_pointer()))
+
+
+def _splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    kind = ir.VectorType(value.type, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(
+        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    )
+
+
+def _zeros(lanes: int = LANES) -> Any:
+    return ir.Constant(ir.VectorType(_FLOAT, lanes), [0.0] * lanes)
+
+
+def _multiply_add(builder: Any, one: Any, other: Any, total: Any) -> Any:
+    return builder.fadd(total, builder.fmul(one, other, flags=_CONTRACT), flags=_CONTRACT)
+
+
+def _variable(builder: Any, value: Any) -> Any:
+    """A variable that changes in a loop. LLVM keeps it in a register."""
+    place = cgutils.alloca_once(builder, value.type)
+    builder.store(value, place)
+    return place
+
+
+def _sum(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's floats."""
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, vector.type])
+    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [ir.Constant(_FLOAT, 0.0), vector], fastmath=("reassoc",))
+
+
+def _from_bf16(builder: Any, values: Any) -> Any:
+    """Stored bfloat16, a number or a vector → float32."""
+    wide, floats, shift = _I32, _FLOAT, ir.Constant(_I32, 16)
+    if isinstance(values.type, ir.VectorType):
+        lanes = values.type.count
+        wide, floats = ir.VectorType(_I32, lanes), ir.VectorType(_FLOAT, lanes)
+        shift = ir.Constant(wide, [16] * lanes)
+    return builder.bitcast(builder.shl(builder.zext(values, wide), shift), floats)
+
+
+def _codes8(builder: Any, address: Any, lanes: int = LANES) -> Any:
+    """The next int8 codes → float32."""
+    codes = builder.sext(_vector(builder, address, _I8, lanes), ir.VectorType(_I32, lanes))
+    return builder.sitofp(codes, ir.VectorType(_FLOAT, lanes))
+
+
+def _codes4(builder: Any, address: Any) -> tuple[Any, Any]:
+    """The next 16 bytes of 4-bit codes → float32 of the low halves, and of the high halves."""
+    kind = ir.VectorType(_I8, LANES)
+    pairs = _vector(builder, address, _I8)
+    fifteen, four, eight = (ir.Constant(kind, [value] * LANES) for value in (15, 4, 8))
+    halves = [
+        builder.sitofp(builder.sext(builder.sub(half, eight), ir.VectorType(_I32, LANES)), ir.VectorType(_FLOAT, LANES))
+        for half in (builder.and_(pairs, fifteen), builder.lshr(pairs, four))
+    ]
+    return halves[0], halves[1]
+
+
+def _at(builder: Any, address: Any, index: Any, step: int) -> Any:
+    return builder.add(address, builder.mul(index, _number(step)))
+
+
+def _loop(builder: Any, count: Any) -> Any:
+    return cgutils.for_range(builder, count)
+
+
+@cache
+def tile(num_rows: int) -> Any:
+    """The product of some rows with a panel of 16 columns, compiled for the number of rows."""
+
+    @intrinsic
+    def multiply(typingctx: Any, x: Any, x_stride: Any, w: Any, depth: Any, start: Any, out: Any, stride: Any) -> Any:
+        """out[row, 0:16] = start[row, 0:16] + Σ_k x[row, k] w[k, 0:16]. Zeros if start is 0. w: (depth, 16) floats."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, x_stride, w, depth, start, out, stride = args
+            rows = [_number(row) for row in range(num_rows)]
+            sources = [builder.add(x, builder.mul(row, x_stride)) for row in rows]
+            sums = [_variable(builder, _zeros()) for _ in rows]
+            with builder.if_then(builder.icmp_signed("!=", start, _number(0))):
+                for row, place in zip(rows, sums, strict=True):
+                    builder.store(_vector(builder, builder.add(start, builder.mul(row, stride)), _FLOAT), place)
+            with _loop(builder, depth) as loop:
+                column = _vector(builder, _at(builder, w, loop.index, 4 * LANES), _FLOAT)
+                for source, place in zip(sources, sums, strict=True):
+                    value = _splat(builder, _scalar(builder, _at(builder, source, loop.index, 4)))
+                    builder.store(_multiply_add(builder, value, column, builder.load(place)), place)
+            for row, place in zip(rows, sums, strict=True):
+                _store(builder, builder.load(place), builder.add(out, builder.mul(row, stride)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return multiply
+
+
+@cache
+def spread8(lanes: int) -> Any:
+    """The loop over int8 codes, some of them at a time."""
+
+    @intrinsic
+    def spread(typingctx: Any, part: Any, codes: Any, stride: Any, factors: Any, count: Any) -> Any:
+        """part[0:lanes] += Σ_c factors[c] codes[c, 0:lanes], over ``count`` components."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            part, codes, stride, factors, count = args
+            place = _variable(builder, _vector(builder, part, _FLOAT, lanes))
+            with _loop(builder, count) as loop:
+                factor = _splat(builder, _scalar(builder, _at(builder, factors, loop.index, 4)), lanes)
+                values = _codes8(builder, builder.add(codes, builder.mul(loop.index, stride)), lanes)
+                builder.store(_multiply_add(builder, factor, values, builder.load(place)), place)
+            _store(builder, builder.load(place), part)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return spread
+
+
+@intrinsic
+def spread4(typingctx: Any, part: Any, codes: Any, stride: Any, factors: Any, count: Any) -> Any:
+    """part[0:128] += Σ_c factors[c] codes[c, 0:128], over ``count`` components, for one block of 4-bit codes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        part, codes, stride, factors, count = args
+        for first in range(0, 64, LANES):
+            parts = [builder.add(part, _number(4 * column)) for column in (first, first + 64)]
+            sums = [_variable(builder, _vector(builder, own, _FLOAT)) for own in parts]
+            with _loop(builder, count) as loop:
+                factor = _splat(builder, _scalar(builder, _at(builder, factors, loop.index, 4)))
+                place = builder.add(builder.add(codes, builder.mul(loop.index, stride)), _number(first))
+                for values, total in zip(_codes4(builder, place), sums, strict=True):
+                    builder.store(_multiply_add(builder, factor, values, builder.load(total)), total)
+            for total, own in zip(sums, parts, strict=True):
+                _store(builder, builder.load(total), own)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
+def gather8(typingctx: Any, x: Any, codes: Any, num_vectors: Any) -> Any:
+    """Σ_i codes[i] x[i] over whole vectors of int8 codes, float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, codes, num_vectors = args
+        total = _variable(builder, _zeros())
+        with _loop(builder, num_vectors) as loop:
+            values = _codes8(builder, _at(builder, codes, loop.index, LANES))
+            own = _vector(builder, _at(builder, x, loop.index, 4 * LANES), _FLOAT)
+            builder.store(_multiply_add(builder, values, own, builder.load(total)), total)
+        return _sum(builder, builder.load(total))
+
+    return types.float32(*[types.int64] * 3), generate
+
+
+@cache
+def gather_blocks(bits: int) -> Any:
+    """The loop over whole blocks of 128 codes."""
+
+    @intrinsic
+    def gather(typingctx: Any, x: Any, codes: Any, scales: Any, num_blocks: Any) -> Any:
+        """Σ_b scales[b] Σ_i codes[b, i] x[b, i], float32. The scales are bfloat16."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, codes, scales, num_blocks = args
+            total = _variable(builder, _zeros())
+            with _loop(builder, num_blocks) as loop:
+                own_x = _at(builder, x, loop.index, 4 * 128)
+                own_codes = _at(builder, codes, loop.index, 16 * bits)
+                sums = [_zeros(), _zeros()]
+                for first in range(0, 64, LANES):
+                    if bits == 4:
+                        both = _codes4(builder, builder.add(own_codes, _number(first)))
+                    else:
+                        both = tuple(
+                            _codes8(builder, builder.add(own_codes, _number(place))) for place in (first, first + 64)
+                        )
+                    for half, values in enumerate(both):
+                        place = builder.add(own_x, _number(4 * (first + 64 * half)))
+                        sums[half] = _multiply_add(builder, values, _vector(builder, place, _FLOAT), sums[half])
+                scale = _splat(
+                    builder, _from_bf16(builder, _scalar(builder, _at(builder, scales, loop.index, 2), _I16))
+                )
+                block = builder.fadd(*sums)
+                builder.store(_multiply_add(builder, scale, block, builder.load(total)), total)
+            return _sum(builder, builder.load(total))
+
+        return types.float32(*[types.int64] * 4), generate
+
+    return gather
+
+
+@intrinsic
+def dot_bf16(typingctx: Any, x: Any, shorts: Any, num_vectors: Any) -> Any:
+    """Σ_j shorts[j] x[j] over whole vectors, float32. The shorts are bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, shorts, num_vectors = args
+        total = _variable(builder, _zeros())
+        with _loop(builder, num_vectors) as loop:
+            values = _from_bf16(builder, _vector(builder, _at(builder, shorts, loop.index, 2 * LANES), _I16))
+            own = _vector(builder, _at(builder, x, loop.index, 4 * LANES), _FLOAT)
+            builder.store(_multiply_add(builder, values, own, builder.load(total)), total)
+        return _sum(builder, builder.load(total))
+
+    return types.float32(*[types.int64] * 3), generate
+
+
+@intrinsic
+def add_bf16(typingctx: Any, out: Any, shorts: Any, num_vectors: Any, factor: Any) -> Any:
+    """out[j] += factor · shorts[j] over whole vectors. The shorts are bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out, shorts, num_vectors, factor = args
+        factors = _splat(builder, factor)
+        with _loop(builder, num_vectors) as loop:
+            values = _from_bf16(builder, _vector(builder, _at(builder, shorts, loop.index, 2 * LANES), _I16))
+            place = _at(builder, out, loop.index, 4 * LANES)
+            _store(builder, _multiply_add(builder, factors, values, _vector(builder, place, _FLOAT)), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3, types.float32), generate
