@@ -34,7 +34,7 @@ from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.background import Background
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
-from bank_service.search.batch import answer_batch
+from bank_service.search.answer_batch import answer_batch
 from bank_service.search.nearest import Nearest
 from bank_service.search.queries import Queries
 from bank_service.search.usearch.usearch_nearest import UsearchNearest

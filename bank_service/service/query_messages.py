@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bank_service.errors import InvalidArgumentError
-from bank_service.search.batch import placed
+from bank_service.search.answer_batch import placed
 from bank_service.values.documents import Query, QueryResult, Retrieval
 from bank_service.values.filters import Condition, Operator
 from bank_service.wire import limits
