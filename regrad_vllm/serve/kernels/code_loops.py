@@ -16,7 +16,7 @@ from numba import types
 from bank_service.wire.codecs.factors import BLOCK, CODES, COUNT, LONG, SCALES, SHORT, SHORTS, STRIDE
 from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, f32_array, i8_array, i64_array, u16_array
 from regrad_vllm.serve.kernels.compiled import compiled
-from regrad_vllm.serve.kernels.vectors import LANES, add_bf16, dot_bf16, gather8, gather_blocks, spread4, spread8
+from regrad_vllm.serve.kernels.vector_code import LANES, add_bf16, dot_bf16, gather8, gather_blocks, spread4, spread8
 
 _WIDE = 64  # codes taken at a time, where there are so many
 _I64, _F32 = types.int64, types.float32

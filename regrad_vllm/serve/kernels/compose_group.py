@@ -1,7 +1,8 @@
-"""A dense A and B for many rows of the same documents: A = A* + Σ c P Q and B = B* + Σ c U V, in panels as φ* itself.
+"""A dense A and B for many rows of the same documents, in panels as φ* itself.
 
-Both are products again. A block of A's inputs has the codes as its rows, P as its panel; a panel of B has V as its
-rows, the codes as its panel. Each thread takes some blocks of 128 inputs or columns.
+A = A* + Σ c P Q and B = B* + Σ c U V. Both are products again. A block of A's inputs has the codes as its rows and P as
+its panel. A panel of B has V as its rows and the codes as its panel. Each thread takes some blocks of 128 inputs or
+columns.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from numba import types
 from bank_service.wire.codecs.factors import BLOCK, CODES, COUNT, LONG, SCALES, SHORT, SHORTS, STRIDE
 from regrad_vllm.adapt.loops.memory import f32_array, i8_array, i32_array, i64_array, u16_array
 from regrad_vllm.adapt.loops.team import num_threads, thread_index
-from regrad_vllm.serve.kernels.dense import product
-from regrad_vllm.serve.kernels.factors import load_bf16
-from regrad_vllm.serve.kernels.vectors import LANES
+from regrad_vllm.serve.kernels.code_loops import load_bf16
+from regrad_vllm.serve.kernels.panel_loops import product
+from regrad_vllm.serve.kernels.vector_code import LANES
 
 # The parameters: a head, then a part for each of the two tensors of each slice.
 HEAD = 8

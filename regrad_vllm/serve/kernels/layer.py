@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bank_service.wire.codecs.factors import BLOCK
 from regrad_vllm.adapt.loops.team import on_all_threads
-from regrad_vllm.serve.kernels import compose, rows
+from regrad_vllm.serve.kernels import compose_group as compose
+from regrad_vllm.serve.kernels import row_loops as rows
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
-from regrad_vllm.serve.kernels.dense import KINDS
-from regrad_vllm.serve.kernels.vectors import LANES
+from regrad_vllm.serve.kernels.panel_loops import KINDS
+from regrad_vllm.serve.kernels.vector_code import LANES
 
 MAX_RANK = 512
 
@@ -100,10 +101,10 @@ class DocumentsLayer:
             or y.stride(1) != 1
         ):
             self._refuse(y, x, batch)
-        p[rows.BATCH], p[rows.TABLES] = batch.parameters.ctypes.data, self._forms.tables.ctypes.data
-        p[rows.BITS] = self._forms.bits.ctypes.data
-        p[rows.KIND], p[rows.VALUE_BYTES] = KINDS.index(x.dtype), x.itemsize
-        p[rows.X], p[rows.X_STRIDE], p[rows.Y], p[rows.Y_STRIDE] = x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)
+        p[rows.BATCH : rows.Y_STRIDE + 1] = (
+            batch.parameters.ctypes.data, self._forms.tables.ctypes.data, self._forms.bits.ctypes.data,
+            KINDS.index(x.dtype), x.itemsize, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
+        )  # fmt: skip
         groups, others = batch.grouped
         if len(others):
             p[rows.NUM_INDICES], p[rows.INDICES] = len(others), others.ctypes.data
@@ -118,6 +119,12 @@ class DocumentsLayer:
             f"x and y must be contiguous rows of {self._inputs} and {self._outputs} values of one float type for the "
             f"batch's {batch.num_rows} tokens, got {tuple(x.shape)} of {x.dtype} and {tuple(y.shape)} of {y.dtype}"
         )
+
+
+def compile_loops() -> None:
+    """Compiles all loops. Otherwise the first calls do, which takes seconds."""
+    rows.body()
+    compose.body()
 
 
 def _panels(matrix: Tensor, lead: int = 0) -> Tensor:
@@ -141,11 +148,12 @@ class _Composed:
     def __init__(self, parameters: NDArray[np.int64]) -> None:
         """``parameters``: of the layer."""
         self._rows = parameters.copy()
-        self._compose = np.zeros(compose.HEAD + 2 * compose.PART * int(parameters[rows.NUM_SLICES]), np.int64)
-        self._compose[compose.NUM_PARTS] = 2 * parameters[rows.NUM_SLICES]
+        num_parts = 2 * int(parameters[rows.NUM_SLICES])
+        self._compose = np.zeros(compose.HEAD + compose.PART * num_parts, np.int64)
+        self._compose[compose.NUM_PARTS] = num_parts
         self._compose[compose.NUM_TENSORS] = parameters[rows.NUM_TENSORS]
         self._panels = []
-        for number in range(int(parameters[rows.NUM_SLICES])):
+        for number in range(num_parts // 2):
             own = self._rows[rows.HEAD + rows.SLICE * number :][: rows.SLICE]
             a, b, rank, outputs, _, tensor_a, tensor_b, lead, first_block = own.tolist()
             inputs, first_input = int(parameters[rows.INPUTS]), 0
@@ -156,7 +164,12 @@ class _Composed:
                 torch.empty(-(-(lead + outputs) // LANES) * LANES * rank),
             )
             self._panels.append(both)
-            own[[rows.A, rows.B, rows.TENSOR_A, rows.TENSOR_B]] = both[0].data_ptr(), both[1].data_ptr(), -1, -1
+            own[[rows.A, rows.B, rows.TENSOR_A, rows.TENSOR_B]] = (
+                both[0].data_ptr(),
+                both[1].data_ptr(),
+                -1,
+                -1,
+            )
             self._compose[compose.HEAD + 2 * compose.PART * number :][: 2 * compose.PART] = (
                 a, both[0].data_ptr(), tensor_a, 0, rank, inputs, first_input,
                 b, both[1].data_ptr(), tensor_b, 1, rank, outputs, lead + BLOCK * first_block,

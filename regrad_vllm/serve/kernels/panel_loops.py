@@ -10,7 +10,7 @@ from numba import types
 
 from regrad_vllm.adapt.loops.memory import FLOAT_TYPES
 from regrad_vllm.serve.kernels.compiled import compiled
-from regrad_vllm.serve.kernels.vectors import LANES, TILE_ROWS, tile
+from regrad_vllm.serve.kernels.vector_code import LANES, TILE_ROWS, tile
 
 _I64 = types.int64
 KINDS = (torch.float32, torch.bfloat16, torch.float16)  # the loops get an index into it

@@ -16,9 +16,9 @@ from numba import types
 from bank_service.wire.codecs.factors import BLOCK, COUNT
 from regrad_vllm.adapt.loops.memory import f32_array, i32_array, i64_array
 from regrad_vllm.adapt.loops.team import num_threads, thread_index
-from regrad_vllm.serve.kernels import factors
-from regrad_vllm.serve.kernels.dense import add_rounded, product, widen
-from regrad_vllm.serve.kernels.vectors import LANES, TILE_ROWS
+from regrad_vllm.serve.kernels import code_loops
+from regrad_vllm.serve.kernels.panel_loops import add_rounded, product, widen
+from regrad_vllm.serve.kernels.vector_code import LANES, TILE_ROWS
 
 ITEM_ROWS = 32  # rows that one thread takes at a time
 _WIDTH = 4 * BLOCK  # columns of y summed at a time, so that they and their part of B fit into one core's cache
@@ -26,7 +26,7 @@ _WIDTH = 4 * BLOCK  # columns of y summed at a time, so that they and their part
 # The parameters: a head, then a part for each slice.
 HEAD = 17
 (
-    NUM_INDICES, INDICES, BATCH, TABLES, BITS, NUM_TENSORS, KIND, X, X_STRIDE, Y, Y_STRIDE, VALUE_BYTES, INPUTS, LEAD,
+    NUM_INDICES, INDICES, BATCH, TABLES, BITS, KIND, VALUE_BYTES, X, X_STRIDE, Y, Y_STRIDE, NUM_TENSORS, INPUTS, LEAD,
     FIRST_BLOCK, SCALING, NUM_SLICES,
 ) = range(HEAD)  # fmt: skip
 SLICE = 9
@@ -70,7 +70,7 @@ def _look_up(p: Any, tensor: Any, indices: Any, firsts: Any, documents: Any, ste
 
 @cache
 def _hidden() -> Any:
-    multiply, add_inputs = product(), factors.add_inputs()
+    multiply, add_inputs = product(), code_loops.add_inputs()
 
     @numba.njit(nogil=True)
     def hidden(p: Any, s: Any, indices: Any, x: Any, h: Any, firsts: Any, documents: Any, steps: Any) -> None:
@@ -98,7 +98,7 @@ def _hidden() -> Any:
 
 @cache
 def _columns() -> Any:
-    multiply, add_to, add_outputs = product(), add_rounded(), factors.add_outputs()
+    multiply, add_to, add_outputs = product(), add_rounded(), code_loops.add_outputs()
 
     @numba.njit(nogil=True)
     def columns(
@@ -137,7 +137,7 @@ def _columns() -> Any:
 
 @cache
 def _slice() -> Any:
-    weigh, hidden, columns = factors.weights(), _hidden(), _columns()
+    weigh, hidden, columns = code_loops.weights(), _hidden(), _columns()
 
     @numba.njit(nogil=True)
     def add_slice(p: Any, s: Any, indices: Any, x: Any, first_block: Any, last_block: Any) -> None:
