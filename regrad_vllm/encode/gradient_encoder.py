@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bank_service.values.encoder import EncodedDocument
-from regrad_vllm.base_model import base_digest, load_base_model
+from regrad_vllm.base_model import base_digest, fast_dtype, load_base_model
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.document_gradients import document_deltas
 from regrad_vllm.encode.inner_loss import InnerLoss
@@ -44,13 +44,13 @@ class GradientEncoder:
     ) -> GradientEncoder:
         """Loads model and learner. LearnerError, with both digests, if they don't belong together.
 
-        dtype: the base model's type; by default float32 on a CPU, bfloat16 on a GPU. device: by default the GPU if the
-        machine has one.
+        dtype: the base model's type; by default the faster one on this device, ``fast_dtype``. device: by default the
+        GPU if the machine has one.
         """
         learner = Learner.load(learner_folder)
         check_base(learner, model_folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        dtype = dtype or fast_dtype(device)
         base, tokenizer = load_base_model(model_folder, dtype=dtype, device=device)
         model = AdaptedModel(base, learner.layout, learner.scaling)
         return cls(model, PromptBuilder(tokenizer, learner.config.prompts), learner)

@@ -12,6 +12,7 @@ import torch
 
 from regrad_vllm.base_model import build_layout, load_base_model
 from regrad_vllm.default_model import ensure_default_model
+from regrad_vllm.encode import gradient_encoder
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import GradientEncoder, plan_passes
 from regrad_vllm.learn.continual import pretrain
@@ -191,7 +192,7 @@ def test_training_documents_that_stand_in_evaluation_data_are_left_out_and_named
 def test_the_trained_learner_encodes_documents_and_says_what_it_cut(tmp_path: Path, model_folder: Path) -> None:
     settings = replace(config(tmp_path / "learner", 1), max_document_tokens=16)
     folder = train(settings, model_folder=model_folder)
-    encoder = GradientEncoder.load(model_folder, folder)
+    encoder = GradientEncoder.load(model_folder, folder, dtype=torch.float32)
     short, long = ("", "A short text."), ("Title", "many words " * 30)
     results = encoder.encode([long, short, long])
     assert [entry.truncated for entry in results] == [True, False, True]
@@ -201,6 +202,20 @@ def test_the_trained_learner_encodes_documents_and_says_what_it_cut(tmp_path: Pa
     assert error <= 1e-5
     assert np.array_equal(results[0].values, results[2].values)
     assert encoder.spec.num_values == results[0].values.shape[0]
+
+
+def test_documents_are_encoded_in_the_faster_type(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(config(tmp_path / "learner", 1), model_folder=model_folder)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(gradient_encoder, "fast_dtype", lambda _device, dtype=dtype: dtype)
+        (encoded,) = GradientEncoder.load(model_folder, folder).encode([("Title", "many words " * 8)])
+        found.append(encoded.values)
+    exact, rounded = found
+    cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
+    assert 0.99 < cosine < 1 - 1e-6
 
 
 def test_a_learner_is_refused_for_another_base_model(tmp_path: Path, model_folder: Path) -> None:
