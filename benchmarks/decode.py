@@ -1,13 +1,13 @@
-"""Decode throughput with a different adapter for each request, over the same requests on the base model.
+"""Decode throughput with different documents for each request, over the same requests on the base model.
 
-    make bench-decode          (python -m benchmarks.decode [--concurrency N] [--tokens N] [--repeats N] [--dtype D])
+    make bench-decode          (python -m benchmarks.decode [--concurrency N] [--documents K] [--repeats N] [--dtype D])
 
 Three servers run one after another. They are ours, stock vLLM with LoRA on all its modules, and stock vLLM with LoRA on
 only the learner's modules ("filtered"). Each gets the same prompts all at once, in turns with the base model and with
 as many different adapters as prompts. All generate the same number of tokens. A repeat's ratio is base seconds over
 adapter seconds.
 
-Our server composes new adapters in each repeat (another gamma), from the query to the slot. The stock servers load
+Our server gets new adapters in each repeat (another gamma), from the query to the documents. The stock servers load
 theirs from PEFT folders in the first repeat, which doesn't count. So the comparison favours the stock servers.
 """
 
@@ -45,6 +45,7 @@ Bodies = Callable[[int, int], dict[str, Any]]  # (repeat, number of the request)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=whole(1), default=16)
+    parser.add_argument("--documents", type=whole(1), default=1, help="of each request, which no other has")
     parser.add_argument("--tokens", type=whole(2), default=64, help="that each request generates")
     parser.add_argument("--prompt-tokens", type=whole(1), default=32)
     parser.add_argument("--repeats", type=whole(1), default=7)
@@ -59,16 +60,17 @@ def main() -> None:
     common = ["--dtype", args.dtype, "--max-model-len", "1024", "--max-num-seqs", number, "--no-enable-prefix-caching"]
     common += ["--lora-dtype", args.lora_dtype]
     found: dict[str, dict[str, Any]] = {}
-    documents = fresh_facts(args.concurrency, seed=4).documents
+    documents = fresh_facts(args.concurrency * args.documents, seed=4).documents
     with local_pair(
         ensure_default_model(), shipped_learner(), folder, model_name=_MODEL, namespace=_NAMESPACE, server_flags=common
     ) as pair:
         ingest(documents, pair.bank, _NAMESPACE)
-        ids = [document.id for document in documents]
+        names = [document.id for document in documents]
+        ids = [names[first : first + args.documents] for first in range(0, len(names), args.documents)]
         adapters = _adapters(pair.bank, learner, ids, folder)
 
         def ours(repeat: int, index: int) -> dict[str, Any]:
-            regrad = {"namespace": _NAMESPACE, "document_ids": [ids[index]], "gamma": 1 - repeat / 100}
+            regrad = {"namespace": _NAMESPACE, "document_ids": ids[index], "gamma": 1 - repeat / 100}
             return {"model": _MODEL, "regrad": regrad}
 
         if "ours" in args.servers:
@@ -89,6 +91,7 @@ def main() -> None:
         "dtype": args.dtype,
         "lora_dtype": args.lora_dtype,
         "tokens": args.tokens,
+        "documents": args.documents,
         "learner": learner.fingerprint[:16],
     }
     last = {f"decode_ratio_{name}": figures["ratio"]["median"] for name, figures in found.items()}
@@ -130,15 +133,16 @@ async def _measure(url: str, adapter: Bodies, args: argparse.Namespace) -> dict[
     }
 
 
-def _adapters(address: str, learner: Learner, ids: Sequence[str], folder: Path) -> list[Path]:
-    """A PEFT folder for each document, from the bank's gradient."""
+def _adapters(address: str, learner: Learner, ids: Sequence[Sequence[str]], folder: Path) -> list[Path]:
+    """A PEFT folder for each request, composed of its documents' gradients in the bank."""
     paths = []
     with Bank(address, spec=learner.spec) as bank:
-        for index, id in enumerate(ids):
-            (hit,) = bank.query(Query(namespace=_NAMESPACE, document_ids=(id,))).hits
-            ((_, record),) = bank.fetch([hit.gradient_digest])
+        for index, own in enumerate(ids):
+            hits = bank.query(Query(namespace=_NAMESPACE, document_ids=tuple(own))).hits
+            fetched = dict(bank.fetch([hit.gradient_digest for hit in hits]))
+            deltas = [decode_gradient(fetched[hit.gradient_digest], learner.spec) for hit in hits]
             paths.append(folder / f"adapter-{index}")
-            save_adapter(paths[-1], learner, compose(learner.phi, [decode_gradient(record, learner.spec)], [1.0], 1.0))
+            save_adapter(paths[-1], learner, compose(learner.phi, deltas, [1.0] * len(deltas), 1.0))
     return paths
 
 

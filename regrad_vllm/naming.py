@@ -39,8 +39,3 @@ def adapter_name(fingerprint: str, digests: Sequence[str], weights: Sequence[flo
     for digest, weight in zip(digests, weights, strict=True):
         state.update(digest.encode() + struct.pack("<d", weight))
     return ADAPTER_PREFIX + state.hexdigest()[:40]
-
-
-def adapter_int_id(name: str) -> int:
-    """The adapter's integer id in vLLM's workers, from 1 to 2**63 − 1. It is a digest of the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % (2**63 - 1) + 1

@@ -63,19 +63,21 @@ def default_root() -> Path:
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def read_record(folder: str | Path, digest: str, *, verify: bool = True) -> bytes:
-    """One record of an arena, checked against its digest. ArenaCorrupt; ArenaError if there is no such record.
-
-    The workers call it. It takes no lock, because a published file never changes. Without ``verify`` the caller must
-    check the bytes.
-    """
-    try:
-        record = (Path(folder) / _file_name(digest)).read_bytes()
-    except FileNotFoundError as error:
-        raise ArenaError(f"arena {folder} must hold gradient {digest}, it does not; was its folder removed?") from error
-    if verify and hashlib.sha256(record).hexdigest() != digest:
+def read_record(folder: str | Path, digest: str) -> bytes:
+    """One record of an arena, checked against its digest. ArenaCorrupt; ArenaError if there is no such record."""
+    record = record_file(folder, digest)[0].read_bytes()
+    if hashlib.sha256(record).hexdigest() != digest:
         raise ArenaCorrupt(f"gradient {digest} in arena {folder} must have that SHA-256; its file was damaged")
     return record
+
+
+def record_file(folder: str | Path, digest: str) -> tuple[Path, int]:
+    """The file of a record, whose bytes the caller must check, and its size in bytes. ArenaError without a record."""
+    path = Path(folder) / _file_name(digest)
+    try:
+        return path, path.stat().st_size
+    except FileNotFoundError as error:
+        raise ArenaError(f"arena {folder} must hold gradient {digest}, it does not; was its folder removed?") from error
 
 
 class Arena:
@@ -305,9 +307,7 @@ def sweep(root: Path) -> list[Path]:
     """Removes this user's arenas of dead owners under ``root``, and returns their folders."""
     removed: list[Path] = []
     for folder in sorted(root.glob(FOLDER_PREFIX + "*")):
-        if (
-            folder.lstat().st_uid != os.getuid()
-        ):  # another user's arena, which has another sweep lock; only root could open it
+        if folder.lstat().st_uid != os.getuid():  # another user's, which has another sweep lock; only root can open it
             continue
         try:
             lock_file = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -8,8 +8,8 @@ import socket
 from itertools import count
 from typing import Any
 
-from regrad_vllm.serve.door import MAX_LINE_BYTES
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.worker.door import MAX_LINE_BYTES
 
 FLUSH_SECONDS = 1.0  # time to send the remaining lines when a connection ends
 
@@ -19,7 +19,7 @@ class DoorClosed(RuntimeError):
 
 
 class DoorClient:
-    """One connection to one worker's composer, for any number of concurrent questions. Used in one event loop."""
+    """One connection to one worker's door, for any number of concurrent questions. Used in one event loop."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -35,18 +35,18 @@ class DoorClient:
         await self._connected()
 
     def new_question(self) -> int:
-        """A number for ``prepare`` and the ``release`` that must follow it."""
+        """A number for ``hold`` and the ``release`` that must follow it."""
         return next(self._numbers)
 
-    async def prepare(self, number: int, recipe: Recipe, traceparent: str) -> dict[str, Any]:
-        """The worker's answer when the adapter is in its slot: {"compose_ms", "error", "damaged", "cache"}. DoorClosed.
+    async def hold(self, number: int, recipe: Recipe, arena: str, traceparent: str) -> dict[str, Any]:
+        """The worker's answer when the documents are resident: {"ms", "error", "damaged", "pool"}. DoorClosed.
 
-        damaged: the error comes from a damaged record in the arena.
+        arena: the folder that has the records. damaged: the error comes from a damaged record there.
         """
         writer = await self._connected()
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
-        question = {"id": number, "op": "prepare", "path": recipe.path, "traceparent": traceparent}
+        question = {"id": number, "op": "hold", "path": recipe.path, "arena": arena, "traceparent": traceparent}
         try:
             writer.write(json.dumps(question).encode() + b"\n")
             return await answer
@@ -54,7 +54,7 @@ class DoorClient:
             self._waiting.pop(number, None)
 
     def release(self, number: int) -> None:
-        """Releases the hold of a ``prepare``, which may have failed, been cancelled, or not been sent.
+        """Releases a ``hold``, which may have failed, been cancelled, or not been sent.
 
         After the end of a connection it does nothing, because the worker has released all its holds.
         """
@@ -89,7 +89,7 @@ class DoorClient:
                 except OSError as error:
                     connection.close()
                     raise DoorClosed(
-                        f"the worker's composer must answer, it does not: {error}; restart the server"
+                        f"the worker's door must answer, it does not: {error}; restart the server"
                     ) from error
                 self._reading = asyncio.get_running_loop().create_task(self._read(reader, self._writer))
             return self._writer
@@ -115,4 +115,4 @@ class DoorClient:
             writer.close()
             for waiting in self._waiting.values():
                 if not waiting.done():
-                    waiting.set_exception(DoorClosed("the worker's composer went away; restart the server"))
+                    waiting.set_exception(DoorClosed("the worker's door went away; restart the server"))

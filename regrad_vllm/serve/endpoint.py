@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from bank_service.wire.record import DEFAULT_CODEC, HEADER_BYTES, codec_named
 from bank_service.wire.tracing import configure_tracing
 from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.base_model import base_digest
@@ -101,13 +102,14 @@ def warn_of_small_budgets(settings: Settings, learner: Learner, max_num_seqs: in
     Each request may have different documents. Requests beyond the budget would be refused.
     """
     top_k = settings.top_k or min(learner.config.top_k, settings.max_documents)
-    needed = max_num_seqs * top_k * learner.layout.num_values  # one byte per value: int8, the bank's default
+    record_bytes = HEADER_BYTES + codec_named(DEFAULT_CODEC).max_payload_bytes(learner.spec)
+    needed = max_num_seqs * top_k * record_bytes
     for flag, size in (("arena", settings.arena_bytes), ("worker", settings.worker_bytes)):
         if size < needed:
             _LOGGER.warning(
-                "--regrad-%s-bytes should be at least %d, for --max-num-seqs %d requests of %d documents in int8, it "
+                "--regrad-%s-bytes should be at least %d, for --max-num-seqs %d requests of %d documents in %s, it "
                 "is %d; requests beyond what it holds get a 503",
-                flag, needed, max_num_seqs, top_k, size,
+                flag, needed, max_num_seqs, top_k, DEFAULT_CODEC, size,
             )  # fmt: skip
 
 

@@ -12,28 +12,28 @@ from opentelemetry import propagate
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.door_client import DoorClient, DoorClosed
-from regrad_vllm.serve.launch import EXTENSION_CLASS, loras_refusal, rank_refusal
+from regrad_vllm.serve.launch import EXTENSION_CLASS, rank_refusal
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.settings import SettingsError
 
 
-class AdapterError(RuntimeError):
-    """A worker can't compose an adapter. The message gives the reason."""
+class ResidentError(RuntimeError):
+    """A worker can't make documents resident. The message gives the reason."""
 
     def __init__(self, message: str, *, damaged: bool = False) -> None:
-        """damaged: the gradients' bytes in the arena are damaged."""
+        """damaged: the records' bytes in the arena are damaged."""
         super().__init__(message)
         self.damaged = damaged
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The rank where a request runs and its adapter is composed. ``Engine.release`` ends its holds there."""
+    """The rank where a request runs and its documents are. ``Engine.release`` ends its holds there."""
 
     recipe: Recipe
     rank: int  # index among the data parallel ranks of this server
     data_parallel_rank: int | None  # the rank as an argument for vLLM; None if there is only one
-    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # (worker, id of the prepare)
+    asked: list[tuple[DoorClient, int]] = field(default_factory=list)  # (worker, id of the hold)
 
 
 class Engine:
@@ -45,7 +45,7 @@ class Engine:
         self._doors = doors
         self._num_placed = [0] * len(doors)
         self._last_rank = -1
-        self.caches: dict[str, dict[str, int]] = {}  # "rank/number" of a worker → the latest figures of its cache
+        self.pools: dict[str, dict[str, int]] = {}  # "rank/number" of a worker → the latest figures of its pool
 
     @classmethod
     async def connect(cls, client: Any, learner: Learner) -> tuple[Engine, str]:
@@ -101,27 +101,33 @@ class Engine:
         self._num_placed[wanted_rank] += 1
         return Placement(recipe, wanted_rank, wanted_rank if self.num_ranks > 1 else None)
 
-    async def prepare(self, placement: Placement) -> float:
-        """Lets every worker of the rank compose the adapter into a slot. Returns the slowest one's ms. AdapterError.
+    async def prepare(self, placement: Placement, arena: str) -> float:
+        """Makes the documents resident on every worker of the rank. Returns the slowest one's ms. ResidentError.
 
-        One worker is asked first, then all others. A request that waits for a slot on the first worker takes no other
-        slot. So two API servers can't block each other.
+        arena: the folder that has the records.
         """
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
-        traceparent = carrier.get("traceparent", "")
-        try:
-            first, *others = self._doors[placement.rank]
-            answers = [await _ask(first, placement, traceparent)]
-            if not answers[0]["error"]:
-                answers += await asyncio.gather(*(_ask(door, placement, traceparent) for door in others))
-        except DoorClosed as error:
-            raise AdapterError(str(error)) from error
+        asking = [self._ask(door, placement, arena, carrier.get("traceparent", "")) for door in
+                  self._doors[placement.rank]]  # fmt: skip
+        # All of them end before the caller releases, because a release must not overtake its question.
+        answers: list[dict[str, Any]] = []
+        for found in await asyncio.gather(*asking, return_exceptions=True):
+            if isinstance(found, DoorClosed):
+                raise ResidentError(str(found)) from found
+            if isinstance(found, BaseException):
+                raise found
+            answers.append(found)
         for number, answer in enumerate(answers):
-            self.caches[f"{placement.rank}/{number}"] = answer["cache"]
+            self.pools[f"{placement.rank}/{number}"] = answer["pool"]
             if answer["error"]:
-                raise AdapterError(answer["error"], damaged=answer["damaged"])
-        return max(float(answer["compose_ms"]) for answer in answers)
+                raise ResidentError(answer["error"], damaged=answer["damaged"])
+        return max(float(answer["ms"]) for answer in answers)
+
+    async def _ask(self, door: DoorClient, placement: Placement, arena: str, traceparent: str) -> dict[str, Any]:
+        number = door.new_question()
+        placement.asked.append((door, number))  # noted before it is sent, because the sending may be cancelled
+        return await door.hold(number, placement.recipe, arena, traceparent)
 
     async def settled(self) -> None:
         """Waits until the workers have done everything that they were asked before, aborts included."""
@@ -152,12 +158,6 @@ class Engine:
         return [digest for rank in ranks for digest in rank]
 
 
-async def _ask(door: DoorClient, placement: Placement, traceparent: str) -> dict[str, Any]:
-    number = door.new_question()
-    placement.asked.append((door, number))  # noted before it is sent, because the sending may be cancelled
-    return await door.prepare(number, placement.recipe, traceparent)
-
-
 def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
     """Checks that vLLM's flags fit the learner. SettingsError says which flag to set."""
     lora = vllm_config.lora_config
@@ -165,26 +165,41 @@ def check_engine_settings(vllm_config: Any, learner: Learner) -> None:
         raise SettingsError("the engine must run with LoRA; set --enable-lora")
     if refusal := rank_refusal(lora.max_lora_rank, learner):
         raise SettingsError(refusal)
-    if refusal := loras_refusal(lora.max_loras, vllm_config.scheduler_config.max_num_seqs):
-        raise SettingsError(refusal)
-    if lora.fully_sharded_loras:
-        raise SettingsError("--fully-sharded-loras must be off: adapters are composed whole; leave the flag out")
-    if lora.enable_tower_connector_lora:
-        raise SettingsError(
-            "--enable-tower-connector-lora must be off: with it vLLM sets the adapters several times a step"
-        )
-    if vllm_config.parallel_config.use_ubatching:
-        raise SettingsError("--enable-dbo and --ubatch-size must be off: vLLM doesn't cut LoRA's rows with the batch's")
-    if vllm_config.cache_config.kv_sharing_fast_prefill:
-        raise SettingsError("--kv-sharing-fast-prefill must be off: its layers have other rows than LoRA is told of")
     mode = vllm_config.compilation_config.mode
-    if vllm_config.device_config.device_type == "cpu" and mode:
-        raise SettingsError(
-            f"vLLM's compilation mode must be NONE for LoRA on CPUs, where our kernels can't be compiled into the "
-            f"model, got {getattr(mode, 'name', mode)}; set --enforce-eager"
-        )
-    if vllm_config.parallel_config.worker_extension_cls != EXTENSION_CLASS:
-        raise SettingsError(
-            f"--worker-extension-cls must be {EXTENSION_CLASS}, "
-            f"got {vllm_config.parallel_config.worker_extension_cls!r}"
-        )
+    extension = vllm_config.parallel_config.worker_extension_cls
+    refused: list[tuple[Any, str]] = [
+        (
+            lora.fully_sharded_loras,
+            "--fully-sharded-loras must be off: its layers bypass our kernels; leave the flag out",
+        ),
+        (
+            getattr(lora, "specialize_active_lora", False),
+            "--specialize-active-lora must be off: vLLM chooses a captured graph by the number of adapters, and counts "
+            "each of our requests as one; leave the flag out",
+        ),
+        (
+            lora.enable_tower_connector_lora,
+            "--enable-tower-connector-lora must be off: with it vLLM sets the adapters several times a step",
+        ),
+        (
+            vllm_config.model_config.enable_sleep_mode,
+            "--enable-sleep-mode must be off: a sleeping worker loses its documents; leave the flag out",
+        ),
+        (
+            vllm_config.parallel_config.use_ubatching,
+            "--enable-dbo and --ubatch-size must be off: vLLM doesn't cut LoRA's rows with the batch's",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "--kv-sharing-fast-prefill must be off: its layers have other rows than LoRA is told of",
+        ),
+        (
+            vllm_config.device_config.device_type == "cpu" and mode,
+            "vLLM's compilation mode must be NONE for LoRA on CPUs, where our kernels can't be compiled in, "
+            f"got {getattr(mode, 'name', mode)}; set --enforce-eager",
+        ),
+        (extension != EXTENSION_CLASS, f"--worker-extension-cls must be {EXTENSION_CLASS}, got {extension!r}"),
+    ]
+    for is_so, reason in refused:
+        if is_so:
+            raise SettingsError(reason)

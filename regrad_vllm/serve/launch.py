@@ -1,7 +1,8 @@
 """``regrad serve MODEL …``: ``vllm serve`` with every flag that ReGrad needs filled in and all others passed on.
 
-A flag that the user gave stays unchanged. A value that doesn't fit the learner is refused, and the message names the
-flag. It is refused here if a worker couldn't start with it, and otherwise when the server has started
+A flag that the user gave stays unchanged, except for --max-loras: it counts the operator's own adapters, and φ* takes
+one more slot. A value that doesn't fit the learner is refused, and the message names the flag. It is refused here if a
+worker couldn't start with it, and otherwise when the server has started
 (``engine.check_engine_settings``).
 """
 
@@ -34,6 +35,7 @@ GPU_MAX_NUM_SEQS = 128
 # torch.compile.
 GPU_COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
+_MAX_LORAS = 1  # vLLM's default
 _VLLM_PORT = 8000  # vLLM's default
 _SHORT_FLAGS = ("learner", "bank", "namespace")  # without the prefix regrad-
 # vLLM merges these projections into one module. The learner names them one by one.
@@ -84,20 +86,19 @@ def command_line(environment: Mapping[str, str], arguments: Sequence[str]) -> st
 def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     """Arguments of ``vllm serve``: the model, ``argv``, and the flags that ReGrad needs and ``argv`` doesn't have.
 
-    SettingsError if --max-lora-rank in ``argv`` is too small for the learner, or --max-loras for --max-num-seqs.
+    The operator's own adapters get as many slots as --max-loras says, and φ* gets one more. SettingsError if
+    --max-lora-rank in ``argv`` is too small for the learner.
     """
     given = given_flags(argv)
     on_cpu = not has_gpu()
     num_seqs = given.get("max-num-seqs") or str(CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
-    max_loras = given.get("max-loras") or num_seqs
+    max_loras = int(given.get("max-loras") or _MAX_LORAS)
     rank = given.get("max-lora-rank") or str(lora_rank(learner.layout.rank))
-    if refusal := rank_refusal(int(rank), learner) or loras_refusal(int(max_loras), int(num_seqs)):
+    if refusal := rank_refusal(int(rank), learner):
         raise SettingsError(refusal)
     wanted: dict[str, list[str]] = {
         "enable-lora": [],
         "max-num-seqs": [num_seqs],
-        "max-loras": [max_loras],
-        "max-cpu-loras": [max_loras],
         "max-lora-rank": [rank],
         "lora-target-modules": list(merged_modules(learner)),
         "worker-extension-cls": [EXTENSION_CLASS],
@@ -112,7 +113,9 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     for flag, values in wanted.items():
         if flag not in given and f"no-{flag}" not in given:
             arguments += [f"--{flag}", *values]
-    return arguments
+    # Of a flag that is given twice, vLLM takes the last value.
+    max_cpu_loras = max(max_loras, int(given.get("max-cpu-loras") or 0))
+    return [*arguments, "--max-loras", str(max_loras + 1), "--max-cpu-loras", str(max_cpu_loras + 1)]
 
 
 def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
@@ -123,16 +126,6 @@ def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
     return (
         f"--max-lora-rank must be at least the learner's rank {rank}, got {max_lora_rank}; raise it, or leave it to "
         "regrad serve"
-    )
-
-
-def loras_refusal(max_loras: int, num_seqs: int) -> str:
-    """The reason why so many requests can't have so few adapters, with the remedy. Empty if they can."""
-    if max_loras >= num_seqs:
-        return ""
-    return (
-        f"--max-loras must be at least --max-num-seqs ({num_seqs}), because every request has an adapter of its own, "
-        f"got {max_loras}; set both alike"
     )
 
 

@@ -1,4 +1,4 @@
-"""The ASGI middleware: it gets each request before vLLM's handlers and prepares its adapter.
+"""The ASGI middleware: it gets each request before vLLM's handlers and prepares its documents.
 
 The endpoint plugin adds it in ``attach_router``, not by ``--middleware``. So vLLM's own middleware runs first, and a
 request without a valid API key never reaches the bank.
@@ -55,7 +55,7 @@ class Runtime:
 
 
 class RegradMiddleware:
-    """Plans each request, prepares its adapter, lets vLLM answer with it, and tags the answer."""
+    """Plans each request, prepares its documents, lets vLLM answer with them, and tags the answer."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -129,7 +129,7 @@ async def _unless_gone(
 ) -> Prepared | None:
     """The result of ``work``. If the client hangs up first, ``work`` is cancelled, and the result is None.
 
-    ``work`` may wait long for a slot, and a request without a client must not keep its place. ``drop`` takes a result
+    ``work`` may wait long for the bank, and a request without a client must not keep its place. ``drop`` takes a result
     that comes too late.
     """
     doing = asyncio.ensure_future(work)
@@ -181,8 +181,8 @@ async def _prepare(plan: Plan | PromptPlans, scope: Scope, runtime: Runtime) -> 
     rank = http_request.wanted_rank(scope)
     with span("regrad.prepare", extract(headers), request_id=plan.request_id):
         if isinstance(plan, PromptPlans):
-            prompts = SeveralPrompts(plan, runtime.planner, runtime.preparer, runtime.engine, runtime.releases, rank)
-            return await prompts.find()
+            prompts = SeveralPrompts(plan, runtime.engine, runtime.releases)
+            return await prompts.prepare(runtime.planner, runtime.preparer, rank)
         try:
             return await runtime.preparer.prepare(plan, rank)
         except RequestError as error:

@@ -13,9 +13,9 @@ def register() -> None:
     import os
 
     if os.environ.get("REGRAD_LEARNER"):
-        from regrad_vllm.serve.worker import extension
+        from regrad_vllm.serve.worker import part
 
-        extension.register()
+        part.register()
 
 
 def endpoint_plugin() -> RegradEndpoint:

@@ -18,10 +18,7 @@ class Metrics:
 
     requests: Counter  # by outcome: adapter, base (switched off, or no document found), fallback
     errors: Counter  # by HTTP status
-    retrieve_ms: Histogram
-    fetch_ms: Histogram
-    compose_ms: Histogram
-    slot_wait_ms: Histogram
+    timings: Mapping[str, Histogram]  # of a request: retrieve, fetch, resident
     fetched_bytes: Counter
     arena_bytes: Gauge
     arena_records: Gauge
@@ -49,20 +46,21 @@ class Metrics:
         return cls(
             requests=Counter("regrad_requests", "Requests that ReGrad was for", ["outcome"], registry=registry),
             errors=Counter("regrad_errors", "Requests refused by ReGrad", ["status"], registry=registry),
-            retrieve_ms=histogram("regrad_retrieve_ms", "Query to the bank"),
-            fetch_ms=histogram("regrad_fetch_ms", "Gradients from the bank into the arena"),
-            compose_ms=histogram("regrad_compose_ms", "Composing the adapter in the worker"),
-            slot_wait_ms=histogram("regrad_slot_wait_ms", "Waiting for a slot, and for the worker's turn to compose"),
+            timings={
+                "retrieve": histogram("regrad_retrieve_ms", "Query to the bank"),
+                "fetch": histogram("regrad_fetch_ms", "Gradients from the bank into the arena"),
+                "resident": histogram("regrad_resident_ms", "Making the documents resident in the workers"),
+            },
             fetched_bytes=Counter("regrad_fetched_bytes", "Gradient bytes fetched from the bank", registry=registry),
             arena_bytes=gauge("regrad_arena_bytes", "Gradient bytes in the arena"),
             arena_records=gauge("regrad_arena_records", "Gradients in the arena"),
             arena_leases=gauge("regrad_arena_leases", "Requests that pin gradients"),
             arena_lookups=Counter("regrad_arena_lookups", "Gradients wanted there", ["result"], registry=registry),
             arena_evictions=Counter("regrad_arena_evictions", "Gradients that made room", registry=registry),
-            worker_bytes=of_workers("regrad_worker_bytes", "Gradient bytes in a worker's cache"),
-            worker_records=of_workers("regrad_worker_records", "Gradients in a worker's cache"),
-            worker_lookups=of_workers("regrad_worker_lookups", "Gradients wanted there since its start", "result"),
-            worker_evictions=of_workers("regrad_worker_evictions", "Gradients that made room there"),
+            worker_bytes=of_workers("regrad_worker_bytes", "Bytes of documents in a worker's pool"),
+            worker_records=of_workers("regrad_worker_records", "Documents in a worker's pool"),
+            worker_lookups=of_workers("regrad_worker_lookups", "Documents wanted there since its start", "result"),
+            worker_evictions=of_workers("regrad_worker_evictions", "Documents that made room there"),
         )
 
     def observe_arena(self, figures: ArenaFigures, seen_evictions: int) -> None:
@@ -72,10 +70,10 @@ class Metrics:
         self.arena_leases.set(figures.num_leases)
         self.arena_evictions.inc(figures.num_evictions - seen_evictions)
 
-    def observe_worker(self, worker: str, cache: Mapping[str, int]) -> None:
-        """Records a worker's figures of its cache (``CacheFigures``)."""
-        self.worker_bytes.labels(worker).set(cache["used_bytes"])
-        self.worker_records.labels(worker).set(cache["num_entries"])
-        self.worker_lookups.labels(worker, "hit").set(cache["num_hits"])
-        self.worker_lookups.labels(worker, "miss").set(cache["num_misses"])
-        self.worker_evictions.labels(worker).set(cache["num_evictions"])
+    def observe_worker(self, worker: str, pool: Mapping[str, int]) -> None:
+        """Records a worker's figures of its pool (``PoolFigures``)."""
+        self.worker_bytes.labels(worker).set(pool["used_bytes"])
+        self.worker_records.labels(worker).set(pool["num_documents"])
+        self.worker_lookups.labels(worker, "hit").set(pool["num_hits"])
+        self.worker_lookups.labels(worker, "miss").set(pool["num_misses"])
+        self.worker_evictions.labels(worker).set(pool["num_evictions"])

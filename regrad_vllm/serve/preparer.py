@@ -1,7 +1,4 @@
-"""From a plan to a prepared adapter: query the bank, fetch the missing gradients, let the workers compose.
-
-It runs in the server's event loop, so the composition itself is done in the workers.
-"""
+"""From a plan to a prepared request: query the bank, fetch the missing gradients, make them resident in the workers."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from bank_service.wire.tracing import span
 from regrad_vllm.adapt.arena import Arena, ArenaError, ArenaHold
 from regrad_vllm.client import Answer, AsyncBank, Hit, Query
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.engine import AdapterError, Engine, Placement
+from regrad_vllm.serve.engine import Engine, Placement, ResidentError
 from regrad_vllm.serve.plan import Plan
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.recipe import Recipe
@@ -45,7 +42,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """The adapter and gradients held for a request. Without a placement the request runs on the base model."""
+    """The documents held for a request, in the arena and in the workers.
+
+    Without a placement the request runs on the base model.
+    """
 
     found: Found
     placement: Placement | None
@@ -56,7 +56,7 @@ class PreparedRequest:
 
 
 class Preparer:
-    """Prepares adapters of one learner from one bank."""
+    """Prepares requests with one learner from one bank."""
 
     def __init__(
         self, learner: Learner, bank: AsyncBank, arena: Arena, engine: Engine, metrics: Metrics, max_bank_permits: int
@@ -71,17 +71,28 @@ class Preparer:
         self._seen_evictions = 0
 
     async def prepare(self, plan: Plan, wanted_rank: int | None = None) -> PreparedRequest:
-        """Prepares and holds the adapter of a request. The caller must release ``placement`` and ``gradients``.
+        """Finds a request's documents and makes them resident where it will run.
 
-        After a RequestError nothing is held.
+        The caller must release ``placement`` and ``found.gradients``. After a RequestError nothing is held.
         """
-        return await self.compose(await self.find(plan), wanted_rank)
+        found = await self._find_held(plan)
+        if found.recipe is None:
+            return PreparedRequest(found, None)
+        placement = self._engine.place(found.recipe, wanted_rank)
+        try:
+            await self._make_resident(placement, found.used.timings_ms)
+            return PreparedRequest(found, placement)
+        except ResidentError as error:
+            self._engine.release(placement)
+            found.gradients.release(discard=error.damaged)  # a damaged record must leave the arena
+            raise RequestError(503, f"the documents can't be made resident: {error}") from error
+        except BaseException:  # also after a cancellation the holds must end
+            self._engine.release(placement)
+            found.gradients.release()
+            raise
 
-    async def find(self, plan: Plan) -> Found:
-        """Finds a request's documents and holds their gradients. ``compose`` or the caller must release them.
-
-        After a RequestError nothing is held.
-        """
+    async def _find_held(self, plan: Plan) -> Found:
+        """Finds a request's documents and holds their gradients in the arena. After a RequestError nothing is held."""
         hold = self._arena.hold()
         timings: dict[str, float] = {}
         try:
@@ -95,26 +106,6 @@ class Preparer:
             raise as_request_error(error, self._bank.address) from error
         except BaseException:  # also after a cancellation the hold must end
             hold.release()
-            raise
-
-    async def compose(self, found: Found, wanted_rank: int | None = None) -> PreparedRequest:
-        """Composes the adapter of found documents. The caller must release ``placement`` and ``gradients``.
-
-        After a RequestError nothing is held.
-        """
-        if found.recipe is None:
-            return PreparedRequest(found, None)
-        placement = self._engine.place(found.recipe, wanted_rank)
-        try:
-            await self._compose(placement, found.used.timings_ms)
-            return PreparedRequest(found, placement)
-        except AdapterError as error:
-            self._engine.release(placement)
-            found.gradients.release(discard=error.damaged)  # a damaged record must leave the arena
-            raise RequestError(503, f"the adapter can't be composed: {error}") from error
-        except BaseException:  # also after a cancellation the holds must end
-            self._engine.release(placement)
-            found.gradients.release()
             raise
 
     async def _find(self, plan: Plan, hold: ArenaHold, timings: dict[str, float]) -> Answer:
@@ -144,20 +135,14 @@ class Preparer:
         self._metrics.observe_arena(figures, self._seen_evictions)
         self._seen_evictions = figures.num_evictions
 
-    async def _compose(self, placement: Placement, timings: dict[str, float]) -> None:
-        start = time.perf_counter()
-        compose_ms = await self._engine.prepare(placement)
-        for worker, cache in self._engine.caches.items():
-            self._metrics.observe_worker(worker, cache)
-        wait_ms = (time.perf_counter() - start) * 1000 - compose_ms
-        timings["compose"] = compose_ms
-        timings["slot_wait"] = max(0.0, wait_ms)
-        self._metrics.compose_ms.observe(compose_ms)
-        self._metrics.slot_wait_ms.observe(timings["slot_wait"])
+    async def _make_resident(self, placement: Placement, timings: dict[str, float]) -> None:
+        with self._clock("resident", timings):
+            await self._engine.prepare(placement, str(self._arena.folder))
+        for worker, figures in self._engine.pools.items():
+            self._metrics.observe_worker(worker, figures)
 
     def _recipe(self, plan: Plan, hits: tuple[Hit, ...]) -> Recipe:
         return Recipe(
-            arena=str(self._arena.folder),
             learner=self._learner.fingerprint,
             digests=tuple(hit.gradient_digest for hit in hits),
             weights=self._weights(hits),
@@ -192,7 +177,7 @@ class Preparer:
         yield
         ms = (time.perf_counter() - start) * 1000
         timings[name] = timings.get(name, 0.0) + ms
-        (self._metrics.retrieve_ms if name == "retrieve" else self._metrics.fetch_ms).observe(ms)
+        self._metrics.timings[name].observe(ms)
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:

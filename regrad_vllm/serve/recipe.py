@@ -1,7 +1,8 @@
-"""The recipe of an adapter. A LoRARequest carries it in its path, and the worker composes φ_q from it.
+"""The recipe of an adapter. A LoRARequest carries it in its path, and the worker finds the documents by it.
 
-The path is ``regrad:`` and canonical JSON. It names the gradients by digest, and the arena that holds them. The name of
-the adapter is the digest of everything that its bits depend on (``naming.adapter_name``).
+The path is ``regrad:`` and canonical JSON, which names the gradients by digest. The name of the adapter is the digest
+of everything that its bits depend on (``naming.adapter_name``). Both are the same from every API server, because vLLM
+keys its prefix cache by them.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from regrad_vllm.naming import adapter_int_id, adapter_name
+from regrad_vllm.naming import adapter_name
 
 PATH_PREFIX = "regrad:"
-_VERSION = 1
+_VERSION = 2
+# All our requests have this id in vLLM. So they count as one adapter, φ*, in vLLM's scheduler, slots and books.
+ADAPTER_ID = 2**31 - 1
 
 
 class RecipeError(ValueError):
-    """A ``regrad:`` path isn't a recipe that this version can compose."""
+    """A ``regrad:`` path isn't a recipe that this version can read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """φ_q = φ* − gamma Σ_k weights[k] δ[digests[k]], with the arena folder that holds the δ."""
+    """φ_q = φ* − gamma Σ_k weights[k] δ[digests[k]]"""
 
-    arena: str
     learner: str  # fingerprint, 64 hex digits
     digests: tuple[str, ...]
     weights: tuple[float, ...]
@@ -39,18 +41,18 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The adapter's name. It doesn't depend on the arena's folder, because the folder doesn't change the bits."""
+        """The adapter's name in vLLM."""
         return adapter_name(self.learner, self.digests, self.weights, self.gamma)
 
     @property
-    def int_id(self) -> int:
-        return adapter_int_id(self.name)
+    def steps(self) -> tuple[float, ...]:
+        """The factor of each δ: −gamma · weights[k]."""
+        return tuple(-self.gamma * weight for weight in self.weights)
 
     @property
     def path(self) -> str:
         document = {
             "v": _VERSION,
-            "arena": self.arena,
             "learner": self.learner,
             "digests": list(self.digests),
             "weights": list(self.weights),
@@ -69,7 +71,6 @@ class Recipe:
             if version != _VERSION:
                 raise RecipeError(f"recipe version must be {_VERSION}, got {version!r}; run one version of regrad")
             return cls(
-                arena=str(document.pop("arena")),
                 learner=str(document.pop("learner")),
                 digests=tuple(str(digest) for digest in document.pop("digests")),
                 weights=tuple(float(weight) for weight in document.pop("weights")),

@@ -1,4 +1,4 @@
-"""The holds of one request: its adapter in the workers and its gradients in the arena. Decides when they end."""
+"""The holds of one request: its documents in the workers and in the arena. Decides when they end."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ class RequestHolds:
         self._releases = releases
 
     def release(self, *, clean: bool) -> None:
-        """Ends the holds when the engine no longer uses the adapter for this request.
+        """Ends the holds when the engine no longer needs them for this request.
 
-        A request that ended well (``clean``) is over, except for a last step, whose slot ``Slots.begin_step`` keeps. A
-        request that failed, or whose client hung up, runs on until its abort arrives. During that time its adapter may
-        have to be composed again, so the holds wait for its last parts in the engine. Other requests with the same
-        adapter have separate holds.
+        A request that ended well (``clean``) is over, except for a last step, which has a hold of its own. A request
+        that failed, or whose client hung up, runs on until its abort arrives. It may not have had a first step yet, so
+        the holds wait for its last parts in the engine. Other requests with the same adapter have separate holds.
         """
         if clean or self._prepared.placement is None:
             self.let_go()
@@ -44,7 +43,7 @@ class RequestHolds:
         try:
             while self._engine.still_runs(running):
                 await asyncio.sleep(_POLL_SECONDS)
-            await self._engine.settled()  # its last step may still read the adapter's slot
+            await self._engine.settled()  # the abort is on its way, and the engine may begin the request before
         finally:
             self.let_go()
 

@@ -48,8 +48,7 @@ class Settings:
     system_prompt: bool = True  # on: a request without a system prompt gets the learner's
     arena_dir: Path | None = None  # folder of the arena; None: shared memory
     arena_bytes: int = 256 * 2**20  # of gradients kept on this machine for all workers
-    worker_bytes: int = 256 * 2**20  # of gradients that each worker keeps ready
-    waiting_slots: int | None = None  # slots for waiting adapters, besides --max-loras; None: a 16th of --max-loras
+    worker_bytes: int = 256 * 2**20  # of documents that each worker keeps ready
     bank_timeout_ms: int = 5000  # for each call to the bank
     bank_token_file: Path | None = None  # the token for the bank; None: no token
     bank_ca: Path | None = None  # PEM of the bank's authority, "system" for gRPC's own list; None: no TLS
@@ -71,7 +70,6 @@ class Settings:
             ("min_score", -1, 1),
             ("arena_bytes", 1, 2**50),
             ("worker_bytes", 1, 2**50),
-            ("waiting_slots", 1, 10_000),
             ("bank_timeout_ms", 1, 600_000),
             ("bank_concurrency", 1, 10_000),
             ("kept_requests", 0, 10_000_000),
@@ -111,10 +109,6 @@ class Settings:
             except ValueError as error:
                 raise SettingsError(f"{key} must be {error}, got {text!r}") from error
         return cls(**values)
-
-    def waiting_slots_of(self, max_loras: int) -> int:
-        """The number of slots besides ``max_loras``. At least two: one is composed while another waits."""
-        return self.waiting_slots or max(2, max_loras // 16)
 
     @property
     def bank_credentials(self) -> BankCredentials:
@@ -201,7 +195,6 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "arena_dir": Path,
     "arena_bytes": _integer,
     "worker_bytes": _integer,
-    "waiting_slots": _integer,
     "bank_timeout_ms": _integer,
     "bank_token_file": Path,
     "bank_ca": Path,

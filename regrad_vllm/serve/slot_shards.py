@@ -3,14 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regrad_vllm.adapt.slot_table import Shard
 from regrad_vllm.layout import Layout, LoraTensor, Part
 from regrad_vllm.serve import vllm_seams
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of one LoRA tensor that a worker computes with. It is a block of rows and columns."""
+
+    rows: range
+    columns: range
+
+
+@dataclass(frozen=True, slots=True)
+class SliceShards:
+    """One slice of a (merged) linear layer on this worker, with the learner's tensors there."""
+
+    outputs: int  # of this worker
+    tensors: tuple[int, int] | None  # A and B, as indices in the layout; None if the learner doesn't adapt the slice
+    inputs_of_a: range  # the columns of A that are this worker's
+    outputs_of_b: range  # the rows of B that are this worker's
+
+
+def slice_shards(
+    modules: Sequence[tuple[Sequence[str], Any]], layout: Layout
+) -> list[tuple[Any, tuple[SliceShards, ...]]]:
+    """The linear layers that the learner adapts, with all their slices in order. ValueError as in ``shards``."""
+    found = shards(modules, layout)
+    indices = {(tensor.module, tensor.part): index for index, tensor in enumerate(layout.tensors)}
+    layers = []
+    for names, module in modules:
+        if not any((name, "A") in found for name in names):
+            continue
+        slices = []
+        for name, stack in zip(names, module.lora_b_stacked, strict=True):
+            ours = (name, "A") in found
+            slices.append(
+                SliceShards(
+                    int(stack.shape[2]),
+                    (indices[name, "A"], indices[name, "B"]) if ours else None,
+                    found[name, "A"].columns if ours else range(0),
+                    found[name, "B"].rows if ours else range(0),
+                )
+            )
+        layers.append((module, tuple(slices)))
+    return layers
 
 
 def shards(modules: Sequence[tuple[Sequence[str], Any]], layout: Layout) -> dict[tuple[str, Part], Shard]:

@@ -40,7 +40,7 @@ class Used:
     adapter: str | None = None
     fallback: bool = False  # ReGrad was asked for and failed
     reason: str | None = None
-    timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, compose, slot_wait
+    timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, resident
     query: str | None = None  # the text that was searched for, kept shortened; None: there was no search
     sequence: int | None = None  # the bank's last change that the documents reflect; None: the bank wasn't asked
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from regrad_vllm.serve.settings import SettingsError
 
-_WHOLE_NUMBERS = ("max-num-seqs", "max-loras", "max-lora-rank", "port")
+_WHOLE_NUMBERS = ("max-num-seqs", "max-loras", "max-cpu-loras", "max-lora-rank", "port")
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str]:

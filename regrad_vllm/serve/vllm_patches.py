@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_seams
-from regrad_vllm.serve.recipe import PATH_PREFIX, Recipe
+from regrad_vllm.serve.recipe import ADAPTER_ID, PATH_PREFIX
 from regrad_vllm.serve.vllm_seams import PATCH_MARK, replace_by
+from regrad_vllm.serve.worker.steps import StepRequests
 
 if TYPE_CHECKING:
+    import torch
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
 
-_RECIPE = "regrad_recipe"  # the attribute of a LoRAModel that holds its recipe
-_CPU_WRAPPER = "regrad_vllm.serve.cpu_punica.RowsPunicaWrapper"
-_CUDA_WRAPPER = "regrad_vllm.serve.gpu_punica.TilesPunicaWrapper"
+_CPU_WRAPPER = "regrad_vllm.serve.seams.cpu_wrapper.DocumentsPunicaWrapper"
 
 
-@dataclass(frozen=True, slots=True)
-class SlotBooks:
-    """The functions that give out slots, in place of vLLM's manager. All are called inside the engine's step."""
+class RunnerPart(Protocol):
+    """The plugin's part of a model runner."""
 
-    begin_step: Callable[[frozenset[int]], None]  # called first, with the ids of the batch's adapters
-    step_is_set_up: Callable[[], None]  # called when all adapters of the batch are active
-    activate: Callable[[int, Recipe | None], int]  # (adapter id, recipe or None for an operator's adapter) → slot
-    deactivate: Callable[[int], None]  # takes the id of an adapter that has a slot
+    def set_step(self, requests: StepRequests | None) -> None:
+        """A step begins. None: it has no requests, such as a dummy run or the capture of a graph."""
 
 
 def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
@@ -71,140 +68,77 @@ def check_whole(manager: Any, name: str, modules: Iterable[str]) -> None:
         )
 
 
-def install_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any], SlotBooks]) -> None:
-    """Gives vLLM's manager ``num_waiting(max_loras)`` more slots, and lets ``SlotBooks`` give them out.
+def install_steps(adopt: Callable[[Any], RunnerPart]) -> None:
+    """``adopt(model_runner)`` is called when a runner's LoRA layers are made. Its result learns about each step.
 
-    ``adopt(manager)`` is called when a manager's layers are made.
-    """
-    from vllm.lora import model_manager
-
-    if hasattr(getattr(model_manager, "from_layer"), PATCH_MARK):  # noqa: B009  # imported there, not exported
-        return
-    _install_more_slots(num_waiting, adopt)
-    _install_books()
-
-
-def slot_ids(manager: Any) -> list[int | None]:
-    """The manager's list: slot → id of the adapter in it. ``remove_all_adapters`` makes a new list."""
-    ids: list[int | None] = manager.regrad_slot_ids
-    return ids
-
-
-def _install_more_slots(num_waiting: Callable[[int], int], adopt: Callable[[Any], SlotBooks]) -> None:
-    from vllm.lora import model_manager
-    from vllm.lora.model_manager import LoRAModelManager
-
-    original_layer = getattr(model_manager, "from_layer")  # noqa: B009
-    original_create: Any = LoRAModelManager._create_lora_modules
-    original_remove: Any = LoRAModelManager.remove_all_adapters
-
-    def empty(manager: Any) -> None:
-        manager.lora_index_to_id = [None] * (manager.lora_slots + num_waiting(manager.lora_slots))
-        manager.regrad_slot_ids = manager.lora_index_to_id
-
-    @wraps(original_layer)
-    def from_layer(layer: Any, max_loras: int, *args: Any, **kwargs: Any) -> Any:
-        return original_layer(layer, max_loras + num_waiting(max_loras), *args, **kwargs)
-
-    @wraps(original_create)
-    def create_lora_modules(self: Any) -> None:
-        original_create(self)
-        empty(self)
-        self.regrad_books = adopt(self)
-
-    @wraps(original_remove)
-    def remove_all_adapters(self: Any) -> None:
-        original_remove(self)
-        empty(self)
-
-    replace_by(model_manager, "from_layer", from_layer)
-    replace_by(LoRAModelManager, "_create_lora_modules", create_lora_modules)
-    replace_by(LoRAModelManager, "remove_all_adapters", remove_all_adapters)
-
-
-def _install_books() -> None:
-    from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.worker_manager import WorkerLoRAManager
-
-    original_set: Any = WorkerLoRAManager.set_active_adapters
-    original_merge: Any = LoRAModelManager._create_merged_loras_inplace
-    original_activate = LoRAModelManager.activate_adapter
-    original_deactivate: Any = LoRAModelManager._deactivate_adapter
-
-    @wraps(original_set)
-    def set_active_adapters(self: Any, requests: set[Any], mapping: Any) -> None:
-        batch = frozenset(request.adapter_id for request in requests if request)
-        self._adapter_manager.regrad_books.begin_step(batch)
-        try:
-            original_set(self, requests, mapping)
-        finally:
-            self._adapter_manager.regrad_books.step_is_set_up()
-
-    @wraps(original_merge)
-    def create_merged_loras_inplace(self: Any, lora_model: Any) -> None:
-        if not hasattr(lora_model, _RECIPE):
-            original_merge(self, lora_model)
-
-    @wraps(original_activate)
-    def activate_adapter(self: Any, lora_id: int) -> bool:
-        if lora_id in self.lora_index_to_id:
-            return False
-        recipe = getattr(self._registered_adapters[lora_id], _RECIPE, None)
-        slot = self.regrad_books.activate(lora_id, recipe)
-        if recipe is not None:
-            self._active_adapters[lora_id] = None
-            return True
-        # vLLM writes into the first free slot of the list. So it gets a list in which only this slot is free. The real
-        # list stays unchanged, because the composer may read it at the same time.
-        self.lora_index_to_id = [None if index == slot else -1 for index in range(len(slot_ids(self)))]
-        try:
-            return bool(original_activate(self, lora_id))
-        finally:
-            self.lora_index_to_id = slot_ids(self)
-
-    @wraps(original_deactivate)
-    def deactivate_adapter(self: Any, lora_id: int) -> None:
-        if lora_id in self.lora_index_to_id:
-            self.regrad_books.deactivate(lora_id)
-
-    replace_by(WorkerLoRAManager, "set_active_adapters", set_active_adapters)
-    replace_by(LoRAModelManager, "_create_merged_loras_inplace", create_merged_loras_inplace)
-    replace_by(LoRAModelManager, "activate_adapter", activate_adapter)
-    replace_by(LoRAModelManager, "_deactivate_adapter", deactivate_adapter)
-
-
-def install_wide_ids() -> None:
-    """Makes vLLM's newer model runner for GPUs keep adapters' ids as int64, as the older one does, not as int32.
-
-    Our ids are digests of 63 bits. With 31 bits two adapters would sometimes share an id.
+    vLLM tells its LoRA wrapper only about changes of the rows' adapters, and all our requests have one adapter there.
+    So both model runners are asked for the batch of every step: the older one in ``set_active_loras``, the newer one in
+    ``LoraState.make_lora_inputs``. Both then call ``_set_active_loras``, and so do dummy runs, without a batch.
     """
     from vllm.v1.worker.gpu.lora_utils import LoraState
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    original: Any = LoraState.__init__
-    if hasattr(original, PATCH_MARK):
+    original_load: Any = LoRAModelRunnerMixin.load_lora_model
+    original_batch: Any = LoRAModelRunnerMixin.set_active_loras
+    original_inputs: Any = LoraState.make_lora_inputs
+    original_set: Any = LoRAModelRunnerMixin._set_active_loras
+    if hasattr(original_load, PATCH_MARK):
         return
 
-    @wraps(original)
-    def init(self: LoraState, max_num_reqs: int) -> None:
-        original(self, max_num_reqs)
-        self.lora_ids = self.lora_ids.astype("int64")
+    @wraps(original_load)
+    def load_lora_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original_load(self, *args, **kwargs)
+        self.regrad_step = None
+        self.regrad = adopt(self)
+        return model
 
-    replace_by(LoraState, "__init__", init)
+    @wraps(original_batch)
+    def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:
+        requests = self.requests
+        self.regrad_step = StepRequests(
+            input_batch.req_ids, num_scheduled_tokens, lambda id: requests[id].lora_request, requests
+        )
+        original_batch(self, input_batch, num_scheduled_tokens, *args, **kwargs)
+
+    @wraps(original_inputs)
+    def make_lora_inputs(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
+        adapters = self.lora_requests
+        self.regrad_step = StepRequests(req_ids, num_scheduled_tokens, adapters.get, adapters)
+        return original_inputs(self, req_ids, idx_mapping, num_scheduled_tokens)
+
+    @wraps(original_set)
+    def set_active_loras_of_step(self: Any, *args: Any, **kwargs: Any) -> None:
+        original_set(self, *args, **kwargs)
+        noted = self if self.regrad_step is not None else getattr(self, "lora_state", None)
+        requests = getattr(noted, "regrad_step", None)
+        if requests is not None:
+            noted.regrad_step = None  # the next call may be a dummy run
+        self.regrad.set_step(requests)
+
+    replace_by(LoRAModelRunnerMixin, "load_lora_model", load_lora_model)
+    replace_by(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
+    replace_by(LoraState, "make_lora_inputs", make_lora_inputs)
+    replace_by(LoRAModelRunnerMixin, "_set_active_loras", set_active_loras_of_step)
 
 
 def install_kernels() -> None:
-    """Makes vLLM use our LoRA kernels on CPUs and CUDA GPUs."""
+    """Makes vLLM use our LoRA kernels on CPUs."""
     from vllm.platforms import current_platform
 
-    ours = _CPU_WRAPPER if current_platform.is_cpu() else _CUDA_WRAPPER if current_platform.is_cuda() else ""
-    if ours:
-        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: ours))
+    if current_platform.is_cpu():
+        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: _CPU_WRAPPER))
 
 
-def make_lora_model(recipe: Recipe, rank: int) -> LoRAModel:
-    """The entry for a recipe's adapter in vLLM's manager. It has no tensors, because they are in its slot."""
+def make_lora_model(learner: Learner, dtype: torch.dtype) -> LoRAModel:
+    """φ* as an adapter of vLLM, with the scaling in B."""
+    import torch
     from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
 
-    model = LoRAModel(recipe.int_id, rank, {})
-    setattr(model, _RECIPE, recipe)
-    return model
+    rank = learner.layout.rank
+    views = [(tensor, torch.tensor(view).to(dtype)) for tensor, view in learner.layout.views(learner.phi)]
+    loras = {
+        tensor.module: LoRALayerWeights(tensor.module, rank, rank, a, b * learner.scaling, scaling=1.0)
+        for (tensor, a), (_, b) in zip(views[::2], views[1::2], strict=True)
+    }
+    return LoRAModel(ADAPTER_ID, rank, loras)

@@ -1,7 +1,7 @@
 """The uses of vLLM's private API in the workers. Each seam names the versions that it was checked against.
 
 Only three other places use private API. ``vllm_patches`` replaces parts of the workers. ``vllm_server_seams`` uses
-parts of the API server. ``cpu_punica`` and ``gpu_punica`` are our LoRA kernels.
+parts of the API server. ``seams`` has our LoRA wrappers.
 
 ``check_seams`` compares every seam with the installed vLLM and reports the differences. It must pass before anything is
 patched. Patches are idempotent. Without a ReGrad request they don't change vLLM's answers.
@@ -44,36 +44,26 @@ class Seam:
 WORKER_SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"), "0.26.0, 0.32.0",
-        "turns a regrad: request into tensors",
+        "loads φ* for regrad: requests",
     ),
     Seam(
-        "vllm.lora.worker_manager", "WorkerLoRAManager.set_active_adapters", ("self", "requests", "mapping"), "0.32.0",
-        "begins a step with the batch's adapters",
+        "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.load_lora_model",
+        ("self", "model", "vllm_config", "device"), "0.32.0", "has made all LoRA layers",
     ),
     Seam(
-        "vllm.lora.model_manager", "from_layer",
-        ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"), "0.32.0",
-        "gives each LoRA layer the slots in which adapters wait",
+        "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.set_active_loras",
+        ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens", "mapping_type"), "0.32.0",
+        "begins a step of the older model runner with its batch",
     ),
     Seam(
-        "vllm.lora.model_manager", "LoRAModelManager._create_lora_modules", ("self",), "0.32.0",
-        "has made all LoRA layers, so that their slots can be ours",
+        "vllm.v1.worker.gpu.lora_utils", "LoraState.make_lora_inputs",
+        ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"), "0.26.0, 0.32.0, 0.33.0",
+        "begins a step of the newer model runner with its batch",
     ),
     Seam(
-        "vllm.lora.model_manager", "LoRAModelManager.remove_all_adapters", ("self",), "0.32.0",
-        "empties the list of slots",
-    ),
-    Seam(
-        "vllm.lora.model_manager", "LoRAModelManager._create_merged_loras_inplace", ("self", "lora_model"), "0.32.0",
-        "merges an adapter's tensors, which ours has none of",
-    ),
-    Seam(
-        "vllm.lora.model_manager", "LoRAModelManager.activate_adapter", ("self", "lora_id"), "0.32.0",
-        "gives an adapter its slot",
-    ),
-    Seam(
-        "vllm.lora.model_manager", "LoRAModelManager._deactivate_adapter", ("self", "lora_id"), "0.32.0",
-        "takes an adapter's slot away",
+        "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras",
+        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type"), "0.32.0",
+        "sets the adapters of every step, dummy runs and captures too",
     ),
     Seam(
         "vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.set_lora", ("self", "index", "lora_a", "lora_b"),
@@ -85,27 +75,12 @@ WORKER_SEAMS: tuple[Seam, ...] = (
         "adds LoRA to a linear layer's output on CPUs",
     ),
     Seam(
-        "vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.add_lora_linear",
-        ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"),
-        "0.26.0, 0.32.0", "adds LoRA to a linear layer's output on GPUs",
-    ),
-    Seam(
-        "vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.update_metadata",
-        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), "0.26.0, 0.32.0",
-        "maps the batch's rows to slots on GPUs",
-    ),
-    Seam(
         "vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata",
         ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), "0.32.0",
         "maps the batch's rows to slots",
     ),
     Seam("vllm.lora.lora_model", "LoRAModel", None, "0.26.0, 0.32.0", "holds one adapter"),
-    Seam(
-        "vllm.v1.worker.gpu.lora_utils", "LoraState.__init__", ("self", "max_num_reqs"), "0.26.0, 0.32.0",
-        "keeps the adapters' ids of the GPU's newer model runner",
-    ),
-    Seam("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.add_lora", ("self", "lora_request"), "0.32.0",
-         "shows that the model runner keeps its lora_manager"),
+    Seam("vllm.lora.lora_weights", "LoRALayerWeights", None, "0.32.0", "holds A and B of one module"),
 )  # fmt: skip
 
 
@@ -152,10 +127,10 @@ def linear_modules(manager: Any) -> list[tuple[list[str], Any]]:
     ]
 
 
-def slot_form(manager: Any) -> tuple[int, int, torch.dtype]:
-    """(slots, rank, type) of the manager's LoRA layers."""
-    config = manager.lora_config
-    return len(manager.lora_index_to_id), config.max_lora_rank, config.lora_dtype
+def max_rank(manager: Any) -> int:
+    """The rank of the manager's LoRA slots."""
+    rank: int = manager.lora_config.max_lora_rank
+    return rank
 
 
 def sliced(module: Any, part: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

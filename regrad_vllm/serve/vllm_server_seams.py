@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from regrad_vllm.naming import ADAPTER_PREFIX
-from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.recipe import ADAPTER_ID, Recipe
 from regrad_vllm.serve.routes import ID_PREFIXES
 from regrad_vllm.serve.vllm_seams import PATCH_MARK, Seam, replace_by
 
@@ -57,8 +57,7 @@ class ServedCall:
     lora_request: LoRARequest | None  # None: vLLM's own choice
     model_name: str  # for the answer's "model"
     data_parallel_rank: int | None = None  # the rank that has the adapter; None: vLLM's own choice
-    # For a request with several prompts: the call of a prompt, by its number. The adapter is held inside the context.
-    prompt_call: Callable[[int], AbstractAsyncContextManager[ServedCall]] | None = None
+    prompt_calls: tuple[ServedCall, ...] = ()  # of a request with several prompts: the call of each
 
 
 SERVED_CALL: ContextVar[ServedCall | None] = ContextVar("regrad_served_call", default=None)
@@ -98,8 +97,11 @@ def install_served_call() -> None:
     @wraps(original_generate)
     def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> Any:
         call = SERVED_CALL.get()
-        if call is not None and call.prompt_call is not None:
-            return _generate_for_prompt(call.prompt_call, partial(original_generate, self), *args, **kwargs)
+        if call is not None and call.prompt_calls:
+            # The number of the prompt stands at the end of vLLM's id for it.
+            request_id: str = kwargs["request_id"] if "request_id" in kwargs else args[2]
+            call = call.prompt_calls[int(request_id.rpartition("-")[2])]
+            kwargs["lora_request"] = call.lora_request
         # Some handlers of vLLM don't pass the rank on (responses and beam search in 0.32).
         if call is not None and kwargs.get("data_parallel_rank") is None:
             kwargs["data_parallel_rank"] = call.data_parallel_rank
@@ -110,20 +112,6 @@ def install_served_call() -> None:
     replace_by(OpenAIServingModels, "model_name", model_name)
 
 
-async def _generate_for_prompt(
-    prompt_call: Callable[[int], AbstractAsyncContextManager[ServedCall]], generate: Any, *args: Any, **kwargs: Any
-) -> AsyncIterator[Any]:
-    """``AsyncLLM.generate`` for one of several prompts. Its number stands at the end of vLLM's id for it."""
-    request_id: str = kwargs["request_id"] if "request_id" in kwargs else args[2]
-    async with prompt_call(int(request_id.rpartition("-")[2])) as call:
-        kwargs["lora_request"] = call.lora_request
-        if kwargs.get("data_parallel_rank") is None:
-            kwargs["data_parallel_rank"] = call.data_parallel_rank
-        async with aclosing(generate(*args, **kwargs)) as outputs:
-            async for output in outputs:
-                yield output
-
-
 def _name_of(lora_request: LoRARequest | None) -> str | None:
     return None if lora_request is None else lora_request.lora_name
 
@@ -132,7 +120,7 @@ def make_served_call(recipe: Recipe, model_name: str, data_parallel_rank: int | 
     """The call for a recipe. The LoRARequest is named by its content, and its path is the recipe itself."""
     from vllm.lora.request import LoRARequest
 
-    request = LoRARequest(lora_name=recipe.name, lora_int_id=recipe.int_id, lora_path=recipe.path)
+    request = LoRARequest(lora_name=recipe.name, lora_int_id=ADAPTER_ID, lora_path=recipe.path)
     return ServedCall(request, model_name, data_parallel_rank)
 
 

@@ -172,7 +172,7 @@ def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_d
     assert set(by_phase) == {"cost", "curve", "growth", "quality"}
     cost = next(group["figures"] for group in report["groups"])
     assert cost["rag"]["prompt_tokens"] > 3 * cost["base"]["prompt_tokens"] == 3 * cost["regrad"]["prompt_tokens"]
-    assert cost["regrad"]["server_ms"]["compose"] > 0 and cost["regrad"]["output_tokens"] == 32
+    assert cost["regrad"]["server_ms"]["resident"] > 0 and cost["regrad"]["output_tokens"] == 32
     assert (out / "report.html").read_text("utf-8").count("<svg") == 5
     lines = (out / "requests.jsonl").read_text("utf-8").splitlines()
     again = subprocess.run(

@@ -47,7 +47,7 @@ def sent(name: str, own: LoadCondition, adapter: str | None = "regrad-x") -> tup
     @app.post("/v1/chat/completions", response_model=None)
     async def answer(body: dict[str, Any]) -> Response:
         bodies.append(body)
-        used = {"adapter": adapter, "reason": "none", "documents": [{"id": "a"}], "timings_ms": {"compose": 3.0}}
+        used = {"adapter": adapter, "reason": "none", "documents": [{"id": "a"}], "timings_ms": {"resident": 3.0}}
         events = [
             {"regrad": used, "choices": [{"delta": {"content": "Ada"}}]},
             {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},

@@ -108,7 +108,7 @@ def server(
     traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     running = VllmServer(model, flags, traces, folder / "server.log", plain=True)
     try:
-        running.wait_until_ready(240)
+        running.wait_until_ready(900)
         yield running
     finally:
         running.stop()

@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,26 +28,23 @@ from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.service.server import BankServer
 from bank_service.values.config import BankConfig
 from bank_service.values.encoder import EncodedDocument
-from bank_service.wire.record import FloatArray, encode_gradient, record_digest
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, encode_gradient, record_digest
 from regrad_vllm.adapt.arena import Arena
-from regrad_vllm.adapt.document_cache import DocumentCache, load_gradient
-from regrad_vllm.adapt.loops.compose_slot import compose_slot
-from regrad_vllm.adapt.slot_table import SlotTable, whole
-from regrad_vllm.adapt.stored_gradient import StoredGradient
 from regrad_vllm.base_model import base_digest
 from regrad_vllm.client import Bank, Document
 from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, Prompts
-from regrad_vllm.serve.composer import Composer
-from regrad_vllm.serve.door import Door
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.slots import Slots
+from regrad_vllm.serve.worker.admissions import Admissions
+from regrad_vllm.serve.worker.cpu_device import CpuDevice
+from regrad_vllm.serve.worker.door import Door
+from regrad_vllm.serve.worker.pool import Pool
+from regrad_vllm.serve.worker.steps import Steps
 
 API_KEY = "tests-only"
 BASE = "base"  # the name under which the tests' server serves its model
 MAX_NUM_SEQS = 12
-HUGE = "A text whose gradient is so large that gamma 16 takes it out of float32."
 RANK = 16
 SMALL_HIDDEN, SMALL_INNER, SMALL_LAYERS = 128, 256, 4
 
@@ -91,7 +88,7 @@ def random_learner(model: Path, seed: int, *, rank: int = RANK) -> Learner:
 
 def record_bytes(learner: Learner) -> int:
     """The size of each of the learner's gradients in a bank."""
-    return len(encode_gradient(np.zeros(learner.layout.num_values, np.float32), learner.spec, "int8"))
+    return len(encode_gradient(np.zeros(learner.layout.num_values, np.float32), learner.spec, DEFAULT_CODEC))
 
 
 def gradient_noise(layout: Layout, seed: int, spread: float) -> FloatArray:
@@ -114,44 +111,23 @@ class DrawingEncoder:
         return [EncodedDocument(self._draw(title, text), len(text.split()), False) for title, text in documents]
 
     def _draw(self, title: str, text: str) -> FloatArray:
-        if text == HUGE:
-            return np.full(self._layout.num_values, 3e37, np.float32)
         seed = int.from_bytes(hashlib.sha256(f"{title}\n{text}".encode()).digest()[:8], "big")
         return gradient_noise(self._layout, seed, 0.03)
 
 
-class MemorySlots:
-    """Slots in plain memory, for the whole learner. They stand for CpuSlots, which needs vLLM's layers."""
-
-    def __init__(self, learner: Learner, num_slots: int, dtype: torch.dtype = torch.float32) -> None:
-        self.table = SlotTable.build(learner.layout, whole(learner.layout), learner.layout.rank)
-        self.memory = torch.zeros(num_slots, self.table.num_values, dtype=dtype)
-        self._learner = learner
-
-    @property
-    def dtype(self) -> str:
-        return str(self.memory.dtype)
-
-    def compose(self, slot: int, gradients: Sequence[StoredGradient], steps: Sequence[float]) -> bool:
-        return compose_slot(self.memory[slot], self._learner.phi, gradients, steps, self.table, self._learner.scaling)
-
-
 class Worker:
-    """A worker's composer with its door. The test keeps the list of slots that vLLM's manager would keep."""
+    """A worker's parts with their door, without vLLM's layers."""
 
-    def __init__(
-        self, learner: Learner, *, max_loras: int = 4, max_waiting: int = 2, max_bytes: int = 2**28,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
-        self.ids: list[int | None] = [None] * (max_loras + max_waiting)
-        self.slots = Slots(lambda: self.ids)
-        self.cache = DocumentCache(partial(load_gradient, spec=learner.spec), max_bytes)
-        self.memory = MemorySlots(learner, max_loras + max_waiting, dtype)
-        self.composer = Composer(learner, self.cache, self.slots, self.memory)
-        self.door = Door(self.composer)
+    def __init__(self, learner: Learner, *, max_bytes: int = 2**28) -> None:
+        manager = SimpleNamespace(punica_wrapper_mapping={}, modules={}, packed_modules={})
+        self.device = CpuDevice(manager, learner)
+        self.pool = Pool(self.device, max_bytes)
+        self.admissions = Admissions(learner.fingerprint, self.pool)
+        self.steps = Steps(self.admissions, self.pool, self.device)
+        self.door = Door(self.admissions, self.pool)
 
 
-def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str = "int8") -> Recipe:
+def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str = DEFAULT_CODEC) -> Recipe:
     """A recipe whose gradients lie in the arena."""
     encoder = DrawingEncoder(learner)
     records = [encode_gradient(item.values, encoder.spec, codec) for item in encoder.encode([("", t) for t in texts])]
@@ -159,7 +135,7 @@ def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str =
     for record in records:
         hold.put(record_digest(record), record)
     digests = tuple(record_digest(record) for record in records)
-    return Recipe(str(arena.folder), learner.fingerprint, digests, tuple(1 / (n + 1) for n in range(len(texts))), 0.7)
+    return Recipe(learner.fingerprint, digests, tuple(1 / (n + 1) for n in range(len(texts))), 0.7)
 
 
 class BankThread:
@@ -184,7 +160,8 @@ class BankThread:
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
             self._stop = lambda: loop.call_soon_threadsafe(stop.set)
-            async with BankServer(BankConfig(data_dir=self._data_dir, port=self.port), self._encoder) as bank:
+            config = BankConfig(data_dir=self._data_dir, port=self.port)
+            async with BankServer(config, self._encoder) as bank:
                 self.port = bank.address.port
                 ready.set()
                 await stop.wait()
@@ -215,7 +192,7 @@ class BankThread:
 
     def upload(self, id: str, text: str) -> str:
         """Stores a document with an uploaded gradient, which the bank can't make again. Returns its digest."""
-        record = encode_gradient(self._encoder.encode([("", text)])[0].values, self._encoder.spec, "int8")
+        record = encode_gradient(self._encoder.encode([("", text)])[0].values, self._encoder.spec, DEFAULT_CODEC)
         with Bank(self.address) as bank:
             (receipt,) = bank.ingest_gradients([(Document(id, text), record)])
             return receipt.gradient_digest

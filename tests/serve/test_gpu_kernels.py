@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm.lora.layers import LoRAMapping
 
-from tests.serve.test_gpu_slots import DEVICE
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 INPUTS, RANK, SLOTS = 200, 4, 5
 
@@ -169,35 +167,3 @@ def test_a_batch_that_is_too_large_is_refused(kernels: Any) -> None:
         tiles.update(np.array([0, 1, 2], np.int64))
     with pytest.raises(ValueError, match="got 1 and 5"):
         tiles.update(np.zeros(5, np.int64))
-
-
-def test_vllms_wrapper_adds_what_the_batchs_mapping_says(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_punica = importlib.import_module("regrad_vllm.serve.gpu_punica")
-    monkeypatch.setattr(gpu_punica, "Tiles", kernels.Tiles)
-    monkeypatch.setattr(gpu_punica, "add_lora", kernels.add_lora)
-    if DEVICE == "cpu":  # vLLM imports it where it sees a GPU
-        metadata = importlib.import_module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
-        module = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu")
-        monkeypatch.setattr(module, "LoRAKernelMeta", metadata.LoRAKernelMeta, raising=False)
-    config = SimpleNamespace(max_loras=3, specialize_active_lora=False)
-    wrapper = gpu_punica.TilesPunicaWrapper(32, 8, DEVICE, lora_config=config)
-    make = torch.Generator().manual_seed(1)
-    a, b = (torch.randn(shape, generator=make).to(DEVICE) for shape in ((SLOTS, 1, 4, 24), (SLOTS, 1, 40, 4)))
-    x, y = (torch.randn(shape, generator=make).to(DEVICE) for shape in ((7, 24), (7, 40)))
-    ids = (2**62, 0, 5, 2**62, 0, 9, 5)
-    slots = [3, -1, 0, 3, -1, 4, 0]
-    mapping = LoRAMapping(index_mapping=ids, prompt_mapping=ids, is_prefill=True)
-    wrapper.update_metadata(mapping, [5, None, None, 2**62, 9], SLOTS, 100)
-    expected = torch.stack([y[i] + b[slot, 0] @ (a[slot, 0] @ x[i]) * (slot >= 0) for i, slot in enumerate(slots)])
-    kernels.LAYERS.clear()
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (40,))
-    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
-    high, aside = torch.zeros(SLOTS, 1, 65, 24, device=DEVICE), torch.zeros(SLOTS, 1, 40, 65, device=DEVICE)
-    vllms: list[int] = []
-    monkeypatch.setattr(gpu_punica.PunicaWrapperGPU, "add_lora_linear", lambda *args, **kwargs: vllms.append(1))
-    wrapper.add_lora_linear(y, x, (high,), (aside,), 1.0, (40,))
-    assert vllms == [1], "a rank that ours is not for"
-    wrapper.update_metadata(LoRAMapping((0, 0), (0, 0), True), [5, None, None, 2**62, 9], SLOTS, 100)
-    before = y[:2].clone()
-    wrapper.add_lora_linear(y[:2], x[:2], (a,), (b,), 1.0, (40,))
-    assert torch.equal(y[:2], before)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config.compilation import CompilationMode
 from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import launch
@@ -36,7 +37,8 @@ def test_everything_that_regrad_needs_is_filled_in(model: Path, learner: Learner
     arguments = serve_args(str(model), learner, ["--port", "80", "--max-num-seqs", "7"])
     assert arguments[:3] == [str(model), "--port", "80"]
     assert "--enable-lora" in arguments
-    assert value(arguments, "--max-loras") == value(arguments, "--max-cpu-loras") == "7"
+    assert arguments[-4:] == ["--max-loras", "2", "--max-cpu-loras", "2"]
+    assert value(arguments, "--max-num-seqs") == "7"
     assert value(arguments, "--max-lora-rank") == "16"
     assert value(arguments, "--worker-extension-cls") == EXTENSION_CLASS
     assert value(arguments, "--served-model-name") == model.resolve().name
@@ -51,8 +53,19 @@ def test_everything_that_regrad_needs_is_filled_in(model: Path, learner: Learner
 def test_a_flag_that_the_user_gave_stays(model: Path, learner: Learner, spelling: list[str]) -> None:
     arguments = serve_args(str(model), learner, [*spelling, "--max-loras", "9", "--dtype", "half", "--enable_lora"])
     assert [argument for argument in arguments if argument.startswith("--max-num-seqs")] in (spelling[:1], [])
-    assert value(arguments, "--max-loras") == value(arguments, "--max-cpu-loras") == "9"
     assert arguments.count("--dtype") == 1 and "--enable-lora" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "max_loras", "max_cpu_loras"),
+    [([], 2, 2), (["--max-loras", "4"], 5, 5), (["--max_loras=4", "--max-cpu-loras", "20"], 5, 21)],
+)
+def test_phi_gets_one_slot_more_than_the_operator_asks_for(
+    model: Path, learner: Learner, given: list[str], max_loras: int, max_cpu_loras: int
+) -> None:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--model", *serve_args(str(model), learner, [*given, "--enforce-eager"])])
+    assert (parsed.max_loras, parsed.max_cpu_loras) == (max_loras, max_cpu_loras)
 
 
 @pytest.mark.parametrize(
@@ -281,10 +294,10 @@ def engine(learner: Learner, **changed: object) -> SimpleNamespace:
     lora = LoRAConfig(max_lora_rank=16, max_loras=4, max_cpu_loras=4)
     parts = {
         "lora_config": lora,
-        "scheduler_config": SimpleNamespace(max_num_seqs=4),
         "parallel_config": SimpleNamespace(worker_extension_cls=EXTENSION_CLASS, use_ubatching=False),
         "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
         "compilation_config": SimpleNamespace(mode=CompilationMode.NONE),
+        "model_config": SimpleNamespace(enable_sleep_mode=False),
         "device_config": SimpleNamespace(device_type="cpu"),
     }
     return SimpleNamespace(**{**parts, **changed})
@@ -315,7 +328,8 @@ def test_an_engine_that_fits_the_learner_is_accepted(learner: Learner) -> None:
     [
         ({"lora_config": None}, "--enable-lora"),
         ({"lora_config": LoRAConfig(max_lora_rank=8, max_loras=4)}, "--max-lora-rank"),
-        ({"scheduler_config": SimpleNamespace(max_num_seqs=5)}, "--max-loras"),
+        ({"model_config": SimpleNamespace(enable_sleep_mode=True)}, "--enable-sleep-mode must be off"),
+        ({"lora_config": LoRAConfig(max_loras=4, specialize_active_lora=True)}, "--specialize-active-lora must be off"),
         ({"parallel_config": SimpleNamespace(worker_extension_cls="", use_ubatching=False)}, "--worker-extension-cls"),
         (
             {"parallel_config": SimpleNamespace(worker_extension_cls="", use_ubatching=True)},

@@ -22,7 +22,6 @@ from tests.serve.support import (
     API_KEY,
     BASE,
     SMALL_HIDDEN,
-    SMALL_INNER,
     SMALL_LAYERS,
     BankThread,
     VllmServer,
@@ -126,16 +125,12 @@ def test_operators_own_adapters_are_served_whole_or_refused(
 
 
 @pytest.mark.timeout(600)
-def test_each_tensor_parallel_worker_composes_its_shard_alone(sharded: VllmServer) -> None:
+def test_each_tensor_parallel_worker_has_all_documents_before_a_step_needs_them(sharded: VllmServer) -> None:
     answers(sharded)
     workers = sharded.status()["workers"]
-    assert len(workers) == 2 and all(worker["num_composed"] > 10 for worker in workers)
-    assert {worker["num_recomposed"] for worker in workers} == {0}
-    shard = (
-        RANK * 2 * (3 * SMALL_HIDDEN + 3 * SMALL_INNER // 2) * 2 * 4
-    )  # in slots of twice the rank: two layers of float32
-    slots = 8 + 2
-    assert [worker["slot_bytes"] for worker in workers] == [slots * shard] * 2
+    assert len(workers) == 2 and all(worker["pool_num_documents"] == NUM_DOCUMENTS for worker in workers)
+    assert {worker["num_late"] + worker["num_lost"] for worker in workers} == {0}
+    assert {worker["num_registered"] for worker in workers} <= {1, 2}, "φ*, and an operator's adapter"
 
 
 def attention_adapter(learner: Learner) -> tuple[Learner, FloatArray]:
@@ -157,8 +152,8 @@ def test_ranks_and_api_servers_give_what_sharded_workers_give_and_leave_nothing_
         assert [answers(server) for _ in range(3)] == [right] * 3
         workers = server.status()["workers"]
         assert [worker["rank"] for worker in workers] == [0, 1]
-        assert all(worker["num_composed"] > 0 for worker in workers), "both ranks had requests of ours"
-        assert sum(worker["num_recomposed"] for worker in workers) == 0, "each where its adapter was"
+        assert all(worker["pool_num_documents"] > 0 for worker in workers), "both ranks had requests of ours"
+        assert sum(worker["num_late"] + worker["num_lost"] for worker in workers) == 0, "each where its documents were"
         by_hand = server.post(
             "/v1/completions", {"model": BASE, "prompt": "x", "max_tokens": 1, "regrad": {"document_ids": ["doc-1"]}},
             **{"X-data-parallel-rank": "1"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import count
@@ -29,6 +30,7 @@ from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.preparer import Preparer
 from regrad_vllm.serve.settings import Settings
 from regrad_vllm.serve.used import UsedMemory
+from regrad_vllm.serve.worker.device import Resident
 from tests.serve.support import BankThread, Worker
 
 CONCURRENCY = 4
@@ -122,7 +124,7 @@ def test_overlapping_requests_with_one_adapter_hold_no_more_than_they_are(
             await asyncio.gather(*(client(0.007 * number) for number in range(CONCURRENCY)))
             assert most["leases"] <= CONCURRENCY and most["waiting"] == 0, most
             assert arena.figures().num_leases == len(runtime.releases) == 0
-            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
+            await eventually(lambda: len(worker.admissions) == 0)
 
     asyncio.run(run())
 
@@ -156,13 +158,13 @@ def test_a_failed_request_waits_for_its_own_and_for_no_others(
             assert answer.status_code == 500
             await asyncio.sleep(0.15)
             assert arena.figures().num_leases == len(runtime.releases) == 1, "its own still runs"
-            assert worker.composer.figures()["num_tickets"] == 1 and worker.cache.figures().num_pinned == 1
+            assert len(worker.admissions) == 1 and worker.pool.figures().num_pinned == 1
             engine.begin("mine", engine.states[own[0]].lora_name)  # the next request by the same id
             del engine.states[own[0]]
             await asyncio.wait_for(asyncio.gather(*runtime.releases), 5)
             assert arena.figures().num_leases == arena.figures().num_pinned == len(runtime.releases) == 0
-            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
-            assert worker.cache.figures().num_pinned == 0
+            await eventually(lambda: len(worker.admissions) == 0)
+            assert worker.pool.figures().num_pinned == 0
 
     asyncio.run(run())
 
@@ -199,7 +201,7 @@ class _Client:
 
 
 @pytest.mark.parametrize("error", [None, OSError("the connection broke")])
-def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
+def test_a_client_that_hangs_up_while_its_documents_are_loaded_leaves_nothing(
     bank: BankThread, learner: Learner, tmp_path: Path, error: Exception | None
 ) -> None:
     async def run() -> None:
@@ -207,11 +209,10 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
             raise AssertionError("vLLM must not be asked")
 
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, runtime, arena, worker):
-            for slot in range(len(worker.ids)):
-                worker.ids[slot] = -1 - slot  # all in use, and by nobody who gives them back
+            loading = _SlowLoading(worker)
             client, app = _Client(), _app_of(http)
             asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
-            await eventually(lambda: worker.composer.figures()["num_tickets"] == 1)
+            await eventually(loading.begun.is_set)
             assert arena.figures().num_leases == 1
             client.error = error
             client.reads.set()
@@ -222,7 +223,9 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_leaves_the_line(
                 with pytest.raises(OSError, match="broke"):
                     await asyncio.wait_for(asked, 5)
             assert arena.figures().num_leases == 0 and bool(client.sent) is (error is not None)
-            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
+            loading.go_on.set()
+            await eventually(lambda: worker.pool.figures().num_documents == 1)
+            await eventually(lambda: len(worker.admissions) == 0)
 
     asyncio.run(run())
 
@@ -247,19 +250,35 @@ def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
 
             if ended:
                 monkeypatch.setattr(runtime.preparer, "prepare", ends_as_it_is_cancelled)
-            else:
-                for slot in range(len(worker.ids)):
-                    worker.ids[slot] = -1 - slot  # it waits
+            loading = _SlowLoading(worker)
+            if ended:
+                loading.go_on.set()
             asked.append(asyncio.create_task(app(_scope(app), client.receive, client.send)))
             if not ended:
-                await eventually(lambda: worker.composer.figures()["num_tickets"] == 1)
+                await eventually(loading.begun.is_set)
                 asked[0].cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asked[0]
             assert arena.figures().num_leases == 0
-            await eventually(lambda: worker.composer.figures()["num_tickets"] == 0)
+            loading.go_on.set()
+            await eventually(lambda: worker.pool.figures().num_documents == 1)
+            await eventually(lambda: len(worker.admissions) == 0)
 
     asyncio.run(run())
+
+
+class _SlowLoading:
+    """A worker's device that loads documents when ``go_on`` is set."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self._load = worker.device.load
+        worker.device.load = self._wait  # type: ignore[method-assign]
+
+    def _wait(self, arena: str, digest: str) -> Resident:
+        self.begun.set()
+        assert self.go_on.wait(10)
+        return self._load(arena, digest)
 
 
 def _app_of(http: httpx.AsyncClient) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from fastapi.responses import JSONResponse
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import vllm_server_seams
 from regrad_vllm.serve.request_errors import RequestError
-from regrad_vllm.serve.vllm_server_seams import ServedCall
-from tests.serve.support import BankThread
-from tests.serve.test_releases import EngineLists, serving
+from tests.serve.support import BankThread, record_bytes
+from tests.serve.test_releases import EngineLists, eventually, serving
 
-NUM_PROMPTS = 20  # the worker has six slots
+NUM_PROMPTS = 20
 
 
 def body(first: int) -> dict[str, Any]:
@@ -25,86 +23,71 @@ def body(first: int) -> dict[str, Any]:
     return {"model": "base", "prompt": prompts[first:] + prompts[:first], "regrad": {"top_k": 2}}
 
 
-def current_call() -> ServedCall:
+def adapters() -> list[str]:
+    """The name of each prompt's adapter in the present call."""
     call = vllm_server_seams.SERVED_CALL.get()
-    assert call is not None and call.prompt_call is not None
-    return call
+    assert call is not None
+    return [str(one.lora_request.lora_name) for one in call.prompt_calls if one.lora_request is not None]
 
 
-async def adapter(call: ServedCall, number: int) -> str:
-    assert call.prompt_call is not None
-    async with call.prompt_call(number) as one:
-        await asyncio.sleep(0.01)
-        assert one.lora_request is not None
-        return str(one.lora_request.lora_name)
-
-
-def test_large_requests_do_not_block_each_other(bank: BankThread, learner: Learner, tmp_path: Path) -> None:
-    async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
-        call = current_call()
-        return JSONResponse({"names": await asyncio.gather(*(adapter(call, n) for n in range(NUM_PROMPTS)))})
-
+def test_each_prompt_has_its_adapter_while_the_request_runs(bank: BankThread, learner: Learner, tmp_path: Path) -> None:
     async def run() -> None:
+        both = asyncio.Event()
+
+        async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+            await both.wait()
+            return JSONResponse({"names": adapters()})
+
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, arena, worker):
-            answers = await asyncio.gather(*(http.post("/v1/completions", json=body(first)) for first in (0, 7)))
-            for answer in answers:
+            asking = [asyncio.create_task(http.post("/v1/completions", json=body(first))) for first in (0, 7)]
+            await eventually(lambda: len(worker.admissions) == 2 * NUM_PROMPTS)
+            assert arena.figures().num_leases == 2 * NUM_PROMPTS
+            both.set()
+            for answer in await asyncio.gather(*asking):
                 names = [prompt["adapter"] for prompt in answer.json()["regrad"]["prompts"]]
                 assert answer.json()["names"] == names and len(set(names)) == NUM_PROMPTS
             assert arena.figures().num_leases == 0
-            while worker.composer.figures()["num_tickets"]:  # the releases are on their way
-                await asyncio.sleep(0.01)
+            await eventually(lambda: len(worker.admissions) == worker.pool.figures().num_pinned == 0)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_prompt_that_can_not_be_prepared_is_the_requests_error_and_nothing_is_held(
+    bank: BankThread, learner: Learner, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
+            raise AssertionError("vLLM must not be asked")
+
+        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, arena, worker):
+            worker.pool._max_bytes = 3 * record_bytes(learner)
+            answer = await http.post("/v1/completions", json=body(0))
+            assert answer.status_code == 503 and "--regrad-worker-bytes" in answer.json()["error"]["message"]
+            assert arena.figures().num_leases == 0
+            await eventually(lambda: len(worker.admissions) == worker.pool.figures().num_pinned == 0)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
 @pytest.mark.parametrize("error", [ValueError("vLLM's"), RequestError(503, "ours")])
-def test_prompts_that_never_start_hold_nothing_once_the_request_is_over(
+def test_a_request_that_fails_holds_what_the_engine_still_runs_and_nothing_else(
     bank: BankThread, learner: Learner, tmp_path: Path, error: Exception
-) -> None:
-    late: list[ServedCall] = []
-
-    async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
-        late.append(current_call())
-        await adapter(late[0], 1)
-        raise error
-
-    async def run() -> None:
-        async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, arena, _worker):
-            if isinstance(error, RequestError):
-                answer = await http.post("/v1/completions", json=body(0))
-                assert (answer.status_code, answer.json()["error"]["message"]) == (503, "ours")
-            else:
-                with pytest.raises(ValueError, match="vLLM's"):
-                    await http.post("/v1/completions", json=body(0))
-            assert arena.figures().num_leases == 0
-            for number in (1, 2):
-                with pytest.raises(RequestError, match="must start once"):
-                    await adapter(late[0], number)
-
-    asyncio.run(run())
-
-
-def test_a_prompt_that_fails_ends_its_holds_when_the_engine_is_done(
-    bank: BankThread, learner: Learner, tmp_path: Path
 ) -> None:
     engine = EngineLists()
 
     async def handler(body: dict[str, Any], lora_name: str) -> JSONResponse:
-        call = current_call()
-        assert call.prompt_call is not None
-        async with AsyncExitStack() as stack:
-            one = await stack.enter_async_context(call.prompt_call(0))
-            assert one.lora_request is not None
-            engine.begin(body["request_id"], one.lora_request.lora_name)
-            raise RequestError(503, "ours")
+        engine.begin(body["request_id"], adapters()[0])
+        raise error
 
     async def run() -> None:
-        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena, _):
-            assert (await http.post("/v1/completions", json=body(0))).status_code == 503
-            assert (arena.figures().num_leases, len(runtime.releases)) == (1, 1)
+        async with serving(bank, learner, tmp_path, engine, handler) as (http, runtime, arena, worker):
+            if isinstance(error, RequestError):
+                assert (await http.post("/v1/completions", json=body(0))).status_code == 503
+            else:
+                with pytest.raises(ValueError, match="vLLM's"):
+                    await http.post("/v1/completions", json=body(0))
+            await eventually(lambda: arena.figures().num_leases == len(runtime.releases) == 1)
             engine.states.clear()  # the abort has arrived
-            while runtime.releases:
-                await asyncio.sleep(0.01)
-            assert arena.figures().num_leases == 0
+            await eventually(lambda: arena.figures().num_leases == len(worker.admissions) == 0)
 
     asyncio.run(asyncio.wait_for(run(), 60))

@@ -23,18 +23,18 @@ def test_flags_in_vllms_config_file_count_as_given(
     file = tmp_path / "serve.yaml"
     file.write_text(
         "served-model-name: [mine, too]\nmax_num_seqs: 8\ndtype: half\nport: 70000\n"
-        "lora-target-modules:\n- a.b\nenable-lora: true\nkv-cache-memory-bytes: 1g\n"
+        "lora-target-modules:\n- a.b\nenable-lora: true\nmax-loras: 3\nkv-cache-memory-bytes: 1g\n"
     )
     given = spelling.format(file).split(maxsplit=1)
     command = [str(model), "--learner", str(learner_folder), *given, "--print-command"]
     assert main(command) == 0
     words = shlex.split(capsys.readouterr().out)
     assert value(words, "--config") == str(file)
-    assert value(words, "--max-loras") == value(words, "--max-cpu-loras") == "8"
+    assert value(words, "--max-loras") == value(words, "--max-cpu-loras") == "4"
     assert not {"--served-model-name", "--max-num-seqs", "--dtype", "--lora-target-modules", "--enable-lora"} & {*words}
     assert not [word for word in words if word.startswith("VLLM_CPU_KVCACHE_SPACE")]
-    assert main([*command, "--max-num-seqs", "9"]) == 0, "the command line comes first"
-    assert value(shlex.split(capsys.readouterr().out), "--max-loras") == "9"
+    assert main([*command, "--max-loras", "9"]) == 0, "the command line comes first"
+    assert shlex.split(capsys.readouterr().out)[-4:] == ["--max-loras", "10", "--max-cpu-loras", "10"]
 
 
 def test_an_empty_value_in_vllms_config_file_counts_as_left_out(
@@ -76,5 +76,3 @@ def test_a_flag_of_vllm_that_regrad_reads_is_checked_before_anything_starts(mode
     for flag, text in (("--max-num-seqs", "abc"), ("--max_loras", "-1"), ("--max-lora-rank", ""), ("--port", "http")):
         with pytest.raises(SettingsError, match=f"{flag.replace('_', '-')} must be a whole number, got '{text}'"):
             serve_args(str(model), learner, [f"{flag}={text}"])
-    with pytest.raises(SettingsError, match=r"--max-loras must be at least --max-num-seqs \(9\).* got 8"):
-        serve_args(str(model), learner, ["--max-num-seqs", "9", "--max-loras", "8"])

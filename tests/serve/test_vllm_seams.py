@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +15,11 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
+from vllm.v1.worker.gpu.lora_utils import LoraState
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.vllm_patches import check_whole, install_wide_ids
+from regrad_vllm.serve.vllm_patches import check_whole, install_steps
 from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams
 from regrad_vllm.serve.vllm_server_seams import (
     SERVER_SEAMS,
@@ -30,6 +29,7 @@ from regrad_vllm.serve.vllm_server_seams import (
     make_served_call,
     served_call,
 )
+from regrad_vllm.serve.worker.steps import StepRequests
 
 
 def test_the_installed_vllm_has_every_seam() -> None:
@@ -47,7 +47,7 @@ def test_a_seam_with_other_parameters_is_an_error_that_names_it(seam: object) ->
 def test_a_seam_that_is_gone_is_an_error_that_says_what_it_was_for() -> None:
     gone = replace(WORKER_SEAMS[0], path="WorkerLoRAManager.load_adapter_v2")
     missing = replace(WORKER_SEAMS[1], module="vllm.lora.nowhere")
-    with pytest.raises(SeamError, match="load_adapter_v2 must exist.*turns a regrad.*vllm.lora.nowhere"):
+    with pytest.raises(SeamError, match="load_adapter_v2 must exist.*loads φ.*vllm.lora.nowhere"):
         check_seams((gone, missing))
 
 
@@ -81,19 +81,80 @@ def test_adapters_count_under_one_name_in_vllms_metric() -> None:
     assert len(list(gauge.collect())[0].samples) == 1
 
 
-def test_the_gpus_model_runner_keeps_our_adapters_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.worker.gpu.lora_utils import LoraState
+class _Part:
+    """Stands for the plugin's part of a model runner."""
 
-    monkeypatch.setattr(LoraState, "__init__", inspect.unwrap(LoraState.__init__))
-    install_wide_ids()
-    install_wide_ids()  # idempotent
-    state = LoraState(2)
-    lora = make_served_call(Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0), "m").lora_request
-    assert lora is not None and lora.lora_int_id > 2**31
-    state.add_request("a", 1, lora)
-    prompts, tokens, requests = state.make_lora_inputs(["a"], np.array([1, 0]), np.array([2, 1]))
-    assert prompts == (lora.lora_int_id, 0) and tokens == (lora.lora_int_id, lora.lora_int_id, 0)
-    assert requests == {lora}
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[str], list[int], list[object]] | None] = []
+
+    def set_step(self, requests: StepRequests | None) -> None:
+        if requests is not None:
+            adapters = [requests.adapter(id) for id in requests.ids]
+            self.steps.append((list(requests.ids), requests.num_tokens.tolist(), adapters))
+        else:
+            self.steps.append(None)
+
+
+def _as_installed(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, function: Any = None) -> None:
+    monkeypatch.setattr(owner, name, function or inspect.unwrap(getattr(owner, name)))
+
+
+@pytest.fixture
+def part(monkeypatch: pytest.MonkeyPatch) -> _Part:
+    """The part that learns about steps, with the hooks installed."""
+    made = _Part()
+    _as_installed(monkeypatch, LoRAModelRunnerMixin, "load_lora_model", lambda self, *args: "the model")
+    _as_installed(monkeypatch, LoRAModelRunnerMixin, "set_active_loras")
+    _as_installed(monkeypatch, LoRAModelRunnerMixin, "_set_active_loras")
+    _as_installed(monkeypatch, LoraState, "make_lora_inputs")
+    install_steps(lambda runner: made)
+    install_steps(lambda runner: _Part())  # idempotent
+    return made
+
+
+class _Manager:
+    """Stands for the worker's LoRA manager."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
+        self.told.append((requests, mapping.index_mapping))
+
+
+def _adapter(gamma: float) -> Any:
+    return make_served_call(Recipe("0" * 64, ("1" * 64,), (1.0,), gamma), "m").lora_request
+
+
+def test_the_older_model_runner_tells_about_every_step_and_dummy_run(part: _Part) -> None:
+    runner: Any = LoRAModelRunnerMixin()
+    assert runner.load_lora_model(None, None, None) == "the model"
+    runner.lora_manager = _Manager()
+    first, second = _adapter(1.0), _adapter(0.5)
+    runner.requests = {"a": SimpleNamespace(lora_request=first), "b": SimpleNamespace(lora_request=None),
+                       "c": SimpleNamespace(lora_request=second)}  # fmt: skip
+    batch = SimpleNamespace(
+        req_ids=["c", "b", "a"], make_lora_inputs=lambda tokens, sampled: ((5, 0, 5), (5, 5, 0, 5), {first})
+    )
+    runner.set_active_loras(batch, np.array([2, 1, 1]))
+    runner._set_active_loras((0,), (0,), set())
+    assert part.steps == [(["c", "b", "a"], [2, 1, 1], [second, None, first]), None]
+    assert runner.lora_manager.told == [({first}, (5, 5, 0, 5)), (set(), (0,))]
+
+
+def test_the_newer_model_runner_tells_about_every_step_and_dummy_run(part: _Part) -> None:
+    runner: Any = LoRAModelRunnerMixin()
+    runner.load_lora_model(None, None, None)
+    runner.lora_manager, runner.lora_state = _Manager(), LoraState(3)
+    first, second = _adapter(1.0), _adapter(0.5)
+    assert first.lora_int_id == second.lora_int_id == 2**31 - 1 and first != second
+    runner.lora_state.add_request("a", 1, first)
+    runner.lora_state.add_request("b", 2, second)
+    inputs = runner.lora_state.make_lora_inputs(["b", "x", "a"], np.array([2, 0, 1]), np.array([2, 1, 1]))
+    runner._set_active_loras(*inputs)
+    runner._set_active_loras((0,), (0,), set())
+    assert part.steps == [(["b", "x", "a"], [2, 1, 1], [second, None, first]), None]
+    assert runner.lora_manager.told[0] == ({first, second}, (2**31 - 1, 2**31 - 1, 0, 2**31 - 1))
 
 
 @pytest.mark.parametrize(("told", "adapters", "expected"), [(None, 1, 1), (0, 1, 0), (None, None, None)])
@@ -111,55 +172,39 @@ def test_a_request_runs_on_its_adapters_rank_where_vllm_forgets_to_say_one(
     for place in ((BaseServing, "_maybe_get_adapters"), (OpenAIServingModels, "model_name")):
         monkeypatch.setattr(*place, inspect.unwrap(getattr(*place)))
     install_served_call()
-    recipe = Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0)
+    recipe = Recipe("0" * 64, ("1" * 64,), (1.0,), 1.0)
     with served_call(make_served_call(recipe, "m", adapters)):
         AsyncLLM.generate(None, "prompt", data_parallel_rank=told)  # type: ignore[arg-type,call-arg]
     assert seen == [(("prompt",), expected)]
 
 
-def test_each_of_several_prompts_is_generated_inside_the_call_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_several_prompts_is_generated_with_its_own_adapter_on_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    events: list[Any] = []
+    seen: list[tuple[str, Any, Any]] = []
 
-    async def generate(self: Any, prompt: str, params: None, request_id: str, **kwargs: Any) -> AsyncIterator[str]:
-        try:
-            for word in ("one", "two"):
-                yield f"{prompt} {word} {kwargs['lora_request'].lora_name} {kwargs['data_parallel_rank']}"
-        finally:
-            events.append(f"{prompt} ends")
-
-    @asynccontextmanager
-    async def prompt_call(number: int) -> AsyncIterator[ServedCall]:
-        try:
-            yield make_served_call(Recipe("/a", "0" * 64, (), (), float(number)), "m", number)
-        finally:
-            events.append(f"{number} is let go")
-
-    async def run() -> None:
-        with served_call(ServedCall(None, "m", prompt_call=prompt_call)):
-            outputs = [AsyncLLM.generate(None, text, None, f"cmpl-id-7-{n}") for n, text in enumerate("ab")]  # type: ignore[arg-type]
-        names = [make_served_call(Recipe("/a", "0" * 64, (), (), float(n)), "m").lora_request.lora_name for n in (0, 1)]
-        assert await anext(outputs[1]) == f"b one {names[1]} 1"
-        assert [output async for output in outputs[0]] == [f"a one {names[0]} 0", f"a two {names[0]} 0"]
-        assert events == ["a ends", "0 is let go"]
-        await outputs[1].aclose()
-        assert events[2:] == ["b ends", "1 is let go"], "the engine's part ends before the adapter's hold"
+    def generate(self: Any, prompt: str, params: None, request_id: str, **kwargs: Any) -> None:
+        seen.append((prompt, kwargs["lora_request"], kwargs["data_parallel_rank"]))
 
     monkeypatch.setattr(AsyncLLM, "generate", generate)
     for place in ((BaseServing, "_maybe_get_adapters"), (OpenAIServingModels, "model_name")):
         monkeypatch.setattr(*place, inspect.unwrap(getattr(*place)))
     install_served_call()
-    asyncio.run(run())
+    calls = [make_served_call(Recipe("0" * 64, (), (), float(rank)), "m", rank) for rank in (0, 1)]
+    with served_call(ServedCall(None, "m", prompt_calls=(*calls, ServedCall(None, "m")))):
+        for number, text in enumerate("abc"):
+            AsyncLLM.generate(None, text, None, f"cmpl-id-7-{number}", lora_request="x")  # type: ignore[arg-type]
+    assert seen == [("a", calls[0].lora_request, 0), ("b", calls[1].lora_request, 1), ("c", None, None)]
 
 
-def test_a_recipes_request_is_named_by_its_content_wherever_the_bytes_lie() -> None:
-    recipe = Recipe("/dev/shm/a", "0" * 64, ("1" * 64,), (1.0,), 1.0)
+def test_a_recipes_request_is_named_by_its_content_and_shares_its_id_with_all_others() -> None:
+    recipe = Recipe("0" * 64, ("1" * 64,), (1.0,), 1.0)
     first = make_served_call(recipe, "m").lora_request
-    moved = make_served_call(replace(recipe, arena="/dev/shm/b"), "m").lora_request
+    again = make_served_call(replace(recipe), "m").lora_request
     other = make_served_call(replace(recipe, gamma=0.5), "m").lora_request
-    assert (first.lora_name, first.lora_int_id) == (moved.lora_name, moved.lora_int_id)
-    assert first.lora_name != other.lora_name and first.lora_int_id != other.lora_int_id
+    assert first is not None and again is not None and other is not None
+    assert (first.lora_name, first.lora_path) == (again.lora_name, again.lora_path)
+    assert first.lora_name != other.lora_name and first.lora_int_id == other.lora_int_id
     assert Recipe.parse(first.lora_path) == recipe
 
 

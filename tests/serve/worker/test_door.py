@@ -1,10 +1,11 @@
-"""A worker's door: real sockets and composer."""
+"""A worker's door: real sockets, pool and arena."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,54 +15,103 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from regrad_vllm.adapt.arena import Arena
+from regrad_vllm.adapt.arena import Arena, ArenaError
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import endpoint
 from regrad_vllm.serve.door_client import DoorClient, DoorClosed
-from regrad_vllm.serve.engine import Engine
+from regrad_vllm.serve.engine import Engine, ResidentError
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.settings import SettingsError
-from tests.serve.support import Worker, stored_recipe
+from regrad_vllm.serve.worker.device import Resident
+from tests.serve.support import Worker, record_bytes, stored_recipe
 
 
 def test_the_door_answers_many_at_a_time_and_makes_up_for_a_server_that_is_gone(arena: Arena, learner: Learner) -> None:
-    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(3)]
-    worker = Worker(learner, max_loras=4, max_waiting=2)
+    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(2)]
+    folder = str(arena.folder)
+    worker = Worker(learner)
 
     async def run() -> None:
         client, other = DoorClient(worker.door.address), DoorClient(worker.door.address)
         first = client.new_question()
-        answers = await asyncio.gather(client.prepare(first, recipes[0], ""), ask(other, recipes[0]))
-        assert [answer["error"] for answer in answers] == ["", ""]
-        assert worker.composer.figures()["num_composed"] == 1, "once for both"
-        await ask(other, recipes[1])
-        number = other.new_question()
-        cancelled = asyncio.create_task(other.prepare(number, recipes[2], ""))  # no slot is free for it
-        await asyncio.sleep(0.05)
-        cancelled.cancel()
-        other.release(number)
+        answers = await asyncio.gather(
+            client.hold(first, recipes[0], folder, ""), ask(other, recipes[0], arena), ask(other, recipes[1], arena)
+        )
+        assert [answer["error"] for answer in answers] == ["", "", ""]
+        assert answers[0]["pool"]["num_documents"] >= 1 and answers[0]["ms"] > 0
         bad = client.new_question()
-        answer = await client.prepare(bad, replace(recipes[0], digests=("0" * 64,)), "")
+        answer = await client.hold(bad, replace(recipes[0], digests=("0" * 64,)), folder, "")
         assert "must hold gradient" in answer["error"] and answer["damaged"]
         client.release(bad)
         wrong = client.new_question()
-        answer = await client.prepare(wrong, replace(recipes[0], learner="f" * 64), "")
+        answer = await client.hold(wrong, replace(recipes[0], learner="f" * 64), folder, "")
         assert "worker's learner" in answer["error"] and not answer["damaged"]
         client.release(wrong)
         client.release(client.new_question())  # never asked: takes nobody's hold
-        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 2)
+        assert await settled(lambda: len(worker.admissions) == 3)
         await other.close()
-        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 1)
-        assert worker.slots.is_there(recipes[0].int_id) and not worker.slots.is_there(recipes[1].int_id)
+        assert await settled(lambda: len(worker.admissions) == 1)
+        assert worker.pool.figures().num_pinned == 1
         client.release(first)
-        assert await settled(lambda: worker.composer.figures()["cache_num_pinned"] == 0)
+        assert await settled(lambda: worker.pool.figures().num_pinned == 0)
         await client.close()
 
     asyncio.run(run())
 
 
-async def ask(client: DoorClient, recipe: Recipe) -> dict[str, Any]:
-    return await client.prepare(client.new_question(), recipe, "")
+def test_a_full_pool_is_one_requests_error_that_says_what_to_raise(arena: Arena, learner: Learner) -> None:
+    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(2)]
+    worker = Worker(learner, max_bytes=record_bytes(learner))
+
+    async def run() -> None:
+        client = DoorClient(worker.door.address)
+        first, second = client.new_question(), client.new_question()
+        assert (await client.hold(first, recipes[0], str(arena.folder), ""))["error"] == ""
+        answer = await client.hold(second, recipes[1], str(arena.folder), "")
+        assert "raise --regrad-worker-bytes" in answer["error"] and not answer["damaged"]
+        client.release(first)
+        client.release(second)
+        assert (await ask(client, recipes[1], arena))["error"] == ""
+        await client.close()
+
+    asyncio.run(run())
+
+
+def test_a_release_that_comes_while_documents_are_loaded_ends_the_hold(
+    arena: Arena, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = (stored_recipe(arena, learner, [text]) for text in ("slow", "fast"))
+    worker = Worker(learner)
+    worker.admissions.admit(fast, str(arena.folder))
+    begun, go_on = threading.Event(), threading.Event()
+    load = worker.device.load
+
+    def waits(arena: str, digest: str) -> Resident:
+        begun.set()
+        assert go_on.wait(10)
+        return load(arena, digest)
+
+    async def run() -> None:
+        client = DoorClient(worker.door.address)
+        number = client.new_question()
+        cancelled = asyncio.create_task(client.hold(number, slow, str(arena.folder), ""))
+        assert await settled(begun.is_set)
+        async with asyncio.timeout(5):
+            assert (await ask(client, fast, arena))["error"] == "", "resident documents don't wait"
+        cancelled.cancel()
+        client.release(number)
+        await asyncio.sleep(0.05)
+        go_on.set()
+        assert await settled(lambda: worker.admissions.is_resident(slow) and len(worker.admissions) == 2)
+        await client.close()
+        assert await settled(lambda: worker.pool.figures().num_pinned == 1 == len(worker.admissions))
+
+    monkeypatch.setattr(worker.device, "load", waits)
+    asyncio.run(run())
+
+
+async def ask(client: DoorClient, recipe: Recipe, arena: Arena | None = None) -> dict[str, Any]:
+    return await client.hold(client.new_question(), recipe, str(arena.folder) if arena else "/nowhere", "")
 
 
 async def settled(holds: Callable[[], bool]) -> bool:
@@ -73,7 +123,16 @@ async def settled(holds: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{\n", b"[]\n", b'{"op":"prepare"}\n', b'{"op":"release"}\n', b'{"id":1,"op":"prepare"}\n', b"x" * 2**21]
+    "line",
+    [
+        b"{\n",
+        b"[]\n",
+        b'{"op":"hold"}\n',
+        b'{"op":"release"}\n',
+        b'{"id":1,"op":"hold"}\n',
+        b'{"id":2,"op":"?"}\n',
+        b"x" * 2**21,
+    ],
 )
 def test_a_question_that_breaks_the_protocol_ends_its_connection_alone(
     arena: Arena, learner: Learner, line: bytes
@@ -83,7 +142,7 @@ def test_a_question_that_breaks_the_protocol_ends_its_connection_alone(
     with socket.socket(socket.AF_UNIX) as rude:
         rude.settimeout(10)
         rude.connect("\0" + worker.door.address)
-        question: dict[str, Any] = {"id": 1, "op": "prepare", "path": recipe.path, "traceparent": ""}
+        question = {"id": 1, "op": "hold", "path": recipe.path, "arena": str(arena.folder), "traceparent": ""}
         rude.sendall(json.dumps(question).encode() + b"\n")
         assert json.loads(rude.recv(1000))["error"] == ""
         try:
@@ -92,55 +151,16 @@ def test_a_question_that_breaks_the_protocol_ends_its_connection_alone(
         except ConnectionError:  # closed with our bytes unread
             pass
     deadline = time.monotonic() + 5
-    while worker.composer.figures()["num_tickets"] and time.monotonic() < deadline:
+    while len(worker.admissions) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert worker.composer.figures()["num_tickets"] == worker.slots.num_waiting == 0
+    assert len(worker.admissions) == worker.pool.figures().num_pinned == 0
 
     async def polite() -> None:
         client = DoorClient(worker.door.address)
-        assert (await ask(client, recipe))["error"] == ""
+        assert (await ask(client, recipe, arena))["error"] == ""
         await client.close()
 
     asyncio.run(polite())
-
-
-def test_who_needs_no_slot_waits_for_nobody_and_what_waits_pins_nothing(arena: Arena, learner: Learner) -> None:
-    first, *others = (stored_recipe(arena, learner, [f"text {number}"]) for number in range(4))
-    worker = Worker(learner, max_loras=1, max_waiting=0)
-
-    async def run() -> None:
-        client = DoorClient(worker.door.address)
-        assert (await ask(client, first))["error"] == ""
-        waiting = [asyncio.create_task(ask(client, recipe)) for recipe in others]
-        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 4)
-        async with asyncio.timeout(5):
-            assert (await ask(client, first))["error"] == ""
-        assert worker.composer.figures()["cache_num_pinned"] <= 2, "of the slot, and of the one whose turn is next"
-        assert not any(task.done() for task in waiting)
-        await client.close()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-    asyncio.run(run())
-
-
-def test_who_shares_an_adapter_does_not_keep_its_slot_behind_who_waits_for_one(arena: Arena, learner: Learner) -> None:
-    first, second, third = (stored_recipe(arena, learner, [f"text {number}"]) for number in range(3))
-    worker = Worker(learner, max_loras=1, max_waiting=1)
-
-    async def request(client: DoorClient, recipe: Recipe) -> str:
-        number = client.new_question()
-        answer = await client.prepare(number, recipe, "")
-        client.release(number)
-        return str(answer["error"])
-
-    async def run() -> None:
-        client = DoorClient(worker.door.address)
-        burst = [request(client, recipe) for recipe in (first, second, third, first, second)]
-        async with asyncio.timeout(30):
-            assert await asyncio.gather(*burst) == [""] * 5
-        await client.close()
-
-    asyncio.run(run())
 
 
 def test_whatever_goes_wrong_is_answered(
@@ -154,56 +174,44 @@ def test_whatever_goes_wrong_is_answered(
 
     async def run() -> None:
         client = DoorClient(worker.door.address)
-        monkeypatch.setattr(worker.cache, "hold", fails)
+        monkeypatch.setattr(worker.pool, "hold", fails)
         async with asyncio.timeout(10):
-            answer = await ask(client, recipe)
+            answer = await ask(client, recipe, arena)
         assert "Too many open files" in answer["error"] and not answer["damaged"]
         monkeypatch.undo()
-        assert (await ask(client, recipe))["error"] == ""
+        assert (await ask(client, recipe, arena))["error"] == ""
         await client.close()
 
     asyncio.run(run())
-    assert "composing adapter" in caplog.text
+    assert "at the door failed" in caplog.text
 
 
 def test_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
     async def run() -> None:
         with pytest.raises(DoorClosed, match="restart the server"):
-            await ask(DoorClient("regrad-nobody"), Recipe("", "0" * 64, (), (), 1.0))
+            await ask(DoorClient("regrad-nobody"), Recipe("0" * 64, (), (), 1.0))
 
     asyncio.run(run())
 
 
-class _LateDoor(DoorClient):
-    """The other server's questions come first."""
-
-    async def prepare(self, number: int, recipe: Recipe, traceparent: str) -> dict[str, Any]:
-        await asyncio.sleep(0.1)
-        return await super().prepare(number, recipe, traceparent)
-
-
-def test_two_servers_never_wait_for_each_others_slots_on_two_workers(arena: Arena, learner: Learner) -> None:
-    recipes = [stored_recipe(arena, learner, [f"text {number}"]) for number in range(8)]
-    workers = [Worker(learner, max_loras=1, max_waiting=1) for _ in range(2)]
-    one, two = (worker.door.address for worker in workers)
+def test_all_workers_of_a_rank_are_asked_and_the_slowest_or_the_first_error_counts(
+    arena: Arena, learner: Learner
+) -> None:
+    recipe, other = (stored_recipe(arena, learner, [text]) for text in ("one", "two"))
+    workers = [Worker(learner), Worker(learner, max_bytes=record_bytes(learner))]
 
     async def run() -> None:
-        servers = [
-            Engine(None, [[DoorClient(one), _LateDoor(two)]]),
-            Engine(None, [[_LateDoor(one), DoorClient(two)]]),
-        ]
-
-        async def request(number: int) -> None:
-            engine = servers[number % 2]
-            place = engine.place(recipes[number])
-            await engine.prepare(place)
-            assert all(worker.slots.is_there(place.recipe.int_id) for worker in workers)
-            engine.release(place)
-
-        async with asyncio.timeout(30):
-            await asyncio.gather(*map(request, range(8)))
-        for server in servers:
-            await server.close()
+        engine = Engine(None, [[DoorClient(worker.door.address) for worker in workers]])
+        first, second = engine.place(recipe), engine.place(other)
+        assert await engine.prepare(first, str(arena.folder)) > 0
+        assert all(worker.admissions.is_resident(recipe) for worker in workers)
+        with pytest.raises(ResidentError, match="raise --regrad-worker-bytes"):
+            await engine.prepare(second, str(arena.folder))
+        assert engine.pools["0/1"]["num_pinned"] == 1
+        for placement in (first, second):
+            engine.release(placement)
+        assert await settled(lambda: not any(len(worker.admissions) for worker in workers))
+        await engine.close()
 
     asyncio.run(run())
 
@@ -226,19 +234,27 @@ class _LateToHear(DoorClient):
         await super()._read(_LateEnd(reader), writer)  # type: ignore[arg-type]
 
 
-def test_a_connection_that_ended_does_not_fail_the_questions_of_the_next(arena: Arena, learner: Learner) -> None:
+def test_a_connection_that_ended_does_not_fail_the_questions_of_the_next(
+    arena: Arena, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = stored_recipe(arena, learner, ["one"])
     worker = Worker(learner)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def waits(arena: str, digest: str) -> Resident:
+        begun.set()
+        go_on.wait(10)
+        raise ArenaError("too late")
+
+    monkeypatch.setattr(worker.device, "load", waits)
 
     async def run() -> None:
         client = _LateToHear(worker.door.address)
         await client.open()
         assert client._writer is not None
         client._writer.close()
-        for slot in range(len(worker.ids)):
-            worker.ids[slot] = -1 - slot  # all in use: the answer takes its time
-        asking = asyncio.create_task(ask(client, recipe))
-        assert await settled(lambda: worker.composer.figures()["num_tickets"] == 1)
+        asking = asyncio.create_task(ask(client, recipe, arena))
+        assert await settled(begun.is_set)
         await asyncio.wait([asking], timeout=0.3)
         assert not asking.done()
         await client.close()
@@ -246,6 +262,7 @@ def test_a_connection_that_ended_does_not_fail_the_questions_of_the_next(arena: 
             await asking
         with pytest.raises(DoorClosed, match="shutting down"):
             await ask(client, recipe)
+        go_on.set()
 
     asyncio.run(run())
 
