@@ -41,46 +41,48 @@ class Seam:
     others_may_follow: bool = False  # only ``parameters`` are used, by name; others may follow
 
 
+_ALL = "0.26.0, 0.32.0, 0.33.0"
+
 WORKER_SEAMS: tuple[Seam, ...] = (
     Seam(
-        "vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"), "0.26.0, 0.32.0",
+        "vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"), _ALL,
         "loads φ* for regrad: requests",
     ),
     Seam(
         "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.load_lora_model",
-        ("self", "model", "vllm_config", "device"), "0.32.0", "has made all LoRA layers",
+        ("self", "model", "vllm_config", "device"), _ALL, "has made all LoRA layers",
     ),
     Seam(
         "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.set_active_loras",
-        ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens", "mapping_type"), "0.32.0",
+        ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens", "mapping_type"), _ALL,
         "begins a step of the older model runner with its batch",
     ),
     Seam(
         "vllm.v1.worker.gpu.lora_utils", "LoraState.make_lora_inputs",
-        ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"), "0.26.0, 0.32.0, 0.33.0",
+        ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"), _ALL,
         "begins a step of the newer model runner with its batch",
     ),
     Seam(
         "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras",
-        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type"), "0.32.0",
+        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type"), _ALL,
         "sets the adapters of every step, dummy runs and captures too",
     ),
     Seam(
         "vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.set_lora", ("self", "index", "lora_a", "lora_b"),
-        "0.32.0", "shows that linear layers keep lora_a_stacked and lora_b_stacked",
+        _ALL, "shows that linear layers keep lora_a_stacked and lora_b_stacked",
     ),
     Seam(
         "vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_linear",
-        ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"), "0.32.0",
+        ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"), _ALL,
         "adds LoRA to a linear layer's output on CPUs",
     ),
     Seam(
         "vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata",
-        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), "0.32.0",
+        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), _ALL,
         "maps the batch's rows to slots",
     ),
-    Seam("vllm.lora.lora_model", "LoRAModel", None, "0.26.0, 0.32.0", "holds one adapter"),
-    Seam("vllm.lora.lora_weights", "LoRALayerWeights", None, "0.32.0", "holds A and B of one module"),
+    Seam("vllm.lora.lora_model", "LoRAModel", None, _ALL, "holds one adapter"),
+    Seam("vllm.lora.lora_weights", "LoRALayerWeights", None, _ALL, "holds A and B of one module"),
 )  # fmt: skip
 
 
