@@ -35,6 +35,7 @@ from bank_service.runtime.background import Background
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
 from bank_service.search.answer_batch import answer_batch
+from bank_service.search.cue_finder import CueFinder
 from bank_service.search.nearest import Nearest
 from bank_service.search.queries import Queries
 from bank_service.search.usearch.usearch_nearest import UsearchNearest
@@ -114,6 +115,7 @@ class Bank:
         )
         max_past = max(1, int(PAST_SHARE * config.max_queries))
         self._queries = Queries(catalog, self._nearest, self._acknowledged, reads, self._pools.past_queries, max_past)
+        self._cues = CueFinder(catalog, embedder, reads, self._pools.query_embeds)
         self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
         committer = Committer(
             self._stores,
@@ -126,8 +128,9 @@ class Bank:
             self._acknowledged,
         )
         self._writer = Writer(
-            self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents
-        )
+            self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents,
+            sentences=config.embed_sentences,
+        )  # fmt: skip
         repairer = Repairer(
             self._stores, self._writer, self._discarder, self._encodes, self._background, reads, metrics
         )
@@ -253,15 +256,13 @@ class Bank:
         InvalidArgumentError, NotFoundError, LearnerMismatchError. LimitExceededError where the texts don't fit one
         message. DataLossError where a gradient is lost. OutOfRangeError where the bank no longer knows that past.
         """
-        vectors = await self._vectors(query)
         while True:
-            result = await self._queries.search(query, vectors)
+            result = await self._search(query)
             if not query.include_gradients:
                 return result
             try:
-                own = query.namespace.__eq__
                 fitting = self._queries.fitting(result.hits)
-                records = await self._records.read(fitting, own)
+                records = await self._records.read(fitting, query.namespace.__eq__)
             except NotFoundError:
                 continue  # a hit was updated or deleted after the search: search again
             return QueryResult(result.hits, records, result.sequence, len(fitting))
@@ -272,7 +273,12 @@ class Bank:
         Raises the errors of ``query``, with the query's index. LimitExceededError where the texts and gradients don't
         fit one message together.
         """
-        return await answer_batch(queries, self._vectors, self._queries, self._records)
+        return await answer_batch(queries, self._search, self._records)
+
+    async def _search(self, query: Query) -> QueryResult:
+        """The hits with their cue, without records."""
+        vectors = await self._vectors(query)
+        return await self._cues.add(query, await self._queries.search(query, vectors), vectors)
 
     async def _vectors(self, query: Query) -> FloatArray | None:
         """Checks the query against the collection. Returns the vectors to search for, (n, embedding_dimension) in

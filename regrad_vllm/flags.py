@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_KINDS = {"Path": Path, "str": str, "int": int, "float": float}
 _FIELD = re.compile(r"^    (\w+): [^#\n]+#\s*(.+)$", re.MULTILINE)
 
 
@@ -34,6 +33,17 @@ class Setting:
 def as_text(value: object) -> str:
     """A setting's value as flags and environment variables spell it."""
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def on_or_off(text: str) -> bool:
+    """The value of a switch. ValueError with the rule."""
+    known = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
+    if text.lower() not in known:
+        raise ValueError("on or off")
+    return known[text.lower()]
+
+
+_KINDS = {"Path": Path, "str": str, "int": int, "float": float, "bool": on_or_off}
 
 
 def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> tuple[Setting, ...]:

@@ -31,8 +31,10 @@ from bank_service.catalog.entries import (
     Erasure,
     ListEntry,
     Score,
+    SentenceVectors,
     Totals,
     Usage,
+    VersionText,
 )
 from bank_service.values.documents import Document, Gradient, Hit, PutResult, StoredDocument
 from bank_service.values.filters import Condition
@@ -81,6 +83,10 @@ class CatalogView(Protocol):
 
         The keys of ``scores`` are the sequences at which versions began. Versions that are gone are left out.
         """
+        ...
+
+    def texts(self, began: Sequence[int]) -> dict[int, VersionText]:
+        """The sequence at which a version began → its text. Versions that are gone are left out. At most MAX_KEYS."""
         ...
 
     # Changes, for stores that follow the catalog
@@ -231,11 +237,22 @@ class Catalog(Protocol):
         """
         ...
 
-    def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
+    def put(
+        self,
+        document: Document,
+        gradient: Gradient,
+        expected_version: int | None,
+        sentences: SentenceVectors | None = None,
+    ) -> Future[PutResult]:
         """Stores a version of a document. ``expected_version``: 0 for a document that must be absent, None for any.
 
+        Without ``sentences`` a version with the title and text of the one before has the vectors of that one.
         VersionConflictError, QuotaExceededError.
         """
+        ...
+
+    def put_sentences(self, began: int, sentences: SentenceVectors) -> Future[bool]:
+        """Stores the vectors of the version that began at ``began``. False if it is gone or has vectors already."""
         ...
 
     def delete(

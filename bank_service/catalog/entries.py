@@ -51,7 +51,26 @@ class Candidate:
 
     def hit(self, score: Score) -> Hit:
         """The hit, without title and text."""
-        return Hit(self.id, self.version, score.value, score.cosine, self.gradient_digest, self.gradient_bytes)
+        return Hit(
+            self.id, self.version, score.value, score.cosine, self.gradient_digest, self.gradient_bytes, self.sequence
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceVectors:
+    """The places and embeddings of a text's sentences. The title is before each embedded sentence."""
+
+    places: bytes  # int32 (sentences, 2): start and end in characters, little-endian
+    vectors: bytes  # float16 (sentences, dimension), little-endian
+
+
+@dataclass(frozen=True, slots=True)
+class VersionText:
+    """The text of a version, and the vectors of its sentences."""
+
+    title: str
+    text: str
+    sentences: SentenceVectors | None  # None: not embedded yet
 
 
 @dataclass(frozen=True, slots=True)

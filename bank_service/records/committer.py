@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
-from bank_service.catalog.entries import DeleteResult
+from bank_service.catalog.entries import DeleteResult, SentenceVectors
 from bank_service.errors import BankError, DataLossError, UnavailableError
 from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Stores
@@ -57,13 +57,20 @@ class Committer:
         self._storing: set[asyncio.Task[PutResult]] = set()
 
     async def store(
-        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+        self,
+        document: Document,
+        gradient: Gradient,
+        record: bytes | None,
+        expected_version: int | None,
+        sentences: SentenceVectors | None = None,
     ) -> PutResult:
-        """Stores a document. ``record`` is None if its gradient is stored already. VersionConflictError,
-        QuotaExceededError, UnavailableError if the blob store can't be written."""
+        """Stores a document. ``record`` is None if its gradient is stored already. ``sentences``: see ``Catalog.put``.
+
+        VersionConflictError, QuotaExceededError, UnavailableError if the blob store can't be written.
+        """
         await self._room()
         with span("bank.store"):
-            task = self._background.run(self._store(document, gradient, record, expected_version))
+            task = self._background.run(self._store(document, gradient, record, expected_version, sentences))
             self._storing.add(task)
             task.add_done_callback(self._storing.discard)
             return await finished(task)
@@ -81,14 +88,19 @@ class Committer:
             await asyncio.wait(storing)
 
     async def _store(
-        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+        self,
+        document: Document,
+        gradient: Gradient,
+        record: bytes | None,
+        expected_version: int | None,
+        sentences: SentenceVectors | None,
     ) -> PutResult:
         try:
             while record is not None and read_header(record).codec != (codec := self.codec):
                 # The record was encoded before the collection's codec changed.
                 record = await in_thread(self._pool, _recoded, record, self._spec, codec)
                 gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
-            result = await self._write(document, gradient, record, expected_version)
+            result = await self._write(document, gradient, record, expected_version, sentences)
         except BankError:
             if record is not None:  # without this, uploads that the catalog refuses would fill the disk
                 self._background.run(self._discarder.discard([gradient.digest]))
@@ -108,14 +120,19 @@ class Committer:
         return result
 
     async def _write(
-        self, document: Document, gradient: Gradient, record: bytes | None, expected_version: int | None
+        self,
+        document: Document,
+        gradient: Gradient,
+        record: bytes | None,
+        expected_version: int | None,
+        sentences: SentenceVectors | None,
     ) -> PutResult:
         with self._blobs.hold(gradient.digest):
             if record is not None:
                 await in_thread(self._pool, self._write_blob, gradient.digest, record)
             # The commit is awaited without a thread, so any number of writes can share one commit.
             with span("catalog.put"):
-                return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version))
+                return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version, sentences))
 
     def _write_blob(self, digest: str, record: bytes) -> None:
         with span("blobs.put", record_bytes=len(record)):

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bank_service.catalog.entries import DeleteResult
+from bank_service.catalog.entries import DeleteResult, SentenceVectors
 from bank_service.catalog.failures import version_conflict
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError
 from bank_service.records.committer import Committer
 from bank_service.records.encode_queue import EncodeQueue
+from bank_service.records.sentence_embedding import embed_sentences
 from bank_service.records.stores import Pools, Stores
 from bank_service.runtime.locks import KeyedLocks
 from bank_service.runtime.threads import in_thread
@@ -76,8 +77,10 @@ class Writer:
         embedder: Embedder,
         spec: GradientSpec,
         max_pending: int,
+        *,
+        sentences: bool,
     ) -> None:
-        """``max_pending``: documents being encoded and stored at once."""
+        """``max_pending``: documents being encoded and stored at once. ``sentences``: embeds each document's."""
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._committer = committer
@@ -85,6 +88,7 @@ class Writer:
         self._encodes = encodes
         self._embedder = embedder
         self._spec = spec
+        self._has_sentences = sentences
         self._locks = KeyedLocks()
         self._pending = asyncio.Semaphore(max_pending)
 
@@ -107,14 +111,14 @@ class Writer:
             if current.has_text and current.is_encoded and current.stored is not None:
                 return await self._committer.store(document, current.stored.gradient, None, expected_version)
             with span("bank.encode"):
-                encoded, embedding = await asyncio.gather(
+                encoded, (embedding, sentences) = await asyncio.gather(
                     asyncio.wrap_future(self._encodes.submit(document.title, document.text)),
-                    in_thread(self._pools.document_embeds, self._embed_document, document),
+                    in_thread(self._pools.document_embeds, self._embed_document, document, self._has_sentences),
                 )
             gradient = await in_thread(
                 self._pools.reads, _gradient, encoded.record, embedding, encoded.num_tokens, encoded.truncated
             )
-            return await self._committer.store(document, gradient, encoded.record, expected_version)
+            return await self._committer.store(document, gradient, encoded.record, expected_version, sentences)
 
     async def put_gradient(
         self, document: Document, record: bytes, embedding: Sequence[float] = (), expected_version: int | None = None
@@ -122,6 +126,7 @@ class Writer:
         """Stores a document with a gradient record that was computed elsewhere; durable on return.
 
         A record of another codec is given the collection's. If ``embedding`` is empty, the bank embeds the text.
+        Sentences are embedded at their first cue, because that would take longer than all the rest here.
         LearnerMismatchError, VersionConflictError, InvalidArgumentError for a malformed record or embedding.
         """
         if embedding:
@@ -135,7 +140,7 @@ class Writer:
             if embedding:
                 vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
             else:
-                vector = await in_thread(self._pools.document_embeds, self._embed_document, document)
+                vector, _ = await in_thread(self._pools.document_embeds, self._embed_document, document, False)
             gradient = _gradient(storable, vector, UPLOADED, truncated=False)
             if current.has_content and current.has_gradient(gradient):
                 result = self._unchanged(current.stored)
@@ -200,9 +205,14 @@ class Writer:
         self._committer.acknowledged.advance(stored.sequence)
         return PutResult(stored, Outcome.UNCHANGED)
 
-    def _embed_document(self, document: Document) -> bytes:
+    def _embed_document(self, document: Document, with_sentences: bool) -> tuple[bytes, SentenceVectors | None]:
+        """The document's vector. ``with_sentences``: also those of its sentences."""
         with span("bank.embed"):
-            return self._embedder.embed(embedded_text(document.title, document.text)).astype("<f4").tobytes()
+            vector = self._embedder.embed(embedded_text(document.title, document.text))
+            sentences = None
+            if with_sentences:
+                sentences = embed_sentences(self._embedder, document.title, document.text, vector)
+            return vector.astype("<f4").tobytes(), sentences
 
     def _storable(self, record: bytes) -> tuple[bytes, float]:
         """Verifies an uploaded record. (the record in the collection's codec, its relative error).

@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from bank_service.errors import BankError, InvalidArgumentError, LimitExceededError, NotFoundError, OutOfRangeError
 from bank_service.records.record_reader import RecordReader
-from bank_service.search.queries import MESSAGE_RESERVE_BYTES, Queries, text_bytes_of
+from bank_service.search.queries import MESSAGE_RESERVE_BYTES, text_bytes_of
 from bank_service.values.documents import Query, QueryResult
 from bank_service.wire import limits
-from bank_service.wire.record import FloatArray
 
 HIT_BYTES = 512  # upper bound for the id, digest, scores and framing of one hit
 MAX_TRIES = 5  # attempts at a batch whose hits change between the search and the read of their gradients
@@ -19,12 +18,12 @@ CONCURRENCY = 4  # queries of one batch that run at once; the pool's other threa
 
 async def answer_batch(
     batch: Sequence[Query],
-    vectors_of: Callable[[Query], Awaitable[FloatArray | None]],
-    queries: Queries,
+    search: Callable[[Query], Awaitable[QueryResult]],
     records: RecordReader,
 ) -> tuple[QueryResult, ...]:
-    """Answers each query, in order. Raises the error of the first query that fails, with its index.
+    """Answers each query, in order. ``search`` finds the hits of one.
 
+    Raises the error of the first query that fails, with its index.
     LimitExceededError if the answers don't fit one message.
     """
     turns = asyncio.Semaphore(CONCURRENCY)
@@ -32,7 +31,7 @@ async def answer_batch(
     async def answer(index: int, query: Query) -> QueryResult:
         try:
             async with turns:
-                return await queries.search(query, await vectors_of(query))
+                return await search(query)
         except BankError as error:
             raise placed(error, index) from error
 

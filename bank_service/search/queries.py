@@ -175,4 +175,5 @@ def _best(query: Query, one: QueryResult, other: QueryResult) -> QueryResult:
 
 
 def text_bytes_of(hits: Iterable[Hit]) -> int:
-    return sum(len(hit.title.encode()) + len(hit.text.encode()) for hit in hits)
+    texts = (text for hit in hits for text in (hit.title, hit.text, *(sentence.text for sentence in hit.cue)))
+    return sum(len(text.encode()) for text in texts)

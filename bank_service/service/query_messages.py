@@ -25,6 +25,8 @@ def query_of(request: pb.QueryRequest) -> Query:
         retrieval=_retrieval_of(request.retrieval),
         conditions=conditions_of(request.filter),
         as_of=request.as_of if request.HasField("as_of") else None,
+        with_cue=request.with_cue,
+        cue_text=request.cue_text,
     )
 
 
@@ -60,6 +62,10 @@ def response_of(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
             title=hit.title,
             text=hit.text,
             cosine=hit.cosine,
+            cue=[
+                pb.QueryResponse.CueSentence(start=item.start, end=item.end, text=item.text, score=item.score)
+                for item in hit.cue
+            ],
         )
         for index, hit in enumerate(result.hits)
     ]

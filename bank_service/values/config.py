@@ -29,6 +29,7 @@ class BankConfig:
     encode_batch_size: int = 8  # documents encoded together
     encode_wait_ms: float = 5.0  # longest wait for a batch to fill up
     max_pending_documents: int = 64  # documents encoded and stored at once, over all streams
+    embed_sentences: bool = True  # embed sentences where the bank encodes a document; off: when a cue needs them
     embed_threads: int = 0  # threads that compute embeddings; 0: one per CPU, at most 4
     snapshot_every: int = 10_000  # changes between saves of the vector index; a tenth of its vectors if that is more
     scrub_mib_per_second: float = 0.0  # rate of reading stored gradients, to find and repair damage; 0: off

@@ -182,6 +182,13 @@ class Query:
     retrieval: Retrieval = Retrieval.DENSE
     conditions: tuple[Condition, ...] = ()  # a document's metadata must meet all of them
     as_of: int | None = None  # answers from the bank's state at this past sequence; None: the present state
+    with_cue: int = 0  # sentences of all hits together that are nearest to a question, 0..4
+    cue_text: str = ""  # the question; empty: ``text``
+
+    @property
+    def question(self) -> str:
+        """The text that the cue must be near to. Empty if the query has none."""
+        return self.cue_text or self.text
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "namespace", check_namespace(self.namespace))
@@ -199,8 +206,9 @@ class Query:
         if not -1.0 <= self.min_score <= 1.0:  # false for NaN
             raise InvalidArgumentError(f"min_score must be a cosine in -1..1, got {self.min_score}", field="min_score")
         if self.text:
-            self._check_text()
+            _check_query_text(self.text, "text")
         self._check_retrieval()
+        self._check_cue()
         check_filter(self.conditions)
         if self.conditions and self.document_ids:
             raise InvalidArgumentError(
@@ -228,12 +236,27 @@ class Query:
                     f"retrieval must be dense {rule.format(self.retrieval.name.lower())}", field="retrieval"
                 )
 
-    def _check_text(self) -> None:
-        num_bytes = len(self.text.encode())
-        if num_bytes > limits.MAX_TEXT_BYTES or not self.text.strip():
+    def _check_cue(self) -> None:
+        if not 0 <= self.with_cue <= limits.MAX_CUE_SENTENCES:
             raise InvalidArgumentError(
-                f"text must be 1..{limits.MAX_TEXT_BYTES} bytes of UTF-8 and not blank, got {num_bytes}", field="text"
+                f"with_cue must be in 0..{limits.MAX_CUE_SENTENCES}, got {self.with_cue}", field="with_cue"
             )
+        if self.cue_text:
+            _check_query_text(self.cue_text, "cue_text")
+        if bool(self.cue_text) > bool(self.with_cue):
+            raise InvalidArgumentError("cue_text must come with with_cue, got it alone", field="cue_text")
+        if self.with_cue and not self.question:
+            raise InvalidArgumentError(
+                "cue_text must be given for with_cue where the query has no text, got none", field="cue_text"
+            )
+
+
+def _check_query_text(text: str, field: str) -> None:
+    num_bytes = len(text.encode())
+    if num_bytes > limits.MAX_TEXT_BYTES or not text.strip():
+        raise InvalidArgumentError(
+            f"{field} must be 1..{limits.MAX_TEXT_BYTES} bytes of UTF-8 and not blank, got {num_bytes}", field=field
+        )
 
 
 def check_digests(digests: Sequence[str]) -> None:
@@ -261,6 +284,16 @@ def check_vector(vector: Sequence[float], dimension: int, field: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class CueSentence:
+    """A sentence of a hit that is near to the question."""
+
+    start: int  # its place in the document's text, in characters
+    end: int
+    text: str
+    score: float  # cosine of the question and the sentence, with the title before it
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """One answer of a query."""
 
@@ -270,8 +303,10 @@ class Hit:
     cosine: float  # of the embeddings; 1 for a document named by id
     gradient_digest: str
     gradient_bytes: int
-    title: str = ""  # title and text are set only if the query asks for them
+    sequence: int  # of the change that made the version
+    title: str = ""  # title and text are set only if the query asks for them; the title also if there is a cue
     text: str = ""
+    cue: tuple[CueSentence, ...] = ()  # nearest first
 
 
 @dataclass(frozen=True, slots=True)

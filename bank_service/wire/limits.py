@@ -17,6 +17,7 @@ FILE_KEY = "regrad.file"  # the file that the document's id is made of; absent i
 MAX_SOURCE_BYTES = 4 * 2**10  # of the value of either key; the longest path on Linux
 MAX_TOP_K = 64
 MAX_QUERY_IDS = 64
+MAX_CUE_SENTENCES = 4
 MAX_BATCH_QUERIES = 64
 MAX_CONDITIONS = 16
 MAX_CONDITION_VALUES = 64

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from bank_service.wire.limits import MAX_CUE_SENTENCES
 from regrad_vllm.arguments import whole
 from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
 from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
@@ -31,6 +32,13 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         type=whole(0, 2**64 - 1),
         metavar="SEQUENCE",
         help="as it was after that change: a sequence number of the past",
+    )
+    query.add_argument(
+        "--cue",
+        type=whole(0, MAX_CUE_SENTENCES),
+        default=0,
+        metavar="N",
+        help=f"also the N sentences of all documents that are nearest to TEXT, at most {MAX_CUE_SENTENCES}",
     )
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
@@ -63,6 +71,7 @@ def run_query(args: argparse.Namespace) -> int:
         retrieval=args.retrieval,
         conditions=conditions_of(args.filter),
         as_of=args.as_of,
+        with_cue=args.cue,
     )
     with connect(args.bank) as bank:
         answer = bank.query(query)
@@ -71,11 +80,15 @@ def run_query(args: argparse.Namespace) -> int:
         if args.json:
             found = {"id": hit.id, "version": hit.version, "score": round(hit.score, 4), "cosine": round(hit.cosine, 4)}
             found |= {"title": hit.title, "text": hit.text, "sequence": answer.sequence}
+            if args.cue:
+                found["cue"] = [{**asdict(sentence), "score": round(sentence.score, 4)} for sentence in hit.cue]
             say_json(found)
         else:
             text = " ".join(f"{hit.title}: {hit.text}".split() if hit.title else hit.text.split())
             cut = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
             say(f"{hit.score:6.3f}  {one_line(hit.id)}  {cut}")
+            for sentence in hit.cue:
+                say(f"{sentence.score:14.3f}  {sentence.start}–{sentence.end}  {one_line(sentence.text)}")
     return 0
 
 

@@ -17,6 +17,7 @@ from bank_service.wire.credentials import BankCredentials
 from regrad_vllm.client.values import (
     Answer,
     Condition,
+    CueSentence,
     Deletion,
     Document,
     Hit,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from regrad_vllm.client.bank import Bank
 
 __all__ = [
-    "Answer", "AsyncBank", "Bank", "BankCredentials", "Condition", "Deletion", "Document", "Hit", "ListedDocument",
-    "Query", "Receipt", "RecodeProgress", "SnapshotProgress", "Stats", "StoredDocument",
+    "Answer", "AsyncBank", "Bank", "BankCredentials", "Condition", "CueSentence", "Deletion", "Document", "Hit",
+    "ListedDocument", "Query", "Receipt", "RecodeProgress", "SnapshotProgress", "Stats", "StoredDocument",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from bank_service.wire.limits import MAX_CHUNK_BYTES, MAX_TEXT_BYTES
 from regrad_vllm.client.values import (
     Answer,
     Condition,
+    CueSentence,
     Deletion,
     Document,
     Hit,
@@ -90,6 +91,8 @@ def query_request(query: Query, learner_fingerprint: str) -> pb.QueryRequest:
         retrieval="DENSE" if query.document_ids else query.retrieval.upper(),
         filter=_filter_of(query.conditions),
         as_of=query.as_of,
+        with_cue=query.with_cue,
+        cue_text=query.cue_text,
     )
 
 
@@ -106,6 +109,7 @@ def answer_of(message: pb.QueryResponse) -> Answer:
             gradient_bytes=hit.gradient_bytes,
             title=hit.title,
             text=hit.text,
+            cue=tuple(CueSentence(item.start, item.end, item.text, item.score) for item in hit.cue),
         )
         for hit in message.hits
     )

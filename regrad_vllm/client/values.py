@@ -109,12 +109,24 @@ class Query:
     as_of: int | None = field(
         default=None, kw_only=True
     )  # the answer of the past after that change; None: the present one
+    with_cue: int = field(default=0, kw_only=True)  # sentences of all hits together, nearest to a question, 0..4
+    cue_text: str = field(default="", kw_only=True)  # the question; empty: ``text``
 
     def __post_init__(self) -> None:
         """InvalidArgumentError for an unknown retrieval, ValueError without or with both of text and ids."""
         _check_choice("retrieval", self.retrieval, RETRIEVALS)
         if bool(self.text) == bool(self.document_ids):
             raise ValueError("a query must have either text or document_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class CueSentence:
+    """A sentence of a hit that is near to the question."""
+
+    start: int  # its place in the document's text, in characters
+    end: int
+    text: str
+    score: float  # cosine of the question and the sentence, with the title before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +139,9 @@ class Hit:
     cosine: float  # of the embeddings, for every retrieval; it makes the weights; 1 for a document named by id
     gradient_digest: str  # 64 hex digits
     gradient_bytes: int
-    title: str  # empty unless the query asked for texts
+    title: str  # empty unless the query asked for texts, or there is a cue
     text: str
+    cue: tuple[CueSentence, ...] = ()  # nearest first; empty unless the query asked for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +150,12 @@ class Answer:
 
     hits: tuple[Hit, ...]  # best first; documents named by id in the order named
     sequence: int  # the last change that the answer reflects; it is as_of if that was given
+
+    @property
+    def cue(self) -> tuple[tuple[Hit, CueSentence], ...]:
+        """The sentences of all hits, nearest to the question first, as learners are trained with them."""
+        found = [(hit, sentence) for hit in self.hits for sentence in hit.cue]
+        return tuple(sorted(found, key=lambda pair: -pair[1].score))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bank_service.wire.credentials import BankCredentials
-from bank_service.wire.limits import DEFAULT_NAMESPACE
+from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_CUE_SENTENCES
 from bank_service.wire.ports import DEFAULT_BANK
 from regrad_vllm.client.values import RETRIEVALS, Retrieval
-from regrad_vllm.flags import as_text
+from regrad_vllm.flags import as_text, on_or_off
 
 PREFIX = "REGRAD_"
 OnError = Literal["fail_open", "fail_closed"]
+Mode = Literal["blind", "cue", "icl"]  # the text put into the prompt: none, the nearest sentences, the documents
+MODES: tuple[Mode, ...] = ("blind", "cue", "icl")
 MAX_TOP_K = 64
 MAX_GAMMA = 16.0
 # The variables of one service, after its name. Kubernetes sets them in every container of the namespace.
@@ -43,6 +45,8 @@ class Settings:
     gamma: float | None = None  # strength; None: the learner's
     min_score: float | None = None  # least cosine of a document; None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
+    mode: Mode = "blind"  # what a prompt gets of the documents: blind: nothing, cue: their nearest sentences, icl: all
+    cue_sentences: int = 2  # of a prompt in mode cue, of all documents together, at most 4
     default: bool = False  # on: requests to the base model's own name have ReGrad too
     on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error
     system_prompt: bool = True  # on: a request without a system prompt gets the learner's
@@ -67,6 +71,7 @@ class Settings:
         for name, low, high in (
             ("max_documents", 1, MAX_TOP_K),
             ("gamma", -MAX_GAMMA, MAX_GAMMA),
+            ("cue_sentences", 1, MAX_CUE_SENTENCES),
             ("min_score", -1, 1),
             ("arena_bytes", 1, 2**50),
             ("worker_bytes", 1, 2**50),
@@ -141,13 +146,6 @@ def _is_of_service(key: str, text: str, service: str) -> bool:
     return name != key and bool(_SERVICE_VARIABLE.fullmatch(name)) and (name != "PORT" or "://" in text)
 
 
-def _switch(text: str) -> bool:
-    known = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
-    if text.lower() not in known:
-        raise ValueError("on or off")
-    return known[text.lower()]
-
-
 def _integer(text: str) -> int:
     try:
         return int(text)
@@ -180,6 +178,13 @@ def _retrieval(text: str) -> Retrieval:
     raise ValueError(f"one of {', '.join(RETRIEVALS)}")
 
 
+def _mode(text: str) -> Mode:
+    for mode in MODES:
+        if text == mode:
+            return mode
+    raise ValueError(f"one of {', '.join(MODES)}")
+
+
 _PARSERS: Mapping[str, Callable[[str], object]] = {
     "learner": Path,
     "bank": str,
@@ -189,9 +194,11 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "gamma": _number,
     "min_score": _number,
     "retrieval": _retrieval,
-    "default": _switch,
+    "mode": _mode,
+    "cue_sentences": _integer,
+    "default": on_or_off,
     "on_error": _on_error,
-    "system_prompt": _switch,
+    "system_prompt": on_or_off,
     "arena_dir": Path,
     "arena_bytes": _integer,
     "worker_bytes": _integer,
@@ -201,6 +208,6 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "bank_cert": Path,
     "bank_key": Path,
     "bank_concurrency": _integer,
-    "check_base": _switch,
+    "check_base": on_or_off,
     "kept_requests": _integer,
 }

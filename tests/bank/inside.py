@@ -7,6 +7,7 @@ from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Pools, Stores
 from bank_service.runtime.background import Background
 from bank_service.runtime.metrics import BankMetrics
+from bank_service.search.cue_finder import CueFinder
 from bank_service.upkeep.upkeep import Upkeep
 
 
@@ -24,6 +25,10 @@ def discarder(bank: Bank) -> Discarder:
 
 def background(bank: Bank) -> Background:
     return bank._background
+
+
+def cue_finder(bank: Bank) -> CueFinder:
+    return bank._cues
 
 
 def upkeep(bank: Bank) -> Upkeep:

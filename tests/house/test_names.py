@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("regrad_vllm", "bank_service", "benchmarks")
 # One idea, seen from the bank and from its client.
 OF_BANK_AND_CLIENT = {
-    "Bank", "Condition", "Document", "Hit", "Query", "RecodeProgress", "StoredDocument",
+    "Bank", "Condition", "CueSentence", "Document", "Hit", "Query", "RecodeProgress", "StoredDocument",
     "bank", "errors",
 }  # fmt: skip
 EVERYWHERE = {"__init__", "__main__"}

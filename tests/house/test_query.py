@@ -76,6 +76,20 @@ async def test_the_retrieval_chosen_is_the_one_that_answers(target: str, capsys:
     assert only["id"] == "fr"
 
 
+async def test_the_sentences_nearest_to_the_text_are_shown(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hits = await found(target, capsys, "--cue", "1")
+    sentence = {"start": 0, "end": 20, "text": "the harbour of Orlen", "score": 1.0}
+    assert {hit["id"]: hit["cue"] for hit in hits if hit["cue"]} == {"de": [sentence]}
+    assert not any("cue" in hit for hit in await found(target, capsys))
+    command = ["query", "the harbour of Orlen", "--bank", target, "--top-k", "2", "--cue", "2"]
+    assert await asyncio.to_thread(main, command) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in shown[1::2]] == [
+        "0–20  the harbour of Orlen",
+        "0–20  the harbour of Brest",
+    ]
+
+
 @pytest.mark.parametrize(("text", "id"), [("大桥", "zh"), (unicodedata.normalize("NFD", "Renée"), "fr")])
 async def test_words_are_found_in_every_script_and_spelling(
     target: str, capsys: pytest.CaptureFixture[str], text: str, id: str

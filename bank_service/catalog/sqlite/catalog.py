@@ -23,8 +23,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from bank_service.catalog.contract import CatalogView
-from bank_service.catalog.entries import CollectionIdentity, DeleteResult, Usage
-from bank_service.catalog.sqlite import erasures, history, versions
+from bank_service.catalog.entries import CollectionIdentity, DeleteResult, SentenceVectors, Usage
+from bank_service.catalog.sqlite import erasures, history, sentence_rows, versions
 from bank_service.catalog.sqlite.catalog_file import check_catalog, check_not_lost, damaged
 from bank_service.catalog.sqlite.catalog_view import SqliteView
 from bank_service.catalog.sqlite.catalog_writes import delete_document, purge_document, put_document
@@ -101,12 +101,22 @@ class SqliteCatalog:
         if limits.max_documents or limits.max_bytes:
             check_room(document.namespace, limits, view.usage(document.namespace), more)
 
-    def put(self, document: Document, gradient: Gradient, expected_version: int | None) -> Future[PutResult]:
+    def put(
+        self,
+        document: Document,
+        gradient: Gradient,
+        expected_version: int | None,
+        sentences: SentenceVectors | None = None,
+    ) -> Future[PutResult]:
         def operation(connection: sa.Connection) -> PutResult:
+            keep = self.history_seconds > 0
             with enforced(connection, document.namespace, self._limits_of(document.namespace)):
-                return put_document(connection, document, gradient, expected_version, keep=self.history_seconds > 0)
+                return put_document(connection, document, gradient, expected_version, sentences, keep=keep)
 
         return self._writer.submit(operation)
+
+    def put_sentences(self, began: int, sentences: SentenceVectors) -> Future[bool]:
+        return self._writer.submit(lambda connection: sentence_rows.add_missing(connection, began, sentences))
 
     def delete(
         self, namespace: str, id: str, expected_version: int | None, *, purge: bool = False

@@ -9,9 +9,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from bank_service.catalog.contract import MAX_KEYS
-from bank_service.catalog.entries import Candidate, Change, Erasure, ListEntry, Score, Totals, Usage
+from bank_service.catalog.entries import Candidate, Change, Erasure, ListEntry, Score, Totals, Usage, VersionText
 from bank_service.catalog.failures import namespace_not_found
-from bank_service.catalog.sqlite import attributes, erasures, gradients, history
+from bank_service.catalog.sqlite import attributes, erasures, gradients, history, sentence_rows
 from bank_service.catalog.sqlite.lexical_search import best_words
 from bank_service.catalog.sqlite.prepared import Prepared, among, listed
 from bank_service.catalog.sqlite.quota import usage
@@ -87,7 +87,10 @@ class SqliteView:
         read = _HITS_WITH_TEXT if include_text else _HITS
         rows = {row[0]: row for row in read.rows(self._connection, sequences=listed(scores))}
         found = [(rows[began], score) for began, score in scores.items() if began in rows]
-        return [Hit(row[1], row[2], score.value, score.cosine, *row[3:]) for row, score in found]
+        return [Hit(row[1], row[2], score.value, score.cosine, *row[3:5], row[0], *row[5:]) for row, score in found]
+
+    def texts(self, began: Sequence[int]) -> dict[int, VersionText]:
+        return sentence_rows.texts(self._connection, began)
 
     # Changes
 

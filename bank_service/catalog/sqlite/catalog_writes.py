@@ -8,9 +8,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bank_service.catalog.entries import DeleteResult
+from bank_service.catalog.entries import DeleteResult, SentenceVectors
 from bank_service.catalog.failures import document_not_found, version_conflict
-from bank_service.catalog.sqlite import erasures, versions
+from bank_service.catalog.sqlite import erasures, sentence_rows, versions
 from bank_service.catalog.sqlite.attributes import put_attributes, remove_attributes
 from bank_service.catalog.sqlite.history import move_horizon
 from bank_service.catalog.sqlite.lexical import put_words, remove_words
@@ -39,7 +39,13 @@ _WITHOUT_CONTENT: dict[str, Any] = {
 
 
 def put_document(
-    connection: sa.Connection, document: Document, gradient: Gradient, expected_version: int | None, *, keep: bool
+    connection: sa.Connection,
+    document: Document,
+    gradient: Gradient,
+    expected_version: int | None,
+    sentences: SentenceVectors | None,
+    *,
+    keep: bool,
 ) -> PutResult:
     """Stores a version. ``keep``: the version before it becomes a past one. VersionConflictError."""
     row = versions.current(connection, document.namespace, document.id)
@@ -68,6 +74,11 @@ def put_document(
         "embedding": gradient.embedding,
         "text": document.text,
     }
+    is_new_text = before is None or (before["title"], before["text"]) != (document.title, document.text)
+    if sentences is not None:
+        sentence_rows.add(connection, sequence, sentences)
+    elif before is not None and not is_new_text:
+        sentence_rows.copy(connection, before["began"], sequence)
     if before is not None:
         _supersede(connection, before, sequence, keep=keep)
         remove_attributes(connection, before["key"])
@@ -75,7 +86,7 @@ def put_document(
         versions.remove(connection, row)
     versions.add(connection, new)
     put_attributes(connection, new["key"], document.namespace, document.metadata)
-    if before is None or (before["title"], before["text"]) != (document.title, document.text):
+    if is_new_text:
         if before is not None:
             _remove_words(connection, before)
         put_words(connection, new["key"], document.namespace, document.title, document.text)

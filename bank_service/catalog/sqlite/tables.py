@@ -57,6 +57,14 @@ sa.Index("versions_by_namespace", versions.c.namespace, versions.c.ended, versio
 sa.Index("versions_by_gradient", versions.c.gradient_digest, versions.c.namespace, versions.c.gradient_bytes)
 sa.Index("versions_by_time", versions.c.ended_us, sqlite_where=past)
 
+sentence_vectors = sa.Table(  # of those versions whose sentences have been embedded
+    "sentence_vectors",
+    metadata,
+    sa.Column("began", sa.Integer, primary_key=True, autoincrement=False),  # of the version
+    sa.Column("places", sa.LargeBinary, nullable=False),  # int32 (sentences, 2): start and end in characters
+    sa.Column("vectors", sa.LargeBinary, nullable=False),  # float16 (sentences, embedding_dimension)
+)
+
 recoding = sa.Table(  # it has a row until all gradients have the collection's codec
     "recoding", metadata, sa.Column("id", sa.Integer, primary_key=True)
 )

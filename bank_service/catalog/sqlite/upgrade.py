@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Schema 1 had no tables for filters and lexical retrieval, and 2 had none for past versions. Schema 3 had an index of
 # digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage. Up to 5, FTS5
-# made the words.
-SCHEMA_VERSION = 6
+# made the words. Up to 6, sentences had no vectors. Such a version gets them when they are first needed.
+SCHEMA_VERSION = 7
 MOVED_ROWS = 5_000  # rows moved at a time, so that the file reuses the room of earlier ones
 _IN_BOTH = (
     "key, namespace, id, version, updated_us, content_digest, gradient_digest, gradient_bytes, num_tokens, truncated, "
@@ -40,7 +40,8 @@ def upgrade(connection: sa.Connection, schema_version: int, path: Path) -> sa.Ro
     if schema_version < 5:
         _move_erasures(connection)
         count_anew(connection)
-    fill_words(connection)
+    if schema_version < 6:
+        fill_words(connection)
     connection.execute(sa.update(collection).values(schema_version=SCHEMA_VERSION))
     return connection.execute(sa.select(collection)).mappings().one()
 

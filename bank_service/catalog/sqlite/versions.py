@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
+from bank_service.catalog.sqlite import sentence_rows
 from bank_service.catalog.sqlite.history import move_horizon
 from bank_service.catalog.sqlite.prepared import Prepared
 from bank_service.catalog.sqlite.quota import count
@@ -48,6 +49,7 @@ def end(connection: sa.Connection, row: Row, sequence: int) -> None:
 def remove(connection: sa.Connection, row: Row) -> None:
     """Removes a present version."""
     _REMOVE.run(connection, row=row["began"])
+    sentence_rows.remove(connection, [row["began"]])
     count(connection, row["namespace"], num_documents=-int(not row["deleted"]), num_bytes=-_num_bytes(row))
 
 
@@ -96,8 +98,11 @@ def _remove_past(connection: sa.Connection, chosen: sa.ColumnElement[bool]) -> l
     """Removes past versions. Returns the digests of their gradients."""
     columns = versions.c
     gone = sa.delete(versions).where(chosen, past)
-    returned = (columns.namespace, columns.gradient_digest, columns.gradient_bytes, columns.num_text_bytes)
+    returned = (
+        columns.began, columns.namespace, columns.gradient_digest, columns.gradient_bytes, columns.num_text_bytes
+    )  # fmt: skip
     rows = connection.execute(gone.returning(*returned)).mappings().all()
+    sentence_rows.remove(connection, [row["began"] for row in rows])
     for row in rows:
         count(connection, row["namespace"], num_documents=0, num_bytes=-_num_bytes(row))
     return [row["gradient_digest"] for row in rows]

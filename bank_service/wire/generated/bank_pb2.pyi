@@ -217,7 +217,7 @@ class Filter(_message.Message):
     def __init__(self, conditions: _Optional[_Iterable[_Union[Filter.Condition, _Mapping]]] = ...) -> None: ...
 
 class QueryRequest(_message.Message):
-    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text", "retrieval", "filter", "as_of")
+    __slots__ = ("namespace", "text", "vector", "document_ids", "top_k", "min_score", "learner_fingerprint", "include_gradients", "include_text", "retrieval", "filter", "as_of", "with_cue", "cue_text")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +230,8 @@ class QueryRequest(_message.Message):
     RETRIEVAL_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     AS_OF_FIELD_NUMBER: _ClassVar[int]
+    WITH_CUE_FIELD_NUMBER: _ClassVar[int]
+    CUE_TEXT_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     text: str
     vector: _containers.RepeatedScalarFieldContainer[float]
@@ -242,12 +244,25 @@ class QueryRequest(_message.Message):
     retrieval: Retrieval
     filter: Filter
     as_of: int
-    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ..., retrieval: _Optional[_Union[Retrieval, str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., as_of: _Optional[int] = ...) -> None: ...
+    with_cue: int
+    cue_text: str
+    def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ..., retrieval: _Optional[_Union[Retrieval, str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., as_of: _Optional[int] = ..., with_cue: _Optional[int] = ..., cue_text: _Optional[str] = ...) -> None: ...
 
 class QueryResponse(_message.Message):
     __slots__ = ("hits", "learner_fingerprint", "sequence")
+    class CueSentence(_message.Message):
+        __slots__ = ("start", "end", "text", "score")
+        START_FIELD_NUMBER: _ClassVar[int]
+        END_FIELD_NUMBER: _ClassVar[int]
+        TEXT_FIELD_NUMBER: _ClassVar[int]
+        SCORE_FIELD_NUMBER: _ClassVar[int]
+        start: int
+        end: int
+        text: str
+        score: float
+        def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., text: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
     class Hit(_message.Message):
-        __slots__ = ("id", "version", "score", "gradient_digest", "gradient_bytes", "gradient", "title", "text", "cosine")
+        __slots__ = ("id", "version", "score", "gradient_digest", "gradient_bytes", "gradient", "title", "text", "cosine", "cue")
         ID_FIELD_NUMBER: _ClassVar[int]
         VERSION_FIELD_NUMBER: _ClassVar[int]
         SCORE_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +272,7 @@ class QueryResponse(_message.Message):
         TITLE_FIELD_NUMBER: _ClassVar[int]
         TEXT_FIELD_NUMBER: _ClassVar[int]
         COSINE_FIELD_NUMBER: _ClassVar[int]
+        CUE_FIELD_NUMBER: _ClassVar[int]
         id: str
         version: int
         score: float
@@ -266,7 +282,8 @@ class QueryResponse(_message.Message):
         title: str
         text: str
         cosine: float
-        def __init__(self, id: _Optional[str] = ..., version: _Optional[int] = ..., score: _Optional[float] = ..., gradient_digest: _Optional[str] = ..., gradient_bytes: _Optional[int] = ..., gradient: _Optional[bytes] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., cosine: _Optional[float] = ...) -> None: ...
+        cue: _containers.RepeatedCompositeFieldContainer[QueryResponse.CueSentence]
+        def __init__(self, id: _Optional[str] = ..., version: _Optional[int] = ..., score: _Optional[float] = ..., gradient_digest: _Optional[str] = ..., gradient_bytes: _Optional[int] = ..., gradient: _Optional[bytes] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., cosine: _Optional[float] = ..., cue: _Optional[_Iterable[_Union[QueryResponse.CueSentence, _Mapping]]] = ...) -> None: ...
     HITS_FIELD_NUMBER: _ClassVar[int]
     LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]

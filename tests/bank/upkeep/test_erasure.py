@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,11 +244,11 @@ async def test_a_write_keeps_its_gradient_from_a_sweep_before_the_catalog_names_
         sweeps: list[Sweep] = []
         commit = SqliteCatalog.put
 
-        def swept_first(catalog: SqliteCatalog, document: Document, gradient: Gradient, expected: int | None) -> object:
+        def swept_first(catalog: SqliteCatalog, document: Document, gradient: Gradient, *rest: Any) -> object:
             # The blob is written, the catalog does not name it yet.
             assert gradient.digest in blobs(data_dir)
             sweeps.append(inside.stores(bank).blobs.sweep(inside.discarder(bank).references))
-            return commit(catalog, document, gradient, expected)
+            return commit(catalog, document, gradient, *rest)
 
         monkeypatch.setattr(SqliteCatalog, "put", swept_first)
         await put(bank, "a", "a text")

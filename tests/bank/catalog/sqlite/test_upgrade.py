@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bank_service.catalog.contract import Catalog
-from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.entries import CollectionIdentity, SentenceVectors
 from bank_service.catalog.factory import describe_copy, open_catalog
 from bank_service.catalog.sqlite import upgrade
 from bank_service.errors import VersionConflictError
@@ -263,6 +263,20 @@ def test_words_of_another_version_are_made_anew(tmp_path: Path, version: str) ->
     catalog.delete("default", "owl", None).result()
     assert lexical(catalog, "owl hunts") == set() and lexical(catalog, "sleeps") == {"fox"}
     catalog.close()
+
+
+def test_a_folder_of_schema_6_gets_vectors_of_sentences_as_they_are_needed(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path, IDENTITY)
+    catalog.put(document(), gradient(), None).result()
+    catalog.close()
+    before = objects(tmp_path)
+    become(tmp_path, 6, ["DROP TABLE sentence_vectors"])
+    catalog = open_catalog(tmp_path, IDENTITY)
+    with catalog.view() as view:
+        assert view.texts([1])[1].sentences is None
+    assert catalog.put_sentences(1, SentenceVectors(b"places", b"vectors")).result() is True
+    catalog.close()
+    assert objects(tmp_path) == before
 
 
 def test_an_upgrade_that_fails_near_its_end_leaves_the_folder_as_it_was(
