@@ -202,27 +202,27 @@ def _for_vllm(
     prompts = planner.learner.config.prompts
     if isinstance(prepared, SeveralPrompts):
         parts = [
-            _with_documents(part, prepared.texts(number), shape, prompts)
+            _with_texts(part, prepared.texts(number), shape, prompts)
             for number, part in enumerate(split_prompts(body, shape))
         ]
         return prepared.call(answered_by), join_prompts(body, parts)
     if isinstance(prepared, Used) or prepared.placement is None:
         return ServedCall(None, answered_by), body
-    body = _with_documents(body, prepared.found.texts, shape, prompts)
+    body = _with_texts(body, prepared.found.texts, shape, prompts)
     if planner.settings.system_prompt and prompts.system:
         body = shape.with_system(body, prompts.system)
     placement = prepared.placement
     return make_served_call(placement.recipe, answered_by, placement.data_parallel_rank), body
 
 
-def _with_documents(body: Body, texts: Sequence[tuple[str, str]], shape: PromptShape, prompts: Prompts) -> Body:
-    """The body with the documents' (title, text) in its question. There are none, except in mode icl."""
+def _with_texts(body: Body, texts: Sequence[tuple[str, str]], shape: PromptShape, prompts: Prompts) -> Body:
+    """The body with these (title, text) of sentences or documents in its question. There are none in mode blind."""
     if not texts:
         return body
     rendered = [prompts.render_document(title, text) for title, text in texts]
     changed = shape.with_question(body, lambda question: prompts.render_icl(question, rendered))
     if changed is None:
-        raise AssertionError("mode icl was planned for a body without a question")
+        raise AssertionError("text for the prompt was planned for a body without a question")
     return changed
 
 

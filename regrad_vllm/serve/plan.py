@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from regrad_vllm.client import Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import MODEL_SUFFIX
-from regrad_vllm.serve.request import MAX_QUERY_BYTES, Mode, RegradOptions
+from regrad_vllm.serve.request import MAX_QUERY_BYTES, RegradOptions
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.routes import Body, PromptShape, split_prompts
-from regrad_vllm.serve.settings import Settings
+from regrad_vllm.serve.settings import Mode, Settings
 from regrad_vllm.serve.used import Used
 
 MAX_PROMPTS = 64  # of one request, if each has documents of its own
@@ -75,14 +75,14 @@ class Planner:
             if not named:
                 return None
             namespace = options.namespace or self.settings.namespace
-            return Used(request_id, namespace, options.mode, 0.0, reason=SWITCHED_OFF)
+            return Used(request_id, namespace, options.mode or self.settings.mode, 0.0, reason=SWITCHED_OFF)
         by_name = named or asked
         try:
             if body.get("background"):
                 raise RequestError.bad("background", "false or absent with regrad", body["background"])
             parts = split_prompts(body, shape)
-            searched = options.mode == "icl" or not (options.query or options.document_ids)
-            if len(parts) > 1 and searched:
+            is_blind = (options.mode or self.settings.mode) == "blind"
+            if len(parts) > 1 and not (is_blind and (options.query or options.document_ids)):
                 return self._by_prompt(options, parts, shape, request_id, by_name=by_name)
             return self._filled(options, body, shape, request_id, by_name=by_name)
         except RequestError as error:
@@ -154,8 +154,7 @@ class Planner:
                 "regrad.query must be given where the request has no single user text to search for, got none",
                 "regrad.query",
             )
-        if options.mode == "icl" and question is None:
-            raise RequestError.bad("regrad.mode", "blind where the request has no user text", options.mode)
+        mode = self._mode(options, question)
         return Plan(
             request_id=request_id,
             query=Query(
@@ -164,15 +163,28 @@ class Planner:
                 document_ids=options.document_ids or (),
                 top_k=options.top_k or self.settings.top_k or min(learner.top_k, self.settings.max_documents),
                 min_score=None if options.document_ids else _first(options.min_score, self.settings.min_score),
-                with_text=options.mode == "icl",
+                with_text=mode == "icl",
+                with_cue=(options.cue_sentences or self.settings.cue_sentences) if mode == "cue" else 0,
+                cue_text=_searchable(question) if mode == "cue" and question and not text else "",
                 retrieval=options.retrieval or self.settings.retrieval,
                 conditions=options.filter,
                 as_of=options.as_of,
             ),
             gamma=self.gamma if options.gamma is None else options.gamma,
-            mode=options.mode,
+            mode=mode,
             by_name=by_name,
         )
+
+    def _mode(self, options: RegradOptions, question: str | None) -> Mode:
+        """The request's mode, else the server's. RequestError."""
+        mode = options.mode or self.settings.mode
+        if mode != "blind" and question is None:  # no text to put sentences or documents into
+            if options.mode is not None:
+                raise RequestError.bad("regrad.mode", "blind where the request has no user text", options.mode)
+            mode = "blind"
+        if mode != "cue" and options.cue_sentences is not None:
+            raise RequestError.bad("regrad.cue_sentences", "absent unless the mode is cue", options.cue_sentences)
+        return mode
 
 
 def _first(*values: float | None) -> float | None:

@@ -27,7 +27,7 @@ from regrad_vllm.serve.plan import Plan
 from regrad_vllm.serve.plugin_metrics import Metrics
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.request_errors import RequestError
-from regrad_vllm.serve.used import Used, UsedDocument
+from regrad_vllm.serve.used import Used, UsedDocument, UsedSentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Found:
     used: Used
     gradients: ArenaHold
     recipe: Recipe | None  # None: no document was found, so the request runs on the base model
-    texts: tuple[tuple[str, str], ...]  # (title, text) of the documents, in mode icl
+    texts: tuple[tuple[str, str], ...]  # (title, text) for the prompt: sentences in mode cue, documents in mode icl
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,7 @@ class Preparer:
             async with self._bank_permits:
                 answer = await self._find(plan, hold, timings)
             recipe = self._recipe(plan, answer.hits) if answer.hits else None
-            texts = tuple((hit.title, hit.text) for hit in answer.hits) if plan.query.with_text else ()
-            return Found(self._used(plan, answer, recipe, timings), hold, recipe, texts)
+            return Found(self._used(plan, answer, recipe, timings), hold, recipe, texts_of(plan, answer))
         except (BankError, GradientFormatError, ArenaError) as error:
             hold.release()
             raise as_request_error(error, self._bank.address) from error
@@ -164,6 +163,10 @@ class Preparer:
                 UsedDocument(hit.id, hit.version, hit.score, weight, hit.gradient_digest)
                 for hit, weight in zip(answer.hits, self._weights(answer.hits), strict=True)
             ),
+            cue=tuple(
+                UsedSentence(hit.id, sentence.start, sentence.end, sentence.text, sentence.score)
+                for hit, sentence in answer.cue
+            ),
             adapter=recipe.name if recipe else None,
             reason=None if recipe else no_hits(plan.query),
             timings_ms=timings,
@@ -178,6 +181,13 @@ class Preparer:
         ms = (time.perf_counter() - start) * 1000
         timings[name] = timings.get(name, 0.0) + ms
         self._metrics.timings[name].observe(ms)
+
+
+def texts_of(plan: Plan, answer: Answer) -> tuple[tuple[str, str], ...]:
+    """(title, text) of the sentences or documents for the prompt, best first. None in mode blind."""
+    if plan.mode == "icl":
+        return tuple((hit.title, hit.text) for hit in answer.hits)
+    return tuple((hit.title, sentence.text) for hit, sentence in answer.cue)
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:

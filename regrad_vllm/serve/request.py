@@ -10,16 +10,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from bank_service.wire.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_METADATA_BYTES
+from bank_service.wire.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_CUE_SENTENCES, MAX_METADATA_BYTES
 from regrad_vllm.client import Condition
 from regrad_vllm.client.values import OPERATORS, OPERATORS_WITH_VALUES, RETRIEVALS, Retrieval
 from regrad_vllm.serve.request_errors import RequestError
-from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K
+from regrad_vllm.serve.settings import MAX_GAMMA, MAX_TOP_K, MODES, Mode
 
-Mode = Literal["blind", "icl"]
-MODES: tuple[Mode, ...] = ("blind", "icl")
 MAX_ID_BYTES = 256
 MAX_QUERY_BYTES = 64 * 2**10
 MAX_SEQUENCE = 2**64 - 1  # the greatest number in a message to the bank
@@ -36,10 +34,11 @@ class RegradOptions:
     top_k: int | None = None
     gamma: float | None = None
     min_score: float | None = None
-    mode: Mode = "blind"
+    mode: Mode | None = None
     retrieval: Retrieval | None = None
     filter: tuple[Condition, ...] = ()
     as_of: int | None = None
+    cue_sentences: int | None = None  # in mode cue only
 
     @classmethod
     def parse(cls, value: object, max_documents: int = MAX_TOP_K) -> RegradOptions:
@@ -189,4 +188,5 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "filter": _filter,
     "as_of": _whole(0, MAX_SEQUENCE),
     "mode": _mode,
+    "cue_sentences": _whole(1, MAX_CUE_SENTENCES),
 }

@@ -52,7 +52,7 @@ class SeveralPrompts:
         return self
 
     def texts(self, number: int) -> tuple[tuple[str, str], ...]:
-        """(title, text) of the documents that go into a prompt, in mode icl."""
+        """(title, text) of each text for a prompt, see ``Found``."""
         prompt = self._prompts[number]
         return () if isinstance(prompt, Used) else prompt.found.texts
 

@@ -29,6 +29,17 @@ class UsedDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class UsedSentence:
+    """One sentence that was put into the prompt, in mode cue."""
+
+    document: str  # its id
+    start: int  # place in the document's text, in characters
+    end: int
+    text: str
+    score: float  # cosine of the sentence and the question
+
+
+@dataclass(frozen=True, slots=True)
 class Used:
     """The documents and settings of one answer. ``reason`` explains the lack of an adapter, if there is none."""
 
@@ -37,6 +48,7 @@ class Used:
     mode: str
     gamma: float
     documents: tuple[UsedDocument, ...] = ()
+    cue: tuple[UsedSentence, ...] = ()  # nearest first, as in the prompt
     adapter: str | None = None
     fallback: bool = False  # ReGrad was asked for and failed
     reason: str | None = None
@@ -64,6 +76,16 @@ class Used:
                     "gradient_digest": document.gradient_digest,
                 }
                 for document in self.documents
+            ],
+            "cue": [
+                {
+                    "document": sentence.document,
+                    "start": sentence.start,
+                    "end": sentence.end,
+                    "text": sentence.text,
+                    "score": round(sentence.score, 6),
+                }
+                for sentence in self.cue
             ],
             "sequence": self.sequence,
             "gamma": self.gamma,

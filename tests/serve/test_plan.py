@@ -14,7 +14,7 @@ from regrad_vllm.serve.plan import MAX_PROMPTS, Plan, Planner, PromptPlans
 from regrad_vllm.serve.request import MAX_QUERY_BYTES
 from regrad_vllm.serve.request_errors import RequestError
 from regrad_vllm.serve.routes import SHAPES
-from regrad_vllm.serve.settings import Settings
+from regrad_vllm.serve.settings import Mode, Settings
 from regrad_vllm.serve.used import Used
 
 SHAPE = SHAPES["/v1/completions"]
@@ -91,6 +91,49 @@ def test_the_requests_values_come_before_the_servers_before_the_learners(planner
     assert (plan.query.document_ids, plan.query.text, plan.query.min_score) == (("a",), "", None)
 
 
+def with_mode(planner: Planner, mode: Mode) -> Planner:
+    return replace(planner, settings=replace(planner.settings, mode=mode, cue_sentences=3))
+
+
+@pytest.mark.parametrize(
+    ("server", "regrad", "mode", "text", "with_cue", "cue_text"),
+    [
+        ("blind", {}, "blind", "p", 0, ""),
+        ("blind", {"mode": "cue"}, "cue", "p", 3, ""),
+        ("cue", {}, "cue", "p", 3, ""),
+        ("cue", {"mode": "blind"}, "blind", "p", 0, ""),
+        ("cue", {"mode": "icl"}, "icl", "p", 0, ""),
+        ("cue", {"cue_sentences": 1}, "cue", "p", 1, ""),
+        ("cue", {"query": "q"}, "cue", "q", 3, ""),
+        ("cue", {"document_ids": ["d"]}, "cue", "", 3, "p"),
+        ("icl", {"document_ids": ["d"]}, "icl", "", 0, ""),
+    ],
+)
+def test_a_prompt_gets_the_text_that_the_requests_mode_or_the_servers_names(
+    planner: Planner, server: Mode, regrad: dict[str, Any], mode: str, text: str, with_cue: int, cue_text: str
+) -> None:
+    plan = plan_of(with_mode(planner, server), model="base-regrad", regrad=regrad)
+    assert isinstance(plan, Plan) and plan.mode == mode
+    assert (plan.query.text, plan.query.with_cue, plan.query.cue_text) == (text, with_cue, cue_text)
+    assert plan.query.with_text == (mode == "icl")
+
+
+@pytest.mark.parametrize("mode", ["cue", "icl"])
+def test_a_prompt_of_token_ids_has_no_room_for_text(planner: Planner, mode: Mode) -> None:
+    asked = {"prompt": [1, 2], "regrad": {"query": "q"}}
+    plan = plan_of(with_mode(planner, mode), **asked)
+    assert isinstance(plan, Plan) and (plan.mode, plan.query.with_cue, plan.query.with_text) == ("blind", 0, False)
+    with pytest.raises(RequestError, match="regrad.mode must be blind where the request has no user text"):
+        plan_of(planner, prompt=[1, 2], regrad={"query": "q", "mode": mode})
+
+
+@pytest.mark.parametrize("mode", ["blind", "icl", None])
+def test_a_number_of_sentences_that_no_prompt_gets_is_refused(planner: Planner, mode: Mode | None) -> None:
+    with pytest.raises(RequestError, match="regrad.cue_sentences must be absent unless the mode is cue") as caught:
+        plan_of(planner, regrad={"cue_sentences": 2, "mode": mode})
+    assert caught.value.param == "regrad.cue_sentences"
+
+
 def test_a_request_gets_no_more_documents_than_the_server_allows(planner: Planner) -> None:
     ids = [f"d{number}" for number in range(17)]
     for regrad, field, rule in (
@@ -119,8 +162,9 @@ def test_each_of_several_prompts_is_searched_for(planner: Planner) -> None:
     assert {plan.request_id for plan in plans.plans} == {plans.request_id}
     for regrad in ({"query": "q"}, {"document_ids": ["d"]}):
         assert isinstance(plan_of(planner, prompt=["a", "b"], regrad=regrad), Plan), "one search for all prompts"
-        icl = plan_of(planner, prompt=["a", "b"], regrad={**regrad, "mode": "icl"})
-        assert isinstance(icl, PromptPlans), "the documents go into each prompt"
+        for mode in ("cue", "icl"):
+            asked = plan_of(planner, prompt=["a", "b"], regrad={**regrad, "mode": mode})
+            assert isinstance(asked, PromptPlans), "text goes into each prompt"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ async def serving(
     app = FastAPI()
 
     @app.post("/v1/completions")
+    @app.post("/v1/chat/completions")
     async def completions(request: Request) -> JSONResponse:
         call = vllm_server_seams.SERVED_CALL.get()
         assert call is not None

@@ -25,10 +25,11 @@ def test_every_field_is_taken() -> None:
     options = RegradOptions.parse(
         {"enabled": True, "query": "who?", "namespace": "n", "top_k": 64, "gamma": -16, "min_score": 1, "mode": "icl",
          "retrieval": "hybrid", "filter": [{"key": "lang", "operator": "equals", "values": ["de", ""]},
-                                           {"key": "", "operator": "absent"}], "as_of": 2**64 - 1}
+                                           {"key": "", "operator": "absent"}], "as_of": 2**64 - 1,
+         "cue_sentences": 4}
     )  # fmt: skip
     conditions = (Condition("lang", "equals", ("de", "")), Condition("", "absent"))
-    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid", conditions, 2**64 - 1)
+    assert options == RegradOptions(True, "who?", None, "n", 64, -16.0, 1.0, "icl", "hybrid", conditions, 2**64 - 1, 4)
     assert RegradOptions.parse({"filter": []}) == RegradOptions()
     named = RegradOptions.parse({"document_ids": ["b", "a"], "as_of": 0})
     assert (named.document_ids, named.as_of) == (("b", "a"), 0)
@@ -69,6 +70,7 @@ def test_what_is_not_an_object_is_refused(value: object) -> None:
         ("filter", {}), ("filter", "lang=de"), ("filter", [EQUALS] * 17),
         ("as_of", -1), ("as_of", 2**64), ("as_of", 1.0), ("as_of", "1"), ("as_of", True),
         ("mode", "both"), ("mode", ["icl"]),
+        ("cue_sentences", 0), ("cue_sentences", 5), ("cue_sentences", True), ("cue_sentences", "2"),
         ("document_ids", []), ("document_ids", "a"), ("document_ids", [str(n) for n in range(65)]),
     ],
 )  # fmt: skip

@@ -21,11 +21,12 @@ def test_without_a_learner_the_plugin_is_off() -> None:
 def test_all_that_is_given_is_used() -> None:
     settings = Settings.from_environment(
         {**LEARNER, "REGRAD_BANK": "bank:1", "REGRAD_TOP_K": "5", "REGRAD_GAMMA": "0.5", "REGRAD_DEFAULT": "on",
-         "REGRAD_ON_ERROR": "fail_closed", "REGRAD_SYSTEM_PROMPT": "off", "REGRAD_MIN_SCORE": "", "PATH": "x"}
+         "REGRAD_ON_ERROR": "fail_closed", "REGRAD_SYSTEM_PROMPT": "off", "REGRAD_MIN_SCORE": "", "PATH": "x",
+         "REGRAD_MODE": "cue", "REGRAD_CUE_SENTENCES": "3"}
     )  # fmt: skip
     assert settings == Settings(
         learner=Path("/some/folder"), bank="bank:1", top_k=5, gamma=0.5, default=True, on_error="fail_closed",
-        system_prompt=False,
+        system_prompt=False, mode="cue", cue_sentences=3,
     )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ def test_what_kubernetes_sets_for_a_service_is_no_setting(service: str) -> None:
         ("TOP_K", "many"), ("GAMMA", "nan"), ("GAMMA", "17"), ("MIN_SCORE", "2"), ("DEFAULT", "maybe"),
         ("MAX_DOCUMENTS", "65"), ("ON_ERROR", "fail"), ("ARENA_BYTES", "0"),
         ("BANK_TIMEOUT_MS", "-1"), ("RETRIEVAL", "bm25"), ("BANK_CONCURRENCY", "0"),
+        ("MODE", "both"), ("CUE_SENTENCES", "0"), ("CUE_SENTENCES", "5"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key: str, value: str) -> None:
