@@ -106,11 +106,10 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
             "top_k": endpoint.top_k,
             "min_score": -1.0,
         }  # the same documents that RAG shows, whatever the server's settings
-    content = prompts.render_blind(question)
-    if method.shows_documents:
-        content = prompts.render_icl(question, shown(asked, method, prompts))
+    texts = shown(asked, method, prompts)
+    content = prompts.render_icl(question, texts) if texts else prompts.render_blind(question)
     return {
-        "model": method.name if method.adapter == "own" else endpoint.model,
+        "model": method.own_adapter if method.adapter == "own" else endpoint.model,
         "messages": [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}],
         "temperature": 0,
         "max_tokens": MAX_ANSWER_TOKENS,
@@ -119,8 +118,10 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
 
 
 def shown(asked: Retrieved, method: Method, prompts: Prompts) -> list[str]:
-    """The rendered documents for the prompt, best first; empty for a method that shows none."""
-    return [prompts.render_document(hit.title, hit.text) for hit in asked.hits if method.shows_documents]
+    """The rendered documents or sentences for the prompt, best first; empty for a method that shows none."""
+    documents = tuple((hit.title, hit.text) for hit in asked.hits)
+    passages = {"nothing": (), "cue": asked.cue, "documents": documents}[method.shows]
+    return [prompts.render_document(*passage) for passage in passages]
 
 
 def record_of(asked: Retrieved, method: Method, prediction: str, error: str = "") -> Record:

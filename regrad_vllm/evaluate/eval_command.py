@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from bank_service.wire.limits import MAX_CUE_SENTENCES
 from regrad_vllm.arguments import server_url, whole
 from regrad_vllm.data.questions import EvalData, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
@@ -115,20 +116,28 @@ def _served(
         learner = Learner.load(learner_folder)
         folder = out / learner_folder.name
         folder.mkdir(exist_ok=True)
-        own = {method.name: rivals.adapter(method.name, data) for method in chosen if method.adapter == "own"}
+        own = {m.own_adapter: rivals.adapter(m.own_adapter, data) for m in chosen if m.adapter == "own"}
         with _endpoint(args, rivals.model, learner, learner_folder, folder, own, _namespace(data)) as endpoint:
             ingest(data.documents, endpoint.bank, endpoint.namespace)
             if any(method.per_document for method in chosen):
                 deltas = rivals.per_document(data)
                 upload(data.documents, deltas, learner, endpoint.bank, endpoint.namespace + PER_DOCUMENT)
             questions = asyncio.run(
-                retrieve(endpoint.bank, endpoint.namespace, data, learner, endpoint.top_k, args.seed)
-            )
+                retrieve(
+                    endpoint.bank, endpoint.namespace, data, learner, endpoint.top_k, args.seed,
+                    _cue_sentences(args, chosen),
+                )
+            )  # fmt: skip
             check_controls(questions, chosen)
             prompts = learner.config.prompts
             builder = _prompt_builder(rivals.model, prompts) if args.likelihood else None
             records += asyncio.run(ask_all(endpoint, prompts, questions, chosen, answers, builder))
     return records
+
+
+def _cue_sentences(args: argparse.Namespace, methods: Sequence[Method]) -> int:
+    """The sentences of each cue. 0 if no method shows any."""
+    return int(args.cue_sentences) if any(method.shows == "cue" for method in methods) else 0
 
 
 def _prompt_builder(model: Path, prompts: Prompts) -> PromptBuilder:
@@ -162,11 +171,11 @@ def _in_process(
         chosen = [method for method in methods if method.raw is raw]
         if chosen:
             learner = Learner.load(rivals.raw_learner) if raw else rivals.learner
-            own = {m.name: rivals.flat_adapter(m.name, data) for m in chosen if m.adapter == "own"}
+            own = {m.own_adapter: rivals.flat_adapter(m.own_adapter, data) for m in chosen if m.adapter == "own"}
             top_k = args.top_k or learner.config.top_k
             dtype = getattr(torch, args.dtype or "float32")
             records += InProcess(rivals.model, learner, own, rivals.settings, dtype).ask_all(
-                data, chosen, top_k, args.seed, answers
+                data, chosen, top_k, args.seed, answers, _cue_sentences(args, chosen)
             )
     return records
 
@@ -243,6 +252,12 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--" + name.replace("_", "-"), type=type(rate), default=rate, help="(%(default)s)")
     parser.add_argument("--likelihood", action="store_true", help="the right answers' log-likelihood too (served only)")
     parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
+    parser.add_argument(
+        "--cue-sentences",
+        type=whole(1, MAX_CUE_SENTENCES),
+        default=2,
+        help="in the prompts of methods that show sentences (%(default)s)",
+    )
     parser.add_argument("--concurrency", type=whole(1), default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="answers and report (a new temporary folder)")

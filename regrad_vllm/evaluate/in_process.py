@@ -32,6 +32,7 @@ from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import FoundDocument, Retrieved, check_controls, with_controls
 from regrad_vllm.evaluate.rivals import RivalSettings
 from regrad_vllm.learn.continual import pretrain
+from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.per_document import fit_each
 from regrad_vllm.learn.training_hits import embed_all
 from regrad_vllm.learner import Learner
@@ -71,12 +72,14 @@ class InProcess:
         self._deltas: dict[str, bytes] = {}  # document or method → encoded δ, as in a bank
         self._fitted: dict[str, bytes] = {}
 
-    def ask_all(self, data: EvalData, methods: Sequence[Method], top_k: int, seed: int, out: Path) -> list[Record]:
+    def ask_all(
+        self, data: EvalData, methods: Sequence[Method], top_k: int, seed: int, out: Path, cue_sentences: int = 0
+    ) -> list[Record]:
         """Asks every question under every method. Each answer is appended to ``out`` as a line."""
         from tqdm import tqdm
 
         self.read(data.documents)
-        questions = ExactSearch(default_embedder()).search(data, top_k, seed)
+        questions = ExactSearch(default_embedder()).search(data, top_k, seed, cue_sentences)
         check_controls(questions, methods)
         if any(method.per_document for method in methods):
             documents = [(document.title, document.text) for document in data.documents]
@@ -143,7 +146,7 @@ class InProcess:
         if method.adapter == "learner":
             return self._learner.phi
         if method.adapter == "own":
-            return self._own[method.name]
+            return self._own[method.own_adapter]
         found = _documents(asked, method)
         known = self._fitted if method.per_document else self._deltas
         deltas = [decode_gradient(known[key], self._learner.spec) for key, _ in found]
@@ -225,8 +228,8 @@ class ExactSearch:
         self._embedder = embedder
         self._known: dict[str, NDArray[np.float32]] = {}
 
-    def search(self, data: EvalData, top_k: int, seed: int) -> list[Retrieved]:
-        """The hits of every question among all documents, and the documents for the controls."""
+    def search(self, data: EvalData, top_k: int, seed: int, cue_sentences: int = 0) -> list[Retrieved]:
+        """The hits of every question among all documents with their cue, and the documents for the controls."""
         documents = self._embed([embedded_text(document.title, document.text) for document in data.documents])
         hits = []
         for cosines in self._embed([question.question for question in data.questions]) @ documents.T:
@@ -235,7 +238,20 @@ class ExactSearch:
             hits.append(
                 tuple(FoundDocument(document.id, score, document.title, document.text) for document, score in chosen)
             )
-        return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
+        return with_controls(
+            data, hits, random.Random(f"regrad.evaluate.controls.{seed}"), self._cues(data, hits, cue_sentences)
+        )
+
+    def _cues(
+        self, data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], number: int
+    ) -> list[tuple[tuple[str, str], ...]]:
+        if not number:
+            return []
+        cues = Cues(self._embedder, number)
+        return [
+            cues.nearest(question.question, [(hit.title, hit.text) for hit in found])
+            for question, found in zip(data.questions, hits, strict=True)
+        ]
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]

@@ -28,6 +28,7 @@ class Retrieved:
 
     question: Question
     hits: tuple[FoundDocument, ...]  # best first
+    cue: tuple[tuple[str, str], ...]  # (title, sentence) of the hits' sentences nearest to the question, nearest first
     # For the controls. None or empty if no other question or document fits.
     wrong_query: str | None  # another question of the same set, whose hits don't answer this one
     wrong_hits: tuple[FoundDocument, ...]
@@ -39,19 +40,26 @@ class Retrieved:
 
 
 async def retrieve(
-    bank_address: str, namespace: str, data: EvalData, learner: Learner, top_k: int, seed: int
+    bank_address: str, namespace: str, data: EvalData, learner: Learner, top_k: int, seed: int, cue_sentences: int = 0
 ) -> list[Retrieved]:
     """Asks the bank with the same requests as the server. BankError."""
-    hits = []
+    hits, cues = [], []
     async with AsyncBank(bank_address, spec=learner.spec, timeout_ms=60_000) as bank:
         for question in data.questions:
-            answer = await bank.query(Query(question.question, namespace=namespace, top_k=top_k, with_text=True))
+            query = Query(question.question, namespace=namespace, top_k=top_k, with_text=True, with_cue=cue_sentences)
+            answer = await bank.query(query)
             hits.append(tuple(FoundDocument(hit.id, hit.score, hit.title, hit.text) for hit in answer.hits))
-    return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"))
+            cues.append(tuple((hit.title, sentence.text) for hit, sentence in answer.cue))
+    return with_controls(data, hits, random.Random(f"regrad.evaluate.controls.{seed}"), cues)
 
 
-def with_controls(data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], rng: random.Random) -> list[Retrieved]:
-    """Adds the documents of the controls, if there are any."""
+def with_controls(
+    data: EvalData,
+    hits: Sequence[tuple[FoundDocument, ...]],
+    rng: random.Random,
+    cues: Sequence[tuple[tuple[str, str], ...]] = (),
+) -> list[Retrieved]:
+    """Adds the documents of the controls, if there are any. ``cues``: of each question."""
     ids = [document.id for document in data.documents]
     retrieved = []
     for own, (question, found) in enumerate(zip(data.questions, hits, strict=True)):
@@ -65,7 +73,8 @@ def with_controls(data: EvalData, hits: Sequence[tuple[FoundDocument, ...]], rng
         others = [key for key in ids if key not in question.documents]
         wrong = rng.choice(candidates) if candidates else None
         wrong_query, wrong_hits = (None, ()) if wrong is None else (data.questions[wrong].question, hits[wrong])
-        retrieved.append(Retrieved(question, found, wrong_query, wrong_hits, rng.choice(others) if others else None))
+        random_id = rng.choice(others) if others else None
+        retrieved.append(Retrieved(question, found, cues[own] if cues else (), wrong_query, wrong_hits, random_id))
     return retrieved
 
 

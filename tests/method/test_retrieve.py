@@ -6,13 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bank_service.values.embedder import default_embedder
 from regrad_vllm.data.questions import EvalData, Question, SourceDocument, load_split
 from regrad_vllm.data.token_counts import count_tokens
+from regrad_vllm.evaluate.answers import Endpoint, request_of, shown
 from regrad_vllm.evaluate.datasets import SAMPLE, question_sets
 from regrad_vllm.evaluate.growth import sized
+from regrad_vllm.evaluate.in_process import ExactSearch
 from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.retrieve import FoundDocument, check_controls, with_controls
+from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.probe import wrong_mix
+from regrad_vllm.learner import Prompts
 
 
 def found(*names: str) -> tuple[FoundDocument, ...]:
@@ -41,6 +46,31 @@ def test_the_controls_never_hold_the_document_that_answers() -> None:
     with pytest.raises(ValueError, match=r"don't answer 'q4\?'.*set 't'"):
         check_controls([one, four], [METHODS["regrad_wrong"]])
     check_controls([one, four], [METHODS["regrad"], METHODS["regrad_random"]])
+
+
+def test_a_method_shows_nothing_or_the_cue_or_the_documents() -> None:
+    cues = [((f"title {n}", f"sentence {n}."), ("", "another.")) for n in range(4)]
+    asked, *_ = with_controls(data(), [found("a", "b")] * 4, random.Random(0), cues)
+    prompts = Prompts()
+    assert shown(asked, METHODS["regrad"], prompts) == []
+    assert shown(asked, METHODS["regrad_icl"], prompts) == ["text of a", "text of b"]
+    sentences = ["title 0\nsentence 0.", "another."]
+    for name in ("regrad_cue", "rag_sentence", "rag_learner_sentence", "ft_rag_sentence"):
+        assert shown(asked, METHODS[name], prompts) == sentences
+    endpoint = Endpoint("", "", "base", "n", 3, 1.0, 1)
+    body = request_of(endpoint, prompts, asked, METHODS["regrad_cue"])
+    assert body["messages"][1]["content"] == prompts.render_icl("q1?", sentences) and body["regrad"]["top_k"] == 3
+    assert request_of(endpoint, prompts, asked, METHODS["ft_rag_sentence"])["model"] == "ft_rag"
+    assert request_of(endpoint, prompts, asked, METHODS["rag_sentence"])["regrad"] == {"enabled": False}
+    assert request_of(endpoint, prompts, asked, METHODS["regrad"])["messages"][1]["content"] == "q1?"
+
+
+def test_exact_search_makes_the_cues_of_training() -> None:
+    embedder = default_embedder()
+    (asked, *_) = ExactSearch(embedder).search(data(), 2, 0, 1)
+    assert len(asked.hits) == 2
+    assert asked.cue == Cues(embedder, 1).nearest("q1?", [(hit.title, hit.text) for hit in asked.hits])
+    assert ExactSearch(embedder).search(data(), 2, 0)[0].cue == ()
 
 
 def test_a_gold_passage_is_retrieved_where_any_of_them_is() -> None:
