@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
@@ -21,11 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from bank_service.wire.codecs.sensitivity import Sensitivity
 from bank_service.wire.record import GradientSpec
 from regrad_vllm.layout import Layout
 from regrad_vllm.naming import digest_json, learner_fingerprint
-from regrad_vllm.sensitivity_file import read_sensitivity, write_sensitivity
 
 FORMAT = "regrad.learner.v1"
 StepSizeKind = Literal["tie", "same", "full", "fix"]
@@ -130,9 +128,6 @@ class Learner:
     phi: NDArray[np.float32]
     step_sizes: NDArray[np.float32]
     token_head: NDArray[np.float32] | None = None  # float32 (hidden + 1,), see encode/inner_loss.py
-    # The cost of errors in a gradient, for codecs. It is not part of the fingerprint, because gradients don't depend on
-    # it.
-    sensitivity: Sensitivity | None = None
 
     def __post_init__(self) -> None:
         if self.phi.shape != (self.layout.num_values,) or self.phi.dtype != np.float32:
@@ -164,7 +159,7 @@ class Learner:
     @cached_property
     def spec(self) -> GradientSpec:
         """The shape and identity of every gradient of this learner."""
-        return GradientSpec(self.fingerprint, self.layout.id, self.layout.shapes, self.sensitivity)
+        return GradientSpec(self.fingerprint, self.layout.id, self.layout.shapes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -226,10 +221,7 @@ class Learner:
                 f"{folder}: regrad.json states fingerprint {stated}, its files give {learner.fingerprint}; "
                 "a file was changed or belongs to another learner: restore the folder as a whole"
             )
-        try:
-            return replace(learner, sensitivity=read_sensitivity(folder, layout, learner.fingerprint))
-        except ValueError as error:
-            raise LearnerError(str(error)) from error
+        return learner
 
     def save(self, folder: str | Path) -> None:
         """Writes the learner folder. It replaces existing files of the same names."""
@@ -240,7 +232,6 @@ class Learner:
             _save({"token_head": self.token_head}, folder / _HEAD_FILE)
         else:
             (folder / _HEAD_FILE).unlink(missing_ok=True)
-        write_sensitivity(folder, self.layout, self.fingerprint, self.sensitivity)
         document = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bank_service.wire.codecs import DEFAULT_CODEC, DENSE, RETIRED_CODECS, check_choice, codec_named
+from bank_service.wire.codecs import DEFAULT_CODEC, DENSE, RETIRED_CODECS, check_choice, codec_named, encoder_named
 from bank_service.wire.codecs.base import (
     MAX_VALUES,
     Buffer,
@@ -82,8 +82,11 @@ def record_digest(record: Buffer) -> str:
 
 
 def encode_gradient(values: FloatArray, spec: GradientSpec, codec: str) -> bytes:
-    """Encodes δ, float32 (num_values,), as a record. GradientFormatError for another shape or type, NaN or infinity."""
-    chosen = codec_named(codec)
+    """Encodes δ, float32 (num_values,), as a record.
+
+    GradientFormatError for another shape or type, NaN or infinity, and for a codec that is retired or unknown.
+    """
+    chosen = encoder_named(codec)
     if values.dtype != np.float32 or values.shape != (spec.num_values,):
         raise GradientFormatError(
             f"values must be float32 of shape ({spec.num_values},), got {values.dtype} {values.shape}"

@@ -1,4 +1,4 @@
-"""`regrad train`, `import`, `sensitivity`, `eval` and `growth`: the commands that make and measure learners."""
+"""`regrad train`, `import`, `eval` and `growth`: the commands that make and measure learners."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.arguments import whole
-from regrad_vllm.console import UsageError, count, say
+from regrad_vllm.console import UsageError, say
 
 UNFINISHED = 75  # EX_TEMPFAIL: run the command again
 
@@ -34,20 +33,6 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--prompts", type=Path, metavar="TOML", help="system, document, blind, icl … as it was trained (ours)"
     )
     published.set_defaults(run=run_import)
-
-    sensitivity = commands.add_parser(
-        "sensitivity", help="measure which errors in gradients matter to a learner, for the codec lowrank64"
-    )
-    sensitivity.add_argument("learner", type=Path, metavar="LEARNER", help="learner folder; the file goes there")
-    sensitivity.add_argument(
-        "--model", default="default", help="the base model, a folder; by default the one that ships"
-    )
-    sensitivity.add_argument("--data", type=Path, metavar="FOLDER", help="questions and documents, split train")
-    sensitivity.add_argument("--sets", nargs="+", default=[], metavar="SET", help="of the data; by default all")
-    sensitivity.add_argument("--questions", type=whole(1), default=100, help="of each set")
-    sensitivity.add_argument("--fresh", type=whole(0), default=100, help="questions about invented facts, besides")
-    sensitivity.add_argument("--seed", type=int, default=0)
-    sensitivity.set_defaults(run=run_sensitivity)
 
     evaluate = commands.add_parser("eval", help="exact match and F1 of ReGrad, base model and RAG", add_help=False)
     evaluate.set_defaults(run=run_eval)
@@ -95,28 +80,6 @@ def run_import(args: argparse.Namespace) -> int:
     learner = load_published(args.checkpoint, resolve_model(args.model), prompts)
     learner.save(args.out)
     say(f"{args.out}: learner {learner.fingerprint}, rank {learner.layout.rank}, {len(learner.layout.modules)} modules")
-    return 0
-
-
-def run_sensitivity(args: argparse.Namespace) -> int:
-    from regrad_vllm.data.questions import load_split
-    from regrad_vllm.default_model import resolve_model
-    from regrad_vllm.evaluate.datasets import fresh_facts, question_sets
-    from regrad_vllm.learn.measured_sensitivity import about, measure_sensitivity
-    from regrad_vllm.learner import Learner
-    from regrad_vllm.sensitivity_file import write_sensitivity
-
-    learner = Learner.load(args.learner)
-    data = fresh_facts(args.fresh, args.seed, "train")
-    if args.data is not None:
-        split = load_split(args.data, "train")
-        names = args.sets or sorted({question.set_name for question in split.questions})
-        data = data.merged(question_sets(split, names, args.questions, 0, args.seed))
-    elif args.sets:
-        raise UsageError("--sets are of --data; give both")
-    measured = measure_sensitivity(learner, resolve_model(args.model), data, args.seed)
-    write_sensitivity(args.learner, learner.layout, learner.fingerprint, measured, about(data, args.seed))
-    say(f"{args.learner}: sensitivity by {count(len(data.questions), 'question')}")
     return 0
 
 

@@ -41,7 +41,6 @@ _EXTRAS = {
     "questions": "train",
     "train": "bank,train",
     "eval": "bank,train",
-    "sensitivity": "bank,train",
     "growth": "bank,train",
     "bench": "cpu,bank,train",
     "demo": "cpu,bank",

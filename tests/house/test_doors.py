@@ -68,7 +68,7 @@ BANK_ROOMS = (
 )
 REGRAD_ROOMS = (
     "cli", "observe", "demo", "load", "evaluate", "console", "local", "learn", "arguments", "serve", "reporting",
-    "encode", "adapt", "client", "default_model", "base_model", "flags", "learner", "sensitivity_file", "data",
+    "encode", "adapt", "client", "default_model", "base_model", "flags", "learner", "data",
     "http_client", "naming", "user_folders", "layout",
 )  # fmt: skip
 ROOMS = {"bank_service": BANK_ROOMS, "regrad_vllm": REGRAD_ROOMS}

@@ -7,30 +7,27 @@ factors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
-from bank_service.wire.codecs.base import Codec, GradientFormatError
-from bank_service.wire.codecs.dense import Bf16Codec, Fp32Codec, Int8Codec
+from bank_service.wire.codecs.base import Codec, Decoder, GradientFormatError
 from bank_service.wire.codecs.factors import CHOICE, FactorsCodec, is_factors
-from bank_service.wire.codecs.int4 import Int4Codec
-from bank_service.wire.codecs.lowrank import LowRankCodec
+from bank_service.wire.codecs.fp32 import Fp32Codec
+from bank_service.wire.codecs.retired import RETIRED_CODECS
 
 DEFAULT_CODEC = "factors-4-1-8"
 DENSE = Fp32Codec()
-RETIRED_CODECS: Mapping[str, Codec] = MappingProxyType(
-    {codec.name: codec for codec in (Bf16Codec(), Int8Codec(), Int4Codec(), *map(LowRankCodec, (32, 64, 128, 256)))}
-)
 
 
-def codec_named(name: str) -> Codec:
-    """The codec of that name, which may be retired. GradientFormatError for an unknown one."""
+def codec_named(name: str) -> Decoder:
+    """The codec of that name, for reading. It may be retired. GradientFormatError for an unknown one."""
+    return RETIRED_CODECS[name] if name in RETIRED_CODECS else encoder_named(name)
+
+
+def encoder_named(name: str) -> Codec:
+    """The codec of that name, for writing. GradientFormatError for an unknown or retired one."""
     if is_factors(name):
         return FactorsCodec(name)
-    found = DENSE if name == DENSE.name else RETIRED_CODECS.get(name)
-    if found is None:
-        raise GradientFormatError(f"codec must be {CHOICE} or {DENSE.name}, got {name!r}")
-    return found
+    if name != DENSE.name:
+        raise GradientFormatError(f"codec must be {CHOICE}, or {DENSE.name}, got {name!r}")
+    return DENSE
 
 
 def check_choice(name: str) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from bank_service.wire.codecs.sensitivity import Sensitivity
 
 FloatArray = npt.NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview
@@ -30,8 +28,6 @@ class GradientSpec:
     fingerprint: str  # of the learner, 64 hex digits
     layout_id: str  # 16 hex digits
     shapes: tuple[tuple[int, int], ...]  # of each tensor in layout order, for codecs that work per tensor
-    # The cost of errors for this learner. Only encoding needs it.
-    sensitivity: Sensitivity | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, digits in (("fingerprint", self.fingerprint, 64), ("layout_id", self.layout_id, 16)):
@@ -41,16 +37,14 @@ class GradientSpec:
             raise ValueError(f"shapes must be pairs of positive sizes, got {self.shapes!r:.200}")
         if self.num_values > MAX_VALUES:
             raise ValueError(f"num_values must be at most {MAX_VALUES}, got {self.num_values}")
-        if self.sensitivity is not None:
-            self.sensitivity.check(self.shapes)
 
     @property
     def num_values(self) -> int:
         return sum(rows * columns for rows, columns in self.shapes)
 
 
-class Codec(Protocol):
-    """Encodes values as a payload and decodes it. Payloads are canonical: equal values give equal bytes."""
+class Decoder(Protocol):
+    """Reads the payloads of a codec."""
 
     @property
     def name(self) -> str:
@@ -59,15 +53,19 @@ class Codec(Protocol):
     def max_payload_bytes(self, spec: GradientSpec) -> int:
         """The largest size of a payload for ``spec``, in bytes."""
 
-    def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
-        """The payload of finite ``values``, float32 (num_values,). GradientFormatError if they exceed the codec's
-        range."""
-
     def check(self, payload: memoryview, spec: GradientSpec) -> None:
         """GradientFormatError unless ``decode`` would succeed with finite values. It allocates little memory."""
 
     def decode(self, payload: memoryview, spec: GradientSpec, out: FloatArray) -> None:
         """Writes a checked payload's values into ``out``, float32 (num_values,)."""
+
+
+class Codec(Decoder, Protocol):
+    """Encodes values as a payload, too. Payloads are canonical: equal values give equal bytes."""
+
+    def encode(self, values: FloatArray, spec: GradientSpec) -> bytes:
+        """The payload of finite ``values``, float32 (num_values,). GradientFormatError if they exceed the codec's
+        range."""
 
 
 def slices(num_values: int) -> Iterator[slice]:

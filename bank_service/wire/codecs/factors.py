@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bank_service.wire.codecs.base import FloatArray, GradientFormatError, GradientSpec, check_length, slices
-from bank_service.wire.codecs.blocks import from_bf16
+from bank_service.wire.codecs.bf16 import from_bf16
 from bank_service.wire.codecs.factors_fit import BLOCK, Components, fitted
 
 __all__ = [
@@ -182,7 +182,7 @@ def _chunks(codec: str, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
     for index, shape in enumerate(shapes):
         if counts[index]:
             alike.setdefault((index % 2, *shape), []).append(index)
-    chunks = []
+    chunks: list[tuple[int, ...]] = []
     for (_, rows, columns), indices in alike.items():
         size = max(1, _CHUNK_VALUES // (rows * columns))
         chunks += [tuple(indices[first : first + size]) for first in range(0, len(indices), size)]
@@ -226,7 +226,9 @@ def _unpacked(packed: Bytes) -> npt.NDArray[np.int8]:
     """(count, stride) → (count, whole blocks) codes."""
     blocks = packed.reshape(len(packed), packed.shape[1] // (BLOCK // 2), 1, BLOCK // 2)
     halves = np.concatenate([blocks & 15, blocks >> 4], axis=2)
-    return halves.reshape(len(packed), 2 * packed.shape[1]).astype(np.int8) - np.int8(8)
+    codes: npt.NDArray[np.int8] = halves.reshape(len(packed), 2 * packed.shape[1]).astype(np.int8)
+    codes -= 8
+    return codes
 
 
 @lru_cache(maxsize=16)

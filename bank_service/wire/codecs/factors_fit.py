@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bank_service.wire.codecs.blocks import from_bf16, to_bf16
+from bank_service.wire.codecs.bf16 import from_bf16, to_bf16
 
 BLOCK = 128  # codes of a component with one scale
 MAX_CODES = {8: 127, 4: 7}  # by the number of bits
