@@ -92,7 +92,9 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     given = given_flags(argv)
     on_cpu = not has_gpu()
     num_seqs = given.get("max-num-seqs") or str(CPU_MAX_NUM_SEQS if on_cpu else GPU_MAX_NUM_SEQS)
-    max_loras = int(given.get("max-loras") or _MAX_LORAS)
+    # On a GPU vLLM's kernels are launched in every step if there is room for an adapter of the operator's.
+    default_loras = _MAX_LORAS if on_cpu or "lora-modules" in given else 0
+    max_loras = int(given.get("max-loras") or default_loras)
     rank = given.get("max-lora-rank") or str(lora_rank(learner.layout.rank))
     if refusal := rank_refusal(int(rank), learner):
         raise SettingsError(refusal)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _CPU_WRAPPER = "regrad_vllm.serve.seams.cpu_wrapper.DocumentsPunicaWrapper"
+_CUDA_WRAPPER = "regrad_vllm.serve.seams.cuda_wrapper.CudaPunicaWrapper"
 
 
 class RunnerPart(Protocol):
@@ -44,10 +45,21 @@ def install_loader(load: Callable[[Any, LoRARequest], LoRAModel]) -> None:
         # If several workers raise, vLLM (multiproc_executor) reads only the first answer and takes the others for
         # answers to its next call. So only the last worker raises, whose answer is read last.
         if get_tensor_model_parallel_rank() == get_tensor_model_parallel_world_size() - 1:
+            if not vllm_seams.is_cpu():
+                check_room(lora_request.lora_name, self.lora_config.max_loras)
             check_whole(self._adapter_manager, lora_request.lora_name, lora.loras)
         return lora
 
     replace_by(WorkerLoRAManager, "_load_adapter", load_adapter)
+
+
+def check_room(name: str, max_loras: int) -> None:
+    """ValueError for an operator's adapter where φ* needs the only slot. On GPUs its rows would get no adapter."""
+    if max_loras < 2:
+        raise ValueError(
+            f"adapter {name} must have a slot beside φ*, the engine has {max_loras} in all; start regrad serve with "
+            "--max-loras 1 or more"
+        )
 
 
 def check_whole(manager: Any, name: str, modules: Iterable[str]) -> None:
@@ -122,11 +134,12 @@ def install_steps(adopt: Callable[[Any], RunnerPart]) -> None:
 
 
 def install_kernels() -> None:
-    """Makes vLLM use our LoRA kernels on CPUs."""
+    """Makes vLLM use our LoRA kernels on CPUs and CUDA GPUs."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: _CPU_WRAPPER))
+    ours = _CPU_WRAPPER if current_platform.is_cpu() else _CUDA_WRAPPER if current_platform.is_cuda() else ""
+    if ours:
+        replace_by(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: ours))
 
 
 def make_lora_model(learner: Learner, dtype: torch.dtype) -> LoRAModel:

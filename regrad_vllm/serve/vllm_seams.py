@@ -77,6 +77,16 @@ WORKER_SEAMS: tuple[Seam, ...] = (
         "adds LoRA to a linear layer's output on CPUs",
     ),
     Seam(
+        "vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.add_lora_linear",
+        ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"), _ALL,
+        "adds LoRA to a linear layer's output on GPUs",
+    ),
+    Seam(
+        "vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.update_metadata",
+        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), _ALL,
+        "maps the batch's rows to slots on GPUs",
+    ),
+    Seam(
         "vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata",
         ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"), _ALL,
         "maps the batch's rows to slots",
@@ -107,7 +117,7 @@ def check_seams(seams: tuple[Seam, ...]) -> None:
             )
     if problems:
         raise SeamError(
-            f"vLLM {vllm_version()} is not one that this regrad was read against; install vllm 0.32.0 or 0.26.0, or a "
+            f"vLLM {vllm_version()} is not one that this regrad was read against; install vllm 0.26 to 0.33, or a "
             "newer regrad. " + "; ".join(problems)
         )
 

@@ -315,6 +315,7 @@ def test_a_gpu_gets_graphs_of_its_decoding_steps_unless_something_else_is_asked_
     monkeypatch.setattr(launch, "has_gpu", lambda: True)
     arguments = serve_args(str(model), learner, given)
     assert ("FULL_DECODE_ONLY" in str(arguments)) == is_added
+    assert arguments[-4:] == ["--max-loras", "1", "--max-cpu-loras", "1"], "no room for adapters that nobody asked for"
     if is_added:
         EngineArgs(model=str(model), compilation_config=json.loads(value(arguments, "--compilation-config")))
 

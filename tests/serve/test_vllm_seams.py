@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.lora_utils import LoraState
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from regrad_vllm.serve.recipe import Recipe
-from regrad_vllm.serve.vllm_patches import check_whole, install_steps
+from regrad_vllm.serve.vllm_patches import check_room, check_whole, install_steps
 from regrad_vllm.serve.vllm_seams import WORKER_SEAMS, SeamError, check_seams
 from regrad_vllm.serve.vllm_server_seams import (
     SERVER_SEAMS,
@@ -219,3 +219,9 @@ def test_an_operators_adapter_that_would_be_served_in_part_is_refused() -> None:
     check_whole(manager, "mine", ["l.0.mlp.gate_proj", "l.0.mlp.up_proj", "l.1.mlp.up_proj"])
     with pytest.raises(ValueError, match=r"adapter mine .* on 1 others, such as l.0.attn.q_proj; .*_up_proj qkv"):
         check_whole(manager, "mine", ["l.0.mlp.up_proj", "l.0.attn.q_proj"])
+
+
+def test_an_operators_adapter_without_a_slot_of_its_own_is_refused_on_gpus() -> None:
+    check_room("mine", 2)
+    with pytest.raises(ValueError, match=r"adapter mine .* has 1 in all; start regrad serve with --max-loras 1"):
+        check_room("mine", 1)

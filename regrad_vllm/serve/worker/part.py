@@ -128,13 +128,15 @@ class Adopted:
 
 def _device(manager: Any, learner: Learner) -> Device:
     # Imported here, because vLLM inspects every loaded module when a worker starts, and it can't inspect numba's.
-    from regrad_vllm.serve.worker.cpu_device import CpuDevice
+    if vllm_seams.is_cpu():
+        from regrad_vllm.serve.worker.cpu_device import CpuDevice
 
-    return CpuDevice(manager, learner)
+        return CpuDevice(manager, learner)
+    from regrad_vllm.serve.worker.cuda_device import CudaDevice
+
+    return CudaDevice(manager, learner)
 
 
 def _refusal(manager: Any, learner: Learner) -> str:
     """The reason why this manager's layers can't serve the learner, with the remedy. Empty if they can."""
-    if not vllm_seams.is_cpu():
-        return "ReGrad must run on CPUs in this version, got another device; install the version before it for GPUs"
     return rank_refusal(vllm_seams.max_rank(manager), learner) or slot_shards.refusal(manager, learner.layout)
