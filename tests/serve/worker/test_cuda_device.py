@@ -95,7 +95,7 @@ def test_a_step_computes_with_the_documents_of_its_rows(
     vllms = manager(monkeypatch, tp_rank, tp_size)
     device = CudaDevice(vllms, learner)
     assert not device.refusal
-    digests = [stored(arena, learner, codec, seed) for seed, codec in enumerate((CODEC, "int8", "factors-2-0-4"))]
+    digests = [stored(arena, learner, codec, seed) for seed, codec in enumerate((CODEC, "fp32", "factors-2-0-4"))]
     residents = [device.load(str(arena.folder), digest) for digest in digests]
     steps = [-0.5, -0.25, 0.125]
     device.set_batch(
@@ -120,7 +120,7 @@ def test_a_step_computes_with_the_documents_of_its_rows(
                 a, b = (a[:, own], b) if name == "down" else (a, b[own])
                 parts.append(learner.scaling * b @ (a @ x[row].double()))
             expected = y[row].double() + torch.cat(parts)
-            # An int8 record gets all factors that its tensors have, in 8 bits.
+            # A dense record gets all factors that its tensors have, in 8 bits.
             assert float((after[row].double() - expected).norm() / expected.norm()) < (0.01 if 1 in used else 1e-5)
         assert torch.equal(after[1], y[1])
 
