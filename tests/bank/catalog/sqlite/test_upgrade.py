@@ -30,7 +30,7 @@ from tests.bank.upkeep.test_erasure import num_erasures, within_the_bound
 FOLDER = Path(__file__).with_name("folder_of_schema_4.tar.gz")
 KEPT_SECONDS = 2**31  # so that the past of the folder is not over
 IDENTITY = CollectionIdentity(
-    spec_of().fingerprint, spec_of().layout_id, "factors-4-1-8", HashEmbedder.name, HashEmbedder.dimension
+    spec_of().fingerprint, spec_of().layout_id, "int8", HashEmbedder.name, HashEmbedder.dimension
 )
 INDEXES_OF_SCHEMA_3 = (
     "DROP INDEX documents_by_gradient",
