@@ -41,7 +41,7 @@ def small(
     ]  # fmt: skip
     server = VllmServer(small_model, flags, {}, folder / "server.log")
     try:
-        server.wait_until_ready(400)
+        server.wait_until_ready(900)
         yield server
     finally:
         server.stop()
