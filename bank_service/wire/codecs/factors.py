@@ -218,8 +218,8 @@ def _packed(codes: npt.NDArray[np.int8]) -> Bytes:
     """(…, length) codes in −7..7 → (…, stride)."""
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % BLOCK)]
     halves = (np.pad(codes, padding) + 8).astype(np.uint8).reshape(*codes.shape[:-1], -1, 2, BLOCK // 2)
-    packed: Bytes = (halves[..., 0, :] | (halves[..., 1, :] << 4)).reshape(*codes.shape[:-1], -1)
-    return packed
+    packed: Bytes = halves[..., 0, :] | np.left_shift(halves[..., 1, :], np.uint8(4), dtype=np.uint8)
+    return packed.reshape(*codes.shape[:-1], -1)
 
 
 def _unpacked(packed: Bytes) -> npt.NDArray[np.int8]:

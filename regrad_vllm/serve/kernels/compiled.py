@@ -9,7 +9,7 @@ from typing import Any
 import numba
 from numba import types
 
-_C_TYPES = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float, types.void: None}
+_C_TYPES: dict[Any, Any] = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float, types.void: None}
 
 
 def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
