@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -43,7 +43,7 @@ def on_or_off(text: str) -> bool:
     return known[text.lower()]
 
 
-_KINDS = {"Path": Path, "str": str, "int": int, "float": float, "bool": on_or_off}
+_KINDS: Mapping[str, Callable[[str], Any]] = {"Path": Path, "str": str, "int": int, "float": float, "bool": on_or_off}
 
 
 def settings_of(config_class: type, defaults: Mapping[str, Any] = _NOTHING) -> tuple[Setting, ...]:

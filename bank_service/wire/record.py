@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bank_service.wire.codecs import DEFAULT_CODEC, DENSE, RETIRED_CODECS, check_choice, codec_named, encoder_named
+from bank_service.wire.codecs import DEFAULT_CODEC, DENSE, check_choice, codec_named, encoder_named
 from bank_service.wire.codecs.base import (
     MAX_VALUES,
     Buffer,
@@ -29,6 +29,7 @@ from bank_service.wire.codecs.base import (
     GradientSpec,
     slices,
 )
+from bank_service.wire.codecs.retired import RETIRED_CODECS
 
 __all__ = [
     "DEFAULT_CODEC", "DENSE", "HEADER_BYTES", "MAX_VALUES", "Buffer", "FloatArray", "GradientFormatError",

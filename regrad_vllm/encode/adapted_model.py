@@ -10,7 +10,7 @@ needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -209,7 +209,9 @@ class AdaptedModel:
     def injected(self, adapters: Sequence[Tensor]) -> Iterator[None]:
         """Within it the model's modules have the adapters of ``upper``."""
         pairs = list(zip(self._modules, adapters[::2], adapters[1::2], strict=True))
-        linears = {module: self._lora_linear(module, a, b) for module, a, b in pairs if type(module) is nn.Linear}
+        linears: dict[nn.Module, Callable[..., Tensor]] = {
+            module: self._lora_linear(module, a, b) for module, a, b in pairs if type(module) is nn.Linear
+        }
         handles = [
             module.register_forward_hook(self._lora_hook(a, b)) for module, a, b in pairs if module not in linears
         ]

@@ -121,7 +121,7 @@ def install_steps(adopt: Callable[[Any], RunnerPart]) -> None:
     @wraps(original_set)
     def set_active_loras_of_step(self: Any, *args: Any, **kwargs: Any) -> None:
         original_set(self, *args, **kwargs)
-        noted = self if self.regrad_step is not None else getattr(self, "lora_state", None)
+        noted: Any = self if self.regrad_step is not None else getattr(self, "lora_state", None)
         requests = getattr(noted, "regrad_step", None)
         if requests is not None:
             noted.regrad_step = None  # the next call may be a dummy run

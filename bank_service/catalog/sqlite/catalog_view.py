@@ -87,7 +87,9 @@ class SqliteView:
         read = _HITS_WITH_TEXT if include_text else _HITS
         rows = {row[0]: row for row in read.rows(self._connection, sequences=listed(scores))}
         found = [(rows[began], score) for began, score in scores.items() if began in rows]
-        return [Hit(row[1], row[2], score.value, score.cosine, *row[3:5], row[0], *row[5:]) for row, score in found]
+        return [
+            Hit(row[1], row[2], score.value, score.cosine, row[3], row[4], row[0], *row[5:7]) for row, score in found
+        ]
 
     def texts(self, began: Sequence[int]) -> dict[int, VersionText]:
         return sentence_rows.texts(self._connection, began)

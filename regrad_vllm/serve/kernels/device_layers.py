@@ -136,4 +136,4 @@ class DeviceLayer:
 
 def tile_rows(rank: int) -> int:
     """The rows of a tile in prefill, so that a tile's h fits into registers."""
-    return max(16, min(64, 4096 // triton.next_power_of_2(rank)))
+    return max(16, min(64, 4096 // int(triton.next_power_of_2(rank))))
