@@ -1,4 +1,4 @@
-"""Documents/s of the encoder on a GPU, on a model of some shape with random weights, in bfloat16."""
+"""Documents/s of the encoder on a model of some shape with random weights, in bfloat16 on a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from regrad_vllm.encode.document_gradients import document_gradients
 from regrad_vllm.encode.gradient_encoder import plan_passes
 from regrad_vllm.reporting.intervals import spread
 
-_LENGTHS = (32, 128, 512)
-_TOKENS = {"cuda": 65_536, "cpu": 1024}  # of all documents of one length together
+_LENGTHS = {"cuda": (32, 128, 512), "cpu": (32,)}
+_TOKENS = {"cuda": 65_536, "cpu": 256}  # of all documents of one length together
 
 
 def measured(shape: Shape, repeats: int) -> dict[str, Any]:
@@ -25,13 +25,18 @@ def measured(shape: Shape, repeats: int) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=8192)
     with torch.device(device):
-        base = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        base = (
+            LlamaForCausalLM(config)
+            .to(torch.bfloat16 if device == "cuda" else torch.float32)
+            .eval()
+            .requires_grad_(requires_grad=False)
+        )
     learner = made_up_learner(shape, 1e-3)
     model = AdaptedModel(base, learner.layout, learner.scaling)
     phi = torch.from_numpy(learner.phi.copy()).to(device)
     chance = np.random.default_rng(1)
     found = {}
-    for length in _LENGTHS:
+    for length in _LENGTHS[device]:
         number = max(4, _TOKENS[device] // length)
         documents = chance.integers(1, 4000, (number, length)).tolist()
         per_s = []
