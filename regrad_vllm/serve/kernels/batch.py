@@ -27,6 +27,7 @@ class Forms:
         self._kept: list[NDArray[np.int64]] = []  # a kernel may still read an older, shorter table
         self.tables: NDArray[np.int64] = np.empty((0, len(shapes), 7), np.int64)  # see ``FactorForm.table``
         self.bits: NDArray[np.int64] = np.empty(0, np.int64)  # of each form's codes
+        self.addresses = (0, 0)  # of tables and bits
 
     def index(self, codec: str) -> int:
         """The index of a codec's form, the same ever after. GradientFormatError for a codec without factors."""
@@ -37,6 +38,7 @@ class Forms:
                 self._kept += [self.tables, self.bits]
                 self.tables = np.concatenate([self.tables, form.table[None]])
                 self.bits = np.append(self.bits, np.int64(form.bits))
+                self.addresses = self.tables.ctypes.data, self.bits.ctypes.data
                 found = self._indices[codec] = len(self._indices)
             return found
 
@@ -76,6 +78,17 @@ class BatchDocuments:
         """The addresses of rows, first, addresses, steps and forms, for the loops."""
         arrays = (self.rows, self.first, self.addresses, self.steps, self.forms)
         return np.array([array.ctypes.data for array in arrays], np.int64)
+
+    @cached_property
+    def address(self) -> int:
+        """The address of ``parameters``."""
+        return int(self.parameters.ctypes.data)
+
+    @cached_property
+    def others(self) -> tuple[int, int]:
+        """The number and the address of the rows that belong to no group."""
+        indices = self.grouped[1]
+        return len(indices), int(indices.ctypes.data)
 
     @cached_property
     def grouped(self) -> tuple[tuple[NDArray[np.int64], ...], NDArray[np.int64]]:

@@ -19,6 +19,7 @@ from regrad_vllm.serve.kernels.panel_loops import KINDS
 from regrad_vllm.serve.kernels.vector_code import LANES
 
 MAX_RANK = 512
+_KIND = {dtype: index for index, dtype in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,20 +97,20 @@ class DocumentsLayer:
             x.shape != (batch.num_rows, self._inputs)
             or y.shape != (batch.num_rows, self._outputs)
             or x.dtype != y.dtype
-            or x.dtype not in KINDS
+            or x.dtype not in _KIND
             or x.stride(1) != 1
             or y.stride(1) != 1
         ):
             self._refuse(y, x, batch)
         p[rows.BATCH : rows.Y_STRIDE + 1] = (
-            batch.parameters.ctypes.data, self._forms.tables.ctypes.data, self._forms.bits.ctypes.data,
-            KINDS.index(x.dtype), x.itemsize, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
+            batch.address, *self._forms.addresses, _KIND[x.dtype], x.itemsize, x.data_ptr(), x.stride(0), y.data_ptr(),
+            y.stride(0),
         )  # fmt: skip
-        groups, others = batch.grouped
-        if len(others):
-            p[rows.NUM_INDICES], p[rows.INDICES] = len(others), others.ctypes.data
+        num_others, others = batch.others
+        if num_others:
+            p[rows.NUM_INDICES], p[rows.INDICES] = num_others, others
             on_all_threads(rows.body(), self._address)
-        for indices in groups:
+        for indices in batch.grouped[0]:
             if self._composed is None:
                 self._composed = _Composed(p)
             self._composed.add(p, batch, indices)
