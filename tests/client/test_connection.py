@@ -194,7 +194,7 @@ class LargeEncoder(HashEncoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spec = GradientSpec(self.spec.fingerprint, self.spec.layout_id, ((1200, 1000),))
+        self.spec = GradientSpec(self.spec.fingerprint, self.spec.layout_id, ((1, 1_200_000),))  # one component
 
 
 @pytest.mark.asyncio

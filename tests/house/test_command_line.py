@@ -134,7 +134,7 @@ def test_debug_shows_the_traceback() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bank", "--codec", "gif"], "codec must be one of"),
+        (["bank", "--codec", "gif"], "codec must be factors-P-Q-BITS"),
         (["bank", "--port", "70000"], "port must be in 0..65535, got 70000"),
         (["bank", "--cache-timeout-ms", "0"], "cache_timeout_ms must be in 1..60000, got 0"),
         (["bank", "--redis-url", "localhost"], "redis_url must start with redis://"),

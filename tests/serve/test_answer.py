@@ -11,7 +11,7 @@ import pytest
 from regrad_vllm.serve.answer import AnswerTagger
 from regrad_vllm.serve.used import Used, UsedByPrompts, UsedDocument, UsedMemory
 
-USED = Used("r1", "default", "blind", 1.0, (UsedDocument("ä b,c", 2, 0.5, 1.0, "0" * 64),), "regrad-x")
+USED = Used("r1", "default", "blind", 1.0, (UsedDocument("ä b,c", 2, 0.5, 1.0, "0" * 64),), adapter="regrad-x")
 
 
 def tag(kind: str, bodies: list[bytes], status: int = 200) -> tuple[dict[str, str], list[bytes], AnswerTagger]:
@@ -90,12 +90,12 @@ def test_ids_beyond_the_headers_room_are_counted() -> None:
         "blind",
         1.0,
         tuple(UsedDocument("x" * 254 + f"{n:02d}", 1, 1.0, 1.0, "0" * 64) for n in range(64)),
-        "regrad-x",
+        adapter="regrad-x",
     )
     value = dict(many.headers())[b"x-regrad-documents"]
     assert len(value) < 820 and value.endswith(b", +61")
     documents = tuple(UsedDocument("€" * 85 + end, 1, 1.0, 1.0, "0" * 64) for end in "xy")
-    longest = Used("r", "n", "blind", 1.0, documents, "regrad-x")
+    longest = Used("r", "n", "blind", 1.0, documents, adapter="regrad-x")
     assert dict(longest.headers())[b"x-regrad-documents"] == b"%E2%82%AC" * 85 + b"x, +1"
 
 

@@ -150,7 +150,7 @@ async def test_what_was_not_embedded_at_its_ingest_is_at_its_first_cue(
 ) -> None:
     """With the setting off, of an older bank, and of an uploaded gradient."""
     data_dir.mkdir()
-    record = encode_gradient(np.ones(spec_of().num_values, np.float32), spec_of(), "int8")
+    record = encode_gradient(np.ones(spec_of().num_values, np.float32), spec_of(), "fp32")
     async with opened(BankConfig(data_dir=data_dir, embed_sentences=False), HashEncoder(), counting) as bank:
         await bank.put(mill())
         assert len(counting.taken()) == 1 and num_rows(data_dir) == 0

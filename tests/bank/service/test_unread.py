@@ -35,7 +35,7 @@ class LargeEncoder(HashEncoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spec = GradientSpec(self.spec.fingerprint, self.spec.layout_id, ((1000, 1000),))
+        self.spec = GradientSpec(self.spec.fingerprint, self.spec.layout_id, ((1, 1_000_000),))  # one component
 
 
 @asynccontextmanager
