@@ -53,6 +53,7 @@ class RegradEndpoint:
         """Adds routes and middleware. SettingsError, SeamError."""
         if Settings.from_environment(os.environ) is None:
             return
+        keep_warnings()
         vllm_seams.check_seams(vllm_server_seams.SERVER_SEAMS)
         vllm_server_seams.install_served_call()
         vllm_server_seams.install_bounded_lora_metrics()
@@ -94,6 +95,15 @@ class RegradEndpoint:
         )
         state.regrad_status = status_of(state.regrad, arena, bank, dtype)
         state.regrad_models = models
+
+
+def keep_warnings() -> None:
+    """Logs the plugin's warnings, unless its logger has a level already.
+
+    A package that vLLM's server imports raises the root logger's level to ERROR.
+    """
+    if _LOGGER.level == logging.NOTSET:
+        _LOGGER.setLevel(logging.WARNING)
 
 
 def warn_of_small_budgets(settings: Settings, learner: Learner, max_num_seqs: int) -> None:

@@ -5,6 +5,7 @@ The model is a random one of four layers. `make test-all` runs the same tests on
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,3 +142,13 @@ def doors_are_closed() -> Iterator[None]:
         patch.setattr(DoorClient, "__init__", noted)
         yield
     assert not [door for door in made if door.is_open], "a test must close the doors that it opens"
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Restores the levels of the root logger and of the plugin's."""
+    both = logging.getLogger(), logging.getLogger("regrad")
+    levels = [logger.level for logger in both]
+    yield
+    for logger, level in zip(both, levels, strict=True):
+        logger.setLevel(level)

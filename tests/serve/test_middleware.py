@@ -241,6 +241,7 @@ def test_the_tokenizer_knows_every_name_that_the_server_lists(
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "regrad"
 
 
+@pytest.mark.usefixtures("loggers")
 def test_every_route_of_vllm_that_takes_a_models_name_is_known() -> None:
     app = FastAPI()
     app.state.args = Namespace()
