@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -171,18 +171,13 @@ def _on_error(text: str) -> OnError:
     raise ValueError("fail_open or fail_closed")
 
 
-def _retrieval(text: str) -> Retrieval:
-    for retrieval in RETRIEVALS:
-        if text == retrieval:
-            return retrieval
-    raise ValueError(f"one of {', '.join(RETRIEVALS)}")
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in choices:
+            return text
+        raise ValueError(f"one of {', '.join(choices)}")
 
-
-def _mode(text: str) -> Mode:
-    for mode in MODES:
-        if text == mode:
-            return mode
-    raise ValueError(f"one of {', '.join(MODES)}")
+    return parse
 
 
 _PARSERS: Mapping[str, Callable[[str], object]] = {
@@ -193,8 +188,8 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "max_documents": _integer,
     "gamma": _number,
     "min_score": _number,
-    "retrieval": _retrieval,
-    "mode": _mode,
+    "retrieval": _one_of(RETRIEVALS),
+    "mode": _one_of(MODES),
     "cue_sentences": _integer,
     "default": on_or_off,
     "on_error": _on_error,
