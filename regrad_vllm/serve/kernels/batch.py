@@ -91,27 +91,32 @@ class BatchDocuments:
         return len(indices), int(indices.ctypes.data)
 
     @cached_property
+    def run_starts(self) -> NDArray[np.int64]:
+        """The first of each run of successive rows with the same documents, as indices into ``rows``, ascending."""
+        counts = np.diff(self.first)
+        starts = (np.diff(self.rows, prepend=-2) != 1) | (np.diff(counts, prepend=-1) != 0)
+        row = np.repeat(np.arange(len(counts)), counts)  # of each document
+        before = np.maximum(np.arange(len(row)) - counts[row], 0)  # the same place among those of the row before
+        differs = np.zeros(len(row), bool)
+        for values in (self.addresses, self.steps, self.forms):
+            differs |= values != values[before]
+        starts[row[differs]] = True
+        return np.flatnonzero(starts)
+
+    @cached_property
     def grouped(self) -> tuple[tuple[NDArray[np.int64], ...], NDArray[np.int64]]:
         """Groups of at least ``GROUP_ROWS`` rows with the same documents, and all other rows.
 
         Each is an array of i, ascending, where the batch's row is ``rows[i]``.
         """
-        num_rows, counts = len(self.rows), np.diff(self.first)
+        num_rows = len(self.rows)
         if num_rows < GROUP_ROWS:
             return (), np.arange(num_rows)
-        columns = (self.addresses, self.steps, self.forms)
-        row = np.repeat(np.arange(num_rows), counts)  # of each document
-        before = np.maximum(np.arange(len(row)) - counts[row], 0)  # the same place among those of the row before
-        differs = np.zeros(len(row), bool)
-        for values in columns:
-            differs |= values != values[before]
-        starts = np.diff(counts, prepend=-1) != 0
-        starts[row[differs]] = True
-        bounds = [*np.flatnonzero(starts).tolist(), num_rows]
+        bounds = [*self.run_starts.tolist(), num_rows]
         alike: dict[bytes, list[NDArray[np.int64]]] = {}
         for start, stop in pairwise(bounds):
             own = slice(self.first[start], self.first[start + 1])
-            key = b"".join(values[own].tobytes() for values in columns)
+            key = b"".join(values[own].tobytes() for values in (self.addresses, self.steps, self.forms))
             alike.setdefault(key, []).append(np.arange(start, stop))
         groups, is_other = [], np.ones(num_rows, bool)
         for runs in alike.values():

@@ -87,7 +87,7 @@ class DeviceTables:
     ) -> int:
         """Fills host tables and returns the number of documents. Successive rows of equal documents share them."""
         counts = np.diff(batch.first)
-        starts = run_starts(batch, counts)
+        starts = batch.run_starts
         lengths = np.diff(starts, append=len(counts))
         first = np.cumsum(counts[starts]) - counts[starts]  # of each run, in the device's table
         num_documents = int(counts[starts].sum())
@@ -123,18 +123,3 @@ class DeviceTables:
         whole = np.concatenate([tables[:number], of_bits], 2)
         self.forms[: 1 + number].copy_(torch.from_numpy(np.concatenate([whole.max(0, keepdims=True), whole])))
         self._num_forms = number
-
-
-def run_starts(batch: BatchDocuments, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first of each run of successive rows with the same documents, as indices into ``batch.rows``; ascending.
-
-    counts: (n,) documents of each ReGrad row, n at least 1.
-    """
-    starts = (np.diff(batch.rows, prepend=-2) != 1) | (np.diff(counts, prepend=-1) != 0)
-    row = np.repeat(np.arange(len(counts)), counts)  # of each document
-    before = np.maximum(np.arange(len(row)) - counts[row], 0)  # the same place among the documents of the row before
-    differs = np.zeros(len(row), bool)
-    for values in (batch.addresses, batch.steps, batch.forms):
-        differs |= values != values[before]
-    starts[row[differs]] = True
-    return np.flatnonzero(starts)
