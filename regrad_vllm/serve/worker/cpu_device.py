@@ -11,18 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bank_service.wire.codecs.factors import is_factors
-from bank_service.wire.record import HEADER_BYTES, decode_gradient, encode_gradient, verify_record
+from bank_service.wire.record import HEADER_BYTES
 from regrad_vllm.adapt.arena import ArenaError, record_file
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import slot_shards, vllm_seams
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
 from regrad_vllm.serve.kernels.layer import MAX_RANK, DocumentsLayer, LayerSlice, compile_loops
 from regrad_vllm.serve.seams.cpu_wrapper import DocumentsPunicaWrapper
-from regrad_vllm.serve.worker.device import Resident
-
-# A record of a codec without factors gets these, until `regrad recode` gives factors to its collection.
-MADE_CODEC = "factors-16-16-8"
+from regrad_vllm.serve.worker.device import Resident, as_factors
 
 
 class CpuDevice:
@@ -59,11 +55,10 @@ class CpuDevice:
             memory = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy()
         except RuntimeError as error:
             raise ArenaError(f"gradient {digest} in arena {arena} can't be mapped: {error}") from error
-        header = verify_record(memory.data, self._spec)  # the record's own check covers all bytes
-        codec = header.codec
-        if not is_factors(codec):
-            made = encode_gradient(decode_gradient(memory.data, self._spec), self._spec, MADE_CODEC)
-            memory, codec = np.frombuffer(made, np.uint8).copy(), MADE_CODEC
+        mapped = memory.data
+        record, codec = as_factors(mapped, self._spec)  # the record's own check covers all bytes
+        if record is not mapped:
+            memory = np.frombuffer(record, np.uint8).copy()
         return Resident(memory.ctypes.data + HEADER_BYTES, self._forms.index(codec), memory.nbytes, memory)
 
     def forget(self, resident: Resident) -> None:

@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bank_service.wire.codecs.factors import is_factors
 from bank_service.wire.limits import MAX_TOP_K
-from bank_service.wire.record import HEADER_BYTES, decode_gradient, encode_gradient, verify_record
+from bank_service.wire.record import HEADER_BYTES
 from regrad_vllm.adapt.arena import ArenaError, read_record
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import slot_shards, vllm_seams
@@ -25,8 +24,7 @@ from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
 from regrad_vllm.serve.kernels.device_layers import MAX_RANK, TYPES, DeviceLayer, Slice, tile_rows
 from regrad_vllm.serve.kernels.device_tables import DeviceTables
 from regrad_vllm.serve.seams import cuda_wrapper
-from regrad_vllm.serve.worker.cpu_device import MADE_CODEC
-from regrad_vllm.serve.worker.device import Resident
+from regrad_vllm.serve.worker.device import Resident, as_factors
 
 
 class CudaDevice:
@@ -51,10 +49,7 @@ class CudaDevice:
 
     def load(self, arena: str, digest: str) -> Resident:
         """A checked record of an arena, on its way to the device. ArenaError, GradientFormatError."""
-        record = read_record(arena, digest)
-        codec = verify_record(record, self._spec).codec
-        if not is_factors(codec):
-            record, codec = encode_gradient(decode_gradient(record, self._spec), self._spec, MADE_CODEC), MADE_CODEC
+        record, codec = as_factors(read_record(arena, digest), self._spec)
         try:
             memory = self._staging.copied(np.frombuffer(record, np.uint8)[HEADER_BYTES:])
         except torch.OutOfMemoryError as error:  # it would end the engine

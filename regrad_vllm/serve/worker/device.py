@@ -8,8 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from bank_service.wire.codecs.factors import is_factors
+from bank_service.wire.record import Buffer, GradientSpec, decode_gradient, encode_gradient, verify_record
+
 if TYPE_CHECKING:
     from regrad_vllm.serve.kernels.batch import BatchDocuments
+
+# A record of a codec without factors gets these, until `regrad recode` gives factors to its collection.
+MADE_CODEC = "factors-16-16-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +52,11 @@ class Device(Protocol):
 
         Called before every forward pass, dummy runs and graph captures too, on the thread that runs the steps.
         """
+
+
+def as_factors(record: Buffer, spec: GradientSpec) -> tuple[Buffer, str]:
+    """The checked record itself if it has factors, else a record made of it, and the codec. GradientFormatError."""
+    codec = verify_record(record, spec).codec
+    if is_factors(codec):
+        return record, codec
+    return encode_gradient(decode_gradient(record, spec), spec, MADE_CODEC), MADE_CODEC

@@ -21,8 +21,8 @@ from bank_service.wire.record import (
 )
 from regrad_vllm.adapt.arena import Arena, ArenaError, read_record
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.worker.cpu_device import MADE_CODEC, CpuDevice
-from regrad_vllm.serve.worker.device import Resident
+from regrad_vllm.serve.worker.cpu_device import CpuDevice
+from regrad_vllm.serve.worker.device import MADE_CODEC, Resident
 from tests.bank.wire.old_records import old_record
 from tests.serve.support import DrawingEncoder, Worker, stored_recipe
 
