@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numba import types
@@ -21,6 +22,12 @@ from regrad_vllm.serve.kernels.vector_code import LANES, add_bf16, dot_bf16, gat
 _WIDE = 64  # codes taken at a time, where there are so many
 _I64, _F32 = types.int64, types.float32
 load_bf16 = FLOAT_TYPES[torch.bfloat16].load
+
+
+@numba.njit(inline="always")
+def form_address(tables: Any, num_tensors: Any, form: Any, tensor: Any) -> Any:
+    """The address of a tensor's row in a form's table, which has seven int64. ``tables``: of ``Forms.tables``."""
+    return tables + 7 * 8 * (form * num_tensors + tensor)
 
 
 @cache

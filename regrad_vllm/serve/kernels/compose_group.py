@@ -17,7 +17,7 @@ from numba import types
 from bank_service.wire.codecs.factors import BLOCK, CODES, COUNT, LONG, SCALES, SHORT, SHORTS, STRIDE
 from regrad_vllm.adapt.loops.memory import f32_array, i8_array, i32_array, i64_array, u16_array
 from regrad_vllm.adapt.loops.team import num_threads, thread_index
-from regrad_vllm.serve.kernels.code_loops import load_bf16
+from regrad_vllm.serve.kernels.code_loops import form_address, load_bf16
 from regrad_vllm.serve.kernels.panel_loops import product
 from regrad_vllm.serve.kernels.vector_code import LANES
 
@@ -56,7 +56,7 @@ def _factors(p: Any, tensor: Any, block: Any, long: Any, short: Any) -> Any:
     forms = i32_array(p[FORMS], p[NUM_DOCUMENTS])
     place = 0
     for document in range(p[NUM_DOCUMENTS]):
-        form = i64_array(p[TABLES] + 56 * (forms[document] * p[NUM_TENSORS] + tensor), 7)
+        form = i64_array(form_address(p[TABLES], p[NUM_TENSORS], forms[document], tensor), 7)
         bits = i64_array(p[BITS], forms[document] + 1)[forms[document]]
         shorts = u16_array(addresses[document] + form[SHORTS], form[COUNT] * form[SHORT])
         for c in range(form[COUNT]):
@@ -73,7 +73,7 @@ def _num_components(p: Any, tensor: Any) -> Any:
     forms, total = i32_array(p[FORMS], p[NUM_DOCUMENTS]), 0
     if tensor >= 0:
         for document in range(p[NUM_DOCUMENTS]):
-            total += i64_array(p[TABLES] + 56 * (forms[document] * p[NUM_TENSORS] + tensor), 7)[COUNT]
+            total += i64_array(form_address(p[TABLES], p[NUM_TENSORS], forms[document], tensor), 7)[COUNT]
     return total
 
 

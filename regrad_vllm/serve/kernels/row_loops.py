@@ -58,7 +58,7 @@ def _look_up(p: Any, tensor: Any, indices: Any, firsts: Any, documents: Any, ste
     for i in range(len(indices)):
         firsts[i] = place
         for document in range(first[indices[i]], first[indices[i] + 1]):
-            form = p[TABLES] + 56 * (forms[document] * p[NUM_TENSORS] + tensor)
+            form = code_loops.form_address(p[TABLES], p[NUM_TENSORS], forms[document], tensor)
             documents[place, _PAYLOAD], documents[place, _FORM] = addresses[document], form
             documents[place, _BITS] = i64_array(p[BITS], forms[document] + 1)[forms[document]]
             steps[place] = all_steps[document]

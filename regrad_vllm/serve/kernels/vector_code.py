@@ -77,6 +77,11 @@ def _from_bf16(builder: Any, values: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(values, wide), shift), floats)
 
 
+def _bf16s(builder: Any, address: Any) -> Any:
+    """The next bfloat16 values → float32."""
+    return _from_bf16(builder, _vector(builder, address, _I16))
+
+
 def _codes8(builder: Any, address: Any, lanes: int = LANES) -> Any:
     """The next int8 codes → float32."""
     codes = builder.sext(_vector(builder, address, _I8, lanes), ir.VectorType(_I32, lanes))
@@ -177,20 +182,27 @@ def spread4(typingctx: Any, part: Any, codes: Any, stride: Any, factors: Any, co
     return types.void(*[types.int64] * 5), generate
 
 
-@intrinsic
-def gather8(typingctx: Any, x: Any, codes: Any, num_vectors: Any) -> Any:
-    """Σ_i codes[i] x[i] over whole vectors of int8 codes, float32."""
+def _dot(load: Any, value_bytes: int) -> Any:
+    """Σ_i values[i] x[i] over whole vectors, float32. ``load``: (builder, address) → the next values as float32."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, codes, num_vectors = args
-        total = _variable(builder, _zeros())
-        with _loop(builder, num_vectors) as loop:
-            values = _codes8(builder, _at(builder, codes, loop.index, LANES))
-            own = _vector(builder, _at(builder, x, loop.index, 4 * LANES), _FLOAT)
-            builder.store(_multiply_add(builder, values, own, builder.load(total)), total)
-        return _sum(builder, builder.load(total))
+    @intrinsic
+    def dot(typingctx: Any, x: Any, values: Any, num_vectors: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, values, num_vectors = args
+            total = _variable(builder, _zeros())
+            with _loop(builder, num_vectors) as loop:
+                some = load(builder, _at(builder, values, loop.index, value_bytes * LANES))
+                own = _vector(builder, _at(builder, x, loop.index, 4 * LANES), _FLOAT)
+                builder.store(_multiply_add(builder, some, own, builder.load(total)), total)
+            return _sum(builder, builder.load(total))
 
-    return types.float32(*[types.int64] * 3), generate
+        return types.float32(*[types.int64] * 3), generate
+
+    return dot
+
+
+gather8 = _dot(_codes8, 1)  # of int8 codes
+dot_bf16 = _dot(_bf16s, 2)  # of shorts
 
 
 @cache
@@ -231,22 +243,6 @@ def gather_blocks(bits: int) -> Any:
 
 
 @intrinsic
-def dot_bf16(typingctx: Any, x: Any, shorts: Any, num_vectors: Any) -> Any:
-    """Σ_j shorts[j] x[j] over whole vectors, float32. The shorts are bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, shorts, num_vectors = args
-        total = _variable(builder, _zeros())
-        with _loop(builder, num_vectors) as loop:
-            values = _from_bf16(builder, _vector(builder, _at(builder, shorts, loop.index, 2 * LANES), _I16))
-            own = _vector(builder, _at(builder, x, loop.index, 4 * LANES), _FLOAT)
-            builder.store(_multiply_add(builder, values, own, builder.load(total)), total)
-        return _sum(builder, builder.load(total))
-
-    return types.float32(*[types.int64] * 3), generate
-
-
-@intrinsic
 def add_bf16(typingctx: Any, out: Any, shorts: Any, num_vectors: Any, factor: Any) -> Any:
     """out[j] += factor · shorts[j] over whole vectors. The shorts are bfloat16."""
 
@@ -254,7 +250,7 @@ def add_bf16(typingctx: Any, out: Any, shorts: Any, num_vectors: Any, factor: An
         out, shorts, num_vectors, factor = args
         factors = _splat(builder, factor)
         with _loop(builder, num_vectors) as loop:
-            values = _from_bf16(builder, _vector(builder, _at(builder, shorts, loop.index, 2 * LANES), _I16))
+            values = _bf16s(builder, _at(builder, shorts, loop.index, 2 * LANES))
             place = _at(builder, out, loop.index, 4 * LANES)
             _store(builder, _multiply_add(builder, factors, values, _vector(builder, place, _FLOAT)), place)
         return context.get_dummy_value()
