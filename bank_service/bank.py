@@ -8,22 +8,21 @@ until the index reflects every change that was acknowledged before the query beg
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from bank_service.backup.snapshot import Progress
 from bank_service.backup.snapshotter import Snapshotter
-from bank_service.bank_stats import BankStats, read_stats
-from bank_service.blobs.blob_store import BlobStore
+from bank_service.bank_stats import BankStats, publish, read_stats
+from bank_service.blobs.place import open_blobs
 from bank_service.cache.redis_cache import RedisCache
 from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListEntry
-from bank_service.catalog.factory import CATALOG_FILE, open_catalog, stored_codec
+from bank_service.catalog.factory import open_catalog, stored_codec
 from bank_service.catalog.failures import document_not_found
-from bank_service.errors import LearnerMismatchError, NotFoundError
+from bank_service.errors import NotFoundError, UnavailableError
 from bank_service.records.committer import Committer
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue
@@ -36,9 +35,9 @@ from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
 from bank_service.search.answer_batch import answer_batch
 from bank_service.search.cue_finder import CueFinder
-from bank_service.search.nearest import Nearest
 from bank_service.search.queries import Queries
-from bank_service.search.usearch.usearch_nearest import UsearchNearest
+from bank_service.search.vector_store import vector_store
+from bank_service.upkeep.learner_upgrade import LearnerUpgrade
 from bank_service.upkeep.recode import RecodeProgress, Recoder, codec_to_write
 from bank_service.upkeep.repair import Repairer
 from bank_service.upkeep.scrub import Scrubber, ScrubCounts
@@ -59,13 +58,11 @@ from bank_service.values.embedder import Embedder, embedded_query
 from bank_service.values.encoder import Encoder
 from bank_service.values.filters import Condition, check_filter
 from bank_service.values.namespace_limits import LimitsOf, unlimited
-from bank_service.wire.record import DEFAULT_CODEC, FloatArray, GradientSpec, max_record_bytes
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, max_record_bytes
 from bank_service.wire.tracing import span
 
-logger = logging.getLogger(__name__)
-
 FETCH_GROUP = 4  # records of one fetch in memory at once
-NUM_IO_THREADS = 8
+MAX_SEARCHES = 5  # of one query whose hits change while their gradients of another learner are made
 PAST_SHARE = 0.25  # of ``max_queries``: at most so many queries may wait for the past at once
 
 
@@ -84,43 +81,38 @@ class Bank:
         """Builds the parts that need no event loop. CollectionMismatchError where the folder holds another
         collection."""
         spec = encoder.spec
-        self.spec: GradientSpec = spec
-        stored = stored_codec(config.data_dir / CATALOG_FILE)
+        stored = stored_codec(config.data_dir, config.catalog)
         named = config.codec or stored or DEFAULT_CODEC
         codec = codec_to_write(named)
-        self.identity = CollectionIdentity(spec.fingerprint, spec.layout_id, named, embedder.name, embedder.dimension)
+        self._identity = CollectionIdentity(spec.fingerprint, spec.layout_id, named, embedder.name, embedder.dimension)
         self._embedder = embedder
-        self._pools = Pools(
-            reads=ThreadPoolExecutor(NUM_IO_THREADS, "bank-read"),
-            past_queries=ThreadPoolExecutor(1, "bank-past-query"),
-            writes=ThreadPoolExecutor(NUM_IO_THREADS, "bank-write"),
-            query_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-query"),
-            document_embeds=ThreadPoolExecutor(config.embed_threads, "bank-embed-document"),
-        )
+        self._data_dir = config.data_dir
+        self._pools = Pools.of(config.embed_threads)
         reads = self._pools.reads
-        catalog = open_catalog(config.data_dir, self.identity, limits_of, history_seconds=config.history_seconds)
+        catalog = open_catalog(
+            config.data_dir, self._identity, limits_of, history_seconds=config.history_seconds, url=config.catalog
+        )
         self._cache = cache = RedisCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
-        self._stores = Stores(catalog, BlobStore.in_folder(config.data_dir / "blobs"), cache)
-        self._discarder = Discarder(self._stores, self._pools.writes, metrics)
+        try:
+            self._stores = Stores(catalog, open_blobs(config, catalog), cache)
+        except BaseException:
+            catalog.close()
+            raise
+        self._discarder = Discarder(self._stores, self._pools.blob_writes, metrics, config.objects_grace_seconds)
         self._background = Background()
         self._acknowledged = AcknowledgedSequence()
-        self._nearest: Nearest = UsearchNearest(
-            catalog,
-            embedder.dimension,
-            config.data_dir / "index",
-            self._acknowledged,
-            reads,
-            exact_below=config.exact_below,
-            snapshot_every=config.snapshot_every,
-        )
+        self._nearest = vector_store(catalog, config, embedder.dimension, self._acknowledged, reads)
         max_past = max(1, int(PAST_SHARE * config.max_queries))
         self._queries = Queries(catalog, self._nearest, self._acknowledged, reads, self._pools.past_queries, max_past)
-        self._cues = CueFinder(catalog, embedder, reads, self._pools.query_embeds)
-        self._encodes = EncodeQueue(encoder, codec, config.encode_batch_size, config.encode_wait_ms, metrics)
+        self._cues = CueFinder(catalog, embedder, self._pools, self._background)
+        queue_of = partial(
+            EncodeQueue, batch_size=config.encode_batch_size, wait_ms=config.encode_wait_ms, metrics=metrics
+        )
+        self._encodes = queue_of(encoder, codec)
         committer = Committer(
             self._stores,
             self._discarder,
-            self._pools.writes,
+            self._pools,
             self._background,
             spec,
             codec,
@@ -131,19 +123,25 @@ class Bank:
             self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents,
             sentences=config.embed_sentences,
         )  # fmt: skip
+        self.upgrade = LearnerUpgrade(
+            config, self._stores, self._writer, self._discarder, self._background, self._pools, encoder,
+            lambda encoder: queue_of(encoder, self._writer.codec),
+        )  # fmt: skip
+        blob_reads = self._pools.blob_reads
         repairer = Repairer(
-            self._stores, self._writer, self._discarder, self._encodes, self._background, reads, metrics
-        )
-        self._records = RecordReader(self._stores, self._background, reads, metrics, repairer.repair_for_reader)
-        self._snapshotter = Snapshotter(config, self._stores, reads, repairer.repair, self._discarder.discard)
+            self._stores, self._writer, self._discarder, self._encodes, self._background, blob_reads, metrics,
+            self.upgrade.gradients.remake,
+        )  # fmt: skip
+        self._records = RecordReader(self._stores, self._background, self._pools, metrics, repairer.repair_for_reader)
+        self._snapshotter = Snapshotter(config, self._stores, blob_reads, repairer.repair, self._discarder.discard)
         self._recoder = Recoder(self._stores, self._writer, reads)
-        self._scrubber = Scrubber(self._stores, repairer.mend, reads, config.scrub_mib_per_second)
+        self._scrubber = Scrubber(self._stores, repairer.mend, blob_reads, config.scrub_mib_per_second)
         self._upkeep = Upkeep(self._stores, self._discarder, self._nearest, reads)
 
     @property
     def max_upload_bytes(self) -> int:
         """The largest size of a gradient record that can be uploaded, in bytes."""
-        return max_record_bytes(self.spec)
+        return max_record_bytes(self._writer.spec)
 
     @classmethod
     async def open(
@@ -173,9 +171,10 @@ class Bank:
         bank._scrubber.start()
         bank._background.run(bank._discarder.sweep())
         bank._recoder.resume()
+        await bank.upgrade.resume()
         if config.has_own_redis:
             bank._background.run(bank._cache.warn_where_unlimited())
-        bank._publish(metrics)
+        publish(metrics, bank._acknowledged, bank._nearest, bank._upkeep.eraser, bank._stores, config.data_dir)
         return bank
 
     async def close(self) -> None:
@@ -183,13 +182,14 @@ class Bank:
         await self._recoder.stop()
         await self._scrubber.stop()
         await self._snapshotter.stop()
+        await self.upgrade.stop()  # after those that may want one of its gradients made again
+        await asyncio.to_thread(self._pools.sentence_embeds.shutdown, cancel_futures=True)
         await self._background.drain()
         await self._upkeep.stop()
         await self._nearest.stop()
         await asyncio.to_thread(self._encodes.close)
-        pools = self._pools
-        for pool in (pools.query_embeds, pools.document_embeds, pools.writes, pools.past_queries, pools.reads):
-            await asyncio.to_thread(pool.shutdown)
+        await self._discarder.close()
+        await asyncio.to_thread(self._pools.shutdown)
         await asyncio.to_thread(self._stores.catalog.close)
         await self._stores.cache.close()
 
@@ -236,17 +236,17 @@ class Bank:
         return await in_thread(self._pools.reads, read)
 
     async def list(
-        self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = ()
+        self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = (), prefix: str = ""
     ) -> list[ListEntry]:
-        """Up to ``size`` documents after ``after_id`` that meet all conditions, in order of id. NotFoundError,
-        InvalidArgumentError."""
+        """Up to ``size`` documents after ``after_id`` whose ids start with ``prefix`` and that meet all conditions, in
+        order of id. NotFoundError, InvalidArgumentError."""
         namespace = check_namespace(namespace)
         check_filter(conditions)
 
         def read() -> list[ListEntry]:
             with self._stores.catalog.view() as view:
                 view.check_namespace(namespace)
-                return view.page(namespace, after_id, size, conditions)
+                return view.page(namespace, after_id, size, conditions, prefix)
 
         return await in_thread(self._pools.reads, read)
 
@@ -255,6 +255,7 @@ class Bank:
 
         InvalidArgumentError, NotFoundError, LearnerMismatchError. LimitExceededError where the texts don't fit one
         message. DataLossError where a gradient is lost. OutOfRangeError where the bank no longer knows that past.
+        During an upgrade OverloadedError, UnavailableError.
         """
         while True:
             result = await self._search(query)
@@ -265,7 +266,7 @@ class Bank:
                 records = await self._records.read(fitting, query.namespace.__eq__)
             except NotFoundError:
                 continue  # a hit was updated or deleted after the search: search again
-            return QueryResult(result.hits, records, result.sequence, len(fitting))
+            return replace(result, records=records, num_with_record=len(fitting))
 
     async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
         """Answers each query on its own state of the bank. Each state has every change acknowledged before the call.
@@ -277,21 +278,22 @@ class Bank:
 
     async def _search(self, query: Query) -> QueryResult:
         """The hits with their cue, without records."""
-        vectors = await self._vectors(query)
-        return await self._cues.add(query, await self._queries.search(query, vectors), vectors)
+        for _ in range(MAX_SEARCHES):
+            fingerprint = query.learner_fingerprint or self._writer.spec.fingerprint
+            must_look = self.upgrade.gradients.check(fingerprint)
+            vectors = await self._vectors(query)
+            result = await self._cues.add(query, await self._queries.search(query, vectors), vectors)
+            hits = await self.upgrade.gradients.hits(fingerprint, result.hits, must_look=must_look)
+            if hits is not None:
+                return replace(result, hits=hits, learner_fingerprint=fingerprint)
+        raise UnavailableError(
+            f"documents must stay while their gradients are made, those found changed {MAX_SEARCHES} times; try again"
+        )
 
     async def _vectors(self, query: Query) -> FloatArray | None:
-        """Checks the query against the collection. Returns the vectors to search for, (n, embedding_dimension) in
-        float32. None where the query names its documents."""
-        fingerprint = self.identity.learner_fingerprint
-        if query.learner_fingerprint and query.learner_fingerprint != fingerprint:
-            raise LearnerMismatchError(
-                f"learner_fingerprint must be the collection's {fingerprint}, got {query.learner_fingerprint[:80]}",
-                expected=fingerprint,
-                actual=query.learner_fingerprint[:80],
-            )
+        """The vectors to search for, (n, embedding_dimension) in float32. None where the query names its documents."""
         if query.vector:
-            check_vector(query.vector, self.identity.embedding_dimension, "vector")
+            check_vector(query.vector, self._embedder.dimension, "vector")
             return np.asarray([query.vector], dtype=np.float32)
         if not query.text:
             return None
@@ -332,19 +334,13 @@ class Bank:
         return await self._scrubber.run_once()
 
     async def stats(self, may_see: MayRead | None = None) -> BankStats:
-        """The bank's figures. With ``may_see``, they count only the namespaces that the caller may see, and leave the
-        cache out."""
-        identity = replace(self.identity, codec=self._writer.codec)
-        return await read_stats(self._stores, self._pools.reads, identity, self._nearest.sequence, may_see)
-
-    def _publish(self, metrics: BankMetrics) -> None:
-        metrics.sequence.set_function(lambda: self._acknowledged.value)
-        metrics.indexed_sequence.set_function(lambda: self._nearest.sequence)
-        eraser = self._upkeep.eraser
-        metrics.erasures.set_function(lambda: eraser.num_pending)
-        metrics.erasure_seconds.set_function(lambda: eraser.oldest_seconds)
-        counts = self._stores.cache.counts
-        metrics.cache.labels("hits").set_function(lambda: counts.hits)
-        metrics.cache.labels("misses").set_function(lambda: counts.misses)
-        metrics.cache.labels("corrupt").set_function(lambda: counts.corrupt)
-        metrics.cache.labels("errors").set_function(lambda: counts.errors)
+        """The bank's figures. With ``may_see``, they count only the namespaces that the caller may see, and leave
+        cache and disk out."""
+        identity = replace(
+            self._identity,
+            codec=self._writer.codec,
+            learner_fingerprint=self._writer.spec.fingerprint,
+            layout_id=self._writer.spec.layout_id,
+        )
+        indexed = self._nearest.sequence
+        return await read_stats(self._stores, self._pools.reads, identity, indexed, self._data_dir, may_see)

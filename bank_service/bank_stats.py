@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 
 from bank_service import __version__
 from bank_service.catalog.entries import CollectionIdentity, Totals
 from bank_service.records.record_reader import MayRead
 from bank_service.records.stores import Stores
+from bank_service.runtime.acknowledged import AcknowledgedSequence
+from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
+from bank_service.search.nearest import Nearest
+from bank_service.upkeep.eraser import Eraser
 
 
 @dataclass(frozen=True, slots=True)
 class BankStats:
-    """A bank's documents and gradients, and the hits of its cache."""
+    """A bank's documents and gradients, the hits of its cache, and its disk."""
 
     totals: Totals
     identity: CollectionIdentity
@@ -24,10 +30,17 @@ class BankStats:
     cache_misses: int
     cache_available: bool
     version: str
+    free_disk_bytes: int
+    removals_stopped: bool
 
 
 async def read_stats(
-    stores: Stores, pool: Executor, identity: CollectionIdentity, indexed: int, may_see: MayRead | None
+    stores: Stores,
+    pool: Executor,
+    identity: CollectionIdentity,
+    indexed: int,
+    data_dir: Path,
+    may_see: MayRead | None,
 ) -> BankStats:
     """Reads the figures from the stores. ``indexed`` is the last sequence that the vectors reflect. See ``Bank.stats``
     for ``may_see``."""
@@ -49,4 +62,32 @@ async def read_stats(
         counts.misses if may_see is None else 0,
         available,
         __version__,
+        _free_bytes(data_dir) if may_see is None else 0,
+        stores.blobs.is_taken,
     )
+
+
+def publish(
+    metrics: BankMetrics,
+    acknowledged: AcknowledgedSequence,
+    nearest: Nearest,
+    eraser: Eraser,
+    stores: Stores,
+    data_dir: Path,
+) -> None:
+    """Gives the metrics the figures that they read when they are asked for."""
+    counts = stores.cache.counts
+    metrics.removals_stopped.set_function(lambda: stores.blobs.is_taken)
+    metrics.sequence.set_function(lambda: acknowledged.value)
+    metrics.indexed_sequence.set_function(lambda: nearest.sequence)
+    metrics.free_disk_bytes.set_function(lambda: _free_bytes(data_dir))
+    metrics.erasures.set_function(lambda: eraser.num_pending)
+    metrics.erasure_seconds.set_function(lambda: eraser.oldest_seconds)
+    metrics.cache.labels("hits").set_function(lambda: counts.hits)
+    metrics.cache.labels("misses").set_function(lambda: counts.misses)
+    metrics.cache.labels("corrupt").set_function(lambda: counts.corrupt)
+    metrics.cache.labels("errors").set_function(lambda: counts.errors)
+
+
+def _free_bytes(data_dir: Path) -> int:
+    return max(1, shutil.disk_usage(data_dir).free)  # 0 on the wire: not told

@@ -17,6 +17,7 @@ class BankError(Exception):
         super().__init__(message)
         self.message = message
         self.index: int | None = None
+        self.by_bank = True  # False: gRPC refused or broke the call, and the message has its words
 
     def fields(self) -> dict[str, str]:
         """The attributes named in ``field_names``, as text."""
@@ -146,6 +147,14 @@ class UnavailableError(BankError):
     """The bank can't answer now: it is starting, draining, or its disk fails. The caller should try again."""
 
 
+class UnreachableError(UnavailableError):
+    """No bank answered the call: there is none at the address, or the network is broken. A bank never sends it."""
+
+
+class CatalogReadError(UnavailableError):
+    """The catalog can't be read now."""
+
+
 class DeadlineExceededError(BankError):
     """The caller's deadline passed before the answer."""
 
@@ -164,10 +173,6 @@ class BankInUseError(Exception):
 
 class CatalogDamagedError(Exception):
     """The catalog's file is damaged or lost, so the bank can't know its documents."""
-
-
-class CatalogReadError(Exception):
-    """The catalog can't be read now."""
 
 
 class SnapshotError(Exception):

@@ -29,10 +29,9 @@ import torch
 
 from bank_service.wire.record import DEFAULT_CODEC, FloatArray, decode_gradient, encode_gradient, record_digest
 from benchmarks.bank.timing import percentile
-from regrad_vllm.adapt.arena import Arena, read_record
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.compose import compose
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel
 from regrad_vllm.encode.gradient_encoder import GradientEncoder
@@ -42,11 +41,13 @@ from regrad_vllm.learner import Learner, save_adapter
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
-from regrad_vllm.serve.door_client import DoorClient
-from regrad_vllm.serve.launch import merged_modules
+from regrad_vllm.serve.api.door_client import DoorClient
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.arena.record_files import read_record
+from regrad_vllm.serve.engine_flags import merged_modules
 from regrad_vllm.serve.recipe import ADAPTER_ID, Recipe
+from regrad_vllm.serve.seams.worker_patches import StepRequests
 from regrad_vllm.serve.worker.extension import RegradWorkerExtension
-from regrad_vllm.serve.worker.steps import StepRequests
 
 _MAX_LORAS = 16
 _NUM_GRADIENTS = 20  # computed; all others are these, scaled

@@ -37,9 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bank_service.wire.record import DEFAULT_CODEC, codec_named, decode_gradient, encode_gradient, verify_record
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bank_service.wire.record import decode_gradient
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
 from regrad_vllm.client import Bank, Query
+from regrad_vllm.compose import compose
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts
 from regrad_vllm.evaluate.fill_bank import ingest
@@ -36,7 +36,7 @@ from regrad_vllm.local.pair import local_pair, start_stock_server, wait_for_serv
 from regrad_vllm.local.processes import Services
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
-from regrad_vllm.serve.launch import merged_modules
+from regrad_vllm.serve.engine_flags import merged_modules
 
 _NAMESPACE, _MODEL = "decode", "base"
 Bodies = Callable[[int, int], dict[str, Any]]  # (repeat, number of the request) → what names its adapter

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from bank_service.wire.record import decode_gradient
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.client import Bank, Query
+from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import EvalData
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.evaluate.datasets import fresh_facts

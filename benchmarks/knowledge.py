@@ -29,8 +29,8 @@ import torch
 from numpy.typing import NDArray
 
 from bank_service.values.embedder import default_embedder, embedded_text
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.arguments import whole
+from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import Question, SourceDocument
 from regrad_vllm.default_model import resolve_model
 from regrad_vllm.evaluate.datasets import load_clean, question_sets

@@ -5,9 +5,10 @@
 The engines have random weights in the shapes of the default model and of Llama-3.1-8B. The latter has two of its 32
 layers, the upper one adapted, and a small vocabulary; the parts left out have no adapters.
 
-- ours: φ* in our layers, vLLM's slots for φ* and one adapter of an operator, and the documents in the pool. All records
-  have one size, so a few real ones are made resident and counted.
-- dense: a slot for each request in the learner's modules alone, which this project had before.
+- ours: vLLM's slots for our tiny adapter and an operator's, φ* in our layers, and the documents in the pool. All
+  records have one size, so a few real ones are made resident and counted. φ* counts twice, in float32: a layer
+  composes a second copy when many rows have the same documents.
+- dense: a slot for each request in the learner's modules alone. This is computed: two bytes a value.
 - stock: vLLM's own slots, one for each request, with LoRA on all modules.
 """
 
@@ -26,15 +27,15 @@ import numpy as np
 
 from bank_service.wire.record import DEFAULT_CODEC, encode_gradient, record_digest
 from benchmarks.shapes import LLAMA_8B, RANK, SMOLLM2_135M, Shape, made_up_learner, write_model
-from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.arguments import whole
 from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
 from regrad_vllm.reporting.machine import describe
-from regrad_vllm.serve import vllm_seams
-from regrad_vllm.serve.door_client import DoorClient
-from regrad_vllm.serve.launch import merged_modules
+from regrad_vllm.serve.api.door_client import DoorClient
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.engine_flags import merged_modules
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.seams import worker_seams
 from regrad_vllm.serve.worker.extension import RegradWorkerExtension
 
 _NUM_RECORDS = 4
@@ -49,7 +50,7 @@ class MemoryProbe(RegradWorkerExtension):
 
     def probe_slots(self) -> int:
         """Bytes of all LoRA slots, each allocation once."""
-        manager = vllm_seams.model_manager(self)
+        manager = worker_seams.model_manager(self)
         stacks = [
             stack for module in manager.modules.values() for stack in (*module.lora_a_stacked, *module.lora_b_stacked)
         ]
@@ -96,7 +97,7 @@ def _measure(folder: Path, shape: Shape, requests: int, documents: int) -> dict[
     stock.llm_engine.engine_core.shutdown()
     phi = 4 * learner.layout.num_values
     return {
-        "bytes_ours": int(slots) + phi + documents * document,
+        "bytes_ours": int(slots) + 2 * phi + documents * document,
         "bytes_slots": int(slots),
         "bytes_phi": phi,
         "bytes_document": document,

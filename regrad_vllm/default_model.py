@@ -100,7 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     except ImportError as error:
         raise DefaultModelError(
             f"building the default model needs {error.name}; install an extra that has it: "
-            "pip install 'regrad-vllm[cpu]'"
+            "pip install '.[cpu]' in the project's folder"
         ) from error
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

@@ -42,11 +42,11 @@ def connect(server: str, timeout_s: float) -> httpx.AsyncClient:
         )
 
 
-def get(server: str, path: str, timeout_s: float = 30.0) -> httpx.Response:
+def get(server: str, path: str, timeout_s: float = 30.0, *, with_key: bool = True) -> httpx.Response:
     """A server's answer to a GET. ServerError if it is no success, ValueError if the key can't be used."""
     import httpx
 
-    headers = _headers()
+    headers = _headers() if with_key else {}
     with _usable_proxies():
         transport = httpx.HTTPTransport() if _is_here(server) else None
         client = httpx.Client(base_url=server, timeout=timeout_s, headers=headers, transport=transport)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from bank_service.wire.record import GradientSpec
 from regrad_vllm.layout import Layout
 from regrad_vllm.naming import digest_json, learner_fingerprint
+from regrad_vllm.prompts import Prompts
 
 FORMAT = "regrad.learner.v1"
 StepSizeKind = Literal["tie", "same", "full", "fix"]
@@ -34,44 +34,6 @@ _PEFT_PREFIX = "base_model.model."
 
 class LearnerError(ValueError):
     """A learner folder or its values can't be used. The message gives the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """The templates that the learner was trained with. They are filled in at the names in braces."""
-
-    system: str = "Answer the question with a short phrase."
-    document: str = "{title}\n{text}"
-    document_untitled: str = "{text}"
-    blind: str = "{question}"
-    icl: str = "{documents}\n\n{question}"
-
-    def __post_init__(self) -> None:
-        for name, needed in (
-            ("document", ("{title}", "{text}")),
-            ("document_untitled", ("{text}",)),
-            ("blind", ("{question}",)),
-            ("icl", ("{documents}", "{question}")),
-        ):
-            for placeholder in needed:
-                if placeholder not in getattr(self, name):
-                    raise LearnerError(f"prompts.{name} must contain {placeholder}, got {getattr(self, name)!r}")
-
-    def render_document(self, title: str, text: str) -> str:
-        """The text whose language-model loss is the inner loss."""
-        return _fill(self.document if title else self.document_untitled, title=title, text=text)
-
-    def render_blind(self, question: str) -> str:
-        return _fill(self.blind, question=question)
-
-    def render_icl(self, question: str, documents: Sequence[str]) -> str:
-        """``documents``: rendered, best first."""
-        return _fill(self.icl, question=question, documents="\n\n".join(documents))
-
-    def messages(self, content: str) -> list[dict[str, str]]:
-        """The chat messages: the system prompt, if there is one, and the user's text."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": content}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,11 +240,6 @@ def _save(tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
 
 def num_step_sizes(kind: StepSizeKind, layout: Layout) -> int:
     return {"tie": len(layout.tensors), "same": 1, "fix": 1, "full": layout.num_values}[kind]
-
-
-def _fill(template: str, **values: str) -> str:
-    """Fills in every {name} in one pass, so that braces in a value stay unchanged."""
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def _digest_array(values: NDArray[np.float32]) -> str:

@@ -1,7 +1,7 @@
 """Every name, digest and fingerprint of the project. A name is a digest of the content.
 
-vLLM keys its prefix cache and its adapters by an adapter's name. So equal names must mean equal bits, and different
-bits must get different names. Counters can't guarantee that.
+vLLM keys its prefix cache by an adapter's name. So equal names must mean equal gradients and weights, and others must
+get other names. Counters can't guarantee that.
 """
 
 from __future__ import annotations

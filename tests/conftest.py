@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
+# One thread for each test process and what it starts: the processes share the cores, and threads that wait for each
+# other on a busy core take four times as long. vLLM's workers choose their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # They use one engine each, and engines beside each other would share the cores.
-ENGINES = ("tests/serve/", "tests/house/test_demo.py", "tests/house/test_readme.py")
+ENGINES = ("tests/serve/", "tests/house/test_demo.py", "tests/house/test_readme.py", "tests/house/test_frameworks.py")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,21 +7,27 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bank_service.backup.snapshot import BATCH, Manifest, Progress, blob_name, file_digest
+from bank_service.backup.snapshot import BATCH, NUM_THREADS, Manifest, Progress, blob_name, file_digest
 from bank_service.backup.target import open_target
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.blobs.folder_objects import fsync_folder
 from bank_service.blobs.objects import Objects
+from bank_service.blobs.place import restored_blobs
 from bank_service.catalog.factory import CATALOG_FILE, check_catalog, describe_copy
 from bank_service.errors import SnapshotError
 from bank_service.wire.record import record_digest
 
 
-def restore(source: str, data_dir: Path) -> Iterator[Progress]:
-    """Restores into ``data_dir``, which must be absent or empty. SnapshotError names the damaged or missing part.
-    OSError."""
+def restore(source: str, data_dir: Path, objects: str | None = None) -> Iterator[Progress]:
+    """Restores into ``data_dir``, which must be absent or empty. ``objects``: URL of an empty object store for the
+    gradients.
+
+    SnapshotError names the damaged or missing part. CollectionMismatchError where the object store is not empty.
+    OSError.
+    """
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise SnapshotError(f"{data_dir} must be absent or an empty folder; restore into another and swap them")
     snapshot = open_target(source)
@@ -34,7 +40,7 @@ def restore(source: str, data_dir: Path) -> Iterator[Progress]:
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{data_dir.name}.restoring-", dir=data_dir.parent))  # private to this user
     try:
-        yield from _fill(snapshot, manifest, folder)
+        yield from _fill(snapshot, manifest, folder, objects)
         os.rename(folder, data_dir)
         fsync_folder(data_dir.parent)
     except BaseException:
@@ -45,7 +51,7 @@ def restore(source: str, data_dir: Path) -> Iterator[Progress]:
     )
 
 
-def _fill(snapshot: Objects, manifest: Manifest, folder: Path) -> Iterator[Progress]:
+def _fill(snapshot: Objects, manifest: Manifest, folder: Path, objects: str | None) -> Iterator[Progress]:
     catalog = folder / CATALOG_FILE
     try:
         snapshot.get_file(manifest.catalog, catalog)
@@ -59,17 +65,25 @@ def _fill(snapshot: Objects, manifest: Manifest, folder: Path) -> Iterator[Progr
     sizes = describe_copy(catalog).gradients
     if hashlib.sha256("\n".join(sizes).encode()).hexdigest() != manifest.gradients_digest:
         raise SnapshotError("the snapshot's catalog must name the gradients of its manifest, it names others")
-    blobs = BlobStore.in_folder(folder / "blobs")
+    blobs = restored_blobs(folder, objects, manifest.collection_id)
     copied_bytes = 0
-    for number, digest in enumerate(sizes, 1):
-        try:
-            record = snapshot.read(blob_name(digest))
-        except FileNotFoundError:
-            raise SnapshotError(f"the snapshot must have gradient {digest}, which is missing") from None
-        if record_digest(record) != digest:
-            raise SnapshotError(f"gradient {digest} of the snapshot must match its digest, it is damaged")
-        with blobs.hold(digest):
-            blobs.put(digest, record)
-        copied_bytes += len(record)
-        if number % BATCH == 0:
-            yield Progress(len(sizes), number, number, copied_bytes)
+    digests = list(sizes)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for start in range(0, len(digests), BATCH):
+            batch = digests[start : start + BATCH]
+            copied_bytes += sum(pool.map(lambda digest: _copy(snapshot, blobs, digest), batch))
+            num_done = start + len(batch)
+            yield Progress(len(sizes), num_done, num_done, copied_bytes)
+
+
+def _copy(snapshot: Objects, blobs: BlobStore, digest: str) -> int:
+    """Copies one gradient and returns its bytes."""
+    try:
+        record = snapshot.read(blob_name(digest))
+    except FileNotFoundError:
+        raise SnapshotError(f"the snapshot must have gradient {digest}, which is missing") from None
+    if record_digest(record) != digest:
+        raise SnapshotError(f"gradient {digest} of the snapshot must match its digest, it is damaged")
+    with blobs.hold(digest):
+        blobs.put(digest, record)
+    return len(record)

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from bank_service import __version__
 from bank_service.backup.target import open_target
 from bank_service.blobs.blob_store import BlobStore, name_of
 from bank_service.blobs.objects import Objects
+from bank_service.blobs.place import stored_blobs
 from bank_service.catalog.entries import CatalogCopy
 from bank_service.catalog.factory import CATALOG_FILE, copy_catalog, describe_copy
 from bank_service.errors import SnapshotError
@@ -33,6 +35,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WORK_FOLDER = "snapshot.new"  # in the bank's folder, while a snapshot is written
 BATCH = 64  # gradients copied between two reports of progress
+NUM_THREADS = 8  # that copy a batch, because an object store answers late
 # The files of a snapshot, and the unfinished ones of a killed writer: ``blobs/new/…``, and ``….new`` of older versions.
 _OWN_NAMES = re.compile(
     r"(manifest\.json|catalog-[0-9a-f]{64}\.sqlite|blobs/[0-9a-f]{2}/[0-9a-f]{62})(\.new)?|blobs/new/[0-9]+"
@@ -123,9 +126,11 @@ class SnapshotWriter:
     def copy(self, digests: Sequence[str]) -> Progress:
         """Verifies and copies the gradients that the target lacks. DataLossError: repair that gradient, then call again
         with the same digests."""
-        for digest in digests:
-            if not self._is_there(digest):
-                self._copy(digest)
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for digest, num_bytes in zip(digests, pool.map(self._copied, digests), strict=True):
+                self._there[blob_name(digest)] = self._sizes[digest]
+                self._num_copied += num_bytes > 0
+                self._copied_bytes += num_bytes
         self._num_done += len(digests)
         return self._progress()
 
@@ -154,16 +159,17 @@ class SnapshotWriter:
         is_linked = own is not None and own.exists() and own.samefile(copy)
         return is_linked or record_digest(copy.read_bytes()) == digest
 
-    def _copy(self, digest: str) -> None:
+    def _copied(self, digest: str) -> int:
+        """Copies a gradient that the target lacks, and returns its bytes; 0 if it is there."""
+        if self._is_there(digest):
+            return 0
         name, path = blob_name(digest), self._blobs.path(digest)
         record = self._blobs.get(digest)
         if path is None:
             self._target.put(name, record)
         else:
             self._target.put_file(name, path)
-        self._there[name] = self._sizes[digest]
-        self._num_copied += 1
-        self._copied_bytes += len(record)
+        return len(record)
 
     def _progress(self, manifest: Manifest | None = None) -> Progress:
         return Progress(len(self._sizes), self._num_done, self._num_copied, self._copied_bytes, manifest)
@@ -189,12 +195,12 @@ def snapshot_folder(data_dir: Path, target: str) -> Iterator[Progress]:
     if not (data_dir / CATALOG_FILE).is_file():
         raise SnapshotError(
             f"{data_dir} must be the folder of a bank, it has no {CATALOG_FILE}; name it with --data-dir, or a running "
-            "bank with --bank"
+            "bank with --bank (a bank with its catalog in PostgreSQL takes no snapshots: see docs/backup.md)"
         )
     owner: Ownership = DataDir(data_dir)
     owner.take()
     try:
-        with closing(SnapshotWriter(data_dir, BlobStore.in_folder(data_dir / "blobs"), target)) as writer:
+        with closing(SnapshotWriter(data_dir, stored_blobs(data_dir), target)) as writer:
             for digests in writer.batches():
                 yield writer.copy(digests)
             yield writer.finish()

@@ -42,6 +42,12 @@ class Snapshotter:
         InvalidArgumentError for a target that is not allowed or holds other files. UnavailableError where another
         snapshot is under way, or where the target fails. DataLossError where a gradient is lost.
         """
+        if self._config.catalog is not None:
+            raise InvalidArgumentError(
+                "a bank with its catalog in PostgreSQL takes no snapshots; stop it, then back up the database with "
+                "pg_dump and the bank's folder with a copy",
+                field="target",
+            )
         check_target(self._config, target)
         if self._lock.locked():
             raise UnavailableError("a snapshot is under way; try again when it has ended")

@@ -1,8 +1,7 @@
-"""The target of a snapshot: an absolute folder, or a URL of a store that fsspec knows."""
+"""The target of a snapshot: an absolute folder, or the URL of an object store."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath
 
 from bank_service.blobs.folder_objects import FolderObjects
@@ -10,10 +9,11 @@ from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import InvalidArgumentError, SnapshotError
 from bank_service.values.config import BankConfig
+from bank_service.values.objects_url import shown
 
 # Unfinished files lie beside the gradients. The next snapshot removes those that a killed one left.
 _UNFINISHED = "blobs/new"
-_USER = re.compile(r"(?<=://)[^/]*@")  # name and password in a URL
+REQUEST_SECONDS = 60.0  # longer than for a gradient, because parts of the catalog are larger
 
 
 def open_target(target: str) -> Objects:
@@ -21,18 +21,16 @@ def open_target(target: str) -> Objects:
     target = target.removeprefix("file://")
     if "://" not in target:
         if not target.startswith("/"):
-            raise SnapshotError(f"a snapshot must lie in an absolute folder or at a URL, got {_shown(target)!r}")
+            raise SnapshotError(f"a snapshot must lie in an absolute folder or at a URL, got {shown(target)!r}")
         return FolderObjects(Path(target), _UNFINISHED)
     try:
-        return RemoteObjects.at(target)
-    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose package is missing
-        if isinstance(error, ImportError) and error.name == "fsspec":
-            raise SnapshotError(
-                "fsspec must be installed for snapshots at URLs; pip install fsspec and its package for that store"
-            ) from error
+        return RemoteObjects.at(target, REQUEST_SECONDS)
+    except ModuleNotFoundError as error:
         raise SnapshotError(
-            f"a snapshot must lie at a URL that fsspec can open, got {_shown(target)!r}: {error}"
-        ) from None
+            "obstore must be installed for snapshots in an object store; pip install '.[objects]'"
+        ) from error
+    except ValueError as error:
+        raise SnapshotError(f"a snapshot must lie in a folder or an object store: {error}") from None
 
 
 def check_target(config: BankConfig, target: str) -> None:
@@ -42,7 +40,7 @@ def check_target(config: BankConfig, target: str) -> None:
     is_named = path.is_absolute() and len(path.parts) > 1 if "://" not in url else bool(path.parts)
     if not is_named or ".." in path.parts:
         raise InvalidArgumentError(
-            f"target must be an absolute folder of the bank's machine or a URL, without .., got {_shown(target)!r}",
+            f"target must be an absolute folder of the bank's machine or a URL, without .., got {shown(target)!r}",
             field="target",
         )
     root = config.snapshot_root
@@ -54,12 +52,7 @@ def check_target(config: BankConfig, target: str) -> None:
         allowed = Path(url).resolve().is_relative_to(Path(root.removeprefix("file://")).resolve())
     if not allowed:
         raise InvalidArgumentError(
-            f"target must lie below the bank's --snapshot-root, {_shown(root or 'which it was started without')}, "
-            f"got {_shown(target)!r}",
+            f"target must lie below the bank's --snapshot-root, {shown(root or 'which it was started without')}, "
+            f"got {shown(target)!r}",
             field="target",
         )
-
-
-def _shown(place: str) -> str:
-    """A target for a message: without a password."""
-    return _USER.sub("…@", place)[:200]

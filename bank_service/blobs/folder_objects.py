@@ -30,6 +30,12 @@ class FolderObjects:
             os.fsync(file.fileno())
         self.sync([name])
 
+    def add(self, name: str, content: bytes) -> bool:
+        if (self._root / name).exists():
+            return False
+        self.put(name, content)
+        return True
+
     def list(self) -> Iterator[str]:
         return self._below("")
 
@@ -39,6 +45,9 @@ class FolderObjects:
     def sizes(self) -> Iterator[tuple[str, int]]:
         for name in self._below(""):
             yield name, (self._root / name).stat().st_size
+
+    def size(self, name: str) -> int:
+        return (self._root / name).stat().st_size
 
     def put_file(self, name: str, path: Path) -> None:
         """Links the file where both are on one file system. A link is safe because objects never change."""

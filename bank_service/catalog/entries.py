@@ -20,6 +20,15 @@ class CollectionIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class NextLearner:
+    """The learner that a collection is on its way to."""
+
+    fingerprint: str
+    layout_id: str
+    folder: str  # where the bank found the learner
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """The latest change of one document."""
 
@@ -63,6 +72,10 @@ class SentenceVectors:
     places: bytes  # int32 (sentences, 2): start and end in characters, little-endian
     vectors: bytes  # float16 (sentences, dimension), little-endian
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.places) + len(self.vectors)
+
 
 @dataclass(frozen=True, slots=True)
 class VersionText:
@@ -90,7 +103,7 @@ class Usage:
     """The counts of a namespace."""
 
     num_documents: int = 0
-    num_bytes: int = 0  # texts and gradients, past versions included
+    num_bytes: int = 0  # texts, gradients and vectors of sentences, past versions included
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Opens the catalog. Other rooms reach the store only from here: SQLite, in one file of the bank's folder."""
+"""Opens the catalog: SQLite in the bank's folder, or PostgreSQL. Other rooms reach both stores only from here."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ from pathlib import Path
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.postgres.folder_mark import MARK_FILE
+from bank_service.catalog.postgres.postgres_catalog import PostgresCatalog
+from bank_service.catalog.postgres.postgres_catalog import stored_codec as codec_in_postgres
+from bank_service.catalog.postgres.server_check import check_free
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.catalog_file import (
     CATALOG_FILE,
     check_catalog,
     copy_catalog,
     describe_copy,
-    stored_codec,
 )
+from bank_service.catalog.sqlite.catalog_file import stored_codec as codec_in_sqlite
+from bank_service.errors import CollectionMismatchError
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
-__all__ = ["CATALOG_FILE", "check_catalog", "copy_catalog", "describe_copy", "open_catalog", "stored_codec"]
+__all__ = [
+    "CATALOG_FILE",
+    "check_catalog",
+    "check_place",
+    "copy_catalog",
+    "describe_copy",
+    "open_catalog",
+    "stored_codec",
+]
 
 
 def open_catalog(
@@ -25,10 +38,42 @@ def open_catalog(
     limits_of: LimitsOf = unlimited,
     *,
     history_seconds: int | None = None,
+    url: str | None = None,
 ) -> Catalog:
-    """Opens or creates the catalog in a bank's folder. No other process may have it open.
+    """Opens or creates the catalog in a bank's folder, or in PostgreSQL at ``url``. No other bank may have it open.
 
     ``history_seconds`` is the time for which past versions are kept. None keeps the last setting, which is 0 at first.
-    CollectionMismatchError where the folder holds another collection, CatalogDamagedError.
+    CollectionMismatchError where folder or database hold another collection, CatalogDamagedError. With a URL also
+    BankInUseError, and RuntimeError where the server can't be used.
     """
+    _check_folder(data_dir, url)
+    if url is not None:
+        return PostgresCatalog(url, data_dir, identity, limits_of, history_seconds=history_seconds)
     return SqliteCatalog(data_dir / CATALOG_FILE, identity, limits_of, history_seconds=history_seconds)
+
+
+def stored_codec(data_dir: Path, url: str | None = None) -> str | None:
+    """The collection's codec. None where there is no collection yet, or where it can't be read. ``open_catalog`` raises
+    the reason."""
+    return codec_in_sqlite(data_dir / CATALOG_FILE) if url is None else codec_in_postgres(url)
+
+
+def check_place(data_dir: Path, url: str | None = None) -> None:
+    """CollectionMismatchError where the folder's catalog is elsewhere. With a URL also BankInUseError, and RuntimeError
+    where the server can't be used. Changes nothing."""
+    _check_folder(data_dir, url)
+    if url is not None:
+        check_free(url)
+
+
+def _check_folder(data_dir: Path, url: str | None) -> None:
+    if url is None and (data_dir / MARK_FILE).is_file():
+        raise CollectionMismatchError(
+            f"the bank in {data_dir} has its catalog in PostgreSQL; name it with --catalog, or use another data "
+            "directory"
+        )
+    if url is not None and (data_dir / CATALOG_FILE).is_file():
+        raise CollectionMismatchError(
+            f"the bank in {data_dir} has its catalog in {CATALOG_FILE} there; leave --catalog out, or use another data "
+            "directory"
+        )

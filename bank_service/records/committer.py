@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from bank_service.catalog.entries import DeleteResult, SentenceVectors
 from bank_service.errors import BankError, DataLossError, UnavailableError
 from bank_service.records.discarder import Discarder
-from bank_service.records.stores import Stores
+from bank_service.records.stores import Pools, Stores
 from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.background import Background, finished
 from bank_service.runtime.threads import in_thread
@@ -25,6 +26,12 @@ from bank_service.wire.record import (
 )
 from bank_service.wire.tracing import span
 
+T = TypeVar("T")
+
+
+class LearnerChangedError(Exception):
+    """The collection has another learner than the gradient. The caller must encode the document again."""
+
 
 class Committer:
     """Writes the blob, then the catalog, then acknowledges. The caller must have the document's lock.
@@ -37,7 +44,7 @@ class Committer:
         self,
         stores: Stores,
         discarder: Discarder,
-        pool: Executor,
+        pools: Pools,
         background: Background,
         spec: GradientSpec,
         codec: str,
@@ -48,13 +55,16 @@ class Committer:
         self._catalog = stores.catalog
         self._blobs = stores.blobs
         self._discarder = discarder
-        self._pool = pool
+        self._pool = pools.writes
+        self._blob_pool = pools.blob_writes
         self._background = background
-        self._spec = spec
+        self.spec = spec
         self.codec = codec
         self._room = room
         self.acknowledged = acknowledged
-        self._storing: set[asyncio.Task[PutResult]] = set()
+        self._storing: set[asyncio.Task[Any]] = set()
+        self._is_open = asyncio.Event()
+        self._is_open.set()
 
     async def store(
         self,
@@ -63,17 +73,27 @@ class Committer:
         record: bytes | None,
         expected_version: int | None,
         sentences: SentenceVectors | None = None,
+        *,
+        spec: GradientSpec,
     ) -> PutResult:
         """Stores a document. ``record`` is None if its gradient is stored already. ``sentences``: see ``Catalog.put``.
 
+        ``spec``: of the gradient. LearnerChangedError where the collection has another learner now.
         VersionConflictError, QuotaExceededError, UnavailableError if the blob store can't be written.
         """
         await self._room()
+        await self._is_open.wait()
+        if spec != self.spec:
+            raise LearnerChangedError
         with span("bank.store"):
-            task = self._background.run(self._store(document, gradient, record, expected_version, sentences))
-            self._storing.add(task)
-            task.add_done_callback(self._storing.discard)
-            return await finished(task)
+            return await self.kept(self._store(document, gradient, record, expected_version, sentences))
+
+    async def kept(self, store: Coroutine[Any, Any, T]) -> T:
+        """Stores to the end, even if the caller is cancelled. ``halted`` and purges wait for it."""
+        task = self._background.run(store)
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
+        return await finished(task)
 
     async def delete(self, namespace: str, id: str, expected_version: int | None, *, purge: bool) -> DeleteResult:
         """Deletes a document. NotFoundError, VersionConflictError; with ``purge`` UnavailableError where a gradient
@@ -83,8 +103,20 @@ class Committer:
     async def change_codec(self, codec: str) -> None:
         """Changes the codec of later writes. Returns when no earlier write is under way."""
         self.codec = codec
-        storing = list(self._storing)
-        if storing:
+        await self._written()
+
+    @asynccontextmanager
+    async def halted(self) -> AsyncIterator[None]:
+        """Begins when no write of a document is under way. Later ones wait for the end of the block."""
+        self._is_open.clear()
+        try:
+            await self._written()
+            yield
+        finally:
+            self._is_open.set()
+
+    async def _written(self) -> None:
+        if storing := list(self._storing):
             await asyncio.wait(storing)
 
     async def _store(
@@ -98,7 +130,7 @@ class Committer:
         try:
             while record is not None and read_header(record).codec != (codec := self.codec):
                 # The record was encoded before the collection's codec changed.
-                record = await in_thread(self._pool, _recoded, record, self._spec, codec)
+                record = await in_thread(self._pool, _recoded, record, self.spec, codec)
                 gradient = replace(gradient, digest=record_digest(record), num_bytes=len(record))
             result = await self._write(document, gradient, record, expected_version, sentences)
         except BankError:
@@ -106,14 +138,15 @@ class Committer:
                 self._background.run(self._discarder.discard([gradient.digest]))
             raise
         self.acknowledged.advance(result.stored.sequence)
-        if result.replaced_digest is not None:
-            self._background.run(self._discarder.discard([result.replaced_digest]))
+        if result.dropped:
+            self._background.run(self._discarder.discard(result.dropped))
         return result
 
     async def _delete(self, namespace: str, id: str, expected_version: int | None, purge: bool) -> DeleteResult:
         result = await in_thread(self._pool, self._delete_row, namespace, id, expected_version, purge)
         self.acknowledged.advance(result.sequence)
         if purge:
+            await self._written()  # a gradient of the purged text that is being stored is discarded by then
             await self._discarder.erase(result.digests)
         else:
             self._background.run(self._discarder.discard(result.digests))
@@ -129,7 +162,7 @@ class Committer:
     ) -> PutResult:
         with self._blobs.hold(gradient.digest):
             if record is not None:
-                await in_thread(self._pool, self._write_blob, gradient.digest, record)
+                await in_thread(self._blob_pool, self._write_blob, gradient.digest, record)
             # The commit is awaited without a thread, so any number of writes can share one commit.
             with span("catalog.put"):
                 return await asyncio.wrap_future(self._catalog.put(document, gradient, expected_version, sentences))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bank_service.errors import InternalError, InvalidArgumentError, UnavailableError
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.values.encoder import EncodedDocument, Encoder
-from bank_service.wire.record import GradientFormatError, encode_gradient
+from bank_service.wire.record import GradientFormatError, GradientSpec, encode_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class EncodeQueue:
     encoded."""
 
     def __init__(self, encoder: Encoder, codec: str, batch_size: int, wait_ms: float, metrics: BankMetrics) -> None:
-        self._encoder = encoder
+        self.encoder = encoder  # of later batches
         self.codec = codec  # the codec of later records
         self._batch_size = batch_size
         self._wait_seconds = wait_ms / 1000
@@ -54,6 +54,7 @@ class EncodeQueue:
             if self._closed:
                 raise UnavailableError("the encoder is closed; the bank is stopping")
             self._queue.put(job)
+            self._metrics.encode_waiting.inc()
         return job.future
 
     def close(self) -> None:
@@ -67,6 +68,7 @@ class EncodeQueue:
     def _run(self) -> None:
         while True:
             batch, more = self._collect()
+            self._metrics.encode_waiting.dec(len(batch))
             # Leave out cancelled jobs before any work.
             batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if batch:
@@ -91,8 +93,9 @@ class EncodeQueue:
 
     def _encode(self, batch: list[_Job]) -> None:
         started = time.monotonic()
+        encoder = self.encoder
         try:
-            encoded = self._encoder.encode([(job.title, job.text) for job in batch])
+            encoded = encoder.encode([(job.title, job.text) for job in batch])
             if len(encoded) != len(batch):
                 raise InternalError(f"the encoder must return {len(batch)} gradients, got {len(encoded)}")
         except Exception as error:  # noqa: BLE001 - any error of the encoder becomes the document's error
@@ -104,11 +107,11 @@ class EncodeQueue:
             return
         self._metrics.encoded(len(batch), time.monotonic() - started)
         for job, document in zip(batch, encoded, strict=True):
-            self._finish(job, document)
+            self._finish(job, document, encoder.spec)
 
-    def _finish(self, job: _Job, document: EncodedDocument) -> None:
+    def _finish(self, job: _Job, document: EncodedDocument, spec: GradientSpec) -> None:
         try:
-            record = encode_gradient(document.values, self._encoder.spec, self.codec)
+            record = encode_gradient(document.values, spec, self.codec)
         except GradientFormatError as error:
             job.future.set_exception(InternalError(f"the encoder's gradient is unusable: {error}"))
         except Exception as error:  # noqa: BLE001 - an error must not end the thread: every ingest would wait for ever

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 
 from bank_service.errors import DataLossError, NotFoundError
-from bank_service.records.stores import Stores
+from bank_service.records.stores import Pools, Stores
 from bank_service.runtime.background import Background
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.threads import in_thread
@@ -23,7 +22,7 @@ class RecordReader:
         self,
         stores: Stores,
         background: Background,
-        pool: Executor,
+        pools: Pools,
         metrics: BankMetrics,
         repair: Callable[[str], Awaitable[bool]],
     ) -> None:
@@ -32,7 +31,8 @@ class RecordReader:
         self._blobs = stores.blobs
         self._cache = stores.cache
         self._background = background
-        self._pool = pool
+        self._pool = pools.reads
+        self._blob_pool = pools.blob_reads
         self._metrics = metrics
         self._repair = repair
 
@@ -72,11 +72,11 @@ class RecordReader:
 
     async def _read(self, digest: str, may_read: MayRead | None) -> bytes:
         try:
-            return await in_thread(self._pool, self._read_blob, digest, may_read)
+            return await in_thread(self._blob_pool, self._read_blob, digest, may_read)
         except DataLossError:
             if not await self._repair(digest):
                 raise
-        return await in_thread(self._pool, self._read_blob, digest, may_read)
+        return await in_thread(self._blob_pool, self._read_blob, digest, may_read)
 
     def _read_blob(self, digest: str, may_read: MayRead | None) -> bytes:
         try:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from bank_service.catalog.entries import DeleteResult, SentenceVectors
 from bank_service.catalog.failures import version_conflict
 from bank_service.errors import InvalidArgumentError, LearnerMismatchError
-from bank_service.records.committer import Committer
+from bank_service.records.committer import Committer, LearnerChangedError
 from bank_service.records.encode_queue import EncodeQueue
 from bank_service.records.sentence_embedding import embed_sentences
 from bank_service.records.stores import Pools, Stores
@@ -29,6 +30,7 @@ from bank_service.values.documents import (
     check_vector,
 )
 from bank_service.values.embedder import Embedder, embedded_text
+from bank_service.values.encoder import Encoder
 from bank_service.values.vectors import unit
 from bank_service.wire.record import (
     FloatArray,
@@ -87,7 +89,7 @@ class Writer:
         self._pools = pools
         self._encodes = encodes
         self._embedder = embedder
-        self._spec = spec
+        self.spec = spec  # of the gradients of later writes
         self._has_sentences = sentences
         self._locks = KeyedLocks()
         self._pending = asyncio.Semaphore(max_pending)
@@ -105,20 +107,23 @@ class Writer:
         InvalidArgumentError for a document that has no tokens, VersionConflictError.
         """
         async with self._locks.lock((document.namespace, document.id)), self._pending:
-            current = await in_thread(self._pools.reads, self._compare, document, expected_version)
-            if current.has_content and current.is_encoded:
-                return self._unchanged(current.stored)
-            if current.has_text and current.is_encoded and current.stored is not None:
-                return await self._committer.store(document, current.stored.gradient, None, expected_version)
-            with span("bank.encode"):
-                encoded, (embedding, sentences) = await asyncio.gather(
-                    asyncio.wrap_future(self._encodes.submit(document.title, document.text)),
-                    in_thread(self._pools.document_embeds, self._embed_document, document, self._has_sentences),
-                )
-            gradient = await in_thread(
-                self._pools.reads, _gradient, encoded.record, embedding, encoded.num_tokens, encoded.truncated
+            return await self._of_learner(lambda spec: self._put(document, expected_version, spec))
+
+    async def _put(self, document: Document, expected_version: int | None, spec: GradientSpec) -> PutResult:
+        current = await in_thread(self._pools.blob_reads, self._compare, document, expected_version)
+        if current.has_content and current.is_encoded:
+            return self._unchanged(current.stored)
+        if current.has_text and current.is_encoded and current.stored is not None:
+            return await self._committer.store(document, current.stored.gradient, None, expected_version, spec=spec)
+        with span("bank.encode"):
+            encoded, (embedding, sentences) = await asyncio.gather(
+                asyncio.wrap_future(self._encodes.submit(document.title, document.text)),
+                in_thread(self._pools.document_embeds, self._embed_document, document, self._has_sentences),
             )
-            return await self._committer.store(document, gradient, encoded.record, expected_version, sentences)
+        gradient = await in_thread(
+            self._pools.reads, _gradient, encoded.record, embedding, encoded.num_tokens, encoded.truncated
+        )
+        return await self._committer.store(document, gradient, encoded.record, expected_version, sentences, spec=spec)
 
     async def put_gradient(
         self, document: Document, record: bytes, embedding: Sequence[float] = (), expected_version: int | None = None
@@ -132,11 +137,11 @@ class Writer:
         if embedding:
             check_vector(embedding, self._embedder.dimension, "header.embedding")
 
-        def check() -> tuple[bytes, float, _Comparison]:
-            return *self._storable(record), self._compare(document, expected_version)
+        def check(spec: GradientSpec) -> tuple[bytes, float, _Comparison]:
+            return *self._storable(record, spec), self._compare(document, expected_version)
 
-        async with self._locks.lock((document.namespace, document.id)), self._pending:
-            storable, error, current = await in_thread(self._pools.reads, check)
+        async def put(spec: GradientSpec) -> PutResult:
+            storable, error, current = await in_thread(self._pools.blob_reads, check, spec)
             if embedding:
                 vector = unit(np.asarray(embedding, dtype=np.float32)).astype("<f4").tobytes()
             else:
@@ -145,8 +150,11 @@ class Writer:
             if current.has_content and current.has_gradient(gradient):
                 result = self._unchanged(current.stored)
             else:
-                result = await self._committer.store(document, gradient, storable, expected_version)
+                result = await self._committer.store(document, gradient, storable, expected_version, spec=spec)
             return replace(result, relative_error=error)
+
+        async with self._locks.lock((document.namespace, document.id)), self._pending:
+            return await self._of_learner(put)
 
     async def delete(
         self, namespace: str, id: str, expected_version: int | None = None, *, purge: bool = False
@@ -160,6 +168,30 @@ class Writer:
         async with self._locks.lock((namespace, id)):
             return await self._committer.delete(namespace, id, expected_version, purge=purge)
 
+    async def change_learner(self, encoder: Encoder, commit: Callable[[], Awaitable[bool]]) -> bool:
+        """Changes the learner of later writes if ``commit`` has changed that of the collection. Returns its answer.
+
+        No document is written meanwhile. Writes under way encode their document again.
+        """
+        async with self._committer.halted():
+            if not await commit():
+                return False
+            self.spec = self._committer.spec = encoder.spec
+            self._encodes.encoder = encoder
+            return True
+
+    async def store_next(self, store: Coroutine[Any, Any, None]) -> None:
+        """Stores a gradient of the next learner; see ``Committer.kept``."""
+        await self._committer.kept(store)
+
+    async def _of_learner(self, put: Callable[[GradientSpec], Awaitable[PutResult]]) -> PutResult:
+        """Calls ``put`` with the collection's learner, again if that changes meanwhile."""
+        while True:
+            try:
+                return await put(self.spec)
+            except LearnerChangedError:
+                continue
+
     async def change_codec(self, codec: str) -> None:
         """Changes the codec of later writes. Returns when no earlier write is under way."""
         self._encodes.codec = codec
@@ -172,10 +204,10 @@ class Writer:
             stored = await in_thread(self._pools.reads, self._stored, namespace, id)
             if stored is None:
                 return False
-            record = await in_thread(self._pools.reads, self._blobs.get, stored.gradient.digest)
+            record = await in_thread(self._pools.blob_reads, self._blobs.get, stored.gradient.digest)
             if read_header(record).codec == self.codec:
                 return False
-            await self._committer.store(stored.document, stored.gradient, record, stored.version)
+            await self._committer.store(stored.document, stored.gradient, record, stored.version, spec=self.spec)
             return True
 
     def _stored(self, namespace: str, id: str) -> StoredDocument | None:
@@ -191,7 +223,7 @@ class Writer:
                 raise version_conflict(document.namespace, document.id, expected_version, version)
             self._catalog.check_room(view, document, stored)
         # A document with a lost gradient counts as new, so that ingesting it again repairs it.
-        if stored is None or not self._blobs.is_sound(stored.gradient.digest):
+        if stored is None or not self._blobs.is_stored(stored.gradient.digest, stored.gradient.num_bytes):
             return _Comparison(None, is_encoded=False, has_text=False, has_content=False)
         return _Comparison(
             stored,
@@ -214,21 +246,21 @@ class Writer:
                 sentences = embed_sentences(self._embedder, document.title, document.text, vector)
             return vector.astype("<f4").tobytes(), sentences
 
-    def _storable(self, record: bytes) -> tuple[bytes, float]:
+    def _storable(self, record: bytes, spec: GradientSpec) -> tuple[bytes, float]:
         """Verifies an uploaded record. (the record in the collection's codec, its relative error).
 
         LearnerMismatchError, InvalidArgumentError.
         """
         try:
-            if verify_record(record, self._spec).codec == self.codec:
+            if verify_record(record, spec).codec == self.codec:
                 return record, 0.0
-            given = decode_gradient(record, self._spec)
-            stored = encode_gradient(given, self._spec, self.codec)
+            given = decode_gradient(record, spec)
+            stored = encode_gradient(given, spec, self.codec)
         except WrongLearnerError as error:
             raise LearnerMismatchError(str(error), expected=error.expected, actual=error.actual) from error
         except GradientFormatError as error:
             raise InvalidArgumentError(f"the gradient record is malformed: {error}", field="chunk") from error
-        return stored, _relative_error(decode_gradient(stored, self._spec), given)
+        return stored, _relative_error(decode_gradient(stored, spec), given)
 
 
 def _relative_error(stored: FloatArray, given: FloatArray) -> float:

@@ -25,6 +25,9 @@ class BankMetrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self.registry,
         )
+        self.encode_waiting = Gauge(
+            "regrad_bank_encode_waiting", "Documents that wait for the encoder", registry=self.registry
+        )
         self._swept = Counter("regrad_bank_swept_gradients", "Gradients removed as orphans", registry=self.registry)
         self._data_loss = Counter("regrad_bank_data_loss", "Gradients found missing or corrupt", registry=self.registry)
         self._repaired = Counter(
@@ -39,6 +42,16 @@ class BankMetrics:
         )
         self.erasure_seconds = Gauge(
             "regrad_bank_oldest_erasure_seconds", "How long the oldest of them is known", registry=self.registry
+        )
+        self.free_disk_bytes = Gauge(
+            "regrad_bank_free_disk_bytes",
+            "Free bytes of the file system with the bank's folder",
+            registry=self.registry,
+        )
+        self.removals_stopped = Gauge(
+            "regrad_bank_removals_stopped",
+            "1 while this bank removes no gradients, because another one has opened their place",
+            registry=self.registry,
         )
         self.cache = Gauge(
             "regrad_bank_cache_records",

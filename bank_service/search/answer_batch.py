@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from bank_service.errors import BankError, InvalidArgumentError, LimitExceededError, NotFoundError, OutOfRangeError
 from bank_service.records.record_reader import RecordReader
@@ -48,7 +49,7 @@ async def answer_batch(
         try:
             return tuple(
                 [
-                    QueryResult(result.hits, await records.read(_digests(query, result)), result.sequence)
+                    replace(result, records=await records.read(_digests(query, result)))
                     for query, result in zip(batch, results, strict=True)
                 ]
             )

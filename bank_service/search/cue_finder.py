@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import numpy as np
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import SentenceVectors, VersionText
+from bank_service.errors import BankError, OverloadedError
 from bank_service.records.sentence_embedding import embed_sentences
+from bank_service.records.stores import Pools
+from bank_service.runtime.background import Background
 from bank_service.runtime.seldom import Seldom
 from bank_service.runtime.threads import in_thread
 from bank_service.values.documents import CueSentence, Hit, Query, QueryResult
 from bank_service.values.embedder import Embedder, embedded_query
 from bank_service.values.sentences import choose_cue
 from bank_service.values.vectors import unit
+from bank_service.wire.limits import RETRY_AFTER_MS
 from bank_service.wire.record import FloatArray
 from bank_service.wire.tracing import span
 
+MAX_LATE = 256  # documents whose sentences are embedded for queries or wait for that; one more query may add its hits
 logger = logging.getLogger(__name__)
 
 
@@ -31,46 +36,61 @@ class CueFinder:
     Their sentences are embedded at the first query that needs them. Then the catalog keeps the vectors.
     """
 
-    def __init__(self, catalog: Catalog, embedder: Embedder, reads: Executor, embeds: Executor) -> None:
+    def __init__(self, catalog: Catalog, embedder: Embedder, pools: Pools, background: Background) -> None:
         self._catalog = catalog
         self._embedder = embedder
-        self._reads = reads
-        self._embeds = embeds
+        self._pools = pools
+        self._background = background
+        self._embedding: dict[int, asyncio.Task[SentenceVectors]] = {}  # by the sequence at which the version began
         self._unwritten = Seldom()
 
     async def add(self, query: Query, result: QueryResult, vectors: FloatArray | None) -> QueryResult:
         """The result with its cue, if the query asks for one. ``vectors``: the query's own, (n, dimension) in float32.
 
-        A document that was deleted or changed since the search gives no sentence.
+        A document that was deleted or changed since the search gives no sentence. OverloadedError.
         """
         if not (query.with_cue and result.hits):
             return result
-        texts = await in_thread(self._reads, self._texts, [hit.sequence for hit in result.hits])
+        texts = await in_thread(self._pools.reads, self._texts, [hit.sequence for hit in result.hits])
         if query.cue_text or vectors is None:
             with span("bank.embed"):
-                vectors = await in_thread(self._embeds, embedded_query, self._embedder, query.question)
+                vectors = await in_thread(self._pools.query_embeds, embedded_query, self._embedder, query.question)
         sentences = {began: text.sentences for began, text in texts.items() if text.sentences is not None}
         lacking = {began: text for began, text in texts.items() if began not in sentences}
         if lacking:
+            if len(self._embedding) >= MAX_LATE and not lacking.keys() <= self._embedding.keys():
+                raise OverloadedError(
+                    f"the bank embeds the sentences of {MAX_LATE} documents at a time for queries and has as many; "
+                    "try again later",
+                    limit="max_late_sentences",
+                    retry_after_ms=RETRY_AFTER_MS,
+                )
             with span("bank.embed_sentences", num_documents=len(lacking)):
-                sentences |= await in_thread(self._embeds, self._embedded, lacking)
+                late = await asyncio.gather(*(self._late(began, text) for began, text in lacking.items()))
+            sentences |= dict(zip(lacking, late, strict=True))
         return replace(result, hits=_with_cue(result.hits, texts, sentences, unit(vectors), query.with_cue))
 
     def _texts(self, began: list[int]) -> dict[int, VersionText]:
         with span("catalog.read"), self._catalog.view() as view:
             return view.texts(began)
 
-    def _embedded(self, texts: Mapping[int, VersionText]) -> dict[int, SentenceVectors]:
-        found = {}
-        for began, text in texts.items():
-            found[began] = embed_sentences(self._embedder, text.title, text.text)
-            self._catalog.put_sentences(began, found[began]).add_done_callback(self._check)
-        return found
+    def _late(self, began: int, text: VersionText) -> asyncio.Future[SentenceVectors]:
+        """The vectors of a version that has none. Queries share the work, and it goes on where they are cancelled."""
+        task = self._embedding.get(began)
+        if task is None:
+            task = self._background.run(in_thread(self._pools.sentence_embeds, self._embedded, began, text))
+            self._embedding[began] = task
+            task.add_done_callback(lambda _: self._embedding.pop(began))
+        return asyncio.shield(task)
 
-    def _check(self, written: Future[bool]) -> None:
-        error = None if written.cancelled() else written.exception()
-        if error is not None and self._unwritten.is_due():
-            logger.warning("the vectors of sentences can't be stored now: %s; a later query tries again", error)
+    def _embedded(self, began: int, text: VersionText) -> SentenceVectors:
+        found = embed_sentences(self._embedder, text.title, text.text)
+        try:
+            self._catalog.put_sentences(began, found).result()
+        except BankError as error:
+            if self._unwritten.is_due():
+                logger.warning("the vectors of sentences can't be stored now: %s; a later query tries again", error)
+        return found
 
 
 def _with_cue(

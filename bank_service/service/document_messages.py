@@ -71,7 +71,8 @@ def page_of(request: pb.ListDocumentsRequest) -> tuple[str, int]:
         raise InvalidArgumentError(
             f"page_size must be at most {limits.MAX_PAGE_SIZE}, got {request.page_size}", field="page_size"
         )
-    return _id_of_token(request.page_token), request.page_size or limits.DEFAULT_PAGE_SIZE
+    after_id = _id_of_token(request.page_token) if request.page_token else request.after_id
+    return after_id, request.page_size or limits.DEFAULT_PAGE_SIZE
 
 
 def list_response(entries: Sequence[ListEntry], size: int) -> pb.ListDocumentsResponse:

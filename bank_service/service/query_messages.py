@@ -49,7 +49,8 @@ def queries_of(request: pb.BatchQueryRequest) -> list[Query]:
     return queries
 
 
-def response_of(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
+def response_of(result: QueryResult, with_cue: int) -> pb.QueryResponse:
+    """``with_cue``: the query's. Its echo tells the client that this bank finds cues."""
     num_whole = len(result.hits) if result.num_with_record is None else result.num_with_record
     hits = [
         pb.QueryResponse.Hit(
@@ -69,7 +70,9 @@ def response_of(result: QueryResult, fingerprint: str) -> pb.QueryResponse:
         )
         for index, hit in enumerate(result.hits)
     ]
-    return pb.QueryResponse(hits=hits, learner_fingerprint=fingerprint, sequence=result.sequence)
+    return pb.QueryResponse(
+        hits=hits, learner_fingerprint=result.learner_fingerprint, sequence=result.sequence, with_cue=with_cue
+    )
 
 
 def _retrieval_of(number: int) -> Retrieval:

@@ -1,9 +1,13 @@
-"""Reports on the wire: the bank's figures, and the progress of snapshots and recoding."""
+"""Reports on the wire: the bank's figures, and the progress of snapshots, recoding and upgrades."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+
 from bank_service.backup.snapshot import Progress
 from bank_service.bank_stats import BankStats
+from bank_service.errors import InvalidArgumentError
+from bank_service.upkeep.learner_upgrade import LearnerUpgrade, UpgradeProgress
 from bank_service.upkeep.recode import RecodeProgress
 from bank_service.wire.generated import bank_pb2 as pb
 
@@ -30,6 +34,8 @@ def stats_response(stats: BankStats) -> pb.GetStatsResponse:
         version=stats.version,
         num_past_versions=stats.totals.num_past_versions,
         oldest_as_of=stats.totals.oldest_as_of,
+        free_disk_bytes=stats.free_disk_bytes,
+        removals_stopped=stats.removals_stopped,
     )
 
 
@@ -53,4 +59,32 @@ def recode_response(progress: RecodeProgress) -> pb.RecodeCollectionResponse:
         num_recoded=progress.num_recoded,
         num_failed=progress.num_failed,
         finished=progress.finished,
+    )
+
+
+async def upgraded(upgrade: LearnerUpgrade, request: pb.UpgradeLearnerRequest) -> AsyncGenerator[UpgradeProgress, None]:
+    """Does what the request asks for. InvalidArgumentError for an unknown action; the errors of the action."""
+    if request.action == pb.UpgradeLearnerRequest.BEGIN:
+        async for progress in upgrade.begin(request.learner):
+            yield progress
+    elif request.action == pb.UpgradeLearnerRequest.FINISH:
+        yield await upgrade.finish()
+    elif request.action == pb.UpgradeLearnerRequest.BACK:
+        yield await upgrade.back()
+    elif request.action == pb.UpgradeLearnerRequest.STATUS:
+        yield await upgrade.progress()
+    else:
+        raise InvalidArgumentError(
+            f"action must be one of STATUS, BEGIN, FINISH, BACK, got {request.action}", field="action"
+        )
+
+
+def upgrade_response(progress: UpgradeProgress) -> pb.UpgradeLearnerResponse:
+    return pb.UpgradeLearnerResponse(
+        learner_fingerprint=progress.learner,
+        next_fingerprint=progress.next_learner,
+        num_versions=progress.num_versions,
+        num_done=progress.num_done,
+        is_level=progress.is_level,
+        problem=progress.problem,
     )

@@ -30,7 +30,13 @@ from bank_service.service.document_messages import (
 )
 from bank_service.service.ingest_stream import Patience, acknowledge_in_order, uploads
 from bank_service.service.query_messages import check_batch, conditions_of, queries_of, query_of, response_of
-from bank_service.service.report_messages import recode_response, snapshot_response, stats_response
+from bank_service.service.report_messages import (
+    recode_response,
+    snapshot_response,
+    stats_response,
+    upgrade_response,
+    upgraded,
+)
 from bank_service.service.sending import Context, end_with, send
 from bank_service.values.documents import PutResult
 from bank_service.wire import limits
@@ -126,14 +132,15 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
         async with self._answering(context, "ListDocuments") as call:
             call.check(Scope.READ, request.namespace)
             after_id, size = page_of(request)
-            entries = await self._bank.list(request.namespace, after_id, size + 1, conditions_of(request.filter))
+            conditions = conditions_of(request.filter)
+            entries = await self._bank.list(request.namespace, after_id, size + 1, conditions, request.prefix)
             return list_response(entries, size)
 
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
         async with self._answering(context, "Query") as call:
             call.check(Scope.READ, request.namespace)
             result = await self._bank.query(query_of(request))
-            return response_of(result, self._bank.identity.learner_fingerprint)
+            return response_of(result, request.with_cue)
 
     async def BatchQuery(self, request: pb.BatchQueryRequest, context: Context) -> pb.BatchQueryResponse:
         async with self._answering(context, "BatchQuery") as call:
@@ -141,8 +148,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             for query in request.queries:
                 call.check(Scope.READ, query.namespace)
             results = await self._bank.query_batch(queries_of(request))
-            fingerprint = self._bank.identity.learner_fingerprint
-            return pb.BatchQueryResponse(responses=[response_of(result, fingerprint) for result in results])
+            answered = zip(results, request.queries, strict=True)
+            return pb.BatchQueryResponse(responses=[response_of(result, query.with_cue) for result, query in answered])
 
     async def FetchGradients(self, request: pb.FetchGradientsRequest, context: Context) -> None:
         async with self._answering(context, "FetchGradients") as call:
@@ -173,6 +180,13 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             async with aclosing(self._bank.recode(request.codec)) as recoding:
                 async for progress in recoding:
                     await self._send(context, recode_response(progress))
+
+    async def UpgradeLearner(self, request: pb.UpgradeLearnerRequest, context: Context) -> None:
+        async with self._answering(context, "UpgradeLearner") as call:
+            call.check(Scope.ADMIN, ALL_NAMESPACES)
+            async with aclosing(upgraded(self._bank.upgrade, request)) as states:
+                async for state in states:
+                    await self._send(context, upgrade_response(state))
 
     async def _send(self, context: Context, answer: Any) -> None:
         await send(context, answer, self._unread_seconds, "unread_seconds")

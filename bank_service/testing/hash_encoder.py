@@ -1,9 +1,11 @@
-"""An encoder and an embedder without a model. The text seeds a generator, which draws the values."""
+"""An encoder and an embedder without a model. Text, and the encoder's learner, seed a generator, which draws the
+values."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -26,8 +28,15 @@ class HashEncoder:
     """Equal documents give equal gradients, different ones different."""
 
     def __init__(self, learner: str = "a learner") -> None:
+        self.learner = learner
         self.spec = spec_of(learner)
         self.batches: list[list[str]] = []  # the texts of each call
+
+    def of_learner(self, folder: Path) -> HashEncoder:
+        """The learner has the folder's name."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} must be a learner's folder, it does not exist")
+        return HashEncoder(folder.name)
 
     def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
         self.batches.append([text for _, text in documents])
@@ -38,7 +47,8 @@ class HashEncoder:
             raise ValueError(f"document {title!r} has no token")
         if BROKEN in text:
             raise RuntimeError("out of memory")
-        seed = int.from_bytes(hashlib.sha256(f"{title}\0{text}".encode()).digest()[:8], "big")
+        seeded = f"{self.spec.fingerprint}\0{title}\0{text}"
+        seed = int.from_bytes(hashlib.sha256(seeded.encode()).digest()[:8], "big")
         values = np.random.default_rng(seed).standard_normal(self.spec.num_values).astype(np.float32)
         words = len(text.split())
         return EncodedDocument(values, min(words, MAX_WORDS), words > MAX_WORDS)

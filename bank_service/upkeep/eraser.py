@@ -102,7 +102,7 @@ class Eraser:
             self._is_log_empty = False
             await self._rewrite({erasure.namespace for erasure in fresh}, sequence)
             # Remove the gradients that no document names from blob store and cache. Failed removals are repeated.
-            await self._discarder.discard([digest for erasure in fresh for digest in erasure.digests])
+            await self._discarder.discard((digest for erasure in fresh for digest in erasure.digests), at_once=True)
             self._rewritten = fresh[-1].number
         gone = await self._erased()
         if not await self._empty_log():

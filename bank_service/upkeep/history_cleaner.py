@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 
 from bank_service.catalog.contract import Catalog
+from bank_service.errors import BankError
 from bank_service.runtime.background import cancelled
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class HistoryCleaner:
                 await self.clean()
                 if not self._catalog.history_seconds:
                     return  # no more versions will come
-            except Exception:  # versions only stay a little longer
+            except BankError as error:  # versions only stay a little longer
+                logger.warning("expired versions can't be dropped now: %s; trying again", error)
+            except Exception:
                 logger.exception("expired versions could not be dropped; trying again")
             await asyncio.sleep(CLEAN_SECONDS)

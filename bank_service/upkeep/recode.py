@@ -86,7 +86,7 @@ class Recoder:
         """Begins the work, or joins the work under way, and reports its progress until the end.
 
         The work continues if the caller stops listening. InvalidArgumentError for an unknown codec. UnavailableError
-        while the collection is being recoded to another codec.
+        while the collection is being recoded to another codec, or on its way to another learner.
         """
         try:
             check_choice(codec[:80])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
 from bank_service.errors import BankError, UnavailableError, VersionConflictError
@@ -52,7 +53,9 @@ class Repairer:
         background: Background,
         pool: Executor,
         metrics: BankMetrics,
+        remake_next: Callable[[str, int], Awaitable[bool]],
     ) -> None:
+        """``remake_next``: see ``NextGradients.remake``."""
         self._stores = stores
         self._writer = writer
         self._discarder = discarder
@@ -60,6 +63,7 @@ class Repairer:
         self._background = background
         self._pool = pool
         self._metrics = metrics
+        self._remake_next = remake_next
         self._running: dict[str, asyncio.Task[Mended]] = {}
 
     async def repair_for_reader(self, digest: str) -> bool:
@@ -87,6 +91,10 @@ class Repairer:
         return await asyncio.shield(task)
 
     async def _repair(self, digest: str) -> Mended:
+        if await self._remake_next(digest, MAX_OWNERS):
+            self._metrics.repaired()
+            logger.warning("gradient %s of the next learner was damaged; made again from the text", digest)
+            return Mended.MADE
         is_made = False
         owners = await in_thread(self._pool, self._owners, digest)
         for stored in owners:

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from bank_service.errors import DataLossError
+from bank_service.errors import BankError, DataLossError, UnavailableError
 from bank_service.records.stores import Stores
 from bank_service.runtime.background import cancelled
+from bank_service.runtime.seldom import Seldom
 from bank_service.runtime.threads import in_thread
 from bank_service.upkeep.repair import Mended
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = 64  # digests read from the catalog at a time
 REST_SECONDS = 3600.0  # between two passes
+WAIT_SECONDS = 5.0  # until a store that is away is asked again
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class Scrubber:
         self._mend = mend
         self._pool = pool
         self._bytes_per_second = mib_per_second * 2**20
+        self._outages = Seldom()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -67,11 +70,26 @@ class Scrubber:
 
     async def _check(self, digest: str, counts: ScrubCounts) -> None:
         try:
-            await in_thread(self._pool, self._stores.blobs.get, digest)
+            await self._read(digest)
         except DataLossError:
-            mended = await self._mend(digest)
+            try:
+                mended = await self._mend(digest)
+            except BankError as error:  # the pass goes on to the other gradients
+                logger.error("gradient %s can't be made again: %s", digest, error)
+                mended = Mended.LOST
             counts.num_repaired += mended is Mended.MADE
             counts.num_lost += mended is Mended.LOST
+
+    async def _read(self, digest: str) -> None:
+        """Waits until the store tells about the gradient. DataLossError."""
+        while True:
+            try:
+                await in_thread(self._pool, self._stores.blobs.get, digest)
+                return
+            except UnavailableError as error:
+                if self._outages.is_due():
+                    logger.warning("the scrub waits: %s", error)
+                await asyncio.sleep(WAIT_SECONDS)
 
     async def _run(self) -> None:
         while True:

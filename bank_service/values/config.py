@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bank_service.values.catalog_url import check_catalog_url
 from bank_service.values.namespace_limits import NamespaceLimits
+from bank_service.values.objects_url import check_objects_url
 from bank_service.values.redis_url import check_redis_url
 from bank_service.wire.ports import is_loopback
 from bank_service.wire.record import check_choice
@@ -20,7 +22,10 @@ class BankConfig:
     host: str = "127.0.0.1"  # address to listen on
     port: int = 0  # port to listen on; 0: the kernel chooses
     metrics_port: int | None = None  # port for Prometheus; None: off, 0: the kernel chooses
-    redis_url: str | None = field(default=None, repr=False)  # URL of your own Redis server; None: an embedded server
+    catalog: str | None = field(default=None, repr=False)  # postgresql:// URL of the catalog; None: SQLite in data_dir
+    objects: str | None = None  # object store for a new bank's gradients, such as s3://BUCKET/PREFIX; None: the folder
+    objects_grace_seconds: int = 3600  # time for which it keeps a gradient that no document has any more
+    redis_url: str | None = field(default=None, repr=False)  # URL of your own Redis servers; None: an embedded server
     redis_url_file: Path | None = None  # file that holds only that URL, so that nobody sees its password
     codec: str | None = None  # factors-P-Q-BITS of a new bank; None: factors-4-1-8; an existing bank keeps its codec
     cache_bytes: int = 256 * 2**20  # memory limit of the embedded server; your own server has its own limit
@@ -34,6 +39,7 @@ class BankConfig:
     snapshot_every: int = 10_000  # changes between saves of the vector index; a tenth of its vectors if that is more
     scrub_mib_per_second: float = 0.0  # rate of reading stored gradients, to find and repair damage; 0: off
     snapshot_root: str | None = None  # CreateSnapshot writes below it: folder or URL; None: anywhere, on loopback only
+    learner_root: Path | None = None  # UpgradeLearner reads learners below it; None: anywhere, on loopback only
     exact_below: int = 2_000  # a namespace of at most so many documents is searched exactly
     history_seconds: int | None = None  # time to keep past versions, for as_of; 0: none; None: the last setting
     drain_seconds: float = 10.0  # time for calls under way to finish when the bank stops
@@ -42,13 +48,13 @@ class BankConfig:
     tls_key: Path | None = None  # PEM of its key
     tls_client_ca: Path | None = None  # PEM of the authority of clients' certificates; None: clients need none
     max_namespace_documents: int = 0  # documents of each namespace; 0: no limit
-    max_namespace_bytes: int = 0  # bytes of each namespace's texts and gradients; 0: no limit
+    max_namespace_bytes: int = 0  # bytes of each namespace's texts, gradients and sentence vectors; 0: no limit
     max_namespace_requests: int = 0  # requests of each namespace in flight, a stream is one; 0: no limit
     max_calls: int = 1024  # calls in progress, of all kinds together; more are refused
     max_ingests: int = 64  # ingest streams in progress; more are refused
     max_queries: int = 256  # queries in progress or waiting; more are refused
     ingest_idle_seconds: float = 300.0  # time after which an idle or unread ingest stream ends
-    unread_seconds: float = 300.0  # time after which an unread fetch, snapshot or recode ends
+    unread_seconds: float = 300.0  # time after which an unread fetch, snapshot, recode or upgrade ends
 
     @property
     def is_loopback(self) -> bool:
@@ -73,6 +79,8 @@ class BankConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir).absolute())
+        if self.learner_root is not None:
+            object.__setattr__(self, "learner_root", Path(self.learner_root).absolute())
         if self.embed_threads == 0:
             object.__setattr__(self, "embed_threads", min(4, os.cpu_count() or 1))
         if self.codec is not None:
@@ -82,7 +90,7 @@ class BankConfig:
         object.__setattr__(self, "host", host)
         if not self.host:
             raise ValueError("host must not be empty; 127.0.0.1 serves this machine, 0.0.0.0 every network")
-        self._check_redis()
+        self._check_urls()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key must be given together, got one of them")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -90,6 +98,7 @@ class BankConfig:
         for name, low, high in (
             ("port", 0, 65535),
             ("metrics_port", 0, 65535),
+            ("objects_grace_seconds", 0, 2**31),
             ("cache_bytes", 2**20, 2**50),
             ("cache_timeout_ms", 1, 60_000),
             ("cache_ttl_seconds", 1, 2**31),
@@ -118,7 +127,11 @@ class BankConfig:
         if self.port and self.port == self.metrics_port:
             raise ValueError(f"metrics_port must be another than port, got {self.port} for both")
 
-    def _check_redis(self) -> None:
+    def _check_urls(self) -> None:
+        if self.objects is not None:
+            check_objects_url(self.objects, "objects")
+        if self.catalog is not None:
+            check_catalog_url(self.catalog, "catalog")
         if self.redis_url is not None:
             check_redis_url(self.redis_url, "redis_url")
             if self.redis_url_file is not None:

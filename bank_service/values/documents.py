@@ -154,7 +154,7 @@ class PutResult:
 
     stored: StoredDocument
     outcome: Outcome
-    replaced_digest: str | None = None  # of the gradient that the new one replaced
+    dropped: frozenset[str] = frozenset()  # digests of gradients that perhaps no version has any more
     relative_error: float | None = None  # ‖stored − given‖ / ‖given‖ of an uploaded gradient
 
 
@@ -317,3 +317,4 @@ class QueryResult:
     records: Mapping[str, bytes]  # digest → gradient record, if the query asks for it and it fits the message
     sequence: int
     num_with_record: int | None = None  # so many of the first hits have their records here; None: all
+    learner_fingerprint: str = ""  # of the hits' gradients

@@ -75,7 +75,8 @@ class MiniLmEmbedder:
 
             from bank_service.runtime.onnx_runtime import onnxruntime
         except ImportError as error:
-            raise RuntimeError(f"{error.name} must be installed; pip install 'regrad-vllm[bank]'") from error
+            remedy = "pip install '.[bank]' in the project's folder"
+            raise RuntimeError(f"{error.name} must be installed; {remedy}") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # callers use their own threads
         options.inter_op_num_threads = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from bank_service.wire.record import FloatArray, GradientSpec
@@ -29,4 +30,10 @@ class Encoder(Protocol):
         """δ of each (title, text), in order. Blocking; called from one thread at a time.
 
         ValueError names a document that has no token to learn from.
+        """
+
+    def of_learner(self, folder: Path) -> Encoder:
+        """An encoder of another learner of the same base model. Blocking, for seconds.
+
+        ValueError for a learner that is damaged or belongs to another base model, OSError where there is none.
         """

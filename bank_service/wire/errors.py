@@ -32,6 +32,7 @@ from bank_service.errors import (
     QuotaExceededError,
     UnauthenticatedError,
     UnavailableError,
+    UnreachableError,
     VersionConflictError,
 )
 from bank_service.wire.limits import RETRY_AFTER_MS
@@ -51,6 +52,7 @@ __all__ = [
     "QuotaExceededError",
     "UnauthenticatedError",
     "UnavailableError",
+    "UnreachableError",
     "VersionConflictError",
     "abort",
     "from_rpc_error",
@@ -171,13 +173,20 @@ def from_rpc_error(error: grpc.RpcError) -> BankError:
     sent = _sent_error(call.trailing_metadata() or ())
     if sent is not None:
         return sent
+    made = _nearest_error(call)
+    made.by_bank = False
+    return made
+
+
+def _nearest_error(call: grpc.aio.AioRpcError) -> BankError:
+    """The error for a status that no bank sent."""
     message = f"the bank's call failed with {call.code().name}: {call.details()}"
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError(message)
     if call.code() is grpc.StatusCode.UNAUTHENTICATED:
         return UnauthenticatedError(message)
     if call.code() is grpc.StatusCode.UNAVAILABLE or call.details() == _BROKEN_CALL:
-        return UnavailableError(message)
+        return UnreachableError(message)
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own checks refused the call
         if _TOO_LARGE in (call.details() or ""):
             return LimitExceededError(message, limit="max_message_bytes")
@@ -187,7 +196,7 @@ def from_rpc_error(error: grpc.RpcError) -> BankError:
 
 def _reason(error: BankError) -> str:
     for reason, row in _TABLE.items():
-        if type(error) is row.error:
+        if row.error in type(error).__mro__:
             return reason
     return "INTERNAL"
 

@@ -25,7 +25,7 @@ def compile_contract(proto_dir: Path) -> dict[str, str]:
         from grpc_tools import protoc
     except ImportError as error:
         raise RuntimeError(
-            "grpcio-tools must be installed to compile the contract; pip install 'regrad-vllm[dev]'"
+            "grpcio-tools must be installed to compile the contract; pip install '.[dev]' in the project's folder"
         ) from error
     well_known = resources.files("grpc_tools") / "_proto"
     with tempfile.TemporaryDirectory() as out:

@@ -13,6 +13,12 @@ from opentelemetry import propagate, trace
 TRACER = "regrad"
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOL_VARIABLE = "OTEL_EXPORTER_OTLP_PROTOCOL"  # "grpc" (default) or "http/protobuf"
+# Attributes by OpenTelemetry's conventions for generative AI. Others start with regrad.
+OPERATION = "gen_ai.operation.name"
+RETRIEVAL = "retrieval"  # the operation
+DATA_SOURCE = "gen_ai.data_source.id"
+REQUEST_MODEL = "gen_ai.request.model"
+REQUEST_ID = "gen_ai.request.id"  # as in vLLM's own spans
 
 Attribute = str | bool | int | float
 _UNRECORDED = nullcontext(trace.INVALID_SPAN)

@@ -15,6 +15,7 @@
 - Purges: one document at a time; see ``purge.py``. The time grows with the documents of the namespace.
 - Fetch: three gradients of the shipped learner's size at a time; see ``fetch.py``. The main figure is MB/s of the bank
   from its cache, over plain redis-py MGET of the same bytes.
+- Cues: what the vectors of sentences cost at the ingest, and a cue at a query; see ``cue_costs.py``.
 - Ingest: ``benchmarks.bank_ingest`` in the same run.
 """
 
@@ -35,6 +36,7 @@ from bank_service import __version__
 from bank_service.values.embedder import default_embedder
 from benchmarks.bank.build import build
 from benchmarks.bank.child_bank import folder_bytes, running_bank
+from benchmarks.bank.cue_costs import measure_cues
 from benchmarks.bank.drawn_corpus import DrawnCorpus
 from benchmarks.bank.fetch import measure_fetch
 from benchmarks.bank.purge import measure_purges
@@ -46,7 +48,7 @@ from regrad_vllm.reporting.machine import describe
 SHIPPED_VALUES = 266_780  # of one tensor; its record has the bytes of the shipped learner's, 0.27 MB
 
 
-PARTS = ("restart", "query", "purge", "fetch", "ingest")
+PARTS = ("restart", "query", "purge", "fetch", "cues", "ingest")
 FIGURES: dict[
     str, tuple[str, Callable[[dict[str, Any]], float]]
 ] = {  # the figures of the last line: name → (part, figure from its report)
@@ -106,6 +108,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
             say("fetching")
             report["fetch"] = measure_fetch(Path(scratch, "fetch"), args.fetch_values, args.fetches, args.repeats)
+    if "cues" in args.parts:
+        with tempfile.TemporaryDirectory(prefix="bank-", dir=args.folder) as scratch:
+            say("embedding sentences")
+            report["cues"] = measure_cues(Path(scratch), args.cue_documents, args.queries, args.repeats)
     if "ingest" in args.parts:
         say("ingesting")
         ingest = argparse.Namespace(
@@ -126,6 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--values", type=int, default=256, help="of a gradient in the large bank")
     parser.add_argument("--fetches", type=int, default=60, help="of three gradients, in a repeat")
     parser.add_argument("--fetch-values", type=int, default=SHIPPED_VALUES, help="of a gradient that is fetched")
+    parser.add_argument("--cue-documents", type=int, default=2_000, help="of the banks whose cues are measured")
     parser.add_argument("--ingest-documents", type=int, default=200, help="of a repeat of the ingest")
     parser.add_argument("--ingest-values", type=int, default=500_000, help="of a gradient there")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (the system's temporary folder)")

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--redis-url")
     parser.add_argument("--tokens-file", type=Path)
     parser.add_argument("--snapshot-every", type=int, default=10_000)
+    parser.add_argument("--no-sentences", action="store_true", help="embed no sentences at the ingest")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     encoder = HashEncoder()
@@ -47,6 +48,7 @@ def main() -> None:
         redis_url=args.redis_url,
         tokens_file=args.tokens_file,
         snapshot_every=args.snapshot_every,
+        embed_sentences=not args.no_sentences,
     )
     embedder = default_embedder() if args.embedder == "minilm" else HashEmbedder()
     asyncio.run(serve(config, encoder, embedder=embedder))

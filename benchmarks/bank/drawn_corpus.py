@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +29,7 @@ SELECTIVITIES = {"shelf": 10, "topic": 1_000, "author": 100_000}  # metadata: on
 QUESTIONS_PER_BLOCK = 20
 DOCUMENT_NOISE, QUESTION_NOISE = 0.8, 0.7
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvwz" for vowel in "aeiou"]
-_ENGLISH = (
+ENGLISH = (
     "what when where which who why how the a of in on for with was is are did does that which city river year first "
     "last people built found called name between after before during house king paper film music school war team "
     "player record company island bridge station church book author scientist theory number large small old new"
@@ -72,6 +73,10 @@ class DrawnCorpus:
         centres = self._centres[generator.integers(0, NUM_CENTRES, size)]
         return unit(centres + DOCUMENT_NOISE * self._noise(generator, size))
 
+    def rows(self, block: int) -> Iterator[tuple[str, dict[str, str], FloatArray]]:
+        """Text, metadata and vector of each of the block's documents."""
+        return zip(self._texts(block), self._metadata(block), self.vectors(block), strict=True)
+
     def uploads(self, block: int, note: str = "") -> list[pb.IngestGradientsRequest]:
         """The messages that store the block's documents. A ``note`` becomes one more pair of their metadata."""
         generator = self._generator(block, 2)
@@ -97,7 +102,7 @@ class DrawnCorpus:
             for place in map(int, generator.integers(0, len(texts), wanted)):
                 vector = unit(vectors[place] + QUESTION_NOISE * self._noise(generator, 1)[0])
                 words = " ".join(generator.choice(texts[place].split(), 8))
-                english = " ".join(generator.choice(_ENGLISH.split(), 20))
+                english = " ".join(generator.choice(ENGLISH.split(), 20))
                 questions.append(DrawnQuestion(block * BLOCK + place, vector, words, english, pairs[place]))
         return questions
 

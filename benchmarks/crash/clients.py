@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from bank_service.testing.client import Client, own_errors, upload_of
 from bank_service.wire.errors import BankError, InternalError, NotFoundError, UnavailableError, VersionConflictError
 from bank_service.wire.generated import bank_pb2 as pb
 from benchmarks.crash.expected import Content, Model, Recorded, Verdict, is_right, record_of
-from benchmarks.crash.killable import Process, end
+from benchmarks.crash.killable import Process
 
 IDS_PER_WRITER = 6
 MAX_HITS = 64  # of one query: all documents of all writers
@@ -24,11 +25,12 @@ async def work_until_killed(
     verdict: Verdict,
     generator: random.Random,
     seconds: float | None,
-    target: Path,
+    target: Path | None,
+    kill: Callable[[], None],
 ) -> bool:
-    """Puts load on the bank, lets it write snapshots to ``target``, and kills it after ``seconds``.
+    """Puts load on the bank, lets it write snapshots to ``target``, and calls ``kill`` after ``seconds``.
 
-    seconds None: the bank must kill itself. False if it did not, and was killed here.
+    target None: it writes none. seconds None: the bank must kill itself. False if it did not.
     """
     async with Client(process.address.target) as client:
         tasks = [
@@ -36,14 +38,15 @@ async def work_until_killed(
             for name, model in models.items()
         ]
         tasks += [asyncio.create_task(_read(client, verdict)) for _ in range(2)]
-        tasks.append(asyncio.create_task(_snapshot(client, target)))
+        if target is not None:
+            tasks.append(asyncio.create_task(_snapshot(client, target)))
         if seconds is None:
             process.arm()
             died = await asyncio.to_thread(process.wait, FAULT_SECONDS)
         else:
             await asyncio.sleep(seconds)
             died = True
-        await asyncio.to_thread(end, process.handle)
+        await asyncio.to_thread(kill)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if not _is_end(result):
                 verdict.wrong.append(f"a client's call ended with {type(result).__name__}: {result}")

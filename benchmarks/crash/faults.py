@@ -12,13 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import bank_service.blobs.folder_objects
-import bank_service.catalog.sqlite.catalog_writes
+import bank_service.catalog.sql.catalog_writes
 import bank_service.search.usearch.usearch_index
 from bank_service.backup.snapshot import Manifest, SnapshotWriter
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.cache.redis_cache import RedisCache
-from bank_service.catalog.sqlite.catalog import SqliteCatalog
-from bank_service.catalog.sqlite.group_commit import GroupCommit
+from bank_service.catalog.sql.group_commit import GroupCommit
+from bank_service.catalog.sql.sql_catalog import SqlCatalog
 from bank_service.records.discarder import Discarder
 from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.search.usearch.usearch_index import UsearchIndex
@@ -29,10 +29,10 @@ from bank_service.values.encoder import EncodedDocument
 POINTS: dict[str, tuple[Any, str]] = {
     "in the write of a blob": (bank_service.blobs.folder_objects, "os.fsync"),
     "before a blob gets its name": (bank_service.blobs.folder_objects, "os.replace"),
-    "between blob and catalog": (SqliteCatalog, "put"),
-    "in a transaction of the catalog": (bank_service.catalog.sqlite.catalog_writes, "_next_sequence"),
+    "between blob and catalog": (SqlCatalog, "put"),
+    "in a transaction of the catalog": (bank_service.catalog.sql.catalog_writes, "_next_sequence"),
     "between commit and acknowledgement": (AcknowledgedSequence, "advance"),
-    "in a deletion": (SqliteCatalog, "delete"),
+    "in a deletion": (SqlCatalog, "delete"),
     "at the start of an index snapshot": (UsearchIndex, "save"),
     "between the old and the new index snapshot": (bank_service.search.usearch.usearch_index, "os.replace"),
     "in a sweep, before anything is removed": (Discarder, "references"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bank_service.testing.client import Client
+from bank_service.wire.errors import UnavailableError
 from benchmarks.crash.clients import work_until_killed
 from benchmarks.crash.expected import Model, Verdict
 from benchmarks.crash.faults import POINTS, Fault
@@ -18,9 +21,11 @@ from benchmarks.crash.promises import check, check_snapshot
 NUM_WRITERS = 8
 LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment
 LONGEST_START_SECONDS = 0.5
+BACK_SECONDS = 20
 MAX_PASSES = 8  # of a fault's point before the bank dies there
 RARE = tuple(point for point in POINTS if "snapshot" in point or "sweep" in point)  # seconds from one pass to the next
-WORK, START = "at work", "while it starts"  # kills at a random moment
+WORK, START = "at work", "while it starts"  # kills of the bank at a random moment
+DATABASE = "the database"  # kills of the catalog's server at a random moment; the bank goes on
 
 
 @dataclass(slots=True)
@@ -43,9 +48,11 @@ async def kill_again_and_again(
     generator: random.Random,
     plant: str | None = None,
     progress: Callable[[Run], None] = lambda _: None,
+    kill_database: Callable[[], None] | None = None,
 ) -> Run:
-    """A kill for each of ``kills``, WORK, START or a point of ``benchmarks.crash.faults``, with a check after each."""
-    target = data_dir.parent / "snapshot"
+    """A kill for each of ``kills``, WORK, START, DATABASE or a point of ``benchmarks.crash.faults``, with a check after
+    each. ``kill_database`` kills the catalog's server and starts it again."""
+    target = data_dir.parent / "snapshot" if nursery.catalog is None else None
     run = Run({f"writer{number}": Model() for number in range(NUM_WRITERS)})
     for kill in kills:
         if kill == START:
@@ -58,16 +65,41 @@ async def kill_again_and_again(
             async with Client(process.address.target) as client:
                 await check(client, data_dir, run.models, run.verdict)
             seconds = None if fault else generator.uniform(0.02, LONGEST_WORK_SECONDS)
-            if not await work_until_killed(process, run.models, run.verdict, generator, seconds, target):
+            killed: Callable[[], None] = partial(end, process.handle)
+            if kill == DATABASE:
+                assert kill_database is not None
+                killed = kill_database
+            if not await work_until_killed(process, run.models, run.verdict, generator, seconds, target, killed):
                 raise RuntimeError(f"the bank must come to its fault {kill!r}, it did not in time")
+            if kill == DATABASE:
+                await _check_goes_on(process, data_dir, run)
+            await asyncio.to_thread(end, process.handle)
             await asyncio.to_thread(_check_children, process, run.verdict)
-            await asyncio.to_thread(check_snapshot, target, run.verdict)
+            if target is not None:
+                await asyncio.to_thread(check_snapshot, target, run.verdict)
         run.kills[kill] = run.kills.get(kill, 0) + 1
         progress(run)
     process = await asyncio.to_thread(nursery.start, data_dir, None, plant)
     async with Client(process.address.target) as client:
         await check(client, data_dir, run.models, run.verdict)
     return run
+
+
+async def _check_goes_on(process: Process, data_dir: Path, run: Run) -> None:
+    """The same bank answers again, now that its database is back."""
+    deadline = time.monotonic() + BACK_SECONDS
+    async with Client(process.address.target) as client:
+        while True:
+            try:
+                await client.put("probe", "a probe")  # its own document
+                await client.delete("probe")
+                break
+            except UnavailableError:
+                if time.monotonic() > deadline:
+                    run.verdict.wrong.append(f"the bank must go on within {BACK_SECONDS} s of its database's return")
+                    return
+            await asyncio.sleep(0.02)
+        await check(client, data_dir, run.models, run.verdict)
 
 
 def _check_children(process: Process, verdict: Verdict) -> None:

@@ -2,8 +2,8 @@
 
 This process imports everything and starts nothing. For each line of JSON on its standard input it forks one bank and
 prints the bank's pid. So a bank starts in a fraction of the time that its imports take. The line is
-``{"data_dir", "log", "fault", "plant"}``. ``fault`` has the fields of a Fault, which SIGUSR1 arms. ``plant`` is one of
-BUGS. Both may be null.
+``{"data_dir", "catalog", "log", "fault", "plant"}``. ``catalog`` is a database's URL. ``fault`` has the fields of a
+Fault, which SIGUSR1 arms. ``plant`` is one of BUGS. These three may be null.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def run(order: dict[str, Any]) -> None:
         plant(order["plant"], encoder)
     # Small numbers, so that a short test meets snapshots and full batches, and the index that they are of.
     config = BankConfig(
-        data_dir=Path(order["data_dir"]), snapshot_every=40, exact_below=0, drain_seconds=5, history_seconds=10
-    )
+        data_dir=Path(order["data_dir"]), catalog=order.get("catalog"), snapshot_every=40, exact_below=0,
+        drain_seconds=5, history_seconds=10,
+    )  # fmt: skip
     asyncio.run(serve(config, encoder, embedder=HashEmbedder()))
 
 

@@ -35,10 +35,10 @@ from benchmarks.gpu import encoding, kernels
 from benchmarks.gpu.running_engine import Documents, RunningEngine, running
 from benchmarks.gpu.sheet import CODEC
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, Shape, made_up_learner, write_model
-from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.arguments import whole
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe
+from regrad_vllm.serve.arena.arena import Arena
 
 _SHAPES: dict[str, Shape] = {
     "smollm2-135m": SMOLLM2_135M, "llama-3.2-1b": LLAMA_1B, "llama-3.1-8b": LLAMA_8B,

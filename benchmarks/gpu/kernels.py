@@ -27,8 +27,9 @@ from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig
 from regrad_vllm.reporting.machine import describe
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
-from regrad_vllm.serve.kernels.device_layers import DeviceLayer, Slice, tile_rows
+from regrad_vllm.serve.kernels.device_layers import DeviceLayer, tile_rows
 from regrad_vllm.serve.kernels.device_tables import DeviceTables
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 
 _LAYERS = {
     "1b": {"gate_up": (2048, (8192, 8192)), "down": (8192, (2048,))},
@@ -90,15 +91,12 @@ def _measure(
         )  # fmt: skip
         tables.append(DeviceTables(forms, rows, requests, requests * k, tile_rows(rank), device))
         tables[-1].write(batch)
-    parts = [
-        torch.from_numpy(view).to(device, torch.bfloat16)
-        for _, view in learner.layout.views(_normal(learner.layout.num_values, 0.01))
-    ]
+    parts = [torch.from_numpy(view) for _, view in learner.layout.views(_normal(learner.layout.num_values, 0.01))]
     slices = [
-        Slice(width, parts[2 * i], parts[2 * i + 1], (2 * i, 2 * i + 1), whole=(inputs, width))
+        LayerSlice(width, parts[2 * i], parts[2 * i + 1], 2 * i, 2 * i + 1, whole=(inputs, width))
         for i, width in enumerate(outputs)
     ]
-    layers = [DeviceLayer(slices, rank, _SCALING, own) for own in tables]
+    layers = [DeviceLayer(slices, _SCALING, own, torch.bfloat16) for own in tables]
     x, y = (torch.randn(rows, width, device=device, dtype=torch.bfloat16) for width in (inputs, sum(outputs)))
     weight = torch.randn(inputs, sum(outputs), device=device, dtype=torch.bfloat16)
     phi_bytes = 2 * learner.layout.num_values

@@ -17,11 +17,11 @@ import torch
 from bank_service.wire.codecs.factors import CODES, factor_form
 from bank_service.wire.record import HEADER_BYTES, encode_gradient, record_digest
 from benchmarks.shapes import RANK
-from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
 from regrad_vllm.local.pair import SERVER_ENVIRONMENT
-from regrad_vllm.serve.engine import Engine
-from regrad_vllm.serve.launch import EXTENSION_CLASS, GPU_COMPILATION, merged_modules
+from regrad_vllm.serve.api.engine import Engine
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.engine_flags import EXTENSION_CLASS, GPU_COMPILATION, merged_modules
 from regrad_vllm.serve.recipe import ADAPTER_ID, Recipe
 
 _CHECKSUM = 80  # where it stands in a record's header, see ``bank_service.wire.record``

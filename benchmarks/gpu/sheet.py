@@ -24,7 +24,7 @@ from regrad_vllm.layout import Layout
 
 BYTES_PER_US = 4.8e6  # memory bandwidth of an H200 by its data sheet, 4.8 TB/s
 CODEC, CODEC_4 = "factors-4-1-8", "factors-4-1-4"
-ROWS = (1, 8, 64, 256)
+ROWS = (64, 256)
 _TWO_BYTES = 2  # bfloat16
 # vLLM's ``prepare_tensors`` copies a flag to the host, reads it there and counts slots, for tokens and for requests.
 _WAITS_FOR_ADAPTERS = 2 * 3

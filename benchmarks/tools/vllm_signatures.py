@@ -4,7 +4,7 @@
 
 A FOLDER holds an unpacked wheel, as ``pip download --no-deps vllm==VERSION`` and ``unzip`` give it: the packages
 ``vllm`` and ``vllm-VERSION.dist-info``. Nothing in it is imported. A version replaces itself in the table
-``tests/serve/vllm_signatures.json``. A test compares the seams with the table.
+``tests/serve/seams/vllm_signatures.json``. A test compares the seams with the table.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import json
 import sys
 from pathlib import Path
 
-from regrad_vllm.serve.vllm_seams import WORKER_SEAMS
-from regrad_vllm.serve.vllm_server_seams import SERVER_SEAMS
+from regrad_vllm.serve.seams.server_seams import SERVER_SEAMS
+from regrad_vllm.serve.seams.worker_seams import WORKER_SEAMS
 
-TABLE = Path(__file__).parents[2] / "tests" / "serve" / "vllm_signatures.json"
+TABLE = Path(__file__).parents[2] / "tests" / "serve" / "seams" / "vllm_signatures.json"
 
 
 def main() -> None:

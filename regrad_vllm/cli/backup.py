@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from regrad_vllm.client import SnapshotProgress
 
 _SNAPSHOT = """Copies a whole bank while it runs: one consistent state of its catalog, and every gradient in it. The
-target is a folder, or a URL that fsspec can open (s3://… needs the package s3fs). A second snapshot to the same target
-copies only new gradients. Until it is whole, the snapshot before stays valid."""
+target is a folder, or an object store such as s3://BUCKET/PREFIX. A second snapshot to the same target copies only new
+gradients. Until it is whole, the snapshot before stays valid."""
 _RESTORE = """Makes a new bank's folder of a snapshot. Every byte is verified by its digest. It is all or nothing."""
 _SCRUB = """Reads every gradient of a stopped bank. Damaged ones are made again from the texts of their documents.
 Uploaded gradients can't be made again, so they are counted as lost. A running bank mends the damage that it meets. With
@@ -38,9 +38,13 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("restore", help="a bank out of a snapshot", description=_RESTORE)
     parser.add_argument("source", metavar="SOURCE", help="folder or URL of a snapshot")
     parser.add_argument("--data-dir", type=Path, help=f"absent or empty ({DATA_DIR})")
+    parser.add_argument(
+        "--objects", metavar="URL", help="empty object store for the gradients, such as s3://BUCKET/PREFIX"
+    )
     parser.set_defaults(run=_restore)
     parser = commands.add_parser("scrub", help="verify and mend a bank's gradients", description=_SCRUB)
     parser.add_argument("--data-dir", type=Path, help=f"a bank's folder ({DATA_DIR})")
+    parser.add_argument("--catalog", help="postgresql:// URL of the bank's catalog, where it has one")
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
     parser.set_defaults(run=_scrub)
@@ -88,7 +92,7 @@ def _restore(args: argparse.Namespace) -> int:
     from bank_service.backup.restore import restore
 
     data_dir = (args.data_dir or default_data_dir()).absolute()
-    last = _followed(restore(absolute_place(args.source), data_dir))
+    last = _followed(restore(absolute_place(args.source), data_dir, args.objects))
     assert last.manifest is not None
     say(
         f"{data_dir}: restored at change {last.manifest.sequence:,}, {count(last.num_gradients, 'gradient')}; "
@@ -103,7 +107,7 @@ def _scrub(args: argparse.Namespace) -> int:
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.gradient_encoder import GradientEncoder
 
-    config = BankConfig(data_dir=args.data_dir or default_data_dir())
+    config = BankConfig(data_dir=args.data_dir or default_data_dir(), catalog=args.catalog)
     if not config.data_dir.is_dir():
         raise CommandError(
             f"{config.data_dir} must be the folder of a bank, it does not exist; name it with --data-dir"
@@ -122,14 +126,14 @@ def _scrub(args: argparse.Namespace) -> int:
 
 def _followed(steps: Iterator[Progress]) -> Progress:
     """Reports the progress and returns the last of ``steps``. CommandError if a step fails."""
-    from bank_service.errors import CatalogDamagedError, SnapshotError
+    from bank_service.errors import CatalogDamagedError, CollectionMismatchError, SnapshotError
 
     last: Progress | None = None
     try:
         for step in steps:
             _note_progress(last.num_done if last else 0, step.num_done, step.num_gradients)
             last = step
-    except (CatalogDamagedError, SnapshotError) as error:
+    except (CatalogDamagedError, CollectionMismatchError, SnapshotError) as error:
         raise CommandError(str(error)) from error
     assert last is not None
     return last

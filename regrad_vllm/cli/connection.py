@@ -85,7 +85,7 @@ def describe_failure(address: str, error: BankError) -> str:
     """One line about a failed call, with the remedy."""
     if isinstance(error, UnauthenticatedError):
         return f"{error.message}; name a file with the token: --bank-token-file or REGRAD_BANK_TOKEN_FILE"
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError) and not error.by_bank:
         advice = "start one with `regrad bank` or name it with --bank"
         reason = "no connection" if "failed to connect" in error.message else error.message
         return f"the bank at {address} is not available ({reason}); {advice}"

@@ -45,7 +45,8 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     query.set_defaults(run=run_query)
 
     delete = commands.add_parser("delete", help="documents out of a bank")
-    delete.add_argument("ids", nargs="+", metavar="ID")
+    delete.add_argument("ids", nargs="*", metavar="ID")
+    delete.add_argument("--all", action="store_true", help="all documents of the namespace, in place of ids")
     delete.add_argument(
         "--purge", action="store_true", help="erase their past versions, too, also of those that are deleted already"
     )
@@ -94,10 +95,13 @@ def run_query(args: argparse.Namespace) -> int:
 
 def run_delete(args: argparse.Namespace) -> int:
     """Deletes the documents. If some ids are unknown, it names them at the end and exits with 1."""
+    if bool(args.ids) == args.all:
+        raise UsageError("either ID or --all must be given; --all deletes every document of the namespace")
     done = "purged" if args.purge else "deleted"
     with connect(args.bank) as bank:
+        ids = [entry.id for entry in bank.list(namespace=args.namespace)] if args.all else args.ids
         delete = partial(bank.delete, namespace=args.namespace, purge=args.purge)
-        for id, answer in each_there(args.ids, args.namespace, delete):
+        for id, answer in each_there(ids, args.namespace, delete):
             say(f"{done} {one_line(id)} (version {answer.version}, sequence {answer.sequence})")
     return 0
 

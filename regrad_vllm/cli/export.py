@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
 
     from bank_service.wire.record import decode_gradient
-    from regrad_vllm.adapt.compose import compose
+    from regrad_vllm.compose import compose
     from regrad_vllm.default_model import shipped_learner
     from regrad_vllm.learner import Learner, save_adapter
 

@@ -42,7 +42,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     )
     parser.add_argument(
         "--source",
-        type=_source,
+        type=source_name,
         metavar="NAME",
         help="a name for the source of all PATHs, the same wherever they lie (each PATH's own absolute path)",
     )
@@ -94,7 +94,8 @@ def note_mended(mended: Mapping[str, int]) -> None:
         note(f"mended {count(number, 'control character')}: read as Windows-1252 or dropped; the first in {first}")
 
 
-def _source(name: str) -> str:
+def source_name(name: str) -> str:
+    """An argument's type: the name of a source."""
     if not name.strip() or not name.isprintable() or len(name.encode()) > MAX_ID_BYTES:
         raise argparse.ArgumentTypeError(f"must be 1 to {MAX_ID_BYTES} bytes of printable text, got {name!r}")
     return name
@@ -148,11 +149,12 @@ def _report_left(left: Leftovers, args: argparse.Namespace) -> None:
         note(f"documents that the files no longer hold were not looked for: {left.unknown}")
     if left.missing:
         remedy = "some of its input can't be used" if args.delete_missing else "--delete-missing removes them"
-        note(f"no longer held by their source, but not removed: {_names(left.missing)}; {remedy}")
+        note(f"no longer held by their source, but not removed: {names(left.missing)}; {remedy}")
     if left.others:
-        note(f"of another source or an earlier version, so not removed: {_names(left.others)}")
+        note(f"of another source or an earlier version, so not removed: {names(left.others)}")
 
 
-def _names(ids: list[str]) -> str:
+def names(ids: Sequence[str]) -> str:
+    """The first ids, and the number of the others."""
     more = f" and {len(ids) - _MAX_LISTED:,} more" if len(ids) > _MAX_LISTED else ""
     return ", ".join(map(one_line, ids[:_MAX_LISTED])) + more

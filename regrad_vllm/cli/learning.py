@@ -69,13 +69,14 @@ def run_import(args: argparse.Namespace) -> int:
 
     from regrad_vllm.default_model import resolve_model
     from regrad_vllm.learn.published import load_published
-    from regrad_vllm.learner import LearnerError, Prompts
+    from regrad_vllm.learner import LearnerError
+    from regrad_vllm.prompts import Prompts
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UsageError(f"{args.out} must be absent or an empty folder; choose another")
     try:
         prompts = Prompts(**tomllib.loads(args.prompts.read_text("utf-8"))) if args.prompts else None
-    except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise LearnerError(f"{args.prompts} must be TOML with the keys of Prompts: {error}") from error
     learner = load_published(args.checkpoint, resolve_model(args.model), prompts)
     learner.save(args.out)

@@ -13,16 +13,20 @@ from regrad_vllm.cli import (
     bank,
     bench,
     demo,
+    doctor,
     documents,
     export,
     ingest,
     learning,
     listing,
+    mcp,
     model,
     questions,
     recode,
     serve,
+    sync,
     token,
+    upgrade,
 )  # fmt: skip
 from regrad_vllm.console import CommandError, end_output, note, prepare_output
 from regrad_vllm.local.processes import ServiceFailure
@@ -38,6 +42,8 @@ _EXTRAS = {
     "scrub": "bank,train",
     "serve": "cpu",
     "ingest": "bank",
+    "sync": "bank,files",
+    "mcp": "mcp",
     "questions": "train",
     "train": "bank,train",
     "eval": "bank,train",
@@ -99,9 +105,14 @@ def explained(command: str, error: Exception) -> str:
     """The text for an error. It is one line, except for errors whose message has several."""
     if isinstance(error, CommandError | ServiceFailure):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name is None:  # of transformers, which hides the cause
+        return (
+            "transformers can't be imported; torchvision must be built for the installed torch, so try "
+            f"pip uninstall torchvision torchaudio torchcodec ({error})"
+        )
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get(command, "cpu")
-        return f"the package {error.name} must be installed; run pip install 'regrad-vllm[{extra}]', which has it"
+        return f"the package {error.name} must be installed; run pip install '.[{extra}]' in the project's folder"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -114,15 +125,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         demo,
+        doctor,
         bank,
         token,
         backup,
         recode,
+        upgrade,
         serve,
         ingest,
+        sync,
         documents,
         listing,
         export,
+        mcp,
         model,
         questions,
         learning,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
+from importlib.metadata import version
 from pathlib import Path
 
 from bank_service.values.config import BankConfig
@@ -25,7 +27,7 @@ _SETTINGS: Mapping[str, type] = {"bank": BankConfig, "serve": Settings}  # comma
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the reference into every page of a folder, by default docs/."""
+    """Writes the reference into every page of a folder, by default docs/, and openapi.json beside them."""
     folder = Path(argv[0] if argv else "docs")
     for page in sorted(folder.glob("*.md")):
         before = page.read_text("utf-8")
@@ -33,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
         if after != before:
             page.write_text(after, "utf-8")
             sys.stdout.write(f"{page}\n")
+    (folder / "openapi.json").write_text(document_schema(), "utf-8")
     return 0
 
 
@@ -58,6 +61,17 @@ def serve_settings() -> str:
         default = "required" if setting.default is MISSING else setting.default_text or "–"
         rows.append(f"| `{flag}` | `{variable(setting.name)}` | {default} | {setting.help} |")
     return "\n".join(rows) + "\n"
+
+
+def document_schema() -> str:
+    """The OpenAPI schema of the routes for documents, as the server gives it at /openapi.json beside vLLM's own."""
+    from fastapi import FastAPI
+
+    from regrad_vllm.serve.documents.document_routes import document_routes
+
+    app = FastAPI(title="ReGrad: documents over HTTP", version=version("regrad-vllm"))
+    app.include_router(document_routes())
+    return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
 
 
 def commands() -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bank_service.wire.credentials import BankCredentials
 from regrad_vllm.client.values import (
     Answer,
+    BankTooOldError,
     Condition,
     CueSentence,
     Deletion,
@@ -28,6 +29,8 @@ from regrad_vllm.client.values import (
     SnapshotProgress,
     Stats,
     StoredDocument,
+    UpgradeAction,
+    UpgradeProgress,
 )
 
 if TYPE_CHECKING:
@@ -35,8 +38,9 @@ if TYPE_CHECKING:
     from regrad_vllm.client.bank import Bank
 
 __all__ = [
-    "Answer", "AsyncBank", "Bank", "BankCredentials", "Condition", "CueSentence", "Deletion", "Document", "Hit",
-    "ListedDocument", "Query", "Receipt", "RecodeProgress", "SnapshotProgress", "Stats", "StoredDocument",
+    "Answer", "AsyncBank", "Bank", "BankCredentials", "BankTooOldError", "Condition", "CueSentence", "Deletion",
+    "Document", "Hit", "ListedDocument", "Query", "Receipt", "RecodeProgress", "SnapshotProgress", "Stats",
+    "StoredDocument", "UpgradeAction", "UpgradeProgress",
 ]  # fmt: skip
 
 

@@ -33,6 +33,8 @@ from regrad_vllm.client.values import (
     SnapshotProgress,
     Stats,
     StoredDocument,
+    UpgradeAction,
+    UpgradeProgress,
 )
 
 T = TypeVar("T")
@@ -120,21 +122,24 @@ class AsyncBank:
         namespace: str = DEFAULT_NAMESPACE,
         page_size: int = MAX_PAGE_SIZE,
         conditions: Sequence[Condition] = (),
+        prefix: str = "",
+        after: str = "",
     ) -> AsyncIterator[ListedDocument]:
         """See ``Bank.list``."""
-        request = messages.list_request(namespace, page_size, conditions)
+        request = messages.list_request(namespace, page_size, conditions, prefix, after)
         while True:
             page = await self._ask(self._stub.ListDocuments, request)
-            for entry in page.documents:
-                yield messages.listed_document_of(entry)
+            for listed in messages.listed_documents_of(page, prefix, after):
+                yield listed
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
     async def query(self, query: Query | str) -> Answer:
         """See ``Bank.query``."""
-        request = messages.query_request(as_query(query), self._learner)
-        return messages.answer_of(await self._ask(self._stub.Query, request))
+        query = as_query(query)
+        request = messages.query_request(query, self._learner)
+        return messages.answer_of(await self._ask(self._stub.Query, request), query)
 
     async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
         """See ``Bank.fetch``."""
@@ -166,6 +171,13 @@ class AsyncBank:
             async for message in self._stub.RecodeCollection(request, metadata=tuple(inject())):
                 yield messages.recode_progress_of(message)
 
+    async def upgrade(self, action: UpgradeAction = "status", learner: str = "") -> AsyncIterator[UpgradeProgress]:
+        """See ``Bank.upgrade``."""
+        with own_errors():
+            request = messages.upgrade_request(action, learner)
+            async for message in self._stub.UpgradeLearner(request, metadata=tuple(inject())):
+                yield messages.upgrade_progress_of(message)
+
     @property
     def _learner(self) -> str:
         return self._spec.fingerprint if self._spec else ""
@@ -187,17 +199,39 @@ class AsyncBank:
         loop = asyncio.get_running_loop()
         # A thread of its own: the loop's pool has few, and the bank may take long to answer.
         waiting = ThreadPoolExecutor(1, "ingest-receipts")
+        receiving = loop.run_in_executor(waiting, call.receive)
+        taking: asyncio.Future[Iterable[Any] | None] | None = None  # the next document, on its way from the caller
+        all_taken = False
         try:
-            async for request in requests:
-                call.send(request)
-                while call.must_receive and (receipt := await loop.run_in_executor(waiting, call.receive)):
+            while True:  # an answer is given at once, also while the next document isn't there yet
+                if taking is None and call.has_room and not all_taken:
+                    taking = asyncio.ensure_future(_next(requests))
+                going: list[asyncio.Future[Any]] = [receiving] if taking is None else [receiving, taking]
+                await asyncio.wait(going, return_when=asyncio.FIRST_COMPLETED)
+                if taking is not None and taking.done():
+                    request, taking = taking.result(), None
+                    if request is None:
+                        all_taken = True
+                        call.finish()
+                    else:
+                        call.send(request)
+                if receiving.done():
+                    receipt = receiving.result()
+                    if receipt is None:
+                        return
                     yield receipt
-            call.finish()
-            while receipt := await loop.run_in_executor(waiting, call.receive):
-                yield receipt
+                    receiving = loop.run_in_executor(waiting, call.receive)
         finally:
+            receiving.cancel()
+            if taking is not None:
+                taking.cancel()
             call.cancel()
             waiting.shutdown(wait=False)
+
+
+async def _next(items: AsyncIterator[T]) -> T | None:
+    """The next item. None at the end."""
+    return await anext(items, None)
 
 
 async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:

@@ -35,6 +35,8 @@ from regrad_vllm.client.values import (
     SnapshotProgress,
     Stats,
     StoredDocument,
+    UpgradeAction,
+    UpgradeProgress,
 )
 
 IN_FLIGHT = 64  # documents sent before the bank has answered
@@ -131,22 +133,30 @@ class Bank:
         namespace: str = DEFAULT_NAMESPACE,
         page_size: int = MAX_PAGE_SIZE,
         conditions: Sequence[Condition] = (),
+        prefix: str = "",
+        after: str = "",
     ) -> Iterator[ListedDocument]:
         """The documents of a namespace in order of id, one page at a time. Concurrent changes may show or not.
 
         conditions: all must hold. A bank of an earlier version lists all documents, without metadata.
+        prefix: the start of the ids. after: only ids after this one. ValueError from a bank that knows neither.
         """
-        request = messages.list_request(namespace, page_size, conditions)
+        request = messages.list_request(namespace, page_size, conditions, prefix, after)
         while True:
             page = self._ask(self._stub.ListDocuments, request)
-            yield from map(messages.listed_document_of, page.documents)
+            yield from messages.listed_documents_of(page, prefix, after)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
     def query(self, query: Query | str) -> Answer:
-        """The documents nearest to a text, or the documents with given ids. A plain text asks for the 3 best."""
-        return messages.answer_of(self._ask(self._stub.Query, messages.query_request(as_query(query), self._learner)))
+        """The documents nearest to a text, or the documents with given ids. A plain text asks for the 3 best.
+
+        BankTooOldError if the query asks for a cue and the bank doesn't know cues.
+        """
+        query = as_query(query)
+        request = messages.query_request(query, self._learner)
+        return messages.answer_of(self._ask(self._stub.Query, request), query)
 
     def fetch(self, digests: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """(digest, record) for each digest, in order. Each record is checked to be a gradient of this learner.
@@ -183,6 +193,17 @@ class Bank:
             request = pb.RecodeCollectionRequest(codec=codec)
             for message in self._stub.RecodeCollection(request, metadata=tuple(inject())):
                 yield messages.recode_progress_of(message)
+
+    def upgrade(self, action: UpgradeAction = "status", learner: str = "") -> Iterator[UpgradeProgress]:
+        """Begins, finishes or takes back the bank's upgrade to another learner. All but "begin" give one report.
+
+        learner: for "begin", an absolute folder on the bank's machine. The bank continues even if you stop the
+        iteration.
+        """
+        with own_errors():
+            request = messages.upgrade_request(action, learner)
+            for message in self._stub.UpgradeLearner(request, metadata=tuple(inject())):
+                yield messages.upgrade_progress_of(message)
 
     @property
     def _learner(self) -> str:

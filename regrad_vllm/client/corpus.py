@@ -1,8 +1,8 @@
 """Files and folders → documents. Unusable input is reported by file and line.
 
-.txt and .md files are cut into passages. A .jsonl file holds one document per line. An id comes from the file's path as
-given, or from its path relative to a given folder. So a changed file, ingested again, updates its documents, and two
-files of the same name have different ids.
+Texts are cut into passages, also those of PDF, HTML and DOCX files. A .jsonl file holds one document per line. An id
+comes from the file's path as given, or from its path relative to a given folder. So a changed file, ingested again,
+updates its documents, and two files of the same name have different ids.
 
 Two pairs of metadata say where a document came from: its source, and the file that its id is made of.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from pathlib import Path
 from bank_service.errors import InvalidArgumentError
 from bank_service.values import documents as bank_documents
 from bank_service.wire.limits import FILE_KEY, SOURCE_KEY
+from regrad_vllm.client.formats import FORMATS, MAX_FILE_BYTES, FormatError, text_of
 from regrad_vllm.client.values import Document
 from regrad_vllm.data.mending import mend
 from regrad_vllm.data.passages import split_markdown, split_plain
 from regrad_vllm.data.token_counts import CountTokens, count_tokens
 
-ENDINGS = (".txt", ".md", ".jsonl")
+ENDINGS = (".txt", ".md", ".jsonl", *FORMATS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class BadInput:
     place: str
     reason: str
     source: str = ""  # its CorpusFile's; empty if it belongs to none
-    id: str = ""  # the id that would be made for it; a file's for the whole file
+    id: str = ""  # the id that would be made for it; a file's for the whole file; a link's for a link to a folder
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -76,7 +77,7 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
         except OSError as error:
             bad.append(BadInput(str(path), _reason(error), source))
             continue
-        own_source = source or _absolute(path)
+        own_source = source or source_of(path)
         if is_folder:
             for found in _walk(path, own_source, given, bad):
                 if found.suffix.lower() in ENDINGS:
@@ -91,15 +92,20 @@ def find_files(paths: Iterable[Path], source: str = "") -> tuple[list[CorpusFile
     return list(files.values()), left_out, bad
 
 
-def read_corpus(files: Sequence[CorpusFile], count: CountTokens = count_tokens) -> Iterator[CorpusDocument | BadInput]:
+def read_corpus(
+    files: Sequence[CorpusFile],
+    count: CountTokens = count_tokens,
+    read: Callable[[CorpusFile], Iterable[CorpusDocument | BadInput]] | None = None,
+) -> Iterator[CorpusDocument | BadInput]:
     """Every document of the files, in order. Unusable input is yielded as BadInput. Reads one file at a time.
 
-    count: measures the passages of texts.
+    count: measures the passages of texts. read: reads a file, in place of ``read_file``.
     """
+    read = read or partial(read_file, count=count)
     seen: dict[str, str] = {}
     for file in files:
         shown, absolute = str(file.path), str(file.path.resolve())
-        for item in _read_file(file, count):
+        for item in read(file):
             if isinstance(item, CorpusDocument):
                 place = absolute + item.place.removeprefix(shown)  # the same for a file that was given twice
                 earlier = seen.setdefault(item.id, place)
@@ -121,7 +127,7 @@ def _named_id(path: Path) -> str:
     return "/".join(parts)
 
 
-def _absolute(path: Path) -> str:
+def source_of(path: Path) -> str:
     """The source that a given path is. Bytes that are no UTF-8 are escaped, because metadata is text.
 
     A file that is a link keeps its own name, because such links change their targets with every version.
@@ -144,7 +150,8 @@ def _walk(folder: Path, source: str, given: Sequence[Path], bad: list[BadInput])
         for link in (Path(parent) / name for name in folders):
             if link.is_symlink() and not any(link.resolve().is_relative_to(path) for path in given):
                 reason = "is a link to a folder, which isn't followed; name it as a path of its own"
-                bad.append(BadInput(str(link), reason))  # of no source, since nothing of it was ever in the bank
+                id = link.relative_to(folder).as_posix()
+                bad.append(BadInput(str(link), reason, id=id))  # of no source, so it makes none incomplete
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
@@ -152,29 +159,35 @@ def _reason(error: OSError) -> str:
     return "no such file or folder" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
 
 
-def _read_file(file: CorpusFile, count: CountTokens) -> Iterator[CorpusDocument | BadInput]:
+def read_file(file: CorpusFile, count: CountTokens) -> Iterator[CorpusDocument | BadInput]:
+    """The documents of one file, and BadInput in place of those that can't be used."""
     bad = partial(BadInput, str(file.path), source=file.source, id=file.id)
+    ending = file.path.suffix.lower()
     try:
-        if not stat.S_ISREG(file.path.stat().st_mode):  # such as a pipe, which can't be read a second time
+        found = file.path.stat()
+        if not stat.S_ISREG(found.st_mode):  # such as a pipe, which can't be read a second time
             yield bad("must be a regular file; save what it gives to one")
+            return
+        if ending != ".jsonl" and found.st_size > MAX_FILE_BYTES:
+            yield bad(f"must be at most {MAX_FILE_BYTES:,} bytes, got {found.st_size:,}; split it")
             return
         data = file.path.read_bytes()
     except OSError as error:
         yield bad(_reason(error))
         return
-    if file.path.suffix.lower() == ".jsonl":
+    if ending == ".jsonl":
         lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
         if not lines:
             yield bad("must hold one JSON object a line, it is empty")
         for number, line in lines:
             yield _read_line(file, number, line)
         return
-    text = _decode(data)
+    text = _converted(ending, data) if ending in FORMATS else _decode(data)
     if isinstance(text, _Reason):
         yield bad(text)
         return
     text, num_mended = mend(text)
-    split = split_markdown if file.path.suffix.lower() == ".md" else split_plain
+    split = split_plain if ending in (".txt", ".pdf") else split_markdown
     passages = split(text, count)
     if not passages:
         yield bad(f"must hold some text, it {'has headings only' if text.strip() else 'is empty'}")
@@ -227,6 +240,15 @@ class _Reason(str):
     """The reason why a piece of input can't be used."""
 
     __slots__ = ()
+
+
+def _converted(ending: str, data: bytes) -> str | _Reason:
+    if not data:
+        return _Reason("must hold some text, it is empty")
+    try:
+        return text_of(ending, data)
+    except FormatError as error:
+        return _Reason(error)
 
 
 def _decode(data: bytes) -> str | _Reason:

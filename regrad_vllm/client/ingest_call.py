@@ -28,7 +28,9 @@ class IngestCall:
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         self._in_flight = in_flight
-        self._num_ahead = 0  # documents that were sent and aren't answered yet
+        # Two counts, because one thread may send while another waits for an answer.
+        self._num_sent = 0
+        self._num_answered = 0
         self._finished = False
         self._messages: SimpleQueue[Any] = SimpleQueue()  # None ends it
         self._answers: SimpleQueue[pb.IngestDocumentsResponse | Exception | None] = SimpleQueue()
@@ -38,13 +40,18 @@ class IngestCall:
     @property
     def must_receive(self) -> bool:
         """Whether the caller must receive an answer before it sends another document."""
-        return self._num_ahead >= self._in_flight or not self._answers.empty()
+        return not self.has_room or not self._answers.empty()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another document may be sent now."""
+        return self._num_sent - self._num_answered < self._in_flight
 
     def send(self, messages: Iterable[Any]) -> None:
         """Sends the messages of one document. It doesn't wait."""
         for message in messages:
             self._messages.put(message)
-        self._num_ahead += 1
+        self._num_sent += 1
 
     def finish(self) -> None:
         """Says that no document follows."""
@@ -62,9 +69,9 @@ class IngestCall:
         if isinstance(answer, Exception):
             raise answer
         if answer is not None:
-            self._num_ahead -= 1
+            self._num_answered += 1
             return receipt_of(answer)
-        if self._num_ahead or not self._finished:
+        if self._num_sent > self._num_answered or not self._finished:
             raise InternalError("the bank must answer every document of a stream, it ended the stream before")
         return None
 

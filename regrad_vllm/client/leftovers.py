@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bank_service.errors import NotFoundError, PermissionDeniedError, VersionConflictError
 from bank_service.wire.limits import FILE_KEY, SOURCE_KEY
 from regrad_vllm.client.corpus import BadInput, CorpusDocument, CorpusFile
-from regrad_vllm.client.values import Condition, ListedDocument
+from regrad_vllm.client.values import Condition, Deletion, ListedDocument
 
 if TYPE_CHECKING:
     from regrad_vllm.client.bank import Bank
@@ -30,6 +30,8 @@ class Held:
         self.last: dict[str, int] = {}  # file → the number of its last passage or line; 0 for a whole file
         self.incomplete = {item.source for item in bad}  # sources with input that can't be used
         self.unusable: list[BadInput] = []  # among the items of ``noting``
+        self.has_documents = False  # whether there was a document among them
+        self._links = tuple(f"{item.id}/" for item in bad if item.id and not item.source)  # to folders
 
     def noting(self, items: Iterable[CorpusDocument | BadInput]) -> Iterator[CorpusDocument]:
         """The documents among the items. An unusable line or file holds what it held before."""
@@ -43,7 +45,13 @@ class Held:
             if file := item.metadata.get(FILE_KEY):
                 number = item.id.removeprefix(file).lstrip("#")
                 self.last[file] = max(self.last.get(file, 0), int(number or 0))
+            self.has_documents = True
             yield item
+
+    def is_linked(self, entry: ListedDocument) -> bool:
+        """Whether the document may be of a folder that is a link now, which isn't followed."""
+        file = entry.metadata.get(FILE_KEY)
+        return bool(self._links) and (file is None or file.startswith(self._links))
 
 
 @dataclass(slots=True)
@@ -57,6 +65,23 @@ class Leftovers:
     unknown: str = ""  # the reason why the bank doesn't say what the sources put there; empty if it does
 
 
+class UnknownSourceError(Exception):
+    """The bank doesn't say what a source has put there. The message is the reason."""
+
+
+def documents_of(bank: Bank, namespace: str, source: str) -> Iterator[ListedDocument]:
+    """The documents that the source has put into the namespace. UnknownSourceError, BankError."""
+    try:
+        for entry in bank.list(namespace=namespace, conditions=(Condition(SOURCE_KEY, "equals", (source,)),)):
+            if entry.metadata.get(SOURCE_KEY) != source:
+                raise UnknownSourceError("the bank has an earlier version, which doesn't list a source's documents")
+            yield entry
+    except PermissionDeniedError as error:  # such as a token that may write only
+        raise UnknownSourceError(error.message) from error
+    except NotFoundError:  # the namespace has never had a document
+        return
+
+
 def remove_leftovers(bank: Bank, namespace: str, held: Held, *, delete_missing: bool) -> Leftovers:
     """Deletes the passages and lines that their files no longer hold.
 
@@ -67,35 +92,31 @@ def remove_leftovers(bank: Bank, namespace: str, held: Held, *, delete_missing: 
     num_listed = 0
     try:
         for source, files in held.files.items():
-            for entry in bank.list(namespace=namespace, conditions=(Condition(SOURCE_KEY, "equals", (source,)),)):
-                if entry.metadata.get(SOURCE_KEY) != source:
-                    left.unknown = "the bank has an earlier version, which doesn't list the documents of a source"
-                    return left
+            for entry in documents_of(bank, namespace, source):
                 num_listed += 1
-                if entry.id in held.ids:
+                if entry.id in held.ids or held.is_linked(entry):
                     continue
                 if entry.metadata.get(FILE_KEY) in files or (delete_missing and source not in held.incomplete):
-                    _delete(bank, namespace, entry, left)
+                    deletion = delete_listed(bank, namespace, entry)
+                    if deletion is not None:
+                        left.num_removed += 1
+                        left.sequence = max(left.sequence, deletion.sequence)
                 else:
                     left.missing.append(entry.id)
         if bank.stats().namespaces.get(namespace) != num_listed - left.num_removed:  # else there are no others
             known = held.ids.union(left.missing)
             left.others.extend(id for id in _next_ids(held.last) if id not in known and _is_there(bank, namespace, id))
-    except PermissionDeniedError as error:  # such as a token that may write only
-        left.unknown = error.message
-    except NotFoundError:  # the bank has taken no document, and the namespace had none before
-        pass
+    except UnknownSourceError as error:
+        left.unknown = str(error)
     return left
 
 
-def _delete(bank: Bank, namespace: str, entry: ListedDocument, left: Leftovers) -> None:
-    """Deletes the document, unless somebody has changed it since it was listed."""
+def delete_listed(bank: Bank, namespace: str, entry: ListedDocument) -> Deletion | None:
+    """Deletes the document. None if somebody has changed it since it was listed. BankError."""
     try:
-        deletion = bank.delete(entry.id, namespace=namespace, expected_version=entry.version)
+        return bank.delete(entry.id, namespace=namespace, expected_version=entry.version)
     except (NotFoundError, VersionConflictError):
-        return
-    left.num_removed += 1
-    left.sequence = max(left.sequence, deletion.sequence)
+        return None
 
 
 def _next_ids(last: dict[str, int]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import MAX_CHUNK_BYTES, MAX_TEXT_BYTES
 from regrad_vllm.client.values import (
     Answer,
+    BankTooOldError,
     Condition,
     CueSentence,
     Deletion,
@@ -24,16 +25,24 @@ from regrad_vllm.client.values import (
     SnapshotProgress,
     Stats,
     StoredDocument,
+    UpgradeAction,
+    UpgradeProgress,
 )
 
 
 def ingest_request(document: Document, namespace: str) -> pb.IngestDocumentsRequest:
-    return pb.IngestDocumentsRequest(document=_document(document, namespace))
+    return pb.IngestDocumentsRequest(
+        document=_document(document, namespace), expected_version=document.expected_version
+    )
 
 
 def gradient_requests(document: Document, record: bytes, namespace: str) -> Iterator[pb.IngestGradientsRequest]:
     """A document with its gradient: a header, then the record in chunks."""
-    header = pb.IngestGradientsRequest.Header(document=_document(document, namespace), record_bytes=len(record))
+    header = pb.IngestGradientsRequest.Header(
+        document=_document(document, namespace),
+        record_bytes=len(record),
+        expected_version=document.expected_version,
+    )
     yield pb.IngestGradientsRequest(header=header)
     for start in range(0, len(record), MAX_CHUNK_BYTES):
         yield pb.IngestGradientsRequest(chunk=record[start : start + MAX_CHUNK_BYTES])
@@ -69,14 +78,22 @@ def stored_document_of(message: pb.GetDocumentResponse) -> StoredDocument:
     )
 
 
-def list_request(namespace: str, page_size: int, conditions: Sequence[Condition]) -> pb.ListDocumentsRequest:
-    return pb.ListDocumentsRequest(namespace=namespace, page_size=page_size, filter=_filter_of(conditions))
-
-
-def listed_document_of(entry: pb.ListDocumentsResponse.Entry) -> ListedDocument:
-    return ListedDocument(
-        entry.id, entry.title, entry.version, entry.gradient_digest, entry.num_text_bytes, dict(entry.metadata)
+def list_request(
+    namespace: str, page_size: int, conditions: Sequence[Condition], prefix: str, after: str
+) -> pb.ListDocumentsRequest:
+    return pb.ListDocumentsRequest(
+        namespace=namespace, page_size=page_size, filter=_filter_of(conditions), prefix=prefix, after_id=after
     )
+
+
+def listed_documents_of(page: pb.ListDocumentsResponse, prefix: str, after: str) -> Iterator[ListedDocument]:
+    """The documents of a page. ValueError if the bank's version doesn't know prefix and after."""
+    for entry in page.documents:
+        if not entry.id.startswith(prefix) or entry.id.encode() <= after.encode():
+            raise ValueError("the bank must know prefix and after, it listed other documents; update the bank")
+        yield ListedDocument(
+            entry.id, entry.title, entry.version, entry.gradient_digest, entry.num_text_bytes, dict(entry.metadata)
+        )
 
 
 def query_request(query: Query, learner_fingerprint: str) -> pb.QueryRequest:
@@ -96,7 +113,8 @@ def query_request(query: Query, learner_fingerprint: str) -> pb.QueryRequest:
     )
 
 
-def answer_of(message: pb.QueryResponse) -> Answer:
+def answer_of(message: pb.QueryResponse, query: Query) -> Answer:
+    """The answer to ``query``. BankTooOldError if it should have a cue and the bank doesn't know cues."""
     hits = (
         Hit(
             id=hit.id,
@@ -113,7 +131,12 @@ def answer_of(message: pb.QueryResponse) -> Answer:
         )
         for hit in message.hits
     )
-    return Answer(tuple(hits), message.sequence)
+    answer = Answer(tuple(hits), message.sequence)
+    if query.with_cue and not message.with_cue:
+        raise BankTooOldError(
+            "the bank must find cues for with_cue, got an answer of a version without cues; update the bank", answer
+        )
+    return answer
 
 
 def stats_of(message: pb.GetStatsResponse) -> Stats:
@@ -135,6 +158,8 @@ def stats_of(message: pb.GetStatsResponse) -> Stats:
         version=message.version,
         num_past_versions=message.num_past_versions,
         oldest_as_of=message.oldest_as_of,
+        free_disk_bytes=message.free_disk_bytes,
+        removals_stopped=message.removals_stopped,
     )
 
 
@@ -157,6 +182,22 @@ def recode_progress_of(message: pb.RecodeCollectionResponse) -> RecodeProgress:
         num_recoded=message.num_recoded,
         num_failed=message.num_failed,
         finished=message.finished,
+    )
+
+
+def upgrade_request(action: UpgradeAction, learner: str) -> pb.UpgradeLearnerRequest:
+    """ValueError for an unknown action."""
+    return pb.UpgradeLearnerRequest(action=action.upper(), learner=learner)
+
+
+def upgrade_progress_of(message: pb.UpgradeLearnerResponse) -> UpgradeProgress:
+    return UpgradeProgress(
+        learner_fingerprint=message.learner_fingerprint,
+        next_fingerprint=message.next_fingerprint,
+        num_versions=message.num_versions,
+        num_done=message.num_done,
+        is_level=message.is_level,
+        problem=message.problem,
     )
 
 

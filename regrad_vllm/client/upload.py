@@ -43,12 +43,15 @@ class UploadOutcome:
         if self.left.num_removed:
             parts.append(f"{self.left.num_removed:,} removed that their files no longer hold")
         if self.counts["truncated"]:
-            parts.append(
-                f"{self.counts['truncated']:,} longer than the learner reads (the rest is not in the gradient)"
-            )
+            parts.append(truncated_note(self.counts["truncated"]))
         if self.refused:
             parts.append(f"{len(self.refused):,} refused")
         return ", ".join(parts)
+
+
+def truncated_note(number: int) -> str:
+    """The part of a summary about documents that are longer than the learner reads."""
+    return f"{number:,} longer than the learner reads (the rest is not in the gradient)"
 
 
 class UploadError(RuntimeError):
@@ -85,28 +88,51 @@ def upload(
     passages of texts. UploadError if the stream ends early, BankError if a deletion fails.
     """
     held = Held(files, bad)
-    feed = _Feed(held.noting(read_corpus(files, count)))
+    documents = held.noting(read_corpus(files, count))
     counts: Counter[str] = Counter()
     refused: list[Refusal] = []
+    sequence = 0
+    for document, answer in store(bank, documents, namespace=namespace, in_flight=in_flight, skip_bad=skip_bad):
+        if isinstance(answer, Receipt):
+            counts[answer.outcome] += 1
+            counts["truncated"] += answer.truncated
+            sequence = max(sequence, answer.sequence)
+        else:
+            refused.append(Refusal(document.place, answer))
+        progress()
+    left = remove_leftovers(bank, namespace, held, delete_missing=delete_missing)
+    known = {item.place for item in bad}
+    unusable = tuple(item for item in held.unusable if item.place not in known)
+    return UploadOutcome(counts, tuple(refused), max(sequence, left.sequence), left, unusable)
+
+
+def store(
+    bank: Bank,
+    documents: Iterable[CorpusDocument],
+    *,
+    namespace: str,
+    in_flight: int = 64,
+    skip_bad: bool = False,
+) -> Iterator[tuple[CorpusDocument, Receipt | BankError]]:
+    """Streams documents to the bank while you iterate: each document with its receipt, in order.
+
+    skip_bad: a document that the bank refuses comes with its error, and the others go on. Otherwise, and if the stream
+    ends early, UploadError.
+    """
+    feed = _Feed(documents)
+    num_stored = 0
     while not feed.at_end:
         try:
             for receipt in bank.ingest(feed.documents(), namespace=namespace, in_flight=in_flight):
-                feed.answered(receipt)
-                counts[receipt.outcome] += 1
-                counts["truncated"] += receipt.truncated
-                progress()
+                num_stored += 1
+                yield feed.answered(), receipt
         except BankError as error:
             document = feed.rewind()
             own_fault = document is not None and isinstance(error, InvalidArgumentError | VersionConflictError)
             if document is None or not (skip_bad and own_fault):
                 place = document.place if document is not None and own_fault else ""
-                raise UploadError(error, place, sum(counts[name] for name in OUTCOMES)) from error
-            refused.append(Refusal(document.place, error))
-            progress()
-    left = remove_leftovers(bank, namespace, held, delete_missing=delete_missing)
-    known = {item.place for item in bad}
-    unusable = tuple(item for item in held.unusable if item.place not in known)
-    return UploadOutcome(counts, tuple(refused), max(feed.sequence, left.sequence), left, unusable)
+                raise UploadError(error, place, num_stored) from error
+            yield document, error
 
 
 class _Feed:
@@ -117,7 +143,6 @@ class _Feed:
         self._again: deque[CorpusDocument] = deque()  # sent on a failed stream, to be sent again
         self._sent: deque[CorpusDocument] = deque()
         self.at_end = False
-        self.sequence = 0  # the highest one in the answers
 
     def documents(self) -> Iterator[CorpusDocument]:
         """The documents for one stream."""
@@ -126,10 +151,9 @@ class _Feed:
             yield document
         self.at_end = True
 
-    def answered(self, receipt: Receipt) -> None:
-        """Notes that the oldest unanswered document is in the bank."""
-        self.sequence = max(self.sequence, receipt.sequence)
-        self._sent.popleft()
+    def answered(self) -> CorpusDocument:
+        """The oldest unanswered document, which is in the bank now."""
+        return self._sent.popleft()
 
     def rewind(self) -> CorpusDocument | None:
         """After a failed stream: returns the oldest unanswered document. The next stream begins with the others."""

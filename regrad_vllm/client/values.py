@@ -16,6 +16,7 @@ Retrieval = Literal["dense", "lexical", "hybrid"]  # the kinds of search, explai
 RETRIEVALS: tuple[Retrieval, ...] = ("dense", "lexical", "hybrid")
 Operator = Literal["equals", "not_equals", "present", "absent"]  # the operators of a condition on metadata
 OPERATORS: tuple[Operator, ...] = ("equals", "not_equals", "present", "absent")
+UpgradeAction = Literal["status", "begin", "finish", "back"]
 OPERATORS_WITH_VALUES: tuple[Operator, ...] = ("equals", "not_equals")
 
 
@@ -32,6 +33,8 @@ class Document:
     text: str
     title: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    # The version that the bank must have of it now, 0 for none. Otherwise VersionConflictError. None: any.
+    expected_version: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,14 @@ class Answer:
         return tuple(sorted(found, key=lambda pair: -pair[1].score))
 
 
+class BankTooOldError(ValueError):
+    """The bank's version doesn't know a part of the query. ``answer`` is its answer without that part."""
+
+    def __init__(self, message: str, answer: Answer) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """A bank's statistics, as far as the caller's token may see them."""
@@ -179,6 +190,8 @@ class Stats:
     version: str  # of the bank's program
     num_past_versions: int  # past versions that as_of can find
     oldest_as_of: int  # the least as_of that all of these namespaces can answer
+    free_disk_bytes: int  # of the bank's folder; 0 if the token may not see it, or the bank is older
+    removals_stopped: bool  # another bank has opened the place of the gradients, so this one removes none
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +205,18 @@ class SnapshotProgress:
     is_whole: bool
     sequence: int  # the last change in the snapshot, when it is whole
     catalog_digest: str  # set when it is whole
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeProgress:
+    """The state of a bank's upgrade to another learner."""
+
+    learner_fingerprint: str  # of the bank's learner
+    next_fingerprint: str  # of the next one; empty if no upgrade is under way
+    num_versions: int  # versions of documents, past ones included
+    num_done: int  # versions that have a gradient of the next learner
+    is_level: bool  # all have one
+    problem: str  # the reason why the work can't go on, or why a version has no gradient
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ Go on by hand, from this folder. Three terminals, or & behind the first two:
 
   . .venv/bin/activate
   regrad bank
-  regrad serve default --served-model-name smollm2 --port 8000
+  regrad serve default --served-model-name smollm2 --regrad-documents write --host 127.0.0.1 --port 8000
 
   regrad ingest regrad_vllm/demo/data/documents/invented.jsonl
   regrad query "Who commands the Quilegren?"

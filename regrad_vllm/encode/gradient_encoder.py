@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,15 @@ _MAX_ROWS_PER_PASS = 32
 class GradientEncoder:
     """δ_d = a ⊙ ∇φ L_LM(φ*; d) for batches of documents. Implements ``bank_service.values.encoder.Encoder``."""
 
-    def __init__(self, model: AdaptedModel, builder: PromptBuilder, learner: Learner) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        builder: PromptBuilder,
+        learner: Learner,
+        load: Callable[[Path], GradientEncoder] | None = None,
+    ) -> None:
+        """load: makes the encoder of another learner of this base model."""
+        self._load = load
         self.learner = learner
         self.spec = learner.spec
         self._model = model
@@ -53,7 +62,17 @@ class GradientEncoder:
         dtype = dtype or fast_dtype(device)
         base, tokenizer = load_base_model(model_folder, dtype=dtype, device=device)
         model = AdaptedModel(base, learner.layout, learner.scaling)
-        return cls(model, PromptBuilder(tokenizer, learner.config.prompts), learner)
+        load = partial(cls.load, model_folder, dtype=dtype, device=device)
+        return cls(model, PromptBuilder(tokenizer, learner.config.prompts), learner, load)
+
+    def of_learner(self, folder: Path) -> GradientEncoder:
+        """An encoder of another learner. It loads the base model once more. LearnerError.
+
+        TypeError for an encoder that was not made by ``load``.
+        """
+        if self._load is None:
+            raise TypeError("the encoder must be made by GradientEncoder.load to load another learner")
+        return self._load(folder)
 
     def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
         """δ of each (title, text), in order. Long documents are cut at the learner's max_document_tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from regrad_vllm.learner import Prompts
+from regrad_vllm.prompts import Prompts
 
 
 class PromptBuilder:

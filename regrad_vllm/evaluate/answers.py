@@ -15,7 +15,7 @@ from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import Retrieved
 from regrad_vllm.evaluate.scoring import exact_match, score
 from regrad_vllm.http_client import connect
-from regrad_vllm.learner import Prompts
+from regrad_vllm.prompts import Prompts
 
 PER_DOCUMENT = "-prag"  # the end of the namespace that holds a tuned LoRA for each document
 _TIMEOUT_S = 600.0

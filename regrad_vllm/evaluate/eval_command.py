@@ -31,10 +31,12 @@ from regrad_vllm.evaluate.rivals import Rivals, RivalSettings
 from regrad_vllm.evaluate.summary import summarise
 from regrad_vllm.evaluate.summary_page import markdown, render
 from regrad_vllm.http_client import served_models
-from regrad_vllm.learner import Learner, Prompts
+from regrad_vllm.learner import Learner
 from regrad_vllm.naming import digest_json
+from regrad_vllm.prompts import Prompts
 from regrad_vllm.reporting.machine import versions
 from regrad_vllm.reporting.run_folder import new_run_folder, write_json
+from regrad_vllm.serve.engine_flags import lora_rank
 
 _MODEL = "base"
 
@@ -197,8 +199,10 @@ def _endpoint(
         return
     from regrad_vllm.local.pair import local_pair
 
-    flags = ["--lora-modules", *(f"{name}={path}" for name, path in own.items())] if own else []
-    flags += ["--dtype", args.dtype] if args.dtype else []
+    flags = ["--dtype", args.dtype] if args.dtype else []
+    if own:
+        flags += ["--max-lora-rank", str(lora_rank(learner.layout.rank))]
+        flags += ["--lora-modules", *(f"{name}={path}" for name, path in own.items())]
     with local_pair(
         model, learner_folder, folder, model_name=args.model_name, namespace=namespace, server_flags=flags
     ) as pair:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from bank_service.values.embedder import Embedder, default_embedder, embedded_text
 from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import load_base_model
+from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import EvalData, SourceDocument
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base

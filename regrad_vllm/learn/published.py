@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from regrad_vllm.base_model import base_digest
 from regrad_vllm.layout import Layout, LoraTensor
-from regrad_vllm.learner import Learner, LearnerConfig, LearnerError, Prompts, StepSizeKind
+from regrad_vllm.learner import Learner, LearnerConfig, LearnerError, StepSizeKind
+from regrad_vllm.prompts import Prompts
 
 _PREFIX = "base_model.base_model.model."
 

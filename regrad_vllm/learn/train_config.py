@@ -9,8 +9,9 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.learner import STEP_SIZE_KINDS, Prompts, StepSizeKind
+from regrad_vllm.learner import STEP_SIZE_KINDS, StepSizeKind
 from regrad_vllm.naming import digest_json
+from regrad_vllm.prompts import Prompts
 
 _AT_LEAST_ONE = (
     "rank", "max_document_tokens", "top_k", "num_steps", "tokens_per_step", "max_tasks", "questions_per_task",

@@ -6,23 +6,29 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from regrad_vllm.client import AsyncBank, Hit, Query
 from regrad_vllm.data.questions import Question
-from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS
-from regrad_vllm.learner import Prompts
+from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Shown
 from regrad_vllm.load.comparison import Contender, LoadCondition
 from regrad_vllm.load.corpora import by_passage
 from regrad_vllm.load.streaming import AnswerError, Stream, stream_chat
+from regrad_vllm.prompts import Prompts
 
 if TYPE_CHECKING:
     import httpx
 
 STATIC_ADAPTER = "phi-star"  # φ* alone, as the server knows it
-# ReGrad + ICL asks the same questions. Its slightly different γ gives it different adapters, so that none is cached.
-_ICL_GAMMA = 0.9999
+CUE_SENTENCES = 1  # of all hits together, nearest to the question
+# ReGrad with something of the hits in the prompt. All ask the same questions. A slightly different γ gives each other
+# adapters, so that none finds another's prefixes in the cache.
+_OPTIONS: Mapping[Shown, Mapping[str, Any]] = {
+    "nothing": {},
+    "cue": {"mode": "cue", "cue_sentences": CUE_SENTENCES, "gamma": 0.9998},
+    "documents": {"mode": "icl", "gamma": 0.9999},
+}
 
 
 @dataclass(slots=True)
@@ -63,20 +69,27 @@ class Passages:
         self._whole = {corpus: by_passage(documents) for corpus, documents in parts.items()}
 
     async def retrieve(
-        self, question: Question, condition: LoadCondition, attempt: Attempt, *, texts: bool
+        self, question: Question, condition: LoadCondition, attempt: Attempt, shows: Shown = "nothing"
     ) -> list[Hit]:
-        """The passages of the best ``top_k`` documents, best document first. Its passages keep their order."""
+        """The passages of the best ``top_k`` documents, best document first. Its passages keep their order.
+
+        shows: hits have their texts for "documents", and the sentences nearest to the question for "cue".
+        """
         start = time.perf_counter()
-        query = Query(
-            namespace=condition.corpus, text=question.question, top_k=condition.top_k, min_score=-1.0, with_text=texts
-        )
-        hits = list((await self._bank.query(query)).hits)
+        query = Query(namespace=condition.corpus, text=question.question, top_k=condition.top_k, min_score=-1.0)
         if condition.corpus in self._parts:
-            hits = await self._documents(hits, condition, texts=texts)
+            hits = list((await self._bank.query(query)).hits)
+            query = Query(namespace=condition.corpus, document_ids=self._documents(hits, condition))
+        if shows == "documents":
+            query = replace(query, with_text=True)
+        elif shows == "cue":
+            query = replace(query, with_cue=CUE_SENTENCES, cue_text=question.question)
+        hits = list((await self._bank.query(query)).hits)
         attempt.retrieve_ms = (time.perf_counter() - start) * 1000
         attempt.documents = tuple(hit.id for hit in hits)
-        if texts:
+        if shows == "documents":
             attempt.moved_bytes += self.num_bytes(condition, attempt.documents)
+        attempt.moved_bytes += sum(len(sentence.text.encode()) for hit in hits for sentence in hit.cue)
         return hits
 
     def num_bytes(self, condition: LoadCondition, documents: Sequence[str]) -> int:
@@ -85,16 +98,16 @@ class Passages:
         return sum(known.get(id, 0) for id in documents)
 
     def render(self, hits: Sequence[Hit]) -> list[str]:
-        return [self._prompts.render_document(hit.title, hit.text) for hit in hits]
+        """The hits' sentences if they have any, else their texts."""
+        cue = [(hit.title, sentence.text) for hit in hits for sentence in hit.cue]
+        return [self._prompts.render_document(*shown) for shown in cue or [(hit.title, hit.text) for hit in hits]]
 
-    async def _documents(self, hits: Sequence[Hit], condition: LoadCondition, *, texts: bool) -> list[Hit]:
+    def _documents(self, hits: Sequence[Hit], condition: LoadCondition) -> tuple[str, ...]:
         """All passages of the best ``top_k`` documents. If the hits have fewer, others of the corpus fill up."""
         whole, parts = self._whole[condition.corpus], self._parts[condition.corpus]
         found = dict.fromkeys(whole[hit.id] for hit in hits if hit.id in whole)
         names = [*found, *(name for name in parts if name not in found)][: condition.top_k]
-        ids = tuple(part for name in names for part in parts[name])
-        query = Query(namespace=condition.corpus, document_ids=ids, with_text=texts)
-        return list((await self._bank.query(query)).hits)
+        return tuple(part for name in names for part in parts[name])
 
 
 class Served:
@@ -109,10 +122,10 @@ class Served:
     async def ask(self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt) -> None:
         regrad: dict[str, Any] = {"enabled": False}
         hits: list[Hit] = []
-        if contender.adapter == "composed":
-            regrad = await self._composed(question, contender, condition, attempt)
+        if contender.adapter == "retrieved":
+            regrad = await self._options(question, contender, condition, attempt)
         elif contender.retrieves:
-            hits = await self._passages.retrieve(question, condition, attempt, texts=True)
+            hits = await self._passages.retrieve(question, condition, attempt, contender.shows)
         content = self._prompts.render_blind(question.question)
         if hits:
             content = self._prompts.render_icl(question.question, self._passages.render(hits))
@@ -121,21 +134,21 @@ class Served:
         else:
             body = {**chat_body(self._model, self._prompts, content, condition), "regrad": regrad}
         await stream_chat(self._client, body, attempt.stream)
-        if contender.adapter == "composed":
+        if contender.adapter == "retrieved":
             if attempt.stream.regrad.get("adapter") is None:
                 raise AnswerError(f"answered without an adapter: {attempt.stream.regrad.get('reason')}")
             attempt.documents = tuple(entry["id"] for entry in attempt.stream.regrad["documents"])
-            if contender.shows_passages:
+            if contender.shows == "documents":
                 attempt.moved_bytes += self._passages.num_bytes(condition, attempt.documents)
+            cue = attempt.stream.regrad.get("cue", ())
+            attempt.moved_bytes += sum(len(sentence["text"].encode()) for sentence in cue)
 
-    async def _composed(
+    async def _options(
         self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt
     ) -> dict[str, Any]:
-        options: dict[str, Any] = {"namespace": condition.corpus}
-        if contender.shows_passages:
-            options |= {"mode": "icl", "gamma": _ICL_GAMMA}
+        options: dict[str, Any] = {"namespace": condition.corpus, **_OPTIONS[contender.shows]}
         if condition.passage_tokens:  # only the client knows which passages make a whole document
-            hits = await self._passages.retrieve(question, condition, attempt, texts=False)
+            hits = await self._passages.retrieve(question, condition, attempt)
             return {**options, "document_ids": [hit.id for hit in hits]}
         return {**options, "query": question.question, "top_k": condition.top_k, "min_score": -1.0}
 

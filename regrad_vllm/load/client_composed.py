@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.wire.record import decode_gradient
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.client import AsyncBank, Hit
+from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import Question
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS
@@ -40,7 +40,7 @@ class Gradients:
 
     async def adapter(self, question: Question, condition: LoadCondition, attempt: Attempt) -> NDArray[np.float32]:
         """φ_q, (num_values,). BankError."""
-        hits = await self._passages.retrieve(question, condition, attempt, texts=False)
+        hits = await self._passages.retrieve(question, condition, attempt)
         start = time.perf_counter()
         records = {key: record async for key, record in self._bank.fetch([hit.gradient_digest for hit in hits])}
         attempt.moved_bytes += sum(map(len, records.values()))

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from regrad_vllm.evaluate.methods import Shown
 from regrad_vllm.load.traffic import Arrival, Popularity
 
 # regrad: vLLM with our plugin, one server for all its contenders. stock: vLLM without the plugin.
 # alone: no engine, one request at a time.
 Engine = Literal["regrad", "stock", "alone"]
-# static: φ* as a plain LoRA adapter, the same for every request. composed: a new adapter for each request.
-Adapter = Literal["none", "static", "composed"]
+# static: φ* as a plain LoRA adapter, the same for every request. retrieved: φ* and the hits' gradients.
+Adapter = Literal["none", "static", "retrieved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,12 @@ class Contender:
     label: str
     engine: Engine
     adapter: Adapter
-    shows_passages: bool = False  # the prompt shows the hits
+    shows: Shown = "nothing"  # of the hits, in the prompt
 
     @property
     def retrieves(self) -> bool:
         """Whether it asks the bank. The query is then part of its times."""
-        return self.shows_passages or self.adapter == "composed"
+        return self.shows != "nothing" or self.adapter == "retrieved"
 
 
 CONTENDERS: Mapping[str, Contender] = MappingProxyType(
@@ -36,12 +37,14 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
         for contender in (
             Contender("base", "base model, closed book", "regrad", "none"),
             Contender("learner", "φ* alone, a static adapter", "regrad", "static"),
-            Contender("rag", "RAG", "regrad", "none", shows_passages=True),
-            Contender("rag_learner", "RAG + φ* as a static adapter", "regrad", "static", shows_passages=True),
-            Contender("regrad", "ReGrad", "regrad", "composed"),
-            Contender("regrad_icl", "ReGrad + ICL", "regrad", "composed", shows_passages=True),
-            Contender("peft_folder", "stock vLLM, a PEFT folder per request", "stock", "composed"),
-            Contender("published", "batch size 1, weights swapped and restored", "alone", "composed"),
+            Contender("rag", "RAG", "regrad", "none", shows="documents"),
+            Contender("rag_learner", "RAG + φ* as a static adapter", "regrad", "static", shows="documents"),
+            Contender("rag_sentence", "RAG of one sentence", "regrad", "none", shows="cue"),
+            Contender("regrad", "ReGrad", "regrad", "retrieved"),
+            Contender("regrad_cue", "ReGrad + one sentence", "regrad", "retrieved", shows="cue"),
+            Contender("regrad_icl", "ReGrad + ICL", "regrad", "retrieved", shows="documents"),
+            Contender("peft_folder", "stock vLLM, a PEFT folder per request", "stock", "retrieved"),
+            Contender("published", "batch size 1, weights swapped and restored", "alone", "retrieved"),
         )
     }
 )
@@ -124,4 +127,5 @@ class CellLine:
     peak_kv_share: float | None = None  # the greatest share of the engine's KV blocks in use
     preemptions: float | None = None
     fetched_bytes: float | None = None  # gradients from the bank to the server
+    pool_bytes: float | None = None  # documents in the workers' pools at the end, of all requests together
     cache_hits: Mapping[str, float] = field(default_factory=dict)  # hit rate by cache: prefix, arena, worker

@@ -1,4 +1,4 @@
-"""The engines under load, started here or already running: addresses, askers, and sizes of KV cache and slots."""
+"""The engines under load, started here or already running: addresses, askers, and sizes of KV cache and adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from regrad_vllm.load.watching import Processes
 from regrad_vllm.local.pair import start_bank, start_server, start_stock_server, wait_for_server
 from regrad_vllm.local.processes import Services
 from regrad_vllm.reporting.server_metrics import labels
-from regrad_vllm.serve.launch import has_gpu, lora_rank, merged_modules
+from regrad_vllm.serve.engine_flags import lora_rank, merged_modules
+from regrad_vllm.serve.launch import has_gpu
 
 if TYPE_CHECKING:
     import httpx
@@ -67,7 +68,7 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
     save_adapter(static, learner, learner.phi)
     model, number = settings.model, str(settings.max_num_seqs)
     common = ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len), "--max-num-seqs", number]
-    common += settings.server_flags
+    common += ["--max-lora-rank", str(lora_rank(learner.layout.rank)), *settings.server_flags]
     if settings.with_stock and has_gpu():  # two servers share one GPU
         common += ["--gpu-memory-utilization", "0.4"]
     ours = [*common, "--regrad-max-documents", str(settings.max_documents)]
@@ -79,7 +80,6 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
         stock_url = None
         if settings.with_stock:  # the two servers start at the same time
             flags = [*common, "--max-loras", number, "--max-cpu-loras", number]
-            flags += ["--max-lora-rank", str(lora_rank(learner.layout.rank))]
             flags += [
                 "--lora-target-modules",
                 *merged_modules(learner),
@@ -178,7 +178,7 @@ def served_dtype(server: str) -> str:
 
 
 def sizes(model: Path, learner: Learner, dtype: str, server: str) -> dict[str, int]:
-    """Sizes: bytes of KV cache per token, tokens per KV block, bytes of a LoRA slot of the learner's rank.
+    """Sizes: bytes of KV cache per token, tokens per KV block, bytes of a dense adapter in a slot of stock vLLM.
 
     Raises ServerError.
     """

@@ -60,6 +60,7 @@ class Figures:
     cpu_s: Mapping[str, float]  # per request, by process: median over the repeats
     peak_bytes: Mapping[str, int]  # by process
     peak_kv_share: float | None
+    pool_bytes: float | None  # documents in the workers' pools, of all requests together, at most
     cache_hits: Mapping[str, float]  # mean hit rate by cache
     first_error: str
 
@@ -87,6 +88,7 @@ def figures(lines: Sequence[RequestLine], cells: Sequence[CellLine], limits: Lim
     fetched = sum(cell.fetched_bytes or 0.0 for cell in cells)
     errors = [line.error for line in lines if line.status != "completed"]
     shares = [cell.peak_kv_share for cell in cells if cell.peak_kv_share is not None]
+    pools = [cell.pool_bytes for cell in cells if cell.pool_bytes is not None]
     return Figures(
         contender=cells[0].contender,
         completed=len(done),
@@ -118,6 +120,7 @@ def figures(lines: Sequence[RequestLine], cells: Sequence[CellLine], limits: Lim
             for role in dict.fromkeys(role for cell in cells for role in cell.peak_bytes)
         },
         peak_kv_share=max(shares) if shares else None,
+        pool_bytes=max(pools) if pools else None,
         cache_hits={
             cache: _mean([cell.cache_hits[cache] for cell in cells if cache in cell.cache_hits])
             for cache in dict.fromkeys(cache for cell in cells for cache in cell.cache_hits)

@@ -180,6 +180,7 @@ class Measurer:
             peak_kv_share=scraped.peak_kv_share,
             preemptions=scraped.preemptions,
             fetched_bytes=scraped.fetched_bytes,
+            pool_bytes=scraped.pool_bytes,
             cache_hits=scraped.cache_hits,
         )
 

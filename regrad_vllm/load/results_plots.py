@@ -13,8 +13,9 @@ from regrad_vllm.reporting.intervals import Spread
 from regrad_vllm.reporting.plots import bare, new_figure, svg
 
 _COLOURS: Mapping[str, str] = {
-    "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "regrad": "#0b6e4f",
-    "regrad_icl": "#3aa17e", "peft_folder": "#7b5ea7", "published": "#b8567a",
+    "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "rag_sentence": "#b39b1f",
+    "regrad": "#0b6e4f", "regrad_cue": "#4f9fc0", "regrad_icl": "#3aa17e", "peft_folder": "#7b5ea7",
+    "published": "#b8567a",
 }  # fmt: skip
 _LEAST_ITL_MS = 5.0  # the plot starts here; a smaller ITL means that two tokens came together
 
@@ -64,7 +65,7 @@ def distributions(results: Results) -> str:
 
 
 def memory(results: Results) -> str:
-    """Megabytes of KV cache and LoRA slot for one request."""
+    """Megabytes of KV cache and LoRA slot for one request alone. Documents are shared, so they don't count."""
     figure, axes = new_figure(8.5, 3.2)
     found = results.main.figures
     labels = [CONTENDERS[name].label for name in found]

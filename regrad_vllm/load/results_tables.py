@@ -113,18 +113,20 @@ def memory_table(results: Results, group: Group) -> Table:
     """Memory of a running request, bytes moved for it, and the peak sizes of the processes."""
     roles = list(dict.fromkeys(role for found in group.figures.values() for role in found.peak_bytes))
     head = [
-        "", "prompt tokens", "KV cache a request, MB", "LoRA slot a request, MB", "moved a request, kB",
-        "KV cache in use at most", "preemptions", *(f"peak MB: {role}" for role in roles),
+        "", "prompt tokens", "KV cache a request, MB", "LoRA slot a request, MB", "documents of all requests, MB",
+        "moved a request, kB", "KV cache in use at most", "preemptions", *(f"peak MB: {role}" for role in roles),
     ]  # fmt: skip
     rows = []
     for name, found in group.figures.items():
         kv, slot = memory_bytes(results, name, found)
+        pool = found.pool_bytes if CONTENDERS[name].adapter == "retrieved" else None
         share = "–" if found.peak_kv_share is None else f"{found.peak_kv_share:.1%}"
         peaks = [f"{found.peak_bytes.get(role, 0) / 1e6:.0f}" for role in roles]
         rows.append(
             [
                 CONTENDERS[name].label, f"{found.prompt_tokens:.0f}", f"{kv / 1e6:.2f}", f"{slot / 1e6:.2f}",
-                f"{found.moved_bytes / 1e3:.1f}", share, f"{found.preemptions:.0f}", *peaks,
+                "–" if pool is None else f"{pool / 1e6:.2f}", f"{found.moved_bytes / 1e3:.1f}", share,
+                f"{found.preemptions:.0f}", *peaks,
             ]
         )  # fmt: skip
     return head, rows
@@ -199,12 +201,10 @@ def stages_table(group: Group) -> Table:
 
 
 def memory_bytes(results: Results, name: str, found: Figures) -> tuple[float, float]:
-    """(KV cache in whole blocks, none shared; LoRA slot) of one request while it runs."""
+    """(KV cache in whole blocks, none shared; LoRA slot) of one request alone while it runs."""
     sizes = results.run["sizes"]
-    contender = CONTENDERS[name]
     kv = kv_bytes(found, sizes["kv_bytes_per_token"], sizes["kv_block_tokens"])
-    slots = sizes["adapter_bytes"] if contender.adapter == "composed" and contender.engine != "alone" else 0
-    return kv, slots
+    return kv, sizes["adapter_bytes"] if CONTENDERS[name].engine == "stock" else 0
 
 
 def three(found: Mapping[int, float]) -> str:

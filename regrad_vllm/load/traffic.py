@@ -139,7 +139,7 @@ class Popular:
 def in_own_words(questions: Sequence[Question], rng: random.Random) -> list[Question]:
     """Adds a unique number to each question, because two users hardly ever ask in the same words.
 
-    So the documents may be in a cache, but the whole prompt is not. The composed adapter is not either, because its
+    So the documents may be in a cache, but the whole prompt is not. The adapter is not either, because its
     weights depend on the scores.
     """
     return [replace(question, question=f"{question.question} ({rng.randrange(10**6)})") for question in questions]

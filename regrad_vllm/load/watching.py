@@ -31,6 +31,7 @@ _CACHES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "worker": (("regrad_worker_lookups{hit}", "regrad_worker_lookups{miss}"), "regrad_worker_lookups{hit}"),
 }  # fmt: skip
 _FETCHED = "regrad_fetched_bytes_total"
+_POOL = "regrad_worker_bytes"
 _PREEMPTIONS = "vllm:num_preemptions_total"
 
 
@@ -136,6 +137,7 @@ class Scraped:
     peak_kv_share: float | None = None
     preemptions: float | None = None
     fetched_bytes: float | None = None
+    pool_bytes: float | None = None
     cache_hits: dict[str, float] = field(default_factory=dict)
 
 
@@ -173,6 +175,7 @@ async def watched(client: httpx.AsyncClient | None) -> AsyncIterator[Scraped]:
         after = await scrape(client)
         change = {name: value - before.get(name, 0.0) for name, value in after.items()}
         scraped.fetched_bytes = change.get(_FETCHED)
+        scraped.pool_bytes = after.get(_POOL)
         scraped.preemptions = change.get(_PREEMPTIONS)
         for cache, (lookups, hits) in _CACHES.items():
             total = sum(change.get(name, 0.0) for name in lookups)

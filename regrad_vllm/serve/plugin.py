@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from regrad_vllm.serve.endpoint import RegradEndpoint
+    from regrad_vllm.serve.api.endpoint import RegradEndpoint
 
 
 def register() -> None:
@@ -20,6 +20,6 @@ def register() -> None:
 
 def endpoint_plugin() -> RegradEndpoint:
     """``vllm.endpoint_plugins``: the API server's side. Off if REGRAD_LEARNER is unset."""
-    from regrad_vllm.serve.endpoint import RegradEndpoint
+    from regrad_vllm.serve.api.endpoint import RegradEndpoint
 
     return RegradEndpoint()

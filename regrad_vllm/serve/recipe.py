@@ -1,8 +1,8 @@
 """The recipe of an adapter. A LoRARequest carries it in its path, and the worker finds the documents by it.
 
 The path is ``regrad:`` and canonical JSON, which names the gradients by digest. The name of the adapter is the digest
-of everything that its bits depend on (``naming.adapter_name``). Both are the same from every API server, because vLLM
-keys its prefix cache by them.
+of the same content (``naming.adapter_name``). Both are the same from every API server, because vLLM keys its prefix
+cache by them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Recipe:
         return adapter_name(self.learner, self.digests, self.weights, self.gamma)
 
     @property
-    def steps(self) -> tuple[float, ...]:
-        """The factor of each δ: −gamma · weights[k]."""
+    def coefficients(self) -> tuple[float, ...]:
+        """c of each δ: −gamma · weights[k]."""
         return tuple(-self.gamma * weight for weight in self.weights)
 
     @property

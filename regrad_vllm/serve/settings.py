@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_CUE_SENTENCES
@@ -20,7 +20,9 @@ from regrad_vllm.client.values import RETRIEVALS, Retrieval
 from regrad_vllm.flags import as_text, on_or_off
 
 PREFIX = "REGRAD_"
+MCP_TOKEN = "REGRAD_MCP_TOKEN"  # of `regrad mcp`; no setting, and no fault in a server's environment
 OnError = Literal["fail_open", "fail_closed"]
+Documents = Literal["off", "read", "write"]
 Mode = Literal["blind", "cue", "icl"]  # the text put into the prompt: none, the nearest sentences, the documents
 MODES: tuple[Mode, ...] = ("blind", "cue", "icl")
 MAX_TOP_K = 64
@@ -49,10 +51,11 @@ class Settings:
     cue_sentences: int = 2  # of a prompt in mode cue, of all documents together, at most 4
     default: bool = False  # on: requests to the base model's own name have ReGrad too
     on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error
+    documents: Documents = "read"  # what HTTP may do with documents: off: nothing, read: no change, write: all
     system_prompt: bool = True  # on: a request without a system prompt gets the learner's
     arena_dir: Path | None = None  # folder of the arena; None: shared memory
-    arena_bytes: int = 256 * 2**20  # of gradients kept on this machine for all workers
-    worker_bytes: int = 256 * 2**20  # of documents that each worker keeps ready
+    arena_bytes: int = 256 * 2**20  # gradients of an API server; on CPUs by default ≤ a third of the free shared memory
+    worker_bytes: int = 256 * 2**20  # documents of each worker; on CPUs by default ≤ a third of the free shared memory
     bank_timeout_ms: int = 5000  # for each call to the bank
     bank_token_file: Path | None = None  # the token for the bank; None: no token
     bank_ca: Path | None = None  # PEM of the bank's authority, "system" for gRPC's own list; None: no TLS
@@ -89,12 +92,16 @@ class Settings:
                 f"{MAX_TOP_K}, sets the limit"
             )
 
+    def top_k_for(self, learner_top_k: int) -> int:
+        """The documents of a request that names no number. ``learner_top_k``: the learner's own number."""
+        return self.top_k or min(learner_top_k, self.max_documents)
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings | None:
         """The settings. None if REGRAD_LEARNER is unset, which means that the plugin is off.
 
-        SettingsError for an unknown variable that starts with REGRAD_, and for a bad value. Variables that Kubernetes
-        sets for a service, such as regrad-bank, don't count.
+        SettingsError for an unknown variable that starts with REGRAD_, and for a bad value. The secret of `regrad mcp`
+        and variables that Kubernetes sets for a service, such as regrad-bank, don't count.
         """
         if not environment.get(variable("learner")):
             return None
@@ -103,6 +110,8 @@ class Settings:
         services = [key.removesuffix("SERVICE_HOST") for key in environment if key.endswith("_SERVICE_HOST")]
         for key, text in environment.items():
             if not key.startswith(PREFIX) or any(_is_of_service(key, text, service) for service in services):
+                continue
+            if key == MCP_TOKEN:
                 continue
             if key not in known:
                 raise SettingsError(f"{key} must be one of {', '.join(sorted(known))}; remove it or mend its name")
@@ -193,6 +202,7 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "cue_sentences": _integer,
     "default": on_or_off,
     "on_error": _on_error,
+    "documents": _one_of(get_args(Documents)),
     "system_prompt": on_or_off,
     "arena_dir": Path,
     "arena_bytes": _integer,

@@ -5,11 +5,20 @@ vLLM parses them again, a minute later. Here they are read only as far as ``regr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from regrad_vllm.serve.settings import SettingsError
 
-_WHOLE_NUMBERS = ("max-num-seqs", "max-loras", "max-cpu-loras", "max-lora-rank", "port")
+_WHOLE_NUMBERS = (
+    "max-num-seqs", "max-loras", "max-cpu-loras", "port", "api-server-count", "data-parallel-size",
+    "data-parallel-size-local",
+)  # fmt: skip
+_SHORT = {
+    "-dp": "--data-parallel-size", "-dpl": "--data-parallel-size-local", "-dpn": "--data-parallel-rank",
+    "-dpe": "--data-parallel-external-lb",
+}  # fmt: skip
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -22,6 +31,31 @@ def given_flags(argv: Sequence[str]) -> dict[str, str]:
         if flag in given and not given[flag].isdecimal():
             raise SettingsError(f"--{flag} must be a whole number, got {given[flag]!r}")
     return given
+
+
+def servers_and_ranks(given: Mapping[str, str]) -> tuple[int, int]:
+    """The numbers of API servers and of data parallel ranks that vLLM starts on this machine. ``given``: the flags.
+
+    By default vLLM starts an API server for each rank.
+    """
+    if "data-parallel-rank" in given or "data-parallel-external-lb" in given:  # the others are servers of their own
+        ranks = 1
+    else:
+        ranks = int(given.get("data-parallel-size-local") or given.get("data-parallel-size") or 1)
+    return max(1, int(given.get("api-server-count") or ranks)), max(1, ranks)
+
+
+def kv_transfer(given: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of --kv-transfer-config, as JSON and as --kv-transfer-config.FIELD. SettingsError."""
+    flag = "kv-transfer-config"
+    try:
+        fields = json.loads(given.get(flag) or "{}")
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise SettingsError(f"--{flag} must be a JSON object, got {given[flag]!r}")
+    dotted = {name.removeprefix(f"{flag}."): value for name, value in given.items() if name.startswith(f"{flag}.")}
+    return {**fields, **{name.replace("-", "_"): value for name, value in dotted.items()}}
 
 
 def config_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -45,17 +79,19 @@ def config_flags(argv: Sequence[str]) -> dict[str, str]:
         if value is None or value == []:  # vLLM takes its default
             continue
         flag = str(key).replace("_", "-")
-        given[f"no-{flag}" if value is False else flag] = "" if isinstance(value, bool) else str(value)
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        given[f"no-{flag}" if value is False else flag] = "" if isinstance(value, bool) else text
     return given
 
 
 def _on_command_line(argv: Sequence[str]) -> dict[str, str]:
-    """In each spelling of argparse: --max_num_seqs=4, --max-num-seqs 4, --enable-lora."""
+    """In each spelling of argparse: --max_num_seqs=4, --max-num-seqs 4, --enable-lora, -dp 2."""
     given: dict[str, str] = {}
     for index, argument in enumerate(argv):
-        if not argument.startswith("--"):
+        name, _, value = argument.partition("=")
+        name = _SHORT.get(name, name)
+        if not name.startswith("--"):
             continue
-        name, _, value = argument[2:].partition("=")
         following = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("--") else ""
-        given[name.replace("_", "-")] = value or following
+        given[name[2:].replace("_", "-")] = value or following
     return given

@@ -1,4 +1,7 @@
-"""A bank as a process of its own, for tests that kill it: ``python -m tests.bank.bank_process DATA_DIR``."""
+"""A bank as a process of its own, for tests that kill it.
+
+``python -m tests.bank.bank_process DATA_DIR [PORT [HISTORY_SECONDS]]``
+"""
 
 from __future__ import annotations
 
@@ -13,5 +16,9 @@ from bank_service.values.config import BankConfig
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     # Small numbers, so that a short test meets snapshots and full batches.
-    config = BankConfig(data_dir=Path(sys.argv[1]), snapshot_every=40, drain_seconds=5)
+    port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    history = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    config = BankConfig(
+        data_dir=Path(sys.argv[1]), port=port, snapshot_every=40, drain_seconds=5, history_seconds=history
+    )
     run_bank(config, HashEncoder(), ready=lambda address: sys.stdout.write(f"ready {address.target}\n"))

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,7 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder, default_embedder
+from tests.bank.object_servers import ObjectServer, Weather, moto, seaweed, weathered
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +66,60 @@ def redis_server() -> Iterator[str]:
     if binary is None:
         pytest.skip("redis-server is not installed: apt-get install redis-server")
     with tempfile.TemporaryDirectory(prefix="rg-") as folder:  # short: a socket's path has at most 107 bytes
-        socket = Path(folder, "s.sock")
-        options = ["--port", "0", "--unixsocket", str(socket), "--dir", folder, "--save", "", "--maxmemory", "64mb"]
+        path = Path(folder, "s.sock")
+        options = ["--port", "0", "--unixsocket", str(path), "--dir", folder, "--save", "", "--maxmemory", "64mb"]
         process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 10
-            while not socket.exists():
+            while not _answers(path):
                 assert process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
                 time.sleep(0.01)
-            yield f"unix://{socket}"
+            yield f"unix://{path}"
         finally:
             process.kill()
             process.wait()
+
+
+def _answers(path: Path) -> bool:
+    """Whether a server listens. Its socket is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectServer]:
+    """A store that speaks S3, with the bucket ``bucket``. Tests share it, each with a prefix of its own."""
+    with moto() as server:
+        urllib.request.urlopen(urllib.request.Request(f"{server.endpoint}/bucket", method="PUT"), timeout=30).close()
+        yield server
+
+
+@pytest.fixture
+def objects_url(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty object store. This process can reach it."""
+    for name, value in object_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def seaweed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A store on disk that compares keys."""
+    with seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture
+def seaweed_url(seaweed_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty object store on ``seaweed_server``. This process can reach it."""
+    for name, value in seaweed_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def weather(object_server: ObjectServer, objects_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Weather]:
+    """What happens to requests to ``objects_url``."""
+    with weathered(object_server) as (proxy, weather):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield weather

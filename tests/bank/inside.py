@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bank_service.bank import Bank
+from bank_service.bank_stats import publish as publish_figures
 from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Pools, Stores
 from bank_service.runtime.background import Background
@@ -37,4 +38,4 @@ def upkeep(bank: Bank) -> Upkeep:
 
 def publish(bank: Bank, metrics: BankMetrics) -> None:
     """Writes the bank's figures into the metrics, as it does for itself once it is open."""
-    bank._publish(metrics)
+    publish_figures(metrics, bank._acknowledged, bank._nearest, bank._upkeep.eraser, bank._stores, bank._data_dir)

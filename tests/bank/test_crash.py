@@ -17,7 +17,8 @@ import pytest
 from bank_service.runtime.data_dir import read_address
 from benchmarks.crash.faults import BUGS, POINTS
 from benchmarks.crash.killable import ROOT, Nursery
-from benchmarks.crash.kills import START, WORK, kill_again_and_again
+from benchmarks.crash.kills import DATABASE, START, WORK, kill_again_and_again
+from tests.bank.postgres_server import started
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,29 @@ async def test_kill_9_at_random_moments_and_chosen_places_loses_nothing_acknowle
     run = await kill_again_and_again(nursery, data_dir, kills, generator())
     assert not run.verdict.lost and not run.verdict.wrong
     assert sum(run.kills.values()) == len(kills)
+    assert run.num_acknowledged > 5 * len(kills), "the kills must have come in the middle of work"
+
+
+@pytest.mark.only_test_all
+@pytest.mark.timeout(400)
+@pytest.mark.asyncio
+async def test_with_the_catalog_in_postgresql_kills_of_either_lose_nothing_acknowledged(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    server = started()
+    places = [point for point in POINTS if "snapshot" not in point]  # such a bank takes none
+
+    def kill_database() -> None:
+        server.stop(signal.SIGQUIT)
+        server.start()
+
+    try:
+        with Nursery(tmp_path / "log", server.new_schema()) as nursery:
+            kills = [*places, *[WORK, DATABASE, START, DATABASE] * 4]
+            run = await kill_again_and_again(nursery, data_dir, kills, generator(), kill_database=kill_database)
+    finally:
+        server.remove()
+    assert not run.verdict.lost and not run.verdict.wrong
     assert run.num_acknowledged > 5 * len(kills), "the kills must have come in the middle of work"
 
 

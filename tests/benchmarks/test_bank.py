@@ -18,9 +18,11 @@ from benchmarks.bank_soak.__main__ import Soak
 from benchmarks.bank_soak.ledger import SeededContent, Stored
 from benchmarks.bank_soak.sampling import growth
 from benchmarks.crash.killable import ROOT
+from tests.bank.postgres_server import schema_of
 
 SMALL = (
-    "--documents 100 --queries 24 --repeats 1 --fetches 4 --fetch-values 9000 --ingest-documents 8 --ingest-values 900"
+    "--documents 100 --queries 24 --repeats 1 --fetches 4 --fetch-values 9000 --ingest-documents 8 --ingest-values 900 "
+    "--cue-documents 16"
 )
 
 
@@ -31,6 +33,13 @@ def _run(module: str, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     report, figures = done.stdout.strip().rsplit("\n", 1)
     return json.loads(report), json.loads(figures)
+
+
+def test_a_catalog_in_postgresql_is_measured_beside_its_sql(tmp_path: Path) -> None:
+    words = "--documents 300 --queries 8 --repeats 1"
+    report, figures = _run("benchmarks.bank.catalog_times", "--catalog", schema_of(tmp_path), *words.split())
+    assert set(figures) == {"query_p50_ms_over_sql", "recall_at_10"} and figures["recall_at_10"] == 1.0
+    assert report["build"]["documents_per_s"] > 0 and report["words"]["calls"] == 8
 
 
 @pytest.mark.only_test_all
@@ -45,6 +54,9 @@ def test_the_bank_is_measured_beside_what_it_stands_on(tmp_path: Path) -> None:
     assert figures["fetch_mb_s_ratio_redis"] > 0 and report["fetch"]["hit_share_bank_redis"] > 0.5
     assert report["restart"]["after_kill"]["first_answer_seconds"] > 0
     assert report["purge"]["seconds"]["median"] > 0 and report["purge"]["cpu_seconds"]["median"] > 0
+    cues = report["cues"]
+    assert all(cues[f"documents_per_s_{kind}_sentences"]["median"] > 0 for kind in ("with", "without"))
+    assert cues["query_with_cue_0"]["calls"] == cues["query_with_cue_2"]["calls"] == 24
     kinds = {"filter_1_in_10", "filter_1_in_1000", "filter_1_in_100000", "lexical", "hybrid", "dense_by_text"}
     assert all(report["other_queries"][kind]["p50_ms"]["median"] > 0 for kind in kinds)
     assert json.loads((tmp_path / "kept" / "build.json").read_text()).items() <= report["build"].items()

@@ -26,9 +26,11 @@ class Call(Protocol):
 
 
 @contextmanager
-def bank_process(data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its host:port."""
-    command = [sys.executable, "-u", "-m", "tests.bank.bank_process", str(data_dir)]
+def bank_process(
+    data_dir: Path, port: int = 0, history_seconds: int = 0
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its host:port. Port 0: a free one."""
+    command = [sys.executable, "-u", "-m", "tests.bank.bank_process", str(data_dir), str(port), str(history_seconds)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -47,6 +48,20 @@ async def test_documents_are_stored_updated_found_and_deleted(call: Call, namesp
     assert stats.namespaces[namespace] == 1 and stats.learner_fingerprint == spec_of().fingerprint
 
 
+async def test_a_document_of_another_version_than_expected_is_not_replaced(call: Call, namespace: str) -> None:
+    (created,) = await call("ingest", [Document("lamp", "It is red.", expected_version=0)], namespace=namespace)
+    for version in (0, 2):
+        with pytest.raises(VersionConflictError):
+            await call("ingest", [Document("lamp", "It broke.", expected_version=version)], namespace=namespace)
+    (updated,) = await call("ingest", [Document("lamp", "It broke.", expected_version=1)], namespace=namespace)
+    assert (created.version, updated.version) == (1, 2)
+    record = (await call("fetch", [updated.gradient_digest]))[0][1]
+    for version, error in ((1, VersionConflictError), (2, None)):
+        given = [(Document("lamp", "It glows.", expected_version=version), record)]
+        with pytest.raises(error) if error else nullcontext():
+            await call("ingest_gradients", given, namespace=namespace)
+
+
 async def test_a_document_without_an_id_gets_one_from_its_content(call: Call, namespace: str) -> None:
     (receipt,) = await call("ingest", [Document("", "A text.")], namespace=namespace)
     assert receipt.id.startswith("sha256-")
@@ -59,6 +74,10 @@ async def test_a_listing_has_every_document_once_whatever_the_page(call: Call, n
         listed = await call("list", namespace=namespace, page_size=page_size)
         assert [entry.id for entry in listed] == ids
     assert (listed[0].title, listed[0].num_text_bytes, listed[0].version) == ("T", len("text of d0"), 1)
+    await call("ingest", [Document("d2/a", "a"), Document("e", "e")], namespace=namespace)
+    listed = await call("list", namespace=namespace, page_size=1, prefix="d", after="d1")
+    assert [entry.id for entry in listed] == ["d2", "d2/a", "d3", "d4"]
+    assert [entry.id for entry in await call("list", namespace=namespace, prefix="d2")] == ["d2", "d2/a"]
 
 
 async def test_a_listing_has_the_metadata_and_keeps_to_conditions(call: Call, namespace: str) -> None:
@@ -178,6 +197,14 @@ async def test_a_recoding_reports_until_it_is_finished(call: Call, namespace: st
     assert (await call("stats")).codec == codec
     assert (await call("get", "harbour", namespace=namespace)).gradient_digest != before.gradient_digest
     await call("recode", DEFAULT_CODEC)
+
+
+async def test_an_upgrade_reports_until_it_is_level_and_is_taken_back(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "next").mkdir()
+    last = (await call("upgrade", "begin", str(tmp_path / "next")))[-1]
+    assert last.is_level and last.next_fingerprint == spec_of("next").fingerprint
+    assert (await call("upgrade"))[-1].num_done == last.num_versions
+    assert (await call("upgrade", "back"))[-1].next_fingerprint == ""
 
 
 @pytest.mark.parametrize("query", [{"text": ""}, {"text": "x", "document_ids": ("a",)}])

@@ -24,10 +24,11 @@ from bank_service.values.config import BankConfig
 from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2
 from bank_service.wire.record import GradientSpec
-from regrad_vllm.client import AsyncBank, Bank, BankCredentials, Document, Receipt
+from regrad_vllm.client import AsyncBank, Bank, BankCredentials, BankTooOldError, Document, Query, Receipt
 from regrad_vllm.client.retries import REPEATABLE, SERVICE
 from regrad_vllm.local.processes import free_port
 from tests.client.conftest import Call, asynchronous, blocking
+from tests.client.older_bank import without_cues
 from tests.client.relay import relayed
 
 DOCUMENT = Document("a", "a text")
@@ -212,3 +213,20 @@ async def test_records_of_several_messages_arrive_whole(tmp_path: Path) -> None:
     sizes = {hit.gradient_digest: hit.gradient_bytes for hit in hits}
     assert {digest: len(record) for digest, record in fetched[0]} == sizes
     assert min(sizes.values()) > 2**20
+
+
+@pytest.mark.asyncio
+async def test_a_bank_that_does_not_know_cues_is_named_where_a_query_needs_one(tmp_path: Path) -> None:
+    async with server_of(tmp_path / "bank") as server, both(server.address.target) as calls:
+        await calls[0]("ingest", [DOCUMENT])
+        asked, unanswerable = Query("text", with_cue=1), Query("text", with_cue=1, min_score=1)
+        for call in calls:
+            assert [sentence.text for _, sentence in (await call("query", asked)).cue] == ["a text"]
+            assert (await call("query", unanswerable)).hits == (), "without a hit there is no cue, in any version"
+        with without_cues(server.address.target) as address:
+            async with both(address) as older:
+                for call in older:
+                    assert [hit.id for hit in (await call("query", Query("text"))).hits] == ["a"]
+                    with pytest.raises(BankTooOldError, match="update the bank") as caught:
+                        await call("query", asked)
+                    assert [hit.id for hit in caught.value.answer.hits] == ["a"]

@@ -157,7 +157,7 @@ def test_a_line_that_cannot_be_used_is_named_by_file_and_number(tmp_path: Path, 
         ("a.txt", b"GIF89a\0\1", "holds a zero byte at offset 6"),
         ("a.txt", b"caf\xe9", "must be UTF-8, byte 3 is not"),
         ("a.jsonl", b"\n\n", "one JSON object a line"),
-        ("a.pdf", b"%PDF", "its ending must be one of .txt, .md, .jsonl"),
+        ("a.rtf", b"{", "its ending must be one of .txt, .md, .jsonl, .pdf, .html, .htm, .docx"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:

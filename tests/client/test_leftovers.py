@@ -167,6 +167,16 @@ def test_a_link_to_a_folder_keeps_no_missing_document(ingest: Ingest, ids: Ids) 
     assert ids() == ["new.md"]
 
 
+def test_the_documents_of_a_folder_that_became_a_link_stay(ingest: Ingest, ids: Ids) -> None:
+    for name in ("sub/a.md", "b.md"):
+        _guide(Path("docs", name), 1)
+    ingest("docs")
+    Path("docs/sub").rename("moved")
+    Path("docs/sub").symlink_to("../moved")
+    ingest("docs", "--skip-bad", "--delete-missing")
+    assert ids() == ["b.md", "sub/a.md"]
+
+
 def test_a_folder_is_one_source_by_whatever_path_it_is_named(
     ingest: Ingest, ids: Ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

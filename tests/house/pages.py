@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"^(?:(<!-- [^\n]+ -->)\n)?```(\w+)\n(.*?)^```$", re.DOTALL 
 class Example:
     page: Path
     name: str  # empty where no test runs it
-    language: str  # "sh" or "python"
+    language: str  # "sh", "python" or "js"
     code: str
 
 

@@ -26,7 +26,7 @@ class House:
     bank: str  # host:port
     server: str  # host:port
 
-    def run(self, name: str, folder: Path) -> str:
+    def run(self, name: str, folder: Path, python: Path = Path(sys.executable)) -> str:
         """Runs an example with the README's addresses replaced by ours; its output."""
         example = examples()[name]
         code = example.code.replace(BANK, self.bank).replace(SERVER, self.server)
@@ -36,8 +36,11 @@ class House:
                 r"^(regrad (?:ingest|query|snapshot|export) .*)$", rf"\1 --bank {self.bank}", code, flags=re.MULTILINE
             )
             command = ["bash", "-euc", code.replace("regrad_vllm/", f"{ROOT}/regrad_vllm/")]
+        elif example.language == "js":
+            (folder / "example.mjs").write_text(code, "utf-8")
+            command = ["node", "example.mjs"]
         else:
-            command = [sys.executable, "-c", code]
+            command = [str(python), "-c", code]
         return _output(command, folder)
 
     def ingest(self, file: Path) -> str:

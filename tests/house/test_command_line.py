@@ -40,6 +40,7 @@ def test_help_loads_neither_torch_nor_vllm_nor_grpc() -> None:
     assert result.stderr == "[]"
     for command in (
         "demo",
+        "doctor",
         "bank",
         "snapshot",
         "restore",
@@ -58,7 +59,8 @@ def test_help_loads_neither_torch_nor_vllm_nor_grpc() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "bank", "ingest", "query", "list", "get", "delete", "stats", "export", "model", "train"]
+    "command",
+    ["demo", "doctor", "bank", "ingest", "query", "list", "get", "delete", "stats", "export", "model", "train"],
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -195,10 +197,16 @@ def test_bad_inputs_are_all_listed_before_anything_is_sent(tmp_path: Path, capsy
     assert lines[-1].startswith("regrad ingest: 2 inputs can't be used, nothing was ingested")
 
 
+def test_a_torchvision_of_another_torch_is_answered_with_its_removal() -> None:
+    """transformers' own error has no name of a package."""
+    message = explained("model", ModuleNotFoundError("Could not import module 'LlamaConfig'."))
+    assert "pip uninstall torchvision" in message and "LlamaConfig" in message
+
+
 @pytest.mark.parametrize("command", ["demo", "eval"])
 def test_a_missing_httpx_is_answered_with_an_extra_that_brings_it(command: str) -> None:
     message = explained(command, ModuleNotFoundError("No module named 'httpx'", name="httpx"))
-    advised = re.search(r"pip install 'regrad-vllm\[([\w,]+)\]'", message)
+    advised = re.search(r"pip install '\.\[([\w,]+)\]'", message)
     assert advised and "the package httpx must be installed" in message
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     brought = [requirement for extra in advised[1].split(",") for requirement in extras[extra]]

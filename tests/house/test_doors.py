@@ -33,16 +33,17 @@ FORBIDDEN = {
     "regrad_vllm/client": (
         "torch", "vllm", "transformers", "regrad_vllm.serve", "regrad_vllm.cli", "regrad_vllm.local", *INSIDE_THE_BANK,
     ),
-    "regrad_vllm/adapt": (
-        "grpc", "vllm", "regrad_vllm.client", "regrad_vllm.serve", "regrad_vllm.cli", *INSIDE_THE_BANK,
-    ),
+    "regrad_vllm/frameworks": ("torch", "vllm", "transformers", *INSIDE_THE_BANK),
     "regrad_vllm/serve": ("regrad_vllm.learn", "regrad_vllm.cli", "regrad_vllm.demo", *INSIDE_THE_BANK),
     "regrad_vllm/serve/kernels": ("grpc", "vllm"),
+    "regrad_vllm/serve/arena": ("grpc", "vllm", "torch", "numpy"),
     "regrad_vllm/local": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
     "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli", "regrad_vllm.load", *INSIDE_THE_BANK),
     "regrad_vllm/load": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
+    "regrad_vllm/mcp": ("vllm", "torch", "regrad_vllm.cli", *INSIDE_THE_BANK),
     "regrad_vllm/cli": ("vllm", "bank_service.testing"),
     "regrad_vllm/demo": ("vllm", "regrad_vllm.cli"),
+    "regrad_vllm/doctor": ("vllm", "torch", "transformers", "regrad_vllm.cli", *INSIDE_THE_BANK),
     "benchmarks": ("tests", "regrad_vllm.cli"),
 }  # fmt: skip
 # Rooms of a package, from the top down: a room imports from those below it only.
@@ -53,13 +54,16 @@ BANK_ROOMS = (
     "bank_stats",
     "upkeep",
     "backup",
+    "search.vector_store",
     "search.usearch",
     "search",
     "records",
     "cache",
     "blobs",
     "catalog.factory",
+    "catalog.postgres",
     "catalog.sqlite",
+    "catalog.sql",
     "catalog",
     "values",
     "runtime",
@@ -67,9 +71,12 @@ BANK_ROOMS = (
     "errors",
 )
 REGRAD_ROOMS = (
-    "cli", "observe", "demo", "load", "evaluate", "console", "local", "learn", "arguments", "serve", "reporting",
-    "encode", "adapt", "client", "default_model", "base_model", "flags", "learner", "data",
-    "http_client", "naming", "user_folders", "layout",
+    "cli", "observe", "demo", "doctor", "load", "evaluate", "console", "mcp", "local", "learn", "arguments",
+    "serve.plugin", "serve.launch", "serve.vllm_flags", "serve.vllm_main", "serve.api.endpoint",
+    "serve.documents", "serve.api", "serve.worker", "serve.seams",
+    "serve.kernels", "serve.budgets", "serve.arena", "serve.engine_flags", "serve.settings", "serve.recipe",
+    "serve.process_figures", "serve", "reporting", "encode", "frameworks", "client", "default_model", "base_model",
+    "flags", "compose", "learner", "prompts", "data", "http_client", "naming", "user_folders", "layout",
 )  # fmt: skip
 ROOMS = {"bank_service": BANK_ROOMS, "regrad_vllm": REGRAD_ROOMS}
 # What bank_service offers to the other package: the wire, encoder, embedder, sentences, errors. The rest is for the
@@ -111,13 +118,13 @@ def test_a_room_reaches_nothing_behind_a_closed_door(graph: ImportGraph, room: s
     assert not [" → ".join(chain) for chain in chains if chain]
 
 
-def test_only_the_serve_room_imports_vllm() -> None:
+def test_only_the_seams_import_vllm_and_the_module_that_starts_it() -> None:
     users = {
-        path.relative_to(ROOT).parts[1]
+        str(path.parent.relative_to(ROOT) if path.parent.name == "seams" else path.relative_to(ROOT))
         for path in _sources("regrad_vllm")
         if any(is_within(found.name, "vllm") for found in imports(path))
     }
-    assert users == {"serve"}
+    assert users == {"regrad_vllm/serve/seams", "regrad_vllm/serve/vllm_main.py"}
 
 
 def test_nobody_imports_the_command_line() -> None:
@@ -168,25 +175,34 @@ def test_rooms_import_from_the_rooms_below_them_only(package: str) -> None:
     assert not broken
 
 
-def test_only_the_catalogs_factory_knows_its_store_and_only_the_store_knows_sql() -> None:
-    broken = []
-    for path in _sources("bank_service"):
-        room = _room(_module(path))
-        for found in imports(path):
-            is_store = is_within(found.name, "bank_service.catalog.sqlite") and room != "catalog.factory"
-            is_sql = any(is_within(found.name, package) for package in ("sqlalchemy", "sqlite3"))
-            if room != "catalog.sqlite" and (is_store or is_sql):
-                broken.append(f"{path.relative_to(ROOT)} imports {found.name}")
+def test_only_the_catalogs_factory_knows_its_stores_and_only_the_stores_know_sql() -> None:
+    """Each store knows its own database alone. Both share ``catalog.sql``, which knows neither driver."""
+    own = {  # package → the rooms that may import it
+        "sqlalchemy": ("catalog.sql", "catalog.sqlite", "catalog.postgres"),
+        "sqlalchemy.dialects.postgresql": ("catalog.postgres",),
+        "sqlite3": ("catalog.sqlite",),
+        "psycopg": ("catalog.postgres",),
+        "bank_service.catalog.sql": ("catalog.sql", "catalog.sqlite", "catalog.postgres"),
+        "bank_service.catalog.sqlite": ("catalog.sqlite", "catalog.factory"),
+        "bank_service.catalog.postgres": ("catalog.postgres", "catalog.factory"),
+    }
+    broken = [
+        f"{path.relative_to(ROOT)} imports {found.name}"
+        for path in _sources("bank_service")
+        for found in imports(path)
+        for package, rooms in own.items()
+        if is_within(found.name, package) and _room(_module(path)) not in rooms
+    ]
     assert not broken
 
 
-def test_only_the_bank_knows_its_vector_store() -> None:
+def test_only_the_factory_knows_the_vector_store_in_the_banks_process() -> None:
     users = {
         _room(_module(path))
         for path in _sources("bank_service")
         if any(is_within(found.name, "bank_service.search.usearch") for found in imports(path))
     }
-    assert users == {"bank", "search.usearch"}
+    assert users == {"search.vector_store", "search.usearch"}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +210,7 @@ def test_only_the_bank_knows_its_vector_store() -> None:
     [
         ("import regrad_vllm", ("numpy", "torch", "vllm", "transformers", "grpc")),
         ("import regrad_vllm.cli", ("torch", "vllm", "transformers", "grpc", "safetensors")),
-        ("import regrad_vllm.learner, regrad_vllm.adapt.compose", ("torch", "vllm", "transformers", "grpc")),
+        ("import regrad_vllm.learner, regrad_vllm.compose", ("torch", "vllm", "transformers", "grpc")),
         ("import regrad_vllm.client", ("torch", "vllm", "transformers", "grpc", "numpy")),
         ("from regrad_vllm.client import Bank, AsyncBank", ("torch", "vllm", "transformers")),
         ("import regrad_vllm.serve.plugin", ("torch", "vllm", "transformers", "grpc", "numpy")),

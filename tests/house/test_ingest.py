@@ -147,6 +147,22 @@ def test_deleting_names_what_was_not_there_and_deletes_the_rest(
     assert [hit["id"] for hit in _query(bank, "deletes", "lighthouse", capsys)] == ["d1"]
 
 
+def test_all_of_a_namespace_are_deleted_only_where_no_id_is_named(
+    bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _write_lines(tmp_path / "lights.jsonl", 3)
+    assert _ingest(bank, "emptied", path) == _ingest(bank, "beside", path) == 0
+    namespace = ["--bank", bank, "--namespace", "emptied"]
+    assert main(["delete", "d1", "--all", *namespace]) == main(["delete", *namespace]) == 2
+    assert "either ID or --all" in capsys.readouterr().err
+    assert len(_query(bank, "emptied", "lighthouse", capsys)) == 3
+    assert main(["delete", "--all", *namespace]) == 0
+    deleted = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in deleted] == ["deleted d0", "deleted d1", "deleted d2"]
+    assert not _query(bank, "emptied", "lighthouse", capsys) and len(_query(bank, "beside", "lighthouse", capsys)) == 3
+    assert main(["delete", "--all", *namespace]) == 0 and not capsys.readouterr().out
+
+
 def test_documents_are_listed_and_got_as_they_were_ingested(
     bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

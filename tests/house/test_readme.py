@@ -23,13 +23,14 @@ from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.quiz import DOCUMENTS, load_questions
 from regrad_vllm.demo.story import Stage, base_weights
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.request import RegradOptions
+from regrad_vllm.serve.api.request import RegradOptions
 from tests.house.pages import ROOT, all_examples, examples, pages
 from tests.house.served import House
 
 RUN = {
     "bank", "server", "ingest", "curl", "openai", "client", "backup", "export", "eval", "load", "vllm_bench",
-    "questions",
+    "questions", "python_ingest", "python_query", "python_async", "python_past", "python_errors", "langchain",
+    "llama_index", "litellm", "vercel", "mcp_config", "http",
 }  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def test_the_example_of_the_questions_writes_data_to_train_with(house: House, tm
 def test_the_examples_of_the_server_ingest_ask_and_name_the_document_they_used(house: House, tmp_path: Path) -> None:
     weights = base_weights(f"http://{house.server}")
     ingested = house.run("ingest", tmp_path)
-    assert "60 created" in ingested
+    stored = re.search(r"(\d+) created, 0 updated, (\d+) unchanged", ingested)
+    assert stored and int(stored[1]) + int(stored[2]) == 60, ingested  # another test may have run the example before
     assert "ship-the-quilegren" in ingested.splitlines()[1], "the query's best hit"
     answer = json.loads(house.run("curl", tmp_path))
     assert answer["choices"][0]["message"]["content"].strip()
@@ -88,6 +90,22 @@ def test_the_example_of_the_bank_stores_finds_and_deletes(house: House, tmp_path
     lines = house.run("client", tmp_path).splitlines()
     assert re.fullmatch(r"harbour 1 [0-9a-f]{64}", lines[0])
     assert lines[1].startswith("harbour 0.")
+
+
+@pytest.mark.timeout(600)
+def test_the_five_examples_of_the_python_client_follow_each_other(house: House, tmp_path: Path) -> None:
+    stored = house.run("python_ingest", tmp_path).splitlines()
+    assert stored == ["master created 1", "lamp created 1", "hafen created 1"]
+    *hits, german = house.run("python_query", tmp_path).splitlines()
+    assert re.fullmatch(r"master 0\.\d+ The harbour master of Orlen is Ada Quist\.", hits[0]) and len(hits) == 2
+    assert german == "['hafen']"
+    assert house.run("python_async", tmp_path).splitlines() == [
+        "Who is the harbour master? master", "Which colour has the lamp? lamp", "['hafen', 'lamp', 'master']",
+    ]  # fmt: skip
+    assert house.run("python_past", tmp_path).split() == ["False", "True"]
+    assert house.run("python_errors", tmp_path).splitlines() == [
+        "document 1 was refused for its document.text", "there is no document nobody", "UnreachableError",
+    ]  # fmt: skip
 
 
 @pytest.mark.timeout(600)

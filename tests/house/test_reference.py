@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bank_service.values.config import BankConfig
-from regrad_vllm.cli.reference import main, with_reference
+from regrad_vllm.cli.reference import document_schema, main, with_reference
 from regrad_vllm.flags import settings_of
 from regrad_vllm.serve.settings import Settings, variable
 from tests.house.pages import ROOT, pages
@@ -18,6 +18,10 @@ def test_the_committed_pages_are_what_the_code_makes() -> None:
     assert made
     stale = [str(page.relative_to(ROOT)) for page, text in made.items() if with_reference(text) != text]
     assert not stale, "run make docs"
+
+
+def test_the_committed_schema_is_what_the_code_makes() -> None:
+    assert (ROOT / "docs" / "openapi.json").read_text("utf-8") == document_schema(), "run make docs"
 
 
 def test_each_setting_stands_in_the_pages() -> None:

@@ -11,12 +11,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 
-from regrad_vllm.client import Answer, Hit, Query
+from regrad_vllm.client import Answer, CueSentence, Hit, Query
 from regrad_vllm.data.questions import Question
-from regrad_vllm.learner import Prompts
 from regrad_vllm.load.askers import STATIC_ADAPTER, Attempt, Passages, Served
 from regrad_vllm.load.comparison import CONTENDERS, LoadCondition
 from regrad_vllm.load.streaming import AnswerError
+from regrad_vllm.prompts import Prompts
 from tests.load.made import condition
 
 PROMPTS = Prompts(system="Be short.", document="{title}: {text}", document_untitled="{text}", blind="Q {question}",
@@ -36,7 +36,11 @@ class Bank:
         self.asked.append(query)
         found = query.document_ids or (("a", "b") if query.namespace == "natural" else ("a#2", "a#1", "b"))
         limit = len(found) if query.document_ids else query.top_k
-        hits = (Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}") for id in found[:limit])
+        cues = [(CueSentence(0, 5, f"cue of {found[0]}", 0.9),)[: query.with_cue], *(() for _ in found)]
+        hits = (
+            Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}" if query.with_text else "", cue)
+            for id, cue in zip(found[:limit], cues, strict=False)
+        )
         return Answer(tuple(hits), 1)
 
 
@@ -48,6 +52,7 @@ def sent(name: str, own: LoadCondition, adapter: str | None = "regrad-x") -> tup
     async def answer(body: dict[str, Any]) -> Response:
         bodies.append(body)
         used = {"adapter": adapter, "reason": "none", "documents": [{"id": "a"}], "timings_ms": {"resident": 3.0}}
+        used["cue"] = [{"text": "seven b"}] if body.get("regrad", {}).get("mode") == "cue" else []
         events = [
             {"regrad": used, "choices": [{"delta": {"content": "Ada"}}]},
             {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
@@ -102,6 +107,21 @@ def test_regrad_leaves_the_asking_to_the_server() -> None:
     icl, attempt, _ = sent("regrad_icl", condition(top_k=2))
     assert icl["regrad"]["mode"] == "icl" and icl["regrad"]["gamma"] != 1, "no adapter of ReGrad's is used again"
     assert attempt.moved_bytes == 10
+
+
+@pytest.mark.parametrize("corpus", ["natural", "long"])
+def test_a_sentence_comes_from_the_bank_or_the_server(corpus: str) -> None:
+    own = condition(corpus=corpus, passage_tokens=300 if corpus == "long" else 0, top_k=2)
+    body, attempt, bank = sent("rag_sentence", own)
+    assert (bank.asked[-1].with_cue, bank.asked[-1].cue_text, bank.asked[-1].with_text) == (1, "who?", False)
+    sentence = "cue of a" if corpus == "natural" else "cue of a#1"
+    assert body["messages"][1]["content"] == f"T: {sentence} / who?" and body["regrad"] == {"enabled": False}
+    assert attempt.moved_bytes == len(sentence)
+    regrad, attempt, bank = sent("regrad_cue", own)
+    assert (regrad["regrad"]["mode"], regrad["regrad"]["cue_sentences"]) == ("cue", 1)
+    assert regrad["regrad"]["gamma"] not in (1, sent("regrad_icl", own)[0]["regrad"]["gamma"])
+    assert regrad["messages"][1]["content"] == "Q who?" and attempt.moved_bytes == len("seven b")
+    assert not any(query.with_cue for query in bank.asked)
 
 
 def test_a_long_document_is_all_its_passages_for_both() -> None:

@@ -9,7 +9,7 @@ import pytest
 from regrad_vllm.load.comparison import CellLine, RequestLine
 from regrad_vllm.load.results import CELLS, QUESTIONS, REQUESTS, RUN, load
 from regrad_vllm.load.results_page import write_report
-from regrad_vllm.load.results_tables import markdown
+from regrad_vllm.load.results_tables import markdown, memory_table
 from tests.load.made import cell, condition, line
 
 COST = condition()
@@ -92,6 +92,18 @@ def test_a_report_is_a_page_tables_and_json_with_nothing_from_elsewhere(
     plain = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert plain["break_even_requests_a_document"] == 2.0
     assert plain["groups"][0]["same_documents"] == 1.0 and plain["groups"][0]["reuse"]["repeated_sets"] == 0.75
+
+
+def test_documents_are_shared_and_a_slot_is_a_requests_own(tmp_path: Path) -> None:
+    names = ("base", "learner", "regrad", "peft_folder", "published")
+    pools = {name: 300_000.0 for name in ("base", "learner", "regrad")}
+    cells = [cell(COST, name, repeat=r, pool_bytes=pools.get(name)) for name in names for r in range(2)]
+    write(tmp_path, [line(COST, name) for name in names], [*cells, cell(COST, "regrad", repeat=2, pool_bytes=400_000)])
+    results = load(tmp_path)
+    head, rows = memory_table(results, results.main)
+    slot, documents = (head.index(f"{what}, MB") for what in ("LoRA slot a request", "documents of all requests"))
+    assert [row[slot] for row in rows] == ["0.00", "0.00", "0.00", "2.00", "0.00"]
+    assert [row[documents] for row in rows] == ["–", "–", "0.40", "–", "–"]
 
 
 def test_a_run_that_was_cut_short_is_reported_as_far_as_it_got(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from regrad_vllm.load.watching import Processes, used, watched
-from regrad_vllm.serve.plugin_metrics import Metrics
+from regrad_vllm.serve.api.plugin_metrics import Metrics
 
 
 def test_counters_are_read_between_two_moments() -> None:
@@ -42,8 +42,11 @@ def test_counters_are_read_between_two_moments() -> None:
                 ours.arena_lookups.labels("miss").inc(1)
                 ours.worker_lookups.labels("0/0", "hit").set(1)
                 ours.worker_lookups.labels("0/0", "miss").set(1)
+                ours.worker_bytes.labels("0/0").set(300)
+                ours.worker_bytes.labels("0/1").set(200)
                 queries.labels("0").inc(10)
                 hits.labels("0").inc(4)
+            assert scraped.pool_bytes == 500, "of both workers"
             assert scraped.fetched_bytes == 500 and scraped.peak_kv_share == 0.25 and scraped.preemptions == 0
             assert scraped.cache_hits == {"prefix": 0.4, "arena": 0.75, "worker": 0.5}
 

@@ -49,6 +49,7 @@ def slice_of(carried: Path, work: Path, out: Path) -> subprocess.CompletedProces
     return subprocess.run(["sh", "run.sh"], cwd=carried, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.only_test_all
 def test_a_run_carried_in_pieces_gives_the_learner_that_a_run_at_home_gives(tmp_path: Path, model_folder: Path) -> None:
     write_data(tmp_path / "data")
     start = train(config(tmp_path / "start", 1), model_folder=model_folder)

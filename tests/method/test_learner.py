@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from regrad_vllm.adapt.compose import compose
 from regrad_vllm.base_model import build_layout
+from regrad_vllm.compose import compose
 from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.layout import Layout
-from regrad_vllm.learner import Learner, LearnerConfig, LearnerError, Prompts, num_step_sizes, save_adapter
+from regrad_vllm.learner import Learner, LearnerConfig, LearnerError, num_step_sizes, save_adapter
+from regrad_vllm.prompts import Prompts
 from tests.method.conftest import tiny_model
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -167,14 +168,3 @@ def test_a_layout_refuses_what_would_break_the_flat_order() -> None:
     with pytest.raises(ValueError, match="breaks the order"):
         Layout(layout.rank, layout.tensors[1:] + layout.tensors[:1])
     assert sum(tensor.num_values for tensor in layout.tensors) == layout.num_values
-
-
-def test_prompts_fill_each_place_once_and_leave_braces_in_texts_alone() -> None:
-    prompts = Prompts()
-    assert prompts.render_document("A {text}", "B {title}") == "A {text}\nB {title}"
-    assert prompts.render_document("", "B") == "B"
-    assert (
-        prompts.render_icl("Why {documents}?", ["one {question}", "two"]) == "one {question}\n\ntwo\n\nWhy {documents}?"
-    )
-    with pytest.raises(LearnerError, match="question"):
-        Prompts(blind="no place")

@@ -17,7 +17,7 @@ from regrad_vllm.evaluate.methods import METHODS
 from regrad_vllm.evaluate.retrieve import FoundDocument, check_controls, with_controls
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learn.probe import wrong_mix
-from regrad_vllm.learner import Prompts
+from regrad_vllm.prompts import Prompts
 
 
 def found(*names: str) -> tuple[FoundDocument, ...]:

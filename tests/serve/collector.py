@@ -19,6 +19,7 @@ class Span:
     trace_id: str  # 32 hex digits
     span_id: str  # 16 hex digits
     parent_id: str
+    attributes: dict[str, str | int]
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -41,7 +42,8 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
                 for scope in resource.scope_spans:
                     for span in scope.spans:
                         ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
-                        self._spans.append(Span(names.get("service.name", ""), span.name, *ids))
+                        values = {pair.key: pair.value.string_value or pair.value.int_value for pair in span.attributes}
+                        self._spans.append(Span(names.get("service.name", ""), span.name, *ids, values))
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def wait_for(self, trace_id: str, complete: Callable[[list[Span]], bool], seconds: float = 30) -> list[Span]:

@@ -16,10 +16,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM and torch warn about while they are imported is theirs
     import vllm.v1.engine.async_llm  # noqa: F401
 
-from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve.door_client import DoorClient
+from regrad_vllm.serve.api.door_client import DoorClient
+from regrad_vllm.serve.arena.arena import Arena
 from tests.serve.collector import Collector
 from tests.serve.support import (
     API_KEY,
@@ -99,15 +99,18 @@ def server(
     folder = tmp_path_factory.mktemp("server")
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
-        "--regrad-bank-timeout-ms", "30000",
+        "--regrad-bank-timeout-ms", "30000", "--regrad-documents", "write",
         "--regrad-arena-dir", str(folder),
         "--regrad-arena-bytes", str(ARENA_RECORDS * record_bytes(learner)),
         "--regrad-worker-bytes", str(WORKER_RECORDS * record_bytes(learner)),
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS),
     ]  # fmt: skip
-    traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    running = VllmServer(model, flags, traces, folder / "server.log", plain=True)
+    variables = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }  # fmt: skip
+    running = VllmServer(model, flags, variables, folder / "server.log", plain=True)
     try:
         running.wait_until_ready(900)
         yield running
@@ -141,7 +144,9 @@ def doors_are_closed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DoorClient, "__init__", noted)
         yield
-    assert not [door for door in made if door.is_open], "a test must close the doors that it opens"
+    assert not [door for door in made if door._writer is not None and not door._closed], (
+        "a test must close the doors that it opens"
+    )
 
 
 @pytest.fixture

@@ -29,12 +29,13 @@ from bank_service.service.server import BankServer
 from bank_service.values.config import BankConfig
 from bank_service.values.encoder import EncodedDocument
 from bank_service.wire.record import DEFAULT_CODEC, FloatArray, encode_gradient, record_digest
-from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.base_model import base_digest
 from regrad_vllm.client import Bank, Document
 from regrad_vllm.default_model import ensure_default_model
 from regrad_vllm.layout import Layout
-from regrad_vllm.learner import Learner, LearnerConfig, Prompts
+from regrad_vllm.learner import Learner, LearnerConfig
+from regrad_vllm.prompts import Prompts
+from regrad_vllm.serve.arena.arena import Arena
 from regrad_vllm.serve.recipe import Recipe
 from regrad_vllm.serve.worker.admissions import Admissions
 from regrad_vllm.serve.worker.cpu_device import CpuDevice
@@ -101,17 +102,21 @@ def gradient_noise(layout: Layout, seed: int, spread: float) -> FloatArray:
 
 
 class DrawingEncoder:
-    """A bank's Encoder that draws gradients from a document's text and computes nothing."""
+    """A bank's Encoder that draws gradients from learner and text, and computes nothing."""
 
     def __init__(self, learner: Learner) -> None:
         self._layout = learner.layout
         self.spec = learner.spec
 
+    def of_learner(self, folder: Path) -> DrawingEncoder:
+        return DrawingEncoder(Learner.load(folder))
+
     def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
         return [EncodedDocument(self._draw(title, text), len(text.split()), False) for title, text in documents]
 
     def _draw(self, title: str, text: str) -> FloatArray:
-        seed = int.from_bytes(hashlib.sha256(f"{title}\n{text}".encode()).digest()[:8], "big")
+        seeded = f"{self.spec.fingerprint}\n{title}\n{text}"
+        seed = int.from_bytes(hashlib.sha256(seeded.encode()).digest()[:8], "big")
         return gradient_noise(self._layout, seed, 0.03)
 
 
@@ -124,7 +129,7 @@ class Worker:
         self.pool = Pool(self.device, max_bytes)
         self.admissions = Admissions(learner.fingerprint, self.pool)
         self.steps = Steps(self.admissions, self.pool, self.device)
-        self.door = Door(self.admissions, self.pool)
+        self.door = Door(self.admissions, self.pool, self.steps)
 
 
 def stored_recipe(arena: Arena, learner: Learner, texts: list[str], codec: str = DEFAULT_CODEC) -> Recipe:

@@ -16,8 +16,8 @@ from regrad_vllm.client import Bank, Document
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learn.cues import Cues
 from regrad_vllm.learner import Learner
+from tests.serve.api.test_releases import EngineLists, serving
 from tests.serve.support import BankThread, VllmServer
-from tests.serve.test_releases import EngineLists, serving
 from tests.serve.test_server import BODIES, TWIN, events_of
 
 TOWER = "The tower of Quist was built in 1412. Its bell is called Maren.\n\nThe stairs have 211 steps of oak wood."

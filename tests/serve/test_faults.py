@@ -56,8 +56,8 @@ def nothing_is_held(server: VllmServer) -> bool:
     status = server.status()
     worker = status["workers"][0]
     return bool(
-        status["arena"]["num_leases"] == status["num_releases_waiting"] == 0
-        and worker["num_admitted"] == worker["num_running"] == worker["pool_num_pinned"] == 0
+        status["arena"]["num_holds"] == status["num_releases_waiting"] == 0
+        and worker["num_admitted"] == worker["num_running"] == worker["pool_num_held"] == 0
     )
 
 
@@ -137,13 +137,14 @@ def test_many_requests_share_sixteen_documents_each(small: VllmServer) -> None:
 def test_an_update_reaches_new_requests_while_the_old_version_runs(small: VllmServer, bank: BankThread) -> None:
     bank.ingest([("moving", "The market is on Mondays.")])
     regrad = {"document_ids": ["moving"], "gamma": 1.5}
-    whole = small.complete("When?", regrad, max_tokens=300)["choices"][0]["token_ids"]
+    whole = small.complete("When?", regrad, max_tokens=490)["choices"][0]["token_ids"]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(small.complete, "When?", regrad, max_tokens=300)
+        running = pool.submit(small.complete, "When?", regrad, max_tokens=490)
         assert eventually(lambda: small.status()["workers"][0]["num_running"] == 1)
         bank.ingest([("moving", "The market is on Fridays now.")])
+        assert not running.done(), "the update must come while it runs"
         new = small.complete("When?", regrad, max_tokens=8)
-        assert new["regrad"]["documents"][0]["version"] == 2 and not running.done()
+        assert new["regrad"]["documents"][0]["version"] == 2
         assert running.result()["choices"][0]["token_ids"] == whole
     assert new["choices"][0]["token_ids"] != whole[:8]
     bank.delete("moving")
@@ -151,7 +152,7 @@ def test_an_update_reaches_new_requests_while_the_old_version_runs(small: VllmSe
 
 
 @pytest.mark.timeout(900)
-def test_beam_search_and_several_choices_use_the_documents(small: VllmServer) -> None:
+def test_beam_search_uses_the_documents(small: VllmServer) -> None:
     regrad = {"document_ids": ["doc-5"], "gamma": 1.5}
     greedy = small.complete("The harbour", regrad)["choices"][0]["token_ids"]
     one_beam = small.complete("The harbour", regrad, use_beam_search=True, n=1)["choices"][0]
@@ -159,6 +160,4 @@ def test_beam_search_and_several_choices_use_the_documents(small: VllmServer) ->
     plain = small.complete("The harbour", use_beam_search=True, n=3)["choices"]
     assert len(beams) == 3 and [beam["text"] for beam in beams] != [beam["text"] for beam in plain]
     assert one_beam["text"] == small.complete("The harbour", regrad)["choices"][0]["text"], greedy
-    choices = small.complete("The harbour", regrad, n=4, temperature=1.0, seed=3)["choices"]
-    assert len({tuple(choice["token_ids"]) for choice in choices}) > 1
     assert eventually(lambda: nothing_is_held(small))

@@ -7,7 +7,7 @@ model merged anew for each request.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_gradient
-from regrad_vllm.learner import Learner
-from tests.serve.support import MAX_NUM_SEQS, BankThread, DrawingEncoder, VllmServer
+from bank_service.wire.record import DEFAULT_CODEC, FloatArray, decode_gradient, encode_gradient
+from regrad_vllm.learner import Learner, save_adapter
+from tests.serve.support import BASE, MAX_NUM_SEQS, BankThread, DrawingEncoder, VllmServer
 
 NUM_ADAPTED = 64
 NUM_BASE = 24
@@ -57,26 +57,33 @@ class Oracle:
         self._base = {name: self._weight(name).clone() for name in learner.layout.modules}
 
     def check(self, ask: Ask, texts: Sequence[str], tokens: list[int]) -> tuple[int, float] | None:
-        """None where ``tokens`` are the greedy ones, else (place of the first that isn't, lead of the right one).
+        """None where ``tokens`` are the greedy ones, else (place of the first that isn't, lead of the right one)."""
+        logits = self.logits(ask, texts, tokens)
+        best = logits.topk(1)
+        for place, (token, right, value) in enumerate(zip(tokens, best.indices[:, 0], best.values[:, 0], strict=True)):
+            if token != int(right):
+                return place, float(value - logits[place, token])
+        return None
 
-        One pass over prompt and tokens: each must be the best after all before it, which is what decoding does.
-        """
+    def logits(self, ask: Ask, texts: Sequence[str], tokens: list[int]) -> torch.Tensor:
+        """(tokens, vocabulary): after the prompt and the tokens before each. One pass, which is what decoding does."""
         self._merge(texts, ask.gamma, adapted=ask.ids is not None)
         prompt = self._tokenizer(ask.prompt, return_tensors="pt").input_ids
         with torch.no_grad():
-            logits = self._model(torch.cat([prompt, torch.tensor([tokens])], dim=1)).logits[0]
-        best = logits[prompt.shape[1] - 1 : -1].topk(1)
-        for place, (token, right, value) in enumerate(zip(tokens, best.indices[:, 0], best.values[:, 0], strict=True)):
-            if token != int(right):
-                return place, float(value - logits[prompt.shape[1] - 1 + place, token])
-        return None
+            logits: torch.Tensor = self._model(torch.cat([prompt, torch.tensor([tokens])], dim=1)).logits[0]
+        return logits[prompt.shape[1] - 1 : -1]
 
-    def _merge(self, texts: Sequence[str], gamma: float, *, adapted: bool) -> None:
+    def adapter(self, texts: Sequence[str], gamma: float) -> FloatArray:
+        """φ_q of documents whose weights are 1, flat."""
         adapter = self._learner.phi.copy()
         for text in texts:
             drawn = self._encoder.encode([("", text)])[0].values
             record = encode_gradient(drawn, self._encoder.spec, DEFAULT_CODEC)
             adapter -= np.float32(gamma) * decode_gradient(record, self._encoder.spec)
+        return adapter
+
+    def _merge(self, texts: Sequence[str], gamma: float, *, adapted: bool) -> None:
+        adapter = self.adapter(texts, gamma)
         parts = {(t.module, t.part): torch.from_numpy(view) for t, view in self._learner.layout.views(adapter)}
         for name, base in self._base.items():
             change = self._learner.scaling * parts[name, "B"] @ parts[name, "A"]
@@ -91,20 +98,11 @@ def requests() -> list[Ask]:
     shuffle = random.Random(3)
     adapted = []
     for n in range(NUM_ADAPTED):
-        ids = tuple(f"doc-{(n * 2 + k) % 150}" for k in range(1 + n % 3))
-        adapted.append(Ask(PROMPTS[n % len(PROMPTS)], ids, (1.0, 0.5, 1.5)[n % 3]))
+        ids = tuple(f"doc-{(n * 2 + k) % 100}" for k in range(1 + n % 3))  # no more than fit at once
+        adapted.append(Ask(PROMPTS[n % len(PROMPTS)], ids, (3.0, 2.0, 4.0)[n % 3]))
     asks = adapted + [Ask(PROMPTS[n % len(PROMPTS)], None, 1.0) for n in range(NUM_BASE)]
     shuffle.shuffle(asks)
     return asks
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The engine has the other cores; threads that wait for each other on a busy machine make the oracle crawl."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +117,7 @@ def oracle(model: Path, learner: Learner) -> Oracle:
 
 @pytest.mark.timeout(600)
 def test_concurrent_requests_give_the_tokens_of_hugging_face_one_at_a_time(
-    server: VllmServer, bank: BankThread, oracle: Oracle, text_of: dict[str, str], one_thread: None
+    server: VllmServer, bank: BankThread, oracle: Oracle, text_of: dict[str, str]
 ) -> None:
     """Also the guard against slot −1: all base rows are the base's."""
     asks = requests()
@@ -159,6 +157,49 @@ def test_base_rows_stay_the_base_models_beside_as_many_adapters_as_fit(server: V
     assert beside == alone
 
 
+def num_steps(server: VllmServer) -> float:
+    lines = server.client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:iteration_tokens_total_count"))
+
+
+@pytest.mark.timeout(600)
+def test_operators_adapters_documents_and_the_base_model_share_a_batch(
+    server: VllmServer, learner: Learner, oracle: Oracle, text_of: dict[str, str], tmp_path: Path
+) -> None:
+    """The operator's adapter is φ_q of two documents, as a plain LoRA folder. So every row has its oracle."""
+    ids, num_tokens = ("doc-3", "doc-4"), 200
+    save_adapter(tmp_path, learner, oracle.adapter([text_of[id] for id in ids], 1.5))
+    loaded = server.post("/v1/load_lora_adapter", {"lora_name": "mine", "lora_path": str(tmp_path)})
+    assert loaded.status_code == 200, loaded.text
+    asks: list[tuple[str, Ask]] = []
+    for n, prompt in enumerate(PROMPTS[: MAX_NUM_SEQS // 3]):
+        documents = tuple(f"doc-{10 * n + k}" for k in range(1 + n % 3))
+        asks += [
+            (BASE, Ask(prompt, None, 1.0)),
+            ("mine", Ask(prompt, ids, 1.5)),
+            ("ours", Ask(prompt, documents, 1.25)),
+        ]
+
+    def ask_server(model: str, ask: Ask) -> tuple[list[int], list[float]]:
+        regrad = {"document_ids": list(ask.ids or ()), "gamma": ask.gamma} if model == "ours" else None
+        name = BASE if model == "ours" else model
+        answer = server.complete(ask.prompt, regrad, max_tokens=num_tokens, model=name, logprobs=1)["choices"][0]
+        return answer["token_ids"], answer["logprobs"]["token_logprobs"]
+
+    before = num_steps(server)
+    with ThreadPoolExecutor(MAX_NUM_SEQS) as pool:
+        served = list(pool.map(lambda asked: ask_server(*asked), asks))
+    rows_a_step = len(asks) * num_tokens / (num_steps(server) - before)
+    server.post("/v1/unload_lora_adapter", {"lora_name": "mine"})
+    assert rows_a_step > MAX_NUM_SEQS * 2 / 3, "so steps had rows of all three kinds"
+    assert len({tuple(tokens) for tokens, _ in served}) == len(asks), "a row with another's adapter would show"
+    for (_, ask), (tokens, logprobs) in zip(asks, served, strict=True):
+        right = oracle.logits(ask, [text_of[id] for id in ask.ids or ()], tokens).log_softmax(dim=1)
+        chosen = right[torch.arange(len(tokens)), torch.tensor(tokens)]
+        assert float((right.max(dim=1).values - chosen).max()) < TIE, "greedy"
+        assert float((chosen - torch.tensor(logprobs)).abs().max()) < 5 * TIE
+
+
 def prefix_hits(server: VllmServer) -> float:
     lines = server.client.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
@@ -166,12 +207,12 @@ def prefix_hits(server: VllmServer) -> float:
 
 @pytest.mark.timeout(600)
 def test_a_cached_prefix_is_used_again_by_the_same_adapter_only(
-    server: VllmServer, bank: BankThread, oracle: Oracle, text_of: dict[str, str], one_thread: None
+    server: VllmServer, bank: BankThread, oracle: Oracle, text_of: dict[str, str]
 ) -> None:
     words = " ".join(PROMPTS).split()
     # Without a pattern that any adapter would go on with.
     prompt = " ".join(random.Random(5).choices(words, k=320)) + ". " + PROMPTS[1]
-    first, second, base = Ask(prompt, ("doc-61",), 1.5), Ask(prompt, ("doc-62",), 1.5), Ask(prompt, None, 1.0)
+    first, second, base = Ask(prompt, ("doc-61",), 4.0), Ask(prompt, ("doc-62",), 4.0), Ask(prompt, None, 1.0)
     before = prefix_hits(server)
     seen: dict[Ask, list[int]] = {}
     for ask in (first, second, base, first, base, second):

@@ -5,26 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from vllm.config.compilation import CompilationMode
-from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve import launch
-from regrad_vllm.serve.endpoint import check_base
-from regrad_vllm.serve.engine import check_engine_settings
-from regrad_vllm.serve.launch import EXTENSION_CLASS, main, memory_environment, merged_modules, plugins, serve_args
+from regrad_vllm.serve.engine_flags import EXTENSION_CLASS, merged_modules
+from regrad_vllm.serve.launch import main, memory_environment, plugins, serve_args
 from regrad_vllm.serve.settings import SettingsError
 from tests.serve.support import VllmServer
 
@@ -39,7 +32,7 @@ def test_everything_that_regrad_needs_is_filled_in(model: Path, learner: Learner
     assert "--enable-lora" in arguments
     assert arguments[-4:] == ["--max-loras", "2", "--max-cpu-loras", "2"]
     assert value(arguments, "--max-num-seqs") == "7"
-    assert value(arguments, "--max-lora-rank") == "16"
+    assert "--max-lora-rank" not in arguments, "it is for the operator's own adapters"
     assert value(arguments, "--worker-extension-cls") == EXTENSION_CLASS
     assert value(arguments, "--served-model-name") == model.resolve().name
     start = arguments.index("--lora-target-modules") + 1
@@ -100,12 +93,6 @@ def test_float32_on_cpus_where_bfloat16_is_emulated(
     assert "--dtype" not in serve_args(str(model), learner, [])
 
 
-def test_a_rank_between_vllms_is_rounded_up(model: Path, learner: Learner) -> None:
-    layout = type(learner.layout).build(12, [("model.layers.0.mlp.down_proj", 4, 4)])
-    small = SimpleNamespace(layout=layout)
-    assert value(serve_args(str(model), small, []), "--max-lora-rank") == "16"  # type: ignore[arg-type]
-
-
 def test_the_printed_command_is_one_line_that_a_shell_reads_back(
     model: Path, learner_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +150,7 @@ def test_an_unknown_setting_ends_the_command_with_the_known_ones(model: Path, tm
     try:
         assert server.wait_until_ended(120) == 1
         assert "REGRAD_TOPK must be one of" in server.tail() and "REGRAD_TOP_K" in server.tail()
+        assert "Traceback" not in server.tail()
     finally:
         server.stop()
 
@@ -177,6 +165,21 @@ def test_a_flag_of_ours_that_there_is_not_is_refused_with_the_one_that_is_near(
         main([*command, "--port=0", "--regrad-zzz=2"])
     with pytest.raises(SettingsError, match="--regrad-top-k must be in"):
         main([*command, "--port=0", "--regrad_top_k", "99"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ['--kv-transfer-config={"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}'],
+        ["--kv_transfer_config", '{"kv_connector": "LMCacheConnectorV1"}'],
+        ["--kv-transfer-config.kv_connector", "LMCacheConnectorV1"],
+    ],
+)
+def test_a_connector_that_finds_kv_by_tokens_is_refused_before_anything_starts(model: Path, flags: list[str]) -> None:
+    with pytest.raises(SettingsError, match="must name OffloadingConnector, .* got LMCacheConnectorV1: others may"):
+        main([str(model), "--port=0", *flags])
+    with pytest.raises(SettingsError, match="--kv-transfer-config must be a JSON object, got 'x'"):
+        main([str(model), "--port=0", "--kv-transfer-config", "x"])
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(
@@ -213,96 +216,6 @@ def test_the_help_says_what_each_setting_is(capsys: pytest.CaptureFixture[str]) 
     assert "(off; REGRAD_DEFAULT in the environment)" in said
 
 
-def test_a_rank_below_the_learners_is_refused_before_anything_starts(
-    model: Path, learner: Learner, learner_folder: Path, tmp_path: Path
-) -> None:
-    for given in (["--max-lora-rank", "8"], ["--max_lora_rank=8"]):
-        with pytest.raises(SettingsError, match="--max-lora-rank must be at least the learner's rank 16, got 8; raise"):
-            serve_args(str(model), learner, given)
-    assert value(serve_args(str(model), learner, ["--max-lora-rank", "32"]), "--max-lora-rank") == "32"
-    server = VllmServer(model, ["--learner", str(learner_folder), "--max-lora-rank", "8"], {}, tmp_path / "log")
-    try:
-        assert server.wait_until_ended(120) == 1
-        assert "--max-lora-rank must be at least the learner's rank 16, got 8" in server.tail()
-        assert "Traceback" not in server.tail()
-    finally:
-        server.stop()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM may compile")
-@pytest.mark.filterwarnings("ignore")  # what vLLM warns about is vLLM's
-@pytest.mark.parametrize("rank", [8, 16])
-def test_vllms_own_config_is_judged(model: Path, learner: Learner, rank: int) -> None:
-    """Asked to compile, vLLM must not with LoRA on a CPU. When this fails, our kernels must be made an operator."""
-    arguments = EngineArgs(
-        model=str(model), enable_lora=True, max_lora_rank=rank, max_loras=4, max_cpu_loras=4, max_num_seqs=4,
-        worker_extension_cls=EXTENSION_CLASS, max_model_len=512, compilation_config={"mode": 3},
-    )  # type: ignore[arg-type]  # fmt: skip
-    config = arguments.create_engine_config()
-    assert config.compilation_config.mode == CompilationMode.NONE
-    check_base(config, learner)
-    if rank >= learner.layout.rank:
-        check_engine_settings(config, learner)
-        return
-    with pytest.raises(SettingsError, match="--max-lora-rank must be at least"):
-        check_engine_settings(config, learner)
-
-
-def put_in_cache(cache: Path, commit: str, revision: str, files: list[Path]) -> Path:
-    """The files as a snapshot of owner/name in a cache of the hub's."""
-    repository = cache / "models--owner--name"
-    (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / revision).write_text(commit)
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for file in files:
-        shutil.copy(file, snapshot)
-    return snapshot
-
-
-def test_the_files_compared_with_the_learner_are_those_that_vllm_serves(
-    model: Path, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub, downloads = tmp_path / "hub", tmp_path / "downloads"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
-    put_in_cache(hub, "a" * 40, "v1", [*model.iterdir()])
-    newer = put_in_cache(hub, "b" * 40, "main", [*model.iterdir()])
-    weights = load_file(newer / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, newer / "model.safetensors")
-    put_in_cache(downloads, "c" * 40, "main", [*model.glob("*.safetensors")])
-
-    def check(name: str = "owner/name", folder: str | None = None, **changed: object) -> None:
-        given = {"revision": None, "hf_config_path": None, "tokenizer": name, "tokenizer_revision": None, **changed}
-        served = SimpleNamespace(model=name, **given)
-        check_base(SimpleNamespace(model_config=served, load_config=SimpleNamespace(download_dir=folder)), learner)
-
-    check(revision="v1", tokenizer_revision="v1")
-    check(folder=str(downloads))
-    with pytest.raises(SettingsError, match="must have been trained on the served model owner/name"):
-        check()
-    templated = tmp_path / "templated"
-    shutil.copytree(model, templated)
-    (templated / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(SettingsError, match="must have been trained on the served model owner/name"):
-        check(revision="v1", tokenizer=str(templated))
-    with pytest.raises(SettingsError, match="must be a folder or in the hub's cache.*--regrad-check-base off"):
-        check("owner/absent")
-
-
-def engine(learner: Learner, **changed: object) -> SimpleNamespace:
-    lora = LoRAConfig(max_lora_rank=16, max_loras=4, max_cpu_loras=4)
-    parts = {
-        "lora_config": lora,
-        "parallel_config": SimpleNamespace(worker_extension_cls=EXTENSION_CLASS, use_ubatching=False),
-        "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
-        "compilation_config": SimpleNamespace(mode=CompilationMode.NONE),
-        "model_config": SimpleNamespace(enable_sleep_mode=False),
-        "device_config": SimpleNamespace(device_type="cpu"),
-    }
-    return SimpleNamespace(**{**parts, **changed})
-
-
 @pytest.mark.parametrize(
     ("given", "is_added"),
     [([], True), (["--enforce-eager"], False), (["-O3"], False), (["--compilation-config", "{}"], False),
@@ -318,32 +231,3 @@ def test_a_gpu_gets_graphs_of_its_decoding_steps_unless_something_else_is_asked_
     assert arguments[-4:] == ["--max-loras", "1", "--max-cpu-loras", "1"], "no room for adapters that nobody asked for"
     if is_added:
         EngineArgs(model=str(model), compilation_config=json.loads(value(arguments, "--compilation-config")))
-
-
-def test_an_engine_that_fits_the_learner_is_accepted(learner: Learner) -> None:
-    check_engine_settings(engine(learner), learner)
-
-
-@pytest.mark.parametrize(
-    ("changed", "flag"),
-    [
-        ({"lora_config": None}, "--enable-lora"),
-        ({"lora_config": LoRAConfig(max_lora_rank=8, max_loras=4)}, "--max-lora-rank"),
-        ({"model_config": SimpleNamespace(enable_sleep_mode=True)}, "--enable-sleep-mode must be off"),
-        ({"lora_config": LoRAConfig(max_loras=4, specialize_active_lora=True)}, "--specialize-active-lora must be off"),
-        ({"parallel_config": SimpleNamespace(worker_extension_cls="", use_ubatching=False)}, "--worker-extension-cls"),
-        (
-            {"parallel_config": SimpleNamespace(worker_extension_cls="", use_ubatching=True)},
-            "--ubatch-size must be off",
-        ),
-        ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "--kv-sharing-fast-prefill must be off"),
-        ({"lora_config": LoRAConfig(max_loras=4, enable_tower_connector_lora=True)}, "--enable-tower-connector-lora"),
-        ({"lora_config": LoRAConfig(max_loras=4, fully_sharded_loras=True)}, "--fully-sharded-loras"),
-        ({"compilation_config": SimpleNamespace(mode=CompilationMode.VLLM_COMPILE)}, "VLLM_COMPILE; set --enforce"),
-    ],
-)
-def test_an_engine_that_does_not_fit_is_told_which_flag_to_set(
-    learner: Learner, changed: dict[str, object], flag: str
-) -> None:
-    with pytest.raises(SettingsError, match=flag):
-        check_engine_settings(engine(learner, **changed), learner)

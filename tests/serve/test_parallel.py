@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from bank_service.wire.record import FloatArray, decode_gradient
-from regrad_vllm.adapt.arena import FOLDER_PREFIX, Arena, read_record
-from regrad_vllm.adapt.compose import compose
+from regrad_vllm.compose import compose
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, save_adapter
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.arena.folders import FOLDER_PREFIX
+from regrad_vllm.serve.arena.record_files import read_record
 from tests.serve.support import (
     API_KEY,
     BASE,
@@ -61,6 +63,7 @@ def serving(
     """A server on two workers of one core each."""
     common = [
         "--learner", str(learner), "--bank", bank.address, "--regrad-arena-dir", str(folder),
+        "--regrad-bank-timeout-ms", "30000",
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 * 2**20),
     ]  # fmt: skip
@@ -145,7 +148,7 @@ def attention_adapter(learner: Learner) -> tuple[Learner, FloatArray]:
 def test_ranks_and_api_servers_give_what_sharded_workers_give_and_leave_nothing_when_killed(
     small_model: Path, learner_folder: Path, bank: BankThread, tmp_path: Path, sharded: VllmServer
 ) -> None:
-    flags = ["--data-parallel-size", "2", "--api-server-count", "2"]
+    flags = ["--data-parallel-size", "2", "--api-server-count", "2", "--max-lora-rank", "1"]
     right = answers(sharded)
     sharded.stop()  # two such servers at once need about 10 GiB
     with serving(small_model, learner_folder, bank, tmp_path, flags) as server:

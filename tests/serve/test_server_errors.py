@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from redis.exceptions import RedisError
 
@@ -87,25 +88,25 @@ def test_what_goes_wrong_with_one_of_several_prompts_is_the_requests_error(serve
     too_long = {"model": TWIN, "prompt": ["a", "word " * 3000], "max_tokens": 1}
     error_of(post_raw(server, too_long), 400)
     assert error_of(post_raw(server, {**too_long, "prompt": ["a"] * 65}), 400)["param"] == "prompt"
-    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+    assert eventually(lambda: server.status()["arena"]["num_holds"] == 0)
     assert eventually(lambda: server.status()["workers"][0]["num_admitted"] == 0)
 
 
-def test_a_client_that_hangs_up_gives_back_the_pins_of_all_its_prompts(server: VllmServer) -> None:
+def test_a_client_that_hangs_up_lets_go_of_what_all_its_prompts_hold(server: VllmServer) -> None:
     prompts = [f"Tell a long story of riddle {n}." for n in range(20)]
     body = {"model": TWIN, "prompt": prompts, "max_tokens": 900, "ignore_eos": True, "stream": True}
     with server.client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()  # kept, because httpx hangs up when it goes
         next(lines)
-        assert server.status()["arena"]["num_leases"] == 20
-    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+        assert server.status()["arena"]["num_holds"] == 20
+    assert eventually(lambda: server.status()["arena"]["num_holds"] == 0)
     assert eventually(lambda: server.status()["workers"][0]["num_admitted"] == 0)
     status = server.status()
-    assert status["arena"]["num_pinned"] == status["num_releases_waiting"] == 0
+    assert status["arena"]["num_held"] == status["num_releases_waiting"] == 0
     assert server.complete("x", {"document_ids": ["doc-1"]})["regrad"]["adapter"]
 
 
-def test_a_response_in_the_background_can_not_pin_gradients(server: VllmServer) -> None:
+def test_a_response_in_the_background_can_not_hold_gradients(server: VllmServer) -> None:
     answer = server.post("/v1/responses", {"model": TWIN, "input": "x", "background": True})
     assert error_of(answer, 400)["param"] == "background"
 
@@ -136,19 +137,20 @@ def test_a_huge_body_is_refused_before_it_is_read_to_the_end(server: VllmServer)
 def test_a_request_that_vllm_refuses_leaves_nothing_behind(server: VllmServer) -> None:
     body = {"model": TWIN, "prompt": "word " * 3000, "max_tokens": 1}
     error_of(post_raw(server, {**body, "regrad": {"document_ids": ["doc-5"], "gamma": 0.31}}), 400)
-    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+    assert eventually(lambda: server.status()["arena"]["num_holds"] == 0)
     assert eventually(lambda: server.status()["workers"][0]["num_admitted"] == 0)
 
 
-def test_a_client_that_hangs_up_gives_its_pins_back_when_the_engine_is_done(server: VllmServer) -> None:
-    body = {"model": TWIN, "prompt": "Tell a long story.", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with server.client.stream("POST", "/v1/completions", json=body) as answer:
-        lines = answer.iter_lines()  # kept, because httpx hangs up when it goes
-        next(lines)
-        assert server.status()["arena"]["num_pinned"] > 0
-    assert eventually(lambda: server.status()["arena"]["num_leases"] == 0)
+def test_a_client_that_hangs_up_lets_go_of_what_it_holds_when_the_engine_is_done(server: VllmServer) -> None:
+    body = {"model": TWIN, "prompt": ["Tell a long story."] * 12, "max_tokens": 900, "ignore_eos": True}  # seconds
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(eventually, lambda: server.status()["arena"]["num_held"] > 0)
+        with pytest.raises(httpx.ReadTimeout):
+            server.client.post("/v1/completions", json=body, timeout=0.5)
+        assert held.result()
+    assert eventually(lambda: server.status()["arena"]["num_holds"] == 0)
     status = server.status()
-    assert status["arena"]["num_pinned"] == 0 and status["num_releases_waiting"] == 0
+    assert status["arena"]["num_held"] == 0 and status["num_releases_waiting"] == 0
     assert server.complete("x", {"document_ids": ["doc-1"]})["regrad"]["adapter"]
 
 
@@ -219,7 +221,7 @@ def test_a_gradient_that_the_bank_lost_is_made_again_or_a_503_that_names_it(
     finally:
         bank.delete("lost")
         bank.delete("own")
-    assert server.status()["arena"]["num_leases"] == 0
+    assert server.status()["arena"]["num_holds"] == 0
 
 
 def test_without_the_bank_only_those_who_asked_for_regrad_are_refused(server: VllmServer, bank: BankThread) -> None:
@@ -248,8 +250,8 @@ def test_a_bank_of_another_learner_is_a_409_that_names_both(
         ask = {"model": TWIN, "prompt": "x", "max_tokens": 1}
         assert eventually(lambda: post_raw(server, ask).status_code != 503)
         error = error_of(post_raw(server, ask), 409)
-        assert other.fingerprint in error["message"]
-        assert server.status()["learner"]["fingerprint"] in error["message"]
+        own = server.status()["learner"]["fingerprint"]
+        assert f"this server's learner {own}, it holds those of {other.fingerprint}" in error["message"]
     finally:
         stranger.stop()
         bank.start()

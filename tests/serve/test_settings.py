@@ -65,6 +65,11 @@ def test_an_unknown_key_is_told_the_known_ones() -> None:
         Settings.from_environment({**LEARNER, "REGRAD_TOPK": "3"})
 
 
+def test_the_secret_of_regrad_mcp_is_no_setting() -> None:
+    given = {**LEARNER, "REGRAD_MCP_TOKEN": "secret"}
+    assert Settings.from_environment(given) == Settings(learner=Path("/some/folder"))
+
+
 @pytest.mark.parametrize("service", ["REGRAD_BANK", "REGRAD_EU_1", "REGRAD"])
 def test_what_kubernetes_sets_for_a_service_is_no_setting(service: str) -> None:
     port = "tcp://10.0.0.7:50061"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
+
 from tests.serve.collector import Collector
 from tests.serve.support import BASE, VllmServer
 
@@ -26,3 +28,11 @@ def test_one_request_is_one_trace_from_the_client_through_server_and_worker(
     assert by_name["regrad.fetch"].parent_id == by_name["regrad.prepare"].span_id
     assert {by_name[name].service for name in ("regrad.prepare", "regrad.fetch")} == {"regrad-server"}
     assert by_name["regrad.load"].service == "regrad-worker"
+    assert by_name["regrad.prepare"].attributes == {
+        gen_ai.GEN_AI_REQUEST_MODEL: BASE, "gen_ai.request.id": answer.json()["regrad"]["request_id"],
+    }  # fmt: skip
+    assert by_name["regrad.retrieve"].attributes == {
+        gen_ai.GEN_AI_OPERATION_NAME: gen_ai.GenAiOperationNameValues.RETRIEVAL.value,
+        gen_ai.GEN_AI_DATA_SOURCE_ID: "default",
+    }
+    assert by_name["regrad.load"].attributes == {"regrad.num_documents": 3}

@@ -10,6 +10,7 @@ import pytest
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.launch import main, serve_args
 from regrad_vllm.serve.settings import SettingsError
+from regrad_vllm.serve.vllm_flags import given_flags, servers_and_ranks
 
 
 def value(arguments: list[str], flag: str) -> str:
@@ -52,8 +53,12 @@ def test_an_empty_value_in_vllms_config_file_counts_as_left_out(
 @pytest.mark.parametrize(
     ("name", "text", "rule"),
     [
+        (
+            "serve.yaml",
+            "kv_transfer_config: {kv_connector: NixlConnector}",
+            "must name .* got NixlConnector: others may",
+        ),
         ("serve.yaml", "max-num-seqs: many", "--max-num-seqs must be a whole number, got 'many'"),
-        ("serve.yaml", "max-lora-rank: 8", "--max-lora-rank must be at least the learner's rank 16, got 8"),
         ("serve.yaml", "regrad_top_k: 3", "--regrad-top-k must be given on the command line"),
         ("serve.yaml", "learner: /l", "--learner must be given on the command line"),
         ("serve.yaml", "- port", "--config must name a file of vLLM's flags, got .*: it must have a line for each"),
@@ -73,6 +78,21 @@ def test_a_config_file_that_vllm_could_not_use_is_refused_before_anything_starts
 
 
 def test_a_flag_of_vllm_that_regrad_reads_is_checked_before_anything_starts(model: Path, learner: Learner) -> None:
-    for flag, text in (("--max-num-seqs", "abc"), ("--max_loras", "-1"), ("--max-lora-rank", ""), ("--port", "http")):
+    for flag, text in (("--max-num-seqs", "abc"), ("--max_loras", "-1"), ("--max-cpu-loras", ""), ("--port", "http")):
         with pytest.raises(SettingsError, match=f"{flag.replace('_', '-')} must be a whole number, got '{text}'"):
             serve_args(str(model), learner, [f"{flag}={text}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--tensor-parallel-size 2", (1, 1)),
+        ("--data-parallel-size 2", (2, 2)),
+        ("-dp 4 --api-server-count=1", (1, 4)),
+        ("-dp=4 -dpl 2", (2, 2)),
+        ("--data_parallel_size 4 -dpn 1", (1, 1)),
+        ("--headless --api-server-count 0 -dp 2", (1, 2)),
+    ],
+)
+def test_an_api_server_for_each_rank_is_counted_as_vllm_starts_it(flags: str, expected: tuple[int, int]) -> None:
+    assert servers_and_ranks(given_flags(flags.split())) == expected

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 import sqlalchemy as sa
 
 from bank_service.catalog.contract import MAX_KEYS
-from bank_service.catalog.sqlite.prepared import Prepared
-from bank_service.catalog.sqlite.tables import living, metadata, now, versions
+from bank_service.catalog.sql.prepared import Prepared
+from bank_service.catalog.sql.tables import living, now, versions
+from bank_service.catalog.sqlite.sqlite_tables import own_metadata
 from bank_service.values.filters import Condition, Operator
 
 attributes = sa.Table(
     "attributes",
-    metadata,
+    own_metadata,
     sa.Column("key", sa.Integer, primary_key=True),  # of the document
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("namespace", sa.Text, nullable=False),

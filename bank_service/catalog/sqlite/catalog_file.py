@@ -69,7 +69,7 @@ def describe_copy(path: Path) -> CatalogCopy:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         named = " UNION ALL ".join(
             f"SELECT gradient_digest, gradient_bytes FROM {table} WHERE gradient_digest IS NOT NULL"
-            for table in ("versions", "documents", "history")  # the latter two of schemas before 5
+            for table in ("versions", "next_gradients", "documents", "history")  # the latter two of schemas before 5
             if table in tables
         )
         query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"

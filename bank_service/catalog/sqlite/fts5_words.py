@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from bank_service.catalog.contract import CatalogView
-from bank_service.catalog.sqlite.catalog_view import SqliteView
-from bank_service.catalog.sqlite.group_commit import GroupCommit
+from bank_service.catalog.sql.catalog_view import SqlView
+from bank_service.catalog.sql.group_commit import GroupCommit
 from bank_service.catalog.sqlite.lexical import clean_step, uncleaned
+from bank_service.catalog.sqlite.lexical_search import best_words
 from bank_service.values.filters import Condition
 
 
@@ -25,8 +26,8 @@ class Fts5Words:
     def best(
         self, view: CatalogView, namespace: str, text: str, conditions: Sequence[Condition], count: int
     ) -> dict[int, float]:
-        assert isinstance(view, SqliteView)
-        return view.best_words(namespace, text, conditions, count)
+        assert isinstance(view, SqlView)
+        return best_words(view.connection, namespace, text, conditions, count)
 
     async def clean(self) -> None:
         async with self._cleaning:

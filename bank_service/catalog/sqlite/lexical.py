@@ -15,35 +15,25 @@ The catalog's ``secure_delete`` then overwrites the old segments.
 
 from __future__ import annotations
 
-import logging
-
 import sqlalchemy as sa
 
-from bank_service.catalog.sqlite.prepared import Prepared, run_text
-from bank_service.catalog.sqlite.tables import living, metadata, versions
+from bank_service.catalog.sql.made_words import are_current, living_documents, note_version, words_version_in
+from bank_service.catalog.sql.prepared import Prepared, run_text
+from bank_service.catalog.sqlite.sqlite_tables import own_metadata
 from bank_service.values.embedder import embedded_text
-from bank_service.values.words import VERSION, document_words
-
-logger = logging.getLogger(__name__)
+from bank_service.values.words import document_words
 
 MERGE_PAGES = 200  # per step of a merge; a step takes the catalog's only writer some milliseconds
 
-FILLED_ROWS = 1_000  # documents in memory at once when all tables are built anew
-
 lexical_spaces = sa.Table(
     "lexical_spaces",
-    metadata,
+    own_metadata,
     sa.Column("number", sa.Integer, primary_key=True),  # of the FTS5 table
     sa.Column("namespace", sa.Text, nullable=False, unique=True),
     sa.Column("num_removed", sa.Integer, nullable=False),  # documents whose words are still in the table's segments
 )
 
-words_version = sa.Table(  # one row with the version of ``values.words`` that made all words
-    "words_version",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),  # always 1
-    sa.Column("version", sa.Text, nullable=False),
-)
+words_version = words_version_in(own_metadata)
 
 _NUMBER = Prepared(sa.select(lexical_spaces.c.number).where(lexical_spaces.c.namespace == sa.bindparam("namespace")))
 _COUNT_REMOVED = Prepared(
@@ -70,12 +60,8 @@ def remove_words(connection: sa.Connection, key: int, namespace: str, title: str
 
 def renew_words(connection: sa.Connection) -> None:
     """Builds all tables anew if another version made their words, in minutes for a million documents."""
-    known = connection.execute(sa.select(words_version.c.version)).scalar_one_or_none()
-    if known == VERSION:
-        return
-    if known is not None:
-        logger.info("making the words of all documents anew: they are of version %s, not %s", known, VERSION)
-    fill_words(connection)
+    if not are_current(connection, words_version):
+        fill_words(connection)
 
 
 def fill_words(connection: sa.Connection) -> None:
@@ -83,15 +69,9 @@ def fill_words(connection: sa.Connection) -> None:
     for number in connection.execute(sa.select(lexical_spaces.c.number)).scalars().all():
         connection.exec_driver_sql(f"DROP TABLE {_name(number)}")
     connection.execute(sa.delete(lexical_spaces))
-    columns, last = versions.c, 0
-    documents = sa.select(columns.began, columns.key, columns.namespace, columns.title, columns.text).where(living)
-    page = documents.order_by(columns.began).limit(FILLED_ROWS)
-    while rows := connection.execute(page.where(columns.began > last)).all():
-        for _, key, namespace, title, text in rows:
-            put_words(connection, key, namespace, title, text)
-        last = rows[-1].began
-    connection.execute(sa.delete(words_version))
-    connection.execute(sa.insert(words_version).values(id=1, version=VERSION))
+    for row in living_documents(connection):
+        put_words(connection, row["key"], row["namespace"], row["title"], row["text"])
+    note_version(connection, words_version)
 
 
 def uncleaned(connection: sa.Connection) -> dict[int, int]:

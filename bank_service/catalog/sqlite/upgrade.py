@@ -7,19 +7,16 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from bank_service.catalog.sql.collection_row import SCHEMA_VERSION
+from bank_service.catalog.sql.erasures import pending_erasures
+from bank_service.catalog.sql.history import fill_horizons
+from bank_service.catalog.sql.quota import count_anew
+from bank_service.catalog.sql.tables import collection, now, versions
 from bank_service.catalog.sqlite.attributes import fill_attributes
-from bank_service.catalog.sqlite.erasures import pending_erasures
-from bank_service.catalog.sqlite.history import fill_horizons
 from bank_service.catalog.sqlite.lexical import fill_words
-from bank_service.catalog.sqlite.quota import count_anew
-from bank_service.catalog.sqlite.tables import collection, now, versions
 
 logger = logging.getLogger(__name__)
 
-# Schema 1 had no tables for filters and lexical retrieval, and 2 had none for past versions. Schema 3 had an index of
-# digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage. Up to 5, FTS5
-# made the words. Up to 6, sentences had no vectors. Such a version gets them when they are first needed.
-SCHEMA_VERSION = 7
 MOVED_ROWS = 5_000  # rows moved at a time, so that the file reuses the room of earlier ones
 _IN_BOTH = (
     "key, namespace, id, version, updated_us, content_digest, gradient_digest, gradient_bytes, num_tokens, truncated, "
@@ -39,9 +36,10 @@ def upgrade(connection: sa.Connection, schema_version: int, path: Path) -> sa.Ro
         fill_horizons(connection)
     if schema_version < 5:
         _move_erasures(connection)
-        count_anew(connection)
     if schema_version < 6:
         fill_words(connection)
+    if schema_version < 8:
+        count_anew(connection)
     connection.execute(sa.update(collection).values(schema_version=SCHEMA_VERSION))
     return connection.execute(sa.select(collection)).mappings().one()
 

@@ -91,15 +91,27 @@ def is_factors(codec: str) -> bool:
     return _NAME.fullmatch(codec) is not None
 
 
-@lru_cache(maxsize=64)
 def factor_form(codec: str, shapes: Shapes) -> FactorForm:
     """The form of the payloads of a codec. GradientFormatError for a codec that is no ``factors-P-Q-BITS``.
 
     ``shapes``: of the tensors in layout order. Those with an even index are A (rank, in), the others B (out, rank).
+    Codecs whose P and Q exceed the rank have one form, the same object.
     """
     if not is_factors(codec):
         raise GradientFormatError(f"codec must be {CHOICE}, got {codec!r}")
     of_b, of_a, bits = map(int, codec.split("-")[1:])
+    most_of_a, most_of_b = _most(shapes)
+    return _form(min(of_b, most_of_b), min(of_a, most_of_a), bits, shapes)
+
+
+@lru_cache(maxsize=4)
+def _most(shapes: Shapes) -> tuple[int, int]:
+    """The most components that any A can have, and any B."""
+    return max(map(min, shapes[::2])), max(map(min, shapes[1::2]), default=0)
+
+
+@lru_cache(maxsize=16)
+def _form(of_b: int, of_a: int, bits: int, shapes: Shapes) -> FactorForm:
     table = np.zeros((len(shapes), 7), np.int64)
     end = 0
     for index, shape in enumerate(shapes):
@@ -131,7 +143,7 @@ class FactorsCodec:
         form = factor_form(self.name, spec.shapes)
         payload = np.zeros(form.payload_bytes, np.uint8)
         tensors = _views(values, spec.shapes)
-        for indices in _chunks(self.name, spec.shapes):
+        for indices in _chunks(form, spec.shapes):
             alike = np.stack([tensors[index] for index in indices]).astype(np.float64)
             _write(payload, form, indices, fitted(alike, int(form.table[indices[0], COUNT]), form.bits))
         made = payload.tobytes()
@@ -139,9 +151,10 @@ class FactorsCodec:
         return made
 
     def check(self, payload: memoryview, spec: GradientSpec) -> None:
-        check_length(self.name, payload, factor_form(self.name, spec.shapes).payload_bytes)
+        form = factor_form(self.name, spec.shapes)
+        check_length(self.name, payload, form.payload_bytes)
         found = np.frombuffer(payload, np.uint8)
-        kinds, guards = _guards(self.name, spec.shapes)
+        kinds, guards = _guards(form)
         for part in slices(len(found)):
             for mask, offset, limit in guards:
                 wrong = ((found[part] & mask[part]) + offset[part]) > limit[part]
@@ -174,10 +187,10 @@ def _views(values: FloatArray, shapes: Shapes) -> list[FloatArray]:
     return views
 
 
-@lru_cache(maxsize=64)
-def _chunks(codec: str, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
+@lru_cache(maxsize=4)
+def _chunks(form: FactorForm, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
     """The tensors that have components. Those of a chunk have equal shapes and are fitted together."""
-    counts = factor_form(codec, shapes).table[:, COUNT]
+    counts = form.table[:, COUNT]
     alike: dict[tuple[int, int, int], list[int]] = {}
     for index, shape in enumerate(shapes):
         if counts[index]:
@@ -231,10 +244,9 @@ def _unpacked(packed: Bytes) -> npt.NDArray[np.int8]:
     return codes
 
 
-@lru_cache(maxsize=16)
-def _guards(codec: str, shapes: Shapes) -> tuple[Bytes, tuple[tuple[Bytes, Bytes, Bytes], ...]]:
+@lru_cache(maxsize=4)  # an entry has 4 or 7 bytes for each byte of a payload
+def _guards(form: FactorForm) -> tuple[Bytes, tuple[tuple[Bytes, Bytes, Bytes], ...]]:
     """The kind of each byte of a payload, and mask, offset and limit of each byte for each test."""
-    form = factor_form(codec, shapes)
     kinds = np.zeros(form.payload_bytes, np.uint8)  # ``_ZERO``
     for row in form.table:
         count, length, width, scales, shorts, codes, stride = (int(value) for value in row)

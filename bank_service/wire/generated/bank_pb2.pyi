@@ -148,16 +148,20 @@ class GetDocumentResponse(_message.Message):
     def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ..., version: _Optional[int] = ..., gradient_digest: _Optional[str] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., num_tokens: _Optional[int] = ..., truncated: _Optional[bool] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class ListDocumentsRequest(_message.Message):
-    __slots__ = ("namespace", "page_size", "page_token", "filter")
+    __slots__ = ("namespace", "page_size", "page_token", "filter", "prefix", "after_id")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    AFTER_ID_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     page_size: int
     page_token: str
     filter: Filter
-    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
+    prefix: str
+    after_id: str
+    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., prefix: _Optional[str] = ..., after_id: _Optional[str] = ...) -> None: ...
 
 class ListDocumentsResponse(_message.Message):
     __slots__ = ("documents", "next_page_token")
@@ -249,7 +253,7 @@ class QueryRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., text: _Optional[str] = ..., vector: _Optional[_Iterable[float]] = ..., document_ids: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., min_score: _Optional[float] = ..., learner_fingerprint: _Optional[str] = ..., include_gradients: _Optional[bool] = ..., include_text: _Optional[bool] = ..., retrieval: _Optional[_Union[Retrieval, str]] = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., as_of: _Optional[int] = ..., with_cue: _Optional[int] = ..., cue_text: _Optional[str] = ...) -> None: ...
 
 class QueryResponse(_message.Message):
-    __slots__ = ("hits", "learner_fingerprint", "sequence")
+    __slots__ = ("hits", "learner_fingerprint", "sequence", "with_cue")
     class CueSentence(_message.Message):
         __slots__ = ("start", "end", "text", "score")
         START_FIELD_NUMBER: _ClassVar[int]
@@ -287,10 +291,12 @@ class QueryResponse(_message.Message):
     HITS_FIELD_NUMBER: _ClassVar[int]
     LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    WITH_CUE_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[QueryResponse.Hit]
     learner_fingerprint: str
     sequence: int
-    def __init__(self, hits: _Optional[_Iterable[_Union[QueryResponse.Hit, _Mapping]]] = ..., learner_fingerprint: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+    with_cue: int
+    def __init__(self, hits: _Optional[_Iterable[_Union[QueryResponse.Hit, _Mapping]]] = ..., learner_fingerprint: _Optional[str] = ..., sequence: _Optional[int] = ..., with_cue: _Optional[int] = ...) -> None: ...
 
 class BatchQueryRequest(_message.Message):
     __slots__ = ("queries",)
@@ -327,7 +333,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version", "num_past_versions", "oldest_as_of")
+    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version", "num_past_versions", "oldest_as_of", "free_disk_bytes", "removals_stopped")
     class Namespace(_message.Message):
         __slots__ = ("namespace", "num_documents")
         NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +358,8 @@ class GetStatsResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_PAST_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     OLDEST_AS_OF_FIELD_NUMBER: _ClassVar[int]
+    FREE_DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REMOVALS_STOPPED_FIELD_NUMBER: _ClassVar[int]
     namespaces: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Namespace]
     num_documents: int
     num_gradients: int
@@ -369,7 +377,9 @@ class GetStatsResponse(_message.Message):
     version: str
     num_past_versions: int
     oldest_as_of: int
-    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ..., num_past_versions: _Optional[int] = ..., oldest_as_of: _Optional[int] = ...) -> None: ...
+    free_disk_bytes: int
+    removals_stopped: bool
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ..., num_past_versions: _Optional[int] = ..., oldest_as_of: _Optional[int] = ..., free_disk_bytes: _Optional[int] = ..., removals_stopped: _Optional[bool] = ...) -> None: ...
 
 class CreateSnapshotRequest(_message.Message):
     __slots__ = ("target",)
@@ -414,3 +424,39 @@ class RecodeCollectionResponse(_message.Message):
     num_failed: int
     finished: bool
     def __init__(self, num_documents: _Optional[int] = ..., num_done: _Optional[int] = ..., num_recoded: _Optional[int] = ..., num_failed: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
+
+class UpgradeLearnerRequest(_message.Message):
+    __slots__ = ("action", "learner")
+    class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        ACTION_UNSPECIFIED: _ClassVar[UpgradeLearnerRequest.Action]
+        STATUS: _ClassVar[UpgradeLearnerRequest.Action]
+        BEGIN: _ClassVar[UpgradeLearnerRequest.Action]
+        FINISH: _ClassVar[UpgradeLearnerRequest.Action]
+        BACK: _ClassVar[UpgradeLearnerRequest.Action]
+    ACTION_UNSPECIFIED: UpgradeLearnerRequest.Action
+    STATUS: UpgradeLearnerRequest.Action
+    BEGIN: UpgradeLearnerRequest.Action
+    FINISH: UpgradeLearnerRequest.Action
+    BACK: UpgradeLearnerRequest.Action
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    action: UpgradeLearnerRequest.Action
+    learner: str
+    def __init__(self, action: _Optional[_Union[UpgradeLearnerRequest.Action, str]] = ..., learner: _Optional[str] = ...) -> None: ...
+
+class UpgradeLearnerResponse(_message.Message):
+    __slots__ = ("learner_fingerprint", "next_fingerprint", "num_versions", "num_done", "is_level", "problem")
+    LEARNER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DONE_FIELD_NUMBER: _ClassVar[int]
+    IS_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    learner_fingerprint: str
+    next_fingerprint: str
+    num_versions: int
+    num_done: int
+    is_level: bool
+    problem: str
+    def __init__(self, learner_fingerprint: _Optional[str] = ..., next_fingerprint: _Optional[str] = ..., num_versions: _Optional[int] = ..., num_done: _Optional[int] = ..., is_level: _Optional[bool] = ..., problem: _Optional[str] = ...) -> None: ...

@@ -89,6 +89,11 @@ class BankServiceStub:
                 request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionRequest.SerializeToString,
                 response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionResponse.FromString,
                 _registered_method=True)
+        self.UpgradeLearner = channel.unary_stream(
+                '/regrad.bank.v1.BankService/UpgradeLearner',
+                request_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.UpgradeLearnerRequest.SerializeToString,
+                response_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.UpgradeLearnerResponse.FromString,
+                _registered_method=True)
 
 
 class BankServiceServicer:
@@ -178,6 +183,16 @@ class BankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpgradeLearner(self, request, context):
+        """Moves the collection to another learner of the same base model, while the bank serves. Between BEGIN and FINISH or
+        BACK a query is answered with gradients of the learner that it names, the collection's or the next one.
+        BEGIN reports until every version has a gradient of the next learner; it goes on where nobody listens, and after a
+        restart. The other actions answer with one message. UNAVAILABLE where the state does not allow the action.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BankServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -235,6 +250,11 @@ def add_BankServiceServicer_to_server(servicer, server):
                     servicer.RecodeCollection,
                     request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionRequest.FromString,
                     response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionResponse.SerializeToString,
+            ),
+            'UpgradeLearner': grpc.unary_stream_rpc_method_handler(
+                    servicer.UpgradeLearner,
+                    request_deserializer=regrad_dot_bank_dot_v1_dot_bank__pb2.UpgradeLearnerRequest.FromString,
+                    response_serializer=regrad_dot_bank_dot_v1_dot_bank__pb2.UpgradeLearnerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -534,6 +554,33 @@ class BankService:
             '/regrad.bank.v1.BankService/RecodeCollection',
             regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionRequest.SerializeToString,
             regrad_dot_bank_dot_v1_dot_bank__pb2.RecodeCollectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpgradeLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/regrad.bank.v1.BankService/UpgradeLearner',
+            regrad_dot_bank_dot_v1_dot_bank__pb2.UpgradeLearnerRequest.SerializeToString,
+            regrad_dot_bank_dot_v1_dot_bank__pb2.UpgradeLearnerResponse.FromString,
             options,
             channel_credentials,
             insecure,

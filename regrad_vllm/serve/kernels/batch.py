@@ -10,10 +10,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from bank_service.wire.codecs.base import GradientFormatError
 from bank_service.wire.codecs.factors import factor_form
 
 # With so many rows of the same documents, composing a dense A and B for them costs less than reading codes row by row.
 GROUP_ROWS = 12
+MAX_FORMS = 64  # of a worker; a GPU's tables have room for them
 
 
 class Forms:
@@ -30,10 +32,17 @@ class Forms:
         self.addresses = (0, 0)  # of tables and bits
 
     def index(self, codec: str) -> int:
-        """The index of a codec's form, the same ever after. GradientFormatError for a codec without factors."""
+        """The index of a codec's form, the same ever after.
+
+        GradientFormatError for a codec without factors, and for a new one after ``MAX_FORMS``.
+        """
         with self._lock:
             found = self._indices.get(codec)
             if found is None:
+                if len(self._indices) == MAX_FORMS:
+                    raise GradientFormatError(
+                        f"a worker must meet {MAX_FORMS} codecs at most, got {codec} besides; restart the server"
+                    )
                 form = factor_form(codec, self._shapes)
                 self._kept += [self.tables, self.bits]
                 self.tables = np.concatenate([self.tables, form.table[None]])
@@ -51,7 +60,7 @@ class BatchDocuments:
     rows: NDArray[np.int64]  # (n,) token rows with ReGrad, ascending
     first: NDArray[np.int64]  # (n + 1,) documents of row i are first[i] … first[i+1]-1
     addresses: NDArray[np.int64]  # of each document's payload in memory
-    steps: NDArray[np.float32]  # c = −γ w of each document
+    coefficients: NDArray[np.float32]  # c = −γ w of each document
     forms: NDArray[np.int32]  # of each document, an index into ``Forms``
 
     def __post_init__(self) -> None:
@@ -59,7 +68,7 @@ class BatchDocuments:
         documents = len(self.addresses)
         for name, kind, size in (
             ("rows", np.int64, len(self.rows)), ("first", np.int64, len(self.rows) + 1),
-            ("addresses", np.int64, documents), ("steps", np.float32, documents), ("forms", np.int32, documents),
+            ("addresses", np.int64, documents), ("coefficients", np.float32, documents), ("forms", np.int32, documents),
         ):  # fmt: skip
             array = getattr(self, name)
             if array.dtype != kind or array.shape != (size,) or not array.flags.c_contiguous:
@@ -75,8 +84,8 @@ class BatchDocuments:
 
     @cached_property
     def parameters(self) -> NDArray[np.int64]:
-        """The addresses of rows, first, addresses, steps and forms, for the loops."""
-        arrays = (self.rows, self.first, self.addresses, self.steps, self.forms)
+        """The addresses of rows, first, addresses, coefficients and forms, for the loops."""
+        arrays = (self.rows, self.first, self.addresses, self.coefficients, self.forms)
         return np.array([array.ctypes.data for array in arrays], np.int64)
 
     @cached_property
@@ -98,7 +107,7 @@ class BatchDocuments:
         row = np.repeat(np.arange(len(counts)), counts)  # of each document
         before = np.maximum(np.arange(len(row)) - counts[row], 0)  # the same place among those of the row before
         differs = np.zeros(len(row), bool)
-        for values in (self.addresses, self.steps, self.forms):
+        for values in (self.addresses, self.coefficients, self.forms):
             differs |= values != values[before]
         starts[row[differs]] = True
         return np.flatnonzero(starts)
@@ -116,7 +125,7 @@ class BatchDocuments:
         alike: dict[bytes, list[NDArray[np.int64]]] = {}
         for start, stop in pairwise(bounds):
             own = slice(self.first[start], self.first[start + 1])
-            key = b"".join(values[own].tobytes() for values in (self.addresses, self.steps, self.forms))
+            key = b"".join(values[own].tobytes() for values in (self.addresses, self.coefficients, self.forms))
             alike.setdefault(key, []).append(np.arange(start, stop))
         groups, is_other = [], np.ones(num_rows, bool)
         for runs in alike.values():

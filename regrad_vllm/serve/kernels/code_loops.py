@@ -15,10 +15,21 @@ import torch
 from numba import types
 
 from bank_service.wire.codecs.factors import BLOCK, CODES, COUNT, LONG, SCALES, SHORT, SHORTS, STRIDE
-from regrad_vllm.adapt.loops.memory import FLOAT_TYPES, f32_array, i8_array, i64_array, u16_array
 from regrad_vllm.serve.kernels.compiled import compiled
-from regrad_vllm.serve.kernels.vector_code import LANES, add_bf16, dot_bf16, gather8, gather_blocks, spread4, spread8
+from regrad_vllm.serve.kernels.raw_memory import FLOAT_TYPES, f32_array, i8_array, i64_array, u16_array
+from regrad_vllm.serve.kernels.vector_code import (
+    LANES,
+    add_bf16,
+    dot_bf16,
+    gather8,
+    gather_blocks,
+    prefetch,
+    scaled_coefficients,
+    spread4,
+    spread8,
+)
 
+_LINE = 64  # bytes of a line of the CPU's cache
 _WIDE = 64  # codes taken at a time, where there are so many
 _I64, _F32 = types.int64, types.float32
 load_bf16 = FLOAT_TYPES[torch.bfloat16].load
@@ -31,12 +42,28 @@ def form_address(tables: Any, num_tensors: Any, form: Any, tensor: Any) -> Any:
 
 
 @cache
+def fetch() -> Any:
+    @compiled(types.void(*[_I64] * 5))
+    def fetch_blocks(payload: Any, bits: Any, form: Any, block: Any, num_blocks: Any) -> None:
+        """Prefetches scales, shorts, and the codes of some blocks of a document."""
+        form = i64_array(form, 7)
+        for place in range(form[SCALES], form[SHORTS] + 2 * form[COUNT] * form[SHORT], _LINE):
+            prefetch(payload + place)
+        for c in range(form[COUNT]):
+            first = payload + form[CODES] + c * form[STRIDE] + block * (16 * bits)
+            for place in range(first, first + num_blocks * (16 * bits), _LINE):
+                prefetch(place)
+
+    return fetch_blocks
+
+
+@cache
 def add_inputs() -> Any:
     gather_blocks8, gather_blocks4 = gather_blocks(8), gather_blocks(4)
 
     @compiled(types.void(_I64, _I64, _I64, _F32, _I64, _I64, _I64, _I64))
-    def add(payload: Any, bits: Any, form: Any, step: Any, x: Any, h: Any, block: Any, num_blocks: Any) -> None:
-        """h += step · P (Q x) of a document. x is zero where this worker has no input."""
+    def add(payload: Any, bits: Any, form: Any, coefficient: Any, x: Any, h: Any, block: Any, num_blocks: Any) -> None:
+        """h += coefficient · P (Q x) of a document. x is zero where this worker has no input."""
         form = i64_array(form, 7)
         length, size = form[LONG], form[SHORT]
         all_blocks, vectors = (length + BLOCK - 1) // BLOCK, size // LANES
@@ -54,10 +81,10 @@ def add_inputs() -> Any:
                     rest += np.float32(some_codes[j]) * some_x[j]
                 total += load_bf16(u16_array(scales, whole + 1)[whole]) * rest
             shorts = payload + form[SHORTS] + 2 * c * size
-            add_bf16(h, shorts, vectors, step * total)
+            add_bf16(h, shorts, vectors, coefficient * total)
             own = u16_array(shorts, size)
             for j in range(vectors * LANES, size):
-                own_h[j] += step * total * load_bf16(own[j])
+                own_h[j] += coefficient * total * load_bf16(own[j])
 
     return add
 
@@ -65,8 +92,8 @@ def add_inputs() -> Any:
 @cache
 def weights() -> Any:
     @compiled(types.void(_I64, _I64, _F32, _I64, _I64))
-    def weigh(payload: Any, form: Any, step: Any, h: Any, out: Any) -> None:
-        """out[c] = step · V h of each component of a document."""
+    def weigh(payload: Any, form: Any, coefficient: Any, h: Any, out: Any) -> None:
+        """out[c] = coefficient · V h of each component of a document."""
         form = i64_array(form, 7)
         size, vectors = form[SHORT], form[SHORT] // LANES
         own_h, outs = f32_array(h, size), f32_array(out, form[COUNT])
@@ -76,7 +103,7 @@ def weights() -> Any:
             own = u16_array(shorts, size)
             for j in range(vectors * LANES, size):
                 total += load_bf16(own[j]) * own_h[j]
-            outs[c] = step * total
+            outs[c] = coefficient * total
 
     return weigh
 
@@ -85,22 +112,21 @@ def weights() -> Any:
 def add_outputs() -> Any:
     spread_wide, spread = spread8(_WIDE), spread8(LANES)
 
-    @compiled(types.void(_I64, _I64, _I64, _I64, _I64, _I64, _I64, _I64))
-    def add(payload: Any, bits: Any, form: Any, steps: Any, work: Any, part: Any, block: Any, num_blocks: Any) -> None:
-        """part += Σ_c steps[c] · scale · code of a document, over ``num_blocks`` blocks.
+    @compiled(types.void(*[_I64] * 8))
+    def add(
+        payload: Any, bits: Any, form: Any, coefficients: Any, work: Any, part: Any, block: Any, num_blocks: Any
+    ) -> None:
+        """part += Σ_c coefficients[c] · scale · code of a document, over ``num_blocks`` blocks.
 
-        work: as many floats as ``steps``. ``part`` has whole blocks, though the tensor may end before.
+        work: as many floats as ``coefficients``. ``part`` has whole blocks, though the tensor may end before.
         """
         form = i64_array(form, 7)
         count, length, stride = form[COUNT], form[LONG], form[STRIDE]
         all_blocks = (length + BLOCK - 1) // BLOCK
-        scales = u16_array(payload + form[SCALES], count * all_blocks)
-        factors, own_steps = f32_array(work, count), f32_array(steps, count)
         for number in range(block, block + num_blocks):
-            for c in range(count):
-                factors[c] = own_steps[c] * load_bf16(scales[c * all_blocks + number])
             own = part + 4 * BLOCK * (number - block)
-            codes = payload + form[CODES] + number * (16 * bits)
+            codes, scales = payload + form[CODES] + number * (16 * bits), payload + form[SCALES] + 2 * number
+            scaled_coefficients(work, coefficients, scales, 2 * all_blocks, count)
             if bits == 4:
                 spread4(own, codes, stride, work, count)
                 continue
@@ -112,10 +138,11 @@ def add_outputs() -> Any:
             while size - done >= LANES:
                 spread(own + 4 * done, codes + done, stride, work, count)
                 done += LANES
-            last = f32_array(own, size)
-            for c in range(count):
-                last_codes = i8_array(codes + c * stride, size)
-                for j in range(done, size):
-                    last[j] += factors[c] * np.float32(last_codes[j])
+            if done < size:
+                last, factors = f32_array(own, size), f32_array(work, count)
+                for c in range(count):
+                    last_codes = i8_array(codes + c * stride, size)
+                    for j in range(done, size):
+                        last[j] += factors[c] * np.float32(last_codes[j])
 
     return add

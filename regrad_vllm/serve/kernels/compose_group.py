@@ -15,15 +15,15 @@ import numpy as np
 from numba import types
 
 from bank_service.wire.codecs.factors import BLOCK, CODES, COUNT, LONG, SCALES, SHORT, SHORTS, STRIDE
-from regrad_vllm.adapt.loops.memory import f32_array, i8_array, i32_array, i64_array, u16_array
-from regrad_vllm.adapt.loops.team import num_threads, thread_index
 from regrad_vllm.serve.kernels.code_loops import form_address, load_bf16
 from regrad_vllm.serve.kernels.panel_loops import product
+from regrad_vllm.serve.kernels.raw_memory import f32_array, i8_array, i32_array, i64_array, u16_array
+from regrad_vllm.serve.kernels.torch_threads import num_threads, thread_index
 from regrad_vllm.serve.kernels.vector_code import LANES
 
 # The parameters: a head, then a part for each of the two tensors of each slice.
 HEAD = 8
-NUM_DOCUMENTS, ADDRESSES, STEPS, FORMS, TABLES, BITS, NUM_TENSORS, NUM_PARTS = range(HEAD)
+NUM_DOCUMENTS, ADDRESSES, COEFFICIENTS, FORMS, TABLES, BITS, NUM_TENSORS, NUM_PARTS = range(HEAD)
 PART = 7
 SOURCE, TARGET, TENSOR, IS_B, RANK, SIZE, FIRST = range(PART)  # SIZE: of the long side; FIRST: its first index
 
@@ -52,7 +52,7 @@ def _factors(p: Any, tensor: Any, block: Any, long: Any, short: Any) -> Any:
     """All components of all documents, for one block. long: (components, 128). short: (components, rank), times c."""
     if len(long) == 0:
         return
-    addresses, steps = i64_array(p[ADDRESSES], p[NUM_DOCUMENTS]), f32_array(p[STEPS], p[NUM_DOCUMENTS])
+    addresses, coefficients = i64_array(p[ADDRESSES], p[NUM_DOCUMENTS]), f32_array(p[COEFFICIENTS], p[NUM_DOCUMENTS])
     forms = i32_array(p[FORMS], p[NUM_DOCUMENTS])
     place = 0
     for document in range(p[NUM_DOCUMENTS]):
@@ -62,7 +62,7 @@ def _factors(p: Any, tensor: Any, block: Any, long: Any, short: Any) -> Any:
         for c in range(form[COUNT]):
             _dequantized(addresses[document], bits, form, c, block, long[place])
             for j in range(form[SHORT]):
-                short[place, j] = steps[document] * load_bf16(shorts[c * form[SHORT] + j])
+                short[place, j] = coefficients[document] * load_bf16(shorts[c * form[SHORT] + j])
             for j in range(form[SHORT], short.shape[1]):
                 short[place, j] = np.float32(0)
             place += 1

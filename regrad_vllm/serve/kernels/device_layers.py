@@ -6,7 +6,6 @@ The grid and the constants depend on the layer and on the number of rows alone, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from regrad_vllm.serve.kernels import triton_documents
 from regrad_vllm.serve.kernels.device_tables import DeviceTables
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 
-MAX_RANK = 512
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BLOCK = 128  # codes for one scale
 _FEW_ROWS = 8  # up to so many rows each gets programs of its own
@@ -26,41 +25,30 @@ _SUMMED_VALUES = 4096  # partial sums that a program loads at once
 _PROGRAMS = 528  # four for each multiprocessor of an H200: so many are wanted, if there is work for them
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """One of the outputs that a layer computes together, such as gate and up. It may be a worker's shard."""
-
-    outputs: int  # of this worker
-    a: Tensor | None = None  # φ*'s A (rank, inputs); None if the learner doesn't adapt this slice
-    b: Tensor | None = None  # φ*'s B times the scaling, (outputs, rank)
-    tensors: tuple[int, int] = (-1, -1)  # A and B among the learner's tensors; −1: documents have no part in it
-    first_input: int = 0  # the first column of A that is this worker's
-    first_output: int = 0  # the first row of B
-    whole: tuple[int, int] = (0, 0)  # the columns of A and the rows of B of all workers together
-
-
 class DeviceLayer:
     """A linear layer with ReGrad. Its tables and its copy of φ* stay at their addresses."""
 
-    def __init__(self, slices: Sequence[Slice], rank: int, scaling: float, tables: DeviceTables) -> None:
-        """At least one slice has φ*. ValueError for a rank above MAX_RANK, or slices that don't fit together."""
-        adapted = [piece for piece in slices if piece.a is not None and piece.b is not None]
-        if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"rank must lie in 1 … {MAX_RANK} on a GPU, got {rank}")
-        self._tables, self._rank, self._scaling = tables, rank, scaling
+    def __init__(self, slices: Sequence[LayerSlice], scaling: float, tables: DeviceTables, dtype: torch.dtype) -> None:
+        """``slices``: of the layer, in the order of y's columns, at least one with φ*. ``scaling``: lora_alpha / R.
+
+        φ* is rounded to ``dtype``. ValueError for slices that don't fit together.
+        """
+        adapted = [piece for piece in slices if piece.a is not None]
+        first = adapted[0]
+        assert first.a is not None
+        rank, self._inputs = first.a.shape
+        self._tables, self._rank, self._scaling, self._dtype = tables, rank, scaling, dtype
+        self._device = tables.rows.device
         self._block_rank = min(64, max(16, triton.next_power_of_2(rank)))
         self._rank_blocks = triton.next_power_of_2(-(-rank // self._block_rank))
         self._padded = self._block_rank * self._rank_blocks
-        first = adapted[0]
-        assert first.a is not None and first.b is not None
-        self._dtype, self._inputs = first.a.dtype, first.a.shape[1]
         self._kept: list[Tensor] = []  # φ*'s factors
         offsets = np.cumsum([0, *(piece.outputs for piece in slices)])
         fields = [self._fields(piece, int(offset)) for piece, offset in zip(slices, offsets, strict=False)]
         self.width = int(offsets[-1])
         self._outputs = max(piece.first_output % _BLOCK + piece.outputs for piece in slices)
         self._first_input = first.first_input
-        self._slices = torch.tensor(fields, dtype=torch.int64).to(first.a.device)
+        self._slices = torch.tensor(fields, dtype=torch.int64).to(self._device)
         sizes = [self._inputs, *(size for row in fields for size in row[4:])]
         sizes += [size for piece in adapted for size in piece.whole]  # a component's codes have this length
         self._is_aligned = all(size % 16 == 0 for size in sizes)
@@ -116,7 +104,7 @@ class DeviceLayer:
         enough = num_programs * triton.cdiv(self._outputs, 2 * _BLOCK) >= _PROGRAMS
         return 2 * _BLOCK if can_be_wide and enough and self._fits_two_blocks else _BLOCK
 
-    def _fields(self, piece: Slice, offset: int) -> list[int]:
+    def _fields(self, piece: LayerSlice, offset: int) -> list[int]:
         """The slice's row in the kernels' table: addresses, tensors, first input and output, outputs, place in y."""
         if piece.a is None or piece.b is None:
             return [0, 0, -1, -1, 0, 0, piece.outputs, offset]
@@ -125,12 +113,13 @@ class DeviceLayer:
                 f"φ* must be ({self._rank}, {self._inputs}) and ({piece.outputs}, {self._rank}), "
                 f"got {tuple(piece.a.shape)} and {tuple(piece.b.shape)}"
             )
-        a = torch.zeros(self._padded, self._inputs, dtype=self._dtype, device=piece.a.device)
-        b = torch.zeros(self._padded, piece.outputs, dtype=self._dtype, device=piece.a.device)
-        a[: self._rank], b[: self._rank] = piece.a, piece.b.T
+        a = torch.zeros(self._padded, self._inputs, dtype=self._dtype, device=self._device)
+        b = torch.zeros(self._padded, piece.outputs, dtype=self._dtype, device=self._device)
+        a[: self._rank], b[: self._rank] = piece.a, (piece.b * self._scaling).T
         self._kept += [a, b]
         return [
-            a.data_ptr(), b.data_ptr(), *piece.tensors, piece.first_input, piece.first_output, piece.outputs, offset,
+            a.data_ptr(), b.data_ptr(), piece.tensor_a, piece.tensor_b, piece.first_input, piece.first_output,
+            piece.outputs, offset,
         ]  # fmt: skip
 
 

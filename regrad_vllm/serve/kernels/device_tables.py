@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
+from regrad_vllm.serve.kernels.batch import MAX_FORMS, BatchDocuments, Forms
 from regrad_vllm.serve.kernels.triton_factors import FORM_FIELDS
 
-DOCUMENT_BYTES = 16  # address int64, step float32, form int32
+DOCUMENT_BYTES = 16  # address int64, coefficient float32, form int32
 _NUM_BUFFERS = 4  # vLLM's host is at most two steps ahead
-_MAX_FORMS = 64
 _NO_DOCUMENTS = np.array((0, -1), np.int32)  # of a row that isn't ReGrad's
 
 
@@ -48,7 +47,7 @@ class DeviceTables:
         self._table = torch.zeros(size, dtype=torch.uint8, device=device)
         parts = [self._table[first:last] for first, last in zip(self._starts, (*self._starts[1:], size), strict=True)]
         self.rows, self.tiles, self.documents = parts[0].view(torch.int32), parts[1].view(torch.int32), parts[2]
-        self.forms = torch.zeros(1 + _MAX_FORMS, self.num_tensors, FORM_FIELDS, dtype=torch.int64, device=device)
+        self.forms = torch.zeros(1 + MAX_FORMS, self.num_tensors, FORM_FIELDS, dtype=torch.int64, device=device)
         self.write(None)
 
     def write(self, batch: BatchDocuments | None) -> None:
@@ -108,7 +107,7 @@ class DeviceTables:
         entries = documents.view(np.int64).reshape(-1, 2)
         entries[:num_documents, 0] = batch.addresses[chosen]
         halves = documents.view(np.int32).reshape(-1, 4)
-        halves[:num_documents, 2] = batch.steps[chosen].view(np.int32)
+        halves[:num_documents, 2] = batch.coefficients[chosen].view(np.int32)
         halves[:num_documents, 3] = batch.forms[chosen]
         return num_documents
 
@@ -117,8 +116,6 @@ class DeviceTables:
         number = min(len(tables), len(bits))
         if number == self._num_forms:
             return
-        if number > _MAX_FORMS:
-            raise ValueError(f"a worker must meet {_MAX_FORMS} codecs at most, got {number}; restart it")
         of_bits = np.broadcast_to(bits[:number, None, None], (number, self.num_tensors, 1))
         whole = np.concatenate([tables[:number], of_bits], 2)
         self.forms[: 1 + number].copy_(torch.from_numpy(np.concatenate([whole.max(0, keepdims=True), whole])))

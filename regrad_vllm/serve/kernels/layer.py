@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,43 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bank_service.wire.codecs.factors import BLOCK
-from regrad_vllm.adapt.loops.team import on_all_threads
 from regrad_vllm.serve.kernels import compose_group as compose
 from regrad_vllm.serve.kernels import row_loops as rows
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 from regrad_vllm.serve.kernels.panel_loops import KINDS
+from regrad_vllm.serve.kernels.torch_threads import on_all_threads
 from regrad_vllm.serve.kernels.vector_code import LANES
 
-MAX_RANK = 512
 _KIND = {dtype: index for index, dtype in enumerate(KINDS)}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerSlice:
-    """One slice of one of vLLM's (merged) linear layers: this worker's shard of it."""
-
-    outputs: int  # width of this slice in y on this worker
-    a: Tensor | None  # φ*: (R, inputs on this worker), None where the learner has no part here
-    b: Tensor | None  # φ*: (outputs, R), without the scaling
-    tensor_a: int  # index in the layout, −1 where documents have no part in A
-    tensor_b: int  # the same for B
-    first_input: int  # where this worker's shard begins in the long side of A
-    first_output: int  # where it begins in the long side of B
-
-    def __post_init__(self) -> None:
-        """ValueError if the shapes don't fit together, or documents have a part without φ*."""
-        if self.a is None or self.b is None:
-            if self.a is not None or self.b is not None or self.tensor_a >= 0 or self.tensor_b >= 0:
-                raise ValueError("a slice must have both a and b where documents or the learner have a part")
-            return
-        rank = self.a.shape[0]
-        if self.a.dim() != 2 or self.b.shape != (self.outputs, rank) or not 1 <= rank <= MAX_RANK:
-            raise ValueError(
-                f"a must be (R, inputs), b ({self.outputs}, R), with R in 1..{MAX_RANK}, "
-                f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
-            )
-        if self.first_input < 0 or self.first_output < 0:
-            raise ValueError(f"a shard must begin at 0 or later, got {self.first_input} and {self.first_output}")
 
 
 class DocumentsLayer:
@@ -181,8 +152,8 @@ class _Composed:
         first, last = batch.first[indices[0] : indices[0] + 2].tolist()
         p = self._compose
         p[compose.NUM_DOCUMENTS] = last - first
-        p[compose.ADDRESSES], p[compose.STEPS], p[compose.FORMS] = (
-            array.ctypes.data + array.itemsize * first for array in (batch.addresses, batch.steps, batch.forms)
+        p[compose.ADDRESSES], p[compose.COEFFICIENTS], p[compose.FORMS] = (
+            array.ctypes.data + array.itemsize * first for array in (batch.addresses, batch.coefficients, batch.forms)
         )
         p[compose.TABLES], p[compose.BITS] = parameters[rows.TABLES], parameters[rows.BITS]
         on_all_threads(compose.body(), p.ctypes.data)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from numba import types
 
-from regrad_vllm.adapt.loops.memory import FLOAT_TYPES
 from regrad_vllm.serve.kernels.compiled import compiled
-from regrad_vllm.serve.kernels.vector_code import LANES, TILE_ROWS, tile
+from regrad_vllm.serve.kernels.raw_memory import FLOAT_TYPES
+from regrad_vllm.serve.kernels.vector_code import TILE_ROWS, tile
 
 _I64 = types.int64
 KINDS = (torch.float32, torch.bfloat16, torch.float16)  # the loops get an index into it
@@ -18,8 +18,6 @@ KINDS = (torch.float32, torch.bfloat16, torch.float16)  # the loops get an index
 
 @cache
 def product() -> Any:
-    tile1, tile2, tile3, tile4, tile5, tile6 = (tile(number) for number in range(1, TILE_ROWS + 1))
-
     @compiled(types.void(*[_I64] * 10))
     def multiply(
         num_rows: Any, x: Any, x_stride: Any, w: Any, depth: Any, panels: Any, source: Any, out: Any, stride: Any,
@@ -31,25 +29,13 @@ def product() -> Any:
         ``source`` as in ``out``.
         """
         tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
-        for panel in range(panels):
-            own_w = w + panel * depth * 4 * LANES
-            for number in range(tiles):
-                first = num_rows * number // tiles
-                rows = num_rows * (number + 1) // tiles - first
-                own_x, place = x + first * x_stride, first * stride + panel * panel_stride
-                start = source + place if source else 0
-                if rows == 6:
-                    tile6(own_x, x_stride, own_w, depth, start, out + place, stride)
-                elif rows == 5:
-                    tile5(own_x, x_stride, own_w, depth, start, out + place, stride)
-                elif rows == 4:
-                    tile4(own_x, x_stride, own_w, depth, start, out + place, stride)
-                elif rows == 3:
-                    tile3(own_x, x_stride, own_w, depth, start, out + place, stride)
-                elif rows == 2:
-                    tile2(own_x, x_stride, own_w, depth, start, out + place, stride)
-                else:
-                    tile1(own_x, x_stride, own_w, depth, start, out + place, stride)
+        for number in range(tiles):
+            first = num_rows * number // tiles
+            rows = num_rows * (number + 1) // tiles - first
+            tile(
+                rows, x + first * x_stride, x_stride, w, depth, panels, source + first * stride if source else 0,
+                out + first * stride, stride, panel_stride,
+            )  # fmt: skip
 
     return multiply
 

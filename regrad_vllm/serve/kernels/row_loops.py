@@ -14,10 +14,10 @@ import numpy as np
 from numba import types
 
 from bank_service.wire.codecs.factors import BLOCK, COUNT
-from regrad_vllm.adapt.loops.memory import f32_array, i32_array, i64_array
-from regrad_vllm.adapt.loops.team import num_threads, thread_index
 from regrad_vllm.serve.kernels import code_loops
 from regrad_vllm.serve.kernels.panel_loops import add_rounded, product, widen
+from regrad_vllm.serve.kernels.raw_memory import f32_array, i32_array, i64_array
+from regrad_vllm.serve.kernels.torch_threads import num_threads, thread_index
 from regrad_vllm.serve.kernels.vector_code import LANES, TILE_ROWS
 
 ITEM_ROWS = 32  # rows that one thread takes at a time
@@ -32,40 +32,35 @@ HEAD = 17
 SLICE = 9
 A, B, RANK, OUTPUTS, OFFSET, TENSOR_A, TENSOR_B, LEAD_OUT, FIRST_BLOCK_OUT = range(SLICE)
 # The parameters of ``BatchDocuments``.
-_ROWS, _FIRST, _ADDRESSES, _STEPS, _FORMS = range(5)
+_ROWS, _FIRST, _ADDRESSES, _COEFFICIENTS, _FORMS = range(5)
 _DOCUMENT = 3
 _PAYLOAD, _BITS, _FORM = range(_DOCUMENT)
 
 
 @numba.njit(nogil=True)
-def _num_documents(p: Any, indices: Any) -> Any:
-    first = i64_array(i64_array(p[BATCH], 5)[_FIRST], indices[-1] + 2)
-    total = 0
-    for index in indices:
-        total += first[index + 1] - first[index]
-    return total
-
-
-@numba.njit(nogil=True)
-def _look_up(p: Any, tensor: Any, indices: Any, firsts: Any, documents: Any, steps: Any) -> Any:
-    """The documents of each row, for one tensor. firsts: (rows + 1,). Returns their components, all together."""
+def _look_up(p: Any, indices: Any) -> Any:
+    """firsts (rows + 1,) of each row's documents, then the documents and their coefficients."""
     batch = i64_array(p[BATCH], 5)
     first = i64_array(batch[_FIRST], indices[-1] + 2)
     num_documents = first[indices[-1] + 1]
-    addresses, all_steps = i64_array(batch[_ADDRESSES], num_documents), f32_array(batch[_STEPS], num_documents)
+    addresses, all_coefficients = (
+        i64_array(batch[_ADDRESSES], num_documents),
+        f32_array(batch[_COEFFICIENTS], num_documents),
+    )
     forms = i32_array(batch[_FORMS], num_documents)
-    place = components = 0
+    firsts = np.zeros(len(indices) + 1, np.int64)
     for i in range(len(indices)):
-        firsts[i] = place
+        firsts[i + 1] = firsts[i] + first[indices[i] + 1] - first[indices[i]]
+    documents, coefficients = np.empty((firsts[-1], _DOCUMENT), np.int64), np.empty(firsts[-1], np.float32)
+    place = 0
+    for i in range(len(indices)):
         for document in range(first[indices[i]], first[indices[i] + 1]):
-            form = code_loops.form_address(p[TABLES], p[NUM_TENSORS], forms[document], tensor)
-            documents[place, _PAYLOAD], documents[place, _FORM] = addresses[document], form
+            documents[place, _PAYLOAD] = addresses[document]
             documents[place, _BITS] = i64_array(p[BITS], forms[document] + 1)[forms[document]]
-            steps[place] = all_steps[document]
-            components += i64_array(form, 7)[COUNT]
+            documents[place, _FORM] = code_loops.form_address(p[TABLES], p[NUM_TENSORS], forms[document], 0)
+            coefficients[place] = all_coefficients[document]
             place += 1
-    firsts[len(indices)] = place
-    return components
+    return firsts, documents, coefficients
 
 
 @cache
@@ -73,20 +68,20 @@ def _hidden() -> Any:
     multiply, add_inputs = product(), code_loops.add_inputs()
 
     @numba.njit(nogil=True)
-    def hidden(p: Any, s: Any, indices: Any, x: Any, h: Any, firsts: Any, documents: Any, steps: Any) -> None:
-        """h = s (A* x + Σ c P (Q x)) of each row. ``firsts``, ``documents`` and ``steps`` are work buffers."""
+    def hidden(p: Any, s: Any, x: Any, h: Any, firsts: Any, documents: Any, coefficients: Any) -> None:
+        """h = s (A* x + Σ c P (Q x)) of each row."""
         num_rows, stride = h.shape[0], 4 * h.shape[1]
         multiply(
             num_rows, x.ctypes.data + 4 * p[LEAD], 4 * x.shape[1], p[s + A], p[INPUTS], h.shape[1] // LANES, 0,
             h.ctypes.data, stride, 4 * LANES,
         )  # fmt: skip
         if p[s + TENSOR_A] >= 0:
-            _look_up(p, p[s + TENSOR_A], indices, firsts, documents, steps)
             for i in range(num_rows):
                 for k in range(firsts[i], firsts[i + 1]):
+                    form = code_loops.form_address(documents[k, _FORM], 0, 0, p[s + TENSOR_A])
                     add_inputs(
-                        documents[k, _PAYLOAD], documents[k, _BITS], documents[k, _FORM], steps[k],
-                        x[i].ctypes.data, h[i].ctypes.data, p[FIRST_BLOCK], x.shape[1] // BLOCK,
+                        documents[k, _PAYLOAD], documents[k, _BITS], form, coefficients[k], x[i].ctypes.data,
+                        h[i].ctypes.data, p[FIRST_BLOCK], x.shape[1] // BLOCK,
                     )  # fmt: skip
         scaling = f32_array(p.ctypes.data + 8 * SCALING, 1)[0]
         for i in range(num_rows):
@@ -124,8 +119,9 @@ def _columns() -> Any:
                 for i in range(first, last):
                     own = part.ctypes.data + (i - first) * 4 * _WIDTH
                     for k in range(firsts[i], firsts[i + 1]):
+                        form = code_loops.form_address(documents[k, _FORM], 0, 0, p[s + TENSOR_B])
                         add_outputs(
-                            documents[k, _PAYLOAD], documents[k, _BITS], documents[k, _FORM],
+                            documents[k, _PAYLOAD], documents[k, _BITS], form,
                             weights.ctypes.data + 4 * places[k], work.ctypes.data, own, p[s + FIRST_BLOCK_OUT] + block,
                             blocks,
                         )  # fmt: skip
@@ -137,26 +133,35 @@ def _columns() -> Any:
 
 @cache
 def _slice() -> Any:
-    weigh, hidden, columns = code_loops.weights(), _hidden(), _columns()
+    fetch, weigh, hidden, columns = code_loops.fetch(), code_loops.weights(), _hidden(), _columns()
 
     @numba.njit(nogil=True)
-    def add_slice(p: Any, s: Any, indices: Any, x: Any, first_block: Any, last_block: Any) -> None:
+    def add_slice(
+        p: Any, s: Any, indices: Any, x: Any, firsts: Any, documents: Any, coefficients: Any, first_block: Any,
+        last_block: Any,
+    ) -> None:  # fmt: skip
         """Some blocks of a slice's columns, for some rows. x: float32 (rows, whole blocks)."""
-        num_rows, num_documents = len(indices), _num_documents(p, indices)
-        firsts, documents = np.zeros(num_rows + 1, np.int64), np.empty((num_documents, _DOCUMENT), np.int64)
-        steps, places = np.empty(num_documents, np.float32), np.zeros(num_documents + 1, np.int64)
+        num_rows, places = len(indices), np.zeros(len(documents) + 1, np.int64)
+        for k in range(len(documents)):  # while memory answers, A* x is computed
+            payload, bits = documents[k, _PAYLOAD], documents[k, _BITS]
+            if p[s + TENSOR_A] >= 0:
+                form = code_loops.form_address(documents[k, _FORM], 0, 0, p[s + TENSOR_A])
+                fetch(payload, bits, form, p[FIRST_BLOCK], x.shape[1] // BLOCK)
+            if p[s + TENSOR_B] >= 0:
+                form = code_loops.form_address(documents[k, _FORM], 0, 0, p[s + TENSOR_B])
+                blocks = min(last_block - first_block, _WIDTH // BLOCK)
+                fetch(payload, bits, form, p[s + FIRST_BLOCK_OUT] + first_block, blocks)
+                places[k + 1] = places[k] + i64_array(form, 7)[COUNT]
         h = np.empty((num_rows, (p[s + RANK] + LANES - 1) // LANES * LANES), np.float32)
-        hidden(p, s, indices, x, h, firsts, documents, steps)
-        components = 0
-        firsts[:] = 0
-        if p[s + TENSOR_B] >= 0:
-            components = _look_up(p, p[s + TENSOR_B], indices, firsts, documents, steps)
-        weights = np.empty(components, np.float32)
+        hidden(p, s, x, h, firsts, documents, coefficients)
+        weights = np.empty(places[-1], np.float32)
+        if p[s + TENSOR_B] < 0:
+            firsts = np.zeros(num_rows + 1, np.int64)
         for i in range(num_rows):
             for k in range(firsts[i], firsts[i + 1]):
+                form = code_loops.form_address(documents[k, _FORM], 0, 0, p[s + TENSOR_B])
                 place = weights.ctypes.data + 4 * places[k]
-                weigh(documents[k, _PAYLOAD], documents[k, _FORM], steps[k], h[i].ctypes.data, place)
-                places[k + 1] = places[k] + i64_array(documents[k, _FORM], 7)[COUNT]
+                weigh(documents[k, _PAYLOAD], form, coefficients[k], h[i].ctypes.data, place)
         columns(p, s, indices, h, first_block, last_block, firsts, documents, places, weights)
 
     return add_slice
@@ -196,13 +201,14 @@ def body() -> int:
             for i in range(len(own)):
                 place = p[X] + rows[own[i]] * p[X_STRIDE] * p[VALUE_BYTES]
                 to_floats(p[KIND], place, p[INPUTS], x[i].ctypes.data + 4 * p[LEAD])
+            firsts, documents, coefficients = _look_up(p, own)
             start, stop, before = total * which // parts, total * (which + 1) // parts, 0
             for number in range(p[NUM_SLICES]):
                 s = HEAD + SLICE * number
                 blocks = _blocks_of(p, s)
                 low, high = max(start - before, 0), min(stop - before, blocks)
                 if low < high:
-                    add_slice(p, s, own, x[: len(own)], low, high)
+                    add_slice(p, s, own, x[: len(own)], firsts, documents, coefficients, low, high)
                 before += blocks
 
     return int(run.address)

@@ -13,7 +13,7 @@ A program computes a tile of rows. There are three kinds of tiles:
   φ* is one product for the whole tile.
 - Prefill (``TILED``): rows of one request from the table of tiles. Documents are products on tensor cores.
 
-A **document** in the table has 16 bytes: the payload's address (int64), its step c (float32), its form (int32).
+A **document** in the table has 16 bytes: the payload's address (int64), its coefficient c (float32), its form (int32).
 A **slice** has SLICE_FIELDS int64 in the table of slices, see ``device_layers``.
 A **form** has FORM_FIELDS int64 for each tensor, see ``device_tables``.
 """
@@ -111,16 +111,16 @@ def shrink(  # type: ignore[no-untyped-def]  # noqa: ANN201  # addresses, but fo
                 total += product(values.to(tl.float32), factors, ROWS, EXACT)
             if TILED or ROWS == 1:  # all rows have the same documents
                 for c in range(0, most * most_components(forms, tensor), COMPONENTS):
-                    component, has, step, blocks, scales, shorts, codes, stride, bits = lanes_of(
+                    component, has, coefficient, blocks, scales, shorts, codes, stride, bits = lanes_of(
                         forms, documents, tl.max(first, 0), most, c, tensor, TENSORS
                     )
                     code = codes_at(codes + component * stride, bits, index, has[:, None] & inside[None, :], ALIGNED)
-                    scale = scales_at(scales, blocks, component, start // BLOCK, has, BLOCK) * step[:, None]
+                    scale = scales_at(scales, blocks, component, start // BLOCK, has, BLOCK) * coefficient[:, None]
                     weight = codes_product(values, code, ROWS, EXACT) * tl.trans(scale)
                     more += product(weight, shorts_at(shorts, component, rank, has, RANK), ROWS, EXACT)
             else:
                 for j in range(most):
-                    address, step, form = document_at(documents, first + j, j < count)
+                    address, coefficient, form = document_at(documents, first + j, j < count)
                     components, blocks, scales, shorts, codes, stride, bits = tensor_of(
                         forms, form, address, tensor, j < count, TENSORS
                     )
@@ -128,7 +128,7 @@ def shrink(  # type: ignore[no-untyped-def]  # noqa: ANN201  # addresses, but fo
                         has = c < components
                         code = codes_at(codes + c * stride, bits, index, has[:, None] & inside[None, :], ALIGNED)
                         weight = tl.sum(values.to(tl.float32) * code.to(tl.float32), 1)
-                        weight *= tl.sum(scales_at(scales, blocks, c, start // BLOCK, has, BLOCK), 1) * step
+                        weight *= tl.sum(scales_at(scales, blocks, c, start // BLOCK, has, BLOCK), 1) * coefficient
                         more += weight[:, None] * shorts_at(shorts, c, rank, has, RANK).to(tl.float32)
         place = (split * (tl.num_programs(2) // RANK_BLOCKS) + part) * num_rows + row
         tl.store(
@@ -173,17 +173,19 @@ def expand(  # type: ignore[no-untyped-def]  # noqa: ANN201  # addresses, but fo
         more = tl.zeros((ROWS, WIDTH), tl.float32)
         if TILED or ROWS == 1:  # all rows have the same documents
             for c in range(0, most * most_components(forms, tensor), COMPONENTS):
-                component, has, step, blocks, scales, shorts, codes, stride, bits = lanes_of(
+                component, has, coefficient, blocks, scales, shorts, codes, stride, bits = lanes_of(
                     forms, documents, tl.max(first, 0), most, c, tensor, TENSORS
                 )
                 code = codes_at(codes + component * stride, bits, index, has[:, None] & inside[None, :], ALIGNED)
                 short = shorts_at(shorts, component, tl.arange(0, FULL), has, RANK)
-                scale = scales_at(scales, blocks, component, start // BLOCK, has, BLOCK) * (step * scaling)[:, None]
+                scale = (
+                    scales_at(scales, blocks, component, start // BLOCK, has, BLOCK) * (coefficient * scaling)[:, None]
+                )
                 weight = product(h, tl.trans(short), ROWS, EXACT) * tl.trans(scale)
                 more += product(weight, code.to(tl.float32).to(tl.bfloat16), ROWS, EXACT)
         else:
             for j in range(most):
-                address, step, form = document_at(documents, first + j, j < count)
+                address, coefficient, form = document_at(documents, first + j, j < count)
                 components, blocks, scales, shorts, codes, stride, bits = tensor_of(
                     forms, form, address, tensor, j < count, TENSORS
                 )
@@ -195,7 +197,7 @@ def expand(  # type: ignore[no-untyped-def]  # noqa: ANN201  # addresses, but fo
                         )
                         short = shorts_at(shorts, some + k, tl.arange(0, FULL), has, RANK)
                         scale = scales_at(scales, blocks, some + k, start // BLOCK, has, WIDTH)
-                        weight = tl.sum(h * short.to(tl.float32), 1) * step * scaling
+                        weight = tl.sum(h * short.to(tl.float32), 1) * coefficient * scaling
                         more += (weight[:, None] * scale) * code.to(tl.float32)
         place = y + row.to(tl.int64)[:, None] * y_stride + _number(slices, part, 7, ALIGNED) + column[None, :]
         mask = here[:, None] & inside[None, :]

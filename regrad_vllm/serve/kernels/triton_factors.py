@@ -57,11 +57,11 @@ def codes_product(values, code, ROWS: tl.constexpr, EXACT: tl.constexpr):  # typ
 
 @triton.jit
 def document_at(documents, place, here):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """(address, step, form) of documents; zeros where there is none."""
+    """(address, coefficient, form) of documents; zeros where there is none."""
     address = tl.load(documents.to(tl.pointer_type(tl.int64)) + 2 * place, mask=here, other=0)
-    step = tl.load(documents.to(tl.pointer_type(tl.float32)) + 4 * place + 2, mask=here, other=0.0)
+    coefficient = tl.load(documents.to(tl.pointer_type(tl.float32)) + 4 * place + 2, mask=here, other=0.0)
     form = tl.load(documents.to(tl.pointer_type(tl.int32)) + 4 * place + 3, mask=here, other=0)
-    return address, step, form
+    return address, coefficient, form
 
 
 @triton.jit
@@ -88,14 +88,15 @@ def most_components(forms, tensor):  # type: ignore[no-untyped-def]  # noqa: ANN
 def lanes_of(forms, documents, first, number, start, tensor, TENSORS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """COMPONENTS components of ``number`` successive documents, from component ``start`` of all of them.
 
-    Returns (component, whether there is one, step) and what ``tensor_of`` returns but for the number of components.
+    Returns (component, whether there is one, coefficient) and what ``tensor_of`` returns but for the number of
+    components.
     """
     each = tl.maximum(most_components(forms, tensor), 1)
     lane = start + tl.arange(0, COMPONENTS)
     here = lane // each < number
-    address, step, form = document_at(documents, first + lane // each, here)
+    address, coefficient, form = document_at(documents, first + lane // each, here)
     count, blocks, scales, shorts, codes, stride, bits = tensor_of(forms, form, address, tensor, here, TENSORS)
-    return lane % each, here & (lane % each < count), step, blocks, scales, shorts, codes, stride, bits
+    return lane % each, here & (lane % each < count), coefficient, blocks, scales, shorts, codes, stride, bits
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+_AHEAD = 512  # bytes from a code to the one prefetched: the same component's in the next columns of ``row_loops``
 TILE_ROWS = 6  # with 16 columns they fill 12 of AVX2's 16 registers
 _FLOAT, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _CONTRACT = ("contract",)  # a product and a sum may become one instruction
@@ -108,34 +109,82 @@ def _loop(builder: Any, count: Any) -> Any:
     return cgutils.for_range(builder, count)
 
 
-@cache
-def tile(num_rows: int) -> Any:
-    """The product of some rows with a panel of 16 columns, compiled for the number of rows."""
+@intrinsic
+def tile(
+    typingctx: Any, num_rows: Any, x: Any, x_stride: Any, w: Any, depth: Any, panels: Any, start: Any, out: Any,
+    stride: Any, panel_stride: Any,
+) -> Any:  # fmt: skip
+    """out[row, panel] = start[row, panel] + Σ_k x[row, k] w[panel, k], for at most ``TILE_ROWS`` rows.
 
-    @intrinsic
-    def multiply(typingctx: Any, x: Any, x_stride: Any, w: Any, depth: Any, start: Any, out: Any, stride: Any) -> Any:
-        """out[row, 0:16] = start[row, 0:16] + Σ_k x[row, k] w[k, 0:16]. Zeros if start is 0. w: (depth, 16) floats."""
+    Zeros if start is 0. w: (panels, depth, 16) floats. Rows and panels of ``start`` and ``out`` are ``stride`` and
+    ``panel_stride`` apart.
+    """
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            x, x_stride, w, depth, start, out, stride = args
-            rows = [_number(row) for row in range(num_rows)]
-            sources = [builder.add(x, builder.mul(row, x_stride)) for row in rows]
-            sums = [_variable(builder, _zeros()) for _ in rows]
-            with builder.if_then(builder.icmp_signed("!=", start, _number(0))):
-                for row, place in zip(rows, sums, strict=True):
-                    builder.store(_vector(builder, builder.add(start, builder.mul(row, stride)), _FLOAT), place)
-            with _loop(builder, depth) as loop:
-                column = _vector(builder, _at(builder, w, loop.index, 4 * LANES), _FLOAT)
-                for source, place in zip(sources, sums, strict=True):
-                    value = _splat(builder, _scalar(builder, _at(builder, source, loop.index, 4)))
-                    builder.store(_multiply_add(builder, value, column, builder.load(place)), place)
-            for row, place in zip(rows, sums, strict=True):
-                _store(builder, builder.load(place), builder.add(out, builder.mul(row, stride)))
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for number in range(1, TILE_ROWS + 1):
+            with builder.if_then(builder.icmp_signed("==", args[0], _number(number))):
+                _multiply(builder, number, *args[1:])
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+    return types.void(*[types.int64] * 10), generate
 
-    return multiply
+
+def _multiply(
+    builder: Any, num_rows: int, x: Any, x_stride: Any, w: Any, depth: Any, panels: Any, start: Any, out: Any,
+    stride: Any, panel_stride: Any,
+) -> None:  # fmt: skip
+    rows = [_number(row) for row in range(num_rows)]
+    sources = [builder.add(x, builder.mul(row, x_stride)) for row in rows]
+    sums = [_variable(builder, _zeros()) for _ in rows]
+    with _loop(builder, panels) as panel:
+        own_w = builder.add(w, builder.mul(panel.index, builder.mul(depth, _number(4 * LANES))))
+        offset = builder.mul(panel.index, panel_stride)
+        offsets = [builder.add(offset, builder.mul(row, stride)) for row in rows]
+        for place in sums:
+            builder.store(_zeros(), place)
+        with builder.if_then(builder.icmp_signed("!=", start, _number(0))):
+            for offset, place in zip(offsets, sums, strict=True):
+                builder.store(_vector(builder, builder.add(start, offset), _FLOAT), place)
+        with _loop(builder, depth) as loop:
+            column = _vector(builder, _at(builder, own_w, loop.index, 4 * LANES), _FLOAT)
+            for source, place in zip(sources, sums, strict=True):
+                value = _splat(builder, _scalar(builder, _at(builder, source, loop.index, 4)))
+                builder.store(_multiply_add(builder, value, column, builder.load(place)), place)
+        for offset, place in zip(offsets, sums, strict=True):
+            _store(builder, builder.load(place), builder.add(out, offset))
+
+
+@intrinsic
+def scaled_coefficients(typingctx: Any, factors: Any, coefficients: Any, scales: Any, stride: Any, count: Any) -> Any:
+    """factors[c] = coefficients[c] scales[c], of ``count`` components. The scales are bfloat16, ``stride`` apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        factors, coefficients, scales, stride, count = args
+        with _loop(builder, count) as loop:
+            scale = _scalar(builder, builder.add(scales, builder.mul(loop.index, stride)), _I16)
+            coefficient = _scalar(builder, _at(builder, coefficients, loop.index, 4))
+            _store(builder, builder.fmul(coefficient, _from_bf16(builder, scale)), _at(builder, factors, loop.index, 4))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), *[_I32] * 3])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, _I8.as_pointer()), read, keep, data])
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Prefetches the cache line at an address. Any address is allowed, even an invalid one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @cache
@@ -151,7 +200,9 @@ def spread8(lanes: int) -> Any:
             place = _variable(builder, _vector(builder, part, _FLOAT, lanes))
             with _loop(builder, count) as loop:
                 factor = _splat(builder, _scalar(builder, _at(builder, factors, loop.index, 4)), lanes)
-                values = _codes8(builder, builder.add(codes, builder.mul(loop.index, stride)), lanes)
+                own = builder.add(codes, builder.mul(loop.index, stride))
+                _prefetch(builder, builder.add(own, _number(_AHEAD)))
+                values = _codes8(builder, own, lanes)
                 builder.store(_multiply_add(builder, factor, values, builder.load(place)), place)
             _store(builder, builder.load(place), part)
             return context.get_dummy_value()

@@ -57,7 +57,7 @@ class DocumentsPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         """Adds to each row of y what its adapter makes of x. Rows without an adapter stay as they are."""
         # torch.compile would not see the loops' writes, so this must not run inside it. vLLM doesn't compile with LoRA
-        # on CPUs, and ``engine.check_engine_settings`` refuses a setting that does.
+        # on CPUs, and ``engine_flags.check_engine_settings`` refuses a setting that does.
         if x.shape[0] != self._num_rows:
             raise ValueError(f"LoRA's rows must be the batch's {self._num_rows}, got {x.shape[0]}")
         if self.batch is not None:

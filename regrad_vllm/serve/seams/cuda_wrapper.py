@@ -31,7 +31,7 @@ class CudaPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final to vLL
         # On the host, and read inside the operation, because torch.compile would keep a plain value for ever.
         self._has_adapters = torch.ones(1, dtype=torch.bool)
         self._has_operators = True  # vLLM's kernels were told of an operator's adapter, or nothing yet
-        # With one slot there is room for φ* alone, see ``vllm_patches.check_room``.
+        # With one slot there is room for φ* alone, see ``worker_patches.check_room``.
         self._serves_operators = self.max_loras > 1
 
     def update_metadata(

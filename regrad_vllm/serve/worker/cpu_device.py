@@ -6,19 +6,23 @@ the server's user may write into an arena.
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bank_service.wire.record import HEADER_BYTES
-from regrad_vllm.adapt.arena import ArenaError, record_file
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import slot_shards, vllm_seams
+from regrad_vllm.serve.arena.record_files import ArenaError, check_record, record_file
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
-from regrad_vllm.serve.kernels.layer import MAX_RANK, DocumentsLayer, LayerSlice, compile_loops
+from regrad_vllm.serve.kernels.layer import DocumentsLayer, compile_loops
+from regrad_vllm.serve.seams import slot_shards, worker_seams
 from regrad_vllm.serve.seams.cpu_wrapper import DocumentsPunicaWrapper
-from regrad_vllm.serve.worker.device import Resident, as_factors
+from regrad_vllm.serve.worker.device import NoMemory, Resident, as_factors
+
+_MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 
 
 class CpuDevice:
@@ -26,37 +30,37 @@ class CpuDevice:
 
     def __init__(self, manager: Any, learner: Learner) -> None:
         """manager: vLLM's LoRAModelManager, when it has made its layers."""
+        # Each document is a mapping. The other half is for the rest of the process.
+        self.max_documents = _max_mappings() // 2
         self._spec = learner.spec
         self._forms = Forms(learner.spec.shapes)
-        self._wrappers = [
-            wrapper
-            for wrapper in manager.punica_wrapper_mapping.values()
-            if isinstance(wrapper, DocumentsPunicaWrapper)
-        ]
-        self.refusal = _refusal(manager, learner)
+        wrappers = worker_seams.lora_wrappers(manager)
+        self._wrappers = [wrapper for wrapper in wrappers if isinstance(wrapper, DocumentsPunicaWrapper)]
+        self.refusal = _refusal(manager)
         if self.refusal:
             return
-        phi = [view for _, view in learner.layout.views(torch.tensor(learner.phi))]
-        modules = vllm_seams.linear_modules(manager)
-        layers = {
-            module.lora_a_stacked[0].data_ptr(): DocumentsLayer(
-                [_layer_slice(part, phi) for part in slices], learner.scaling, self._forms
-            )
-            for module, slices in slot_shards.slice_shards(modules, learner.layout)
-        }
+        found = slot_shards.layer_slices(worker_seams.linear_modules(manager), learner)
+        layers = {address: DocumentsLayer(slices, learner.scaling, self._forms) for address, slices in found.items()}
         for wrapper in self._wrappers:
             wrapper.layers = layers
         compile_loops()  # it takes seconds, so no request must wait for it
 
     def load(self, arena: str, digest: str) -> Resident:
-        """A record of an arena: its file, mapped and checked once."""
+        """A record of an arena: its file, mapped and checked once. NoMemory, ArenaError, GradientFormatError."""
         path, num_bytes = record_file(arena, digest)
         try:  # torch keeps no file open, as Python's mmap does
             memory = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy()
         except RuntimeError as error:
+            if f"({errno.ENOMEM})" in str(error):
+                raise NoMemory(
+                    "a worker must have memory for another mapping, it has not; raise vm.max_map_count or lower "
+                    f"--regrad-worker-bytes: {error}"
+                ) from error
+            record_file(arena, digest)  # ArenaMissing if it has just been removed
             raise ArenaError(f"gradient {digest} in arena {arena} can't be mapped: {error}") from error
         mapped = memory.data
-        record, codec = as_factors(mapped, self._spec)  # the record's own check covers all bytes
+        check_record(mapped, arena, digest)
+        record, codec = as_factors(mapped, self._spec)
         if record is not mapped:
             memory = np.frombuffer(record, np.uint8).copy()
         return Resident(memory.ctypes.data + HEADER_BYTES, self._forms.index(codec), memory.nbytes, memory)
@@ -70,30 +74,20 @@ class CpuDevice:
             wrapper.batch = batch
 
 
-def _layer_slice(part: slot_shards.SliceShards, phi: list[torch.Tensor]) -> LayerSlice:
-    if part.tensors is None:
-        return LayerSlice(part.outputs, None, None, -1, -1, 0, 0)
-    a, b = part.tensors
-    inputs, outputs = part.inputs_of_a, part.outputs_of_b
-    return LayerSlice(
-        part.outputs,
-        phi[a][:, inputs.start : inputs.stop],
-        phi[b][outputs.start : outputs.stop],
-        a,
-        b,
-        inputs.start,
-        outputs.start,
-    )
+def _max_mappings() -> int:
+    """The most mappings that a process may have. Linux's default where /proc doesn't say it."""
+    try:
+        return int(_MAX_MAP_COUNT.read_text("ascii"))
+    except OSError:
+        return 65530
 
 
-def _refusal(manager: Any, learner: Learner) -> str:
-    others = vllm_seams.other_layers(manager)
+def _refusal(manager: Any) -> str:
+    others = worker_seams.other_layers(manager)
     if others:
         return (
             f"LoRA on CPUs must be on linear layers only, it is on {others[0]} too, where vLLM gives rows without an "
             "adapter somebody's; set --lora-target-modules to the learner's modules (regrad serve does) and other "
             "linear layers that you need"
         )
-    if learner.layout.rank > MAX_RANK:
-        return f"the learner's rank must be at most {MAX_RANK} on CPUs, got {learner.layout.rank}; train another one"
     return ""

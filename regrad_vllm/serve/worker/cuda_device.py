@@ -7,6 +7,7 @@ the device before.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -17,47 +18,47 @@ from torch import Tensor
 
 from bank_service.wire.limits import MAX_TOP_K
 from bank_service.wire.record import HEADER_BYTES
-from regrad_vllm.adapt.arena import ArenaError, read_record
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import slot_shards, vllm_seams
+from regrad_vllm.serve.arena.record_files import read_record
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
-from regrad_vllm.serve.kernels.device_layers import MAX_RANK, TYPES, DeviceLayer, Slice, tile_rows
+from regrad_vllm.serve.kernels.device_layers import TYPES, DeviceLayer, tile_rows
 from regrad_vllm.serve.kernels.device_tables import DeviceTables
-from regrad_vllm.serve.seams import cuda_wrapper
-from regrad_vllm.serve.worker.device import Resident, as_factors
+from regrad_vllm.serve.seams import cuda_wrapper, slot_shards, worker_seams
+from regrad_vllm.serve.worker.device import NoMemory, Resident, as_factors
 
 
 class CudaDevice:
     """The GPU of one worker, with φ* in our own layers."""
 
+    max_documents = sys.maxsize  # only bytes count
+
     def __init__(self, manager: Any, learner: Learner) -> None:
         """manager: vLLM's LoRAModelManager, when it has made its layers. Called on the thread that runs the steps."""
         self._spec = learner.spec
         self._forms = Forms(learner.spec.shapes)
-        self.refusal = _refusal(manager, learner)
+        self.refusal = _refusal(manager)
         if self.refusal:
             return
-        self._device = torch.device(manager.device)
+        self._device = torch.device(worker_seams.lora_device(manager))
         self._staging = Staging(self._device)
         self._step_stream: torch.cuda.Stream | None = None
+        max_rows, max_requests = worker_seams.step_limits(manager)
         self._tables = DeviceTables(
-            self._forms, manager.max_num_batched_tokens, manager.max_num_seqs, manager.max_num_seqs * MAX_TOP_K,
-            tile_rows(learner.layout.rank), self._device,
-        )  # fmt: skip
+            self._forms, max_rows, max_requests, max_requests * MAX_TOP_K, tile_rows(learner.layout.rank), self._device
+        )
         cuda_wrapper.LAYERS.clear()
-        cuda_wrapper.LAYERS.update(_layers(manager, learner, self._tables))
+        found = slot_shards.layer_slices(worker_seams.linear_modules(manager), learner)
+        dtype = worker_seams.lora_dtype(manager)
+        cuda_wrapper.LAYERS.update(
+            {address: DeviceLayer(slices, learner.scaling, self._tables, dtype) for address, slices in found.items()}
+        )
 
     def load(self, arena: str, digest: str) -> Resident:
-        """A checked record of an arena, on its way to the device. ArenaError, GradientFormatError."""
+        """A checked record of an arena, on its way to the device. NoMemory, ArenaError, GradientFormatError."""
         record, codec = as_factors(read_record(arena, digest), self._spec)
-        try:
-            memory = self._staging.copied(np.frombuffer(record, np.uint8)[HEADER_BYTES:])
-        except torch.OutOfMemoryError as error:  # it would end the engine
-            raise ArenaError(
-                f"the GPU must have {len(record)} bytes free for a document; lower --regrad-worker-bytes or "
-                f"--gpu-memory-utilization: {error}"
-            ) from error
-        return Resident(memory.data_ptr(), self._forms.index(codec), memory.numel(), memory)
+        form = self._forms.index(codec)
+        memory = self._staging.copied(np.frombuffer(record, np.uint8)[HEADER_BYTES:])
+        return Resident(memory.data_ptr(), form, memory.numel(), memory)
 
     def forget(self, resident: Resident) -> None:
         """Keeps the bytes until the steps that the device has been given are over."""
@@ -88,15 +89,23 @@ class Staging:
     def copied(self, content: NDArray[np.uint8]) -> Tensor:
         """``content`` in a tensor of its own on the device, at a multiple of 16 bytes. Its copy may still run.
 
-        The host waits for the copy before, because both use the buffer.
+        The host waits for the copy before, because both use the buffer. NoMemory.
         """
         with self._lock, torch.cuda.stream(self._stream):
             if self._done is not None:
                 self._done.synchronize()
-            if len(content) > self._buffer.numel():
-                self._buffer = torch.empty(len(content), dtype=torch.uint8, pin_memory=self._stream is not None)
+            try:
+                if len(content) > self._buffer.numel():
+                    self._buffer = torch.empty(len(content), dtype=torch.uint8, pin_memory=self._stream is not None)
+                copy = torch.empty(len(content), dtype=torch.uint8, device=self._device)
+            except RuntimeError as error:
+                if not _lacks_memory(error):
+                    raise
+                raise NoMemory(
+                    f"GPU and host must have {len(content)} bytes free for a document; lower --regrad-worker-bytes or "
+                    f"--gpu-memory-utilization: {error}"
+                ) from error
             self._buffer.numpy()[: len(content)] = content
-            copy = torch.empty(len(content), dtype=torch.uint8, device=self._device)
             copy.copy_(self._buffer[: len(content)], non_blocking=True)
             if self._stream is not None:
                 self._done, self._is_waited_for = self._stream.record_event(), False
@@ -110,39 +119,14 @@ class Staging:
                 self._is_waited_for = True
 
 
-def _layers(manager: Any, learner: Learner, tables: DeviceTables) -> dict[int, DeviceLayer]:
-    """The layers that the learner adapts, by the address of vLLM's first stacked A."""
-    device, dtype = tables.rows.device, vllm_seams.lora_dtype(manager)
-    phi = [torch.from_numpy(view.copy()) for _, view in learner.layout.views(learner.phi)]
-
-    def piece(part: slot_shards.SliceShards) -> Slice:
-        if part.tensors is None:
-            return Slice(part.outputs)
-        a, b = part.tensors
-        inputs, outputs = part.inputs_of_a, part.outputs_of_b
-        return Slice(
-            part.outputs,
-            phi[a][:, inputs.start : inputs.stop].to(device, dtype),
-            (phi[b][outputs.start : outputs.stop] * learner.scaling).to(device, dtype),
-            part.tensors,
-            inputs.start,
-            outputs.start,
-            (phi[a].shape[1], phi[b].shape[0]),
-        )
-
-    modules = vllm_seams.linear_modules(manager)
-    return {
-        module.lora_a_stacked[0].data_ptr(): DeviceLayer(
-            [piece(part) for part in slices], learner.layout.rank, learner.scaling, tables
-        )
-        for module, slices in slot_shards.slice_shards(modules, learner.layout)
-    }
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory. That of the host, pinned or not, has no error of its own."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
-def _refusal(manager: Any, learner: Learner) -> str:
-    dtype = vllm_seams.lora_dtype(manager)
+def _refusal(manager: Any) -> str:
+    dtype = worker_seams.lora_dtype(manager)
     if dtype not in TYPES:
         return f"LoRA must be float32, bfloat16 or float16, got {dtype}; set --lora-dtype"
-    if learner.layout.rank > MAX_RANK:
-        return f"the learner's rank must be at most {MAX_RANK} on GPUs, got {learner.layout.rank}; train another one"
     return ""

@@ -5,17 +5,31 @@ A CPU and a CUDA GPU differ in nothing else. Pool, door and steps know only this
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from bank_service.wire.codecs.factors import is_factors
-from bank_service.wire.record import Buffer, GradientSpec, decode_gradient, encode_gradient, verify_record
+from bank_service.wire.record import (
+    DEFAULT_CODEC,
+    Buffer,
+    GradientFormatError,
+    GradientSpec,
+    decode_gradient,
+    encode_gradient,
+    verify_record,
+)
 
 if TYPE_CHECKING:
     from regrad_vllm.serve.kernels.batch import BatchDocuments
 
-# A record of a codec without factors gets these, until `regrad recode` gives factors to its collection.
-MADE_CODEC = "factors-16-16-8"
+_MOST_FACTORS = 99  # of a tensor, in any codec
+_LOGGER = logging.getLogger("regrad")
+
+
+class NoMemory(RuntimeError):
+    """The device has no memory for a document. The message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +49,18 @@ class Device(Protocol):
     def refusal(self) -> str:
         """The reason why ReGrad can't be served on this worker, with the remedy. Empty if it can."""
 
+    @property
+    def max_documents(self) -> int:
+        """The most documents that the pool may keep, whatever their bytes."""
+
     def load(self, arena: str, digest: str) -> Resident:
         """A checked record of an arena. Called on any thread.
 
         The kernels of a step that is set after the call must find the whole payload. A copy may still run when the
         call returns, if they wait for it. A record of a codec without factors is turned into factors here.
 
-        ArenaError if the arena has no such record. GradientFormatError if it is damaged or of another learner.
+        NoMemory, ArenaMissing, ArenaCorrupt, ArenaError. GradientFormatError for a sound record that can't be used,
+        such as one of another learner.
         """
 
     def forget(self, resident: Resident) -> None:
@@ -55,8 +74,23 @@ class Device(Protocol):
 
 
 def as_factors(record: Buffer, spec: GradientSpec) -> tuple[Buffer, str]:
-    """The checked record itself if it has factors, else a record made of it, and the codec. GradientFormatError."""
-    codec = verify_record(record, spec).codec
+    """The record itself if it has factors, else a record made of it, and the codec. GradientFormatError.
+
+    A made record has all factors that its tensors have, in 8 bits. Making it takes some of the worker's time.
+    The caller has compared its bytes with its digest. So its own checksum, which the bank has compared, is skipped.
+    """
+    codec = verify_record(record, spec, with_checksum=False).codec
     if is_factors(codec):
         return record, codec
-    return encode_gradient(decode_gradient(record, spec), spec, MADE_CODEC), MADE_CODEC
+    rank = spec.shapes[0][0]
+    remedy = f"run `regrad recode {DEFAULT_CODEC}` on the bank"
+    if rank > _MOST_FACTORS:
+        raise GradientFormatError(f"a gradient in {codec} must have rank {_MOST_FACTORS} at most, got {rank}; {remedy}")
+    _warn_once(f"gradients in {codec} get factors each time a worker loads them, which is slow; {remedy}")
+    made = f"factors-{rank}-{rank}-8"
+    return encode_gradient(decode_gradient(record, spec), spec, made), made
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _LOGGER.warning(message)

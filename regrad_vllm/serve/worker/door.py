@@ -3,7 +3,7 @@
 The socket is in the machine's abstract namespace. It has no file, so it always ends with its process. Only processes of
 the same user may connect. The lines are JSON:
 - {"id", "op": "hold", "path", "arena", "traceparent"}: make the documents of the recipe in ``path`` resident. The
-  answer is {"id", "ms", "error", "damaged", "pool"}. It comes when they are in the pool.
+  answer is {"id", "error", "damaged", "pool"}. It comes when they are in the pool.
 - {"id", "op": "release"} isn't answered. It ends the hold with that id.
 
 Every hold needs one release. When a connection ends, the door does its missing releases. A request whose documents are
@@ -20,17 +20,17 @@ import secrets
 import socket
 import struct
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 from bank_service.wire.record import GradientFormatError
 from bank_service.wire.tracing import extract, span
-from regrad_vllm.adapt.arena import ArenaError
+from regrad_vllm.serve.arena.record_files import ArenaCorrupt, ArenaError, ArenaMissing
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from regrad_vllm.serve.worker.admissions import Admissions
 from regrad_vllm.serve.worker.pool import Pool, PoolFull
+from regrad_vllm.serve.worker.steps import Steps
 
 MAX_LINE_BYTES = 2**20  # the longest line; a recipe of 64 documents has 6 KiB
 _LOGGER = logging.getLogger("regrad")
@@ -39,12 +39,13 @@ _LOGGER = logging.getLogger("regrad")
 class Door:
     """Serves one worker's admissions on its own threads."""
 
-    def __init__(self, admissions: Admissions, pool: Pool, cores: frozenset[int] | None = None) -> None:
+    def __init__(self, admissions: Admissions, pool: Pool, steps: Steps, cores: frozenset[int] | None = None) -> None:
         """cores: the CPU cores for the threads. vLLM binds a worker's main thread to one core, and new threads inherit
         that.
         """
         self._admissions = admissions
         self._pool = pool
+        self._steps = steps
         self._cores = cores
         self._loop = asyncio.new_event_loop()
         self._loading = ThreadPoolExecutor(1, "regrad-load", self._unbind)
@@ -92,7 +93,6 @@ class Door:
 
     async def _hold(self, number: int, question: dict[str, Any], writer: asyncio.StreamWriter) -> Recipe | None:
         """Answers a question for a hold. The recipe whose documents are held, or None after an error."""
-        start = time.perf_counter()
         held: Recipe | None = None
         answer: dict[str, Any] = {"id": number, "error": "", "damaged": False}
         try:
@@ -104,21 +104,22 @@ class Door:
                     self._loading, self._admit_traced, recipe, arena, str(question.get("traceparent", ""))
                 )
             held = recipe
-        except (ArenaError, GradientFormatError) as error:
+        except (ArenaCorrupt, ArenaMissing) as error:
             answer |= {"error": str(error), "damaged": True}
-        except (RecipeError, PoolFull) as error:
+        except (RecipeError, PoolFull, ArenaError, GradientFormatError) as error:
             answer["error"] = str(error)
         except Exception as error:  # noqa: BLE001  # the client needs an answer in any case
             _LOGGER.exception("question %s at the door failed", number)
             answer["error"] = f"internal error, see the server's log: {type(error).__name__}: {error}"
-        answer["ms"] = round((time.perf_counter() - start) * 1000, 3)
-        answer["pool"] = asdict(self._pool.figures())
+        counts = {"num_late": self._steps.num_late, "num_lost": self._steps.num_lost}
+        answer["pool"] = {**asdict(self._pool.figures()), **counts}
         if not writer.is_closing():
             writer.write(json.dumps(answer).encode() + b"\n")
         return held
 
     def _admit_traced(self, recipe: Recipe, arena: str, traceparent: str) -> None:
-        with span("regrad.load", extract([("traceparent", traceparent)]), num_documents=len(recipe.digests)):
+        count = {"regrad.num_documents": len(recipe.digests)}
+        with span("regrad.load", extract([("traceparent", traceparent)]), **count):
             self._admissions.admit(recipe, arena)
 
     def _release(self, owed: dict[int, asyncio.Task[Recipe | None]], number: int) -> None:

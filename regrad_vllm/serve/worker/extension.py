@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from regrad_vllm.serve import vllm_seams
 from regrad_vllm.serve.process_figures import process_figures
+from regrad_vllm.serve.seams import worker_seams
 from regrad_vllm.serve.worker.part import Adopted
 
 
@@ -17,7 +17,7 @@ class RegradWorkerExtension:
 
     @property
     def _part(self) -> Adopted:
-        vllm_seams.model_manager(self)  # SeamError without LoRA
+        worker_seams.model_manager(self)  # SeamError without LoRA
         part: Adopted = self.model_runner.regrad
         return part
 
@@ -30,15 +30,15 @@ class RegradWorkerExtension:
         return {
             "error": part.refusal,
             "learner": part.learner.fingerprint,
-            "modules": sorted(vllm_seams.adaptable_modules(self)),
-            "dtype": str(vllm_seams.lora_dtype(self.model_runner.lora_manager)),
+            "modules": sorted(worker_seams.adaptable_modules(self)),
+            "dtype": str(worker_seams.lora_dtype(worker_seams.model_manager(self))),
             "door": part.door_address,
         }
 
     def regrad_figures(self) -> dict[str, Any]:
         """The counters of this worker, and all sizes that must not grow."""
         part = self._part
-        registered, active = vllm_seams.count_adapters(self)
+        registered, active = worker_seams.count_adapters(self)
         return {
             **process_figures("worker"),
             **(part.figures() if not part.refusal else {}),
@@ -51,7 +51,7 @@ class RegradWorkerExtension:
         import torch
 
         state = hashlib.sha256(b"regrad.base-weights.v1\0")
-        for name, tensor in vllm_seams.base_weights(self):
+        for name, tensor in worker_seams.base_weights(self):
             state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             state.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()

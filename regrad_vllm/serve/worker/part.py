@@ -9,25 +9,24 @@ document is an error of one request. An exception inside the engine's step would
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bank_service.wire.tracing import configure_tracing
 from regrad_vllm.learner import Learner
-from regrad_vllm.serve import slot_shards, vllm_patches, vllm_seams
-from regrad_vllm.serve.launch import PLUGIN_NAME, rank_refusal
+from regrad_vllm.serve.engine_flags import PLUGIN_NAME
 from regrad_vllm.serve.recipe import ADAPTER_ID, RecipeError
+from regrad_vllm.serve.seams import slot_shards, worker_patches, worker_seams
+from regrad_vllm.serve.seams.seam import check_seams
+from regrad_vllm.serve.seams.worker_patches import AdapterRequest, StepRequests
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.worker.admissions import Admissions, read_recipe
 from regrad_vllm.serve.worker.device import Device
 from regrad_vllm.serve.worker.door import Door
 from regrad_vllm.serve.worker.pool import Pool
-from regrad_vllm.serve.worker.steps import StepRequests, Steps
-
-if TYPE_CHECKING:
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.request import LoRARequest
+from regrad_vllm.serve.worker.steps import Steps
 
 
 def register() -> None:
@@ -43,11 +42,22 @@ def register() -> None:
             f"VLLM_PLUGINS must name {PLUGIN_NAME} where REGRAD_LEARNER is set, else vLLM leaves out its routes and "
             f"serves the base model alone; set VLLM_PLUGINS={PLUGIN_NAME}"
         )
-    vllm_seams.check_seams(vllm_seams.WORKER_SEAMS)
+    keep_warnings()
+    check_seams(worker_seams.WORKER_SEAMS)
     part = WorkerPart(settings)
-    vllm_patches.install_loader(part.load)
-    vllm_patches.install_steps(part.adopt)
-    vllm_patches.install_kernels()
+    worker_patches.install_loader(part.learner_of)
+    worker_patches.install_steps(part.adopt)
+    worker_patches.install_kernels()
+
+
+def keep_warnings() -> None:
+    """Logs the plugin's warnings, unless its logger has a level already.
+
+    A package that vLLM's server imports raises the root logger's level to ERROR. Workers may inherit it.
+    """
+    logger = logging.getLogger("regrad")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
 
 
 class WorkerPart:
@@ -63,18 +73,15 @@ class WorkerPart:
         """Makes the pool, the steps and the door of a model runner. A reason against it is told to the server."""
         configure_tracing("regrad-worker")
         learner = self._learner = Learner.load(self._settings.learner)
-        manager = runner.lora_manager._adapter_manager
-        refusal = _refusal(manager, learner)
+        manager = worker_seams.runners_manager(runner)
+        refusal = slot_shards.refusal(manager, learner.layout)
         if refusal:
             return Adopted(learner, refusal)
         device = _device(manager, learner)
         return Adopted(learner, device.refusal, device, self._settings.worker_bytes, self._cores)
 
-    def load(self, manager: Any, request: LoRARequest) -> LoRAModel:
-        """φ* as one of vLLM's adapters. RecipeError.
-
-        Our kernels compute the rows of our requests. vLLM only needs an adapter in its books.
-        """
+    def learner_of(self, request: AdapterRequest) -> Learner:
+        """The learner for a request whose path starts with ``regrad:``. RecipeError if it isn't one of ours."""
         read_recipe(request.lora_name, request.lora_path)
         if request.lora_int_id != ADAPTER_ID:
             raise RecipeError(
@@ -82,7 +89,7 @@ class WorkerPart:
                 "regrad, and don't load such an adapter by name"
             )
         assert self._learner is not None  # vLLM loads no adapter before its layers are made
-        return vllm_patches.make_lora_model(self._learner, vllm_seams.lora_dtype(manager))
+        return self._learner
 
 
 class Adopted:
@@ -105,7 +112,7 @@ class Adopted:
         self._pool = Pool(device, worker_bytes)
         self._admissions = Admissions(learner.fingerprint, self._pool)
         self._steps = Steps(self._admissions, self._pool, device)
-        self._door = Door(self._admissions, self._pool, cores)
+        self._door = Door(self._admissions, self._pool, self._steps, cores)
         self.door_address = self._door.address
 
     def set_step(self, requests: StepRequests | None) -> None:
@@ -128,15 +135,10 @@ class Adopted:
 
 def _device(manager: Any, learner: Learner) -> Device:
     # Imported here, because vLLM inspects every loaded module when a worker starts, and it can't inspect numba's.
-    if vllm_seams.is_cpu():
+    if worker_seams.is_cpu():
         from regrad_vllm.serve.worker.cpu_device import CpuDevice
 
         return CpuDevice(manager, learner)
     from regrad_vllm.serve.worker.cuda_device import CudaDevice
 
     return CudaDevice(manager, learner)
-
-
-def _refusal(manager: Any, learner: Learner) -> str:
-    """The reason why this manager's layers can't serve the learner, with the remedy. Empty if they can."""
-    return rank_refusal(vllm_seams.max_rank(manager), learner) or slot_shards.refusal(manager, learner.layout)

@@ -10,42 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bank_service.wire.record import GradientFormatError
-from regrad_vllm.adapt.arena import ArenaError
+from regrad_vllm.serve.arena.record_files import ArenaError
 from regrad_vllm.serve.kernels.batch import BatchDocuments
 from regrad_vllm.serve.recipe import PATH_PREFIX, RecipeError
+from regrad_vllm.serve.seams.worker_patches import AdapterRequest, StepRequests
 from regrad_vllm.serve.worker.admissions import Admissions
 from regrad_vllm.serve.worker.device import Device, Resident
-from regrad_vllm.serve.worker.pool import Pool
+from regrad_vllm.serve.worker.pool import Pool, PoolFull
 
 _LOGGER = logging.getLogger("regrad")
-
-
-class AdapterRequest(Protocol):
-    """vLLM's LoRARequest."""
-
-    @property
-    def lora_name(self) -> str: ...
-
-    @property
-    def lora_path(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepRequests:
-    """The requests of one step, in the order of their tokens."""
-
-    ids: Sequence[str]
-    num_tokens: NDArray[np.integer[Any]]  # (ids,) of each request in this step
-    adapter: Callable[[str], AdapterRequest | None]  # id → the request's adapter
-    known: Container[str]  # the ids of all requests that the runner has not forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +36,7 @@ class _Documents:
     name: str  # of its adapter
     digests: tuple[str, ...]
     addresses: NDArray[np.int64]
-    steps: NDArray[np.float32]
+    coefficients: NDArray[np.float32]
     forms: NDArray[np.int32]
 
 
@@ -74,8 +55,8 @@ class Steps:
         self._num_tokens: NDArray[np.integer[Any]] = np.empty(0, np.int64)
         self._num_steps = 0
         self._step_ms = 0.0
-        self._num_late = 0
-        self._num_lost = 0
+        self.num_late = 0  # requests whose documents were loaded inside a step
+        self.num_lost = 0  # requests that ran without their documents
         pool.on_full = self.forget
 
     def set(self, requests: StepRequests) -> None:
@@ -109,8 +90,8 @@ class Steps:
             "num_running": len(self._held),
             "num_steps": self._num_steps,
             "step_ms": round(self._step_ms, 3),  # that all steps took here
-            "num_late": self._num_late,  # requests whose documents were loaded inside a step
-            "num_lost": self._num_lost,  # requests that ran without their documents
+            "num_late": self.num_late,
+            "num_lost": self.num_lost,
         }
 
     def _forget(self) -> None:
@@ -137,7 +118,7 @@ class Steps:
         return BatchDocuments(
             int(num_tokens.sum()), rows, first,
             np.concatenate([documents.addresses for documents in ours])[place],
-            np.concatenate([documents.steps for documents in ours])[place],
+            np.concatenate([documents.coefficients for documents in ours])[place],
             np.concatenate([documents.forms for documents in ours])[place],
         )  # fmt: skip
 
@@ -153,24 +134,31 @@ class Steps:
         return held
 
     def _hold(self, adapter: AdapterRequest) -> _Documents:
+        """A request's documents. Without one of them the request is lost: it runs on φ* alone.
+
+        An error here would end the engine, and vLLM can't end one request from inside a step. The server holds a
+        request's documents until the engine is done with it. So a request is lost only if the server's connection to
+        the door broke, and the document can't be loaded again. That is logged and counted.
+        """
         try:
             recipe = self._admissions.recipe(adapter.lora_name, adapter.lora_path)
-            self._num_late += not self._admissions.is_resident(recipe)
+            is_late = not self._admissions.is_resident(recipe)
             residents = self._pool.hold(self._admissions.arenas, recipe.digests, in_step=True)
-        except (RecipeError, ArenaError, GradientFormatError):
-            # An error would end the engine for all requests. The API server holds a request's documents until the
-            # engine is done with it, so nobody waits for this answer.
+        except (RecipeError, PoolFull, ArenaError, GradientFormatError):
             _LOGGER.exception("adapter %s runs without its documents", adapter.lora_name)
-            self._num_lost += 1
+            self.num_lost += 1
             return _documents(adapter.lora_name, (), (), [])
-        return _documents(adapter.lora_name, recipe.digests, recipe.steps, residents)
+        self.num_late += is_late
+        return _documents(adapter.lora_name, recipe.digests, recipe.coefficients, residents)
 
 
-def _documents(name: str, digests: tuple[str, ...], steps: Sequence[float], residents: list[Resident]) -> _Documents:
+def _documents(
+    name: str, digests: tuple[str, ...], coefficients: Sequence[float], residents: list[Resident]
+) -> _Documents:
     return _Documents(
         name,
         digests,
         np.array([resident.address for resident in residents], np.int64),
-        np.array(steps, np.float32),
+        np.array(coefficients, np.float32),
         np.array([resident.form for resident in residents], np.int32),
     )

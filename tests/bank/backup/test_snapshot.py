@@ -56,11 +56,11 @@ async def write(client: Client, name: str, log: list[tuple[int, str, str | None]
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("kind", ["folder", "file", "memory"])
+@pytest.mark.parametrize("kind", ["folder", "file", "s3"])
 async def test_a_snapshot_taken_under_load_is_the_bank_at_its_sequence(
-    server: BankServer, client: Client, embedder: Embedder, tmp_path: Path, kind: str
+    server: BankServer, client: Client, embedder: Embedder, tmp_path: Path, objects_url: str, kind: str
 ) -> None:
-    target = {"folder": f"{tmp_path}/target", "file": f"file://{tmp_path}/target", "memory": f"memory://{tmp_path}"}
+    target = {"folder": f"{tmp_path}/target", "file": f"file://{tmp_path}/target", "s3": objects_url}
     await ingested(client, 30)
     log: list[tuple[int, str, str | None]] = []
     stop = asyncio.Event()
@@ -288,7 +288,7 @@ async def test_a_bank_writes_snapshots_below_its_root_and_without_one_for_its_ow
         assert (await snapshot(client, tmp_path / "root" / "a")).is_whole
         error = await client.refused(snapshot(client, tmp_path / "rooted"), InvalidArgumentError)
         assert "--snapshot-root" in error.message
-        await client.refused(snapshot(client, "memory://root"), InvalidArgumentError)
+        await client.refused(snapshot(client, "s3://elsewhere/a"), InvalidArgumentError)
     config = BankConfig(data_dir=data_dir, host=host, snapshot_root="ftp://user:s3cret@host/root")
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         error = await client.refused(snapshot(client, "ftp://user:s3cret@host/other"), InvalidArgumentError)

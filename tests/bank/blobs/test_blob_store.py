@@ -19,7 +19,7 @@ from bank_service.wire.record import record_digest
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     if request.param == "folder":
         return BlobStore.in_folder(tmp_path)
-    return BlobStore(RemoteObjects.at(f"memory://{tmp_path}"))
+    return BlobStore(RemoteObjects.at(request.getfixturevalue("objects_url")))
 
 
 def put(blobs: BlobStore, record: bytes) -> str:

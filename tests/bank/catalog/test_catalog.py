@@ -69,10 +69,10 @@ def test_a_put_creates_updates_or_changes_nothing(catalog: Catalog) -> None:
     same = catalog.put(document(), gradient(), None).result()
     assert (same.outcome, same.stored) == (Outcome.UNCHANGED, created.stored)
     updated = catalog.put(document(text="other"), gradient("1"), None).result()
-    assert (updated.outcome, updated.stored.version, updated.replaced_digest) == (Outcome.UPDATED, 2, "0" * 64)
+    assert (updated.outcome, updated.stored.version, updated.dropped) == (Outcome.UPDATED, 2, {"0" * 64})
     assert updated.stored.key == created.stored.key
     kept = catalog.put(Document("n", "a", "", "other", {"colour": "red"}), gradient("1"), None).result()
-    assert (kept.outcome, kept.stored.version, kept.replaced_digest) == (Outcome.UPDATED, 3, None)
+    assert (kept.outcome, kept.stored.version, kept.dropped) == (Outcome.UPDATED, 3, set())
 
 
 def test_a_document_that_comes_back_has_its_key_and_counts_on(catalog: Catalog) -> None:
@@ -157,6 +157,10 @@ def test_documents_are_listed_by_the_bytes_of_their_ids(catalog: Catalog) -> Non
     with catalog.view() as view:
         assert [entry.id for entry in view.page("n", "", 100)] == expected
         assert [entry.id for entry in view.page("n", expected[1], 2)] == expected[2:4]
+        assert [entry.id for entry in view.page("n", "", 100, prefix="a")] == ["a", "aa"]
+        assert [entry.id for entry in view.page("n", "a", 100, prefix="a")] == ["aa"]
+        assert [entry.id for entry in view.page("n", "", 100, prefix="\U0001f989")] == ["\U0001f989"]
+        assert not view.page("n", "b", 100, prefix="a") and not view.page("n", "", 100, prefix="ab")
         assert [stored.document.id for stored in view.after_key(0, 100)] == [*ids, "elsewhere"]
         last = view.after_key(0, 2)[-1].key
         assert [stored.document.id for stored in view.after_key(last, 2)] == ids[2:4]

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from bank_service.catalog.contract import Catalog
+from bank_service.catalog.entries import SentenceVectors
 from bank_service.errors import QuotaExceededError
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, upload_of
@@ -22,6 +23,7 @@ from bank_service.values.embedder import Embedder
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.record import DEFAULT_CODEC, encode_gradient
+from tests.bank.catalog.test_catalog import document, gradient
 
 if TYPE_CHECKING:
     from tests.bank.catalog.conftest import Opener
@@ -64,6 +66,36 @@ def test_past_versions_count_towards_a_namespaces_bytes(open_store: Opener) -> N
     assert usage(catalog) == (0, 2 * 106)
     catalog.delete("n", "a", None, purge=True).result()
     assert usage(catalog) == (0, 0)
+
+
+def test_vectors_of_sentences_count_as_long_as_their_version_is_there(open_store: Opener) -> None:
+    catalog = open_store(history_seconds=3600)
+    for metadata in ({}, {"colour": "red"}):  # a change of metadata copies the vectors
+        sentences = None if metadata else SentenceVectors(b"p" * 8, b"v" * 16)
+        catalog.put(document("a", "one", metadata=metadata), gradient(), None, sentences).result()
+    assert usage(catalog) == (1, 2 * (3 + 100 + 24))
+    catalog.put(document("b", "two"), gradient(), None).result()
+    for _ in range(2):  # at its first cue; the second query finds them
+        catalog.put_sentences(3, SentenceVectors(b"p" * 8, b"v" * 32)).result()
+    assert usage(catalog) == (2, 2 * (3 + 100 + 24) + 3 + 100 + 40)
+    catalog.expire_history(None, 1).result()
+    assert usage(catalog) == (2, (3 + 100 + 24) + 3 + 100 + 40)
+    for id in "ab":
+        catalog.delete("n", id, None, purge=True).result()
+    assert usage(catalog) == (0, 0)
+
+
+def test_vectors_of_sentences_count_against_the_limit_of_a_put_and_make_room_when_they_go(open_store: Opener) -> None:
+    catalog = open_store(limits_of=lambda _: NamespaceLimits(max_bytes=200), history_seconds=0)
+    with pytest.raises(QuotaExceededError, match="max_namespace_bytes"):
+        catalog.put(document("a", "x" * 10), gradient(), None, SentenceVectors(b"p" * 8, b"v" * 83)).result()
+    stored = catalog.put(document("a", "x" * 10), gradient(), None).result().stored
+    assert catalog.put_sentences(stored.sequence, SentenceVectors(b"p" * 8, b"v" * 800)).result(), "a query's, always"
+    longer = document("a", "x" * 90)
+    with catalog.view() as view:
+        catalog.check_room(view, longer, stored)
+    catalog.put(longer, gradient(), None).result()
+    assert usage(catalog) == (1, 90 + 100)
 
 
 def test_a_namespace_takes_no_more_documents_than_it_may_have(open_store: Opener) -> None:

@@ -32,19 +32,30 @@ def encoder() -> GatedEncoder:
 
 
 @pytest.fixture
-def queue(encoder: GatedEncoder) -> Iterator[EncodeQueue]:
-    made = EncodeQueue(encoder, DEFAULT_CODEC, batch_size=4, wait_ms=1, metrics=BankMetrics())
+def metrics() -> BankMetrics:
+    return BankMetrics()
+
+
+@pytest.fixture
+def queue(encoder: GatedEncoder, metrics: BankMetrics) -> Iterator[EncodeQueue]:
+    made = EncodeQueue(encoder, DEFAULT_CODEC, batch_size=4, wait_ms=1, metrics=metrics)
     yield made
     encoder.gate.set()
     made.close()
 
 
-def test_documents_that_wait_together_are_encoded_together(queue: EncodeQueue, encoder: GatedEncoder) -> None:
+def test_documents_that_wait_together_are_encoded_together(
+    queue: EncodeQueue, encoder: GatedEncoder, metrics: BankMetrics
+) -> None:
+    def num_waiting() -> float | None:
+        return metrics.registry.get_sample_value("regrad_bank_encode_waiting")
+
     futures = [queue.submit("", f"text {number}") for number in range(10)]
+    assert 6 <= (num_waiting() or 0) <= 10, "a batch of 4 may be at the gate"
     encoder.gate.set()
     for future in futures:
         assert verify_record(future.result(10).record, spec_of()).codec == DEFAULT_CODEC
-    assert sum(map(len, encoder.batches)) == 10
+    assert sum(map(len, encoder.batches)) == 10 and num_waiting() == 0
     assert len(encoder.batches) <= 4 and max(map(len, encoder.batches)) == 4
 
 

@@ -76,7 +76,7 @@ async def test_a_cached_record_is_served_without_its_blob_until_its_document_goe
     client: Client, data_dir: Path
 ) -> None:
     digests = await ingested(client, 2)
-    await _cached(client, digests)
+    await cached(client, digests)
     blob(data_dir, digests[0]).unlink()
     await whole(client, digests)
     assert (await client.stats()).cache_hits >= 2
@@ -101,10 +101,10 @@ async def test_an_emptied_cache_is_filled_again(server: BankServer, client: Clie
     await _flush(server)
     await whole(client, digests)
     assert (await client.stats()).cache_misses >= 10
-    await _cached(client, digests)
+    await cached(client, digests)
 
 
-async def _cached(client: Client, digests: list[str]) -> None:
+async def cached(client: Client, digests: list[str]) -> None:
     """Reads the records until all come from the cache, which is filled after an answer."""
     for _ in range(100):
         before = await client.stats()
@@ -120,7 +120,7 @@ async def test_what_is_stored_takes_no_place_in_the_cache_before_it_is_read(serv
     digests = await ingested(client)
     redis = Redis.from_url(_redis_url(server))
     assert await redis.dbsize() == 0
-    await _cached(client, digests[:3])
+    await cached(client, digests[:3])
     assert await redis.dbsize() == 3
     await redis.aclose()
 
@@ -167,7 +167,7 @@ async def test_a_real_redis_server_by_url_serves_as_the_cache(
         assert not (data_dir / "redis").exists()
         digests = await ingested(client)
         redis = Redis.from_url(redis_server)
-        await _cached(client, digests)
+        await cached(client, digests)
         before = await client.stats()
         await whole(client, digests)
         after = await client.stats()

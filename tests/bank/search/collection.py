@@ -16,7 +16,9 @@ import pytest
 from bank_service.bank import Bank
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.factory import open_catalog
+from bank_service.catalog.postgres import vector_search
 from bank_service.runtime.acknowledged import AcknowledgedSequence
+from bank_service.search.catalog_nearest import CatalogNearest
 from bank_service.search.nearest import Nearest
 from bank_service.search.present import Present
 from bank_service.search.ranking import closest, cosines_of
@@ -26,17 +28,21 @@ from bank_service.values.documents import Document, Gradient, PutResult, Query, 
 from bank_service.values.filters import Condition
 from bank_service.wire.record import FloatArray
 from tests.bank.catalog.test_catalog import IDENTITY
+from tests.bank.postgres_server import schema_of
 from tests.bank.search.exact_nearest import ExactNearest
 
 DIMENSION = IDENTITY.embedding_dimension
-# How a vector store finds a query's documents. "oracle" is the slow obvious store, the others are usearch's ways.
-WAYS = ("oracle", "exact", "scan", "proposals", "all")
+# How a vector store finds a query's documents. "oracle" is the slow obvious store, the last two are PostgreSQL's ways,
+# the others usearch's.
+WAYS = ("oracle", "exact", "scan", "proposals", "all", "postgres", "postgres graph")
+POSTGRES_WAYS = ("postgres", "postgres graph")
 T = TypeVar("T")
 
 
 def go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets usearch's bounds so that filtered queries go this way."""
+    """Sets the bounds of usearch and PostgreSQL so that filtered queries go this way."""
     monkeypatch.setattr(usearch_nearest, "SCAN_SIZE", 0 if way in ("proposals", "all") else 10_000)
+    monkeypatch.setattr(vector_search, "SCAN_SIZE", 0 if way == "postgres graph" else 10_000)
     monkeypatch.setattr(usearch_nearest, "MAX_PROPOSALS", 0 if way == "all" else 20_000)
 
 
@@ -78,17 +84,28 @@ class Collection:
         self.open()
 
     def open(self) -> None:
-        self.catalog = open_catalog(self._folder, IDENTITY, history_seconds=self._history_seconds)
+        url = schema_of(self._folder) if self._way in POSTGRES_WAYS else None
+        self.catalog = open_catalog(self._folder, IDENTITY, history_seconds=self._history_seconds, url=url)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._pool = ThreadPoolExecutor(2)
-        self.nearest: Nearest = (
-            ExactNearest(self.catalog)
-            if self._way == "oracle"
-            else usearch(self.catalog, self._index, self._pool, exact_below=self._exact_below)
-        )
+        self.nearest = self._vector_store()
         self.run(self.nearest.start())
+
+    def _vector_store(self) -> Nearest:
+        if self._way == "oracle":
+            return ExactNearest(self.catalog)
+        if self.catalog.vectors is not None:
+            acknowledged = AcknowledgedSequence()
+            return CatalogNearest(self.catalog, self.catalog.vectors, acknowledged, self._pool, exact_below=10**6)
+        return usearch(self.catalog, self._index, self._pool, exact_below=self._exact_below)
+
+    def _reach(self, sequence: int) -> None:
+        if self._way == "postgres graph":
+            assert self.catalog.vectors is not None
+            self.catalog.vectors.build_graphs(0)
+        self.run(self.nearest.reach(sequence))
 
     def close(self) -> None:
         self.run(self.nearest.stop())
@@ -113,13 +130,13 @@ class Collection:
         self, id: str, vector: np.ndarray, metadata: Mapping[str, str] | None = None, namespace: str = "n"
     ) -> StoredDocument:
         stored = self._submit(id, vector, metadata or {}, namespace).result().stored
-        self.run(self.nearest.reach(stored.sequence))
+        self._reach(stored.sequence)
         return stored
 
     def fill(self, vectors: Mapping[str, np.ndarray], metadata: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Puts many documents, in order. Metadata by id."""
         futures = [self._submit(id, vector, (metadata or {}).get(id, {}), "n") for id, vector in vectors.items()]
-        self.run(self.nearest.reach(max(future.result().stored.sequence for future in futures)))
+        self._reach(max(future.result().stored.sequence for future in futures))
 
     def _submit(self, id: str, vector: np.ndarray, metadata: Mapping[str, str], namespace: str) -> Future[PutResult]:
         content = (vector / np.linalg.norm(vector)).astype("<f4").tobytes()

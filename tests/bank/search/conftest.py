@@ -7,8 +7,10 @@ import pytest
 
 from tests.bank.search.collection import WAYS, Collection, go
 
+LONG = pytest.mark.only_test_all  # each change waits for a new graph
 
-@pytest.fixture(params=WAYS)
+
+@pytest.fixture(params=[pytest.param(way, marks=LONG if way == "postgres graph" else ()) for way in WAYS])
 def way(request: pytest.FixtureRequest) -> str:
     """The vector store, and how it finds a query's documents."""
     return str(request.param)

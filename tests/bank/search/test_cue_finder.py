@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable
-from contextlib import closing
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ import pytest
 
 from bank_service.backup.restore import restore
 from bank_service.bank import Bank
+from bank_service.search import cue_finder
 from bank_service.service.offline import opened
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder, spec_of
 from bank_service.values.config import BankConfig
 from bank_service.values.documents import Document, Query, Retrieval
 from bank_service.values.embedder import Embedder, embedded_text
-from bank_service.wire.errors import InvalidArgumentError
+from bank_service.wire.errors import InvalidArgumentError, OverloadedError
 from bank_service.wire.record import FloatArray, encode_gradient
 from tests.bank import inside
 from tests.bank.upkeep.test_erasure import within_the_bound
@@ -37,10 +39,26 @@ class CountingEmbedder:
         self._embedder = embedder
         self.name, self.dimension = embedder.name, embedder.dimension
         self.texts: list[str] = []
+        self.waiting: set[str] = set()  # titles of documents whose sentences are held
+        self._may_embed = threading.Event()
+        self._may_embed.set()
 
     def embed(self, text: str) -> FloatArray:
         self.texts.append(text)
+        title, _, sentence = text.partition("\n")
+        if sentence and not self._may_embed.is_set():
+            self.waiting.add(title)
+            self._may_embed.wait(30)
         return self._embedder.embed(text)
+
+    @contextmanager
+    def sentences_held(self) -> Iterator[None]:
+        """Within the block, texts with a title wait."""
+        self._may_embed.clear()
+        try:
+            yield
+        finally:
+            self._may_embed.set()
 
     def reads_all(self, text: str) -> bool:
         return self._embedder.reads_all(text)
@@ -243,13 +261,50 @@ async def test_a_restored_bank_has_the_vectors(data_dir: Path, tmp_path: Path, c
 
 
 @pytest.mark.asyncio
-async def test_queries_that_need_the_same_vectors_at_once_agree(data_dir: Path, embedder: Embedder) -> None:
+async def test_late_sentences_hold_up_no_other_query_and_are_embedded_once(
+    data_dir: Path, counting: CountingEmbedder
+) -> None:
     data_dir.mkdir()
-    async with opened(BankConfig(data_dir=data_dir, embed_sentences=False), HashEncoder(), embedder) as bank:
+    config = BankConfig(data_dir=data_dir, embed_sentences=False, embed_threads=2)
+    async with opened(config, HashEncoder(), counting) as bank:
         await bank.put(mill())
-        found = await asyncio.gather(*(cue(bank, with_cue=1) for _ in range(8)))
-        assert found == [{"mill": [WHEEL]}] * 8
-        await within_the_bound(lambda: num_rows(data_dir) == 1)
+        await bank.put(SHOP_DOCUMENT)
+        counting.taken()
+        with counting.sentences_held():
+            asked = [asyncio.create_task(cue(bank, top_k=2)) for _ in range(8)]
+            await within_the_bound(lambda: len(counting.waiting) == 2)
+            assert counting.waiting == {"The mill", "The shop"}, "each document is a job of its own"
+            async with asyncio.timeout(10):
+                assert await cue(bank, "Does it grind rye?", with_cue=0) == {}
+            given_up, *others = asked
+            given_up.cancel()
+        assert await asyncio.gather(*others) == [{"mill": [WHEEL], "shop": [OPENS]}] * 7
+        assert len([text for text in counting.taken() if "\n" in text]) == 3 + 2
+        assert num_rows(data_dir) == 2
+
+
+@pytest.mark.asyncio
+async def test_queries_whose_sentences_are_too_many_to_wait_for_are_refused(
+    data_dir: Path, counting: CountingEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cue_finder, "MAX_LATE", 1)
+    data_dir.mkdir()
+    async with opened(BankConfig(data_dir=data_dir, embed_sentences=False), HashEncoder(), counting) as bank:
+        await bank.put(mill())
+        await bank.put(SHOP_DOCUMENT)
+        with counting.sentences_held():
+            asked = [asyncio.create_task(cue(bank, top_k=1)) for _ in range(2)]
+            await within_the_bound(lambda: counting.waiting == {"The mill"})
+            asked[0].cancel()
+            for _ in range(2):  # the cancelled query's document waits on, too
+                with pytest.raises(OverloadedError, match="sentences of 1 documents at a time") as refused:
+                    await cue(bank, "When does it open?", top_k=1)
+                assert refused.value.retry_after_ms > 0
+            asked.append(asyncio.create_task(cue(bank, top_k=1)))
+            await asyncio.sleep(0.05)
+            assert not asked[-1].done(), "it waits for the document that is embedded already"
+        assert await asyncio.gather(*asked[1:]) == [{"mill": [WHEEL, "It grinds rye."]}] * 2
+        assert await cue(bank, "When does it open?", top_k=1, with_cue=1) == {"shop": [OPENS]}
 
 
 @pytest.mark.asyncio

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from bank_service.catalog.sql.max_score import MAX_WORDS
 from bank_service.catalog.sqlite import lexical_search
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
-from bank_service.catalog.sqlite.lexical_search import MAX_WORDS
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 
 VOCABULARY = [f"word{number}" for number in range(60)]
@@ -45,16 +45,16 @@ def test_documents_without_an_essential_word_are_not_scored(
     plain = lexical_search._Search
 
     def seen(connection: Any, table: str, words: Any, num_essential: int, conditions: Any) -> Any:
-        scored.append([word.quoted for word in words[:num_essential]])
+        scored.append([word.text for word in words[:num_essential]])
         return plain(connection, table, words, num_essential, conditions)
 
     monkeypatch.setattr(lexical_search, "_Search", seen)
     # Two words that hardly a document has, two that most have, which can't bring a document among the best.
     best(catalog, "word0 word1 word50 word40", 3)
-    assert len(scored[-1]) < 3 and not {'"word0"', '"word1"'} & set(scored[-1]), scored
+    assert len(scored[-1]) < 3 and not {"word0", "word1"} & set(scored[-1]), scored
     scored.clear()
     best(catalog, "word0 word1", 3)
-    assert scored == [['"word1"', '"word0"']], "all at once, where it would leave few out"
+    assert scored == [["word1", "word0"]], "all at once, where it would leave few out"
 
 
 def test_of_too_many_words_the_first_and_the_last_count(catalog: SqliteCatalog) -> None:

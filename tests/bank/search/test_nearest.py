@@ -1,4 +1,4 @@
-"""The conformance suite of vector stores: each test runs on every implementation, usearch in each of its ways."""
+"""The conformance suite of vector stores: each test runs on every implementation, in each of its ways."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_namespace_never_sees_anothers_documents(collection: Collection) -> No
     assert collection.ids(target, 5, namespace="none") == []
 
 
-@pytest.mark.parametrize("way", ["oracle", "exact", "scan"])  # the others differ with filters only
+@pytest.mark.parametrize("way", ["oracle", "exact", "scan", "postgres"])  # the others differ with filters only
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(st.tuples(st.sampled_from(["put", "delete", "other"]), st.integers(0, 12)), min_size=1, max_size=40),

@@ -12,9 +12,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bank_service.bank import NUM_IO_THREADS
 from bank_service.catalog.entries import Candidate
 from bank_service.errors import OverloadedError
+from bank_service.records.stores import NUM_IO_THREADS
 from bank_service.search import past, queries
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client

@@ -256,3 +256,4 @@ async def test_stats_count_what_is_there(client: Client) -> None:
     assert (stats.sequence, stats.codec, stats.embedding_dimension) == (7, DEFAULT_CODEC, 384)
     assert (stats.learner_fingerprint, stats.layout_id) == (spec_of().fingerprint, spec_of().layout_id)
     assert stats.embedder.startswith("all-MiniLM-L6-v2-onnx-int8@") and stats.cache_available and stats.version
+    assert stats.free_disk_bytes > 2**20

@@ -1,4 +1,4 @@
-"""The conformance suite of searches by words: FTS5 against the slow obvious BM25."""
+"""The conformance suite of searches by words: each catalog's own against the slow obvious BM25."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bank_service.catalog.factory import open_catalog
 from bank_service.values.documents import Document
 from bank_service.values.filters import Condition, Operator
 from tests.bank.catalog.test_catalog import IDENTITY, gradient
+from tests.bank.postgres_server import schema_of
 from tests.bank.search.plain_words import PlainWords
 
 VOCABULARY = [f"word{number}" for number in range(60)]
@@ -23,7 +24,7 @@ WEIGHTS = [1 / (number + 1) for number in range(60)]  # the commonest in most do
 NUM_DOCUMENTS = 500
 NUM_EQUAL = 150  # documents with one and the same text, more than a query's hits
 Make = Callable[[Catalog], WordSearch]
-MAKERS: dict[str, Make] = {"fts5": lambda catalog: catalog.words, "plain": lambda catalog: oracle_of(catalog)}
+KINDS = ("fts5", "plain", "postgres")
 
 
 @lru_cache(maxsize=2)
@@ -32,15 +33,24 @@ def oracle_of(catalog: Catalog) -> PlainWords:
     return PlainWords()
 
 
-@pytest.fixture(params=sorted(MAKERS))
-def make(request: pytest.FixtureRequest) -> Make:
-    return MAKERS[str(request.param)]
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(kind: str) -> Make:
+    return oracle_of if kind == "plain" else lambda catalog: catalog.words
+
+
+def opened(kind: str, folder: Path) -> Catalog:
+    return open_catalog(folder, IDENTITY, url=schema_of(folder) if kind == "postgres" else None)
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+def large(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
     """500 documents by Zipf's law, 150 equal ones, a deleted one and another namespace's."""
-    made = open_catalog(tmp_path_factory.mktemp("large"), IDENTITY)
+    made = opened(kind, tmp_path_factory.mktemp("large"))
     rng = random.Random(0)
     for number in range(NUM_DOCUMENTS):
         text = " ".join(rng.choices(VOCABULARY, WEIGHTS, k=rng.randint(3, 20)))
@@ -55,8 +65,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Catalog]:
-    made = open_catalog(tmp_path, IDENTITY)
+def small(kind: str, tmp_path: Path) -> Iterator[Catalog]:
+    made = opened(kind, tmp_path)
     yield made
     made.close()
 

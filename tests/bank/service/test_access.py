@@ -42,9 +42,10 @@ REQUESTS: dict[str, Any] = {
     "FetchGradients": pb.FetchGradientsRequest(digests=["0" * 64]),
     "GetStats": pb.GetStatsRequest(),
     "RecodeCollection": pb.RecodeCollectionRequest(codec=DEFAULT_CODEC),
+    "UpgradeLearner": pb.UpgradeLearnerRequest(action=pb.UpgradeLearnerRequest.STATUS),
     "CreateSnapshot": pb.CreateSnapshotRequest(target="no/absolute/path"),
 }
-WITHOUT_NAMESPACE = {"FetchGradients", "GetStats", "CreateSnapshot", "RecodeCollection"}
+WITHOUT_NAMESPACE = {"FetchGradients", "GetStats", "CreateSnapshot", "RecodeCollection", "UpgradeLearner"}
 METHODS = {method.name: method for method in pb.DESCRIPTOR.services_by_name["BankService"].methods}
 
 
@@ -148,10 +149,12 @@ async def test_what_concerns_everything_is_for_the_admin_of_everything(
         async with of(guarded, tokens.add(f"{scopes} {namespace}", scopes, namespace)) as client:
             await client.refused(own(client.stub.CreateSnapshot(request)), PermissionDeniedError)
             await client.refused(call(client, "RecodeCollection"), PermissionDeniedError)
+            await client.refused(call(client, "UpgradeLearner"), PermissionDeniedError)
     assert not (tmp_path / "snapshot").exists()
     async with of(guarded, tokens.add("operator", "admin", "*")) as operator:
         await own(operator.stub.CreateSnapshot(request))
         await call(operator, "RecodeCollection")
+        await call(operator, "UpgradeLearner")
     assert (tmp_path / "snapshot").exists()
 
 

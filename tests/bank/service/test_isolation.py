@@ -138,6 +138,7 @@ class Bearer:
         assert (stats.num_documents, stats.num_gradients) == (len(self.documents), len(self.had))
         assert stats.oldest_as_of == self.horizon
         assert (stats.sequence, stats.cache_hits, stats.cache_misses) == (self.sequence, 0, 0)
+        assert stats.free_disk_bytes == 0, "the disk is everybody's"
 
     async def pry(self, id: str, text: str, namespace: str) -> None:
         """Every way into the other's namespace is shut, with one answer whatever there is."""

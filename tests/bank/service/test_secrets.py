@@ -117,6 +117,11 @@ PASSWORD = "s3cret"
     "url",
     [
         "redis+sentinel://:s3cret@h:26379/0",
+        "redis+sentinel://:s3cret@h:26379",
+        "redis+cluster://:s3cret@h:port,g",
+        "redis+cluster://:s3cret/x@h:6379",
+        "redis+cluster://h?sentinel_password=s3cret",
+        "redis+other://:s3cret@h",
         "http://user:s3cret@h",
         ":s3cret@h:6379",
         "user:s3cret://h",

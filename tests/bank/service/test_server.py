@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
 import urllib.request
 from pathlib import Path
@@ -191,8 +192,11 @@ async def test_metrics_count_calls_documents_and_the_cache(data_dir: Path, embed
         "regrad_bank_encode_batch_documents_count 1.0",
         "regrad_bank_sequence 1.0",
         "regrad_bank_indexed_sequence 1.0",
+        "regrad_bank_encode_waiting 0.0",
     ):
         assert line in lines, line
+    (free,) = [float(line.split()[1]) for line in lines if line.startswith("regrad_bank_free_disk_bytes ")]
+    assert abs(free - shutil.disk_usage(data_dir).free) < 2**30
 
 
 @pytest.mark.asyncio
@@ -238,6 +242,7 @@ async def test_a_snapshot_ahead_of_a_restored_catalog_is_rebuilt(data_dir: Path,
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         await client.put("new", "number two")
     (data_dir / "catalog.sqlite").write_bytes(backup)
+    (data_dir / "blobs" / "sequence.json").unlink()  # without this, the older catalog is refused
     async with BankServer(config, HashEncoder(), embedder) as server, Client(server.address.target) as client:
         assert [hit.id for hit in (await client.query(text="number", top_k=5)).hits] == ["old"]
         assert server.metrics.registry.get_sample_value("regrad_bank_indexed_sequence") == 1

@@ -22,6 +22,7 @@ from bank_service.errors import (
     QuotaExceededError,
     UnauthenticatedError,
     UnavailableError,
+    UnreachableError,
     VersionConflictError,
 )
 from bank_service.wire import generate
@@ -108,7 +109,7 @@ def test_every_error_of_the_bank_has_its_row() -> None:
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        (grpc.StatusCode.UNAVAILABLE, UnavailableError),
+        (grpc.StatusCode.UNAVAILABLE, UnreachableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
         (grpc.StatusCode.UNIMPLEMENTED, InternalError),
@@ -144,12 +145,12 @@ def test_an_error_whose_details_are_damaged_goes_by_its_status_code() -> None:
     status = status_pb2.Status()
     status.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")
     error = from_rpc_error(failed_call(grpc.StatusCode.UNAVAILABLE, "the wire broke", status.SerializeToString()))
-    assert type(error) is UnavailableError and "the wire broke" in error.message
+    assert type(error) is UnreachableError and "the wire broke" in error.message
 
 
 def test_a_call_that_grpcs_client_breaks_off_is_one_to_repeat() -> None:
     error = from_rpc_error(failed_call(grpc.StatusCode.INTERNAL, "Internal error from Core", None))
-    assert type(error) is UnavailableError
+    assert type(error) is UnreachableError
     assert type(from_rpc_error(failed_call(grpc.StatusCode.INTERNAL, "a bug", None))) is InternalError
 
 

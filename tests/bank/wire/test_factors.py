@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -155,6 +156,22 @@ def test_the_rank_is_the_short_side_and_a_count_is_no_more_than_the_smaller_side
     assert table[:, COUNT].tolist() == [1, 4, 1, 4, 1, 4, 1, 1]
     assert factor_form("factors-16-16-8", LEARNERS.shapes).table[:, COUNT].tolist() == [16, 16, 16, 16, 3, 5, 1, 1]
     assert factor_form("factors-16-0-8", LEARNERS.shapes).table[:, COUNT].tolist() == [0, 16, 0, 16, 0, 5, 0, 1]
+
+
+def test_names_beyond_the_rank_share_one_form_and_the_memory_to_check_it() -> None:
+    names = [f"factors-{number}-{number}-4" for number in range(20, 60)]
+    record = encode_gradient(of_rank(1), LEARNERS, "factors-16-16-4")
+    assert {id(factor_form(name, LEARNERS.shapes)) for name in names} == {
+        id(factor_form("factors-16-16-4", LEARNERS.shapes))
+    }
+    tracemalloc.start()
+    try:
+        for name in names:
+            codec_named(name).check(memoryview(record)[HEADER_BYTES:], LEARNERS)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 8 * len(record), "seven bytes for each byte of one payload"
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bank_service.wire.record import HEADER_BYTES, decode_gradient, encode_gradient
-from regrad_vllm.adapt.compose import compose
+from regrad_vllm.compose import compose
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALING = 2.0
@@ -114,20 +115,20 @@ class Case:
         slices = []
         for i, own in enumerate(rows):
             if i in self.without:
-                slices.append(kernels.Slice(outputs=own.stop - own.start))
+                slices.append(LayerSlice(own.stop - own.start))
                 continue
             slices.append(
-                kernels.Slice(
-                    outputs=own.stop - own.start,
-                    a=views[2 * i][:, columns].to(DEVICE, self.dtype),
-                    b=(views[2 * i + 1][own] * SCALING).to(DEVICE, self.dtype),
-                    tensors=(-1, -1) if i in self.phi_only else (2 * i, 2 * i + 1),
-                    first_input=columns.start,
-                    first_output=own.start,
-                    whole=(self.inputs, self.outputs[i]),
+                LayerSlice(
+                    own.stop - own.start,
+                    views[2 * i][:, columns],
+                    views[2 * i + 1][own],
+                    *((-1, -1) if i in self.phi_only else (2 * i, 2 * i + 1)),
+                    columns.start,
+                    own.start,
+                    (self.inputs, self.outputs[i]),
                 )
             )
-        return kernels.DeviceLayer(slices, self.rank, SCALING, tables)
+        return kernels.DeviceLayer(slices, SCALING, tables, self.dtype)
 
     def batch(self, requests: Sequence[Request]) -> BatchDocuments:
         rows, first, documents, row = list[int](), [0], list[int](), 0
@@ -143,7 +144,7 @@ class Case:
         return BatchDocuments(
             num_rows=row, rows=np.array(rows, np.int64), first=np.array(first, np.int64),
             addresses=np.array([self.records[d].data_ptr() for d in documents], np.int64),
-            steps=np.array([-self.weights[d] for d in documents], np.float32),
+            coefficients=np.array([-self.weights[d] for d in documents], np.float32),
             forms=np.array([self.form_of[d] for d in documents], np.int32),
         )  # fmt: skip
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from bank_service.wire.codecs.base import GradientSpec
 from bank_service.wire.codecs.factors import BLOCK, FactorsCodec, factor_form
-from regrad_vllm.adapt.compose import compose
+from regrad_vllm.compose import compose
 from regrad_vllm.layout import Layout
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
-from regrad_vllm.serve.kernels.layer import DocumentsLayer, LayerSlice
+from regrad_vllm.serve.kernels.layer import DocumentsLayer
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 
 SCALING = 1.5
 Uses = list[list[tuple[int, float]]]  # of each row: its documents and their c
@@ -119,7 +120,7 @@ class Case:
             np.array(rows, np.int64),
             np.cumsum([0] + [len(row) for row in uses], dtype=np.int64),
             np.array([self.payloads[document].ctypes.data for document, _ in flat], np.int64),
-            np.array([step for _, step in flat], np.float32),
+            np.array([c for _, c in flat], np.float32),
             np.array([forms.index(self.codecs[document]) for document, _ in flat], np.int32),
         )
 
@@ -138,7 +139,7 @@ class Case:
                     if not (with_a if tensor.part == "A" else with_b):
                         view[:] = 0  # type: ignore[index]
                 deltas.append(delta)
-            adapter = compose(self.phi, deltas, [-step for _, step in own], 1.0)
+            adapter = compose(self.phi, deltas, [-c for _, c in own], 1.0)
             parts = []
             for number, outputs in enumerate(self.outputs):
                 a, b = (tensor.double() for tensor in self.tensors(adapter, number))

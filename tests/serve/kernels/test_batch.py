@@ -17,7 +17,7 @@ SHAPES = ((4, 300), (200, 4))
 def batch(**changes: object) -> BatchDocuments:
     right = BatchDocuments(
         num_rows=5, rows=np.array([1, 3]), first=np.array([0, 2, 3]), addresses=np.array([64, 128, 64]),
-        steps=np.zeros(3, np.float32), forms=np.zeros(3, np.int32),
+        coefficients=np.zeros(3, np.float32), forms=np.zeros(3, np.int32),
     )  # fmt: skip
     return dataclasses.replace(right, **changes)
 
@@ -53,7 +53,7 @@ def test_a_codec_without_factors_has_no_form() -> None:
         ({"first": np.array([1, 2, 3])}, "first must ascend from 0"),
         ({"first": np.array([0, 4, 3])}, "first must ascend"),
         ({"addresses": np.arange(6)[::2]}, "addresses must be 3 contiguous"),
-        ({"steps": np.zeros(3)}, "steps must be 3 contiguous values of float32"),
+        ({"coefficients": np.zeros(3)}, "coefficients must be 3 contiguous values of float32"),
         ({"forms": np.zeros(2, np.int32)}, "forms must be 3"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 from tests.serve.kernels.device import DEVICE, Case, Request, kernels
 
 __all__ = ["kernels"]
@@ -152,9 +153,8 @@ def test_rows_of_other_widths_are_refused(kernels: Any) -> None:
         layer.add(y[:1].expand(601, -1), x[:1].expand(601, -1))
 
 
-def test_a_rank_that_a_program_cannot_hold_is_refused(kernels: Any) -> None:
+def test_slices_of_another_rank_are_refused(kernels: Any) -> None:
     case = Case(16, 128, (128,), CODECS[:1])
-    with pytest.raises(ValueError, match="rank must lie in 1 … 512 on a GPU, got 513"):
-        kernels.DeviceLayer(
-            [kernels.Slice(8, torch.zeros(513, 8), torch.zeros(8, 513))], 513, 1.0, case.tables(kernels)
-        )
+    slices = [LayerSlice(8, torch.zeros(rank, 8), torch.zeros(8, rank)) for rank in (16, 15)]
+    with pytest.raises(ValueError, match=r"φ\* must be \(16, 8\) and \(8, 16\), got \(15, 8\) and \(8, 15\)"):
+        kernels.DeviceLayer(slices, 1.0, case.tables(kernels), torch.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bank_service.wire.codecs.base import GradientFormatError
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
 from regrad_vllm.serve.kernels.device_tables import DOCUMENT_BYTES, DeviceTables
 
@@ -34,12 +35,12 @@ def read(written: DeviceTables) -> list[Row]:
     """What a kernel finds for each row."""
     documents = written.documents.cpu().numpy()
     addresses = documents.view(np.int64).reshape(-1, 2)[:, 0]
-    steps = documents.view(np.float32).reshape(-1, 4)[:, 2]
+    coefficients = documents.view(np.float32).reshape(-1, 4)[:, 2]
     forms = documents.view(np.int32).reshape(-1, 4)[:, 3]
     found: list[Row] = []
     for first, count in written.rows.view(-1, 2).tolist():
         own = [int(address) // 4096 - 1 for address in addresses[first : first + max(count, 0)]]
-        assert [float(step) for step in steps[first : first + len(own)]] == [document / 4 for document in own]
+        assert coefficients[first : first + len(own)].tolist() == [document / 4 for document in own]
         assert [int(form) for form in forms[first : first + len(own)]] == [document % 2 for document in own]
         found.append(own if count >= 0 else None)
     return found
@@ -109,6 +110,17 @@ def test_a_form_that_a_worker_meets_later_is_there_with_the_next_step() -> None:
         found = written.forms[1 + index].cpu().numpy()
         assert np.array_equal(found[:, :7], forms.tables[index]) and (found[:, 7] == bits).all()
     assert written.forms[0, :, 0].tolist() == [1, 4], "the most components of both"
+
+
+def test_a_codec_beyond_the_tables_is_refused_before_any_step() -> None:
+    forms = Forms(SHAPES)
+    written = DeviceTables(forms, 4, 4, 4, 16, DEVICE)
+    codecs = [f"factors-{number}-1-8" for number in range(1, 65)]
+    assert [forms.index(codec) for codec in codecs * 2] == [*range(64)] * 2
+    with pytest.raises(GradientFormatError, match="64 codecs at most, got factors-65-1-8 besides; restart"):
+        forms.index("factors-65-1-8")
+    written.write(None)
+    assert np.array_equal(written.forms[1:, :, :7].cpu().numpy(), forms.tables)
 
 
 def test_a_step_that_is_too_large_is_refused() -> None:

@@ -14,7 +14,8 @@ from bank_service.wire.record import DEFAULT_CODEC, HEADER_BYTES, decode_gradien
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.kernels.batch import BatchDocuments, Forms
-from regrad_vllm.serve.kernels.layer import DocumentsLayer, LayerSlice
+from regrad_vllm.serve.kernels.layer import DocumentsLayer
+from regrad_vllm.serve.kernels.layer_slice import LayerSlice
 from regrad_vllm.serve.recipe import ADAPTER_ID
 from regrad_vllm.serve.seams.cpu_wrapper import DocumentsPunicaWrapper
 from tests.serve.support import gradient_noise
@@ -107,18 +108,18 @@ def test_rows_of_all_kinds_in_one_batch(learner: Learner) -> None:
     x, y = torch.randn(len(kinds), INPUTS), torch.randn(len(kinds), OUTPUTS)
     before, made = y.clone(), wrapper(kinds, (a[0], layer))
     form = forms.index(DEFAULT_CODEC)
-    steps = [-0.5, 0.25, -1.0]
+    coefficients = [-0.5, 0.25, -1.0]
     made.batch = BatchDocuments(
         len(kinds), np.array([0, 3, 5]), np.array([0, 1, 3, 3]),
         np.array([documents[n][0].ctypes.data + HEADER_BYTES for n in (0, 0, 1)]),
-        np.array(steps, np.float32), np.full(3, form, np.int32),
+        np.array(coefficients, np.float32), np.full(3, form, np.int32),
     )  # fmt: skip
     made.add_lora_linear(y, x, a, b, 1.0, (OUTPUTS,))
     right = before.double()
-    for row, used in ((0, [(0, steps[0])]), (3, [(0, steps[1]), (1, steps[2])]), (5, [])):
+    for row, used in ((0, [(0, coefficients[0])]), (3, [(0, coefficients[1]), (1, coefficients[2])]), (5, [])):
         whole_a, whole_b = phi_a.double(), phi_b.double()
-        for number, step in used:
-            whole_a, whole_b = whole_a + step * documents[number][1], whole_b + step * documents[number][2]
+        for number, c in used:
+            whole_a, whole_b = whole_a + c * documents[number][1], whole_b + c * documents[number][2]
         right[row] += own.scaling * whole_b @ (whole_a @ x[row].double())
     for row, slot in ((1, 0), (4, 2)):
         right[row] += b[0][slot, 0].double() @ (a[0][slot, 0].double() @ x[row].double())

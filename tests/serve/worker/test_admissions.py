@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from regrad_vllm.adapt.arena import Arena, ArenaError
 from regrad_vllm.learner import Learner
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.arena.record_files import ArenaError
 from regrad_vllm.serve.recipe import Recipe, RecipeError
 from tests.serve.support import Worker, stored_recipe
 
@@ -21,9 +22,9 @@ def test_each_admission_holds_until_its_release(learner: Learner, arena: Arena) 
     assert worker.admissions.is_resident(recipe) and len(worker.admissions) == 2
     assert worker.admissions.recipe(recipe.name, "regrad:{") is worker.admissions.recipe(recipe.name, recipe.path)
     worker.admissions.release(recipe)
-    assert (len(worker.admissions), worker.pool.figures().num_pinned) == (1, 2)
+    assert (len(worker.admissions), worker.pool.figures().num_held) == (1, 2)
     worker.admissions.release(recipe)
-    assert (len(worker.admissions), worker.pool.figures().num_pinned) == (0, 0)
+    assert (len(worker.admissions), worker.pool.figures().num_held) == (0, 0)
     assert worker.admissions.recipe(recipe.name, recipe.path) == recipe, "read from the path"
     with pytest.raises(RecipeError, match="must hold a recipe"):
         worker.admissions.recipe(recipe.name, "regrad:{")
@@ -36,7 +37,7 @@ def test_what_can_not_be_served_holds_nothing(learner: Learner, arena: Arena) ->
         worker.admissions.admit(replace(recipe, learner="f" * 64), str(arena.folder))
     with pytest.raises(ArenaError, match="must hold gradient"):
         worker.admissions.admit(replace(recipe, digests=(*recipe.digests, "0" * 64), weights=(1, 1)), str(arena.folder))
-    assert len(worker.admissions) == worker.pool.figures().num_pinned == 0
+    assert len(worker.admissions) == worker.pool.figures().num_held == 0
 
 
 def test_the_newest_arena_is_asked_first(learner: Learner) -> None:

@@ -14,19 +14,19 @@ from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 
 from bank_service.wire.record import (
     HEADER_BYTES,
-    GradientFormatError,
     decode_gradient,
     encode_gradient,
     record_digest,
 )
-from regrad_vllm.adapt.arena import Arena, ArenaError, read_record
-from regrad_vllm.adapt.compose import compose
+from regrad_vllm.compose import compose
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig
-from regrad_vllm.serve import vllm_seams
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.arena.record_files import ArenaCorrupt, ArenaMissing, read_record
 from regrad_vllm.serve.kernels.batch import BatchDocuments
-from regrad_vllm.serve.seams import cuda_wrapper
+from regrad_vllm.serve.seams import cuda_wrapper, worker_seams
 from regrad_vllm.serve.worker.cuda_device import CudaDevice, Staging
+from regrad_vllm.serve.worker.device import NoMemory
 from tests.serve.kernels.device import DEVICE, kernels
 
 __all__ = ["kernels"]
@@ -65,7 +65,7 @@ def manager(monkeypatch: pytest.MonkeyPatch, tp_rank: int = 0, tp_size: int = 1,
         lora_a_stacked=stacked(RANK, own, 1), lora_b_stacked=stacked(HIDDEN, RANK, 1),
     )  # fmt: skip
     modules = [(["m.gate_proj", "m.up_proj"], gate_up), (["m.down_proj"], down)]
-    monkeypatch.setattr(vllm_seams, "linear_modules", lambda manager: modules)
+    monkeypatch.setattr(worker_seams, "linear_modules", lambda manager: modules)
     monkeypatch.setattr(cuda_wrapper, "LAYERS", {})
     settings = {"lora_dtype": torch.float32} | config
     return SimpleNamespace(
@@ -97,11 +97,11 @@ def test_a_step_computes_with_the_documents_of_its_rows(
     assert not device.refusal
     digests = [stored(arena, learner, codec, seed) for seed, codec in enumerate((CODEC, "fp32", "factors-2-0-4"))]
     residents = [device.load(str(arena.folder), digest) for digest in digests]
-    steps = [-0.5, -0.25, 0.125]
+    coefficients = [-0.5, -0.25, 0.125]
     device.set_batch(
         BatchDocuments(
             3, np.array([0, 2]), np.array([0, 1, 3]), np.array([residents[k].address for k in (0, 1, 2)]),
-            np.array(steps, np.float32), np.array([residents[k].form for k in (0, 1, 2)], np.int32),
+            np.array(coefficients, np.float32), np.array([residents[k].form for k in (0, 1, 2)], np.int32),
         )
     )  # fmt: skip
     deltas = [decode_gradient(read_record(arena.folder, digest), learner.spec) for digest in digests]
@@ -112,7 +112,7 @@ def test_a_step_computes_with_the_documents_of_its_rows(
         after = y.clone()
         cuda_wrapper.LAYERS[layer.lora_a_stacked[0].data_ptr()].add(after, x)
         for row, used in (0, [0]), (2, [1, 2]):
-            flat = compose(learner.phi, [deltas[k] for k in used], [-steps[k] for k in used], 1.0)
+            flat = compose(learner.phi, [deltas[k] for k in used], [-coefficients[k] for k in used], 1.0)
             composed = {(t.module, t.part): torch.from_numpy(view) for t, view in learner.layout.views(flat)}
             parts = []
             for name in names:
@@ -129,7 +129,7 @@ def test_a_record_that_is_missing_or_damaged_is_refused(
     learner: Learner, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = CudaDevice(manager(monkeypatch), learner)
-    with pytest.raises(ArenaError, match="must hold gradient 0000"):
+    with pytest.raises(ArenaMissing, match="must hold gradient 0000"):
         device.load(str(arena.folder), "0" * 64)
     digest = stored(arena, learner)
     path = arena.folder / digest
@@ -137,7 +137,7 @@ def test_a_record_that_is_missing_or_damaged_is_refused(
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(content)
-    with pytest.raises((ArenaError, GradientFormatError), match="SHA-256|checksum"):
+    with pytest.raises(ArenaCorrupt, match="SHA-256"):
         device.load(str(arena.folder), digest)
 
 
@@ -154,20 +154,9 @@ def test_a_payload_is_copied_whole_and_outlives_its_file(
     assert resident.address % 16 == 0
 
 
-@pytest.mark.parametrize(
-    ("config", "rank", "reason"),
-    [
-        ({"lora_dtype": torch.float8_e4m3fn}, RANK, "float32, bfloat16 or float16, got torch.float8"),
-        ({}, 513, "rank must be at most 512 on GPUs, got 513"),
-    ],
-)
-def test_what_a_gpu_cannot_serve_is_said(
-    learner: Learner, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], rank: int, reason: str
-) -> None:
-    if rank != RANK:
-        layout = Layout.build(rank, [("m.down_proj", 8, 8)])
-        learner = Learner(learner.config, layout, np.zeros(layout.num_values, np.float32), np.ones(2, np.float32))
-    assert reason in CudaDevice(manager(monkeypatch, **config), learner).refusal
+def test_a_type_that_a_gpu_cannot_compute_is_said(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice(manager(monkeypatch, lora_dtype=torch.float8_e4m3fn), learner)
+    assert "float32, bfloat16 or float16, got torch.float8" in device.refusal
 
 
 def test_what_was_copied_stays_when_the_buffer_is_used_again_or_grows() -> None:
@@ -177,6 +166,16 @@ def test_what_was_copied_stays_when_the_buffer_is_used_again_or_grows() -> None:
     copies = [staging.copied(content) for content in contents]
     for content, copy in zip(contents, copies, strict=True):
         assert np.array_equal(copy.cpu().numpy(), content)
+
+
+def test_a_document_without_memory_for_it_says_what_to_lower() -> None:
+    staging = Staging(DEVICE)
+    with pytest.raises(NoMemory, match=r"must have \d+ bytes free .* lower --regrad-worker-bytes or --gpu-memory"):
+        staging.copied(np.broadcast_to(np.uint8(0), (2**46,)))
+    assert staging.copied(np.ones(3, np.uint8)).tolist() == [1, 1, 1]
+    with pytest.raises(RuntimeError, match="Could not run") as other:  # no such device is there
+        Staging(torch.device("fpga")).copied(np.ones(3, np.uint8))
+    assert not isinstance(other.value, NoMemory)
 
 
 class Stream:

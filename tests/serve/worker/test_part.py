@@ -10,12 +10,14 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from regrad_vllm.adapt.arena import Arena
-from regrad_vllm.learner import Learner
+from regrad_vllm.layout import Layout
+from regrad_vllm.learner import Learner, LearnerConfig
+from regrad_vllm.serve.arena.arena import Arena
+from regrad_vllm.serve.kernels.layer_slice import MAX_RANK
 from regrad_vllm.serve.recipe import ADAPTER_ID, Recipe, RecipeError
+from regrad_vllm.serve.seams.worker_patches import StepRequests, make_lora_model
 from regrad_vllm.serve.settings import Settings, SettingsError
 from regrad_vllm.serve.worker.part import WorkerPart, register
-from regrad_vllm.serve.worker.steps import StepRequests
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ class Runner:
     def __init__(self) -> None:
         manager = SimpleNamespace(
             punica_wrapper_mapping={}, modules={}, packed_modules={},
-            lora_config=SimpleNamespace(max_lora_rank=16, lora_dtype=torch.float32),
+            lora_config=SimpleNamespace(lora_dtype=torch.float32),
         )  # fmt: skip
         self.lora_manager = SimpleNamespace(_adapter_manager=manager, lora_config=manager.lora_config)
 
@@ -64,25 +66,27 @@ def test_a_worker_has_a_door_and_tells_its_device_about_every_step(
     assert figures["pool_max_bytes"] == Settings(learner=learner_folder).worker_bytes
 
 
-def test_a_worker_that_can_not_serve_says_why_and_has_no_door(learner_folder: Path) -> None:
-    runner = Runner()
-    runner.lora_manager._adapter_manager.lora_config.max_lora_rank = 8
-    adopted = WorkerPart(Settings(learner=learner_folder)).adopt(runner)
-    assert "--max-lora-rank must be at least" in adopted.refusal and adopted.door_address == ""
+def test_a_worker_that_can_not_serve_says_why_and_has_no_door(tmp_path: Path) -> None:
+    layout = Layout.build(MAX_RANK + 1, [("m", 4, 4)])
+    config = LearnerConfig(base_digest="0" * 64, lora_alpha=1.0, step_size_kind="same")
+    Learner(config, layout, np.zeros(layout.num_values, np.float32), np.ones(1, np.float32)).save(tmp_path)
+    adopted = WorkerPart(Settings(learner=tmp_path)).adopt(Runner())
+    assert adopted.refusal == "the learner's rank must be at most 512, got 513; train a learner of a lower rank"
+    assert adopted.door_address == ""
     adopted.set_step(None)
 
 
-def test_vllm_gets_phi_for_our_requests_and_for_no_others(learner: Learner, learner_folder: Path) -> None:
-    part, runner = WorkerPart(Settings(learner=learner_folder)), Runner()
-    part.adopt(runner)
+def test_vllm_gets_a_tiny_adapter_for_our_requests_and_for_no_others(learner: Learner, learner_folder: Path) -> None:
+    part = WorkerPart(Settings(learner=learner_folder))
+    part.adopt(Runner())
     recipe = Recipe(learner.fingerprint, (), (), 1.0)
-    loaded = part.load(runner.lora_manager, LoRARequest(recipe.name, ADAPTER_ID, recipe.path))
-    assert loaded.id == ADAPTER_ID and set(loaded.loras) == set(learner.layout.modules)
-    views = {(tensor.module, tensor.part): view for tensor, view in learner.layout.views(learner.phi)}
-    for module, weights in loaded.loras.items():
-        assert np.array_equal(weights.lora_a.numpy(), views[module, "A"]) and weights.scaling == 1
-        assert np.allclose(weights.lora_b.numpy(), views[module, "B"] * learner.scaling)
+    found = part.learner_of(LoRARequest(recipe.name, ADAPTER_ID, recipe.path))
+    loaded = make_lora_model(found, torch.float32)
+    (weights,) = loaded.loras.values()
+    shapes = learner.layout.shapes
+    assert loaded.id == ADAPTER_ID and weights.module_name in learner.layout.modules
+    assert (weights.lora_a.shape, weights.lora_b.shape) == ((1, shapes[0][1]), (shapes[1][0], 1))
     with pytest.raises(RecipeError, match="must have the id 2147483647, got 5"):
-        part.load(runner.lora_manager, LoRARequest(recipe.name, 5, recipe.path))
+        part.learner_of(LoRARequest(recipe.name, 5, recipe.path))
     with pytest.raises(RecipeError, match="its recipe's digest"):
-        part.load(runner.lora_manager, LoRARequest("mine", ADAPTER_ID, recipe.path))
+        part.learner_of(LoRARequest("mine", ADAPTER_ID, recipe.path))

@@ -2,67 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
-from regrad_vllm.adapt.arena import Arena
 from regrad_vllm.learner import Learner
+from regrad_vllm.serve.api.door_client import DoorClient
+from regrad_vllm.serve.api.plugin_metrics import Metrics
+from regrad_vllm.serve.arena.arena import Arena
 from regrad_vllm.serve.kernels.batch import BatchDocuments
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.seams.worker_patches import StepRequests
 from regrad_vllm.serve.worker.admissions import Admissions
-from regrad_vllm.serve.worker.device import Resident
+from regrad_vllm.serve.worker.device import NoMemory, Resident
 from regrad_vllm.serve.worker.pool import Pool, PoolFull
-from regrad_vllm.serve.worker.steps import StepRequests, Steps
+from regrad_vllm.serve.worker.steps import Steps
 from tests.serve.support import Worker, record_bytes, stored_recipe
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """vLLM's LoRARequest, of ours or of an operator."""
-
-    lora_name: str
-    lora_path: str
-
-
-def adapter(recipe: Recipe) -> Adapter:
-    return Adapter(recipe.name, recipe.path)
-
-
-@dataclass
-class Engine:
-    """A model runner: the requests that it knows, and the batch of the next step."""
-
-    worker: Worker
-    known: dict[str, Adapter | None] = field(default_factory=dict)
-    batches: list[BatchDocuments | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.worker.device.set_batch = self.batches.append  # type: ignore[method-assign]
-
-    def step(self, **tokens: int) -> BatchDocuments | None:
-        """A step with so many tokens of each request. The table that the device has then."""
-        requests = StepRequests(list(tokens), np.array(list(tokens.values())), self.known.__getitem__, self.known)
-        self.worker.steps.set(requests)
-        return self.batches[-1]
-
-
-def documents(batch: BatchDocuments | None, row: int) -> list[tuple[int, float]]:
-    """(address, step) of the documents of a token row; an empty list for a row that isn't ours."""
-    assert batch is not None
-    places = np.flatnonzero(batch.rows == row)
-    if not len(places):
-        return []
-    own = slice(*batch.first[places[0] : places[0] + 2])
-    return list(zip(batch.addresses[own].tolist(), batch.steps[own].tolist(), strict=True))
+from tests.serve.worker.stepping import Adapter, Engine, adapter, documents
 
 
 @pytest.fixture
@@ -87,12 +52,12 @@ def test_each_row_has_its_requests_documents(worker: Worker, learner: Learner, a
     batch = engine.step(a=3, b=2, c=1, d=1, e=2, f=1)
     assert batch is not None and batch.num_rows == 10
     assert batch.rows.tolist() == [0, 1, 2, 5, 7, 8, 9] and batch.first.tolist() == [0, 2, 4, 6, 9, 9, 9, 11]
-    expected = list(zip(addresses(worker, first), np.float32(first.steps).tolist(), strict=True))
+    expected = list(zip(addresses(worker, first), np.float32(first.coefficients).tolist(), strict=True))
     assert [documents(batch, row) for row in (0, 2, 9)] == [expected] * 3
     assert [address for address, _ in documents(batch, 5)] == addresses(worker, second)
     assert documents(batch, 3) == documents(batch, 6) == documents(batch, 7) == []
     assert addresses(worker, first)[1] == addresses(worker, second)[0], "a document is there once"
-    assert [step for _, step in documents(batch, 5)] == pytest.approx([-0.7, -0.35, -0.7 / 3])
+    assert [coefficient for _, coefficient in documents(batch, 5)] == pytest.approx([-0.7, -0.35, -0.7 / 3])
 
 
 def test_a_table_stays_while_the_batch_does(worker: Worker, learner: Learner, arena: Arena) -> None:
@@ -121,10 +86,10 @@ def test_a_last_step_finds_the_documents_that_the_server_let_go(worker: Worker, 
     engine = Engine(worker, {"a": adapter(recipe)})
     batch = engine.step(a=1)
     worker.admissions.release(recipe)
-    assert worker.pool.figures().num_pinned == 1
+    assert worker.pool.figures().num_held == 1
     assert documents(engine.step(a=1), 0) == documents(batch, 0)
     engine.known.clear()
-    assert worker.steps.figures()["num_running"] == worker.pool.figures().num_pinned == 0
+    assert worker.steps.figures()["num_running"] == worker.pool.figures().num_held == 0
     assert engine.worker.steps.figures()["num_late"] == 0
 
 
@@ -137,11 +102,11 @@ def test_a_preempted_request_keeps_its_documents_or_comes_back_to_those_of_the_s
     engine = Engine(worker, {"a": adapter(recipe), "b": None})
     batch = engine.step(a=1, b=1)
     engine.step(b=1)  # the older runner still knows it
-    assert worker.pool.figures().num_pinned == 1
+    assert worker.pool.figures().num_held == 1
     assert documents(engine.step(b=1, a=1), 1) == documents(batch, 0)
     del engine.known["a"]
     engine.step(b=1)  # the newer runner forgets it
-    assert worker.pool.figures().num_pinned == 1, "the server's hold"
+    assert worker.pool.figures().num_held == 1, "the server's hold"
     with pytest.raises(PoolFull):
         worker.admissions.admit(other, str(arena.folder))
     engine.known["a"] = adapter(recipe)
@@ -180,7 +145,40 @@ def test_a_document_that_is_nowhere_costs_its_own_request_and_no_other(
     assert worker.steps.figures()["num_lost"] == 2 and f"adapter {first.name} runs without" in caplog.text
     engine.known.clear()
     worker.steps.forget()
-    assert worker.pool.figures().num_pinned == 1
+    assert worker.pool.figures().num_held == 1
+
+
+def test_late_and_lost_requests_reach_the_servers_metrics(worker: Worker, learner: Learner, arena: Arena) -> None:
+    first, second, lost = (stored_recipe(arena, learner, [text]) for text in ("one", "two", "three"))
+    (arena.folder / lost.digests[0]).unlink()
+    worker.admissions.admit(first, str(arena.folder))
+    Engine(worker, {id: adapter(recipe) for id, recipe in (("a", second), ("b", lost))}).step(a=1, b=1)
+
+    async def figures() -> dict[str, int]:
+        client = DoorClient(worker.door.address)
+        answer = await client.hold(client.new_question(), first, str(arena.folder), "")
+        await client.close()
+        return dict(answer["pool"])
+
+    registry = CollectorRegistry()
+    Metrics.create(registry).observe_worker("0/0", asyncio.run(figures()))
+    for name in ("regrad_worker_late", "regrad_worker_lost"):
+        assert registry.get_sample_value(name, {"worker": "0/0"}) == 1, name
+
+
+def test_a_device_without_memory_costs_one_request(
+    worker: Worker, learner: Learner, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (stored_recipe(arena, learner, [text]) for text in ("one", "two"))
+    worker.admissions.admit(first, str(arena.folder))
+
+    def load(arena: str, digest: str) -> Resident:
+        raise NoMemory("full")
+
+    monkeypatch.setattr(worker.device, "load", load)
+    engine = Engine(worker, {"a": adapter(first), "b": adapter(second)})
+    assert len(documents(engine.step(a=1, b=1), 0)) == 1
+    assert worker.steps.figures()["num_lost"] == 1
 
 
 def test_a_full_pool_gets_back_what_the_runner_forgot_after_its_last_step(learner: Learner, arena: Arena) -> None:
@@ -214,6 +212,7 @@ class Memory:
     """A device whose documents have numbers as addresses. A forgotten one is noticed by who still uses it."""
 
     refusal = ""
+    max_documents = 10**9
 
     def __init__(self) -> None:
         self.there: dict[int, str] = {}
@@ -307,7 +306,7 @@ def test_no_step_ever_reads_a_document_that_is_gone_or_anothers() -> None:
     steps.forget()
     assert not runner.failures, runner.failures[:3]
     figures = pool.figures()
-    assert figures.num_pinned == 0 and figures.num_evictions > 10 and len(admissions) == 0
+    assert figures.num_held == 0 and figures.num_evictions > 10 and len(admissions) == 0
     assert steps.figures()["num_late"] == 0
 
 

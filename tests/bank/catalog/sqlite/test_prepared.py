@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from bank_service.catalog.sqlite.prepared import Prepared, among, listed
+from bank_service.catalog.sql.prepared import Prepared, among, listed
 
 metadata = sa.MetaData()
 things = sa.Table(

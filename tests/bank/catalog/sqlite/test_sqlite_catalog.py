@@ -66,6 +66,9 @@ def refuse_writes(connection: sa.Connection) -> None:
 
 
 def test_a_database_that_cannot_be_written_is_unavailable_not_acknowledged(catalog: SqliteCatalog) -> None:
+    """Not by a new connection either."""
+    engine = catalog._writer._engine
+    sa.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
     catalog._writer.submit(refuse_writes).result()
     with pytest.raises(UnavailableError, match="must be writable"):
         catalog.put(document(), gradient(), None).result()

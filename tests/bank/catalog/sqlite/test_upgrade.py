@@ -161,7 +161,8 @@ def test_every_older_schema_becomes_the_one_of_a_new_catalog(
             assert {id: item and item.document.text for id, item in found.items()} == {
                 id: text for id, (_, text, _) in newest.items()
             }
-            assert set(view.best_words("default", "owl", [], 9)) == {found[id].key for id in ("kept", "shared")}  # type: ignore[union-attr]
+            best = catalog.words.best(view, "default", "owl", [], 9)
+            assert set(best) == {found[id].key for id in ("kept", "shared")}  # type: ignore[union-attr]
             red = Condition("colour", Operator.EQUALS, ("red",))
             assert view.matching("default", [red]) == [found["kept"].key]  # type: ignore[union-attr]
             assert view.totals().num_past_versions == (expected["totals"]["num_past_versions"] if with_history else 0)
@@ -277,6 +278,19 @@ def test_a_folder_of_schema_6_gets_vectors_of_sentences_as_they_are_needed(tmp_p
     assert catalog.put_sentences(1, SentenceVectors(b"places", b"vectors")).result() is True
     catalog.close()
     assert objects(tmp_path) == before
+
+
+def test_the_vectors_of_schema_7_count_as_bytes_after_the_upgrade(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path, IDENTITY)
+    catalog.put(document(namespace="tenant"), gradient(), None, SentenceVectors(b"places", b"vectors")).result()
+    expected = usage(catalog)
+    catalog.close()
+    become(tmp_path, 7, ["UPDATE namespace_usage SET num_bytes = num_bytes - 13"])
+    catalog = open_catalog(tmp_path, IDENTITY)
+    assert usage(catalog) == expected
+    catalog.delete("tenant", "a", None).result()
+    assert usage(catalog)["tenant"] == [0, 0]
+    catalog.close()
 
 
 def test_an_upgrade_that_fails_near_its_end_leaves_the_folder_as_it_was(

@@ -1,0 +1,151 @@
+"""A bank's claim to a store of gradients. Only the process that opened the store last removes gradients from it.
+
+OWNER, an object of the store, names the collection and that process. A process that finds another one there removes
+nothing more: it may have lost its catalog to the other one. If it still has its catalog, there are two catalogs with
+one id, such as a database and its restored dump. Each would remove gradients of the other. So it takes the other's
+name out of OWNER, and the other one removes nothing more, either.
+
+SEQUENCE, another object, has a sequence that the catalog has reached. So a bank refuses an older state of its catalog.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from bank_service.blobs.objects import Objects, ObjectsTakenError
+from bank_service.errors import CollectionMismatchError
+
+logger = logging.getLogger(__name__)
+
+OWNER = "bank.json"
+SEQUENCE = "sequence.json"
+CHECK_SECONDS = 1.0  # removals go on for so long after a look at OWNER
+KEEP_SECONDS = 30.0  # between two looks at OWNER of a bank that removes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The bank that a store belongs to."""
+
+    collection_id: str
+    is_restoring: bool = False  # no bank has opened it yet
+    process: str = ""  # random; of the process that opened the store last; empty: none may remove gradients
+
+    @classmethod
+    def read(cls, objects: Objects) -> Owner | None:
+        """None where the store has no owner. OSError."""
+        try:
+            return cls(**json.loads(objects.read(OWNER)))
+        except FileNotFoundError:
+            return None
+
+    @property
+    def content(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+class Claim:
+    """The claim of one process. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        place: str,
+        collection_id: str,
+        sequence: Callable[[], int],
+        has_catalog: Callable[[], bool],
+    ) -> None:
+        """``sequence`` returns the catalog's last one. ``has_catalog`` says whether this process may still change its
+        catalog. ``place`` is for messages."""
+        self._objects = objects
+        self._place = place
+        self._owner = Owner(collection_id, process=secrets.token_hex(16))
+        self._sequence = sequence
+        self._has_catalog = has_catalog
+        self._lock = threading.Lock()
+        self._is_lost = False
+        self._other: Owner | None = None  # whose name must still be taken out
+        self._checked_until = self._kept_until = 0.0
+        self._noted = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Another process has opened the store, so this one removes no more gradients."""
+        return self._is_lost
+
+    def take(self) -> None:
+        """Opens the store for this process. CollectionMismatchError where the catalog is older than the gradients.
+        OSError."""
+        try:
+            self._noted = int(json.loads(self._objects.read(SEQUENCE))["sequence"])
+        except FileNotFoundError:
+            self._noted = 0
+        sequence = self._sequence()
+        if sequence < self._noted:
+            raise CollectionMismatchError(
+                f"the catalog must be as new as the gradients in {self._place}, which has reached sequence "
+                f"{self._noted}, got {sequence}: it is an older state, and the bank would remove all newer gradients. "
+                "Name the newer catalog, or give this one a copy of the gradients elsewhere. If the newer one is lost, "
+                f"remove {SEQUENCE} there"
+            )
+        self._objects.put(OWNER, self._owner.content)
+        self._note(sequence)
+
+    def check(self) -> None:
+        """ObjectsTakenError unless this process may remove gradients now. OSError where the store does not tell."""
+        with self._lock:
+            if not self._is_lost and time.monotonic() >= self._checked_until:
+                self._look()
+            if self._is_lost:
+                raise ObjectsTakenError(
+                    "another process has opened the store of this bank's gradients, so this one removes none there"
+                )
+
+    def keep(self) -> None:
+        """Call it often. It looks at the store once in KEEP_SECONDS. OSError, CatalogReadError."""
+        with self._lock:
+            if time.monotonic() < self._kept_until:
+                return
+            self._kept_until = time.monotonic() + KEEP_SECONDS
+            self._keep()
+
+    def close(self) -> None:
+        """Notes the catalog's last sequence. OSError, CatalogReadError."""
+        with self._lock:
+            self._keep()
+
+    def _keep(self) -> None:
+        if not self._is_lost:
+            sequence = self._sequence()
+            self._look()
+            if not self._is_lost:
+                self._note(sequence)
+        if self._other is not None and self._has_catalog():
+            self._objects.put(OWNER, replace(self._other, process="").content)
+            self._other = None
+
+    def _look(self) -> None:
+        found = Owner.read(self._objects)
+        if found == self._owner:
+            self._checked_until = time.monotonic() + CHECK_SECONDS
+            return
+        self._is_lost = True
+        self._other = found if found is not None and found.process else None
+        self._kept_until = 0.0
+        logger.error(
+            "another process has opened %s, so this bank removes no more gradients there; stop one of the two. If "
+            "each has a catalog, such as a restored dump, give one of them a copy of the gradients elsewhere. Then "
+            "start the bank that keeps this place again",
+            self._place,
+        )
+
+    def _note(self, sequence: int) -> None:
+        if sequence > self._noted:
+            self._objects.put(SEQUENCE, json.dumps({"sequence": sequence}).encode())
+            self._noted = sequence

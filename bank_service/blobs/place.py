@@ -1,0 +1,168 @@
+"""Where a bank keeps its gradients: in its folder, or in an object store.
+
+The folder names its object store in OBJECTS_FILE, so that no start uses another. The store names its bank in OWNER, see
+``claim``. So a bank does not use the store of another bank, whose gradients it would sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+from bank_service.blobs.blob_store import BlobStore, objects_in
+from bank_service.blobs.claim import OWNER, Claim, Owner
+from bank_service.blobs.folder_objects import fsync_folder
+from bank_service.blobs.objects import Objects
+from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.catalog.contract import Catalog
+from bank_service.errors import BankError, CollectionMismatchError
+from bank_service.values.config import BankConfig
+
+OBJECTS_FILE = "objects.json"
+_BLOBS = "blobs"  # the folder's part
+
+
+def objects_of(data_dir: Path, url: str | None) -> str | None:
+    """The URL of the object store of a bank's folder; None: the folder has the gradients itself.
+
+    ``url`` is the choice for a folder without a bank. CollectionMismatchError where the bank has made another choice.
+    """
+    try:
+        stored: str = json.loads((data_dir / OBJECTS_FILE).read_text())["url"]
+    except FileNotFoundError:
+        if url is not None and (data_dir / _BLOBS).exists():
+            raise CollectionMismatchError(
+                f"{data_dir} must be a new bank's for --objects, its gradients lie in the folder; to move them, take a "
+                "snapshot and restore it with --objects"
+            ) from None
+        return url
+    if url is not None and url.rstrip("/") != stored:
+        raise CollectionMismatchError(
+            f"--objects must be {stored}, where the gradients of {data_dir} lie, got {url}; leave it out, or take a "
+            "snapshot and restore it with --objects"
+        )
+    return stored
+
+
+def check_objects(data_dir: Path, url: str | None) -> None:
+    """Raises the errors of ``open_blobs`` that can be told before the bank is open. Changes nothing."""
+    chosen = objects_of(data_dir, url)
+    if chosen is not None:
+        Owner.read(_opened(chosen))
+
+
+def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
+    """Opens or creates the store of a bank's gradients.
+
+    CollectionMismatchError where they lie elsewhere, where they are newer than the catalog, or where the place has
+    gradients of another bank or other objects. OSError where the store doesn't answer or refuses this bank.
+    RuntimeError where obstore is missing.
+    """
+    data_dir, collection_id = config.data_dir, catalog.collection_id
+    chosen = objects_of(data_dir, config.objects)
+    objects: Objects
+    if chosen is None:
+        if config.catalog is not None and not (data_dir / _BLOBS).exists():
+            _check_no_gradients(catalog, str(data_dir), f"make the folder {_BLOBS} in it")
+        objects = objects_in(data_dir / _BLOBS)
+    else:
+        objects = _opened(chosen)
+    place = chosen or str(data_dir / _BLOBS)
+    owner = Owner.read(objects)
+    if owner is not None and owner.collection_id != collection_id:
+        raise CollectionMismatchError(
+            f"{place} must be empty or this bank's own, it belongs to collection {owner.collection_id}; "
+            "each bank needs a place of its own"
+        )
+    if owner is None and chosen is not None:
+        owned = Owner(collection_id)
+        _check_no_gradients(catalog, chosen, f"store {owned.content.decode()} there as {OWNER}")
+        _take(objects, chosen, owned)
+    claim = Claim(objects, place, collection_id, partial(_sequence, catalog), partial(_is_writable, catalog))
+    claim.take()
+    if chosen is not None:
+        _note(data_dir, chosen)
+    return BlobStore(objects, claim)
+
+
+def _sequence(catalog: Catalog) -> int:
+    with catalog.view() as view:
+        return view.sequence()
+
+
+def _is_writable(catalog: Catalog) -> bool:
+    try:
+        catalog.finish_erasures([]).result()  # changes nothing, but takes a transaction
+    except BankError:
+        return False
+    return True
+
+
+def _check_no_gradients(catalog: Catalog, place: str, remedy: str) -> None:
+    """Without this, a bank in a wrong place would make all gradients anew."""
+    with catalog.view() as view:
+        has_gradients = bool(view.gradients("", 1))
+    if has_gradients:
+        raise CollectionMismatchError(
+            f"the catalog's gradients must lie in {place}, which has none; name their folder with --data-dir or their "
+            f"store with --objects. If they are lost, {remedy}: the bank then makes them again, but for uploaded ones"
+        )
+
+
+def stored_blobs(data_dir: Path) -> BlobStore:
+    """Opens the store of a bank's gradients, whose bank is stopped. The errors of ``open_blobs``."""
+    chosen = objects_of(data_dir, None)
+    return BlobStore.in_folder(data_dir / _BLOBS) if chosen is None else BlobStore(_opened(chosen))
+
+
+def restored_blobs(data_dir: Path, url: str | None, collection_id: str) -> BlobStore:
+    """The store for the gradients of a bank that is being restored into ``data_dir``.
+
+    The object store must be empty, except for the part of a restore of the same bank that was interrupted. The errors
+    of ``open_blobs``.
+    """
+    if url is None:
+        return BlobStore.in_folder(data_dir / _BLOBS)
+    objects = _opened(url)
+    wanted = Owner(collection_id, is_restoring=True)
+    owner = Owner.read(objects)
+    if owner is None:
+        _take(objects, url, wanted)
+    elif owner != wanted:
+        raise CollectionMismatchError(f"{url} must be empty, it belongs to a bank; restore into another prefix")
+    _note(data_dir, url)
+    return BlobStore(objects)
+
+
+def _opened(url: str) -> Objects:
+    try:
+        return RemoteObjects.at(url)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "obstore must be installed for gradients in an object store; pip install '.[objects]'"
+        ) from error
+
+
+def _take(objects: Objects, url: str, owner: Owner) -> None:
+    found = next(iter(objects.list()), None)
+    if found is not None:
+        raise CollectionMismatchError(f"{url} must be empty for a new bank, it has {found!r}; use another prefix")
+    objects.add(OWNER, owner.content)
+    if Owner.read(objects) != owner:
+        raise CollectionMismatchError(f"{url} must belong to one bank, another one has just taken it")
+
+
+def _note(data_dir: Path, url: str) -> None:
+    """Notes the URL in the bank's folder, durably."""
+    path = data_dir / OBJECTS_FILE
+    if path.exists():
+        return
+    new = path.with_name(f"{OBJECTS_FILE}.new")
+    with new.open("w") as file:
+        json.dump({"url": url.rstrip("/")}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    fsync_folder(data_dir)

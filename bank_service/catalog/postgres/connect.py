@@ -1,0 +1,84 @@
+"""Connections to PostgreSQL: the URL, the settings of a session, and what an error is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 60  # the longest that one statement of a reader may take
+LOCK_SECONDS = 10  # the longest that a write waits for a lock, such as that of an operator's VACUUM FULL
+# A connection that a network has dropped without a word is noticed after so long, by either end.
+_SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+# Parameters of libpq; those in the URL go first.
+_PARAMETERS: dict[str, str | int] = {
+    "connect_timeout": CONNECT_SECONDS,
+    "application_name": "regrad-bank",
+    "tcp_user_timeout": 15_000,  # milliseconds
+    **_SILENCE,
+}
+_SESSION = (
+    *(f"SET tcp_{name} = {value}" for name, value in _SILENCE.items()),
+    f"SET lock_timeout = {LOCK_SECONDS * 1000}",
+    "SET client_min_messages = warning",
+)
+_READER = (
+    f"SET statement_timeout = {READ_SECONDS * 1000}",
+    # A plan for any filter would be a bad one for most: how many documents meet it decides the way.
+    "SET plan_cache_mode = force_custom_plan",
+    "SET jit = off",  # it takes longer to compile a search than to run it
+)
+# The server may be stricter: then a commit also waits for its standbys.
+_WRITER = ("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",)
+NUM_READERS = 8  # connections kept open; more are opened while more threads read
+
+
+def reader_of(url: str) -> sa.Engine:
+    """Transactions that read one committed state."""
+    begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    return _engine(url, begin, (*_SESSION, *_READER), pool_size=NUM_READERS, max_overflow=-1)
+
+
+def writer_of(url: str) -> sa.Engine:
+    """Transactions that write, on one connection."""
+    return _engine(url, "BEGIN", (*_SESSION, *_WRITER), pool_size=1, max_overflow=0)
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    return sa.make_url(url).render_as_string(hide_password=True)
+
+
+def error_name(error: BaseException) -> str:
+    """The error's name, without its message: that may have text of a document or an address of the operator's."""
+    cause = getattr(error, "orig", None) or error
+    state = getattr(cause, "sqlstate", None)
+    return f"{type(cause).__name__} {state}" if state else type(cause).__name__
+
+
+def _engine(url: str, begin: str, session: tuple[str, ...], **pool: int) -> sa.Engine:
+    parsed = sa.make_url(url).set(drivername="postgresql+psycopg")
+    try:
+        engine = sa.create_engine(
+            parsed,
+            connect_args={name: value for name, value in _PARAMETERS.items() if name not in parsed.query},
+            hide_parameters=True,  # parameters are texts of documents, which must not get into errors and logs
+            **pool,
+        )
+    except ImportError as error:
+        raise RuntimeError(
+            "psycopg must be installed for a catalog in PostgreSQL; pip install '.[postgres]'"
+        ) from error
+
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.autocommit = True  # otherwise the driver begins transactions by itself
+        for statement in session:
+            connection.execute(statement)
+
+    def on_begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    sa.event.listen(engine, "connect", on_connect)
+    sa.event.listen(engine, "begin", on_begin)
+    return engine

@@ -1,0 +1,92 @@
+"""Checks a server before a bank keeps its catalog there."""
+
+from __future__ import annotations
+
+import logging
+
+import sqlalchemy as sa
+
+from bank_service.catalog.postgres.connect import error_name, shown, writer_of
+from bank_service.catalog.postgres.postgres_writer import take_lock
+
+logger = logging.getLogger(__name__)
+
+LEAST_SERVER = 16
+LEAST_VECTOR = (0, 8)
+
+
+def check_free(url: str) -> None:
+    """RuntimeError where the server can't be reached or can't hold a catalog. BankInUseError where a bank has it.
+
+    Changes nothing.
+    """
+    engine = writer_of(url)
+    sa.event.listen(engine, "connect", take_lock)
+    try:
+        with engine.begin() as connection:
+            check_server(connection, url)
+    except sa.exc.SQLAlchemyError as error:
+        raise unreachable(url, error) from error
+    finally:
+        engine.dispose()
+
+
+def unreachable(url: str, error: sa.exc.SQLAlchemyError) -> RuntimeError:
+    """The error for a bank's start. Its message goes to the operator alone, so it has the driver's first line."""
+    cause = getattr(error, "orig", None) or error
+    first = (str(cause).strip() or error_name(error)).splitlines()[0]
+    return RuntimeError(f"the catalog {shown(url)} must be reachable, got: {first}; is PostgreSQL running?")
+
+
+def check_server(connection: sa.Connection, url: str) -> None:
+    """RuntimeError for an old server, an old pgvector, or a database in another encoding than UTF-8."""
+    version, encoding, is_lasting = connection.exec_driver_sql(
+        "SELECT current_setting('server_version_num')::int / 10000, current_setting('server_encoding'), "
+        "current_setting('fsync')::bool"
+    ).one()
+    if version < LEAST_SERVER:
+        raise RuntimeError(f"PostgreSQL must be {LEAST_SERVER} or newer, got {version} at {shown(url)}")
+    if encoding != "UTF8":
+        raise RuntimeError(f"the database must have the encoding UTF8, got {encoding} at {shown(url)}")
+    if not is_lasting:
+        logger.warning("PostgreSQL runs with fsync off: a crash of its machine may lose changes that were acknowledged")
+    found = connection.exec_driver_sql(
+        "SELECT coalesce(installed_version, default_version) FROM pg_available_extensions WHERE name = 'vector'"
+    ).scalar_one_or_none()
+    numbers = tuple(int(part) for part in str(found or "0.0").split(".")[:2])
+    if numbers < LEAST_VECTOR:
+        least = ".".join(map(str, LEAST_VECTOR))
+        got = f"pgvector {found}" if found else "no pgvector"
+        raise RuntimeError(
+            f"the server must have pgvector {least} or newer, got {got} at {shown(url)}; install it there, or run "
+            "ALTER EXTENSION vector UPDATE"
+        )
+
+
+def check_schema(connection: sa.Connection, url: str) -> None:
+    """RuntimeError where the search path leads to the catalog of another schema than its first.
+
+    Two banks with different first schemas would have different locks, and would share the tables of the second.
+    """
+    schema, other = connection.exec_driver_sql(
+        "SELECT current_schema(), (SELECT nspname FROM pg_class JOIN pg_namespace space ON space.oid = relnamespace "
+        "WHERE pg_class.oid = to_regclass('collection') AND nspname <> current_schema())"
+    ).one()
+    if other is not None:
+        raise RuntimeError(
+            f"search_path must lead to one catalog, got that of the schema {other} behind {schema} at {shown(url)}; "
+            f"name a schema of its own for each bank, and keep no catalog in {other}"
+        )
+
+
+def add_extension(connection: sa.Connection, url: str) -> None:
+    """Adds pgvector to the database. RuntimeError where this user may not."""
+    if connection.exec_driver_sql("SELECT 1 FROM pg_extension WHERE extname = 'vector'").first() is not None:
+        return
+    try:
+        connection.exec_driver_sql("CREATE EXTENSION vector")
+    except sa.exc.DBAPIError as error:
+        raise RuntimeError(
+            f"the database at {shown(url)} must have the extension vector, got {error_name(error)} on creating it; "
+            "let an administrator run CREATE EXTENSION vector"
+        ) from error

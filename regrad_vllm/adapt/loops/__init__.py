@@ -1,1 +1,0 @@
-"""Loops compiled by numba: one composes an adapter into a slot, the other applies each row's own adapter."""

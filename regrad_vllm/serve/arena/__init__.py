@@ -1,0 +1,1 @@
+"""Gradient records in shared memory: the API server writes them, the workers read them."""

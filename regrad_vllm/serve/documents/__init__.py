@@ -1,0 +1,1 @@
+"""Documents over HTTP: routes to store, read, list, delete and search them, beside vLLM's own routes."""

