@@ -136,7 +136,7 @@ async def sentinel_group(folder: Path, password: str, sentinel_password: str) ->
         f"requirepass {sentinel_password}\n"
         f"sentinel monitor bank 127.0.0.1 {ports[0]} 1\n"
         f"sentinel auth-pass bank {password}\n"
-        "sentinel down-after-milliseconds bank 500\n"
+        "sentinel down-after-milliseconds bank 2000\n"
         "sentinel failover-timeout bank 2000\n"
     )
     sentinel = RedisProcess(folder / "sentinel", ports[2], [str(config), "--sentinel"], get_binary_path())

@@ -26,7 +26,7 @@ from tests.bank.object_servers import free_ports
 from tests.bank.records.test_fetch import cached, ingested, whole
 from tests.bank.redis_servers import RedisProcess, redis_cluster, sentinel_group, tls_options, tls_server, until
 
-TIMEOUT_MS = 500
+TIMEOUT_MS = 2000
 RECORDS = {record_digest(record): record for record in (f"record {number}".encode() for number in range(60))}
 PASSWORD = "s3cret"
 
@@ -50,7 +50,8 @@ async def all_are_cached(cache: RedisCache) -> bool:
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
 async def test_a_node_that_is_gone_is_a_miss_for_its_records_alone(tmp_path: Path, fault: signal.Signals) -> None:
     async with redis_cluster(tmp_path) as cluster, cache_at(cluster.url) as cache:
-        assert await all_are_cached(cache) and await cache.is_available()
+        await until(lambda: all_are_cached(cache))
+        assert await cache.is_available()
         gone = cluster.servers[1]
         own = {digest for digest in RECORDS if cluster.owner(digest) is gone}
         assert 5 < len(own) < 55, "the records are spread"
@@ -77,7 +78,7 @@ async def test_a_node_that_is_gone_is_a_miss_for_its_records_alone(tmp_path: Pat
 @pytest.mark.asyncio
 async def test_a_record_whose_slot_moves_is_found_at_its_new_server(tmp_path: Path) -> None:
     async with redis_cluster(tmp_path) as cluster, cache_at(cluster.url) as cache:
-        assert await all_are_cached(cache)
+        await until(lambda: all_are_cached(cache))
         digest = next(iter(RECORDS))
         old = cluster.owner(digest)
         new = next(server for server in cluster.servers if server is not old)
@@ -165,7 +166,7 @@ async def test_a_cluster_is_found_when_it_is_there_by_any_node_that_the_url_name
 @pytest.mark.asyncio
 async def test_the_server_that_sentinels_put_in_the_place_of_a_dead_one_is_used(tmp_path: Path) -> None:
     async with sentinel_group(tmp_path, PASSWORD, "another") as group, cache_at(group.url) as cache:
-        assert await all_are_cached(cache) and await cache.is_available()
+        await until(lambda: all_are_cached(cache))
         group.primary.kill()
         assert await cache.get(list(RECORDS)) == {}
         await until(lambda: all_are_cached(cache))
@@ -177,7 +178,7 @@ async def test_a_server_with_tls_is_used_only_with_its_authority(tmp_path: Path)
     async with tls_server(tmp_path) as (server, authority):
         url = f"rediss://localhost:{server.port}"
         async with cache_at(f"{url}?ssl_ca_certs={authority}") as cache:
-            assert await all_are_cached(cache)
+            await until(lambda: all_are_cached(cache))
         for wrong in (url, f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={authority}"):
             async with cache_at(wrong) as cache:
                 assert await cache.get(list(RECORDS)) == {} and not await cache.is_available()
@@ -188,7 +189,7 @@ async def test_all_servers_of_a_cluster_are_used_with_tls(tmp_path: Path) -> Non
     binary, options, authority = tls_options(tmp_path, "IP:127.0.0.1")
     async with redis_cluster(tmp_path, binary, options) as cluster:
         async with cache_at(f"{cluster.url}?ssl_ca_certs={authority}") as cache:
-            assert await all_are_cached(cache) and await cache.is_available()
+            await until(lambda: all_are_cached(cache))
         async with cache_at(cluster.url) as cache:
             assert await cache.get(list(RECORDS)) == {} and not await cache.is_available()
 
