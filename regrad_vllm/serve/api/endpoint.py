@@ -12,11 +12,12 @@ import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 
 from bank_service.wire.ports import is_loopback
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
 
 _LOGGER = logging.getLogger("regrad")
+MAX_RESIDENT = 100_000  # records in an answer of /v1/regrad/resident
 
 
 class RegradEndpoint:
@@ -112,6 +114,7 @@ class RegradEndpoint:
         _warn_of_open_documents(settings, args)
         state.regrad_status = status_of(state.regrad, arena, bank, dtype)
         state.regrad_models = models
+        state.regrad_arena = arena
 
 
 def _check_root_path(root_path: str | None) -> None:
@@ -204,6 +207,14 @@ def routes() -> APIRouter:
     async def status(request: Request, base_weights: bool = False) -> JSONResponse:
         """The state of learner, bank, arena and workers. With base_weights also the SHA-256 of W in each worker."""
         return JSONResponse(await request.app.state.regrad_status(base_weights))
+
+    @router.get("/v1/regrad/resident")
+    async def resident(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RESIDENT)] = 1000) -> JSONResponse:
+        """The gradients in this API server's arena, for routers, the most recently used first."""
+        arena: Arena = request.app.state.regrad_arena
+        figures = arena.figures()
+        found = {"num_records": figures.num_records, "used_bytes": figures.used_bytes, "max_bytes": figures.max_bytes}
+        return JSONResponse({**found, "records": [asdict(record) for record in arena.records(limit)]})
 
     @router.get("/v1/regrad/requests/{request_id:path}")  # an id may contain slashes
     async def used(request: Request, request_id: str) -> JSONResponse:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from regrad_vllm.serve.arena.folders import default_root, make_folder
@@ -39,9 +40,20 @@ class ArenaFigures:
     num_evictions: int
 
 
+@dataclass(frozen=True, slots=True)
+class ArenaRecord:
+    """A record in the arena. GET /v1/regrad/resident shows it by these names."""
+
+    gradient_digest: str
+    num_bytes: int
+    num_uses: int  # requests that took it since it came
+    num_holds: int  # requests that hold it now
+
+
 @dataclass(slots=True)
 class _Stored:
     num_bytes: int
+    num_uses: int = 0
     num_holds: int = 0
     doomed: bool = False  # it is not given out again, and it is removed with its last hold
 
@@ -99,6 +111,15 @@ class Arena:
                 num_evictions=self._num_evictions,
             )
 
+    def records(self, limit: int) -> list[ArenaRecord]:
+        """Up to ``limit`` records that a request would find, the most recently used first."""
+        with self._lock:
+            present = ((digest, entry) for digest, entry in reversed(self._entries.items()) if not entry.doomed)
+            return [
+                ArenaRecord(digest, entry.num_bytes, entry.num_uses, entry.num_holds)
+                for digest, entry in islice(present, limit)
+            ]
+
     def close(self) -> None:
         """Removes the folder and releases its lock. Idempotent."""
         with self._lock:
@@ -125,9 +146,7 @@ class Arena:
                     missing.append(digest)
                     continue
                 self._num_hits += 1
-                entry.num_holds += 1
-                self._entries.move_to_end(digest)
-                hold._digests.append(digest)
+                self._hold(hold, digest, entry)
         return missing
 
     def _put_held(self, hold: ArenaHold, digest: str, record: bytes) -> None:
@@ -140,9 +159,7 @@ class Arena:
             hold._check_unreleased()
             entry = self._entries.get(digest)
             if entry is not None and not entry.doomed:  # another request has published it
-                entry.num_holds += 1
-                hold._digests.append(digest)
-                self._entries.move_to_end(digest)
+                self._hold(hold, digest, entry)
                 return
             if entry is None:
                 self._make_room(len(record))
@@ -151,8 +168,13 @@ class Arena:
                 entry = self._entries[digest] = _Stored(len(record))
                 self._used_bytes += len(record)
             entry.doomed = False
-            entry.num_holds += 1
-            hold._digests.append(digest)
+            self._hold(hold, digest, entry)
+
+    def _hold(self, hold: ArenaHold, digest: str, entry: _Stored) -> None:
+        entry.num_uses += 1
+        entry.num_holds += 1
+        self._entries.move_to_end(digest)
+        hold._digests.append(digest)
 
     def _release(self, hold: ArenaHold, doom: bool) -> None:
         with self._lock:

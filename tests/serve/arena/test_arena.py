@@ -50,6 +50,21 @@ def test_a_worker_reads_what_the_server_put(arena: Arena) -> None:
     assert arena.hold().take([digest]) == []
 
 
+def test_its_records_are_told_with_their_uses_the_latest_first(arena: Arena) -> None:
+    fill(arena, range(3))
+    with arena.hold() as hold:
+        assert hold.take([record(1)[0]]) == []
+        told = arena.records(2)
+        assert [(one.gradient_digest, one.num_bytes, one.num_uses, one.num_holds) for one in told] == [
+            (record(1)[0], 100, 2, 1), (record(2)[0], 100, 1, 0),
+        ]  # fmt: skip
+    damaged, other = arena.hold(), arena.hold()
+    assert damaged.take([record(1)[0]]) == other.take([record(1)[0]]) == []
+    damaged.release(discard=True)
+    assert [one.gradient_digest for one in arena.records(9)] == [record(2)[0], record(0)[0]], "nobody gets it again"
+    other.release()
+
+
 def test_the_least_recently_used_goes_first(arena: Arena) -> None:
     fill(arena, range(10))
     fill(arena, range(0, 1))  # 0 is used again
