@@ -7,13 +7,12 @@ The folder names its object store in OBJECTS_FILE, so that no start uses another
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
 from bank_service.blobs.blob_store import BlobStore, objects_in
 from bank_service.blobs.claim import OWNER, Claim, Owner
-from bank_service.blobs.folder_objects import fsync_folder
+from bank_service.blobs.folder_objects import write_durably
 from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.catalog.contract import Catalog
@@ -34,14 +33,14 @@ def objects_of(data_dir: Path, url: str | None) -> str | None:
     except FileNotFoundError:
         if url is not None and (data_dir / _BLOBS).exists():
             raise CollectionMismatchError(
-                f"{data_dir} must be a new bank's for --objects, its gradients lie in the folder; to move them, take a "
-                "snapshot and restore it with --objects"
+                f"{data_dir} must be a new bank's for --objects, its gradients lie in the folder; `regrad move` "
+                "carries the bank to another place"
             ) from None
         return url
     if url is not None and url.rstrip("/") != stored:
         raise CollectionMismatchError(
-            f"--objects must be {stored}, where the gradients of {data_dir} lie, got {url}; leave it out, or take a "
-            "snapshot and restore it with --objects"
+            f"--objects must be {stored}, where the gradients of {data_dir} lie, got {url}; leave it out. "
+            "`regrad move` carries the bank to another place"
         )
     return stored
 
@@ -111,17 +110,20 @@ def _check_no_gradients(catalog: Catalog, place: str, remedy: str) -> None:
         )
 
 
-def stored_blobs(data_dir: Path) -> BlobStore:
-    """Opens the store of a bank's gradients, whose bank is stopped. The errors of ``open_blobs``."""
-    chosen = objects_of(data_dir, None)
+def stored_blobs(data_dir: Path, url: str | None = None) -> BlobStore:
+    """Opens the store of a bank's gradients, whose bank is stopped. The errors of ``open_blobs``.
+
+    ``url``: of its object store, where the folder may not know it.
+    """
+    chosen = objects_of(data_dir, url)
     return BlobStore.in_folder(data_dir / _BLOBS) if chosen is None else BlobStore(_opened(chosen))
 
 
 def restored_blobs(data_dir: Path, url: str | None, collection_id: str) -> BlobStore:
-    """The store for the gradients of a bank that is being restored into ``data_dir``.
+    """The store for the gradients of a bank that is being restored or moved into ``data_dir``.
 
-    The object store must be empty, except for the part of a restore of the same bank that was interrupted. The errors
-    of ``open_blobs``.
+    The object store must be empty, except for the part of the same bank that an interruption left. The errors of
+    ``open_blobs``.
     """
     if url is None:
         return BlobStore.in_folder(data_dir / _BLOBS)
@@ -131,7 +133,7 @@ def restored_blobs(data_dir: Path, url: str | None, collection_id: str) -> BlobS
     if owner is None:
         _take(objects, url, wanted)
     elif owner != wanted:
-        raise CollectionMismatchError(f"{url} must be empty, it belongs to a bank; restore into another prefix")
+        raise CollectionMismatchError(f"{url} must be empty, it belongs to a bank; use another prefix")
     _note(data_dir, url)
     return BlobStore(objects)
 
@@ -159,10 +161,4 @@ def _note(data_dir: Path, url: str) -> None:
     path = data_dir / OBJECTS_FILE
     if path.exists():
         return
-    new = path.with_name(f"{OBJECTS_FILE}.new")
-    with new.open("w") as file:
-        json.dump({"url": url.rstrip("/")}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    fsync_folder(data_dir)
+    write_durably(path, json.dumps({"url": url.rstrip("/")}))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.postgres import bulk_load, postgres_stopped
 from bank_service.catalog.postgres.folder_mark import MARK_FILE
 from bank_service.catalog.postgres.postgres_catalog import PostgresCatalog
 from bank_service.catalog.postgres.postgres_catalog import stored_codec as codec_in_postgres
 from bank_service.catalog.postgres.server_check import check_free
+from bank_service.catalog.sqlite import sqlite_stopped
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.catalog_file import (
     CATALOG_FILE,
@@ -18,18 +21,24 @@ from bank_service.catalog.sqlite.catalog_file import (
     describe_copy,
 )
 from bank_service.catalog.sqlite.catalog_file import stored_codec as codec_in_sqlite
+from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
 __all__ = [
     "CATALOG_FILE",
+    "MOVE_FILE",
     "check_catalog",
     "check_place",
     "copy_catalog",
     "describe_copy",
+    "load_catalog",
     "open_catalog",
+    "stopped_catalog",
     "stored_codec",
 ]
+
+MOVE_FILE = "move.json"  # in a bank's folder while the bank is moved into it
 
 
 def open_catalog(
@@ -66,7 +75,36 @@ def check_place(data_dir: Path, url: str | None = None) -> None:
         check_free(url)
 
 
+def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextManager[StoppedCatalog]:
+    """Reads the catalog of a stopped bank, whose folder the caller owns. Changes nothing.
+
+    CollectionMismatchError where there is none, where the folder's catalog is elsewhere, or for one of another version.
+    CatalogDamagedError. With a URL also BankInUseError, and RuntimeError where the server can't be used.
+    """
+    _check_folder(data_dir, url)
+    if url is not None:
+        return postgres_stopped.stopped(url, data_dir)
+    return sqlite_stopped.stopped(data_dir / CATALOG_FILE)
+
+
+def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collection_id: str) -> dict[str, int]:
+    """Makes the catalog of a new bank with the rows of another one, whole or not at all. One that an earlier call with
+    this ``collection_id`` made is compared or replaced.
+
+    Returns the number of rows of each table. CatalogDamagedError where the rows differ. With a URL also
+    CollectionMismatchError where a catalog is there, BankInUseError, and RuntimeError where the server can't be used.
+    """
+    if url is not None:
+        return bulk_load.load(url, data_dir, source, collection_id)
+    return sqlite_stopped.load(data_dir / CATALOG_FILE, source, collection_id)
+
+
 def _check_folder(data_dir: Path, url: str | None) -> None:
+    if (data_dir / MOVE_FILE).is_file():
+        raise CollectionMismatchError(
+            f"the bank must be in {data_dir} as a whole, but its move there was interrupted; run that `regrad move` "
+            "again"
+        )
     if url is None and (data_dir / MARK_FILE).is_file():
         raise CollectionMismatchError(
             f"the bank in {data_dir} has its catalog in PostgreSQL; name it with --catalog, or use another data "

@@ -61,7 +61,7 @@ def _snapshot(args: argparse.Namespace) -> int:
         return 0
     data_dir = (args.data_dir or default_data_dir()).absolute()
     try:
-        last = _followed(snapshot_folder(data_dir, target))
+        last = followed(snapshot_folder(data_dir, target))
     except BankInUseError as error:
         # The lock is tried before the address, because a killed bank leaves its address but not its lock.
         running = read_address(data_dir)
@@ -92,7 +92,7 @@ def _restore(args: argparse.Namespace) -> int:
     from bank_service.backup.restore import restore
 
     data_dir = (args.data_dir or default_data_dir()).absolute()
-    last = _followed(restore(absolute_place(args.source), data_dir, args.objects))
+    last = followed(restore(absolute_place(args.source), data_dir, args.objects))
     assert last.manifest is not None
     say(
         f"{data_dir}: restored at change {last.manifest.sequence:,}, {count(last.num_gradients, 'gradient')}; "
@@ -124,7 +124,7 @@ def _scrub(args: argparse.Namespace) -> int:
     return 1 if counts.num_lost else 0
 
 
-def _followed(steps: Iterator[Progress]) -> Progress:
+def followed(steps: Iterator[Progress]) -> Progress:
     """Reports the progress and returns the last of ``steps``. CommandError if a step fails."""
     from bank_service.errors import CatalogDamagedError, CollectionMismatchError, SnapshotError
 

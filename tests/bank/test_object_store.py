@@ -263,7 +263,7 @@ async def test_each_bank_has_a_store_of_its_own_and_keeps_it(data_dir: Path, tmp
     async with bank(in_folder) as client:
         await ingested(client, 1)
     for folder, url in ((data_dir, f"{objects_url}/below"), (in_folder, f"{objects_url}-new")):
-        with pytest.raises(CollectionMismatchError, match="restore it with --objects"):
+        with pytest.raises(CollectionMismatchError, match="`regrad move` carries the bank"):
             check_startable(BankConfig(data_dir=folder, objects=url))
     parent = objects_url.rsplit("/", 1)[0]
     with pytest.raises(CollectionMismatchError, match="must be empty for a new bank"):

@@ -46,6 +46,27 @@ async def test_a_running_banks_snapshot_is_restored_by_one_command_each(
 
 
 @pytest.mark.asyncio
+async def test_a_stopped_bank_is_moved_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = BankConfig(data_dir=tmp_path / "bank")
+    command = ("move", "--from", config.data_dir, "--to", tmp_path / "else where")
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        await client.ingest({"id": "a", "text": "one"}, {"id": "b", "text": "two"})
+        assert await asyncio.to_thread(regrad, *command) == 1
+        assert "must belong to one bank, got one running already" in capsys.readouterr().err
+    assert regrad(*command) == 0
+    out = capsys.readouterr().out
+    assert "the bank at change 2, 2 gradients, 2 of them copied, 7 rows of 10 tables compared" in out
+    assert f"`regrad bank --data-dir '{tmp_path}/else where'`" in out
+    assert regrad(*command) == 1
+    assert "must be absent or empty" in capsys.readouterr().err
+    assert regrad(*command, "--to-catalog", "mysql://x/y") == 1
+    assert "catalog must start with postgresql://" in capsys.readouterr().err
+    config = BankConfig(data_dir=tmp_path / "else where")
+    async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        assert (await client.get("b")).document.text == "two"
+
+
+@pytest.mark.asyncio
 async def test_a_relative_place_is_meant_from_where_the_command_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ OPEN_TO_COMMAND_LINE = (
     "bank_service.runtime.data_dir",
     "bank_service.service.offline",
     "bank_service.service.preflight",
+    "bank_service.backup.move",
     "bank_service.backup.restore",
     "bank_service.service.server",
     "bank_service.backup.snapshot",

@@ -6,14 +6,18 @@ A partition has its own HNSW graph, so a namespace's answers and times depend on
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
+from bank_service.catalog.postgres.copy_rows import copy_rows
 from bank_service.catalog.postgres.postgres_tables import spaces
 from bank_service.catalog.sql.prepared import Prepared, run_text
+from bank_service.catalog.sql.tables import namespace_usage
+from bank_service.catalog.sql.transfer import StoppedSqlCatalog
 from bank_service.catalog.sql.versions import Row
 from bank_service.wire.record import FloatArray
 
@@ -21,13 +25,40 @@ _NUMBER = Prepared(sa.select(spaces.c.number).where(spaces.c.namespace == sa.bin
 
 
 def create_parent(connection: sa.Connection, dimension: int) -> None:
-    """The table of all partitions. Embeddings have half precision; the versions keep them in float32."""
+    """The table of all partitions, if it is absent. Embeddings have half precision; the versions keep them in
+    float32."""
+    if not sa.inspect(connection).has_table("vectors"):
+        create_bare_parent(connection, dimension)
+        add_indexes(connection)
+
+
+def create_bare_parent(connection: sa.Connection, dimension: int) -> None:
+    """The table without its indexes."""
     connection.exec_driver_sql(
-        "CREATE TABLE IF NOT EXISTS vectors (space integer NOT NULL, key bigint NOT NULL, began bigint NOT NULL, "
-        f"pairs jsonb NOT NULL, embedding halfvec({dimension}) NOT NULL, PRIMARY KEY (space, key)) "
-        "PARTITION BY LIST (space)"
+        "CREATE TABLE vectors (space integer NOT NULL, key bigint NOT NULL, began bigint NOT NULL, "
+        f"pairs jsonb NOT NULL, embedding halfvec({dimension}) NOT NULL) PARTITION BY LIST (space)"
     )
-    connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS vectors_by_pair ON vectors USING gin (pairs jsonb_path_ops)")
+
+
+def add_indexes(connection: sa.Connection) -> None:
+    """The indexes of all partitions, also of later ones."""
+    connection.exec_driver_sql("ALTER TABLE vectors ADD PRIMARY KEY (space, key)")
+    connection.exec_driver_sql("CREATE INDEX vectors_by_pair ON vectors USING gin (pairs jsonb_path_ops)")
+
+
+def fill(connection: sa.Connection, source: StoppedSqlCatalog) -> None:
+    """Makes the partitions of all namespaces, with the vectors of another catalog's documents."""
+    numbers = {
+        name: create(connection, name)
+        for name in connection.execute(sa.select(namespace_usage.c.namespace)).scalars().all()
+    }
+    kinds = {"space": "int4", "key": "int8", "began": "int8", "pairs": "bytea", "embedding": "bytea"}
+    for rows in source.living_vectors():
+        made = [
+            (numbers[namespace], key, began, b"\x01" + pairs.encode(), _binary(embedding))
+            for namespace, key, began, pairs, embedding in rows
+        ]
+        copy_rows(connection, "vectors", kinds, made)
 
 
 def number_of(connection: sa.Connection, namespace: str) -> int | None:
@@ -76,3 +107,9 @@ def remove_vector(connection: sa.Connection, number: int, key: int) -> None:
 def literal(vector: FloatArray) -> str:
     """A vector as pgvector reads it. ``vector``: float32 (dimension,)."""
     return str(vector.tolist())
+
+
+def _binary(embedding: bytes) -> bytes:
+    """A vector in pgvector's binary format. ``embedding``: float32 (dimension,), little-endian."""
+    halves = np.frombuffer(embedding, dtype="<f4").astype(">f2")
+    return struct.pack(">hh", len(halves), 0) + halves.tobytes()

@@ -31,7 +31,7 @@ def check_free(url: str) -> None:
         engine.dispose()
 
 
-def unreachable(url: str, error: sa.exc.SQLAlchemyError) -> RuntimeError:
+def unreachable(url: str, error: Exception) -> RuntimeError:
     """The error for a bank's start. Its message goes to the operator alone, so it has the driver's first line."""
     cause = getattr(error, "orig", None) or error
     first = (str(cause).strip() or error_name(error)).splitlines()[0]

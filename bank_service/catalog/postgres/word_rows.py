@@ -12,15 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
 import sqlalchemy as sa
 
 from bank_service.catalog.contract import CatalogView
+from bank_service.catalog.postgres.copy_rows import copy_rows
 from bank_service.catalog.postgres.json_conditions import meets
 from bank_service.catalog.postgres.partitions import number_of, partition
 from bank_service.catalog.postgres.postgres_tables import document_words, spaces, word_counts, words_version
 from bank_service.catalog.sql.catalog_view import SqlView
-from bank_service.catalog.sql.made_words import are_current, living_documents, note_version
+from bank_service.catalog.sql.made_words import FILLED_ROWS, are_current, living_documents, note_version
 from bank_service.catalog.sql.max_score import DIGITS, SATURATION, Word, best_documents, searched_words, weighed
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.catalog.sql.quota import usage
@@ -29,6 +32,7 @@ from bank_service.values.embedder import embedded_text
 from bank_service.values.filters import Condition
 from bank_service.values.words import document_words as words_of
 
+_KINDS = {"key": "int8", "id": "text", "num_words": "int4", "words": "int8[]", "counts": "int4[]"}
 _PUT = (
     "INSERT INTO document_words (key, id, num_words, words, counts) "
     "VALUES (%(key)s, %(id)s, %(num_words)s, %(words)s, %(counts)s)"
@@ -36,6 +40,10 @@ _PUT = (
 _COUNT = (
     "INSERT INTO word_counts (word, num_documents) SELECT unnest(%(words)s::bigint[]), 1 "
     "ON CONFLICT (word) DO UPDATE SET num_documents = word_counts.num_documents + 1"
+)
+_COUNT_ALL = (
+    "INSERT INTO word_counts (word, num_documents) "
+    "SELECT word, count(*) FROM document_words, unnest(words) AS word GROUP BY word"
 )
 _LENGTHEN = "UPDATE spaces SET num_words = num_words + %(more)s WHERE number = %(number)s"
 _REMOVE = "DELETE FROM document_words WHERE key = %(key)s RETURNING num_words, words"
@@ -72,14 +80,10 @@ class PostgresWords:
 
 def put_words(connection: sa.Connection, number: int, new: Row) -> None:
     """Adds a document's words, so that searches find it. ``number``: of its namespace."""
-    counts = Counter(words_of(embedded_text(new["title"], new["text"])).split())
-    total = counts.total()
-    by_number = sorted((hash_of(number, word), count) for word, count in counts.items())
-    words = [word for word, _ in by_number]
-    row = {"key": new["key"], "id": new["id"], "num_words": total, "words": words}
-    run_text(connection, _PUT, {**row, "counts": [count for _, count in by_number]})
-    run_text(connection, _COUNT, {"words": words})
-    run_text(connection, _LENGTHEN, {"number": number, "more": total})
+    row = _words_row(number, new)
+    run_text(connection, _PUT, row)
+    run_text(connection, _COUNT, row)
+    run_text(connection, _LENGTHEN, {"number": number, "more": row["num_words"]})
 
 
 def remove_words(connection: sa.Connection, number: int, key: int) -> None:
@@ -97,11 +101,36 @@ def renew_words(connection: sa.Connection) -> None:
     for table in (document_words, word_counts):
         connection.execute(sa.delete(table))
     connection.execute(sa.update(spaces).values(num_words=0))
-    for row in living_documents(connection):
-        number = number_of(connection, row["namespace"])
-        assert number is not None, "a namespace with a document has a partition"
-        put_words(connection, number, row)
+    fill_words(connection, connection)
+
+
+def fill_words(connection: sa.Connection, source: sa.Connection) -> None:
+    """Makes the words of all living documents of ``source``, which is this catalog or one with the same documents."""
+    numbers = {row.namespace: int(row.number) for row in connection.execute(sa.select(spaces))}
+    lengths = dict.fromkeys(numbers.values(), 0)
+    documents = living_documents(source)
+    while rows := list(islice(documents, FILLED_ROWS)):
+        made = [_words_row(numbers[row["namespace"]], row) for row in rows]
+        copy_rows(connection, "document_words", _KINDS, [tuple(row.values()) for row in made])
+        for row, words in zip(rows, made, strict=True):
+            lengths[numbers[row["namespace"]]] += words["num_words"]
+    run_text(connection, _COUNT_ALL)
+    for number, length in lengths.items():
+        run_text(connection, _LENGTHEN, {"number": number, "more": length})
     note_version(connection, words_version)
+
+
+def _words_row(number: int, document: Row) -> dict[str, Any]:
+    """A document's row of ``document_words``."""
+    counts = Counter(words_of(embedded_text(document["title"], document["text"])).split())
+    by_number = sorted((hash_of(number, word), count) for word, count in counts.items())
+    return {
+        "key": document["key"],
+        "id": document["id"],
+        "num_words": counts.total(),
+        "words": [word for word, _ in by_number],
+        "counts": [count for _, count in by_number],
+    }
 
 
 def hash_of(number: int, word: str) -> int:

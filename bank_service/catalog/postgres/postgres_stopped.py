@@ -1,0 +1,37 @@
+"""A catalog in PostgreSQL that no bank has open, for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from bank_service.catalog.postgres.connect import shown, writer_of
+from bank_service.catalog.postgres.folder_mark import check_mark
+from bank_service.catalog.postgres.postgres_search_rows import PostgresSearchRows
+from bank_service.catalog.postgres.postgres_writer import take_lock
+from bank_service.catalog.postgres.server_check import unreachable
+from bank_service.catalog.sql.catalog_view import SqlView
+from bank_service.catalog.sql.transfer import StoppedSqlCatalog
+
+
+@contextmanager
+def stopped(url: str, folder: Path) -> Iterator[StoppedSqlCatalog]:
+    """Has the lock of the catalog meanwhile, so no bank opens it. ``folder`` is the bank's.
+
+    CollectionMismatchError where there is no catalog, or another one than that of ``folder``. BankInUseError.
+    RuntimeError where the server can't be used.
+    """
+    engine = writer_of(url)
+    sa.event.listen(engine, "connect", take_lock)
+    try:
+        with engine.connect() as connection:
+            catalog = StoppedSqlCatalog(SqlView(connection, PostgresSearchRows()), shown(url))
+            check_mark(folder, catalog.collection_id, shown(url))
+            yield catalog
+    except sa.exc.SQLAlchemyError as error:
+        raise unreachable(url, error) from error
+    finally:
+        engine.dispose()

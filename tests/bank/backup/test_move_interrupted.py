@@ -1,0 +1,119 @@
+"""A move that is interrupted, killed, or meets damage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bank_service.backup.move import BankPlace, move
+from bank_service.catalog.factory import MOVE_FILE, stopped_catalog
+from bank_service.errors import CatalogDamagedError, CollectionMismatchError, DataLossError
+from bank_service.service.offline import scrub
+from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
+from bank_service.values.config import BankConfig
+from tests.bank.backup.test_move import bank, contents
+from tests.bank.postgres_server import shared_server
+from tests.bank.records.test_fetch import blob, ingested, whole
+
+
+@pytest.mark.asyncio
+async def test_a_move_goes_on_where_it_was_interrupted(tmp_path: Path, objects_url: str) -> None:
+    source = BankPlace(tmp_path / "source")
+    target = BankPlace(tmp_path / "target", shared_server().new_schema(), objects_url)
+    async with bank(source) as client:
+        digests = await ingested(client, 100)
+    steps = move(source, target)
+    assert next(steps).num_copied == 64
+    steps.close()
+    for place in (target, BankPlace(target.data_dir, target.catalog)):
+        with pytest.raises(CollectionMismatchError, match="run that `regrad move` again"):
+            async with bank(place):
+                pass
+    async with bank(source) as client:
+        await client.delete("d0")
+        changed = await client.put("d1", "another text")
+    note = (target.data_dir / MOVE_FILE).read_text()
+    *_, last = move(source, target)
+    assert last.num_gradients == 99 and last.num_copied < 99 - 32
+    assert not (target.data_dir / MOVE_FILE).exists()
+    (target.data_dir / MOVE_FILE).write_text(note)  # as if it had been killed after its commit
+    *_, last = move(source, target)
+    assert last.num_copied == 0 and last.num_rows["versions"] == 100
+    async with bank(target) as client:
+        await whole(client, [*digests[2:60], changed.gradient_digest])
+        assert (await client.query(text="another text", top_k=1)).hits[0].id == "d1"
+        assert len((await client.list(page_size=1000)).documents) == 99
+
+
+@pytest.mark.asyncio
+async def test_a_source_that_went_on_after_the_commit_needs_a_new_target(tmp_path: Path) -> None:
+    source, target = BankPlace(tmp_path / "source"), BankPlace(tmp_path / "target", shared_server().new_schema())
+    async with bank(source) as client:
+        await ingested(client, 3)
+    *_, last = move(source, target)
+    async with bank(source) as client:
+        await client.put("d0", "another text")
+    with stopped_catalog(source.data_dir) as stopped:
+        known = {"from": stopped.collection_id, "to": (target.data_dir / "catalog.id").read_text().strip()}
+    (target.data_dir / MOVE_FILE).write_text(json.dumps(known))
+    with pytest.raises(CatalogDamagedError, match="the table collection must be the same after the move"):
+        list(move(source, target))
+
+
+@pytest.mark.asyncio
+async def test_a_damaged_gradient_is_named_and_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
+    source, target = BankPlace(tmp_path / "source"), BankPlace(tmp_path / "target")
+    async with bank(source) as client:
+        first, second = await ingested(client, 2)
+    record = blob(source.data_dir, first).read_bytes()
+    blob(source.data_dir, first).write_bytes(record[:-1] + b"?")
+    with pytest.raises(DataLossError, match=first):
+        list(move(source, target))
+    assert not (target.data_dir / "catalog.sqlite").exists()
+    blob(source.data_dir, first).write_bytes(record)
+    blob(target.data_dir, second).write_bytes(b"rot")
+    *_, last = move(source, target)
+    assert last.num_copied == 2
+    assert [blob(target.data_dir, digest).read_bytes() for digest in (first, second)] == [
+        record, blob(source.data_dir, second).read_bytes(),
+    ]  # fmt: skip
+
+
+@pytest.mark.only_test_all
+@pytest.mark.asyncio
+async def test_a_move_that_is_killed_at_any_time_goes_on(tmp_path: Path) -> None:
+    source = BankPlace(tmp_path / "source")
+    target = BankPlace(tmp_path / "target", shared_server().new_schema())
+    async with bank(source, history_seconds=3600) as client:
+        await ingested(client, 600)
+        await ingested(client, 10)
+    files = contents(source.data_dir)
+    program = (
+        "import sys; from pathlib import Path; from bank_service.backup.move import BankPlace, move\n"
+        "print('ready', flush=True)\n"
+        "print(list(move(BankPlace(Path(sys.argv[1])), BankPlace(Path(sys.argv[2]), sys.argv[3])))[-1].num_copied)"
+    )
+    command = [sys.executable, "-c", program, str(source.data_dir), str(target.data_dir), str(target.catalog)]
+    num_killed, seconds = 0, 0.05
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                num_killed += 1
+                seconds += 0.2
+                continue
+            assert process.returncode == 0
+            break
+    assert num_killed > 2
+    assert contents(source.data_dir) == files
+    async with bank(target) as client:
+        assert len((await client.list(page_size=1000)).documents) == 600
+    counts = await scrub(BankConfig(data_dir=target.data_dir, catalog=target.catalog), HashEncoder(), HashEmbedder())
+    assert (counts.num_gradients, counts.num_repaired, counts.num_lost) == (600, 0, 0)
