@@ -42,6 +42,14 @@ def test_a_catalog_in_postgresql_is_measured_beside_its_sql(tmp_path: Path) -> N
     assert report["build"]["documents_per_s"] > 0 and report["words"]["calls"] == 8
 
 
+def test_a_move_to_postgresql_and_back_is_measured(tmp_path: Path) -> None:
+    words = ("--catalog", schema_of(tmp_path), "--documents", "60", "--folder", str(tmp_path))
+    report, figures = _run("benchmarks.bank.moving", *words)
+    rates = {name for name in figures if name.endswith("documents_per_s")}
+    assert len(rates) == 4 and figures.keys() - rates == {"documents"}
+    assert all(figures[name] > 0 for name in rates) and report["machine"]["cores"] >= 1
+
+
 @pytest.mark.only_test_all
 def test_the_bank_is_measured_beside_what_it_stands_on(tmp_path: Path) -> None:
     report, figures = _run("benchmarks.bank", *SMALL.split(), "--keep", str(tmp_path / "kept"))
