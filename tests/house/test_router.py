@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,12 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from regrad_vllm.local.processes import free_port
-from tests.house.pages import ROOT
+from tests.house.nginx import routing
 
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 ROUTES = [f"team-{number}" for number in range(100)]
-FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")  # of temporary files
 
 
 class Named(ThreadingHTTPServer):
@@ -64,39 +57,11 @@ def servers() -> Iterator[list[Named]]:
 
 @pytest.fixture
 def router(servers: list[Named], tmp_path: Path) -> Iterator[httpx.Client]:
-    if NGINX is None:
-        pytest.skip("nginx is not on the PATH; .ci/programs installs it (Debian: apt-get install nginx-light)")
-    port = free_port()
-    text = (ROOT / "deploy" / "router" / "nginx.conf").read_text("utf-8")
-    own = "".join(f"{name}_temp_path {tmp_path / name};\n" for name in FOLDERS) + "access_log off;\n"
-    for before, after in (
-        ("server-1:8000", f"127.0.0.1:{servers[0].server_port}"),
-        ("server-2:8000", f"127.0.0.1:{servers[1].server_port}"),
-        ("listen 8080", f"listen 127.0.0.1:{port}"),
-        ("http {", "http {\n" + own),
+    with (
+        routing(tmp_path, servers[0].server_port, servers[1].server_port) as url,
+        httpx.Client(base_url=url, timeout=20, trust_env=False) as client,
     ):
-        assert text.count(before) == 1
-        text = text.replace(before, after)
-    (tmp_path / "nginx.conf").write_text(text)
-    globals_ = f"daemon off; pid {tmp_path}/pid; error_log stderr;" + (" user root;" if os.getuid() == 0 else "")
-    command = [NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", "stderr", "-g", globals_]
-    process = subprocess.Popen(command)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
-            while not _answers(client):
-                assert process.poll() is None, "nginx ended"
-                time.sleep(0.05)
-            yield client
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _answers(client: httpx.Client) -> bool:
-    try:
-        return client.post("/").status_code == 200
-    except httpx.TransportError:
-        return False
+        yield client
 
 
 def asked(client: httpx.Client, route: str | None) -> str:

@@ -213,7 +213,7 @@ def test_a_client_that_hangs_up_while_its_documents_are_loaded_leaves_nothing(
 
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, runtime, arena, worker):
             loading = _SlowLoading(worker)
-            client, app = _Client(), _app_of(http)
+            client, app = _Client(), app_of(http)
             asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
             await eventually(loading.begun.is_set)
             assert arena.figures().num_holds == 1
@@ -251,7 +251,7 @@ def test_clients_that_hang_up_while_the_bank_searches_or_reads_leave_nothing(
 
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, _, arena, worker):
             monkeypatch.setattr(part, method, works_later)
-            app = _app_of(http)
+            app = app_of(http)
             for _ in range(CONCURRENCY + 1):  # each gives back its permit to ask the bank
                 client = _Client()
                 asked = asyncio.create_task(app(_scope(app), client.receive, client.send))
@@ -281,7 +281,7 @@ def test_a_handler_that_is_cancelled_while_it_prepares_leaves_nothing(
             raise AssertionError("vLLM must not be asked")
 
         async with serving(bank, learner, tmp_path, EngineLists(), handler) as (http, runtime, arena, worker):
-            client, app = _Client(), _app_of(http)
+            client, app = _Client(), app_of(http)
             prepare = runtime.preparer.prepare
             asked: list[asyncio.Task[None]] = []
 
@@ -323,5 +323,5 @@ class _SlowLoading:
         return self._load(arena, digest)
 
 
-def _app_of(http: httpx.AsyncClient) -> Any:
+def app_of(http: httpx.AsyncClient) -> Any:
     return http._transport.app  # type: ignore[attr-defined]
