@@ -10,6 +10,8 @@ from typing import Protocol
 class ObjectsUnavailableError(OSError):
     """The store does not answer, or refuses this bank. It tells nothing about an object."""
 
+    status: str | None = None  # of the store's answer, such as "403 Forbidden (AccessDenied)"; None: no answer
+
 
 class ObjectsTakenError(OSError):
     """Another process has opened the store, so this one may remove nothing from it."""

@@ -32,7 +32,7 @@ RANGE_BYTES = 8 * 2**20  # of a large object in one request
 # Errors "not found" that are about the bucket, not about an object in it.
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 _STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
+_CODE = re.compile(r"<Code>(\w+)</Code>|\(code: (\w+)\)")  # the latter in the answer to a removal
 
 
 class RemoteObjects:
@@ -172,17 +172,23 @@ class RemoteObjects:
         """Every reader of the bank may see its message, so only the log has the URL."""
         if self._failures.is_due():
             logger.warning("the object store %s must answer, got %s", self._url, _reason(error))
-        return ObjectsUnavailableError(
-            f"the object store must answer, got {_status(error) or 'none'}; if that lasts, look at its bucket, its "
-            "endpoint and the credentials"
+        status = _status(error)
+        failure = ObjectsUnavailableError(
+            f"the object store must answer, got {status or 'none'}; if that lasts, look at its bucket, its endpoint "
+            "and the credentials"
         )
+        failure.status = status
+        return failure
 
 
 def _status(error: Exception) -> str | None:
     """The status of the store's answer, with its code. None where there was no answer."""
     text = str(error)
     status, code = _STATUS.search(text), _CODE.search(text)
-    return None if status is None else status[1].strip() + (f" ({code[1]})" if code else "")
+    name = "" if code is None else code[1] or code[2]
+    if status is None:
+        return name or None
+    return status[1].strip() + (f" ({name})" if name else "")
 
 
 def _reason(error: Exception) -> str:

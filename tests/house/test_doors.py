@@ -91,7 +91,9 @@ OPEN_TO_ALL = (
 OPEN_TO_CLIENT = ("bank_service.values.documents",)  # what a bank would refuse is known before a corpus is sent
 OPEN_TO_COMMAND_LINE = (
     "bank_service.values.config",
+    "bank_service.values.engine_state",
     "bank_service.runtime.data_dir",
+    "bank_service.service.engine_checks",
     "bank_service.service.offline",
     "bank_service.service.preflight",
     "bank_service.backup.move",

@@ -53,14 +53,18 @@ def check_server(connection: sa.Connection, url: str) -> None:
     found = connection.exec_driver_sql(
         "SELECT coalesce(installed_version, default_version) FROM pg_available_extensions WHERE name = 'vector'"
     ).scalar_one_or_none()
-    numbers = tuple(int(part) for part in str(found or "0.0").split(".")[:2])
-    if numbers < LEAST_VECTOR:
+    if numbers_of(found or "0.0") < LEAST_VECTOR:
         least = ".".join(map(str, LEAST_VECTOR))
         got = f"pgvector {found}" if found else "no pgvector"
         raise RuntimeError(
             f"the server must have pgvector {least} or newer, got {got} at {shown(url)}; install it there, or run "
             "ALTER EXTENSION vector UPDATE"
         )
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def check_schema(connection: sa.Connection, url: str) -> None:

