@@ -1,4 +1,4 @@
-"""A whole bank with its catalog in PostgreSQL, over gRPC."""
+"""A whole bank with its catalog in PostgreSQL, over gRPC. Its gradients lie in its folder or in an object store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from bank_service.errors import InvalidArgumentError, UnavailableError
+from bank_service.blobs.blob_store import name_of
+from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from bank_service.service.offline import scrub
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
@@ -29,9 +31,11 @@ def own_server() -> Iterator[PostgresServer]:
     server.remove()
 
 
-@pytest.fixture
-def config(data_dir: Path, own_server: PostgresServer) -> BankConfig:
-    return BankConfig(data_dir=data_dir, catalog=own_server.new_schema(), history_seconds=3600)
+@pytest.fixture(params=["folder", "moto", pytest.param("seaweed", marks=pytest.mark.only_test_all)])
+def config(request: pytest.FixtureRequest, data_dir: Path, own_server: PostgresServer) -> BankConfig:
+    stores = {"moto": "objects_url", "seaweed": "seaweed_url"}
+    objects = request.getfixturevalue(stores[request.param]) if request.param in stores else None
+    return BankConfig(data_dir=data_dir, catalog=own_server.new_schema(), objects=objects, history_seconds=3600)
 
 
 @pytest_asyncio.fixture
@@ -63,6 +67,11 @@ async def test_documents_go_in_change_are_found_and_go(client: Client, config: B
     (record,) = await client.fetch([hit.gradient_digest])
     assert record[0] == hit.gradient_digest
     await client.delete("d1", purge=True)
+    await client.refused(client.fetch([hit.gradient_digest]), NotFoundError)
+    if config.objects is not None:
+        assert not (config.data_dir / "blobs").exists()
+        names = {name for name in RemoteObjects.at(config.objects).list() if "/" in name}
+        assert len(names) == 29 and name_of(hit.gradient_digest) not in names
     listed = await client.list(page_size=100)
     assert {entry.id for entry in listed.documents} == TEXTS.keys() - {"d1"}
     stats = await client.stats()
