@@ -17,7 +17,7 @@ import numpy as np
 from bank_service.backup.snapshot import Progress
 from bank_service.backup.snapshotter import Snapshotter
 from bank_service.bank_stats import BankStats, publish, read_stats
-from bank_service.blobs.place import open_blobs
+from bank_service.blobs.place import objects_of, open_blobs
 from bank_service.cache.redis_cache import RedisCache
 from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListEntry
 from bank_service.catalog.factory import open_catalog, stored_codec
@@ -90,8 +90,9 @@ class Bank:
         self._pools = Pools.of(config.embed_threads)
         reads = self._pools.reads
         catalog = open_catalog(
-            config.data_dir, self._identity, limits_of, history_seconds=config.history_seconds, url=config.catalog
-        )
+            config.data_dir, self._identity, limits_of, history_seconds=config.history_seconds, url=config.catalog,
+            is_shared=objects_of(config.data_dir, config.objects) is not None,
+        )  # fmt: skip
         self._cache = cache = RedisCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         try:
             self._stores = Stores(catalog, open_blobs(config, catalog), cache)
@@ -155,7 +156,7 @@ class Bank:
         *,
         expires_history: bool = True,
     ) -> Bank:
-        """Opens or creates the bank in ``config.data_dir``. No other process may have it open.
+        """Opens or creates the bank in ``config.data_dir``. No other process may have this folder.
 
         ``expires_history``: the bank drops past versions when their time is over. CollectionMismatchError,
         CatalogDamagedError.

@@ -51,6 +51,8 @@ async def read_stats(
             return totals, view.sequence() if may_see is None else view.sequence_of(totals.num_documents)
 
     totals, sequence = await in_thread(pool, read)
+    if stores.catalog.vectors is not None:
+        indexed = sequence  # its vectors are in the same state, also those of other nodes
     counts = stores.cache.counts
     available = await stores.cache.is_available()
     return BankStats(

@@ -19,14 +19,13 @@ from bank_service.blobs.claim import Claim
 from bank_service.blobs.folder_objects import FolderObjects
 from bank_service.blobs.objects import Objects, ObjectsUnavailableError
 from bank_service.errors import DataLossError, UnavailableError
-from bank_service.runtime.holds import Holds
+from bank_service.runtime.holds import Holds, Removal
 from bank_service.wire.record import record_digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Errors of a read that do not tell about the file: too many open files, no memory, or no permission.
 _NOT_THE_DISK = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 SWEEP_BATCH = 256  # digests looked up in the catalog at once
-DOUBT_SECONDS = 60.0  # time in which a store may still carry out a removal whose answer did not come
 
 References = Callable[[list[str]], Set[str]]  # returns those of the digests that the catalog names
 
@@ -43,15 +42,15 @@ class Sweep:
 
 
 class BlobStore:
-    """Records in a store of objects. The digest ``abcdef…`` has the name ``ab/cdef…``. Only one process may use the
-    store, from any number of threads. ``claim`` is asked before removals."""
+    """Records in a store of objects, for any number of threads. The digest ``abcdef…`` has the name ``ab/cdef…``."""
 
-    def __init__(self, objects: Objects, claim: Claim | None = None) -> None:
+    def __init__(self, objects: Objects, claim: Claim | None = None, holds: Holds | None = None) -> None:
+        """``claim`` is asked before removals. ``holds``: those of all processes that use the store; None: only this one
+        does."""
         self._objects = objects
         self._claim = claim
-        self._holds = Holds()
+        self._holds = holds or Holds()
         self._damaged: set[str] = set()  # digests whose records a read found to be corrupt
-        self._doubtful: dict[str, float] = {}  # digests whose removal may still happen → until when, monotonic
 
     @classmethod
     def in_folder(cls, folder: Path) -> BlobStore:
@@ -101,11 +100,6 @@ class BlobStore:
         UnavailableError."""
         name = name_of(digest)
         self._holds.wait_removed(digest)
-        if self._doubtful.get(digest, 0.0) > time.monotonic():
-            raise ObjectsUnavailableError(
-                f"the removal of gradient {digest} must be over before it is stored again, the object store didn't "
-                f"answer; try again in {DOUBT_SECONDS:.0f} s"
-            )
         if self._objects.add(name, record):
             pass
         elif self.is_sound(digest):
@@ -164,35 +158,34 @@ class BlobStore:
 
     def sweep(self, references: References, digests: Iterable[str] | None = None) -> Sweep:
         """Removes those of ``digests`` that are neither held nor referenced. None stands for all records. OSError where
-        the records can't be listed."""
+        the records can't be listed. UnavailableError where other processes can't be asked."""
         sweep = Sweep()
         for batch in _batches(digests if digests is not None else self._digests()):
             with self._holds.removing(batch, references) as removal:
                 sweep.unwanted |= removal.unwanted
                 sweep.spared |= removal.spared
+                sweep.failed.update({digest: _not_now(digest) for digest in removal.busy})
                 for digest in removal.going:
-                    self._remove(digest, sweep)
+                    self._remove(digest, sweep, removal)
         return sweep
 
     def orphans(self, references: References) -> set[str]:
-        """All records that are neither held nor referenced. Removes none. OSError where they can't be listed."""
-        found: set[str] = set()
-        for batch in _batches(self._digests()):
-            with self._holds.removing(batch, references) as removal:
-                found |= removal.unwanted
-        return found
+        """All records that are not referenced, held ones too. Removes none. OSError where they can't be listed."""
+        return {digest for batch in _batches(self._digests()) for digest in set(batch) - references(batch)}
 
     def path(self, digest: str) -> Path | None:
         """The path of the record's file, whether it exists or not. None where the store has no files."""
         return self._objects.path(name_of(digest))
 
-    def _remove(self, digest: str, sweep: Sweep) -> None:
+    def _remove(self, digest: str, sweep: Sweep, removal: Removal) -> None:
         if sweep.outage is not None:
             sweep.failed[digest] = sweep.outage
             return
         try:
             if self._claim is not None:
                 self._claim.check()
+            if time.monotonic() > removal.until:
+                raise _not_now(digest)
         except OSError as error:
             sweep.failed[digest] = sweep.outage = error
             return
@@ -205,9 +198,7 @@ class BlobStore:
             sweep.failed[digest] = error
             if isinstance(error, ObjectsUnavailableError):
                 sweep.outage = error
-                now = time.monotonic()
-                self._doubtful = {other: until for other, until in self._doubtful.items() if until > now}
-                self._doubtful[digest] = now + DOUBT_SECONDS
+                removal.doubtful.add(digest)
 
     def _digests(self) -> Iterator[str]:
         for name in self._objects.list():
@@ -222,6 +213,10 @@ def objects_in(folder: Path) -> FolderObjects:
     objects.remove_unfinished()
     objects.add_folders(f"{byte:02x}" for byte in range(256))
     return objects
+
+
+def _not_now(digest: str) -> OSError:
+    return OSError(f"gradient {digest} must be left alone now, another node may be writing it")
 
 
 def _batches(digests: Iterable[str]) -> Iterator[list[str]]:

@@ -5,6 +5,9 @@ nothing more: it may have lost its catalog to the other one. If it still has its
 one id, such as a database and its restored dump. Each would remove gradients of the other. So it takes the other's
 name out of OWNER, and the other one removes nothing more, either.
 
+The nodes of one catalog have one name together, which the catalog keeps. A node that opens the catalog alone makes a
+new one. So a restored dump has another name than the database that it is of.
+
 SEQUENCE, another object, has a sequence that the catalog has reached. So a bank refuses an older state of its catalog.
 """
 
@@ -18,8 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from bank_service.blobs.objects import Objects, ObjectsTakenError
-from bank_service.errors import CollectionMismatchError
+from bank_service.blobs.objects import Objects, ObjectsTakenError, ObjectsUnavailableError
+from bank_service.errors import CollectionMismatchError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class Owner:
 
 
 class Claim:
-    """The claim of one process. Safe to use from many threads."""
+    """The claim of one process, or of the nodes of one catalog. Safe to use from many threads."""
 
     def __init__(
         self,
@@ -60,12 +63,15 @@ class Claim:
         collection_id: str,
         sequence: Callable[[], int],
         has_catalog: Callable[[], bool],
+        name: Callable[[], str] | None = None,
     ) -> None:
         """``sequence`` returns the catalog's last one. ``has_catalog`` says whether this process may still change its
-        catalog. ``place`` is for messages."""
+        catalog. ``name`` returns that of all nodes; None: this process alone has the catalog. ``place`` is for
+        messages."""
         self._objects = objects
         self._place = place
         self._owner = Owner(collection_id, process=secrets.token_hex(16))
+        self._name = name
         self._sequence = sequence
         self._has_catalog = has_catalog
         self._lock = threading.Lock()
@@ -79,9 +85,11 @@ class Claim:
         """Another process has opened the store, so this one removes no more gradients."""
         return self._is_lost
 
-    def take(self) -> None:
-        """Opens the store for this process. CollectionMismatchError where the catalog is older than the gradients.
-        OSError."""
+    def take(self, name: str | None = None) -> None:
+        """Opens the store for this process, or for all nodes of this ``name``. CollectionMismatchError where the
+        catalog is older than the gradients. OSError."""
+        if name is not None:
+            self._owner = replace(self._owner, process=name)
         try:
             self._noted = int(json.loads(self._objects.read(SEQUENCE))["sequence"])
         except FileNotFoundError:
@@ -131,10 +139,13 @@ class Claim:
             self._other = None
 
     def _look(self) -> None:
-        found = Owner.read(self._objects)
-        if found == self._owner:
-            self._checked_until = time.monotonic() + CHECK_SECONDS
-            return
+        for _ in range(2):  # a node that opens the catalog alone changes both the name and OWNER
+            if self._name is not None:
+                self._owner = replace(self._owner, process=_known(self._name))
+            found = Owner.read(self._objects)
+            if found == self._owner:
+                self._checked_until = time.monotonic() + CHECK_SECONDS
+                return
         self._is_lost = True
         self._other = found if found is not None and found.process else None
         self._kept_until = 0.0
@@ -149,3 +160,14 @@ class Claim:
         if sequence > self._noted:
             self._objects.put(SEQUENCE, json.dumps({"sequence": sequence}).encode())
             self._noted = sequence
+
+
+def _known(name: Callable[[], str]) -> str:
+    """The nodes' name. ObjectsUnavailableError where the catalog doesn't tell."""
+    try:
+        known = name()
+    except UnavailableError as error:
+        raise ObjectsUnavailableError(f"the catalog must tell whose gradients these are: {error}") from error
+    if not known:
+        raise ObjectsUnavailableError("the catalog must tell whose gradients these are, a node is starting; try again")
+    return known

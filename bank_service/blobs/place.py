@@ -15,6 +15,7 @@ from bank_service.blobs.claim import OWNER, Claim, Owner
 from bank_service.blobs.folder_objects import write_durably
 from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.blobs.shared_holds import SharedHolds
 from bank_service.catalog.contract import Catalog
 from bank_service.errors import BankError, CollectionMismatchError
 from bank_service.values.config import BankConfig
@@ -69,21 +70,32 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
     else:
         objects = _opened(chosen)
     place = chosen or str(data_dir / _BLOBS)
-    owner = Owner.read(objects)
-    if owner is not None and owner.collection_id != collection_id:
-        raise CollectionMismatchError(
-            f"{place} must be empty or this bank's own, it belongs to collection {owner.collection_id}; "
-            "each bank needs a place of its own"
-        )
-    if owner is None and chosen is not None:
-        owned = Owner(collection_id)
-        _check_no_gradients(catalog, chosen, f"store {owned.content.decode()} there as {OWNER}")
-        _take(objects, chosen, owned)
-    claim = Claim(objects, place, collection_id, partial(_sequence, catalog), partial(_is_writable, catalog))
-    claim.take()
+    nodes = catalog.nodes
+    claim = Claim(
+        objects, place, collection_id, partial(_sequence, catalog), partial(_is_writable, catalog),
+        None if nodes is None else nodes.objects_name,
+    )  # fmt: skip
+
+    def take(name: str | None = None) -> None:
+        owner = Owner.read(objects)
+        if owner is not None and owner.collection_id != collection_id:
+            raise CollectionMismatchError(
+                f"{place} must be empty or this bank's own, it belongs to collection {owner.collection_id}; "
+                "each bank needs a place of its own"
+            )
+        if owner is None and chosen is not None:
+            owned = Owner(collection_id)
+            _check_no_gradients(catalog, chosen, f"store {owned.content.decode()} there as {OWNER}")
+            _take(objects, chosen, owned)
+        claim.take(name)
+
+    if nodes is None:
+        take()
+    else:
+        nodes.take_objects(take)
     if chosen is not None:
         _note(data_dir, chosen)
-    return BlobStore(objects, claim)
+    return BlobStore(objects, claim, None if nodes is None else SharedHolds(nodes))
 
 
 def _sequence(catalog: Catalog) -> int:

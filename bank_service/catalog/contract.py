@@ -37,6 +37,7 @@ from bank_service.catalog.entries import (
     VersionText,
 )
 from bank_service.catalog.next_learner import NextLearnerReads, NextLearnerWrites
+from bank_service.catalog.nodes import SharedCatalog
 from bank_service.values.documents import Document, Gradient, Hit, PutResult, StoredDocument
 from bank_service.values.filters import Condition
 from bank_service.wire.record import FloatArray
@@ -240,7 +241,7 @@ class VectorSearch(Protocol):
         ...
 
 
-class Catalog(NextLearnerWrites, Protocol):
+class Catalog(NextLearnerWrites, SharedCatalog, Protocol):
     """One collection of documents."""
 
     @property

@@ -51,8 +51,11 @@ def open_catalog(
     *,
     history_seconds: int | None = None,
     url: str | None = None,
+    is_shared: bool = False,
 ) -> Catalog:
     """Opens or creates the catalog in a bank's folder, or in PostgreSQL at ``url``. No other bank may have it open.
+
+    ``is_shared``: in PostgreSQL other banks may, because the gradients of all lie in one object store.
 
     ``history_seconds`` is the time for which past versions are kept. None keeps the last setting, which is 0 at first.
     CollectionMismatchError where folder or database hold another collection, CatalogDamagedError. With a URL also
@@ -60,7 +63,7 @@ def open_catalog(
     """
     check_folder(data_dir, url)
     if url is not None:
-        return PostgresCatalog(url, data_dir, identity, limits_of, history_seconds=history_seconds)
+        return PostgresCatalog(url, data_dir, identity, limits_of, history_seconds=history_seconds, is_shared=is_shared)
     return SqliteCatalog(data_dir / CATALOG_FILE, identity, limits_of, history_seconds=history_seconds)
 
 
@@ -70,12 +73,12 @@ def stored_codec(data_dir: Path, url: str | None = None) -> str | None:
     return codec_in_sqlite(data_dir / CATALOG_FILE) if url is None else codec_in_postgres(url)
 
 
-def check_place(data_dir: Path, url: str | None = None) -> None:
+def check_place(data_dir: Path, url: str | None = None, *, is_shared: bool = False) -> None:
     """CollectionMismatchError where the folder's catalog is elsewhere. With a URL also BankInUseError, and RuntimeError
-    where the server can't be used. Changes nothing."""
+    where the server can't be used. Changes nothing. ``is_shared``: see ``open_catalog``."""
     check_folder(data_dir, url)
     if url is not None:
-        check_free(url)
+        check_free(url, is_shared=is_shared)
 
 
 def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextManager[StoppedCatalog]:

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Collection, Iterable
 from concurrent.futures import Executor
 
-from bank_service.errors import CatalogReadError, UnavailableError
-from bank_service.records.grace import Grace
+from bank_service.catalog.nodes import leads
+from bank_service.errors import UnavailableError
+from bank_service.records.grace import Grace, OwnGrace, SharedGrace
 from bank_service.records.stores import Stores
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.seldom import Seldom
@@ -20,7 +21,8 @@ class Discarder:
     """Removes gradients in batches. ``retry`` repeats the removals that failed. After a crash, the first sweep finds
     them.
 
-    In an object store, a gradient goes only if nothing names it at the begin of the grace period nor at its end.
+    In an object store, a gradient goes only if nothing names it at the begin of the grace period nor at its end. If
+    several nodes have the store, the one that does the upkeep looks after the wait and the orphans of all.
     """
 
     def __init__(self, stores: Stores, pool: Executor, metrics: BankMetrics, grace_seconds: float) -> None:
@@ -29,16 +31,28 @@ class Discarder:
         self._cache = stores.cache
         self._pool = pool
         self._metrics = metrics
-        self._grace = Grace(grace_seconds if stores.blobs.is_remote else 0.0)
+        self._nodes = nodes = stores.catalog.nodes
+        self._grace: Grace
+        if nodes is None:
+            self._grace = OwnGrace(grace_seconds if stores.blobs.is_remote else 0.0)
+        else:
+            self._grace = SharedGrace(nodes, grace_seconds, pool)
         self._failed: set[str] = set()
         self._spared: set[str] = set()  # records that a snapshot under way holds
         self._must_sweep = False  # the last sweep of all records failed
         self._knows_orphans = False  # those of earlier processes are in their grace period
+        self._led = False  # this bank did the upkeep at the last look
         self._sweep_failures = Seldom()
 
     async def sweep(self) -> None:
-        """Removes all gradients that nothing names. A crash between the blob's write and the catalog's leaves some."""
-        if self._grace:
+        """Removes all gradients that nothing names. A crash between the blob's write and the catalog's leaves some.
+
+        Does nothing where another node does the upkeep.
+        """
+        if not leads(self._catalog):
+            return
+        self._led = True
+        if self._grace.is_needed:
             await self._find_orphans()
             return
         removed, _ = await self._remove(None)
@@ -52,8 +66,8 @@ class Discarder:
         ``at_once``: without a grace period.
         """
         wanted = list(dict.fromkeys(digests))
-        if self._grace and not at_once:
-            self._grace.add(wanted)
+        if self._grace.is_needed and not at_once:
+            await self._grace.add(wanted)
         elif wanted:
             await self._remove(wanted)
 
@@ -62,12 +76,16 @@ class Discarder:
         before, and then nobody knows which of them were its own. UnavailableError if a gradient could not be removed
         from the blob store."""
         error: Exception | None = None
-        if self._grace and not self._knows_orphans:
-            error = await self._find_orphans()
-        wanted = list(dict.fromkeys((*digests, *self._grace.take())))
-        if wanted:
-            _, failure = await self._remove(wanted)
-            error = failure or error
+        try:
+            if self._grace.is_needed and not await self._has_orphans_waiting():
+                error = await self._find_orphans()
+            waiting = await self._grace.all()
+            if wanted := list(dict.fromkeys((*digests, *waiting))):
+                _, failure = await self._remove(wanted)
+                error = failure or error
+            await self._grace.forget(self._removed(waiting))
+        except UnavailableError as unavailable:
+            error = unavailable
         if error is not None:
             raise UnavailableError(
                 f"gradients must be removable from the blob store, got {error}; the document is deleted, but not all "
@@ -82,33 +100,57 @@ class Discarder:
     async def retry(self) -> None:
         """Repeats the removals that failed."""
         await self._keep()
-        if self._must_sweep:
+        does_upkeep = await self._is_leading()
+        if self._must_sweep and does_upkeep:
             await self.sweep()
         if not self._blobs.is_holding_all:
             await self.discard(self._failed | self._spared, at_once=True)
-            if due := self._grace.due():
+            if does_upkeep and (due := self._removed(await self._grace.due())):
                 removed, _ = await self._remove(due)
                 self._metrics.swept(removed)
+                await self._grace.forget(self._removed(due))
         await self._cache.retry()
 
     async def close(self) -> None:
         """Call it last, before the catalog is closed."""
         try:
             await in_thread(self._pool, self._blobs.close)
-        except (OSError, CatalogReadError) as error:
+        except (OSError, UnavailableError) as error:
             logger.warning("the catalog's sequence can't be noted beside the gradients: %s", error)
 
     async def _keep(self) -> None:
         try:
             await in_thread(self._pool, self._blobs.keep)
-        except (OSError, CatalogReadError) as error:
+        except (OSError, UnavailableError) as error:
             self._warn(error)
+
+    async def _is_leading(self) -> bool:
+        """Whether this bank does the upkeep. One that begins to must look for the orphans of others."""
+        if self._nodes is None:
+            return True
+        led, self._led = self._led, self._nodes.leads
+        if self._led and not self._must_sweep:
+            self._must_sweep = not led or bool(await in_thread(self._pool, self._nodes.ended))
+        return self._led
+
+    async def _has_orphans_waiting(self) -> bool:
+        """The orphans of processes that have ended are in their grace period."""
+        if self._nodes is None:
+            return self._knows_orphans
+        return not await in_thread(self._pool, self._nodes.ended)
+
+    def _removed(self, digests: Iterable[str]) -> list[str]:
+        """Those whose removal did not fail. The others still wait, because this node may end before it succeeds."""
+        return [digest for digest in digests if digest not in self._failed]
 
     async def _find_orphans(self) -> Exception | None:
         """Lets all orphans wait for their removal. Returns the error."""
         try:
-            self._grace.add(await in_thread(self._pool, self._blobs.orphans, self.references))
-        except (OSError, CatalogReadError) as error:
+            ended = [] if self._nodes is None else await in_thread(self._pool, self._nodes.ended)
+            await self._grace.add(await in_thread(self._pool, self._blobs.orphans, self.references))
+            if self._nodes is not None:
+                await in_thread(self._pool, self._nodes.remember_ended, ended)
+        except (OSError, UnavailableError) as error:
             self._must_sweep = True
             self._warn(error)
             return error
@@ -123,7 +165,7 @@ class Discarder:
     async def _remove(self, digests: list[str] | None) -> tuple[int, Exception | None]:
         try:
             sweep = await in_thread(self._pool, self._blobs.sweep, self.references, digests)
-        except (OSError, CatalogReadError) as error:  # the blobs can't be listed or the catalog can't be read
+        except (OSError, UnavailableError) as error:  # the blobs can't be listed or the catalog can't be asked
             self._warn(error)
             self._failed.update(digests or ())
             self._must_sweep |= digests is None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from bank_service.errors import UnavailableError
+
+DOUBT_SECONDS = 60.0  # time in which a store may still carry out a removal whose answer did not come
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +21,9 @@ class Removal:
 
     going: Set[str] = frozenset()  # may be removed now
     spared: Set[str] = frozenset()  # unwanted, but kept because somebody holds all things
+    busy: Set[str] = frozenset()  # unwanted, but another process writes or removes them
+    until: float = math.inf  # no removal may begin later, on the monotonic clock
+    doubtful: set[str] = field(default_factory=set)  # the remover adds those whose removal may still happen later
 
     @property
     def unwanted(self) -> Set[str]:
@@ -35,6 +44,7 @@ class Holds:
         self._going: Counter[str] = Counter()
         self._num_holding_all = 0
         self._spared: set[str] = set()
+        self._doubtful: dict[str, float] = {}  # things whose removal may still happen → until when, monotonic
 
     @contextmanager
     def hold(self, key: str) -> Iterator[None]:
@@ -73,9 +83,15 @@ class Holds:
             return spared
 
     def wait_removed(self, key: str) -> None:
-        """Returns when no removal of the thing is under way. Call it with a hold, so that none begins again."""
+        """Returns when no removal of the thing is under way. Call it with a hold, so that none begins again.
+
+        UnavailableError where a removal may still happen.
+        """
         with self._removed:
             self._removed.wait_for(lambda: key not in self._going)
+            is_doubtful = self._doubtful.get(key, 0.0) > time.monotonic()
+        if is_doubtful:
+            raise still_going(key, DOUBT_SECONDS)
 
     @contextmanager
     def removing(self, keys: list[str], wanted: Callable[[list[str]], Set[str]]) -> Iterator[Removal]:
@@ -104,4 +120,15 @@ class Holds:
         finally:
             with self._removed:
                 self._going -= Counter(removal.going)
+                if removal.doubtful:
+                    now = time.monotonic()
+                    self._doubtful = {other: until for other, until in self._doubtful.items() if until > now}
+                    self._doubtful |= dict.fromkeys(removal.doubtful, now + DOUBT_SECONDS)
                 self._removed.notify_all()
+
+
+def still_going(key: str, seconds: float) -> UnavailableError:
+    return UnavailableError(
+        f"the removal of gradient {key} must be over before it is stored again, the object store didn't answer; try "
+        f"again in {seconds:.0f} s"
+    )

@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 
 from bank_service.catalog.contract import Catalog, CatalogView, VectorSearch
+from bank_service.catalog.nodes import leads
+from bank_service.errors import UnavailableError
 from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.runtime.background import cancelled
 from bank_service.runtime.threads import ended_in_thread, in_thread
@@ -86,8 +89,10 @@ class CatalogNearest:
     async def _build(self) -> None:
         looked_at, num_lacking = -1, 0
         while True:
-            sequence = self.sequence
-            if sequence != looked_at or num_lacking:
-                num_lacking = await ended_in_thread(self._pool, self._vectors.build_graphs, self._exact_below)
-                looked_at = sequence
+            if leads(self._catalog):
+                with suppress(UnavailableError):
+                    sequence = await in_thread(self._pool, self._read_sequence)  # other nodes write, too
+                    if sequence != looked_at or num_lacking:
+                        num_lacking = await ended_in_thread(self._pool, self._vectors.build_graphs, self._exact_below)
+                        looked_at = sequence
             await asyncio.sleep(BUILD_SECONDS)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from bank_service.blobs.place import check_objects
+from bank_service.blobs.place import check_objects, objects_of
 from bank_service.catalog.factory import check_place
 from bank_service.runtime.data_dir import DataDir
 from bank_service.service.own_redis import own_redis_url
@@ -23,7 +23,8 @@ def check_startable(config: BankConfig) -> None:
     ValueError if the tokens file, the file of Redis' URL, a file for TLS or the object store can't be used.
     """
     DataDir(config.data_dir).check_free()
-    check_place(config.data_dir, config.catalog)
+    is_shared = objects_of(config.data_dir, config.objects) is not None
+    check_place(config.data_dir, config.catalog, is_shared=is_shared)
     if config.tokens_file is not None:
         TokensFile(config.tokens_file)
     server_credentials(config)

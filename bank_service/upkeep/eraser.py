@@ -23,6 +23,7 @@ import time
 from concurrent.futures import Executor
 
 from bank_service.catalog.entries import Erasure
+from bank_service.catalog.nodes import leads
 from bank_service.errors import BankError
 from bank_service.records.discarder import Discarder
 from bank_service.records.stores import Stores
@@ -41,7 +42,7 @@ LATE_SECONDS = 60.0  # after so long, an unfinished purge is logged as a warning
 
 
 class Eraser:
-    """Erases in one task. It also calls ``Discarder.retry``."""
+    """Erases in one task, for all nodes of a catalog. It also calls ``Discarder.retry``."""
 
     def __init__(
         self,
@@ -88,12 +89,15 @@ class Eraser:
         return time.monotonic() - next(iter(self._since.values())) if self._since else 0.0
 
     async def erase(self) -> bool:
-        """One round. False if another round is needed."""
+        """One round. False if another round is needed, and this node does the upkeep."""
         async with self._lock:
             return await self._erase()
 
     async def _erase(self) -> bool:
         await self._discarder.retry()
+        if not leads(self._catalog):
+            self._since.clear()
+            return True
         fresh, sequence = await in_thread(self._pool, self._look)
         if fresh:
             now = time.monotonic()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 
 from bank_service.catalog.contract import Catalog
+from bank_service.catalog.nodes import leads
 from bank_service.errors import BankError
 from bank_service.runtime.background import cancelled
 
@@ -43,9 +44,10 @@ class HistoryCleaner:
     async def _run(self) -> None:
         while True:
             try:
-                await self.clean()
-                if not self._catalog.history_seconds:
-                    return  # no more versions will come
+                if leads(self._catalog):
+                    await self.clean()
+                    if not self._catalog.history_seconds:
+                        return  # no more versions will come
             except BankError as error:  # versions only stay a little longer
                 logger.warning("expired versions can't be dropped now: %s; trying again", error)
             except Exception:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from bank_service.catalog.nodes import leads
 from bank_service.errors import BankError, DataLossError, UnavailableError
 from bank_service.records.stores import Stores
 from bank_service.runtime.background import cancelled
@@ -93,6 +94,8 @@ class Scrubber:
 
     async def _run(self) -> None:
         while True:
+            while not leads(self._stores.catalog):
+                await asyncio.sleep(WAIT_SECONDS)
             try:
                 counts = await self.run_once()
                 logger.info("scrubbed: %s", counts)

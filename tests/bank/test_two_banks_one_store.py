@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -18,7 +14,7 @@ from bank_service.blobs.blob_store import name_of
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import CollectionMismatchError, UnavailableError
 from bank_service.testing.client import Client
-from tests.bank.postgres_server import schema_of
+from tests.bank.postgres_server import schema_of, shared_server
 from tests.bank.records.test_fetch import ingested, whole
 from tests.bank.test_object_store import bank
 
@@ -34,37 +30,33 @@ async def stopped(client: Client) -> None:
         await asyncio.sleep(0.05)
 
 
-@asynccontextmanager
-async def robbed(catalog: str, folder: Path, objects: str, **settings: Any) -> AsyncIterator[Client]:
-    """A bank that takes a catalog over, whose owner has lost its connection without noticing."""
-    with psycopg.connect(catalog) as connection:
-        connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid::bigint = "
-            "hashtext(current_schema())::bigint & 4294967295"
-        )
-    async with bank(folder, objects, catalog=catalog, **settings) as client:
-        yield client
-
-
 @pytest.mark.asyncio
-async def test_a_bank_that_lost_its_catalog_removes_nothing_and_the_new_owner_goes_on(
-    tmp_path: Path, objects_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_a_restored_dump_beside_the_nodes_of_its_database_stops_both_and_a_restart_goes_on(
+    tmp_path: Path, objects_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(claim, "KEEP_SECONDS", 3600.0)  # so only a removal looks
-    catalog, objects = schema_of(tmp_path), RemoteObjects.at(objects_url)
-    async with bank(tmp_path / "first", objects_url, catalog=catalog, objects_grace_seconds=2) as first:
+    server, objects = shared_server(), RemoteObjects.at(objects_url)
+    catalog = server.new_database()
+    async with (
+        bank(tmp_path / "first", objects_url, catalog=catalog, objects_grace_seconds=2) as first,
+        bank(tmp_path / "second", objects_url, catalog=catalog, objects_grace_seconds=2) as second,
+    ):
         digests = await ingested(first, 3)
-        await first.delete("d0")
-        async with robbed(catalog, tmp_path / "second", objects_url, objects_grace_seconds=60) as second:
-            await asyncio.sleep(5)
-            assert name_of(digests[0]) in set(objects.list())
-            assert (await first.stats()).removals_stopped
-            await second.delete("d1", purge=True)
-            assert name_of(digests[1]) not in set(objects.list())
-            assert not (await second.stats()).removals_stopped
-            await whole(second, digests[2:])
-    (record,) = [each for each in caplog.records if each.levelno == logging.ERROR and each.name == claim.__name__]
-    assert "another process has opened s3://" in record.getMessage()
+        restored = server.dumped_and_restored(catalog)
+        async with bank(tmp_path / "dump", objects_url, catalog=restored, objects_grace_seconds=2) as dump:
+            for client in (first, second, dump):
+                await stopped(client)
+            new = (await first.put("new", "in one catalog only")).gradient_digest
+            await dump.delete("d0")
+            await second.delete("d1")
+            await asyncio.sleep(3)
+            assert {name_of(digest) for digest in (new, *digests)} <= set(objects.list())
+            await second.refused(second.delete("d1", purge=True), UnavailableError)
+    assert "another process has opened s3://" in caplog.text
+    async with bank(tmp_path / "first", objects_url, catalog=catalog, objects_grace_seconds=2) as client:
+        assert not (await client.stats()).removals_stopped
+        await client.delete("d2", purge=True)
+        assert not {name_of(digests[1]), name_of(digests[2])} & set(objects.list())
+        await whole(client, [digests[0], new])
 
 
 @pytest.mark.asyncio

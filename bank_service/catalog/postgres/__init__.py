@@ -1,1 +1,1 @@
-"""The catalog in PostgreSQL with pgvector: documents, vectors and words. One bank at a time has it."""
+"""The catalog in PostgreSQL with pgvector: documents, vectors and words."""

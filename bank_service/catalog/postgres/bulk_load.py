@@ -10,8 +10,8 @@ from bank_service.catalog.postgres import partitions
 from bank_service.catalog.postgres.connect import shown, writer_of
 from bank_service.catalog.postgres.copy_rows import copy_rows
 from bank_service.catalog.postgres.folder_mark import mark
-from bank_service.catalog.postgres.postgres_tables import last_commit, own_metadata
-from bank_service.catalog.postgres.postgres_writer import take_lock
+from bank_service.catalog.postgres.membership import Membership
+from bank_service.catalog.postgres.postgres_tables import own_metadata
 from bank_service.catalog.postgres.server_check import add_extension, check_schema, check_server, unreachable
 from bank_service.catalog.postgres.vector_search import BUILD_MEMORY
 from bank_service.catalog.postgres.word_rows import fill_words
@@ -30,7 +30,7 @@ def load(url: str, folder: Path, source: StoppedCatalog, collection_id: str) -> 
     """
     assert isinstance(source, StoppedSqlCatalog)
     engine = writer_of(url)
-    sa.event.listen(engine, "connect", take_lock)
+    sa.event.listen(engine, "connect", Membership(is_shared=False).enter)
     try:
         with engine.begin() as connection:
             check_server(connection, url)
@@ -64,7 +64,6 @@ def _fill(connection: sa.Connection, source: StoppedSqlCatalog, collection_id: s
     for table in tables:
         connection.execute(sa.schema.CreateTable(table))
     partitions.create_bare_parent(connection, source.embedding_dimension)
-    connection.execute(sa.insert(last_commit).values(id=1, token=""))
     carry(source, collection_id, lambda table, rows: _copy(connection, table, rows))
     last = sa.select(sa.func.max(pending_erasures.c.number)).scalar_subquery()
     connection.execute(sa.select(sa.func.setval(f"{pending_erasures.name}_number_seq", last)))

@@ -6,6 +6,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from bank_service.catalog.postgres.membership import BEGIN_WRITE
+from bank_service.catalog.sql.prepared import run_text
+
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # the longest that one statement of a reader may take
 LOCK_SECONDS = 10  # the longest that a write waits for a lock, such as that of an operator's VACUUM FULL
@@ -41,8 +44,13 @@ def reader_of(url: str) -> sa.Engine:
 
 
 def writer_of(url: str) -> sa.Engine:
-    """Transactions that write, on one connection."""
-    return _engine(url, "BEGIN", (*_SESSION, *_WRITER), pool_size=1, max_overflow=0)
+    """Transactions that write, on one connection. Those of all nodes come one after the other."""
+    return _engine(url, BEGIN_WRITE, (*_SESSION, *_WRITER), pool_size=1, max_overflow=0)
+
+
+def locks_of(url: str) -> sa.Engine:
+    """One connection, which only holds locks."""
+    return _engine(url, "BEGIN", _SESSION, pool_size=1, max_overflow=0)
 
 
 def shown(url: str) -> str:
@@ -77,7 +85,7 @@ def _engine(url: str, begin: str, session: tuple[str, ...], **pool: int) -> sa.E
             connection.execute(statement)
 
     def on_begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(begin)
+        run_text(connection, begin, None)
 
     sa.event.listen(engine, "connect", on_connect)
     sa.event.listen(engine, "begin", on_begin)

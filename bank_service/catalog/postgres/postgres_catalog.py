@@ -5,21 +5,22 @@ The server's own vacuum frees the room of purged data. Its log and its backups k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
 
 from bank_service.catalog.entries import CollectionIdentity
-from bank_service.catalog.postgres.connect import error_name, reader_of, shown, writer_of
+from bank_service.catalog.postgres.connect import error_name, locks_of, reader_of, shown, writer_of
 from bank_service.catalog.postgres.folder_mark import check_mark, check_no_gradients, mark
+from bank_service.catalog.postgres.membership import STALE, Membership
 from bank_service.catalog.postgres.partitions import create_parent
+from bank_service.catalog.postgres.postgres_nodes import PostgresNodes
 from bank_service.catalog.postgres.postgres_search_rows import PostgresSearchRows
-from bank_service.catalog.postgres.postgres_tables import last_commit, own_metadata
-from bank_service.catalog.postgres.postgres_writer import PostgresWriter, take_lock
+from bank_service.catalog.postgres.postgres_tables import own_metadata
+from bank_service.catalog.postgres.postgres_writer import PostgresWriter
 from bank_service.catalog.postgres.server_check import add_extension, check_schema, check_server, unreachable
 from bank_service.catalog.postgres.vector_search import PostgresVectors
 from bank_service.catalog.postgres.word_rows import PostgresWords, renew_words
@@ -38,6 +39,7 @@ _CODEC = Prepared(sa.select(collection.c.codec))
 class PostgresCatalog(SqlCatalog):
     """One collection in one schema of a database; see ``contract.Catalog``."""
 
+    nodes: PostgresNodes | None = None
     _writer: PostgresWriter
 
     def __init__(
@@ -48,23 +50,27 @@ class PostgresCatalog(SqlCatalog):
         limits_of: LimitsOf = unlimited,
         *,
         history_seconds: int | None = None,
+        is_shared: bool = False,
     ) -> None:
-        """Opens or creates. ``folder`` is the bank's, with its gradients.
+        """Opens or creates. ``folder`` is the bank's, with its gradients. ``is_shared``: they lie in an object store,
+        so other banks may have the catalog, too.
 
         CollectionMismatchError where database or folder hold another collection, CatalogDamagedError, BankInUseError.
         RuntimeError where the server can't be reached or can't hold a catalog. ``history_seconds``: see
         ``history.seconds_kept``.
         """
         super().__init__(limits_of, PostgresSearchRows())
+        self._membership = Membership(is_shared=is_shared)
         writer = writer_of(url)
-        sa.event.listen(writer, "connect", take_lock)
+        sa.event.listen(writer, "connect", self._membership.enter)
         try:
             with writer.begin() as connection:
-                self.collection_id = self._open_collection(connection, url, folder, identity)
-                renew_words(connection)
-                self.history_seconds = history.seconds_kept(connection, history_seconds)
+                self._open(connection, url, folder, identity, history_seconds)
                 check_mark(folder, self.collection_id, shown(url))
             mark(folder, self.collection_id)  # only now, because the collection is in the catalog
+            self._writer = PostgresWriter(writer, self._membership)
+            if is_shared:
+                self.nodes = PostgresNodes(self._writer, self._membership, locks_of(url), self.collection_id)
         except sa.exc.SQLAlchemyError as error:
             writer.dispose()
             raise unreachable(url, error) from error
@@ -72,7 +78,6 @@ class PostgresCatalog(SqlCatalog):
             writer.dispose()
             raise
         self._engine = reader_of(url)
-        self._writer = PostgresWriter(writer)
         self.words = PostgresWords()
         self.vectors = PostgresVectors(self._engine)
 
@@ -80,6 +85,8 @@ class PostgresCatalog(SqlCatalog):
         """Commits the queued writes, then closes."""
         self.vectors.stop()
         self._writer.close()
+        if self.nodes is not None:
+            self.nodes.close()
         self._engine.dispose()
 
     @contextmanager
@@ -87,6 +94,8 @@ class PostgresCatalog(SqlCatalog):
         if self._writer.is_in_doubt:
             self._writer.settle()
             raise CatalogReadError("the catalog must be known, got a commit without an answer; try again")
+        if self._membership.is_stale:
+            raise CatalogReadError(STALE)
         try:
             with self._begun() as connection:
                 yield SqlView(connection, self._search_rows)
@@ -119,21 +128,43 @@ class PostgresCatalog(SqlCatalog):
         with self._engine.begin() as connection:
             yield connection
 
-    def _open_collection(self, connection: sa.Connection, url: str, folder: Path, identity: CollectionIdentity) -> str:
+    def _open(
+        self,
+        connection: sa.Connection,
+        url: str,
+        folder: Path,
+        identity: CollectionIdentity,
+        history_seconds: int | None,
+    ) -> None:
         check_server(connection, url)
         add_extension(connection, url)
         check_schema(connection, url)
+        is_alone = self._membership.join(connection)
         metadata.create_all(connection)
         own_metadata.create_all(connection)
-        connection.execute(insert(last_commit).values(id=1, token="").on_conflict_do_nothing())
         create_parent(connection, identity.embedding_dimension)
-        return open_collection(
+        self.collection_id = open_collection(
             connection,
             identity,
             shown(url),
             check_new=lambda: check_no_gradients(folder, shown(url)),
             upgrade=lambda version: connection.execute(sa.select(collection)).mappings().one(),
+            is_alone=is_alone,
         )
+        renew_words(connection, is_alone=is_alone)
+        self.history_seconds = history.seconds_kept(connection, history_seconds, is_alone=is_alone)
+        self._membership.begin(connection, is_alone=is_alone)
+
+    def _check_gradient(self, connection: sa.Connection, digest: str) -> None:
+        if self.nodes is not None:
+            self.nodes.check(connection, digest)
+
+    def _drop_gradients(self, connection: sa.Connection, digests: Collection[str]) -> None:
+        if self.nodes is not None:
+            self.nodes.note_dropped(connection, digests)
+
+    def _changing_settings(self, connection: sa.Connection) -> AbstractContextManager[None]:
+        return self._membership.changing(connection)
 
 
 def stored_codec(url: str) -> str | None:

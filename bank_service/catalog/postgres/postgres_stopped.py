@@ -10,8 +10,8 @@ import sqlalchemy as sa
 
 from bank_service.catalog.postgres.connect import shown, writer_of
 from bank_service.catalog.postgres.folder_mark import check_mark
+from bank_service.catalog.postgres.membership import Membership
 from bank_service.catalog.postgres.postgres_search_rows import PostgresSearchRows
-from bank_service.catalog.postgres.postgres_writer import take_lock
 from bank_service.catalog.postgres.server_check import unreachable
 from bank_service.catalog.sql.catalog_view import SqlView
 from bank_service.catalog.sql.transfer import StoppedSqlCatalog
@@ -25,7 +25,7 @@ def stopped(url: str, folder: Path) -> Iterator[StoppedSqlCatalog]:
     RuntimeError where the server can't be used.
     """
     engine = writer_of(url)
-    sa.event.listen(engine, "connect", take_lock)
+    sa.event.listen(engine, "connect", Membership(is_shared=False).enter)
     try:
         with engine.connect() as connection:
             catalog = StoppedSqlCatalog(SqlView(connection, PostgresSearchRows()), shown(url))

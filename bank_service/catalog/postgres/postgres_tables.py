@@ -37,11 +37,34 @@ word_counts = sa.Table(
     postgresql_with={"fillfactor": 50},  # its rows change with every document: leave room beside them
 )
 
-last_commit = sa.Table(  # one row, which names the last transaction of the writer
-    "last_commit",
+nodes = sa.Table(  # a row for each bank that has had the catalog in the last days
+    "nodes",
+    own_metadata,
+    sa.Column("node", sa.BigInteger, primary_key=True, autoincrement=False),  # random, of one process
+    sa.Column("token", sa.Text, nullable=False),  # random; of the last transaction of its writer
+    sa.Column("is_over", sa.Boolean, nullable=False),  # another node has seen that it ended
+    sa.Column("seen", sa.DateTime(timezone=True), nullable=False),  # when it began or wrote
+)
+
+epoch = sa.Table(  # one row
+    "epoch",
     own_metadata,
     sa.Column("id", sa.Integer, primary_key=True),  # always 1
-    sa.Column("token", sa.Text, nullable=False),  # random
+    sa.Column("objects", sa.Text, nullable=False),  # random name of the nodes in their object store; empty: none yet
+)
+
+removals = sa.Table(  # of gradients from the object store: under way, or without an answer of the store
+    "removals",
+    own_metadata,
+    sa.Column("digest", Name, primary_key=True),
+    sa.Column("until", sa.DateTime(timezone=True), nullable=False),  # the store has carried it out by then
+)
+
+dropped_gradients = sa.Table(  # of the object store: they wait for the end of their grace period
+    "dropped_gradients",
+    own_metadata,
+    sa.Column("digest", Name, primary_key=True),
+    sa.Column("since", sa.DateTime(timezone=True), nullable=False, index=True),
 )
 
 words_version = words_version_in(own_metadata)

@@ -1,12 +1,10 @@
-"""The one writer of a catalog in PostgreSQL. It owns the catalog as long as its connection lives.
+"""The writer of one node of a catalog in PostgreSQL, on a connection of its own; see ``membership``.
 
-The connection has an advisory lock, which the server releases when the connection ends. So no two banks write at once:
-whoever commits has the lock.
-
-A connection may break during a commit. Then the server may have committed or not. The writer asks it, once it has the
-lock again, because the old connection is over by then. So a write that came through is acknowledged, and no reader acts
-on a state that may still change. Each transaction stores a random token, and the stored one tells which came through.
-PostgreSQL's own transaction numbers don't: a server that lost the end of its log gives a number out twice.
+The connection may break during a commit. Then the server may have committed or not. The writer asks it on a new
+connection, once that has the node's lock, because the old connection is over by then. So a write that came through is
+acknowledged, and no reader of this node acts on a state that may still change. Each transaction stores a random token
+in the node's row, and the stored one tells which came through. PostgreSQL's own transaction numbers don't: a server
+that lost the end of its log gives a number out twice.
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.connect import error_name
+from bank_service.catalog.postgres.membership import PAUSE_SECONDS, Membership
 from bank_service.catalog.sql.group_commit import GroupCommit
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.errors import BankInUseError
@@ -29,21 +27,22 @@ from bank_service.runtime.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
-TAKE_SECONDS = 3.0  # time for the server to notice that the connection of a killed bank is gone
 SETTLE_SECONDS = 3.0  # the longest that a broken commit makes its callers wait for the server
-_PAUSE_SECONDS = 0.1
-# A catalog is a schema of a database, and the lock is one of the database.
-_TAKE = "SELECT pg_try_advisory_lock(hashtext('regrad bank'), hashtext(current_schema()))"
 # Only where the transaction has written something, so that one without changes needs no commit to the disk.
-_SIGN = "UPDATE last_commit SET token = %(token)s WHERE pg_current_xact_id_if_assigned() IS NOT NULL RETURNING token"
-_SIGNED = "SELECT token FROM last_commit"
+_SIGN = (
+    "INSERT INTO nodes (node, token, is_over, seen) SELECT %(node)s, %(token)s, false, now() "
+    "WHERE pg_current_xact_id_if_assigned() IS NOT NULL ON CONFLICT (node) "
+    "DO UPDATE SET token = excluded.token, is_over = false, seen = excluded.seen RETURNING token"
+)
+_SIGNED = "SELECT token FROM nodes WHERE node = %(node)s"
 
 
 class PostgresWriter(GroupCommit):
     """See ``GroupCommit``."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        """``engine``: with one connection, which takes the lock; see ``take_lock``."""
+    def __init__(self, engine: sa.Engine, membership: Membership) -> None:
+        """``engine``: with one connection, which has entered the membership."""
+        self._membership = membership
         self._in_doubt: str | None = None  # the token of a transaction whose commit had no answer
         self._is_asked = False  # a ``settle`` waits for its turn
         self._failures = Seldom()
@@ -55,7 +54,8 @@ class PostgresWriter(GroupCommit):
         return self._in_doubt is not None
 
     def settle(self) -> None:
-        """Lets the writer ask for the commit that had no answer. Many readers may want that at a time."""
+        """Lets the writer look at its connection, and ask for the commit that had no answer. Many may want that at a
+        time. UnavailableError after ``close``."""
         if not self._is_asked:
             self._is_asked = True
             self.submit(lambda connection: None).add_done_callback(self._was_asked)
@@ -70,8 +70,9 @@ class PostgresWriter(GroupCommit):
         with self._engine.connect() as connection:
             transaction = connection.begin()
             try:
+                self._membership.check(connection)
                 yield connection
-                signed = run_text(connection, _SIGN, {"token": secrets.token_hex(16)})
+                signed = run_text(connection, _SIGN, {"node": self._membership.node, "token": secrets.token_hex(16)})
             except BaseException:
                 transaction.rollback()
                 raise
@@ -97,13 +98,12 @@ class PostgresWriter(GroupCommit):
             except (sa.exc.SQLAlchemyError, BankInUseError):
                 if time.monotonic() > deadline:
                     raise
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS)
 
     def _settled(self) -> bool:
         """Whether the transaction in doubt was committed. It is no longer in doubt then."""
         with self._engine.begin() as connection:  # a new connection, which has taken the lock
-            ((token,),) = run_text(connection, _SIGNED)
-        was_committed = bool(token == self._in_doubt)
+            was_committed = run_text(connection, _SIGNED, {"node": self._membership.node}) == [(self._in_doubt,)]
         self._in_doubt = None
         return was_committed
 
@@ -117,21 +117,3 @@ class PostgresWriter(GroupCommit):
         if isinstance(error, BankInUseError):
             return str(error)
         return f"the catalog in PostgreSQL must be writable, got {error_name(error)}; try again"
-
-
-def take_lock(connection: Any, _record: object = None) -> None:
-    """Takes the catalog for a new connection of the driver's. BankInUseError where another bank has it.
-
-    RuntimeError where no schema of the search path is there.
-    """
-    deadline = time.monotonic() + TAKE_SECONDS
-    while not (is_taken := connection.execute(_TAKE).fetchone()[0]):
-        if is_taken is None:
-            connection.close()
-            raise RuntimeError("a schema of search_path must be in the database, got none; CREATE SCHEMA makes one")
-        if time.monotonic() > deadline:
-            connection.close()
-            raise BankInUseError(
-                "another bank has this catalog in PostgreSQL; stop that bank, or name another database with --catalog"
-            )
-        time.sleep(_PAUSE_SECONDS)

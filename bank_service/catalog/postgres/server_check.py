@@ -7,7 +7,7 @@ import logging
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.connect import error_name, shown, writer_of
-from bank_service.catalog.postgres.postgres_writer import take_lock
+from bank_service.catalog.postgres.membership import Membership
 
 logger = logging.getLogger(__name__)
 
@@ -15,13 +15,14 @@ LEAST_SERVER = 16
 LEAST_VECTOR = (0, 8)
 
 
-def check_free(url: str) -> None:
-    """RuntimeError where the server can't be reached or can't hold a catalog. BankInUseError where a bank has it.
+def check_free(url: str, *, is_shared: bool) -> None:
+    """RuntimeError where the server can't be reached or can't hold a catalog. BankInUseError where another bank has it
+    and doesn't share it.
 
     Changes nothing.
     """
     engine = writer_of(url)
-    sa.event.listen(engine, "connect", take_lock)
+    sa.event.listen(engine, "connect", Membership(is_shared=is_shared).enter)
     try:
         with engine.begin() as connection:
             check_server(connection, url)

@@ -28,6 +28,7 @@ from bank_service.catalog.sql.max_score import DIGITS, SATURATION, Word, best_do
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.catalog.sql.quota import usage
 from bank_service.catalog.sql.versions import Row
+from bank_service.errors import BankInUseError
 from bank_service.values.embedder import embedded_text
 from bank_service.values.filters import Condition
 from bank_service.values.words import document_words as words_of
@@ -94,10 +95,18 @@ def remove_words(connection: sa.Connection, number: int, key: int) -> None:
         run_text(connection, _LENGTHEN, {"number": number, "more": -num_words})
 
 
-def renew_words(connection: sa.Connection) -> None:
-    """Makes all words anew if another version made them, in minutes for a million documents."""
+def renew_words(connection: sa.Connection, *, is_alone: bool = True) -> None:
+    """Makes all words anew if another version made them, in minutes for a million documents.
+
+    Without ``is_alone``, other nodes make words of that version: BankInUseError.
+    """
     if are_current(connection, words_version):
         return
+    if not is_alone:
+        raise BankInUseError(
+            "all nodes of a catalog must make the same words, got another Python or another version of the bank on "
+            "this one; stop the other nodes first, or start this one with their Python"
+        )
     for table in (document_words, word_counts):
         connection.execute(sa.delete(table))
     connection.execute(sa.update(spaces).values(num_words=0))

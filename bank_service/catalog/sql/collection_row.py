@@ -10,8 +10,8 @@ import sqlalchemy as sa
 
 from bank_service.catalog.entries import CollectionIdentity
 from bank_service.catalog.sql import next_rows
-from bank_service.catalog.sql.tables import collection
-from bank_service.errors import CollectionMismatchError
+from bank_service.catalog.sql.tables import collection, recoding
+from bank_service.errors import BankInUseError, CollectionMismatchError
 
 # Schema 1 had no tables for filters and lexical retrieval, and 2 had none for past versions. Schema 3 had an index of
 # digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage. Up to 5, FTS5
@@ -32,11 +32,13 @@ def open_collection(
     *,
     check_new: Callable[[], None],
     upgrade: Callable[[int], sa.RowMapping],
+    is_alone: bool = True,
 ) -> str:
     """Begins the collection, or compares it with ``identity``. Returns its id. All tables must exist.
 
     ``place`` is for errors. ``check_new`` raises where no collection may begin. ``upgrade`` changes a schema of an
-    older version and returns the collection's row. CollectionMismatchError; then roll back what was done.
+    older version and returns the collection's row. CollectionMismatchError; then roll back what was done. Without
+    ``is_alone``, other processes have the collection open and couldn't follow a change: BankInUseError.
     """
     wanted = asdict(identity)
     row = connection.execute(sa.select(collection)).mappings().one_or_none()
@@ -46,6 +48,8 @@ def open_collection(
         created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
         connection.execute(sa.insert(collection).values(**created, **wanted))
         return str(created["uuid"])
+    if not is_alone:
+        _check_settled(connection, row)
     if row["schema_version"] < SCHEMA_VERSION:
         row = upgrade(row["schema_version"])
     known = next_rows.learner(connection)
@@ -58,3 +62,16 @@ def open_collection(
                 f"{name} of the collection in {place} must be {row[name]}, got {value}; {remedy}"
             )
     return str(row["uuid"])
+
+
+def _check_settled(connection: sa.Connection, row: sa.RowMapping) -> None:
+    for is_under_way, what in (
+        (row["schema_version"] < SCHEMA_VERSION, "an upgrade of its schema"),
+        (connection.execute(sa.select(recoding)).first() is not None, "another codec"),
+        (next_rows.learner(connection) is not None, "another learner"),
+    ):
+        if is_under_way:
+            raise BankInUseError(
+                f"the collection is on its way to {what}, and other nodes have it open; start this one when that is "
+                "done, or stop the others"
+            )

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from bank_service.catalog.entries import Candidate
 from bank_service.catalog.sql.prepared import Prepared, among, listed
 from bank_service.catalog.sql.tables import history_setting, horizons, now, past, versions
+from bank_service.errors import BankInUseError
 from bank_service.values.filters import Condition
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,10 @@ _MOVE_HORIZON = Prepared(sa.update(horizons).where(horizons.c.namespace == sa.bi
 MAX_SECONDS = 2**31  # 68 years: keeps everything
 
 
-def seconds_kept(connection: sa.Connection, given: int | None) -> int:
+def seconds_kept(connection: sa.Connection, given: int | None, *, is_alone: bool = True) -> int:
     """The time for which past versions are kept. Stores ``given``; None reads the stored value, which is 0 at first.
+
+    Without ``is_alone``, other processes know the stored value: BankInUseError for another one.
 
     A catalog of an older schema may have past versions but no stored value. Then it keeps all past versions until a
     value is given, because a dropped version can't be brought back.
@@ -58,6 +61,11 @@ def seconds_kept(connection: sa.Connection, given: int | None) -> int:
         return MAX_SECONDS
     seconds = seconds or 0
     if seconds != known:
+        if not is_alone:
+            raise BankInUseError(
+                f"history_seconds must be {known or 0} as on the other nodes of this catalog, got {seconds}; leave "
+                "--history-seconds out, or stop the others to change it"
+            )
         connection.execute(sa.delete(history_setting))
         connection.execute(sa.insert(history_setting).values(id=1, seconds=seconds))
     return seconds

@@ -63,12 +63,13 @@ class Prepared:
 
 
 def run_text(
-    connection: sa.Connection, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()
+    connection: sa.Connection, sql: str, values: Sequence[Any] | Mapping[str, Any] | None = ()
 ) -> list[tuple[Any, ...]]:
     """Runs a statement in the database's own SQL and returns all rows. The connection must be in a transaction.
 
     It calls the driver directly. For a statement of a few microseconds, SQLAlchemy takes ten times as long. Errors are
-    SQLAlchemy's, without the values.
+    SQLAlchemy's, without the values. ``values`` None: PostgreSQL takes several statements, and the rows of the first
+    come back.
     """
     driver: Any = connection.connection.driver_connection
     dialect = connection.dialect

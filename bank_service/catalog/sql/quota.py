@@ -78,8 +78,8 @@ def enforced(connection: sa.Connection, namespace: str, limits: NamespaceLimits)
     """Checks the write in its block. QuotaExceededError if the write grows the usage and exceeds a limit. Roll back
     then.
 
-    A write that frees room succeeds, even if the usage is still above a lowered limit. The catalog has one writer, so
-    nothing else changes the counts meanwhile.
+    A write that frees room succeeds, even if the usage is still above a lowered limit. Transactions that
+    write come one after the other, so nothing else changes the counts meanwhile.
     """
     if not (limits.max_documents or limits.max_bytes):
         yield

@@ -7,14 +7,16 @@ other content. It also tells every follower of the deletion, by its sequence num
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import sqlalchemy as sa
 
 from bank_service.catalog.contract import CatalogView
 from bank_service.catalog.entries import DeleteResult, NextLearner, SentenceVectors, Usage
+from bank_service.catalog.nodes import Nodes
 from bank_service.catalog.sql import erasures, next_rows, sentence_rows, versions
 from bank_service.catalog.sql.catalog_view import SqlView
 from bank_service.catalog.sql.catalog_writes import delete_document, purge_document, put_document
@@ -28,11 +30,13 @@ from bank_service.values.documents import Document, Gradient, PutResult, StoredD
 from bank_service.values.namespace_limits import LimitsOf
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class SqlCatalog:
     """The methods of ``contract.Catalog`` that no store has to itself. A subclass sets the other attributes."""
 
+    nodes: Nodes | None = None
     history_seconds: int
     collection_id: str
     _engine: sa.Engine  # of the readers
@@ -83,10 +87,13 @@ class SqlCatalog:
     ) -> Future[PutResult]:
         def operation(connection: sa.Connection) -> PutResult:
             keep = self.history_seconds > 0
+            self._check_gradient(connection, gradient.digest)
             with enforced(connection, document.namespace, self._limits_of(document.namespace)):
-                return put_document(
+                result = put_document(
                     connection, self._search_rows, document, gradient, expected_version, sentences, keep=keep
                 )
+            self._drop_gradients(connection, result.dropped)
+            return result
 
         return self._writer.submit(operation)
 
@@ -96,44 +103,78 @@ class SqlCatalog:
     def delete(
         self, namespace: str, id: str, expected_version: int | None, *, purge: bool = False
     ) -> Future[DeleteResult]:
-        rows = self._search_rows
-        if purge:
-            return self._writer.submit(
-                lambda connection: purge_document(connection, rows, namespace, id, expected_version)
-            )
-        keep = self.history_seconds > 0
-        return self._writer.submit(
-            lambda connection: delete_document(connection, rows, namespace, id, expected_version, keep=keep)
-        )
+        rows, keep = self._search_rows, self.history_seconds > 0
+
+        def operation(connection: sa.Connection) -> DeleteResult:
+            if purge:
+                result = purge_document(connection, rows, namespace, id, expected_version)
+            else:
+                result = delete_document(connection, rows, namespace, id, expected_version, keep=keep)
+            self._drop_gradients(connection, result.digests)
+            return result
+
+        return self._writer.submit(operation)
 
     def expire_history(self, before_us: int | None, limit: int) -> Future[list[str] | None]:
-        return self._writer.submit(lambda connection: versions.expire(connection, before_us, limit))
+        def operation(connection: sa.Connection) -> list[str] | None:
+            digests = versions.expire(connection, before_us, limit)
+            self._drop_gradients(connection, digests or ())
+            return digests
+
+        return self._writer.submit(operation)
 
     def replace_past_gradient(self, began: int, digest: str, gradient: Gradient) -> Future[bool]:
-        return self._writer.submit(
-            lambda connection: versions.replace_past_gradient(connection, began, digest, gradient)
-        )
+        def operation(connection: sa.Connection) -> bool:
+            self._check_gradient(connection, gradient.digest)
+            return versions.replace_past_gradient(connection, began, digest, gradient)
+
+        return self._writer.submit(operation)
 
     def begin_recoding(self, codec: str) -> Future[None]:
-        return self._writer.submit(lambda connection: _begin_recoding(connection, codec))
+        return self._changed(lambda connection: _begin_recoding(connection, codec))
 
     def end_recoding(self) -> Future[None]:
         return self._writer.submit(_end_recoding)
 
     def begin_next(self, learner: NextLearner) -> Future[None]:
-        return self._writer.submit(lambda connection: next_rows.begin(connection, learner))
+        return self._changed(lambda connection: next_rows.begin(connection, learner))
 
     def put_next(self, fingerprint: str, began: int, gradient: Gradient) -> Future[set[str]]:
-        return self._writer.submit(lambda connection: next_rows.put(connection, fingerprint, began, gradient))
+        def operation(connection: sa.Connection) -> set[str]:
+            self._check_gradient(connection, gradient.digest)
+            return next_rows.put(connection, fingerprint, began, gradient)
+
+        return self._writer.submit(operation)
 
     def drop_next(self) -> Future[None]:
-        return self._writer.submit(next_rows.drop)
+        return self._changed(next_rows.drop)
 
     def finish_next(self) -> Future[bool]:
-        return self._writer.submit(next_rows.finish)
+        return self._changed(next_rows.finish)
 
     def finish_erasures(self, numbers: Collection[int]) -> Future[None]:
         return self._writer.submit(lambda connection: erasures.finish(connection, numbers))
+
+    def _changed(self, change: Callable[[sa.Connection], T]) -> Future[T]:
+        """Changes a setting of the collection."""
+
+        def operation(connection: sa.Connection) -> T:
+            with self._changing_settings(connection):
+                return change(connection)
+
+        return self._writer.submit(operation)
+
+    # A store that several processes have together overrides these. Each is called in a transaction that writes.
+
+    def _check_gradient(self, connection: sa.Connection, digest: str) -> None:
+        """UnavailableError where the gradient that a version is about to get may be removed meanwhile."""
+
+    def _drop_gradients(self, connection: sa.Connection, digests: Collection[str]) -> None:
+        """Perhaps no version names these gradients any more."""
+
+    def _changing_settings(self, connection: sa.Connection) -> AbstractContextManager[None]:
+        """Settings change inside the block. UnavailableError where other processes know them."""
+        return nullcontext()
 
 
 def _begin_recoding(connection: sa.Connection, codec: str) -> None:

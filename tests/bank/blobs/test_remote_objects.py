@@ -131,7 +131,7 @@ def test_a_record_is_not_stored_while_its_removal_may_still_happen(objects: Remo
         with blobs.hold(digest):
             try:
                 blobs.put(digest, records[digest])
-            except ObjectsUnavailableError as error:
+            except UnavailableError as error:
                 assert "must be over" in str(error)
                 refused.append(digest)
     assert len(refused) == 1, "the other was not asked for"
@@ -148,7 +148,7 @@ def test_a_removal_is_asked_for_once_and_leaves_a_doubt_where_it_was_refused(
     weather.num_refused = 1
     assert blobs.sweep(lambda digests: set(), [digest]).failed.keys() == {digest}
     assert len(weather.requests) == 1
-    with blobs.hold(digest), pytest.raises(ObjectsUnavailableError, match="must be over"):
+    with blobs.hold(digest), pytest.raises(UnavailableError, match="must be over"):
         blobs.put(digest, b"one")
     assert blobs.sweep(lambda digests: set(), [digest]).num_removed == 1
 

@@ -68,7 +68,7 @@ class Line:
     def _pass(self, source: socket.socket, target: socket.socket, from_bank: bool) -> None:
         with contextlib.suppress(OSError):  # either end is gone
             while data := source.recv(65536):
-                cut = self.cut_at_commit if from_bank and b"COMMIT" in data else None
+                cut = self.cut_at_commit if from_bank and b"COMMIT\0" in data else None
                 if cut is not None:
                     self.cut_at_commit = None
                     source.shutdown(socket.SHUT_RDWR)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.factory import check_place, open_catalog
-from bank_service.catalog.postgres import postgres_writer
+from bank_service.catalog.postgres import membership, postgres_writer
 from bank_service.errors import (
     BankInUseError,
     CatalogDamagedError,
@@ -52,7 +52,7 @@ def until_it_works(work: Callable[[], object], seconds: float = 20.0) -> None:
 def test_a_catalog_belongs_to_one_bank_until_that_bank_ends(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_writer, "TAKE_SECONDS", 0.3)
+    monkeypatch.setattr(membership, "TAKE_SECONDS", 0.3)
     first = open_catalog(tmp_path, IDENTITY, url=url)
     for begin in (partial(check_place, tmp_path, url), partial(open_catalog, tmp_path, IDENTITY, url=url)):
         with pytest.raises(BankInUseError, match="another bank has this catalog"):
@@ -106,12 +106,12 @@ def test_a_commit_that_the_server_lost_is_told_from_one_that_came_through(tmp_pa
     catalog.put(document("a"), gradient(), None).result()
     writer = catalog._writer  # type: ignore[attr-defined]
     with psycopg.connect(url, autocommit=True) as connection:
-        ((stored,),) = connection.execute("SELECT token FROM last_commit").fetchall()
+        ((stored,),) = connection.execute("SELECT token FROM nodes").fetchall()
         for token, was_committed in ((stored, True), ("lost", False)):
             writer._in_doubt = token
             assert writer._settled() is was_committed and not writer.is_in_doubt
         assert catalog.put(document("a"), gradient(), None).result().outcome is Outcome.UNCHANGED
-        assert connection.execute("SELECT token FROM last_commit").fetchall() == [(stored,)], "nothing was written"
+        assert connection.execute("SELECT token FROM nodes").fetchall() == [(stored,)], "nothing was written"
     catalog.close()
 
 

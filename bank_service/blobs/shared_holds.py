@@ -1,0 +1,48 @@
+"""Holds on gradients that several banks have in one object store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import replace
+
+from bank_service.catalog.nodes import REMOVAL_SECONDS, Nodes
+from bank_service.runtime.holds import Holds, Removal
+
+BUSY_SECONDS = 3.0  # the longest wait for another node that writes or removes the same gradients
+PAUSE_SECONDS = 0.1
+
+
+class SharedHolds(Holds):
+    """Holds of this process, and of the other nodes of its catalog. ``hold`` is seen by others after ``wait_removed``,
+    and needs no database before."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__()
+        self._nodes = nodes
+
+    @contextmanager
+    def hold(self, key: str) -> Iterator[None]:
+        with super().hold(key), self._nodes.held(key):
+            yield
+
+    def wait_removed(self, key: str) -> None:
+        super().wait_removed(key)
+        self._nodes.keep(key)
+
+    @contextmanager
+    def removing(self, keys: list[str], wanted: Callable[[list[str]], Set[str]]) -> Iterator[Removal]:
+        """UnavailableError where the catalog can't be written."""
+        with super().removing(keys, wanted) as own:
+            until = time.monotonic() + REMOVAL_SECONDS
+            going, busy = self._nodes.begin_removal(sorted(own.going)) if own.going else (set(), set())
+            while busy and time.monotonic() < until - REMOVAL_SECONDS + BUSY_SECONDS:
+                time.sleep(PAUSE_SECONDS)
+                more, busy = self._nodes.begin_removal(sorted(busy))
+                going |= more
+            try:
+                yield replace(own, going=going, busy=busy, until=until)
+            finally:
+                if answered := going - own.doubtful:
+                    self._nodes.end_removal(answered)

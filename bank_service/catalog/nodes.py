@@ -1,0 +1,99 @@
+"""The part of a catalog's contract for its nodes: the banks that have one catalog and one object store together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+REMOVAL_SECONDS = 30.0  # a removal begins at most so long after its decision
+OVER_SECONDS = 90.0  # after its decision, the store has carried it out, even if its answer never came
+
+
+class Nodes(Protocol):
+    """The dealings of one node with the others. Safe to use from many threads.
+
+    A node may be killed at any moment. All that it held is free then, and another node goes on within seconds.
+
+    **Gradients.** A record is kept from before its write until a version names it. ``begin_removal`` never gives a
+    gradient that a version names, that any node keeps, or that another node is removing.
+    """
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node does the upkeep now. One node does, as soon as the one before has noticed its own end."""
+        ...
+
+    def take_objects(self, take: Callable[[str], None]) -> None:
+        """Calls ``take`` with the nodes' random name in the object store, and raises its errors.
+
+        No node changes the catalog meanwhile. The name is new where this node opened the catalog alone.
+        UnavailableError.
+        """
+        ...
+
+    def objects_name(self) -> str:
+        """The nodes' name in the object store. UnavailableError."""
+        ...
+
+    def ended(self) -> list[int]:
+        """The numbers of nodes that have ended, and whose gradients may be orphans. UnavailableError."""
+        ...
+
+    def remember_ended(self, numbers: Collection[int]) -> None:
+        """The orphans of these nodes are found. UnavailableError."""
+        ...
+
+    # Gradients that go into the object store
+
+    def held(self, digest: str) -> AbstractContextManager[None]:
+        """Holds a gradient inside the block, once ``keep`` is called. It never waits."""
+        ...
+
+    def keep(self, digest: str) -> None:
+        """From now until the end of ``held`` no node removes the gradient. Waits for a removal under way.
+
+        UnavailableError where that may go on for long. Should the hold be lost, the write that needs it fails.
+        """
+        ...
+
+    # Gradients that leave it
+
+    def begin_removal(self, digests: Sequence[str]) -> tuple[set[str], set[str]]:
+        """(those that may be removed now, those that a write or another removal has). Others have a version.
+
+        At most MAX_KEYS digests. UnavailableError.
+
+        The last removal must begin within REMOVAL_SECONDS. The store may carry it out until OVER_SECONDS.
+        """
+        ...
+
+    def end_removal(self, digests: Collection[str]) -> None:
+        """The store has answered for these. The others may still be removed for a while, and nobody stores them."""
+        ...
+
+    def drop(self, digests: Collection[str]) -> None:
+        """These may have no version. They wait from now on, unless they wait already. UnavailableError."""
+        ...
+
+    def dropped(self, seconds: float) -> list[str]:
+        """Those that have waited for so long. UnavailableError."""
+        ...
+
+    def forget_dropped(self, digests: Collection[str]) -> None:
+        """These wait no more. UnavailableError."""
+        ...
+
+
+class SharedCatalog(Protocol):
+    """A catalog that several banks may have open."""
+
+    @property
+    def nodes(self) -> Nodes | None:
+        """None: one bank alone has the catalog."""
+        ...
+
+
+def leads(catalog: SharedCatalog) -> bool:
+    """Whether this bank does the catalog's upkeep now."""
+    return catalog.nodes is None or catalog.nodes.leads

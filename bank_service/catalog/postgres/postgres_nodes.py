@@ -1,0 +1,192 @@
+"""The nodes of a catalog in PostgreSQL, whose gradients lie in an object store; see ``catalog.nodes``.
+
+Why no gradient is removed that a version names, in three rules:
+
+1. A node that writes a record has a shared lock of its digest, on its ``LockSession``, from before the write. It finds
+   no row of the digest in ``removals`` after it has the lock.
+2. A removal is decided in a transaction that writes. It finds no version with the digest, gets the digest's lock for
+   itself, and adds a row to ``removals``.
+3. The transaction that names the digest finds the lock of rule 1 still there, or a version that names the digest
+   already. Such transactions come one after the other, so no removal is decided between this look and the commit.
+
+The row stays while the store may still carry the removal out. So this holds for nodes that are killed at any moment,
+and for lost connections. It holds for commits without an answer, because they have their turn until they are over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from bank_service.catalog.nodes import OVER_SECONDS
+from bank_service.catalog.postgres.lock_session import LockSession
+from bank_service.catalog.postgres.membership import Membership
+from bank_service.catalog.postgres.postgres_writer import PostgresWriter
+from bank_service.catalog.sql import gradients
+from bank_service.catalog.sql.prepared import run_text
+from bank_service.errors import UnavailableError
+from bank_service.runtime.holds import still_going
+
+T = TypeVar("T")
+
+WAIT_SECONDS = 5.0  # the longest that a write waits for a removal of the same gradient
+PAUSE_SECONDS = 0.05
+_NAME = "SELECT objects FROM epoch"
+_SET_NAME = "UPDATE epoch SET objects = %(name)s"
+_IS_OVER = "NOT is_over AND node <> %(own)s AND pg_try_advisory_xact_lock(node)"
+_ENDED_NODES = f"SELECT node FROM nodes WHERE {_IS_OVER}"
+_REMEMBER = f"UPDATE nodes SET is_over = true WHERE node = ANY(%(ended)s) AND {_IS_OVER}"
+_FORGET = "DELETE FROM nodes WHERE is_over AND seen < now() - interval '7 days'"
+_LOCK = "SELECT key FROM unnest(%(keys)s::bigint[]) AS key WHERE pg_try_advisory_xact_lock(key)"
+_BEGIN = (
+    "INSERT INTO removals (digest, until) SELECT unnest(%(digests)s::text[]), clock_timestamp() + %(wait)s * interval "
+    "'1 second' ON CONFLICT (digest) DO UPDATE SET until = excluded.until WHERE removals.until < clock_timestamp() "
+    "RETURNING digest"
+)
+_ENDED = "DELETE FROM removals WHERE digest = ANY(%(digests)s) OR until < clock_timestamp()"
+_DROP = "INSERT INTO dropped_gradients (digest, since) SELECT unnest(%(digests)s::text[]), now() ON CONFLICT (digest) "
+_DROP_ANEW = _DROP + "DO UPDATE SET since = excluded.since"
+_DROP_NEW = _DROP + "DO NOTHING"
+_DROPPED = "SELECT digest FROM dropped_gradients WHERE since <= now() - %(seconds)s * interval '1 second'"
+_FORGET_DROPPED = "DELETE FROM dropped_gradients WHERE digest = ANY(%(digests)s)"
+
+
+class PostgresNodes:
+    """Implements ``Nodes``."""
+
+    def __init__(
+        self,
+        writer: PostgresWriter,
+        membership: Membership,
+        locks: sa.Engine,
+        collection_id: str,
+    ) -> None:
+        """``locks``: an engine with one connection. SQLAlchemyError."""
+        self._writer = writer
+        self._membership = membership
+        self._collection_id = collection_id
+        # A writer without a connection is no node: others could change the settings. So it looks often.
+        self._session = LockSession(locks, writer.settle)
+
+    def close(self) -> None:
+        self._session.close()
+
+    @property
+    def leads(self) -> bool:
+        return self._session.leads
+
+    def take_objects(self, take: Callable[[str], None]) -> None:
+        failures: list[Exception] = []
+
+        def operation(connection: sa.Connection) -> None:
+            failures.clear()
+            ((known,),) = run_text(connection, _NAME)
+            name = known or secrets.token_hex(16)
+            try:
+                take(name)
+            except Exception as error:  # noqa: BLE001 - the caller gets it, and the transaction changes nothing
+                failures.append(error)
+                return
+            if not known:
+                run_text(connection, _SET_NAME, {"name": name})
+
+        self._write(operation)
+        if failures:
+            raise failures[0]
+
+    def objects_name(self) -> str:
+        # In a transaction that writes: while another node takes the store, this one waits for the name.
+        return str(self._write(lambda connection: run_text(connection, _NAME)[0][0]))
+
+    def ended(self) -> list[int]:
+        own = {"own": self._membership.node}
+        return self._write(lambda connection: [int(node) for (node,) in run_text(connection, _ENDED_NODES, own)])
+
+    def remember_ended(self, numbers: Collection[int]) -> None:
+        def operation(connection: sa.Connection) -> None:
+            run_text(connection, _FORGET)
+            run_text(connection, _REMEMBER, {"own": self._membership.node, "ended": list(numbers)})
+
+        if numbers:
+            self._write(operation)
+
+    # Gradients that go into the object store
+
+    def held(self, digest: str) -> AbstractContextManager[None]:
+        return self._session.held(self._key(digest))
+
+    def keep(self, digest: str) -> None:
+        self._session.keep(self._key(digest))
+        assert digest.isalnum()
+        deadline = time.monotonic() + WAIT_SECONDS
+        statement = f"SELECT EXISTS (SELECT 1 FROM removals WHERE digest = '{digest}' AND until > clock_timestamp())"
+        while self._session.ask(statement):
+            if time.monotonic() > deadline:
+                raise still_going(digest, OVER_SECONDS)
+            time.sleep(PAUSE_SECONDS)
+
+    def check(self, connection: sa.Connection, digest: str) -> None:
+        """Rule 3 above: UnavailableError where the gradient may be removed before the end of this transaction."""
+        session = self._session.session_of(self._key(digest))
+        if session:
+            ((is_over,),) = run_text(connection, f"SELECT pg_try_advisory_xact_lock_shared({session})")
+            if not is_over:
+                return
+        if not gradients.sizes(connection, [digest]):
+            raise UnavailableError(
+                f"gradient {digest} must stay while its document is written, its hold was lost or another node has "
+                "changed the document; try again"
+            )
+
+    # Gradients that leave it
+
+    def begin_removal(self, digests: Sequence[str]) -> tuple[set[str], set[str]]:
+        keys = {self._key(digest): digest for digest in digests}
+
+        def operation(connection: sa.Connection) -> tuple[set[str], set[str]]:
+            named = gradients.sizes(connection, digests)
+            unnamed = {digest for digest in digests if digest not in named}
+            free = run_text(connection, _LOCK, {"keys": [self._key(digest) for digest in unnamed]})
+            decided = {"digests": [keys[key] for (key,) in free], "wait": OVER_SECONDS}
+            going = {digest for (digest,) in run_text(connection, _BEGIN, decided)}
+            return going, unnamed - going
+
+        return self._write(operation)
+
+    def end_removal(self, digests: Collection[str]) -> None:
+        # Nobody waits for it. If it fails, the rows are over after a while.
+        self._writer.submit(lambda connection: run_text(connection, _ENDED, {"digests": list(digests)}))
+
+    def drop(self, digests: Collection[str]) -> None:
+        if digests:
+            self._write(lambda connection: run_text(connection, _DROP_NEW, {"digests": sorted(digests)}))
+
+    def note_dropped(self, connection: sa.Connection, digests: Collection[str]) -> None:
+        """The transaction takes these from a version. They wait anew."""
+        if digests:
+            run_text(connection, _DROP_ANEW, {"digests": sorted(digests)})
+
+    def dropped(self, seconds: float) -> list[str]:
+        return self._write(
+            lambda connection: [digest for (digest,) in run_text(connection, _DROPPED, {"seconds": seconds})]
+        )
+
+    def forget_dropped(self, digests: Collection[str]) -> None:
+        if digests:
+            self._write(lambda connection: run_text(connection, _FORGET_DROPPED, {"digests": list(digests)}))
+
+    def _write(self, operation: Callable[[sa.Connection], T]) -> T:
+        future: Future[T] = self._writer.submit(operation)
+        return future.result()
+
+    def _key(self, digest: str) -> int:
+        """The number of a gradient's lock. Two gradients with one number would only wait for each other."""
+        hashed = hashlib.blake2b(f"{self._collection_id} {digest}".encode(), digest_size=8).digest()
+        return int.from_bytes(hashed, "big", signed=True)

@@ -1,0 +1,304 @@
+"""Several banks with one catalog: who does what, and which gradients stay, whoever loses its connection or ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from bank_service.catalog.contract import Catalog
+from bank_service.catalog.entries import NextLearner
+from bank_service.catalog.factory import check_place, open_catalog
+from bank_service.catalog.nodes import Nodes
+from bank_service.catalog.postgres import membership, postgres_nodes
+from bank_service.errors import BankInUseError, CatalogReadError, CollectionMismatchError, UnavailableError
+from bank_service.values.documents import PutResult
+from bank_service.values.namespace_limits import NamespaceLimits
+from tests.bank.catalog.postgres.conftest import Line
+from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
+from tests.bank.postgres_server import PostgresServer
+
+DIGEST = "0" * 64  # of ``gradient()``
+Opener = Callable[..., Catalog]
+
+
+@pytest.fixture
+def opener(tmp_path: Path, url: str) -> Iterator[Opener]:
+    """Opens one node after another."""
+    opened: list[Catalog] = []
+    numbers = count(1)
+
+    def opening(**settings: object) -> Catalog:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        given = {"identity": IDENTITY, "url": url, "is_shared": True, **settings}
+        opened.append(open_catalog(folder, **given))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield opening
+    for catalog in opened:
+        catalog.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "TAKE_SECONDS", 0.3)
+    monkeypatch.setattr(postgres_nodes, "WAIT_SECONDS", 0.3)
+
+
+def nodes_of(catalog: Catalog) -> Nodes:
+    assert catalog.nodes is not None
+    return catalog.nodes
+
+
+def put(catalog: Catalog, id: str, digit: str = "0", namespace: str = "n") -> PutResult:
+    """Stores a document, as a bank does that has written its gradient."""
+    given = gradient(digit)
+    with nodes_of(catalog).held(given.digest):
+        nodes_of(catalog).keep(given.digest)
+        return catalog.put(document(id, namespace=namespace), given, None).result()
+
+
+def end_connections(url: str, locked: str = "true") -> int:
+    """Ends connections of banks that have an advisory lock; those for which a condition on pg_locks holds."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM (SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' "
+            f"AND pid <> pg_backend_pid() AND {locked}) AS found"
+        ).rowcount
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_changes_of_all_nodes_are_in_one_order_and_each_sees_them_all(opener: Opener) -> None:
+    first, second = opener(), opener()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(
+            pool.map(lambda n: put((first, second)[n % 2], f"d{n % 7}", f"{n % 10}", f"new{n % 3}"), range(80))
+        )
+    assert sorted(result.stored.sequence for result in results if result.outcome.name != "UNCHANGED") == list(
+        range(1, 1 + sum(result.outcome.name != "UNCHANGED" for result in results))
+    )
+    for catalog in (first, second):
+        with catalog.view() as view:
+            assert sum(len(view.page(f"new{number}", "", 99)) for number in range(3)) == 21
+    last = put(first, "last", "a")
+    with second.view() as view:
+        assert view.get("n", "last") == last.stored
+
+
+def test_of_two_nodes_that_expect_the_same_version_one_writes(opener: Opener) -> None:
+    catalogs = [opener(), opener()]
+    put(catalogs[0], "a")
+    with ThreadPoolExecutor(8) as pool:
+        for version in range(1, 11):
+            digit = f"{version % 10}"
+
+            def write(catalog: Catalog, expected: int = version, digit: str = digit) -> PutResult:
+                with nodes_of(catalog).held(digit * 64):
+                    nodes_of(catalog).keep(digit * 64)
+                    return catalog.put(document("a", f"text {expected}"), gradient(digit), expected).result()
+
+            outcomes = [pool.submit(write, catalog).exception() for catalog in catalogs]
+            assert [type(outcome).__name__ for outcome in outcomes].count("VersionConflictError") == 1
+    with catalogs[1].view() as view:
+        stored = view.get("n", "a")
+        assert stored is not None and stored.version == 11
+
+
+def test_a_quota_holds_over_all_nodes(opener: Opener) -> None:
+    limits = NamespaceLimits(max_documents=10)
+    catalogs = [opener(limits_of=lambda _: limits) for _ in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(put, catalogs[n % 2], f"d{n}", f"{n % 10}") for n in range(40)]
+        refused = [type(result.exception()).__name__ for result in results if result.exception() is not None]
+    assert refused == ["QuotaExceededError"] * 30
+    with catalogs[0].view() as view:
+        assert view.usage("n").num_documents == len(view.page("n", "", 99)) == 10
+
+
+def test_a_bank_with_its_gradients_in_a_folder_is_alone(opener: Opener, tmp_path: Path, url: str) -> None:
+    shared = opener()
+    with pytest.raises(BankInUseError, match="only where the gradients of all lie in one object store"):
+        opener(is_shared=False)
+    check_place(tmp_path, url, is_shared=True)
+    shared.close()
+    alone = opener(is_shared=False)
+    assert alone.nodes is None
+    for begin in (opener, lambda: check_place(tmp_path, url, is_shared=True)):
+        with pytest.raises(BankInUseError, match="another bank has this catalog"):
+            begin()
+
+
+def test_a_gradient_that_a_node_keeps_or_a_version_names_is_never_removed(opener: Opener) -> None:
+    first, second = opener(), opener()
+    with nodes_of(first).held(DIGEST):
+        assert nodes_of(second).begin_removal([DIGEST]) == ({DIGEST}, set()), "it is not kept yet"
+        with pytest.raises(UnavailableError, match="the removal of gradient .* must be over"):
+            nodes_of(first).keep(DIGEST)
+        nodes_of(second).end_removal([DIGEST])
+        nodes_of(first).keep(DIGEST)
+        for catalog, other in ((first, "1" * 64), (second, "2" * 64)):
+            assert nodes_of(catalog).begin_removal([DIGEST, other]) == ({other}, {DIGEST})
+        first.put(document(), gradient(), None).result()
+    assert nodes_of(second).begin_removal([DIGEST]) == (set(), set())
+    first.delete("n", "a", None).result()
+    assert nodes_of(first).dropped(0.0) == [DIGEST] and nodes_of(first).dropped(3600.0) == []
+    until(lambda: bool(nodes_of(second).begin_removal([DIGEST])[0]))
+    assert nodes_of(first).begin_removal([DIGEST]) == (set(), {DIGEST}), "another node has it"
+
+
+def test_a_removal_without_an_answer_is_over_after_a_while(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres_nodes, "OVER_SECONDS", 1.5)
+    first, second = opener(), opener()
+    assert nodes_of(first).begin_removal([DIGEST]) == ({DIGEST}, set())
+    first.close()
+    with nodes_of(second).held(DIGEST), pytest.raises(UnavailableError, match="must be over"):
+        nodes_of(second).keep(DIGEST)
+    time.sleep(1.5)
+    assert put(second, "a").stored.sequence == 1
+
+
+def test_a_write_without_a_hold_is_refused_unless_a_version_has_its_gradient(opener: Opener) -> None:
+    first, second = opener(), opener()
+    with pytest.raises(UnavailableError, match="must stay while its document is written"):
+        first.put(document(), gradient(), None).result()
+    put(first, "a")
+    assert second.put(document("b"), gradient(), None).result().stored.sequence == 2
+    first.delete("n", "a", None).result()
+    second.delete("n", "b", None).result()
+    with pytest.raises(UnavailableError, match="another node has changed the document"):
+        first.put(document(), gradient(), None).result()
+
+
+def test_a_write_whose_hold_was_lost_is_refused_and_the_next_one_is_not(opener: Opener, url: str) -> None:
+    """Another node could have removed the gradient meanwhile."""
+    first, second = opener(), opener()
+    with nodes_of(first).held(DIGEST):
+        nodes_of(first).keep(DIGEST)
+        assert end_connections(url, "mode = 'ShareLock' AND objsubid = 1") == 1
+        until(lambda: bool(nodes_of(second).begin_removal([DIGEST])[0]))
+        nodes_of(second).end_removal([DIGEST])
+        with pytest.raises(UnavailableError, match="its hold was lost"):
+            first.put(document(), gradient(), None).result()
+        with pytest.raises(UnavailableError, match="its hold was lost|must give locks"):
+            nodes_of(first).keep(DIGEST)
+    assert put(first, "a").stored.sequence == 1
+
+
+def test_a_commit_without_an_answer_keeps_its_gradient_from_removals(
+    opener: Opener, url: str, own_server: PostgresServer, line: Line
+) -> None:
+    first, second = opener(url=line.url(url)), opener()
+    put(first, "a", "1")
+    line.cut_at_commit = "after"
+    with nodes_of(first).held(DIGEST):
+        nodes_of(first).keep(DIGEST)
+        assert first.put(document("b"), gradient(), None).result(20).stored.sequence == 2
+    assert line.cut_at_commit is None
+    assert nodes_of(second).begin_removal([DIGEST]) == (set(), set())
+
+
+def test_one_node_does_the_upkeep_and_another_takes_it_over(opener: Opener, url: str) -> None:
+    first, second, third = opener(), opener(), opener()
+    assert [nodes_of(catalog).leads for catalog in (first, second, third)] == [True, False, False]
+    first.close()
+    begun = time.monotonic()
+    until(lambda: nodes_of(second).leads != nodes_of(third).leads)
+    assert time.monotonic() - begun < 5, "within seconds"
+    leader, other = (second, third) if nodes_of(second).leads else (third, second)
+    (ended,) = nodes_of(leader).ended()
+    nodes_of(leader).remember_ended([ended])
+    assert nodes_of(leader).ended() == nodes_of(other).ended() == []
+    end_connections(url)
+    until(lambda: not nodes_of(leader).leads or nodes_of(other).leads)
+    until(lambda: nodes_of(leader).leads != nodes_of(other).leads)
+    assert put(leader, "a").stored.sequence == 1
+
+
+def test_only_a_node_that_is_alone_changes_what_the_others_know(opener: Opener) -> None:
+    first, second = opener(), opener()
+    learner = NextLearner("c" * 64, "d" * 16, "/learner")
+    for change in (lambda: first.begin_recoding("factors-2-1-8"), lambda: second.begin_next(learner)):
+        with pytest.raises(UnavailableError, match="only be changed by a node that is alone"):
+            change().result()
+    with pytest.raises(BankInUseError, match="history_seconds must be 0 as on the other nodes"):
+        opener(history_seconds=5)
+    second.close()
+    first.begin_recoding("factors-2-1-8").result()
+    changed = replace(IDENTITY, codec="factors-2-1-8")
+    with pytest.raises(BankInUseError, match="on its way to another codec"):
+        opener(identity=changed)
+    first.end_recoding().result()
+    with pytest.raises(CollectionMismatchError):
+        opener()
+    assert nodes_of(opener(identity=changed)).leads is False
+    put(first, "a")
+
+
+def test_a_node_that_missed_a_change_stops(opener: Opener, url: str, line: Line) -> None:
+    first = opener(url=line.url(url))
+    put(first, "a")
+    line.is_broken = True
+    assert end_connections(url) == 2
+    second = opener()
+    second.begin_recoding("factors-2-1-8").result()
+    line.is_broken = False
+
+    def is_stopped() -> bool:
+        try:
+            with first.view():
+                return False
+        except CatalogReadError as error:
+            return "start this node again" in str(error)
+
+    until(is_stopped)
+    assert "start this node again" in str(first.put(document(), gradient(), None).exception())
+    put(second, "b")
+
+
+def test_a_node_whose_connections_broke_goes_on_also_if_another_one_began_alone(
+    opener: Opener, url: str, line: Line
+) -> None:
+    first = opener(url=line.url(url))
+    nodes_of(first).take_objects(lambda _: None)
+    before = nodes_of(first).objects_name()
+    line.is_broken = True
+    end_connections(url)
+    second = opener()
+    taken: list[str] = []
+    nodes_of(second).take_objects(taken.append)
+    line.is_broken = False
+    assert taken != [before], "it may be another copy of the database"
+    until(lambda: first.put(document(), gradient("1"), None).exception() is not None)
+    until(lambda: nodes_of(first).objects_name() == taken[0])
+    assert put(first, "a").stored.sequence == 1
+
+
+def test_two_nodes_begin_one_new_catalog_at_once(opener: Opener) -> None:
+    gate = threading.Barrier(4)
+
+    def begin(_: int) -> Catalog:
+        gate.wait()
+        return opener()
+
+    with ThreadPoolExecutor(4) as pool:
+        catalogs = list(pool.map(begin, range(4)))
+    assert len({catalog.collection_id for catalog in catalogs}) == 1
+    assert [nodes_of(catalog).leads for catalog in catalogs].count(True) == 1
+    names: list[str] = []
+    for catalog in catalogs:
+        nodes_of(catalog).take_objects(names.append)
+    assert len(set(names)) == 1
