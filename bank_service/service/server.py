@@ -13,7 +13,6 @@ from typing import Self
 import grpc
 import prometheus_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from bank_service.bank import Bank
@@ -22,6 +21,7 @@ from bank_service.runtime.data_dir import BankAddress, DataDir
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.service.access import Authority
 from bank_service.service.admission import Admission
+from bank_service.service.health import Health
 from bank_service.service.own_redis import own_redis_url
 from bank_service.service.servicer import BankServicer
 from bank_service.service.tls import server_credentials
@@ -55,7 +55,7 @@ class BankServer:
         self._encoder = encoder
         self._embedder = embedder
         self.metrics = BankMetrics()
-        self._health = health_aio.HealthServicer()
+        self._health = Health()
         self._stack = AsyncExitStack()
         self._address: BankAddress | None = None
         self._tokens: TokensFile | None = None
@@ -88,7 +88,8 @@ class BankServer:
             raise
 
     async def stop(self) -> None:
-        """Refuses new calls, waits ``drain_seconds`` at most for calls under way, then closes everything."""
+        """Tells clients that watch the bank's health, and refuses new calls. Waits ``drain_seconds`` at most for calls
+        under way, then closes everything."""
         await self._stack.aclose()
         self._address = None
 
@@ -119,7 +120,8 @@ class BankServer:
         self._stack.push_async_callback(bank.close)
         port = await self._listen(bank, credentials)
         self._address = BankAddress(config.host, port, self._serve_metrics())
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         data_dir.announce(self._address)
         logger.info("bank of learner %s at %s", self._encoder.spec.fingerprint, self._address.target)
 
@@ -151,7 +153,7 @@ class BankServer:
         await server.start()
 
         async def drain() -> None:
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._health.leave()
             await server.stop(self.config.drain_seconds)
 
         self._stack.push_async_callback(drain)
@@ -169,10 +171,6 @@ class BankServer:
         self._stack.callback(server.server_close)
         self._stack.callback(server.shutdown)
         return int(server.server_port)
-
-    async def _set_health(self, status: int) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
 
 
 async def serve(

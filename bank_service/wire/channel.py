@@ -1,8 +1,14 @@
 """Opens a client's channel to a bank. It uses TLS if the credentials name an authority or a certificate. Each call
-carries the token."""
+carries the token.
+
+An address may name several nodes of one bank: ``dns:///bank:50061``, of which each address is a node, or
+``ipv4:10.0.0.1:50061,10.0.0.2:50061``. Then gRPC sends one call to each in turn. It leaves out those that can't be
+reached, and those whose health is not SERVING.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -15,6 +21,9 @@ from bank_service.wire.ports import is_loopback
 
 logger = logging.getLogger(__name__)
 
+SERVICE = "regrad.bank.v1.BankService"
+_IN_TURN = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": SERVICE}}
+
 Details: TypeAlias = Any  # grpc.ClientCallDetails; grpc and grpc.aio have different classes
 Option: TypeAlias = tuple[str, str | int]
 
@@ -26,7 +35,7 @@ def open_channel(
     can't be used."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
-    options = [*_options(address), *more_options]
+    options = _options(address, more_options)
     if tls is None:
         channel = grpc.insecure_channel(address, options=options)
     else:
@@ -40,7 +49,7 @@ def open_aio_channel(
     """A channel for the running event loop. See ``open_channel``."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
-    options = [*_options(address), *more_options]
+    options = _options(address, more_options)
     interceptors = [] if token is None else [kind(token) for kind in _AIO_KINDS]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
@@ -58,14 +67,27 @@ def _prepared(address: str, credentials: BankCredentials) -> tuple[grpc.ChannelC
     return tls, token
 
 
-def _options(address: str) -> list[Option]:
-    """gRPC takes the environment's proxy for every address, also for one on this machine, where no proxy can help."""
-    return [*channel_options(), *([("grpc.enable_http_proxy", 0)] if _is_here(address) else [])]
+def _options(address: str, more_options: Sequence[Option]) -> list[Option]:
+    options = {**dict(channel_options()), **dict(more_options)}
+    if _is_here(address):
+        # gRPC takes the environment's proxy for every address, also for one on this machine, where no proxy can help.
+        options["grpc.enable_http_proxy"] = 0
+    if address.startswith("dns:") or "," in address:
+        options["grpc.service_config"] = json.dumps(
+            {**json.loads(str(options.get("grpc.service_config", "{}"))), **_IN_TURN}
+        )
+    return list(options.items())
 
 
 def _is_here(address: str) -> bool:
-    """Whether the address is on this machine."""
-    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))
+    """Whether the address is on this machine, or all of its addresses are."""
+    scheme, _, rest = address.partition(":")
+    if scheme == "unix":
+        return True
+    targets = {"dns": [rest.rpartition("/")[2]], "ipv4": rest.split(","), "ipv6": rest.split(",")}.get(
+        scheme, [address]
+    )
+    return all(is_loopback(target.rpartition(":")[0].strip("[]")) for target in targets)
 
 
 class _Token:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 
-SERVICE = "regrad.bank.v1.BankService"
+from bank_service.wire.channel import SERVICE
+
 REPEATABLE = ("Query", "BatchQuery", "GetDocument", "ListDocuments", "GetStats", "FetchGradients")
 DEFAULT_ATTEMPTS = 4  # repeats after 0.2, 0.4 and 0.8 s, so that a missing bank is reported within two seconds
 _FIRST_BACKOFF_MS = 200

@@ -1,6 +1,6 @@
 """A bank as a process of its own, for tests that kill it.
 
-``python -m tests.bank.bank_process DATA_DIR [PORT [HISTORY_SECONDS]]``
+``python -m tests.bank.bank_process DATA_DIR [PORT [HISTORY_SECONDS [CATALOG OBJECTS]]]``
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ if __name__ == "__main__":
     # Small numbers, so that a short test meets snapshots and full batches.
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     history = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    catalog, objects = sys.argv[4:6] if len(sys.argv) > 5 else (None, None)
     config = BankConfig(
-        data_dir=Path(sys.argv[1]), port=port, snapshot_every=40, drain_seconds=5, history_seconds=history
-    )
+        data_dir=Path(sys.argv[1]), port=port, snapshot_every=40, drain_seconds=5, history_seconds=history,
+        catalog=catalog, objects=objects,
+    )  # fmt: skip
     run_bank(config, HashEncoder(), ready=lambda address: sys.stdout.write(f"ready {address.target}\n"))

@@ -22,10 +22,11 @@ from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.testing.tokens import Tokens
 from bank_service.values.config import BankConfig
 from bank_service.wire import limits
+from bank_service.wire.channel import SERVICE
 from bank_service.wire.generated import bank_pb2
 from bank_service.wire.record import GradientSpec
 from regrad_vllm.client import AsyncBank, Bank, BankCredentials, BankTooOldError, Document, Query, Receipt
-from regrad_vllm.client.retries import REPEATABLE, SERVICE
+from regrad_vllm.client.retries import REPEATABLE
 from regrad_vllm.local.processes import free_port
 from tests.client.conftest import Call, asynchronous, blocking
 from tests.client.older_bank import without_cues
