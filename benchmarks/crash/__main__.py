@@ -1,6 +1,7 @@
 """kill -9 of a real bank process under load, at random moments and at chosen places; every promise checked after it.
 
     make crash-test          (python -m benchmarks.crash [--kills N] [--seed N])
+    make crash-test ARGS="--catalog postgresql://… --objects s3://… --nodes 2"
 
 Eight writers put, update, delete and upload. Two readers search and fetch. One snapshot follows another. After each
 kill the bank is started on the same folder, and these promises are checked:
@@ -11,6 +12,9 @@ kill the bank is started on the same folder, and these promises are checked:
 - Searches find all documents, and past states are still answered with as_of.
 - No orphan blob stays.
 - The snapshots' target can be restored.
+
+With ``--nodes``, so many banks have the catalog and the object store together, and one of them is killed at a time. The
+others must go on, and answer for the same promises. They take no snapshots.
 
 ``lost`` counts acknowledged writes that are missing. ``wrong`` counts all other broken promises.
 
@@ -34,6 +38,7 @@ from bank_service import __version__
 from benchmarks.crash.faults import POINTS
 from benchmarks.crash.killable import Nursery
 from benchmarks.crash.kills import START, WORK, Run, kill_again_and_again
+from benchmarks.crash.node_kills import kill_nodes, node_plan
 from regrad_vllm.reporting.machine import describe
 
 
@@ -41,9 +46,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=350, help="in all; three in five of them at random moments")
     parser.add_argument("--seed", type=int, default=2615734)
+    parser.add_argument("--nodes", type=int, default=1, help="banks that work at once; more than one need both URLs")
+    parser.add_argument("--catalog", help="postgresql:// URL of an empty schema")
+    parser.add_argument("--objects", help="URL of an empty object store, such as s3://BUCKET/PREFIX")
     args = parser.parse_args()
+    if (args.nodes > 1) != (args.catalog is not None) or (args.nodes > 1) != (args.objects is not None):
+        parser.error("--nodes 2, --catalog and --objects must be given together")
     generator = random.Random(args.seed)
-    kills = plan(args.kills, generator)
     started = time.monotonic()
 
     def progress(run: Run) -> None:
@@ -55,8 +64,18 @@ def main() -> int:
             )
             sys.stdout.flush()
 
-    with tempfile.TemporaryDirectory(prefix="crash-") as folder, Nursery(Path(folder, "log")) as nursery:
-        run = asyncio.run(kill_again_and_again(nursery, Path(folder, "bank"), kills, generator, progress=progress))
+    with (
+        tempfile.TemporaryDirectory(prefix="crash-") as folder,
+        Nursery(Path(folder, "log"), args.catalog, args.objects) as nursery,
+    ):
+        if args.nodes > 1:
+            kills = node_plan(args.kills, args.nodes, generator)
+            run = asyncio.run(kill_nodes(nursery, Path(folder), kills, generator, progress))
+        else:
+            planned = plan(args.kills, generator)
+            run = asyncio.run(
+                kill_again_and_again(nursery, Path(folder, "bank"), planned, generator, progress=progress)
+            )
     for kind in ("lost", "wrong"):
         for line in getattr(run.verdict, kind)[:20]:
             sys.stdout.write(f"{kind}: {line}\n")
@@ -67,6 +86,7 @@ def main() -> int:
         "wrong": len(run.verdict.wrong),
         "random_kills": run.kills.get(WORK, 0) + run.kills.get(START, 0),
         "kills_at": run.kills,
+        "nodes": args.nodes,
         "seed": args.seed,
         "seconds": round(time.monotonic() - started),
         "bank": __version__,

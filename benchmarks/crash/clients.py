@@ -33,24 +33,42 @@ async def work_until_killed(
     target None: it writes none. seconds None: the bank must kill itself. False if it did not.
     """
     async with Client(process.address.target) as client:
-        tasks = [
-            asyncio.create_task(_write(client, name, model, verdict, random.Random(generator.random())))
-            for name, model in models.items()
-        ]
-        tasks += [asyncio.create_task(_read(client, verdict)) for _ in range(2)]
+        tasks = clients_of(client, models, verdict, generator)
         if target is not None:
             tasks.append(asyncio.create_task(_snapshot(client, target)))
-        if seconds is None:
-            process.arm()
-            died = await asyncio.to_thread(process.wait, FAULT_SECONDS)
-        else:
-            await asyncio.sleep(seconds)
-            died = True
-        await asyncio.to_thread(kill)
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if not _is_end(result):
-                verdict.wrong.append(f"a client's call ended with {type(result).__name__}: {result}")
+        died = await killed_at(process, seconds, kill)
+        await ended(tasks, verdict)
     return died
+
+
+def clients_of(
+    client: Client, models: dict[str, Model], verdict: Verdict, generator: random.Random
+) -> list[asyncio.Task[None]]:
+    """A writer for each model, and two readers. They work until a call fails."""
+    tasks = [
+        asyncio.create_task(_write(client, name, model, verdict, random.Random(generator.random())))
+        for name, model in models.items()
+    ]
+    return tasks + [asyncio.create_task(_read(client, verdict)) for _ in range(2)]
+
+
+async def killed_at(process: Process, seconds: float | None, kill: Callable[[], None]) -> bool:
+    """Calls ``kill`` after ``seconds``, or waits until the bank kills itself. False if it did not."""
+    died = True
+    if seconds is None:
+        process.arm()
+        died = await asyncio.to_thread(process.wait, FAULT_SECONDS)
+    else:
+        await asyncio.sleep(seconds)
+    await asyncio.to_thread(kill)
+    return died
+
+
+async def ended(tasks: list[asyncio.Task[None]], verdict: Verdict) -> None:
+    """Returns when all clients have ended."""
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if not _is_end(result):
+            verdict.wrong.append(f"a client's call ended with {type(result).__name__}: {result}")
 
 
 def _is_end(result: BaseException | None) -> bool:

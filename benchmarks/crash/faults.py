@@ -16,7 +16,10 @@ import bank_service.catalog.sql.catalog_writes
 import bank_service.search.usearch.usearch_index
 from bank_service.backup.snapshot import Manifest, SnapshotWriter
 from bank_service.blobs.blob_store import BlobStore
+from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.blobs.shared_holds import SharedHolds
 from bank_service.cache.redis_cache import RedisCache
+from bank_service.catalog.postgres.postgres_nodes import PostgresNodes
 from bank_service.catalog.sql.group_commit import GroupCommit
 from bank_service.catalog.sql.sql_catalog import SqlCatalog
 from bank_service.records.discarder import Discarder
@@ -40,6 +43,22 @@ POINTS: dict[str, tuple[Any, str]] = {
     "in a bank snapshot": (SnapshotWriter, "copy"),
     "before a bank snapshot's manifest": (Manifest, "write"),
 }
+# Those of a node that has its catalog and its object store together with others.
+NODE_POINTS: dict[str, tuple[Any, str]] = {
+    **{name: POINTS[name] for name in (
+        "between blob and catalog", "in a transaction of the catalog", "between commit and acknowledgement",
+        "in a deletion",
+    )},
+    "before a hold that others see": (SharedHolds, "wait_removed"),
+    "between a hold and the write of its object": (RemoteObjects, "add"),
+}  # fmt: skip
+# Only the node that does the upkeep comes to these.
+UPKEEP_POINTS: dict[str, tuple[Any, str]] = {
+    "before a removal is decided": (PostgresNodes, "begin_removal"),
+    "between the decision and the removal": (RemoteObjects, "remove"),
+    "after a removal, before others know": (PostgresNodes, "end_removal"),
+    "after a removal, before the cache": (RedisCache, "remove"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +69,7 @@ class Fault:
     passes: int = 1
 
     def arm(self) -> None:
-        owner, name = POINTS[self.point]
+        owner, name = (POINTS | NODE_POINTS | UPKEEP_POINTS)[self.point]
         if name.startswith("os."):
             name = name.removeprefix("os.")
             owner.os = owner = _Proxy(owner.os)

@@ -65,10 +65,12 @@ def has_ended(handle: psutil.Process, seconds: float, *, is_zombie_enough: bool 
 class Nursery:
     """Forks banks from a process that has imported everything and started nothing."""
 
-    def __init__(self, log: Path, catalog: str | None = None) -> None:
-        """``catalog``: the URL of the database that all banks have their catalog in; None: SQLite in their folders."""
+    def __init__(self, log: Path, catalog: str | None = None, objects: str | None = None) -> None:
+        """``catalog``: the URL of the database that all banks have their catalog in; None: SQLite in their folders.
+        ``objects``: that of the object store with their gradients; None: they lie in the folders."""
         self._log = log
         self.catalog = catalog
+        self.objects = objects
         self._started: list[psutil.Process] = []
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.crash.nursery"],
@@ -97,7 +99,8 @@ class Nursery:
         assert self._popen.stdin is not None and self._popen.stdout is not None
         asked = None if fault is None else {"point": fault.point, "passes": fault.passes}
         order = {
-            "data_dir": str(data_dir), "catalog": self.catalog, "log": str(self._log), "fault": asked, "plant": plant
+            "data_dir": str(data_dir), "catalog": self.catalog, "objects": self.objects, "log": str(self._log),
+            "fault": asked, "plant": plant,
         }  # fmt: skip
         self._popen.stdin.write(json.dumps(order) + "\n")
         self._popen.stdin.flush()

@@ -16,7 +16,7 @@ from benchmarks.crash.clients import work_until_killed
 from benchmarks.crash.expected import Model, Verdict
 from benchmarks.crash.faults import POINTS, Fault
 from benchmarks.crash.killable import END_SECONDS, Nursery, Process, end, has_ended
-from benchmarks.crash.promises import check, check_snapshot
+from benchmarks.crash.promises import check_bank, check_snapshot
 
 NUM_WRITERS = 8
 LONGEST_WORK_SECONDS = 0.8  # between a start and a kill at a random moment
@@ -63,7 +63,7 @@ async def kill_again_and_again(
             fault = Fault(kill, 1 if kill in RARE else generator.randint(1, MAX_PASSES)) if kill in POINTS else None
             process = await asyncio.to_thread(nursery.start, data_dir, fault, plant)
             async with Client(process.address.target) as client:
-                await check(client, data_dir, run.models, run.verdict)
+                await check_bank(client, data_dir, run.models, run.verdict)
             seconds = None if fault else generator.uniform(0.02, LONGEST_WORK_SECONDS)
             killed: Callable[[], None] = partial(end, process.handle)
             if kill == DATABASE:
@@ -81,7 +81,7 @@ async def kill_again_and_again(
         progress(run)
     process = await asyncio.to_thread(nursery.start, data_dir, None, plant)
     async with Client(process.address.target) as client:
-        await check(client, data_dir, run.models, run.verdict)
+        await check_bank(client, data_dir, run.models, run.verdict)
     return run
 
 
@@ -99,7 +99,7 @@ async def _check_goes_on(process: Process, data_dir: Path, run: Run) -> None:
                     run.verdict.wrong.append(f"the bank must go on within {BACK_SECONDS} s of its database's return")
                     return
             await asyncio.sleep(0.02)
-        await check(client, data_dir, run.models, run.verdict)
+        await check_bank(client, data_dir, run.models, run.verdict)
 
 
 def _check_children(process: Process, verdict: Verdict) -> None:

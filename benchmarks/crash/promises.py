@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,16 @@ PAST_SECONDS = 5  # half of the time that the bank keeps history for, because a 
 SWEEP_SECONDS = 20  # the sweep runs beside the first calls
 
 
-async def check(client: Client, data_dir: Path, models: dict[str, Model], verdict: Verdict) -> None:
-    """Checks that the models allow the bank's state, and updates the models."""
+async def check_bank(client: Client, data_dir: Path, models: dict[str, Model], verdict: Verdict) -> None:
+    """Checks a bank that has its gradients in its folder."""
+    if (data_dir / WORK_FOLDER).exists():
+        verdict.wrong.append("a snapshot that was killed left its work folder")
+    await check(client, lambda: len(list((data_dir / "blobs").glob("??/*"))), models, verdict)
+
+
+async def check(client: Client, count_blobs: Callable[[], int], models: dict[str, Model], verdict: Verdict) -> None:
+    """Checks that the models allow the bank's state, and updates the models. ``count_blobs``: counts the stored
+    gradients."""
     alive: dict[str, Any] = {}
     for model in models.values():
         for id in model.states:
@@ -39,7 +48,7 @@ async def check(client: Client, data_dir: Path, models: dict[str, Model], verdic
     newest = max((model.sequence for model in models.values()), default=0)
     if not newest <= stats.sequence == stats.indexed_sequence or stats.num_documents != len(alive):
         verdict.wrong.append(f"{len(alive)} documents, sequence {newest} acknowledged, but stats are {stats}")
-    await _check_orphans(client, data_dir, verdict)
+    await _check_orphans(client, count_blobs, verdict)
 
 
 async def _check_one(client: Client, id: str, model: Model, verdict: Verdict) -> Any:
@@ -104,13 +113,11 @@ async def _check_search(client: Client, alive: dict[str, Any], verdict: Verdict)
             verdict.wrong.append(f"{name} must have {wanted}, got {got}")
 
 
-async def _check_orphans(client: Client, data_dir: Path, verdict: Verdict) -> None:
+async def _check_orphans(client: Client, count_blobs: Callable[[], int], verdict: Verdict) -> None:
     """Checks that all blobs without a catalog entry disappear. Missing blobs are found by other checks."""
-    if (data_dir / WORK_FOLDER).exists():
-        verdict.wrong.append("a snapshot that was killed left its work folder")
     num_gradients = (await client.stats()).num_gradients
     deadline = time.monotonic() + SWEEP_SECONDS
-    while (count := len(list((data_dir / "blobs").glob("??/*")))) > num_gradients:
+    while (count := await asyncio.to_thread(count_blobs)) > num_gradients:
         if time.monotonic() > deadline:
             verdict.wrong.append(f"{count} blobs for {num_gradients} gradients, {SWEEP_SECONDS} s after the start")
             return

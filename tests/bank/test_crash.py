@@ -18,6 +18,7 @@ from bank_service.runtime.data_dir import read_address
 from benchmarks.crash.faults import BUGS, POINTS
 from benchmarks.crash.killable import ROOT, Nursery
 from benchmarks.crash.kills import DATABASE, START, WORK, kill_again_and_again
+from benchmarks.crash.node_kills import kill_nodes, node_plan
 from tests.bank.postgres_server import started
 
 
@@ -63,6 +64,35 @@ async def test_with_the_catalog_in_postgresql_kills_of_either_lose_nothing_ackno
         server.remove()
     assert not run.verdict.lost and not run.verdict.wrong
     assert run.num_acknowledged > 5 * len(kills), "the kills must have come in the middle of work"
+
+
+async def killed_nodes(tmp_path: Path, objects_url: str, number: int) -> None:
+    server = started()
+    try:
+        with Nursery(tmp_path / "log", server.new_schema(), objects_url) as nursery:
+            kills = node_plan(number, 2, generator())
+            run = await kill_nodes(nursery, tmp_path / "nodes", kills, generator())
+    finally:
+        server.remove()
+    assert not run.verdict.lost and not run.verdict.wrong
+    assert sum(run.kills.values()) == number
+    assert run.num_acknowledged > 5 * number, "the kills must have come in the middle of work"
+
+
+@pytest.mark.asyncio
+async def test_of_two_nodes_one_is_killed_and_the_other_goes_on_with_everything(
+    tmp_path: Path, objects_url: str
+) -> None:
+    await killed_nodes(tmp_path, objects_url, 3)
+
+
+@pytest.mark.only_test_all
+@pytest.mark.timeout(400)
+@pytest.mark.asyncio
+async def test_of_two_nodes_either_is_killed_in_each_phase_of_a_write_and_of_a_removal(
+    tmp_path: Path, seaweed_url: str
+) -> None:
+    await killed_nodes(tmp_path, seaweed_url, 20)
 
 
 @pytest.mark.only_test_all
