@@ -87,7 +87,8 @@ def seaweed(folder: Path) -> Iterator[ObjectServer]:
 class Weather:
     """What happens to the next requests before they reach the store."""
 
-    num_refused: int = 0  # so many are answered with 503
+    num_refused: int = 0  # so many are refused
+    refusal: tuple[int, str] = (503, "SlowDown")  # status and S3's code
     delay_seconds: float = 0.0
     requests: list[tuple[str, str]] = field(default_factory=list)  # method and SHA-256 that S3 shall compare, of each
 
@@ -106,7 +107,8 @@ def weathered(server: ObjectServer) -> Iterator[tuple[ObjectServer, Weather]]:
             time.sleep(weather.delay_seconds)
             if weather.num_refused > 0:
                 weather.num_refused -= 1
-                self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+                status, code = weather.refusal
+                self.reply(status, {}, f"<Error><Code>{code}</Code></Error>".encode())
                 return
             connection = http.client.HTTPConnection(server.endpoint.removeprefix("http://"), timeout=30)
             try:
@@ -127,7 +129,8 @@ def weathered(server: ObjectServer) -> Iterator[tuple[ObjectServer, Weather]]:
             length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
             self.send_header("Content-Length", length)
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 

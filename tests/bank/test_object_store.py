@@ -169,6 +169,29 @@ async def test_while_the_store_is_silent_reads_go_on_where_they_can_and_writes_f
 
 
 @pytest.mark.asyncio
+async def test_a_store_that_refuses_the_bank_loses_nothing(
+    data_dir: Path, weather: Weather, objects_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one whose credentials have expired."""
+    async with bank(data_dir, objects_url, objects_grace_seconds=0) as client:
+        digests = await ingested(client, 4)
+        await forget(data_dir)
+        weather.num_refused, weather.refusal = 1_000_000, (403, "ExpiredToken")
+        for call in (client.fetch(digests[:1]), client.put("new", "a new text"), client.put("d0", "text number 0")):
+            error = await client.refused(call, UnavailableError)
+            assert "the object store must answer, got 403 Forbidden" in error.message
+        assert len((await client.query(text="text number 1", top_k=4)).hits) == 4
+        await client.delete("d3")
+        weather.num_refused = 0
+        await whole(client, digests[:3])
+        # The refused text may wait for the end of its removal, which was refused, too.
+        assert (await client.put("new", "another new text")).outcome == pb.IngestDocumentsResponse.CREATED
+        assert (await client.put("d0", "text number 0")).outcome == pb.IngestDocumentsResponse.UNCHANGED
+        assert (await client.stats()).num_documents == 4
+    assert "is corrupt" not in caplog.text and "is missing" not in caplog.text
+
+
+@pytest.mark.asyncio
 async def test_a_scrub_waits_while_the_store_is_away(
     data_dir: Path, weather: Weather, objects_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from bank_service.runtime.seldom import Seldom
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 3.0  # the longest that a broken commit makes its callers wait for the server
+_CONFLICTS = ("40001", "40P01")  # a serialization failure, a deadlock
 # Only where the transaction has written something, so that one without changes needs no commit to the disk.
 _SIGN = (
     "INSERT INTO nodes (node, token, is_over, seen) SELECT %(node)s, %(token)s, false, now() "
@@ -108,8 +109,11 @@ class PostgresWriter(GroupCommit):
         return was_committed
 
     def _wants_new_connection(self, error: Exception) -> bool:
-        """The server undoes what it did for a connection that broke. In doubt, nobody knows."""
-        return self._in_doubt is None and isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+        """The server undoes what it did for a connection that broke, and what met a conflict. In doubt, nobody
+        knows."""
+        if self._in_doubt is not None or not isinstance(error, sa.exc.DBAPIError):
+            return False
+        return error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _CONFLICTS
 
     def _unwritable(self, error: Exception) -> str:
         if self._failures.is_due():

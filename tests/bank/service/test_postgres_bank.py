@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import psycopg
 import pytest
 import pytest_asyncio
 
@@ -14,6 +16,7 @@ from bank_service.blobs.blob_store import name_of
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from bank_service.service.offline import scrub
+from bank_service.service.preflight import check_startable
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
@@ -139,6 +142,34 @@ async def test_a_server_that_hangs_delays_calls_and_loses_none(client: Client, o
         own_server.resume()
     assert (await waiting).sequence == 2
     assert {hit.id for hit in (await client.query(text="owl comet", top_k=9)).hits} == {"before", "during"}
+
+
+@pytest.mark.only_test_all
+@pytest.mark.asyncio
+async def test_a_server_without_connections_to_spare_fails_reads_and_loses_nothing(data_dir: Path) -> None:
+    few = started("-c", "max_connections=60", "-c", "superuser_reserved_connections=0")
+    catalog = few.new_schema()
+    config = BankConfig(data_dir=data_dir, catalog=catalog)
+    try:
+        async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+            await client.ingest(*({"id": id, "text": text} for id, text in TEXTS.items()))
+        async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+            with ExitStack() as others:
+                with pytest.raises(psycopg.OperationalError, match="too many clients"):
+                    while True:
+                        others.enter_context(psycopg.connect(catalog))
+                calls = (client.query(text=TEXTS["d7"], top_k=1) for _ in range(40))
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                failed = [answer for answer in answers if isinstance(answer, BaseException)]
+                assert failed and all(isinstance(error, UnavailableError) for error in failed)
+                assert all(answer.hits[0].id == "d7" for answer in answers if answer not in failed)
+                with pytest.raises(RuntimeError, match="must be reachable, got: .*too many clients"):
+                    check_startable(BankConfig(data_dir=data_dir.with_name("other"), catalog=catalog))
+            assert (await client.put("new", "a comet")).sequence == 31
+            assert (await client.query(text="a comet", top_k=1)).hits[0].id == "new"
+            assert len((await client.list(page_size=100)).documents) == 31
+    finally:
+        few.remove()
 
 
 async def errors_of(call: AsyncIterator[object]) -> None:
