@@ -60,6 +60,8 @@ def _is_empty(connection: sa.Connection, url: str, collection_id: str) -> bool:
 
 
 def _fill(connection: sa.Connection, source: StoppedSqlCatalog, collection_id: str) -> None:
+    connection.exec_driver_sql(f"SET LOCAL maintenance_work_mem = '{BUILD_MEMORY}'")
+    connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
     tables = (*metadata.sorted_tables, *own_metadata.sorted_tables)
     for table in tables:
         connection.execute(sa.schema.CreateTable(table))
@@ -68,7 +70,6 @@ def _fill(connection: sa.Connection, source: StoppedSqlCatalog, collection_id: s
     last = sa.select(sa.func.max(pending_erasures.c.number)).scalar_subquery()
     connection.execute(sa.select(sa.func.setval(f"{pending_erasures.name}_number_seq", last)))
     partitions.fill(connection, source)
-    connection.exec_driver_sql(f"SET LOCAL maintenance_work_mem = '{BUILD_MEMORY}'")
     fill_words(connection, source.connection)
     for table in tables:
         for index in table.indexes:

@@ -28,6 +28,7 @@ def stopped(url: str, folder: Path) -> Iterator[StoppedSqlCatalog]:
     sa.event.listen(engine, "connect", Membership(is_shared=False).enter)
     try:
         with engine.connect() as connection:
+            connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")  # it waits for gradients
             catalog = StoppedSqlCatalog(SqlView(connection, PostgresSearchRows()), shown(url))
             check_mark(folder, catalog.collection_id, shown(url))
             yield catalog

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -49,21 +48,6 @@ def waiting(connection: psycopg.Connection, put: Future[PutResult]) -> None:
         while not watcher.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
             assert not put.done()
             time.sleep(0.01)
-
-
-def test_a_write_that_could_not_be_serialized_is_done_again(
-    tmp_path: Path, url: str, other: psycopg.Connection
-) -> None:
-    strict = url + quote(" -cdefault_transaction_isolation=repeatable\\ read")
-    with opened(tmp_path, strict) as catalog:
-        catalog.put(document("a"), gradient(), None).result()
-        other.execute(LOCK_COLLECTION)
-        put = catalog.put(document("b"), gradient("1"), None)
-        waiting(other, put)
-        other.commit()
-        assert put.result().stored.sequence == 2
-        with catalog.view() as view:
-            assert [entry.id for entry in view.page("n", "", 9)] == ["a", "b"] and view.sequence() == 2
 
 
 def test_a_write_in_a_deadlock_is_done_again(tmp_path: Path, url: str, other: psycopg.Connection) -> None:
