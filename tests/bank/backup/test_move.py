@@ -109,7 +109,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("lock", "catalog.sqlite-wal", "catalog.sqlite-shm")
+        if path.is_file() and path.name not in ("lock", "address.json", "catalog.sqlite-wal", "catalog.sqlite-shm")
     }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,31 @@ async def test_a_damaged_gradient_is_named_and_a_damaged_copy_is_made_again(tmp_
     assert [blob(target.data_dir, digest).read_bytes() for digest in (first, second)] == [
         record, blob(source.data_dir, second).read_bytes(),
     ]  # fmt: skip
+
+
+@pytest.mark.asyncio
+async def test_the_last_commits_of_a_bank_that_was_killed_come_along(tmp_path: Path) -> None:
+    source, killed = BankPlace(tmp_path / "source"), BankPlace(tmp_path / "killed")
+    async with bank(source) as client:
+        digests = await ingested(client, 3)
+        shutil.copytree(source.data_dir, killed.data_dir, ignore=shutil.ignore_patterns("redis"))
+    assert (killed.data_dir / "catalog.sqlite-wal").stat().st_size > 0
+    files = contents(killed.data_dir)
+    *_, last = move(killed, BankPlace(tmp_path / "target"))
+    assert last.num_rows["versions"] == 3 and contents(killed.data_dir) == files
+    async with bank(BankPlace(tmp_path / "target")) as client:
+        await whole(client, digests)
+
+
+@pytest.mark.asyncio
+async def test_a_catalog_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    source = BankPlace(tmp_path / "source")
+    async with bank(source) as client:
+        await ingested(client, 1)
+    with closing(sqlite3.connect(source.data_dir / "catalog.sqlite")) as catalog, catalog:
+        catalog.execute("UPDATE collection SET schema_version = 8")
+    with pytest.raises(CollectionMismatchError, match="got 8; start its bank once with this version"):
+        list(move(source, BankPlace(tmp_path / "target")))
 
 
 @pytest.mark.only_test_all
