@@ -30,7 +30,8 @@ async def engine_states(config: BankConfig) -> list[EngineState]:
     folder = _folder_state(config)
     databases = (EngineState("PostgreSQL", None, "not used"), EngineState("pgvector", None, "not used"))
     if config.catalog is not None:
-        databases = await asyncio.to_thread(database_states, config.catalog)
+        is_shared = _objects_url(config) is not None
+        databases = await asyncio.to_thread(database_states, config.catalog, is_shared=is_shared)
     return [folder, *databases, await _objects(config), await _redis(config)]
 
 
@@ -56,13 +57,17 @@ def _folder_state(config: BankConfig) -> EngineState:
 
 
 async def _objects(config: BankConfig) -> EngineState:
-    try:
-        url = objects_of(config.data_dir, config.objects)
-    except CollectionMismatchError:  # told of the folder
-        url = config.objects
+    url = _objects_url(config)
     if url is None:
         return EngineState(OBJECT_STORE, None, "not used")
     return await asyncio.to_thread(objects_state, url)
+
+
+def _objects_url(config: BankConfig) -> str | None:
+    try:
+        return objects_of(config.data_dir, config.objects)
+    except CollectionMismatchError:  # told of the folder
+        return config.objects
 
 
 async def _redis(config: BankConfig) -> EngineState:

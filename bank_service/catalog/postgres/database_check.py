@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name, shown, writer_of
-from bank_service.catalog.postgres.server_check import LEAST_SERVER, LEAST_VECTOR, numbers_of
+from bank_service.catalog.postgres.connect import error_name, locks_of, shown
+from bank_service.catalog.postgres.server_check import LEAST_SERVER, LEAST_VECTOR, check_free, numbers_of
+from bank_service.errors import BankInUseError
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 
 SERVER, EXTENSION = "PostgreSQL", "pgvector"
@@ -36,20 +37,25 @@ FROM pg_available_extensions WHERE name = 'vector'
 """
 
 
-def database_states(url: str) -> tuple[EngineState, EngineState]:
-    """The states of the server and of its extension."""
+def database_states(url: str, *, is_shared: bool) -> tuple[EngineState, EngineState]:
+    """The states of the server and of its extension. ``is_shared``: other banks may have the catalog."""
     try:
-        engine = writer_of(url)
+        engine = locks_of(url)
     except RuntimeError:
         lack = Lack("the package psycopg", NO_START, "pip install '.[postgres]'")
         return EngineState(SERVER, None, lacks=(lack,)), EngineState(EXTENSION, None)
     try:
         with engine.connect() as connection, connection.begin() as transaction:
             version, *facts = connection.exec_driver_sql(_SERVER).one()
-            server = EngineState(SERVER, True, version, tuple(_server_lacks(connection, *facts)))
+            lacks = list(_server_lacks(connection, *facts))
             extension = _extension_state(connection)
             transaction.rollback()
-        return server, extension
+        if not any(lack.stops for lack in (*lacks, *extension.lacks)):
+            try:
+                check_free(url, is_shared=is_shared)
+            except BankInUseError as error:
+                lacks.append(Lack("a catalog for itself", NO_START, str(error)))
+        return EngineState(SERVER, True, version, tuple(lacks)), extension
     except sa.exc.SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         reason = (str(cause).strip() or error_name(error)).splitlines()[0]

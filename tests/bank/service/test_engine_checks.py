@@ -55,6 +55,8 @@ async def test_engines_that_have_everything_lack_nothing_and_keep_nothing(
         )
     async with BankServer(config, HashEncoder(), HashEmbedder()):
         assert await lacks(config) == {"folder": ["a folder for itself!"], "PostgreSQL": ["fsync"]}
+        without_store = BankConfig(data_dir=tmp_path / "another", catalog=catalog)
+        assert await lacks(without_store) == {"PostgreSQL": ["fsync", "a catalog for itself!"]}
     assert await lacks(config) == {"PostgreSQL": ["fsync"]}
 
 
