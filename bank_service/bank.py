@@ -22,6 +22,7 @@ from bank_service.cache.redis_cache import RedisCache
 from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListEntry
 from bank_service.catalog.factory import open_catalog, stored_codec
 from bank_service.catalog.failures import document_not_found
+from bank_service.catalog.nodes import is_current
 from bank_service.errors import NotFoundError, UnavailableError
 from bank_service.records.committer import Committer
 from bank_service.records.discarder import Discarder
@@ -111,15 +112,9 @@ class Bank:
         )
         self._encodes = queue_of(encoder, codec)
         committer = Committer(
-            self._stores,
-            self._discarder,
-            self._pools,
-            self._background,
-            spec,
-            codec,
-            lambda: self._nearest.keep_up(self._acknowledged.value),
-            self._acknowledged,
-        )
+            self._stores, self._discarder, self._pools, self._background, spec, codec,
+            lambda: self._nearest.keep_up(self._acknowledged.value), self._acknowledged,
+        )  # fmt: skip
         self._writer = Writer(
             self._stores, committer, self._pools, self._encodes, embedder, spec, config.max_pending_documents,
             sentences=config.embed_sentences,
@@ -143,6 +138,11 @@ class Bank:
     def max_upload_bytes(self) -> int:
         """The largest size of a gradient record that can be uploaded, in bytes."""
         return max_record_bytes(self._writer.spec)
+
+    @property
+    def is_current(self) -> bool:
+        """False where another node has changed the collection while this one had no connection; see ``Nodes``."""
+        return is_current(self._stores.catalog)
 
     @classmethod
     async def open(

@@ -24,6 +24,12 @@ class Nodes(Protocol):
         """Whether this node does the upkeep now. One node does, as soon as the one before has noticed its own end."""
         ...
 
+    @property
+    def is_current(self) -> bool:
+        """False: another node has changed the codec, the learner or the history, and this one has missed it. It refuses
+        all reads and writes until it is opened anew."""
+        ...
+
     def take_objects(self, take: Callable[[str], None]) -> None:
         """Calls ``take`` with the nodes' random name in the object store, and raises its errors.
 
@@ -97,3 +103,8 @@ class SharedCatalog(Protocol):
 def leads(catalog: SharedCatalog) -> bool:
     """Whether this bank does the catalog's upkeep now."""
     return catalog.nodes is None or catalog.nodes.leads
+
+
+def is_current(catalog: SharedCatalog) -> bool:
+    """Whether this bank knows the collection's settings."""
+    return catalog.nodes is None or catalog.nodes.is_current

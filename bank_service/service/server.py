@@ -12,11 +12,12 @@ from typing import Self
 
 import grpc
 import prometheus_client
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from bank_service.bank import Bank
 from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.runtime.background import cancelled
 from bank_service.runtime.data_dir import BankAddress, DataDir
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.service.access import Authority
@@ -120,8 +121,8 @@ class BankServer:
         self._stack.push_async_callback(bank.close)
         port = await self._listen(bank, credentials)
         self._address = BankAddress(config.host, port, self._serve_metrics())
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        following = asyncio.create_task(self._health.follow(("", SERVICE), lambda: bank.is_current))
+        self._stack.push_async_callback(cancelled, following)
         data_dir.announce(self._address)
         logger.info("bank of learner %s at %s", self._encoder.spec.fingerprint, self._address.target)
 

@@ -86,8 +86,13 @@ async def test_calls_go_to_all_nodes_in_turn_and_to_those_that_are_left(
                 stop.set()
                 await asyncio.gather(*asking)
                 assert not failed and num_queries(first) > before[0]
-        with Bank(address, spec=spec_of()) as blocking:
-            assert await asyncio.to_thread(lambda: blocking.query("an owl").hits[0].id) == "d"
+        port = first.address.target.rpartition(":")[2]
+        for named in (address, f"dns:///localhost:{port}"):
+            with Bank(named, spec=spec_of()) as blocking:
+                assert await asyncio.to_thread(lambda: blocking.query("an owl").hits[0].id) == "d"
+        command = [sys.executable, "-m", "regrad_vllm.cli", "query", "an owl", "--bank", address]
+        done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "an owl" in done.stdout
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bank_service.blobs.blob_store import name_of
 from bank_service.blobs.objects import Objects
@@ -24,6 +25,7 @@ from bank_service.errors import (
 from bank_service.service.preflight import check_startable
 from bank_service.testing.client import Client, own_errors
 from bank_service.values.config import BankConfig
+from bank_service.wire.channel import SERVICE
 from bank_service.wire.generated import bank_pb2 as pb
 from tests.bank.postgres_server import PostgresServer, started
 from tests.bank.records.test_fetch import ingested, whole
@@ -235,3 +237,23 @@ async def test_a_change_that_the_other_node_would_miss_is_refused(
     with pytest.raises(BankInUseError, match="only where the gradients of all lie in one object store"):
         check_startable(BankConfig(data_dir=tmp_path / "third", catalog=catalog))
     check_startable(BankConfig(data_dir=tmp_path / "third", catalog=catalog, objects=objects_url))
+
+
+@pytest.mark.asyncio
+async def test_a_node_that_missed_a_change_says_so_and_does_not_serve(
+    clients: tuple[Client, Client], catalog: str
+) -> None:
+    first, _ = clients
+    health = health_pb2_grpc.HealthStub(first.channel)
+
+    async def state() -> int:
+        return int((await health.Check(health_pb2.HealthCheckRequest(service=SERVICE))).status)
+
+    assert await state() == health_pb2.HealthCheckResponse.SERVING
+    with psycopg.connect(catalog, autocommit=True) as connection:
+        connection.execute("UPDATE collection SET codec = 'factors-2-1-8'")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+    while await state() == health_pb2.HealthCheckResponse.SERVING:  # the test's own limit ends it
+        await asyncio.sleep(0.1)
+    for call in (first.put("a", "an owl"), first.query(text="an owl", top_k=1)):
+        assert "start this node again" in (await first.refused(call, UnavailableError)).message

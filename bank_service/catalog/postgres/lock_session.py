@@ -39,9 +39,9 @@ class _Hold:
 class LockSession:
     """Safe to use from many threads. A lost connection is made anew, and its holds stay lost."""
 
-    def __init__(self, engine: sa.Engine, beat: Callable[[], None]) -> None:
-        """``engine``: with one connection. ``beat`` is called every second and must not wait. It may raise
-        UnavailableError. SQLAlchemyError where the server can't be reached."""
+    def __init__(self, engine: sa.Engine, beat: Callable[[], bool]) -> None:
+        """``engine``: with one connection. ``beat`` is called every second and must not wait. While it returns False,
+        this node has no locks. It may raise UnavailableError. SQLAlchemyError where the server can't be reached."""
         self._beat = beat
         self._engine = engine
         self._errors = engine.dialect.loaded_dbapi.Error
@@ -138,8 +138,11 @@ class LockSession:
             if self._is_closed:
                 return
             try:
-                self._beat()
+                goes_on = self._beat()
                 with self._wire, self._told():
+                    if not goes_on:
+                        self._give_up()
+                        continue
                     self._ready()
                     self._leads = self._ask("SELECT true" if self._leads else _LEAD)
             except UnavailableError:

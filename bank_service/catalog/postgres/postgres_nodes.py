@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 WAIT_SECONDS = 5.0  # the longest that a write waits for a removal of the same gradient
 PAUSE_SECONDS = 0.05
+MAX_DROPPED = 5_000  # in one transaction, because all nodes wait for it
 _NAME = "SELECT objects FROM epoch"
 _SET_NAME = "UPDATE epoch SET objects = %(name)s"
 _IS_OVER = "NOT is_over AND node <> %(own)s AND pg_try_advisory_xact_lock(node)"
@@ -72,8 +73,7 @@ class PostgresNodes:
         self._writer = writer
         self._membership = membership
         self._collection_id = collection_id
-        # A writer without a connection is no node: others could change the settings. So it looks often.
-        self._session = LockSession(locks, writer.settle)
+        self._session = LockSession(locks, self._beat)
 
     def close(self) -> None:
         self._session.close()
@@ -81,6 +81,10 @@ class PostgresNodes:
     @property
     def leads(self) -> bool:
         return self._session.leads
+
+    @property
+    def is_current(self) -> bool:
+        return not self._membership.is_stale
 
     def take_objects(self, take: Callable[[str], None]) -> None:
         failures: list[Exception] = []
@@ -165,8 +169,9 @@ class PostgresNodes:
         self._writer.submit(lambda connection: run_text(connection, _ENDED, {"digests": list(digests)}))
 
     def drop(self, digests: Collection[str]) -> None:
-        if digests:
-            self._write(lambda connection: run_text(connection, _DROP_NEW, {"digests": sorted(digests)}))
+        chosen = sorted(digests)
+        for start in range(0, len(chosen), MAX_DROPPED):
+            self._run(_DROP_NEW, chosen[start : start + MAX_DROPPED])
 
     def note_dropped(self, connection: sa.Connection, digests: Collection[str]) -> None:
         """The transaction takes these from a version. They wait anew."""
@@ -180,7 +185,16 @@ class PostgresNodes:
 
     def forget_dropped(self, digests: Collection[str]) -> None:
         if digests:
-            self._write(lambda connection: run_text(connection, _FORGET_DROPPED, {"digests": list(digests)}))
+            self._run(_FORGET_DROPPED, list(digests))
+
+    def _beat(self) -> bool:
+        """A writer without a connection is no node, and others may change the settings. So it looks often. A node that
+        has missed a change does no upkeep."""
+        self._writer.settle()
+        return self.is_current
+
+    def _run(self, statement: str, digests: list[str]) -> None:
+        self._write(lambda connection: run_text(connection, statement, {"digests": digests}))
 
     def _write(self, operation: Callable[[sa.Connection], T]) -> T:
         future: Future[T] = self._writer.submit(operation)

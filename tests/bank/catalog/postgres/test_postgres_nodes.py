@@ -266,6 +266,7 @@ def test_a_node_that_missed_a_change_stops(opener: Opener, url: str, line: Line)
 
     until(is_stopped)
     assert "start this node again" in str(first.put(document(), gradient(), None).exception())
+    until(lambda: nodes_of(second).leads and not nodes_of(first).leads)
     put(second, "b")
 
 
