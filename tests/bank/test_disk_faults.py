@@ -21,20 +21,16 @@ from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import UnavailableError
 from tests.bank.records.test_fetch import ingested, whole
+from tests.small_disk import small_disk
 
 DISK_MIB = 4
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk() -> Iterator[Path]:
     """A small disk of this test's own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, timeout=10).returncode:
-        pytest.skip("mounting a disk needs root and a kernel that lets it")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=10)
+    with small_disk(f"{DISK_MIB}m") as folder:
+        yield folder
 
 
 def fill(disk: Path) -> Path:

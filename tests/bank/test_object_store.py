@@ -141,8 +141,8 @@ async def test_while_the_store_is_silent_reads_go_on_where_they_can_and_writes_f
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(remote_objects, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(remote_objects, "RETRY_SECONDS", 2.0)
+    monkeypatch.setattr(remote_objects, "REQUEST_SECONDS", 4.0)
+    monkeypatch.setattr(remote_objects, "RETRY_SECONDS", 5.0)
     async with bank(data_dir, objects_url) as client:
         digests = await ingested(client, 4)
         await whole(client, digests[:2])
@@ -155,12 +155,12 @@ async def test_while_the_store_is_silent_reads_go_on_where_they_can_and_writes_f
         hits = (await client.query(text="text number 1", top_k=4)).hits
         assert len(hits) == 4
         await whole(client, digests[:2])
-        assert time.monotonic() - begun < 1.5, "they don't wait for the store"
+        assert not any(task.done() for task in (*waiting, writing)), "they don't wait for the store"
         for error in await asyncio.gather(*waiting, writing):
             assert "the object store must answer" in error.message
             assert "s3:" not in error.message and objects_url.rsplit("/", 1)[1] not in error.message
         assert f"the object store {objects_url} must answer" in caplog.text
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 25
         await client.delete("d3")  # needs the catalog only
         weather.delay_seconds = 0.0
         assert (await client.put("new", "a new text")).outcome == pb.IngestDocumentsResponse.CREATED

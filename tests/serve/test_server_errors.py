@@ -144,9 +144,12 @@ def test_a_request_that_vllm_refuses_leaves_nothing_behind(server: VllmServer) -
 def test_a_client_that_hangs_up_lets_go_of_what_it_holds_when_the_engine_is_done(server: VllmServer) -> None:
     body = {"model": TWIN, "prompt": ["Tell a long story."] * 12, "max_tokens": 900, "ignore_eos": True}  # seconds
     with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(eventually, lambda: server.status()["arena"]["num_held"] > 0)
-        with pytest.raises(httpx.ReadTimeout):
-            server.client.post("/v1/completions", json=body, timeout=0.5)
+        for seconds in (0.5, 2.0):  # a busy machine may hold nothing yet after the first
+            held = pool.submit(eventually, lambda: server.status()["arena"]["num_held"] > 0)
+            with pytest.raises(httpx.ReadTimeout):
+                server.client.post("/v1/completions", json=body, timeout=seconds)
+            if held.result():
+                break
         assert held.result()
     assert eventually(lambda: server.status()["arena"]["num_holds"] == 0)
     status = server.status()

@@ -67,7 +67,7 @@ def test_a_store_that_is_slow_is_given_up(
     begun = time.monotonic()
     with pytest.raises(ObjectsUnavailableError, match="must answer"):
         ASKS[ask](objects)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # the store answers after 20
 
 
 def test_a_store_that_hung_is_read_again_when_it_goes_on(

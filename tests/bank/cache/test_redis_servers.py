@@ -59,7 +59,7 @@ async def test_a_node_that_is_gone_is_a_miss_for_its_records_alone(tmp_path: Pat
         clock = asyncio.get_running_loop().time
         begun = clock()
         assert set(await cache.get(list(RECORDS))) == RECORDS.keys() - own
-        assert clock() - begun < 2 * TIMEOUT_MS / 1000
+        assert clock() - begun < 3 * TIMEOUT_MS / 1000
         begun = clock()
         for _ in range(20):
             await cache.put(RECORDS)

@@ -16,6 +16,7 @@ import pytest
 from regrad_vllm.serve.arena.arena import Arena, ArenaFull
 from regrad_vllm.serve.arena.folders import FOLDER_PREFIX
 from regrad_vllm.serve.arena.record_files import ArenaCorrupt, ArenaError, read_record
+from tests.small_disk import small_disk
 
 
 def record(number: int, size: int = 100) -> tuple[str, bytes]:
@@ -260,11 +261,9 @@ def test_a_closed_arena_refuses(tmp_path: Path) -> None:
     hold.release()
 
 
-def test_a_file_system_smaller_than_the_arena_is_a_smaller_arena(tmp_path: Path) -> None:
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", tmp_path], capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
-    try:
-        small = Arena.open(tmp_path, 2**30)
+def test_a_file_system_smaller_than_the_arena_is_a_smaller_arena() -> None:
+    with small_disk("128k") as folder:
+        small = Arena.open(folder, 2**30)
         for number in range(10):
             with small.hold() as hold:
                 hold.put(*record(number, 30_000))
@@ -276,5 +275,3 @@ def test_a_file_system_smaller_than_the_arena_is_a_smaller_arena(tmp_path: Path)
                 held.put(*record(number, 30_000))
         held.release()
         small.close()
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)

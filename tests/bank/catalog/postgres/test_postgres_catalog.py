@@ -193,7 +193,7 @@ def test_reads_and_writes_go_on_after_the_server_was_away(own_server: PostgresSe
         count(catalog)
     with pytest.raises(UnavailableError, match="must be writable"):
         catalog.put(document("lost"), gradient(), None).result()
-    assert time.monotonic() - started < 5, "a caller is told soon"
+    assert time.monotonic() - started < 15, "a caller is told soon"
     own_server.start()
     until_it_works(lambda: catalog.put(document("after"), gradient(), None).result())
     until_it_works(lambda: count(catalog))

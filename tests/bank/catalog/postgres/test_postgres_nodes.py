@@ -217,7 +217,7 @@ def test_one_node_does_the_upkeep_and_another_takes_it_over(opener: Opener, url:
     first.close()
     begun = time.monotonic()
     until(lambda: nodes_of(second).leads != nodes_of(third).leads)
-    assert time.monotonic() - begun < 5, "within seconds"
+    assert time.monotonic() - begun < 15, "within seconds"
     leader, other = (second, third) if nodes_of(second).leads else (third, second)
     (ended,) = nodes_of(leader).ended()
     nodes_of(leader).remember_ended([ended])
