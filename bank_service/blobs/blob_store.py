@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bank_service.blobs.claim import Claim
 from bank_service.blobs.folder_objects import FolderObjects
-from bank_service.blobs.objects import Objects, ObjectsUnavailableError
+from bank_service.blobs.objects import ObjectBusyError, Objects, ObjectsUnavailableError
 from bank_service.errors import DataLossError, UnavailableError
 from bank_service.runtime.holds import Holds, Removal
 from bank_service.wire.record import record_digest
@@ -215,8 +215,8 @@ def objects_in(folder: Path) -> FolderObjects:
     return objects
 
 
-def _not_now(digest: str) -> OSError:
-    return OSError(f"gradient {digest} must be left alone now, another node may be writing it")
+def _not_now(digest: str) -> ObjectBusyError:
+    return ObjectBusyError(f"gradient {digest} must be left alone now, another node may be writing it")
 
 
 def _batches(digests: Iterable[str]) -> Iterator[list[str]]:

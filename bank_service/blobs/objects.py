@@ -17,6 +17,10 @@ class ObjectsTakenError(OSError):
     """Another process has opened the store, so this one may remove nothing from it."""
 
 
+class ObjectBusyError(OSError):
+    """Another process may be writing or removing the object now."""
+
+
 class Objects(Protocol):
     """Bytes by name, such as ``ab/cdef…``. Safe to use from many threads.
 

@@ -10,9 +10,6 @@ from dataclasses import replace
 from bank_service.catalog.nodes import REMOVAL_SECONDS, Nodes
 from bank_service.runtime.holds import Holds, Removal
 
-BUSY_SECONDS = 3.0  # the longest wait for another node that writes or removes the same gradients
-PAUSE_SECONDS = 0.1
-
 
 class SharedHolds(Holds):
     """Holds of this process, and of the other nodes of its catalog. ``hold`` is seen by others after ``wait_removed``,
@@ -37,10 +34,6 @@ class SharedHolds(Holds):
         with super().removing(keys, wanted) as own:
             until = time.monotonic() + REMOVAL_SECONDS
             going, busy = self._nodes.begin_removal(sorted(own.going)) if own.going else (set(), set())
-            while busy and time.monotonic() < until - REMOVAL_SECONDS + BUSY_SECONDS:
-                time.sleep(PAUSE_SECONDS)
-                more, busy = self._nodes.begin_removal(sorted(busy))
-                going |= more
             try:
                 yield replace(own, going=going, busy=busy, until=until)
             finally:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import Executor
 
+from bank_service.blobs.objects import ObjectBusyError
 from bank_service.catalog.nodes import leads
 from bank_service.errors import UnavailableError
 from bank_service.records.grace import Grace, OwnGrace, SharedGrace
@@ -15,6 +18,9 @@ from bank_service.runtime.seldom import Seldom
 from bank_service.runtime.threads import in_thread
 
 logger = logging.getLogger(__name__)
+
+BUSY_SECONDS = 3.0  # the longest wait of a purge for other nodes
+PAUSE_SECONDS = 0.1
 
 
 class Discarder:
@@ -81,8 +87,7 @@ class Discarder:
                 error = await self._find_orphans()
             waiting = await self._grace.all()
             if wanted := list(dict.fromkeys((*digests, *waiting))):
-                _, failure = await self._remove(wanted)
-                error = failure or error
+                error = await self._remove_from_all(wanted) or error
             await self._grace.forget(self._removed(waiting))
         except UnavailableError as unavailable:
             error = unavailable
@@ -138,6 +143,15 @@ class Discarder:
         if self._nodes is None:
             return self._knows_orphans
         return not await in_thread(self._pool, self._nodes.ended)
+
+    async def _remove_from_all(self, digests: list[str]) -> Exception | None:
+        """Waits a little for other nodes that write or remove the same gradients. Returns the error."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        _, failure = await self._remove(digests)
+        while isinstance(failure, ObjectBusyError) and time.monotonic() < deadline:
+            await asyncio.sleep(PAUSE_SECONDS)
+            _, failure = await self._remove(digests)
+        return failure
 
     def _removed(self, digests: Iterable[str]) -> list[str]:
         """Those whose removal did not fail. The others still wait, because this node may end before it succeeds."""

@@ -41,6 +41,8 @@ from benchmarks.crash.kills import START, WORK, Run, kill_again_and_again
 from benchmarks.crash.node_kills import kill_nodes, node_plan
 from regrad_vllm.reporting.machine import describe
 
+MAX_TOLD = 20  # broken promises of each kind that are told
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,15 +56,21 @@ def main() -> int:
         parser.error("--nodes 2, --catalog and --objects must be given together")
     generator = random.Random(args.seed)
     started = time.monotonic()
+    told = {"lost": 0, "wrong": 0}
 
     def progress(run: Run) -> None:
         done = sum(run.kills.values())
+        for kind, number in told.items():
+            found = getattr(run.verdict, kind)
+            for line in found[number:MAX_TOLD]:
+                sys.stdout.write(f"{kind}, by kill {done}: {line}\n")
+            told[kind] = len(found)
         if done % 25 == 0:
             sys.stdout.write(
                 f"{done} kills in {time.monotonic() - started:.0f} s, {run.num_acknowledged} operations acknowledged, "
                 f"{len(run.verdict.lost)} lost, {len(run.verdict.wrong)} wrong\n"
             )
-            sys.stdout.flush()
+        sys.stdout.flush()
 
     with (
         tempfile.TemporaryDirectory(prefix="crash-") as folder,
@@ -76,9 +84,7 @@ def main() -> int:
             run = asyncio.run(
                 kill_again_and_again(nursery, Path(folder, "bank"), planned, generator, progress=progress)
             )
-    for kind in ("lost", "wrong"):
-        for line in getattr(run.verdict, kind)[:20]:
-            sys.stdout.write(f"{kind}: {line}\n")
+    progress(run)
     report = {
         "kills": sum(run.kills.values()),
         "acknowledged": run.num_acknowledged,
