@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,21 +24,25 @@ class ChatRequest:
 
     model: str
     question: str
-    regrad: dict[str, Any] | None = field(default=None, hash=False)
+    regrad: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
     text: str
     documents: tuple[tuple[str, float], ...]  # (id, score) of the gradients used, best first
+    prompt_tokens: int  # with the chat template
+    seconds: float  # from the request to the whole answer
 
 
-async def ask_all(base_url: str, system_prompt: str, asks: Sequence[ChatRequest]) -> list[ChatAnswer]:
+async def ask_all(
+    base_url: str, system_prompt: str, asks: Sequence[ChatRequest], *, progress: bool = True
+) -> list[ChatAnswer]:
     """Sends all requests at the same time, with a progress bar. Returns the answers in their order. AskError,
     ServerError."""
     from tqdm import tqdm
 
-    with server_errors(), tqdm(total=len(asks), unit="answer", desc="ask") as bar:
+    with server_errors(), tqdm(total=len(asks), unit="answer", desc="ask", disable=not progress) as bar:
         async with connect(base_url, _TIMEOUT_SECONDS) as client:
 
             async def one(ask: ChatRequest) -> ChatAnswer:
@@ -56,11 +61,13 @@ async def _ask(client: Any, system_prompt: str, ask: ChatRequest) -> ChatAnswer:
         "max_tokens": _MAX_TOKENS,
     }
     if ask.regrad is not None:
-        body["regrad"] = ask.regrad
+        body["regrad"] = dict(ask.regrad)
+    begun = time.monotonic()
     response = await client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
         raise AskError(f"the server answered {response.status_code} to {ask.question!r}: {response.text[:500]}")
     result = response.json()
     used = result.get("regrad") or {}
     documents = tuple((document["id"], float(document["score"])) for document in used.get("documents", ()))
-    return ChatAnswer(result["choices"][0]["message"]["content"].strip(), documents)
+    text, tokens = result["choices"][0]["message"]["content"].strip(), int(result["usage"]["prompt_tokens"])
+    return ChatAnswer(text, documents, tokens, time.monotonic() - begun)

@@ -13,7 +13,6 @@ from regrad_vllm.evaluate.scoring import exact_match
 DATA = Path(__file__).parent / "data"
 DOCUMENTS = DATA / "documents"
 NUM_INVENTED = 24
-NUM_REAL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +22,15 @@ class QuizQuestion:
     text: str
     answers: tuple[str, ...]
     document_id: str
-    invented: bool  # nobody can know the answer without the document
+    invented: bool  # a plain sentence about an invented thing; else a longer text, such as a warranty
 
     def is_answered_by(self, answer: str) -> bool:
         return bool(exact_match(answer, self.answers))
 
 
 def load_questions() -> tuple[QuizQuestion, ...]:
-    """Questions about invented facts, which no model can know, then some about real text."""
-    return _first("invented", NUM_INVENTED) + _first("squad", NUM_REAL)
+    """Questions about invented facts, then about records of five genres. No model can know the answers."""
+    return _first("invented", NUM_INVENTED) + _first("records")
 
 
 def share_right(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> float:
@@ -40,8 +39,8 @@ def share_right(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> fl
     return round(right / len(questions), 3)
 
 
-def _first(name: str, number: int) -> tuple[QuizQuestion, ...]:
-    """The first question about each of the first ``number`` documents of a set."""
+def _first(name: str, number: int | None = None) -> tuple[QuizQuestion, ...]:
+    """The first question about each of the first ``number`` documents of a set, or about all of them."""
     lines = (DATA / "questions" / f"{name}.jsonl").read_text("utf-8").splitlines()
     found: dict[str, QuizQuestion] = {}
     for record in map(json.loads, lines):

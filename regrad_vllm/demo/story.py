@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.chat import ChatAnswer, ChatRequest, ask_all
 from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
 from regrad_vllm.demo.table import render, shorten
+from regrad_vllm.demo.ways import BASE, DEFAULT_WAY, REGRAD, WAYS, Told, ask_every_way
 from regrad_vllm.http_client import get
 from regrad_vllm.local.pair import start_bank, start_server, wait_for_server
 from regrad_vllm.local.processes import Services
+from regrad_vllm.prompts import Prompts
 
-BASE, REGRAD = "smollm2", "smollm2-regrad"
-_COLUMNS = (36, 22, 22, 31)
+_COLUMNS = (35, 18, 18, 18, 19)
+_SUMMARY = (40, 26, 19, 19, 10)
 _WEIGHTS_SECONDS = 120.0  # the longest wait for the digests of all base weights
 
 
@@ -48,7 +50,7 @@ def run_demo(*, model: str | None, learner: Path | None) -> int:
     by_hand.show()
     figures["seconds"] = round(time.monotonic() - begun, 1)
     say(json.dumps(figures))
-    better = figures["regrad_em"] > max(figures["base_em"], figures["learner_em"])
+    better = figures[f"{DEFAULT_WAY}_em"] > figures["base_em"]
     return 0 if better and figures["deleted_ok"] and figures["base_weights_unchanged"] else 1
 
 
@@ -74,16 +76,21 @@ class Stage:
     def tell(self, bank: str, url: str) -> dict[str, Any]:
         """Plays from questions to figures, with a bank and a server that have the documents. Deletes one of them."""
         weights = base_weights(url)
-        base, learner_alone, regrad = self._ask_everything(url)
-        self._show(base, learner_alone, regrad)
-        deleted_ok = self._delete_one(url, bank, regrad)
+        say(f"asking {len(self.questions)} questions in {len(WAYS)} ways, all at once; then a few one at a time")
+        told = ask_every_way(url, bank, self.namespace, self._prompts(), self.questions)
+        self._show(told)
+        deleted_ok = self._delete_one(url, bank, told[DEFAULT_WAY].answers)
         unchanged = base_weights(url) == weights
         say(f"SHA-256 of the base model's weights before and after: {'equal' if unchanged else 'DIFFERENT'}")
+        shares = {
+            f"{name}_em": share_right(self.questions, [answer.text for answer in one.answers])
+            for name, one in told.items()
+        }
+        records = sum(not question.invented for question in self.questions)
         return {
             "questions": len(self.questions),
-            "base_em": share_right(self.questions, [answer.text for answer in base]),
-            "learner_em": share_right(self.questions, [answer.text for answer in learner_alone]),
-            "regrad_em": share_right(self.questions, [answer.text for answer in regrad]),
+            **shares,
+            "records_em": round(told[DEFAULT_WAY].right(self.questions, invented=False) / records, 3),
             "deleted_ok": deleted_ok,
             "base_weights_unchanged": unchanged,
         }
@@ -96,45 +103,28 @@ class Stage:
             outcome = upload(client, files, namespace=self.namespace, progress=bar.update)
         say(outcome.summary())
 
-    def _ask_everything(self, url: str) -> tuple[list[ChatAnswer], list[ChatAnswer], list[ChatAnswer]]:
-        """Asks every question three times, all at once: the base model, φ* alone, and ReGrad."""
-        texts = [question.text for question in self.questions]
-        asks = [
-            *(ChatRequest(BASE, text) for text in texts),
-            *(ChatRequest(REGRAD, text, {"gamma": 0.0}) for text in texts),
-            *(ChatRequest(REGRAD, text, {}) for text in texts),
-        ]
-        say(
-            f"asking {len(texts)} questions of the base model, the learner without documents and ReGrad: "
-            f"{len(asks)} requests at once"
-        )
-        answers = asyncio.run(ask_all(url, self._system_prompt(), asks))
-        n = len(texts)
-        return answers[:n], answers[n : 2 * n], answers[2 * n :]
-
-    def _system_prompt(self) -> str:
+    def _prompts(self) -> Prompts:
         from regrad_vllm.learner import Learner
 
-        return Learner.load(self.learner).config.prompts.system
+        return Learner.load(self.learner).config.prompts
 
-    def _show(
-        self, base: Sequence[ChatAnswer], learner_alone: Sequence[ChatAnswer], regrad: Sequence[ChatAnswer]
-    ) -> None:
-        rows = [("question → right answer", "base model", "ReGrad", "documents used, with scores")]
-        for question, plain, answer in zip(self.questions, base, regrad, strict=True):
-            used = "\n".join(shorten(f"{score:.2f} {name}", _COLUMNS[-1]) for name, score in answer.documents)
+    def _show(self, told: Mapping[str, Told]) -> None:
+        rows = [("question → right answer", "base model", "RAG", "ReGrad", "document used")]
+        shown = (told["base"].answers, told["rag"].answers, told[DEFAULT_WAY].answers)
+        for question, *answers in zip(self.questions, *shown, strict=True):
+            used = "\n".join(shorten(f"{score:.2f} {name}", _COLUMNS[-1]) for name, score in answers[-1].documents)
             asked = f"{question.text} → {question.answers[0]}"
-            rows.append((asked, _marked(question, plain), _marked(question, answer), used))
+            rows.append((asked, *(_marked(question, answer) for answer in answers), used))
         say("\n" + "\n".join(render(_COLUMNS, rows)) + "\n")
-        for kind, title in ((True, "about invented things, which no model knows"), (False, "about real text")):
-            places = [place for place, question in enumerate(self.questions) if question.invented is kind]
-            right = [
-                sum(self.questions[place].is_answered_by(answers[place].text) for place in places)
-                for answers in (base, learner_alone, regrad)
-            ]
-            asked = f"right of {count(len(places), 'question')} {title}"
-            say(f"{asked}: base model {right[0]}, learner without documents {right[1]}, ReGrad {right[2]}")
-        say("(case and articles don't count; real text is where this learner is weak)")
+        kinds = [sum(question.invented is kind for question in self.questions) for kind in (True, False)]
+        heads = (f"right of {kinds[0]} invented facts", f"right of {kinds[1]} records")
+        table = [("asked", *heads, "tokens of a prompt", "ms alone")]
+        for way in WAYS:
+            one = told[way.name]
+            right = (str(one.right(self.questions, invented=kind)) for kind in (True, False))
+            table.append((way.title, *right, f"{one.prompt_tokens:.0f}", f"{one.milliseconds:.0f}"))
+        say("\n".join(render(_SUMMARY, table)) + "\n")
+        say("Only whole answers count; case and articles don't. Records are warranties, profiles, guides and notes.")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, and asks again.
@@ -148,7 +138,7 @@ class Stage:
         question, before = self.questions[right[0]], regrad[right[0]]
         with Bank(bank) as client:
             client.delete(question.document_id, namespace=self.namespace)
-        (after,) = asyncio.run(ask_all(url, self._system_prompt(), [ChatRequest(REGRAD, question.text, {})]))
+        (after,) = asyncio.run(ask_all(url, self._prompts().system, [ChatRequest(REGRAD, question.text, {})]))
         say(f"deleted {question.document_id} and asked again: {question.text}")
         used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))
         say(f"  before: {before.text} (right, from {', '.join(used_before)})")

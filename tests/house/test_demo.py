@@ -159,10 +159,11 @@ def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone
     assert played.returncode == 0, played.stderr[-3000:]
     figures = json.loads(played.stdout.splitlines()[-1])
     assert list(figures) == [
-        "questions", "base_em", "learner_em", "regrad_em", "deleted_ok", "base_weights_unchanged", "seconds",
+        "questions", "base_em", "rag_em", "blind_em", "cue_em", "icl_em", "records_em", "deleted_ok",
+        "base_weights_unchanged", "seconds",
     ]  # fmt: skip
     assert figures["questions"] == len(load_questions())
-    assert figures["regrad_em"] > max(figures["base_em"], figures["learner_em"]) + 0.3
+    assert figures["cue_em"] > max(figures["base_em"], figures["rag_em"]) + 0.3
     assert figures["deleted_ok"] is True and figures["base_weights_unchanged"] is True
     # vLLM and its libraries leave small files of their own there.
     assert not list(short_tmp.glob("regrad-*")), "it left something behind"
