@@ -90,7 +90,8 @@ def request_of(endpoint: Endpoint, prompts: Prompts, asked: Retrieved, method: M
     """The body of the chat request."""
     question = asked.question.question
     namespace = endpoint.namespace + PER_DOCUMENT if method.per_document else endpoint.namespace
-    options: dict[str, Any] = {"namespace": namespace, "gamma": endpoint.gamma}
+    # The prompt has its text already, whatever the server's mode is.
+    options: dict[str, Any] = {"namespace": namespace, "gamma": endpoint.gamma, "mode": "blind"}
     if method.adapter == "none":
         options = {"enabled": False}  # a server may apply ReGrad by default
     elif method.adapter == "learner":

@@ -25,7 +25,7 @@ CUE_SENTENCES = 1  # of all hits together, nearest to the question
 # ReGrad with something of the hits in the prompt. All ask the same questions. A slightly different γ gives each other
 # adapters, so that none finds another's prefixes in the cache.
 _OPTIONS: Mapping[Shown, Mapping[str, Any]] = {
-    "nothing": {},
+    "nothing": {"mode": "blind"},
     "cue": {"mode": "cue", "cue_sentences": CUE_SENTENCES, "gamma": 0.9998},
     "documents": {"mode": "icl", "gamma": 0.9999},
 }

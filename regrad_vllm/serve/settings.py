@@ -47,7 +47,7 @@ class Settings:
     gamma: float | None = None  # strength; None: the learner's
     min_score: float | None = None  # least cosine of a document; None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
-    mode: Mode = "blind"  # what a prompt gets of the documents: blind: nothing, cue: their nearest sentences, icl: all
+    mode: Mode = "cue"  # what a prompt gets of the documents: blind: nothing, cue: their nearest sentences, icl: all
     cue_sentences: int = 2  # of a prompt in mode cue, of all documents together, at most 4
     default: bool = False  # on: requests to the base model's own name have ReGrad too
     on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error

@@ -99,7 +99,7 @@ def server(
     folder = tmp_path_factory.mktemp("server")
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-kept-requests", "40",
-        "--regrad-bank-timeout-ms", "30000", "--regrad-documents", "write",
+        "--regrad-bank-timeout-ms", "30000", "--regrad-documents", "write", "--regrad-mode", "blind",
         "--regrad-arena-dir", str(folder),
         "--regrad-arena-bytes", str(ARENA_RECORDS * record_bytes(learner)),
         "--regrad-worker-bytes", str(WORKER_RECORDS * record_bytes(learner)),

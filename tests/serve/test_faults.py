@@ -36,7 +36,8 @@ def small(
     flags = [
         "--learner", str(learner_folder), "--bank", bank.address, "--regrad-arena-dir", str(folder),
         "--regrad-worker-bytes", str(POOL_DOCUMENTS * record_bytes(learner)), "--regrad-bank-timeout-ms", "30000",
-        "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
+        "--regrad-mode", "blind", "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32",
+        "--enforce-eager",
         "--max-model-len", "512", "--max-num-seqs", str(NUM_SEQS), "--num-gpu-blocks-override", str(NUM_BLOCKS),
     ]  # fmt: skip
     server = VllmServer(small_model, flags, {}, folder / "server.log")

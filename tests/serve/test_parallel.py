@@ -63,7 +63,7 @@ def serving(
     """A server on two workers of one core each."""
     common = [
         "--learner", str(learner), "--bank", bank.address, "--regrad-arena-dir", str(folder),
-        "--regrad-bank-timeout-ms", "30000",
+        "--regrad-bank-timeout-ms", "30000", "--regrad-mode", "blind",
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 * 2**20),
     ]  # fmt: skip

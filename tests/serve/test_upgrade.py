@@ -136,7 +136,7 @@ def server(model: Path, learner: Path, bank: str, folder: Path) -> Iterator[Vllm
         "--learner", str(learner), "--bank", bank, "--regrad-bank-timeout-ms", "30000",
         "--regrad-arena-dir", str(folder), "--regrad-arena-bytes", str(2**26), "--regrad-worker-bytes", str(2**26),
         "--served-model-name", BASE, "--api-key", API_KEY, "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "512", "--max-num-seqs", "8",
+        "--max-model-len", "512", "--max-num-seqs", "8", "--regrad-mode", "blind",
     ]  # fmt: skip
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else both servers work on the same core
     running = VllmServer(model, flags, environment, folder / "server.log")

@@ -22,7 +22,7 @@ SHAPE = SHAPES["/v1/completions"]
 
 @pytest.fixture
 def planner(learner: Learner) -> Planner:
-    return Planner(Settings(learner=Path("/l")), learner, ("base", "alias"))
+    return Planner(Settings(learner=Path("/l"), mode="blind"), learner, ("base", "alias"))
 
 
 def plan_of(planner: Planner, **body: Any) -> Plan | PromptPlans | Used | None:
