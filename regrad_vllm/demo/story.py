@@ -109,7 +109,7 @@ class Stage:
         return Learner.load(self.learner).config.prompts
 
     def _show(self, told: Mapping[str, Told]) -> None:
-        rows = [("question → right answer", "base model", "RAG", "ReGrad", "document used")]
+        rows: list[Sequence[str]] = [("question → right answer", "base model", "RAG", "ReGrad", "document used")]
         shown = (told["base"].answers, told["rag"].answers, told[DEFAULT_WAY].answers)
         for question, *answers in zip(self.questions, *shown, strict=True):
             used = "\n".join(shorten(f"{score:.2f} {name}", _COLUMNS[-1]) for name, score in answers[-1].documents)
@@ -118,7 +118,7 @@ class Stage:
         say("\n" + "\n".join(render(_COLUMNS, rows)) + "\n")
         kinds = [sum(question.invented is kind for question in self.questions) for kind in (True, False)]
         heads = (f"right of {kinds[0]} invented facts", f"right of {kinds[1]} records")
-        table = [("asked", *heads, "tokens of a prompt", "ms alone")]
+        table: list[Sequence[str]] = [("asked", *heads, "tokens of a prompt", "ms alone")]
         for way in WAYS:
             one = told[way.name]
             right = (str(one.right(self.questions, invented=kind)) for kind in (True, False))

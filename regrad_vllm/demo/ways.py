@@ -39,7 +39,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What came of one way."""
+    """The answers of one way, and their cost."""
 
     answers: tuple[ChatAnswer, ...]  # in the order of the questions
     milliseconds: float  # median of an answer asked for alone

@@ -25,8 +25,8 @@ _ASK_SECONDS = 600.0
 _INSTRUCTIONS = """A bank of documents. search finds documents by meaning, get reads one by its id. ask answers a
 question with the knowledge of the documents that matter, if a server was named. add and delete change the bank, unless
 it is read-only. A namespace is a set of documents that is searched by itself."""
-_MODE_HELP = """what the prompt gets of the documents: blind: nothing, cue: their nearest sentences, icl: all; left out:
-the server's mode"""
+_MODE_HELP = """what the prompt gets of the documents: blind: nothing, cue: nearest sentences, icl: all, auto: cue,
+then icl if the model isn't sure; left out: the server's mode"""
 
 Namespace = Annotated[str | None, Field(description="whose documents; left out: the default namespace")]
 Id = Annotated[str, Field(description="the document's id")]

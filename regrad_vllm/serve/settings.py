@@ -23,8 +23,9 @@ PREFIX = "REGRAD_"
 MCP_TOKEN = "REGRAD_MCP_TOKEN"  # of `regrad mcp`; no setting, and no fault in a server's environment
 OnError = Literal["fail_open", "fail_closed"]
 Documents = Literal["off", "read", "write"]
-Mode = Literal["blind", "cue", "icl"]  # the text put into the prompt: none, the nearest sentences, the documents
-MODES: tuple[Mode, ...] = ("blind", "cue", "icl")
+# The text put into the prompt: none, the nearest sentences, the documents; auto: sentences, then documents if unsure.
+Mode = Literal["blind", "cue", "icl", "auto"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_TOP_K = 64
 MAX_GAMMA = 16.0
 # The variables of one service, after its name. Kubernetes sets them in every container of the namespace.
@@ -47,8 +48,9 @@ class Settings:
     gamma: float | None = None  # strength; None: the learner's
     min_score: float | None = None  # least cosine of a document; None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
-    mode: Mode = "cue"  # what a prompt gets of the documents: blind: nothing, cue: their nearest sentences, icl: all
+    mode: Mode = "cue"  # what a prompt gets of the documents: blind nothing, cue sentences, icl all, auto cue or icl
     cue_sentences: int = 2  # of a prompt in mode cue, of all documents together, at most 4
+    min_confidence: float = 0.5  # in mode auto an answer with less, from 0 to 1, is asked for again in mode icl
     default: bool = False  # on: requests to the base model's own name have ReGrad too
     on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error
     documents: Documents = "read"  # what HTTP may do with documents: off: nothing, read: no change, write: all
@@ -75,6 +77,7 @@ class Settings:
             ("max_documents", 1, MAX_TOP_K),
             ("gamma", -MAX_GAMMA, MAX_GAMMA),
             ("cue_sentences", 1, MAX_CUE_SENTENCES),
+            ("min_confidence", 0, 1),
             ("min_score", -1, 1),
             ("arena_bytes", 1, 2**50),
             ("worker_bytes", 1, 2**50),
@@ -200,6 +203,7 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {
     "retrieval": _one_of(RETRIEVALS),
     "mode": _one_of(MODES),
     "cue_sentences": _integer,
+    "min_confidence": _number,
     "default": on_or_off,
     "on_error": _on_error,
     "documents": _one_of(get_args(Documents)),

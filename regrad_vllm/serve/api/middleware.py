@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from bank_service.wire.tracing import REQUEST_ID, REQUEST_MODEL, extract, span
@@ -18,6 +18,7 @@ from regrad_vllm.serve.api.answer import AnswerTagger, Send
 from regrad_vllm.serve.api.engine import Engine
 from regrad_vllm.serve.api.hang_up import unless_gone
 from regrad_vllm.serve.api.http_request import App, Receive, Replay, Scope
+from regrad_vllm.serve.api.kept_answer import KeptAnswer, with_log_probabilities
 from regrad_vllm.serve.api.plan import Plan, Planner, PromptPlans
 from regrad_vllm.serve.api.plugin_metrics import Metrics
 from regrad_vllm.serve.api.preparer import PreparedRequest, Preparer
@@ -115,16 +116,55 @@ class RegradMiddleware:
             used = prepared if isinstance(prepared, Used) else prepared.used
             runtime.memory.add(used)
             runtime.metrics.requests.labels(outcome=_outcome(used), mode=used.mode).inc()
-            call, changed = _for_vllm(prepared, used.request_id, document, shape, runtime.planner)
-            body = json.dumps(changed).encode()
-            replay = Replay(body, receive)
-            tagger = AnswerTagger(send, used)
-            with served_call(call):
-                await self._app(_for_body(scope, len(body), shape, used.request_id), replay, tagger)
-            clean = tagger.succeeded and not replay.disconnected
+            ask = partial(self._ask, shape=shape, scope=scope, receive=receive)
+            if used.mode == "auto" and isinstance(prepared, PreparedRequest) and prepared.placement is not None:
+                clean = await _answer_or_ask_again(ask, prepared, document, send, runtime)
+            else:
+                tagger = AnswerTagger(send, used)
+                heard = await ask(prepared, document, send=tagger)
+                clean = tagger.succeeded and heard
         finally:
             if holds is not None:
                 holds.release(clean=clean)
+
+    async def _ask(
+        self, prepared: Prepared, document: Body, *, shape: PromptShape, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
+        """Runs vLLM's handler with the body's ``document``. False if the client hung up."""
+        runtime: Runtime = scope["app"].state.regrad
+        request_id = prepared.request_id if isinstance(prepared, Used) else prepared.used.request_id
+        call, changed = _for_vllm(prepared, request_id, document, shape, runtime.planner)
+        body = json.dumps(changed).encode()
+        replay = Replay(body, receive)
+        with served_call(call):
+            await self._app(_for_body(scope, len(body), shape, request_id), replay, send)
+        return not replay.disconnected
+
+
+async def _answer_or_ask_again(
+    ask: Callable[..., Awaitable[bool]], prepared: PreparedRequest, document: Body, send: Send, runtime: Runtime
+) -> bool:
+    """Mode auto: asks with sentences in the prompt. If the model isn't sure, asks again with the documents.
+
+    True if the client got a whole answer that is no error.
+    """
+    kept = KeptAnswer()
+    heard = await ask(prepared, with_log_probabilities(document), send=kept)
+    confidence = kept.confidence()
+    found = prepared.found
+    if not heard:
+        return False
+    if confidence is None or confidence >= found.min_confidence:
+        used = replace(found.used, mode="cue", confidence=confidence)
+        runtime.memory.add(used)
+        await kept.deliver(AnswerTagger(send, used), document)
+        return kept.succeeded
+    used = replace(found.used, mode="icl", cue=(), confidence=confidence)
+    runtime.memory.add(used)
+    runtime.metrics.second_answers.inc()
+    tagger = AnswerTagger(send, used)
+    again = replace(prepared, found=replace(found, used=used, texts=found.whole))
+    return await ask(again, document, send=tagger) and tagger.succeeded
 
 
 def _for_body(scope: Scope, num_bytes: int, shape: PromptShape, request_id: str) -> Scope:

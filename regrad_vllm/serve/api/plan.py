@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from regrad_vllm.client import Query
 from regrad_vllm.learner import Learner
 from regrad_vllm.naming import MODEL_SUFFIX
+from regrad_vllm.serve.api.kept_answer import unfit
 from regrad_vllm.serve.api.request import MAX_QUERY_BYTES, RegradOptions
 from regrad_vllm.serve.api.request_errors import RequestError, shown
-from regrad_vllm.serve.api.routes import Body, PromptShape, split_prompts
+from regrad_vllm.serve.api.routes import Body, ChatPrompt, CompletionPrompt, PromptShape, split_prompts
 from regrad_vllm.serve.api.used import Used
 from regrad_vllm.serve.settings import Mode, Settings
 
 MAX_PROMPTS = 64  # of one request, if each has documents of its own
 SWITCHED_OFF = "regrad.enabled is false"
 _MAX_REQUEST_ID_CHARS = 512
+_WITH_CUE = ("cue", "auto")  # modes with sentences in the prompt
 _MAX_CHOICES = 16384  # of each prompt, vLLM's default limit
 _LOGGER = logging.getLogger("regrad")
 
@@ -33,7 +35,8 @@ class Plan:
     mode: Mode
     by_name: bool  # the request itself asked for ReGrad, so that an outage is an error
     keeps_mode: bool  # the request names the mode, or on_error is fail_closed: an older bank without cues is an error
-    reason: str | None = None  # why the mode is blind where the server's is another
+    reason: str | None = None  # why the mode is not the server's
+    min_confidence: float = 0.0  # in mode auto: an answer with less is asked for again
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,11 @@ class Planner:
                 "regrad.query",
             )
         mode = self._mode(options, question)
+        why = _not_twice(body, shape) if mode == "auto" else None
+        if why is not None and options.mode is not None:
+            raise RequestError.bad("regrad.mode", f"blind, cue or icl with {why}", mode)
+        mode = "cue" if why else mode
+        least = self.settings.min_confidence if options.min_confidence is None else options.min_confidence
         return Plan(
             request_id=request_id,
             query=Query(
@@ -182,9 +190,9 @@ class Planner:
                 document_ids=options.document_ids or (),
                 top_k=options.top_k or self.settings.top_k_for(learner.top_k),
                 min_score=None if options.document_ids else _first(options.min_score, self.settings.min_score),
-                with_text=mode == "icl",
-                with_cue=(options.cue_sentences or self.settings.cue_sentences) if mode == "cue" else 0,
-                cue_text=_searchable(question) if mode == "cue" and question and not text else "",
+                with_text=mode in ("icl", "auto"),
+                with_cue=(options.cue_sentences or self.settings.cue_sentences) if mode in _WITH_CUE else 0,
+                cue_text=_searchable(question) if mode in _WITH_CUE and question and not text else "",
                 retrieval=options.retrieval or self.settings.retrieval,
                 conditions=options.filter,
                 as_of=options.as_of,
@@ -193,6 +201,8 @@ class Planner:
             mode=mode,
             by_name=by_name,
             keeps_mode=bool(options.mode or options.cue_sentences) or self.settings.on_error == "fail_closed",
+            reason=f"the mode is cue and not the server's auto: with {why} nothing is asked twice" if why else None,
+            min_confidence=least,
         )
 
     def _mode(self, options: RegradOptions, question: str | None) -> Mode:
@@ -202,9 +212,19 @@ class Planner:
             if options.mode is not None:
                 raise RequestError.bad("regrad.mode", "blind where the request has no user text", options.mode)
             mode = "blind"
-        if mode != "cue" and options.cue_sentences is not None:
-            raise RequestError.bad("regrad.cue_sentences", "absent unless the mode is cue", options.cue_sentences)
+        if mode not in _WITH_CUE and options.cue_sentences is not None:
+            rule = "absent unless the mode is cue or auto"
+            raise RequestError.bad("regrad.cue_sentences", rule, options.cue_sentences)
+        if mode != "auto" and options.min_confidence is not None:
+            raise RequestError.bad("regrad.min_confidence", "absent unless the mode is auto", options.min_confidence)
         return mode
+
+
+def _not_twice(body: Body, shape: PromptShape) -> str | None:
+    """Why this request isn't asked twice, as mode auto may do, in a few words. None if it is."""
+    if type(shape) not in (ChatPrompt, CompletionPrompt):
+        return "this route"
+    return "several prompts" if len(split_prompts(body, shape)) > 1 else unfit(body)
 
 
 def _limit_of(parts: Sequence[Body]) -> tuple[RequestError, str] | None:

@@ -17,6 +17,7 @@ class Metrics:
     """Counters and histograms of the API server process."""
 
     requests: Counter  # by outcome: adapter, base (switched off, or no document found), fallback; and by mode
+    second_answers: Counter  # in mode auto
     errors: Counter  # by HTTP status
     timings: Mapping[str, Histogram]  # of a request: retrieve, fetch, resident
     fetched_bytes: Counter
@@ -47,6 +48,7 @@ class Metrics:
 
         return cls(
             requests=Counter("regrad_requests", "Requests that ReGrad was for", ["outcome", "mode"], registry=registry),
+            second_answers=Counter("regrad_second_answers", "Asked again with the documents", registry=registry),
             errors=Counter("regrad_errors", "Requests refused by ReGrad", ["status"], registry=registry),
             timings={
                 "retrieve": histogram("regrad_retrieve_ms", "Query to the bank"),

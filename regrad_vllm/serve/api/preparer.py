@@ -39,7 +39,9 @@ class Found:
     used: Used
     gradients: ArenaHold
     recipe: Recipe | None  # None: no document was found, so the request runs on the base model
-    texts: tuple[tuple[str, str], ...]  # (title, text) for the prompt: sentences in mode cue, documents in mode icl
+    texts: tuple[tuple[str, str], ...]  # (title, text) for the prompt: sentences, or documents in mode icl
+    whole: tuple[tuple[str, str], ...] = ()  # in mode auto: (title, text) of the documents, for the second answer
+    min_confidence: float = 0.0  # in mode auto
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,9 @@ class Preparer:
             async with self._bank_permits:
                 plan, answer = await self._find(plan, hold, timings, asked)
             recipe = self._recipe(plan, answer.hits) if answer.hits else None
-            return Found(self._used(plan, answer, recipe, timings), hold, recipe, texts_of(plan, answer))
+            whole = documents_of(answer) if plan.mode == "auto" else ()
+            used = self._used(plan, answer, recipe, timings)
+            return Found(used, hold, recipe, texts_of(plan, answer), whole, plan.min_confidence)
         except (BankError, GradientFormatError, ArenaError) as error:
             hold.release()
             raise as_request_error(error, self._bank.address) from error
@@ -225,8 +229,13 @@ class Preparer:
 def texts_of(plan: Plan, answer: Answer) -> tuple[tuple[str, str], ...]:
     """(title, text) of the sentences or documents for the prompt, best first. None in mode blind."""
     if plan.mode == "icl":
-        return tuple((hit.title, hit.text) for hit in answer.hits)
+        return documents_of(answer)
     return tuple((hit.title, sentence.text) for hit, sentence in answer.cue)
+
+
+def documents_of(answer: Answer) -> tuple[tuple[str, str], ...]:
+    """(title, text) of the documents, best first."""
+    return tuple((hit.title, hit.text) for hit in answer.hits)
 
 
 def as_request_error(error: Exception, bank: str) -> RequestError:

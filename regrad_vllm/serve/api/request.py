@@ -38,7 +38,8 @@ class RegradOptions:
     retrieval: Retrieval | None = None
     filter: tuple[Condition, ...] = ()
     as_of: int | None = None
-    cue_sentences: int | None = None  # in mode cue only
+    cue_sentences: int | None = None  # in modes cue and auto only
+    min_confidence: float | None = None  # in mode auto only
 
     @classmethod
     def parse(cls, value: object, max_documents: int = MAX_TOP_K) -> RegradOptions:
@@ -190,4 +191,5 @@ _PARSERS: Mapping[str, Callable[[str, object], object]] = {
     "as_of": _whole(0, MAX_SEQUENCE),
     "mode": _mode,
     "cue_sentences": _whole(1, MAX_CUE_SENTENCES),
+    "min_confidence": _number(0, 1),
 }

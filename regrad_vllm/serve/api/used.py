@@ -55,6 +55,7 @@ class Used:
     reason: str | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)  # retrieve, fetch, resident
     query: str | None = None  # the text that was searched for, kept shortened; None: there was no search
+    confidence: float | None = None  # in mode auto: of the first answer, 0 to 1
     sequence: int | None = None  # the bank's last change that the documents reflect; None: the bank wasn't asked
 
     def __post_init__(self) -> None:
@@ -91,6 +92,7 @@ class Used:
             "sequence": self.sequence,
             "gamma": self.gamma,
             "mode": self.mode,
+            "confidence": None if self.confidence is None else round(self.confidence, 6),
             "fallback": self.fallback,
             "reason": self.reason,
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings_ms.items()},
