@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bank_service.wire.limits import MAX_ID_BYTES
 from regrad_vllm.cli.connection import add_bank_flags, connect, describe_failure
 from regrad_vllm.client.corpus import ENDINGS, BadInput, CorpusFile, find_files, read_corpus
-from regrad_vllm.client.leftovers import Leftovers
+from regrad_vllm.client.leftovers import Held, Leftovers
 from regrad_vllm.client.upload import UploadError, UploadOutcome, upload
 from regrad_vllm.console import CommandError, UsageError, count, note, one_line, say
 from regrad_vllm.data.token_counts import CountTokens, count_tokens, tokenizer_of
@@ -28,11 +29,18 @@ _MAX_LISTED = 20
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
     parser = commands.add_parser("ingest", help="documents into a bank", description=__doc__)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{', '.join(ENDINGS)} files, or folders")
-    add_bank_flags(parser)
+    add_corpus_flags(parser)
     parser.add_argument(
         "--model", help="cut texts by this base model's tokens: 'default', a folder or a hub id (default: an estimate)"
     )
+    parser.add_argument("--in-flight", type=int, default=64, help="documents sent ahead of the answers (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the paths, the bank, and what happens to input that can't be used or is no longer there."""
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{', '.join(ENDINGS)} files, or folders")
+    add_bank_flags(parser)
     parser.add_argument("--skip-bad", action="store_true", help="leave out what can't be used, instead of stopping")
     parser.add_argument(
         "--delete-missing",
@@ -46,27 +54,45 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         metavar="NAME",
         help="a name for the source of all PATHs, the same wherever they lie (each PATH's own absolute path)",
     )
-    parser.add_argument("--in-flight", type=int, default=64, help="documents sent ahead of the answers (%(default)s)")
-    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedCorpus:
+    """A corpus that was read once, before anything is sent."""
+
+    files: Sequence[CorpusFile]
+    bad: Sequence[BadInput]
+    held: Held
+    num_documents: int
 
 
 def run(args: argparse.Namespace) -> int:
     if args.in_flight < 1:
         raise UsageError(f"--in-flight must be at least 1, got {args.in_flight}")
-    files, left_out, bad = find_files(args.paths, args.source or "")
     counter = count_tokens if args.model is None else tokenizer_of(resolve_model(args.model))
+    corpus = checked_corpus(args, counter)
+    outcome = _upload(args, corpus, counter)
+    status = report(args, corpus, outcome)
+    has_texts = any(file.path.suffix.lower() != ".jsonl" for file in corpus.files)
+    if outcome.counts["truncated"] and has_texts and args.model is None:
+        note("texts are cut by an estimate of tokens; name the bank's base model with --model to have them counted")
+    return status
+
+
+def checked_corpus(args: argparse.Namespace, counter: CountTokens) -> CheckedCorpus:
+    """Reads the whole corpus, and names what can't be used. UsageError for such input without --skip-bad."""
+    files, left_out, bad = find_files(args.paths, args.source or "")
     if left_out:
         shown = ", ".join(str(path) for path in left_out[:3])
         note(f"left out {count(len(left_out), 'file')} with other endings than {', '.join(ENDINGS)}: {shown} …")
+    held = Held(files, bad)
     num_documents = 0
     mended: dict[str, int] = {}
-    for item in read_corpus(files, counter):
-        if isinstance(item, BadInput):
-            bad.append(item)
-        else:
-            num_documents += 1
-            if item.num_mended:
-                mended[item.place] = item.num_mended
+    for document in held.noting(read_corpus(files, counter)):
+        num_documents += 1
+        if document.num_mended:
+            mended[document.place] = document.num_mended
+    bad += held.unusable
     note_mended(mended)
     _name_bad(bad)
     if bad and not args.skip_bad:
@@ -75,16 +101,17 @@ def run(args: argparse.Namespace) -> int:
         )
     if not num_documents:
         raise UsageError("nothing to ingest: the paths named hold no document that can be used")
-    outcome = _upload(args, files, bad, num_documents, counter)
+    return CheckedCorpus(files, bad, held, num_documents)
+
+
+def report(args: argparse.Namespace, corpus: CheckedCorpus, outcome: UploadOutcome) -> int:
+    """Prints the outcome. The exit status: 1 if the bank lacks a part of the corpus."""
     _report_left_out(outcome, args.bank)
     _report_left(outcome.left, args)
     say(outcome.summary())
-    has_texts = any(file.path.suffix.lower() != ".jsonl" for file in files)
-    if outcome.counts["truncated"] and has_texts and args.model is None:
-        note("texts are cut by an estimate of tokens; name the bank's base model with --model to have them counted")
     if outcome.sequence:
         note(f"as of sequence {outcome.sequence}")
-    return 1 if outcome.refused or outcome.unusable or bad else 0
+    return 1 if outcome.refused or outcome.unusable or corpus.bad else 0
 
 
 def note_mended(mended: Mapping[str, int]) -> None:
@@ -101,25 +128,19 @@ def source_name(name: str) -> str:
     return name
 
 
-def _upload(
-    args: argparse.Namespace,
-    files: Sequence[CorpusFile],
-    bad: Sequence[BadInput],
-    num_documents: int,
-    counter: CountTokens,
-) -> UploadOutcome:
+def _upload(args: argparse.Namespace, corpus: CheckedCorpus, counter: CountTokens) -> UploadOutcome:
     from tqdm import tqdm
 
-    with connect(args.bank) as bank, tqdm(total=num_documents, unit="doc", desc="ingest") as bar:
+    with connect(args.bank) as bank, tqdm(total=corpus.num_documents, unit="doc", desc="ingest") as bar:
         try:
             return upload(
                 bank,
-                files,
+                corpus.files,
                 namespace=args.namespace,
                 in_flight=args.in_flight,
                 skip_bad=args.skip_bad,
                 delete_missing=args.delete_missing,
-                bad=bad,
+                bad=corpus.bad,
                 progress=bar.update,
                 count=counter,
             )

@@ -38,6 +38,7 @@ FORBIDDEN = {
     "regrad_vllm/serve/kernels": ("grpc", "vllm"),
     "regrad_vllm/serve/arena": ("grpc", "vllm", "torch", "numpy"),
     "regrad_vllm/local": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
+    "regrad_vllm/distributed": ("vllm", "regrad_vllm.serve", "regrad_vllm.learn", "regrad_vllm.cli", *INSIDE_THE_BANK),
     "regrad_vllm/evaluate": ("vllm", "regrad_vllm.cli", "regrad_vllm.load", *INSIDE_THE_BANK),
     "regrad_vllm/load": ("vllm", "regrad_vllm.cli", *INSIDE_THE_BANK),
     "regrad_vllm/mcp": ("vllm", "torch", "regrad_vllm.cli", *INSIDE_THE_BANK),
@@ -71,7 +72,8 @@ BANK_ROOMS = (
     "errors",
 )
 REGRAD_ROOMS = (
-    "cli", "observe", "demo", "doctor", "load", "evaluate", "console", "mcp", "local", "learn", "arguments",
+    "cli", "observe", "demo", "doctor", "load", "evaluate", "console", "mcp", "local", "distributed", "learn",
+    "arguments",
     "serve.plugin", "serve.launch", "serve.vllm_flags", "serve.vllm_main", "serve.api.endpoint",
     "serve.documents", "serve.api", "serve.worker", "serve.seams",
     "serve.kernels", "serve.budgets", "serve.arena", "serve.engine_flags", "serve.settings", "serve.recipe",
