@@ -39,7 +39,13 @@ from regrad_vllm.reporting.machine import describe
 
 _NAMESPACE, _MODEL = "ability", "base"
 _NUM_CHARACTERS = 600
-WAYS: dict[str, dict[str, Any] | None] = {"off": None, "learner": {"gamma": 0.0}, "on": {}, "off_again": None}
+_BLIND = {"mode": "blind"}  # the text that is scored stands alone
+WAYS: dict[str, dict[str, Any] | None] = {
+    "off": None,
+    "learner": {**_BLIND, "gamma": 0.0},
+    "on": _BLIND,
+    "off_again": None,
+}
 
 
 def main() -> None:

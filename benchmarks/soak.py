@@ -100,7 +100,7 @@ async def _ask(url: str, ids: list[str], sets: list[tuple[int, ...]]) -> None:
                 "temperature": 0,
             }
             if chosen is not None:
-                body["regrad"] = {"document_ids": [ids[index] for index in chosen]}
+                body["regrad"] = {"document_ids": [ids[index] for index in chosen], "mode": "blind"}
             async with gate:
                 response = await client.post("/v1/chat/completions", json=body)
             response.raise_for_status()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +31,6 @@ class ChatAnswer:
     text: str
     documents: tuple[tuple[str, float], ...]  # (id, score) of the gradients used, best first
     prompt_tokens: int  # with the chat template
-    seconds: float  # from the request to the whole answer
 
 
 async def ask_all(
@@ -42,7 +40,7 @@ async def ask_all(
     ServerError."""
     from tqdm import tqdm
 
-    with server_errors(), tqdm(total=len(asks), unit="answer", desc="ask", disable=not progress) as bar:
+    with server_errors(), tqdm(total=len(asks), unit="answer", desc="ask", disable=None if progress else True) as bar:
         async with connect(base_url, _TIMEOUT_SECONDS) as client:
 
             async def one(ask: ChatRequest) -> ChatAnswer:
@@ -62,7 +60,6 @@ async def _ask(client: Any, system_prompt: str, ask: ChatRequest) -> ChatAnswer:
     }
     if ask.regrad is not None:
         body["regrad"] = dict(ask.regrad)
-    begun = time.monotonic()
     response = await client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
         raise AskError(f"the server answered {response.status_code} to {ask.question!r}: {response.text[:500]}")
@@ -70,4 +67,4 @@ async def _ask(client: Any, system_prompt: str, ask: ChatRequest) -> ChatAnswer:
     used = result.get("regrad") or {}
     documents = tuple((document["id"], float(document["score"])) for document in used.get("documents", ()))
     text, tokens = result["choices"][0]["message"]["content"].strip(), int(result["usage"]["prompt_tokens"])
-    return ChatAnswer(text, documents, tokens, time.monotonic() - begun)
+    return ChatAnswer(text, documents, tokens)

@@ -76,7 +76,7 @@ class Stage:
     def tell(self, bank: str, url: str) -> dict[str, Any]:
         """Plays from questions to figures, with a bank and a server that have the documents. Deletes one of them."""
         weights = base_weights(url)
-        say(f"asking {len(self.questions)} questions in {len(WAYS)} ways, all at once; then a few one at a time")
+        say(f"asking {len(self.questions)} questions in {len(WAYS)} ways: a few one at a time, then all at once")
         told = ask_every_way(url, bank, self.namespace, self._prompts(), self.questions)
         self._show(told)
         deleted_ok = self._delete_one(url, bank, told[DEFAULT_WAY].answers)
@@ -142,7 +142,8 @@ class Stage:
         say(f"deleted {question.document_id} and asked again: {question.text}")
         used_before, used_after = ([name for name, _ in answer.documents] for answer in (before, after))
         say(f"  before: {before.text} (right, from {', '.join(used_before)})")
-        say(f"  after:  {after.text} (wrong: a guess from the nearest documents left, {', '.join(used_after)})")
+        still = "still right" if question.is_answered_by(after.text) else "wrong: a guess"
+        say(f"  after:  {after.text} ({still}, from the nearest documents left, {', '.join(used_after)})")
         gone = question.document_id in used_before and question.document_id not in used_after
         return gone and not question.is_answered_by(after.text)
 

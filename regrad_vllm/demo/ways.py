@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -15,7 +16,7 @@ from regrad_vllm.prompts import Prompts
 
 BASE, REGRAD = "smollm2", "smollm2-regrad"
 DEFAULT_WAY = "cue"  # the server's mode where nothing else is said
-NUM_TIMED = 5  # questions
+NUM_TIMED = 5  # questions of each way
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,9 @@ class Way:
 
 WAYS = (
     Way("base", "base model"),
-    Way("rag", "RAG: base model, document in the prompt", shows_document=True),
+    Way("rag", "RAG, untuned: document in the prompt", shows_document=True),
     Way("blind", "ReGrad, nothing in the prompt", {"mode": "blind"}),
-    Way("cue", "ReGrad, two sentences (the default)", {}),
+    Way("cue", "ReGrad, two sentences (the default)", {"mode": "cue"}),
     Way("icl", "ReGrad, document in the prompt", {"mode": "icl"}),
 )
 
@@ -42,7 +43,7 @@ class Told:
     """The answers of one way, and their cost."""
 
     answers: tuple[ChatAnswer, ...]  # in the order of the questions
-    milliseconds: float  # median of an answer asked for alone
+    milliseconds: float  # median of a few answers asked for alone, with the search for the document
 
     @property
     def prompt_tokens(self) -> float:
@@ -58,24 +59,25 @@ class Told:
 def ask_every_way(
     url: str, bank: str, namespace: str, prompts: Prompts, questions: Sequence[QuizQuestion]
 ) -> dict[str, Told]:
-    """Asks every question in every way, all at once. Then asks a few one at a time, for their time. AskError,
+    """Asks a few questions one at a time, each way others, so that no cache has them. Then asks all at once. AskError,
     ServerError."""
     with Bank(bank) as client:
-        found = [client.query(Query(one.text, namespace=namespace, top_k=1, with_text=True)) for one in questions]
-    texts = [[prompts.render_document(hit.title, hit.text) for hit in result.hits] for result in found]
 
-    def request(way: Way, place: int) -> ChatRequest:
-        text = questions[place].text
-        content = prompts.render_icl(text, texts[place]) if way.shows_document else text
-        return ChatRequest(BASE if way.regrad is None else REGRAD, content, way.regrad)
+        def request(way: Way, question: QuizQuestion) -> ChatRequest:
+            content = question.text
+            if way.shows_document:
+                hits = client.query(Query(content, namespace=namespace, top_k=1, with_text=True)).hits
+                content = prompts.render_icl(content, [prompts.render_document(hit.title, hit.text) for hit in hits])
+            return ChatRequest(BASE if way.regrad is None else REGRAD, content, way.regrad)
 
-    everything = [request(way, place) for way in WAYS for place in range(len(questions))]
+        timed: dict[str, list[float]] = {way.name: [] for way in WAYS}
+        for place, question in enumerate(questions[: NUM_TIMED * len(WAYS)]):
+            way = WAYS[place % len(WAYS)]
+            begun = time.monotonic()
+            asyncio.run(ask_all(url, prompts.system, [request(way, question)], progress=False))
+            timed[way.name].append(1000 * (time.monotonic() - begun))
+        everything = [request(way, question) for way in WAYS for question in questions]
     answers = asyncio.run(ask_all(url, prompts.system, everything))
-    timed: dict[str, list[float]] = {way.name: [] for way in WAYS}
-    for place in range(min(NUM_TIMED, len(questions))):
-        for way in WAYS:
-            (alone,) = asyncio.run(ask_all(url, prompts.system, [request(way, place)], progress=False))
-            timed[way.name].append(1000 * alone.seconds)
     n = len(questions)
     return {
         way.name: Told(tuple(answers[n * index : n * (index + 1)]), median(timed[way.name]))

@@ -131,3 +131,26 @@ def test_each_of_several_prompts_gets_a_cue_of_its_own(
     tokenizer = AutoTokenizer.from_pretrained(model)
     for choice, (cue,), question in zip(answer["choices"], cues, questions, strict=True):
         assert str(tokenizer.decode(choice["prompt_token_ids"])).endswith(f"{cue}\n\n{question}")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(("least", "mode"), [(0.0, "cue"), (1.0, "icl")])
+def test_mode_auto_gives_the_answer_of_the_mode_that_it_ends_in(
+    server: VllmServer, sentences: list[tuple[str, str, str]], path: str, least: float, mode: str
+) -> None:
+    regrad = {"namespace": "cues", "top_k": 2}
+    body = {**BODIES[path], "model": TWIN, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
+    plain = server.post(path, {**body, "regrad": {**regrad, "mode": mode}}).json()
+    asked = {**body, "regrad": {**regrad, "mode": "auto", "min_confidence": least}}
+    answer = server.post(path, asked).json()
+    assert answer["regrad"]["mode"] == mode and 0 < answer["regrad"]["confidence"] < 1
+    assert answer["usage"] == plain["usage"]
+    (choice,), (expected,) = answer["choices"], plain["choices"]
+    assert {**choice, "prompt_token_ids": None} == {**expected, "prompt_token_ids": None}
+    with server.client.stream("POST", path, json={**asked, "stream": True}) as stream:
+        events = events_of(stream.iter_lines())
+    assert events[0]["regrad"]["mode"] == mode
+    told = [choice for event in events for choice in event["choices"]]
+    assert all(choice.get("logprobs") is None for choice in told)
+    ids = [token for choice in told for token in choice.get("token_ids") or ()]
+    assert ids == expected["token_ids"]

@@ -18,7 +18,7 @@ from regrad_vllm.serve.api.answer import AnswerTagger, Send
 from regrad_vllm.serve.api.engine import Engine
 from regrad_vllm.serve.api.hang_up import unless_gone
 from regrad_vllm.serve.api.http_request import App, Receive, Replay, Scope
-from regrad_vllm.serve.api.kept_answer import KeptAnswer, with_log_probabilities
+from regrad_vllm.serve.api.kept_answer import KeptAnswer, OrElse, with_log_probabilities
 from regrad_vllm.serve.api.plan import Plan, Planner, PromptPlans
 from regrad_vllm.serve.api.plugin_metrics import Metrics
 from regrad_vllm.serve.api.preparer import PreparedRequest, Preparer
@@ -38,6 +38,7 @@ from regrad_vllm.serve.api.used import Used, UsedByPrompts, UsedMemory
 from regrad_vllm.serve.seams.server_seams import ServedCall, make_served_call, served_call
 
 _METRICS = "/metrics"
+_SECOND_FAILED = "the model was not sure, and a second answer, with the documents in the prompt, failed"
 Prepared = PreparedRequest | SeveralPrompts | Used  # Used: the base model answers
 
 
@@ -146,25 +147,37 @@ async def _answer_or_ask_again(
 ) -> bool:
     """Mode auto: asks with sentences in the prompt. If the model isn't sure, asks again with the documents.
 
-    True if the client got a whole answer that is no error.
+    If the second answer is an error, such as for a prompt that is too long, the client gets the first one. True if the
+    client got a whole answer that is no error.
     """
-    kept = KeptAnswer()
-    heard = await ask(prepared, with_log_probabilities(document), send=kept)
-    confidence = kept.confidence()
     found = prepared.found
-    if not heard:
-        return False
-    if confidence is None or confidence >= found.min_confidence:
+
+    def first(confidence: float | None) -> Send:
         used = replace(found.used, mode="cue", confidence=confidence)
         runtime.memory.add(used)
-        await kept.deliver(AnswerTagger(send, used), document)
+        return AnswerTagger(send, used)
+
+    kept = KeptAnswer(document, first)
+    if not await ask(prepared, with_log_probabilities(document), send=kept):
+        return False
+    confidence = kept.confidence
+    if kept.is_delivered:
         return kept.succeeded
+    if confidence is None or confidence >= found.min_confidence:
+        await kept.deliver()
+        return kept.succeeded
+    runtime.metrics.second_answers.inc()
     used = replace(found.used, mode="icl", cue=(), confidence=confidence)
     runtime.memory.add(used)
-    runtime.metrics.second_answers.inc()
     tagger = AnswerTagger(send, used)
+    second = OrElse(tagger)
     again = replace(prepared, found=replace(found, used=used, texts=found.whole))
-    return await ask(again, document, send=tagger) and tagger.succeeded
+    heard = await ask(again, document, send=second)
+    if heard and second.failed:
+        found = replace(found, used=replace(found.used, reason=_SECOND_FAILED))
+        await kept.deliver()
+        return kept.succeeded
+    return heard and tagger.succeeded
 
 
 def _for_body(scope: Scope, num_bytes: int, shape: PromptShape, request_id: str) -> Scope:

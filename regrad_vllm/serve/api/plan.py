@@ -155,7 +155,7 @@ class Planner:
         plans: list[Plan | Used] = []
         for number, part in enumerate(parts):
             try:
-                plans.append(self._filled(options, part, shape, request_id, by_name=by_name))
+                plans.append(self._filled(options, part, shape, request_id, by_name=by_name, several=True))
             except RequestError as error:
                 if by_name:
                     raise RequestError(
@@ -165,7 +165,14 @@ class Planner:
         return PromptPlans(request_id, tuple(plans), num_choices)
 
     def _filled(
-        self, options: RegradOptions, body: Body, shape: PromptShape, request_id: str, *, by_name: bool
+        self,
+        options: RegradOptions,
+        body: Body,
+        shape: PromptShape,
+        request_id: str,
+        *,
+        by_name: bool,
+        several: bool = False,
     ) -> Plan:
         learner = self.learner.config
         question = shape.question(body)
@@ -177,8 +184,8 @@ class Planner:
                 "regrad.query",
             )
         mode = self._mode(options, question)
-        why = _not_twice(body, shape) if mode == "auto" else None
-        if why is not None and options.mode is not None:
+        why = _not_twice(body, shape, several=several) if mode == "auto" else None
+        if why is not None and (options.mode or options.min_confidence is not None):
             raise RequestError.bad("regrad.mode", f"blind, cue or icl with {why}", mode)
         mode = "cue" if why else mode
         least = self.settings.min_confidence if options.min_confidence is None else options.min_confidence
@@ -200,7 +207,8 @@ class Planner:
             gamma=self.gamma if options.gamma is None else options.gamma,
             mode=mode,
             by_name=by_name,
-            keeps_mode=bool(options.mode or options.cue_sentences) or self.settings.on_error == "fail_closed",
+            keeps_mode=bool(options.mode or options.cue_sentences or options.min_confidence is not None)
+            or self.settings.on_error == "fail_closed",
             reason=f"the mode is cue and not the server's auto: with {why} nothing is asked twice" if why else None,
             min_confidence=least,
         )
@@ -220,11 +228,11 @@ class Planner:
         return mode
 
 
-def _not_twice(body: Body, shape: PromptShape) -> str | None:
+def _not_twice(body: Body, shape: PromptShape, *, several: bool) -> str | None:
     """Why this request isn't asked twice, as mode auto may do, in a few words. None if it is."""
     if type(shape) not in (ChatPrompt, CompletionPrompt):
         return "this route"
-    return "several prompts" if len(split_prompts(body, shape)) > 1 else unfit(body)
+    return "several prompts" if several else unfit(body)
 
 
 def _limit_of(parts: Sequence[Body]) -> tuple[RequestError, str] | None:

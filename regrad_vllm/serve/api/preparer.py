@@ -197,7 +197,7 @@ class Preparer:
         return Used(
             request_id=plan.request_id,
             namespace=plan.query.namespace,
-            mode=plan.mode,
+            mode=plan.mode if recipe or plan.mode != "auto" else "cue",  # without a document nothing is asked twice
             gamma=plan.gamma,
             documents=tuple(
                 UsedDocument(hit.id, hit.version, hit.score, weight, hit.gradient_digest)
