@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Protocol
 
 REMOVAL_SECONDS = 30.0  # a removal begins at most so long after its decision
@@ -82,12 +83,13 @@ class Nodes(Protocol):
         """These may have no version. They wait from now on, unless they wait already. UnavailableError."""
         ...
 
-    def dropped(self, seconds: float) -> list[str]:
-        """Those that have waited for so long. UnavailableError."""
+    def dropped(self, seconds: float) -> dict[str, datetime]:
+        """Those that have waited for so long, and since when. UnavailableError."""
         ...
 
-    def forget_dropped(self, digests: Collection[str]) -> None:
-        """These wait no more. UnavailableError."""
+    def forget_dropped(self, waits: Mapping[str, datetime]) -> None:
+        """These waits of ``dropped`` are over. A gradient that was dropped again since goes on waiting.
+        UnavailableError."""
         ...
 
 

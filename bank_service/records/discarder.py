@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from bank_service.blobs.objects import ObjectBusyError
 from bank_service.catalog.nodes import leads
 from bank_service.errors import UnavailableError
-from bank_service.records.grace import Grace, OwnGrace, SharedGrace
+from bank_service.records.grace import Grace, OwnGrace, SharedGrace, Waits
 from bank_service.records.stores import Stores
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.seldom import Seldom
@@ -88,7 +88,7 @@ class Discarder:
             waiting = await self._grace.all()
             if wanted := list(dict.fromkeys((*digests, *waiting))):
                 error = await self._remove_from_all(wanted) or error
-            await self._grace.forget(self._removed(waiting))
+            await self._grace.forget(self._without_failed(waiting))
         except UnavailableError as unavailable:
             error = unavailable
         if error is not None:
@@ -110,10 +110,10 @@ class Discarder:
             await self.sweep()
         if not self._blobs.is_holding_all:
             await self.discard(self._failed | self._spared, at_once=True)
-            if does_upkeep and (due := self._removed(await self._grace.due())):
-                removed, _ = await self._remove(due)
+            if does_upkeep and (due := self._without_failed(await self._grace.due())):
+                removed, _ = await self._remove(list(due))
                 self._metrics.swept(removed)
-                await self._grace.forget(self._removed(due))
+                await self._grace.forget(self._without_failed(due))
         await self._cache.retry()
 
     async def close(self) -> None:
@@ -153,9 +153,9 @@ class Discarder:
             _, failure = await self._remove(digests)
         return failure
 
-    def _removed(self, digests: Iterable[str]) -> list[str]:
+    def _without_failed(self, waits: Waits) -> Waits:
         """Those whose removal did not fail. The others still wait, because this node may end before it succeeds."""
-        return [digest for digest in digests if digest not in self._failed]
+        return {digest: wait for digest, wait in waits.items() if digest not in self._failed}
 
     async def _find_orphans(self) -> Exception | None:
         """Lets all orphans wait for their removal. Returns the error."""

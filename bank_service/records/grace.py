@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from bank_service.catalog.nodes import Nodes
 from bank_service.errors import UnavailableError
 from bank_service.runtime.threads import in_thread
+
+Waits: TypeAlias = Mapping[str, Any]  # digest → its wait, which differs from each later one of the same digest
 
 
 class Grace(Protocol):
@@ -24,16 +26,16 @@ class Grace(Protocol):
         """These wait from now on."""
         ...
 
-    async def all(self) -> list[str]:
+    async def all(self) -> Waits:
         """All digests. UnavailableError."""
         ...
 
-    async def due(self) -> list[str]:
+    async def due(self) -> Waits:
         """Digests whose wait is over. UnavailableError."""
         ...
 
-    async def forget(self, digests: Collection[str]) -> None:
-        """These wait no more. UnavailableError."""
+    async def forget(self, waits: Waits) -> None:
+        """These waits are over. A digest that waits anew meanwhile goes on waiting. UnavailableError."""
         ...
 
 
@@ -54,21 +56,22 @@ class OwnGrace:
             self._until.pop(digest, None)
             self._until[digest] = until
 
-    async def all(self) -> list[str]:
-        return list(self._until)
+    async def all(self) -> Waits:
+        return dict(self._until)
 
-    async def due(self) -> list[str]:
+    async def due(self) -> Waits:
         now = time.monotonic()
-        found = []
+        found = {}
         for digest, until in self._until.items():
             if until > now:
                 break
-            found.append(digest)
+            found[digest] = until
         return found
 
-    async def forget(self, digests: Collection[str]) -> None:
-        for digest in digests:
-            self._until.pop(digest, None)
+    async def forget(self, waits: Waits) -> None:
+        for digest, until in waits.items():
+            if self._until.get(digest) == until:
+                del self._until[digest]
 
 
 class SharedGrace:
@@ -91,13 +94,13 @@ class SharedGrace:
                 return  # the next call tries again
             self._unwritten -= wanted
 
-    async def all(self) -> list[str]:
+    async def all(self) -> Waits:
         await self.add(())
         return await in_thread(self._pool, self._nodes.dropped, 0.0)
 
-    async def due(self) -> list[str]:
+    async def due(self) -> Waits:
         await self.add(())
         return await in_thread(self._pool, self._nodes.dropped, self._seconds)
 
-    async def forget(self, digests: Collection[str]) -> None:
-        await in_thread(self._pool, self._nodes.forget_dropped, digests)
+    async def forget(self, waits: Waits) -> None:
+        await in_thread(self._pool, self._nodes.forget_dropped, waits)

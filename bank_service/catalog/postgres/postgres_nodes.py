@@ -18,10 +18,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from datetime import datetime
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -55,8 +56,12 @@ _ENDED = "DELETE FROM removals WHERE digest = ANY(%(digests)s) OR until < clock_
 _DROP = "INSERT INTO dropped_gradients (digest, since) SELECT unnest(%(digests)s::text[]), now() ON CONFLICT (digest) "
 _DROP_ANEW = _DROP + "DO UPDATE SET since = excluded.since"
 _DROP_NEW = _DROP + "DO NOTHING"
-_DROPPED = "SELECT digest FROM dropped_gradients WHERE since <= now() - %(seconds)s * interval '1 second'"
-_FORGET_DROPPED = "DELETE FROM dropped_gradients WHERE digest = ANY(%(digests)s)"
+_DROPPED = "SELECT digest, since FROM dropped_gradients WHERE since <= now() - %(seconds)s * interval '1 second'"
+# Only an equal ``since`` is the same wait. An earlier one may be a later wait, of a transaction that waited for WRITES.
+_FORGET_DROPPED = (
+    "DELETE FROM dropped_gradients WHERE (digest, since) IN "
+    "(SELECT * FROM unnest(%(digests)s::text[], %(since)s::timestamptz[]))"
+)
 
 
 class PostgresNodes:
@@ -171,21 +176,19 @@ class PostgresNodes:
     def drop(self, digests: Collection[str]) -> None:
         chosen = sorted(digests)
         for start in range(0, len(chosen), MAX_DROPPED):
-            self._run(_DROP_NEW, chosen[start : start + MAX_DROPPED])
+            self._run(_DROP_NEW, {"digests": chosen[start : start + MAX_DROPPED]})
 
     def note_dropped(self, connection: sa.Connection, digests: Collection[str]) -> None:
         """The transaction takes these from a version. They wait anew."""
         if digests:
             run_text(connection, _DROP_ANEW, {"digests": sorted(digests)})
 
-    def dropped(self, seconds: float) -> list[str]:
-        return self._write(
-            lambda connection: [digest for (digest,) in run_text(connection, _DROPPED, {"seconds": seconds})]
-        )
+    def dropped(self, seconds: float) -> dict[str, datetime]:
+        return self._write(lambda connection: dict(run_text(connection, _DROPPED, {"seconds": seconds})))
 
-    def forget_dropped(self, digests: Collection[str]) -> None:
-        if digests:
-            self._run(_FORGET_DROPPED, list(digests))
+    def forget_dropped(self, waits: Mapping[str, datetime]) -> None:
+        if waits:
+            self._run(_FORGET_DROPPED, {"digests": list(waits), "since": list(waits.values())})
 
     def _beat(self) -> bool:
         """A writer without a connection is no node, and others may change the settings. So it looks often. A node that
@@ -193,8 +196,8 @@ class PostgresNodes:
         self._writer.settle()
         return self.is_current
 
-    def _run(self, statement: str, digests: list[str]) -> None:
-        self._write(lambda connection: run_text(connection, statement, {"digests": digests}))
+    def _run(self, statement: str, values: dict[str, list[Any]]) -> None:
+        self._write(lambda connection: run_text(connection, statement, values))
 
     def _write(self, operation: Callable[[sa.Connection], T]) -> T:
         future: Future[T] = self._writer.submit(operation)

@@ -155,9 +155,23 @@ def test_a_gradient_that_a_node_keeps_or_a_version_names_is_never_removed(opener
         first.put(document(), gradient(), None).result()
     assert nodes_of(second).begin_removal([DIGEST]) == (set(), set())
     first.delete("n", "a", None).result()
-    assert nodes_of(first).dropped(0.0) == [DIGEST] and nodes_of(first).dropped(3600.0) == []
+    assert list(nodes_of(first).dropped(0.0)) == [DIGEST] and not nodes_of(first).dropped(3600.0)
     until(lambda: bool(nodes_of(second).begin_removal([DIGEST])[0]))
     assert nodes_of(first).begin_removal([DIGEST]) == (set(), {DIGEST}), "another node has it"
+
+
+def test_a_gradient_that_is_dropped_again_while_it_is_removed_goes_on_waiting(opener: Opener) -> None:
+    first, second = opener(), opener()
+    nodes_of(first).drop([DIGEST, "1" * 64])
+    waits = nodes_of(first).dropped(0.0)
+    assert waits.keys() == {DIGEST, "1" * 64}
+    put(second, "a")
+    second.delete("n", "a", None).result()
+    nodes_of(first).forget_dropped(waits)
+    again = nodes_of(first).dropped(0.0)
+    assert again.keys() == {DIGEST} and again[DIGEST] > waits[DIGEST]
+    nodes_of(first).forget_dropped(again)
+    assert not nodes_of(second).dropped(0.0)
 
 
 def test_a_removal_without_an_answer_is_over_after_a_while(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
