@@ -3,10 +3,11 @@
 OWNER, an object of the store, names the collection and that process. A process that finds another one there removes
 nothing more: it may have lost its catalog to the other one. If it still has its catalog, there are two catalogs with
 one id, such as a database and its restored dump. Each would remove gradients of the other. So it takes the other's
-name out of OWNER, and the other one removes nothing more, either.
+name out of OWNER, and the other one removes nothing more, either. It goes on looking, in case that one starts again.
 
 The nodes of one catalog have one name together, which the catalog keeps. A node that opens the catalog alone makes a
-new one. So a restored dump has another name than the database that it is of.
+new one. So a restored dump has another name than the database that it is of. A node that joins others only compares the
+name with OWNER. If it put the name there, it would take the store back from a restored dump that it doesn't know.
 
 SEQUENCE, another object, has a sequence that the catalog has reached. So a bank refuses an older state of its catalog.
 """
@@ -85,11 +86,8 @@ class Claim:
         """Another process has opened the store, so this one removes no more gradients."""
         return self._is_lost
 
-    def take(self, name: str | None = None) -> None:
-        """Opens the store for this process, or for all nodes of this ``name``. CollectionMismatchError where the
-        catalog is older than the gradients. OSError."""
-        if name is not None:
-            self._owner = replace(self._owner, process=name)
+    def check_catalog(self) -> None:
+        """CollectionMismatchError where the catalog is older than the gradients. OSError, CatalogReadError."""
         try:
             self._noted = int(json.loads(self._objects.read(SEQUENCE))["sequence"])
         except FileNotFoundError:
@@ -102,8 +100,12 @@ class Claim:
                 "Name the newer catalog, or give this one a copy of the gradients elsewhere. If the newer one is lost, "
                 f"remove {SEQUENCE} there"
             )
+
+    def take(self, name: str | None = None) -> None:
+        """Opens the store for this process, or for all nodes of this new ``name``. OSError."""
+        if name is not None:
+            self._owner = replace(self._owner, process=name)
         self._objects.put(OWNER, self._owner.content)
-        self._note(sequence)
 
     def check(self) -> None:
         """ObjectsTakenError unless this process may remove gradients now. OSError where the store does not tell."""
@@ -129,14 +131,12 @@ class Claim:
             self._keep()
 
     def _keep(self) -> None:
+        sequence = 0 if self._is_lost else self._sequence()
+        self._look()
         if not self._is_lost:
-            sequence = self._sequence()
-            self._look()
-            if not self._is_lost:
-                self._note(sequence)
-        if self._other is not None and self._has_catalog():
+            self._note(sequence)
+        elif self._other is not None and self._has_catalog():
             self._objects.put(OWNER, replace(self._other, process="").content)
-            self._other = None
 
     def _look(self) -> None:
         for _ in range(2):  # a node that opens the catalog alone changes both the name and OWNER
@@ -144,15 +144,18 @@ class Claim:
                 self._owner = replace(self._owner, process=_known(self._name))
             found = Owner.read(self._objects)
             if found == self._owner:
+                self._other = None
                 self._checked_until = time.monotonic() + CHECK_SECONDS
                 return
-        self._is_lost = True
         self._other = found if found is not None and found.process else None
+        if self._is_lost:
+            return
+        self._is_lost = True
         self._kept_until = 0.0
         logger.error(
             "another process has opened %s, so this bank removes no more gradients there; stop one of the two. If "
             "each has a catalog, such as a restored dump, give one of them a copy of the gradients elsewhere. Then "
-            "start the bank that keeps this place again",
+            "stop all nodes of the bank that keeps this place, and start it again",
             self._place,
         )
 

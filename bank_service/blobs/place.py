@@ -64,8 +64,8 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
     chosen = objects_of(data_dir, config.objects)
     objects: Objects
     if chosen is None:
-        if config.catalog is not None and not (data_dir / _BLOBS).exists():
-            _check_no_gradients(catalog, str(data_dir), f"make the folder {_BLOBS} in it")
+        if config.catalog is not None and not (data_dir / _BLOBS).exists() and _has_gradients(catalog):
+            raise _lacks_gradients(str(data_dir), f"make the folder {_BLOBS} in it")
         objects = objects_in(data_dir / _BLOBS)
     else:
         objects = _opened(chosen)
@@ -76,23 +76,32 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
         None if nodes is None else nodes.objects_name,
     )  # fmt: skip
 
-    def take(name: str | None = None) -> None:
+    owned = Owner(collection_id)
+
+    def is_new() -> bool:
         owner = Owner.read(objects)
         if owner is not None and owner.collection_id != collection_id:
             raise CollectionMismatchError(
                 f"{place} must be empty or this bank's own, it belongs to collection {owner.collection_id}; "
                 "each bank needs a place of its own"
             )
-        if owner is None and chosen is not None:
-            owned = Owner(collection_id)
-            _check_no_gradients(catalog, chosen, f"store {owned.content.decode()} there as {OWNER}")
+        return owner is None and chosen is not None
+
+    def take(name: str | None = None) -> None:
+        if begins and is_new() and chosen is not None:  # a try before this one may have begun the store
             _take(objects, chosen, owned)
         claim.take(name)
 
+    has_gradients = _has_gradients(catalog)  # before OWNER is read: another node may be the first one now
+    begins = is_new()
+    if has_gradients and begins:
+        raise _lacks_gradients(place, f"store {owned.content.decode()} there as {OWNER}")
+    claim.check_catalog()
     if nodes is None:
         take()
     else:
         nodes.take_objects(take)
+    claim.keep()
     if chosen is not None:
         _note(data_dir, chosen)
     return BlobStore(objects, claim, None if nodes is None else SharedHolds(nodes))
@@ -111,15 +120,17 @@ def _is_writable(catalog: Catalog) -> bool:
     return True
 
 
-def _check_no_gradients(catalog: Catalog, place: str, remedy: str) -> None:
-    """Without this, a bank in a wrong place would make all gradients anew."""
+def _has_gradients(catalog: Catalog) -> bool:
     with catalog.view() as view:
-        has_gradients = bool(view.gradients("", 1))
-    if has_gradients:
-        raise CollectionMismatchError(
-            f"the catalog's gradients must lie in {place}, which has none; name their folder with --data-dir or their "
-            f"store with --objects. If they are lost, {remedy}: the bank then makes them again, but for uploaded ones"
-        )
+        return bool(view.gradients("", 1))
+
+
+def _lacks_gradients(place: str, remedy: str) -> CollectionMismatchError:
+    """Without this, a bank in a wrong place would make all gradients anew."""
+    return CollectionMismatchError(
+        f"the catalog's gradients must lie in {place}, which has none; name their folder with --data-dir or their "
+        f"store with --objects. If they are lost, {remedy}: the bank then makes them again, but for uploaded ones"
+    )
 
 
 def stored_blobs(data_dir: Path, url: str | None = None) -> BlobStore:

@@ -32,9 +32,10 @@ class Nodes(Protocol):
         ...
 
     def take_objects(self, take: Callable[[str], None]) -> None:
-        """Calls ``take`` with the nodes' random name in the object store, and raises its errors.
+        """Gives the nodes a random name in the object store unless they have one. Calls ``take`` with a new name, and
+        raises its errors.
 
-        No node changes the catalog meanwhile. The name is new where this node opened the catalog alone.
+        No node changes the catalog during ``take``. The name is new where this node opened the catalog alone.
         UnavailableError.
         """
         ...

@@ -48,7 +48,9 @@ async def test_a_restored_dump_beside_the_nodes_of_its_database_stops_both_and_a
             new = (await first.put("new", "in one catalog only")).gradient_digest
             await dump.delete("d0")
             await second.delete("d1")
-            await asyncio.sleep(3)
+            async with bank(tmp_path / "third", objects_url, catalog=catalog, objects_grace_seconds=2) as third:
+                assert (await third.stats()).removals_stopped, "it joins the nodes, and the dump still runs"
+                await asyncio.sleep(3)
             assert {name_of(digest) for digest in (new, *digests)} <= set(objects.list())
             await second.refused(second.delete("d1", purge=True), UnavailableError)
     assert "another process has opened s3://" in caplog.text
@@ -79,6 +81,22 @@ async def test_of_two_catalogs_with_one_id_none_removes_gradients_of_the_other(
         assert not (await client.stats()).removals_stopped
         await client.delete("d0", purge=True)
         assert name_of(dropped[0]) not in set(objects.list())
+
+
+@pytest.mark.asyncio
+async def test_a_bank_that_starts_again_beside_the_one_that_it_stopped_stops_again(
+    data_dir: Path, tmp_path: Path, objects_url: str
+) -> None:
+    copy = tmp_path / "copy"
+    async with bank(data_dir, objects_url) as client:
+        await ingested(client, 1)
+    shutil.copytree(data_dir, copy)
+    async with bank(copy) as other:
+        for _ in range(2):
+            async with bank(data_dir) as client:
+                await stopped(client)
+                await stopped(other)
+                await client.refused(client.delete("d0", purge=True), UnavailableError)
 
 
 @pytest.mark.asyncio

@@ -96,15 +96,15 @@ class PostgresNodes:
 
         def operation(connection: sa.Connection) -> None:
             failures.clear()
-            ((known,),) = run_text(connection, _NAME)
-            name = known or secrets.token_hex(16)
+            if run_text(connection, _NAME)[0][0]:
+                return
+            name = secrets.token_hex(16)
             try:
                 take(name)
             except Exception as error:  # noqa: BLE001 - the caller gets it, and the transaction changes nothing
                 failures.append(error)
                 return
-            if not known:
-                run_text(connection, _SET_NAME, {"name": name})
+            run_text(connection, _SET_NAME, {"name": name})
 
         self._write(operation)
         if failures:
