@@ -25,7 +25,7 @@ from bank_service.wire.record import record_digest
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Errors of a read that do not tell about the file: too many open files, no memory, or no permission.
 _NOT_THE_DISK = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
-SWEEP_BATCH = 256  # digests looked up in the catalog at once
+LOOK_BATCH = 256  # digests looked up in the catalog at once
 
 References = Callable[[list[str]], Set[str]]  # returns those of the digests that the catalog names
 
@@ -160,7 +160,7 @@ class BlobStore:
         """Removes those of ``digests`` that are neither held nor referenced. None stands for all records. OSError where
         the records can't be listed. UnavailableError where other processes can't be asked."""
         sweep = Sweep()
-        for batch in _batches(digests if digests is not None else self._digests()):
+        for batch in _batches(digests if digests is not None else self._digests(), self._holds.batch_size):
             with self._holds.removing(batch, references) as removal:
                 sweep.unwanted |= removal.unwanted
                 sweep.spared |= removal.spared
@@ -171,7 +171,7 @@ class BlobStore:
 
     def orphans(self, references: References) -> set[str]:
         """All records that are not referenced, held ones too. Removes none. OSError where they can't be listed."""
-        return {digest for batch in _batches(self._digests()) for digest in set(batch) - references(batch)}
+        return {digest for batch in _batches(self._digests(), LOOK_BATCH) for digest in set(batch) - references(batch)}
 
     def path(self, digest: str) -> Path | None:
         """The path of the record's file, whether it exists or not. None where the store has no files."""
@@ -219,9 +219,9 @@ def _not_now(digest: str) -> ObjectBusyError:
     return ObjectBusyError(f"gradient {digest} must be left alone now, another node may be writing it")
 
 
-def _batches(digests: Iterable[str]) -> Iterator[list[str]]:
+def _batches(digests: Iterable[str], size: int) -> Iterator[list[str]]:
     rest = iter(digests)
-    while batch := list(islice(rest, SWEEP_BATCH)):
+    while batch := list(islice(rest, size)):
         yield batch
 
 

@@ -15,6 +15,8 @@ class SharedHolds(Holds):
     """Holds of this process, and of the other nodes of its catalog. ``hold`` is seen by others after ``wait_removed``,
     and needs no database before."""
 
+    batch_size = 16  # another node that wants one of them waits for the removal of all
+
     def __init__(self, nodes: Nodes) -> None:
         super().__init__()
         self._nodes = nodes

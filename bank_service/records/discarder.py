@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import Executor
 
 from bank_service.blobs.objects import ObjectBusyError
-from bank_service.catalog.nodes import leads
+from bank_service.catalog.nodes import REMOVAL_SECONDS, leads
 from bank_service.errors import UnavailableError
 from bank_service.records.grace import Grace, OwnGrace, SharedGrace, Waits
 from bank_service.records.stores import Stores
@@ -19,7 +19,7 @@ from bank_service.runtime.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
-BUSY_SECONDS = 3.0  # the longest wait of a purge for other nodes
+BUSY_SECONDS = REMOVAL_SECONDS  # the longest wait of a purge for other nodes; all that they decided has begun by then
 PAUSE_SECONDS = 0.1
 
 
@@ -91,6 +91,11 @@ class Discarder:
             await self._grace.forget(self._without_failed(waiting))
         except UnavailableError as unavailable:
             error = unavailable
+        if isinstance(error, ObjectBusyError):
+            raise UnavailableError(
+                f"gradients must not be in use by other nodes for a purge, got {error}; the document is deleted, but "
+                "not all of its gradients are erased: purge it again in a minute (the bank tries by itself, too)"
+            ) from error
         if error is not None:
             raise UnavailableError(
                 f"gradients must be removable from the blob store, got {error}; the document is deleted, but not all "
@@ -150,6 +155,7 @@ class Discarder:
         _, failure = await self._remove(digests)
         while isinstance(failure, ObjectBusyError) and time.monotonic() < deadline:
             await asyncio.sleep(PAUSE_SECONDS)
+            digests = [digest for digest in digests if digest in self._failed]
             _, failure = await self._remove(digests)
         return failure
 

@@ -36,6 +36,8 @@ class Holds:
     The internal lock is never kept during disk or database access, because an event loop takes it too.
     """
 
+    batch_size = 256  # the most keys that ``removing`` should get at once
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._removed = threading.Condition(self._lock)

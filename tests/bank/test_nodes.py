@@ -22,6 +22,7 @@ from bank_service.errors import (
     UnavailableError,
     VersionConflictError,
 )
+from bank_service.records import discarder
 from bank_service.service.preflight import check_startable
 from bank_service.testing.client import Client, own_errors
 from bank_service.values.config import BankConfig
@@ -157,6 +158,25 @@ async def test_a_purge_by_one_node_removes_what_the_other_has_dropped(
     await second.delete("d0", purge=True)
     assert name_of(digests[0]) not in set(objects.list())
     await whole(first, digests[1:])
+
+
+@pytest.mark.asyncio
+async def test_a_purge_waits_for_a_removal_by_another_node(
+    clients: tuple[Client, Client], catalog: str, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = await ingested(clients[0], 2)
+    async with await psycopg.AsyncConnection.connect(catalog, autocommit=True) as connection:
+        for digest in digests:  # as a node does whose object store is slow
+            await connection.execute("INSERT INTO removals VALUES (%s, now() + interval '1 hour')", (digest,))
+        purge = asyncio.create_task(clients[1].delete("d0", purge=True))
+        await asyncio.sleep(4)
+        assert not purge.done() and name_of(digests[0]) in set(objects.list())
+        await connection.execute("DELETE FROM removals WHERE digest = %s", (digests[0],))
+        await purge
+        assert name_of(digests[0]) not in set(objects.list())
+        monkeypatch.setattr(discarder, "BUSY_SECONDS", 0.5)
+        refusal = await clients[1].refused(clients[1].delete("d1", purge=True), UnavailableError)
+        assert "in use by other nodes" in refusal.message and "disk" not in refusal.message
 
 
 @pytest.mark.asyncio

@@ -13,6 +13,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from bank_service.blobs.blob_store import BlobStore, objects_in
+from bank_service.blobs.folder_objects import FolderObjects
+from bank_service.blobs.shared_holds import SharedHolds
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import NextLearner
 from bank_service.catalog.factory import check_place, open_catalog
@@ -21,6 +24,7 @@ from bank_service.catalog.postgres import membership, postgres_nodes
 from bank_service.errors import BankInUseError, CatalogReadError, CollectionMismatchError, UnavailableError
 from bank_service.values.documents import PutResult
 from bank_service.values.namespace_limits import NamespaceLimits
+from bank_service.wire.record import record_digest
 from tests.bank.catalog.postgres.conftest import Line
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 from tests.bank.postgres_server import PostgresServer
@@ -158,6 +162,30 @@ def test_a_gradient_that_a_node_keeps_or_a_version_names_is_never_removed(opener
     assert list(nodes_of(first).dropped(0.0)) == [DIGEST] and not nodes_of(first).dropped(3600.0)
     until(lambda: bool(nodes_of(second).begin_removal([DIGEST])[0]))
     assert nodes_of(first).begin_removal([DIGEST]) == (set(), {DIGEST}), "another node has it"
+
+
+def test_a_sweep_of_many_gradients_has_few_of_them_at_a_time(
+    opener: Opener, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A purge by another node waits for those."""
+    blobs = BlobStore(objects_in(tmp_path / "blobs"), None, SharedHolds(nodes_of(opener())))
+    nums_going: list[int] = []
+    remove = FolderObjects.remove
+
+    def counted(objects: FolderObjects, name: str) -> None:
+        with psycopg.connect(url) as connection:
+            nums_going.extend(number for (number,) in connection.execute("SELECT count(*) FROM removals"))
+        remove(objects, name)
+
+    monkeypatch.setattr(FolderObjects, "remove", counted)
+    digests = []
+    for number in range(40):
+        digests.append(record_digest(b"%d" % number))
+        with blobs.hold(digests[-1]):
+            blobs.put(digests[-1], b"%d" % number)
+    swept = blobs.sweep(lambda _: set(), digests)
+    assert swept.num_removed == len(nums_going) == 40 and not swept.failed
+    assert max(nums_going) <= 20, nums_going
 
 
 def test_a_gradient_that_is_dropped_again_while_it_is_removed_goes_on_waiting(opener: Opener) -> None:
