@@ -1,4 +1,4 @@
-"""A server for the tests that stop it, and a line to it that breaks when a test wants."""
+"""A server for the tests that stop it, a line to it that breaks when a test wants, and nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,8 +16,14 @@ import pytest
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.factory import open_catalog
-from tests.bank.catalog.test_catalog import IDENTITY
+from bank_service.catalog.nodes import Nodes
+from bank_service.catalog.postgres import membership, postgres_nodes
+from bank_service.values.documents import PutResult
+from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 from tests.bank.postgres_server import PostgresServer, started
+
+DIGEST = "0" * 64  # of ``gradient()``
+Opener = Callable[..., Catalog]
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +107,43 @@ def catalog(tmp_path: Path, url: str) -> Iterator[Catalog]:
     opened = open_catalog(tmp_path, IDENTITY, url=url)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def opener(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
+    """Opens one node after another. They wait for nothing long."""
+    monkeypatch.setattr(membership, "TAKE_SECONDS", 0.3)
+    monkeypatch.setattr(postgres_nodes, "WAIT_SECONDS", 0.3)
+    opened: list[Catalog] = []
+    numbers = count(1)
+
+    def opening(**settings: object) -> Catalog:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        given = {"identity": IDENTITY, "url": url, "is_shared": True, **settings}
+        opened.append(open_catalog(folder, **given))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield opening
+    for catalog in opened:
+        catalog.close()
+
+
+def nodes_of(catalog: Catalog) -> Nodes:
+    assert catalog.nodes is not None
+    return catalog.nodes
+
+
+def put(catalog: Catalog, id: str, digit: str = "0", namespace: str = "n") -> PutResult:
+    """Stores a document, as a bank does that has written its gradient."""
+    given = gradient(digit)
+    with nodes_of(catalog).held(given.digest):
+        nodes_of(catalog).keep(given.digest)
+        return catalog.put(document(id, namespace=namespace), given, None).result()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -4,70 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from bank_service.blobs.blob_store import BlobStore, objects_in
-from bank_service.blobs.folder_objects import FolderObjects
-from bank_service.blobs.shared_holds import SharedHolds
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import NextLearner
-from bank_service.catalog.factory import check_place, open_catalog
-from bank_service.catalog.nodes import Nodes
-from bank_service.catalog.postgres import membership, postgres_nodes
+from bank_service.catalog.factory import check_place
 from bank_service.errors import BankInUseError, CatalogReadError, CollectionMismatchError, UnavailableError
 from bank_service.values.documents import PutResult
 from bank_service.values.namespace_limits import NamespaceLimits
-from bank_service.wire.record import record_digest
-from tests.bank.catalog.postgres.conftest import Line
+from tests.bank.catalog.postgres.conftest import DIGEST, Line, Opener, nodes_of, put, until
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
 from tests.bank.postgres_server import PostgresServer
-
-DIGEST = "0" * 64  # of ``gradient()``
-Opener = Callable[..., Catalog]
-
-
-@pytest.fixture
-def opener(tmp_path: Path, url: str) -> Iterator[Opener]:
-    """Opens one node after another."""
-    opened: list[Catalog] = []
-    numbers = count(1)
-
-    def opening(**settings: object) -> Catalog:
-        folder = tmp_path / str(next(numbers))
-        folder.mkdir()
-        given = {"identity": IDENTITY, "url": url, "is_shared": True, **settings}
-        opened.append(open_catalog(folder, **given))  # type: ignore[arg-type]
-        return opened[-1]
-
-    yield opening
-    for catalog in opened:
-        catalog.close()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "TAKE_SECONDS", 0.3)
-    monkeypatch.setattr(postgres_nodes, "WAIT_SECONDS", 0.3)
-
-
-def nodes_of(catalog: Catalog) -> Nodes:
-    assert catalog.nodes is not None
-    return catalog.nodes
-
-
-def put(catalog: Catalog, id: str, digit: str = "0", namespace: str = "n") -> PutResult:
-    """Stores a document, as a bank does that has written its gradient."""
-    given = gradient(digit)
-    with nodes_of(catalog).held(given.digest):
-        nodes_of(catalog).keep(given.digest)
-        return catalog.put(document(id, namespace=namespace), given, None).result()
 
 
 def end_connections(url: str, locked: str = "true") -> int:
@@ -77,13 +29,6 @@ def end_connections(url: str, locked: str = "true") -> int:
             "SELECT pg_terminate_backend(pid) FROM (SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' "
             f"AND pid <> pg_backend_pid() AND {locked}) AS found"
         ).rowcount
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_changes_of_all_nodes_are_in_one_order_and_each_sees_them_all(opener: Opener) -> None:
@@ -144,73 +89,6 @@ def test_a_bank_with_its_gradients_in_a_folder_is_alone(opener: Opener, tmp_path
     for begin in (opener, lambda: check_place(tmp_path, url, is_shared=True)):
         with pytest.raises(BankInUseError, match="another bank has this catalog"):
             begin()
-
-
-def test_a_gradient_that_a_node_keeps_or_a_version_names_is_never_removed(opener: Opener) -> None:
-    first, second = opener(), opener()
-    with nodes_of(first).held(DIGEST):
-        assert nodes_of(second).begin_removal([DIGEST]) == ({DIGEST}, set()), "it is not kept yet"
-        with pytest.raises(UnavailableError, match="the removal of gradient .* must be over"):
-            nodes_of(first).keep(DIGEST)
-        nodes_of(second).end_removal([DIGEST])
-        nodes_of(first).keep(DIGEST)
-        for catalog, other in ((first, "1" * 64), (second, "2" * 64)):
-            assert nodes_of(catalog).begin_removal([DIGEST, other]) == ({other}, {DIGEST})
-        first.put(document(), gradient(), None).result()
-    assert nodes_of(second).begin_removal([DIGEST]) == (set(), set())
-    first.delete("n", "a", None).result()
-    assert list(nodes_of(first).dropped(0.0)) == [DIGEST] and not nodes_of(first).dropped(3600.0)
-    until(lambda: bool(nodes_of(second).begin_removal([DIGEST])[0]))
-    assert nodes_of(first).begin_removal([DIGEST]) == (set(), {DIGEST}), "another node has it"
-
-
-def test_a_sweep_of_many_gradients_has_few_of_them_at_a_time(
-    opener: Opener, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A purge by another node waits for those."""
-    blobs = BlobStore(objects_in(tmp_path / "blobs"), None, SharedHolds(nodes_of(opener())))
-    nums_going: list[int] = []
-    remove = FolderObjects.remove
-
-    def counted(objects: FolderObjects, name: str) -> None:
-        with psycopg.connect(url) as connection:
-            nums_going.extend(number for (number,) in connection.execute("SELECT count(*) FROM removals"))
-        remove(objects, name)
-
-    monkeypatch.setattr(FolderObjects, "remove", counted)
-    digests = []
-    for number in range(40):
-        digests.append(record_digest(b"%d" % number))
-        with blobs.hold(digests[-1]):
-            blobs.put(digests[-1], b"%d" % number)
-    swept = blobs.sweep(lambda _: set(), digests)
-    assert swept.num_removed == len(nums_going) == 40 and not swept.failed
-    assert max(nums_going) <= 20, nums_going
-
-
-def test_a_gradient_that_is_dropped_again_while_it_is_removed_goes_on_waiting(opener: Opener) -> None:
-    first, second = opener(), opener()
-    nodes_of(first).drop([DIGEST, "1" * 64])
-    waits = nodes_of(first).dropped(0.0)
-    assert waits.keys() == {DIGEST, "1" * 64}
-    put(second, "a")
-    second.delete("n", "a", None).result()
-    nodes_of(first).forget_dropped(waits)
-    again = nodes_of(first).dropped(0.0)
-    assert again.keys() == {DIGEST} and again[DIGEST] > waits[DIGEST]
-    nodes_of(first).forget_dropped(again)
-    assert not nodes_of(second).dropped(0.0)
-
-
-def test_a_removal_without_an_answer_is_over_after_a_while(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres_nodes, "OVER_SECONDS", 1.5)
-    first, second = opener(), opener()
-    assert nodes_of(first).begin_removal([DIGEST]) == ({DIGEST}, set())
-    first.close()
-    with nodes_of(second).held(DIGEST), pytest.raises(UnavailableError, match="must be over"):
-        nodes_of(second).keep(DIGEST)
-    time.sleep(1.5)
-    assert put(second, "a").stored.sequence == 1
 
 
 def test_a_write_without_a_hold_is_refused_unless_a_version_has_its_gradient(opener: Opener) -> None:
