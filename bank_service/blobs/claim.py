@@ -79,7 +79,6 @@ class Claim:
         self._is_lost = False
         self._other: Owner | None = None  # whose name must still be taken out
         self._checked_until = self._kept_until = 0.0
-        self._noted = 0
 
     @property
     def is_lost(self) -> bool:
@@ -88,15 +87,12 @@ class Claim:
 
     def check_catalog(self) -> None:
         """CollectionMismatchError where the catalog is older than the gradients. OSError, CatalogReadError."""
-        try:
-            self._noted = int(json.loads(self._objects.read(SEQUENCE))["sequence"])
-        except FileNotFoundError:
-            self._noted = 0
+        noted = self._noted()  # before the catalog's own, which grows meanwhile
         sequence = self._sequence()
-        if sequence < self._noted:
+        if sequence < noted:
             raise CollectionMismatchError(
                 f"the catalog must be as new as the gradients in {self._place}, which has reached sequence "
-                f"{self._noted}, got {sequence}: it is an older state, and the bank would remove all newer gradients. "
+                f"{noted}, got {sequence}: it is an older state, and the bank would remove all newer gradients. "
                 "Name the newer catalog, or give this one a copy of the gradients elsewhere. If the newer one is lost, "
                 f"remove {SEQUENCE} there"
             )
@@ -159,10 +155,16 @@ class Claim:
             self._place,
         )
 
+    def _noted(self) -> int:
+        try:
+            return int(json.loads(self._objects.read(SEQUENCE))["sequence"])
+        except FileNotFoundError:
+            return 0
+
     def _note(self, sequence: int) -> None:
-        if sequence > self._noted:
+        """Another node may have noted a later one. An earlier one than this node's may have come after it."""
+        if sequence > self._noted():
             self._objects.put(SEQUENCE, json.dumps({"sequence": sequence}).encode())
-            self._noted = sequence
 
 
 def _known(name: Callable[[], str]) -> str:
