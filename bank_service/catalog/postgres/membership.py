@@ -56,7 +56,8 @@ class Membership:
         self.is_shared = is_shared
         self.is_stale = False  # another node has changed the settings
         self._has_joined = False
-        self._settings: set[tuple[Any, ...]] = set()  # those that this node knows
+        # Those that this node knows: one, or a second one while a change may not be committed.
+        self._settings: set[tuple[Any, ...]] = set()
 
     def enter(self, connection: Any, _record: object = None) -> None:
         """Takes the locks for a new connection of the driver's. BankInUseError where another bank doesn't allow it.
@@ -86,16 +87,19 @@ class Membership:
         if is_alone:
             # The nodes get a new name in the object store. So a copy of this database isn't taken for it.
             run_text(connection, _FORGET_OBJECTS)
-        self._know(connection)
+        self._settings = {run_text(connection, _SETTINGS)[0]}
+        connection.info["is_known"] = True
 
     def check(self, connection: sa.Connection) -> None:
         """Call it at the begin of each transaction that writes. BankInUseError where the settings have changed while
         this node was without a connection."""
         if not connection.info.get("is_known"):
-            self.is_stale = run_text(connection, _SETTINGS)[0] not in self._settings
+            found = run_text(connection, _SETTINGS)[0]
+            self.is_stale = found not in self._settings
             if self.is_stale:
                 raise BankInUseError(STALE)
-            self._know(connection)
+            self._settings = {found}
+            connection.info["is_known"] = True
 
     @contextmanager
     def changing(self, connection: sa.Connection) -> Iterator[None]:
@@ -106,7 +110,8 @@ class Membership:
                 "catalog; stop the others, change it, and start them again when that is done"
             )
         yield
-        self._know(connection)  # if the transaction fails, no node finds these settings
+        self._settings.add(run_text(connection, _SETTINGS)[0])
+        connection.info.pop("is_known", None)  # the next transaction tells which of them came through
 
     @staticmethod
     def _is_alone(connection: sa.Connection) -> bool:
@@ -117,10 +122,6 @@ class Membership:
                 return True
             time.sleep(PAUSE_SECONDS)
         return False
-
-    def _know(self, connection: sa.Connection) -> None:
-        self._settings.add(run_text(connection, _SETTINGS)[0])
-        connection.info["is_known"] = True
 
 
 STALE = (

@@ -190,6 +190,22 @@ def test_a_node_that_missed_a_change_stops(opener: Opener, url: str, line: Line)
     put(second, "b")
 
 
+def test_a_node_that_missed_the_way_back_to_settings_that_it_once_knew_stops(
+    opener: Opener, url: str, line: Line
+) -> None:
+    first = opener(url=line.url(url))
+    first.begin_recoding("factors-2-1-8").result()
+    first.end_recoding().result()
+    nodes_of(first).ended()  # another transaction, of whatever kind
+    line.is_broken = True
+    end_connections(url)
+    second = opener(identity=replace(IDENTITY, codec="factors-2-1-8"))
+    second.begin_recoding(IDENTITY.codec).result()
+    second.end_recoding().result()
+    line.is_broken = False
+    until(lambda: not nodes_of(first).is_current)
+
+
 def test_a_node_whose_connections_broke_goes_on_also_if_another_one_began_alone(
     opener: Opener, url: str, line: Line
 ) -> None:
