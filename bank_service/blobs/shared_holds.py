@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 
-from bank_service.catalog.nodes import REMOVAL_SECONDS, Nodes
+from bank_service.catalog.nodes import REMOVAL_SECONDS, Decision, Nodes
 from bank_service.runtime.holds import Holds, Removal
 
 
@@ -35,9 +35,9 @@ class SharedHolds(Holds):
         """UnavailableError where the catalog can't be written."""
         with super().removing(keys, wanted) as own:
             until = time.monotonic() + REMOVAL_SECONDS
-            going, busy = self._nodes.begin_removal(sorted(own.going)) if own.going else (set(), set())
+            decision = self._nodes.begin_removal(sorted(own.going)) if own.going else Decision()
             try:
-                yield replace(own, going=going, busy=busy, until=until)
+                yield replace(own, going=decision.going, busy=decision.busy, until=until)
             finally:
-                if answered := going - own.doubtful:
-                    self._nodes.end_removal(answered)
+                if answered := decision.going - own.doubtful:
+                    self._nodes.end_removal(decision, answered)

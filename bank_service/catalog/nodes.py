@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 REMOVAL_SECONDS = 30.0  # a removal begins at most so long after its decision
 OVER_SECONDS = 90.0  # after its decision, the store has carried it out, even if its answer never came
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer of ``begin_removal``."""
+
+    going: Set[str] = frozenset()  # may be removed now
+    busy: Set[str] = frozenset()  # a write or another removal has them
+    until: datetime | None = None  # tells this decision from each later one of the same gradients
 
 
 class Nodes(Protocol):
@@ -67,8 +77,8 @@ class Nodes(Protocol):
 
     # Gradients that leave it
 
-    def begin_removal(self, digests: Sequence[str]) -> tuple[set[str], set[str]]:
-        """(those that may be removed now, those that a write or another removal has). Others have a version.
+    def begin_removal(self, digests: Sequence[str]) -> Decision:
+        """Gradients that are neither in ``going`` nor in ``busy`` have a version.
 
         At most MAX_KEYS digests. UnavailableError.
 
@@ -76,8 +86,9 @@ class Nodes(Protocol):
         """
         ...
 
-    def end_removal(self, digests: Collection[str]) -> None:
-        """The store has answered for these. The others may still be removed for a while, and nobody stores them."""
+    def end_removal(self, decision: Decision, digests: Collection[str]) -> None:
+        """The store has answered for these. The others may still be removed for a while, and nobody stores them. Does
+        nothing for those that another node has decided on since, because this decision was over."""
         ...
 
     def drop(self, digests: Collection[str]) -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from bank_service.catalog.nodes import OVER_SECONDS
+from bank_service.catalog.nodes import OVER_SECONDS, Decision
 from bank_service.catalog.postgres.lock_session import LockSession
 from bank_service.catalog.postgres.membership import Membership
 from bank_service.catalog.postgres.postgres_writer import PostgresWriter
@@ -48,11 +48,12 @@ _REMEMBER = f"UPDATE nodes SET is_over = true WHERE node = ANY(%(ended)s) AND {_
 _FORGET = "DELETE FROM nodes WHERE is_over AND seen < now() - interval '7 days'"
 _LOCK = "SELECT key FROM unnest(%(keys)s::bigint[]) AS key WHERE pg_try_advisory_xact_lock(key)"
 _BEGIN = (
-    "INSERT INTO removals (digest, until) SELECT unnest(%(digests)s::text[]), clock_timestamp() + %(wait)s * interval "
-    "'1 second' ON CONFLICT (digest) DO UPDATE SET until = excluded.until WHERE removals.until < clock_timestamp() "
-    "RETURNING digest"
+    "INSERT INTO removals (digest, until) SELECT unnest(%(digests)s::text[]), statement_timestamp() + %(wait)s * "
+    "interval '1 second' ON CONFLICT (digest) DO UPDATE SET until = excluded.until "
+    "WHERE removals.until < statement_timestamp() RETURNING digest, until"
 )
-_ENDED = "DELETE FROM removals WHERE digest = ANY(%(digests)s) OR until < clock_timestamp()"
+# A row with another ``until`` is of a later decision, which may be another node's.
+_ENDED = "DELETE FROM removals WHERE digest = ANY(%(digests)s) AND until = %(until)s OR until < statement_timestamp()"
 _DROP = "INSERT INTO dropped_gradients (digest, since) SELECT unnest(%(digests)s::text[]), now() ON CONFLICT (digest) "
 _DROP_ANEW = _DROP + "DO UPDATE SET since = excluded.since"
 _DROP_NEW = _DROP + "DO NOTHING"
@@ -156,22 +157,23 @@ class PostgresNodes:
 
     # Gradients that leave it
 
-    def begin_removal(self, digests: Sequence[str]) -> tuple[set[str], set[str]]:
+    def begin_removal(self, digests: Sequence[str]) -> Decision:
         keys = {self._key(digest): digest for digest in digests}
 
-        def operation(connection: sa.Connection) -> tuple[set[str], set[str]]:
+        def operation(connection: sa.Connection) -> Decision:
             named = gradients.sizes(connection, digests)
             unnamed = {digest for digest in digests if digest not in named}
             free = run_text(connection, _LOCK, {"keys": [self._key(digest) for digest in unnamed]})
             decided = {"digests": [keys[key] for (key,) in free], "wait": OVER_SECONDS}
-            going = {digest for (digest,) in run_text(connection, _BEGIN, decided)}
-            return going, unnamed - going
+            going = dict(run_text(connection, _BEGIN, decided))
+            return Decision(going.keys(), unnamed - going.keys(), max(going.values(), default=None))
 
         return self._write(operation)
 
-    def end_removal(self, digests: Collection[str]) -> None:
+    def end_removal(self, decision: Decision, digests: Collection[str]) -> None:
         # Nobody waits for it. If it fails, the rows are over after a while.
-        self._writer.submit(lambda connection: run_text(connection, _ENDED, {"digests": list(digests)}))
+        values = {"digests": list(digests), "until": decision.until}
+        self._writer.submit(lambda connection: run_text(connection, _ENDED, values))
 
     def drop(self, digests: Collection[str]) -> None:
         chosen = sorted(digests)

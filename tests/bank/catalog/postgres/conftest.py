@@ -7,7 +7,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import count
 from pathlib import Path
 from urllib.parse import quote
@@ -140,6 +140,12 @@ def put(catalog: Catalog, id: str, digit: str = "0", namespace: str = "n") -> Pu
     with nodes_of(catalog).held(given.digest):
         nodes_of(catalog).keep(given.digest)
         return catalog.put(document(id, namespace=namespace), given, None).result()
+
+
+def decided(catalog: Catalog, digests: list[str]) -> tuple[Set[str], Set[str]]:
+    """Which gradients a node may remove now, and which are busy."""
+    decision = nodes_of(catalog).begin_removal(digests)
+    return decision.going, decision.busy
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
