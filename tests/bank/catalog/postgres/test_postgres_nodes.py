@@ -119,17 +119,29 @@ def test_a_write_whose_hold_was_lost_is_refused_and_the_next_one_is_not(opener: 
     assert put(first, "a").stored.sequence == 1
 
 
+def is_in_doubt(catalog: Catalog) -> bool:
+    try:
+        with catalog.view():
+            return False
+    except CatalogReadError as error:
+        return "a commit without an answer" in str(error)
+
+
 def test_a_commit_without_an_answer_keeps_its_gradient_from_removals(
     opener: Opener, url: str, own_server: PostgresServer, line: Line
 ) -> None:
     first, second = opener(url=line.url(url)), opener()
     put(first, "a", "1")
-    line.cut_at_commit = "after"
     with nodes_of(first).held(DIGEST):
         nodes_of(first).keep(DIGEST)
-        assert first.put(document("b"), gradient(), None).result(20).stored.sequence == 2
-    assert line.cut_at_commit is None
-    assert decided(second, [DIGEST]) == (set(), set())
+        line.cut_at_commit, line.is_broken = "after", True
+        written = first.put(document("b"), gradient(), None)
+        until(lambda: line.cut_at_commit is None)
+        assert decided(second, [DIGEST]) == (set(), set())
+        until(lambda: is_in_doubt(first))
+        assert not written.done()
+        line.is_broken = False
+        assert written.result(20).stored.sequence == 2
 
 
 def test_one_node_does_the_upkeep_and_another_takes_it_over(opener: Opener, url: str) -> None:
