@@ -13,6 +13,8 @@ import pytest
 
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.factory import open_catalog
+from bank_service.catalog.postgres import connect
+from bank_service.catalog.postgres.membership import WRITES
 from bank_service.errors import UnavailableError
 from bank_service.values.documents import PutResult
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
@@ -75,4 +77,19 @@ def test_a_write_that_conflicts_again_and_again_fails_clearly_and_may_be_repeate
         with pytest.raises(UnavailableError, match="must be writable, got SerializationFailure 40001; try again$"):
             catalog.put(document("a"), gradient(), None).result()
         connection.execute("DROP TRIGGER conflict ON versions")
+        assert catalog.put(document("a"), gradient(), None).result().stored.sequence == 1
+
+
+def test_a_write_waits_for_another_node_and_then_fails_and_may_be_repeated(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert connect.LOCK_SECONDS == 10, "docs/bank.md says so"
+    monkeypatch.setattr(connect, "_SESSION", (*connect._SESSION, "SET lock_timeout = 500"))
+    with opened(tmp_path, url) as catalog, psycopg.connect(url) as other:
+        other.execute(f"SELECT pg_advisory_xact_lock({WRITES})")  # as of a node that hangs
+        with pytest.raises(UnavailableError, match="must be writable, got LockNotAvailable 55P03; try again$"):
+            catalog.put(document("a"), gradient(), None).result()
+        with catalog.view() as view:
+            assert not view.page("n", "", 9)
+        other.rollback()
         assert catalog.put(document("a"), gradient(), None).result().stored.sequence == 1
