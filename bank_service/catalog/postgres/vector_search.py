@@ -42,6 +42,10 @@ _LACKING = (
     "(SELECT 1 FROM pg_index WHERE indisvalid AND indexrelid = to_regclass('vectors_' || number || '_hnsw')) ORDER BY 1"
 )
 
+# The lock of one graph's builder, on the connection that builds.
+_TAKE = "SELECT pg_try_advisory_lock(hashtext('regrad graph ' || current_schema()), {number})"
+_HAS_GRAPH = "SELECT EXISTS (SELECT 1 FROM pg_index WHERE indisvalid AND indexrelid = to_regclass('{name}'))"
+
 
 class PostgresVectors:
     """Implements ``contract.VectorSearch``."""
@@ -113,6 +117,12 @@ class PostgresVectors:
                     driver.execute("SET statement_timeout = 0")
                     driver.execute("SET lock_timeout = 0")  # it waits for every transaction that is older
                     driver.execute(f"SET maintenance_work_mem = '{BUILD_MEMORY}'")
+                    # The server may still build for a node that was killed. To drop its index would end in a deadlock.
+                    if not _answer(driver, _TAKE.format(number=number)):
+                        logger.info("the graph of partition %d is built by another node", number)
+                        return
+                    if _answer(driver, _HAS_GRAPH.format(name=name)):
+                        return
                     # An index isn't valid where a build ended midway.
                     driver.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
                     driver.execute(
@@ -127,6 +137,10 @@ class PostgresVectors:
                 logger.warning("the graph of partition %d can't be built: %s; trying again", number, error_name(error))
             return
         logger.info("the graph of partition %d is built", number)
+
+
+def _answer(driver: Any, statement: str) -> bool:
+    return bool(driver.execute(statement).fetchone()[0])
 
 
 def _by_graph(connection: sa.Connection, number: int, vector: FloatArray, depth: int) -> list[int]:

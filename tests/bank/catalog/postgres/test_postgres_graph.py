@@ -41,6 +41,22 @@ def test_a_graph_waits_for_older_transactions_and_a_failed_one_is_still_lacking(
     catalog.close()
 
 
+def test_a_graph_that_another_node_builds_is_left_alone(catalog: Catalog, url: str) -> None:
+    catalog.put(document(), gradient(), None).result()
+    assert catalog.vectors is not None
+    with psycopg.connect(url, autocommit=True) as other:
+        (is_taken,) = other.execute(vector_search._TAKE.format(number=1)).fetchone() or ()
+        assert is_taken
+        assert catalog.vectors.build_graphs(0) == 1
+        assert other.execute("SELECT to_regclass('vectors_1_hnsw')").fetchall() == [(None,)]
+    deadline = time.monotonic() + 20  # the server frees the lock with a delay
+    while catalog.vectors.build_graphs(0):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with psycopg.connect(url) as other:
+        assert other.execute("SELECT to_regclass('vectors_1_hnsw')").fetchall() == [("vectors_1_hnsw",)]
+
+
 def test_a_large_namespace_gets_a_graph_and_is_searched_by_it(catalog: Catalog, url: str) -> None:
     catalog.put(document(), gradient(), None).result()
     assert catalog.vectors is not None
