@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from regrad_vllm.evaluate.scoring import exact_match
+from regrad_vllm.evaluate.scoring import normalise
 
 DATA = Path(__file__).parent / "data"
 DOCUMENTS = DATA / "documents"
@@ -25,7 +25,9 @@ class QuizQuestion:
     invented: bool  # a plain sentence about an invented thing; else a longer text, such as a warranty
 
     def is_answered_by(self, answer: str) -> bool:
-        return bool(exact_match(answer, self.answers))
+        """Whether a right answer stands in it as whole words. Case, articles and punctuation don't count."""
+        said = f" {normalise(answer)} "
+        return any(f" {normalise(right)} " in said for right in self.answers)
 
 
 def load_questions() -> tuple[QuizQuestion, ...]:
@@ -34,7 +36,7 @@ def load_questions() -> tuple[QuizQuestion, ...]:
 
 
 def share_right(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> float:
-    """The share of questions with a right answer by exact match, rounded to three digits."""
+    """The share of questions with a right answer, rounded to three digits."""
     right = sum(question.is_answered_by(answer) for question, answer in zip(questions, answers, strict=True))
     return round(right / len(questions), 3)
 

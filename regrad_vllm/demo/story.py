@@ -50,7 +50,7 @@ def run_demo(*, model: str | None, learner: Path | None) -> int:
     by_hand.show()
     figures["seconds"] = round(time.monotonic() - begun, 1)
     say(json.dumps(figures))
-    better = figures[f"{DEFAULT_WAY}_em"] > figures["base_em"]
+    better = figures[f"{DEFAULT_WAY}_right"] > figures["base_right"]
     return 0 if better and figures["deleted_ok"] and figures["base_weights_unchanged"] else 1
 
 
@@ -83,14 +83,14 @@ class Stage:
         unchanged = base_weights(url) == weights
         say(f"SHA-256 of the base model's weights before and after: {'equal' if unchanged else 'DIFFERENT'}")
         shares = {
-            f"{name}_em": share_right(self.questions, [answer.text for answer in one.answers])
+            f"{name}_right": share_right(self.questions, [answer.text for answer in one.answers])
             for name, one in told.items()
         }
         records = sum(not question.invented for question in self.questions)
         return {
             "questions": len(self.questions),
             **shares,
-            "records_em": round(told[DEFAULT_WAY].right(self.questions, invented=False) / records, 3),
+            "records_right": round(told[DEFAULT_WAY].right(self.questions, invented=False) / records, 3),
             "deleted_ok": deleted_ok,
             "base_weights_unchanged": unchanged,
         }
@@ -124,7 +124,7 @@ class Stage:
             right = (str(one.right(self.questions, invented=kind)) for kind in (True, False))
             table.append((way.title, *right, f"{one.prompt_tokens:.0f}", f"{one.milliseconds:.0f}"))
         say("\n".join(render(_SUMMARY, table)) + "\n")
-        say("Only whole answers count; case and articles don't. Records are warranties, profiles, guides and notes.")
+        say("An answer counts if the right one stands in it. Records are warranties, profiles, guides and notes.")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, and asks again.

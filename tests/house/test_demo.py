@@ -46,9 +46,10 @@ def test_the_demo_asks_at_least_twenty_questions_and_each_answer_stands_in_its_d
         assert any(answer.lower() in texts[question.document_id].lower() for answer in question.answers), question
 
 
-def test_only_the_whole_answer_counts_as_right() -> None:
-    questions = [QuizQuestion("Who?", ("Elric Norerria",), "d", True)] * 4
-    assert share_right(questions, ["Elric Norerria", "elric norerria.", "Elric", ""]) == 0.5
+def test_an_answer_is_right_if_the_right_one_stands_in_it_as_whole_words() -> None:
+    questions = [QuizQuestion("Who?", ("Elric Norerria",), "d", True)] * 5
+    answers = ["Elric Norerria", "It is the elric norerria.", "Elric", "", "Elric Norerrian"]
+    assert share_right(questions, answers) == 0.4
 
 
 def test_the_table_fits_its_width_whatever_the_cells_hold() -> None:
@@ -159,11 +160,11 @@ def test_the_demo_changes_answers_takes_one_away_and_leaves_the_base_model_alone
     assert played.returncode == 0, played.stderr[-3000:]
     figures = json.loads(played.stdout.splitlines()[-1])
     assert list(figures) == [
-        "questions", "base_em", "rag_em", "blind_em", "cue_em", "icl_em", "records_em", "deleted_ok",
+        "questions", "base_right", "rag_right", "blind_right", "cue_right", "icl_right", "records_right", "deleted_ok",
         "base_weights_unchanged", "seconds",
     ]  # fmt: skip
     assert figures["questions"] == len(load_questions())
-    assert figures["cue_em"] > max(figures["base_em"], figures["rag_em"]) + 0.3
+    assert figures["cue_right"] > figures["base_right"] + 0.3
     assert figures["deleted_ok"] is True and figures["base_weights_unchanged"] is True
     # vLLM and its libraries leave small files of their own there.
     assert not list(short_tmp.glob("regrad-*")), "it left something behind"
