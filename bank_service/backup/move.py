@@ -23,7 +23,7 @@ from bank_service.backup.snapshot import BATCH, NUM_THREADS, Progress
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.blobs.folder_objects import fsync_folder, write_durably
 from bank_service.blobs.place import restored_blobs, stored_blobs
-from bank_service.catalog.factory import CATALOG_FILE, MOVE_FILE, load_catalog, stopped_catalog
+from bank_service.catalog.factory import CATALOG_FILE, MOVE_FILE, check_room, load_catalog, stopped_catalog
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError, DataLossError
 from bank_service.runtime.data_dir import DataDir
@@ -62,6 +62,7 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
             owner.take()
             stack.callback(owner.release)
         catalog = stack.enter_context(stopped_catalog(source.data_dir, source.catalog))
+        check_room(target.catalog, catalog)
         collection_id = _begun(target.data_dir, catalog)
         taken = stored_blobs(source.data_dir, source.objects)
         given = restored_blobs(target.data_dir, target.objects, collection_id)

@@ -93,6 +93,13 @@ def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextMa
     return sqlite_stopped.stopped(data_dir / CATALOG_FILE)
 
 
+def check_room(url: str | None, source: StoppedCatalog) -> None:
+    """RuntimeError where a server in PostgreSQL must be set up for more namespaces before ``load_catalog``, or where it
+    can't be reached."""
+    if url is not None:
+        bulk_load.check_room(url, source)
+
+
 def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collection_id: str) -> dict[str, int]:
     """Makes the catalog of a new bank with the rows of another one, whole or not at all. One that an earlier call with
     this ``collection_id`` made is compared or replaced.

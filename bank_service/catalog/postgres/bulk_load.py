@@ -7,7 +7,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres import partitions
-from bank_service.catalog.postgres.connect import shown, writer_of
+from bank_service.catalog.postgres.connect import reader_of, shown, writer_of
 from bank_service.catalog.postgres.copy_rows import copy_rows
 from bank_service.catalog.postgres.folder_mark import mark
 from bank_service.catalog.postgres.membership import Membership
@@ -16,10 +16,40 @@ from bank_service.catalog.postgres.server_check import add_extension, check_sche
 from bank_service.catalog.postgres.vector_search import BUILD_MEMORY
 from bank_service.catalog.postgres.word_rows import fill_words
 from bank_service.catalog.sql.erasures import pending_erasures
-from bank_service.catalog.sql.tables import collection, metadata
+from bank_service.catalog.sql.prepared import run_text
+from bank_service.catalog.sql.tables import collection, metadata, namespace_usage
 from bank_service.catalog.sql.transfer import Rows, StoppedSqlCatalog, carry, compare
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError
+
+_LOCK_SETTINGS = (
+    "SELECT current_setting('max_locks_per_transaction')::int, "
+    "current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int"
+)
+# Of the transaction that loads, as counted in pg_locks. A partition has 5 for its tables, and 8 for its indexes.
+LOCKS_PER_NAMESPACE = 13
+OTHER_LOCKS = 300
+
+
+def check_room(url: str, source: StoppedCatalog) -> None:
+    """RuntimeError where the server can't have the locks that ``load`` needs, or can't be reached."""
+    assert isinstance(source, StoppedSqlCatalog)
+    count = sa.select(sa.func.count()).select_from(namespace_usage)
+    num_namespaces = int(source.connection.execute(count).scalar_one())
+    wanted = num_namespaces * LOCKS_PER_NAMESPACE + OTHER_LOCKS
+    engine = reader_of(url)
+    try:
+        with engine.connect() as connection:
+            ((per_transaction, num_transactions),) = run_text(connection, _LOCK_SETTINGS)
+    except sa.exc.SQLAlchemyError as error:
+        raise unreachable(url, error) from error
+    finally:
+        engine.dispose()
+    if wanted > per_transaction * num_transactions:
+        raise RuntimeError(
+            f"max_locks_per_transaction must be at least {-(-wanted // num_transactions)} in {shown(url)} to load "
+            f"{num_namespaces:,} namespaces, got {per_transaction}; set it in postgresql.conf, and restart the server"
+        )
 
 
 def load(url: str, folder: Path, source: StoppedCatalog, collection_id: str) -> dict[str, int]:

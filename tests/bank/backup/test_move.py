@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from bank_service.backup.move import BankPlace, move
 from bank_service.catalog.entries import NextLearner
 from bank_service.catalog.factory import load_catalog, open_catalog, stopped_catalog
+from bank_service.catalog.postgres import bulk_load
+from bank_service.catalog.sql.transfer import StoppedSqlCatalog
 from bank_service.errors import (
     BankInUseError,
     CollectionMismatchError,
@@ -221,3 +224,30 @@ async def test_a_place_that_is_not_new_is_refused_and_stays_as_it_was(tmp_path: 
             list(move(taken, BankPlace(tmp_path / "newest")))
         with pytest.raises(BankInUseError):
             list(move(source, taken))
+
+
+@pytest.mark.asyncio
+async def test_a_server_without_the_locks_for_all_namespaces_is_refused_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = BankPlace(tmp_path / "source"), BankPlace(tmp_path / "target", shared_server().new_schema())
+    async with bank(source) as client:
+        for number in range(30):
+            await client.put("a", "an owl", namespace=f"n{number}")
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk_load, "LOCKS_PER_NAMESPACE", 1_000)
+        with pytest.raises(RuntimeError, match="max_locks_per_transaction must be at least .* 30 namespaces, got"):
+            list(move(source, target))
+    assert not contents(target.data_dir)
+    nums_locks: list[int] = []
+    compare = bulk_load.compare
+
+    def counted(source: StoppedSqlCatalog, connection: sa.Connection, collection_id: str) -> dict[str, int]:
+        count = "SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid()"
+        nums_locks.append(connection.exec_driver_sql(count).scalar_one())
+        return compare(source, connection, collection_id)
+
+    monkeypatch.setattr(bulk_load, "compare", counted)
+    list(move(source, target))
+    (num_locks,) = nums_locks
+    assert 30 * 10 < num_locks <= 30 * bulk_load.LOCKS_PER_NAMESPACE + bulk_load.OTHER_LOCKS
