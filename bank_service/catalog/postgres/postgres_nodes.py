@@ -194,9 +194,12 @@ class PostgresNodes:
 
     def _beat(self) -> bool:
         """A writer without a connection is no node, and others may change the settings. So it looks often. A node that
-        has missed a change does no upkeep."""
+        has missed a change, or whose writer fails, does no upkeep.
+
+        A node whose claim to the object store is lost goes on. The other nodes have lost the same claim, and the rest
+        of the upkeep must be done."""
         self._writer.settle()
-        return self.is_current
+        return self.is_current and not self._writer.is_failing
 
     def _run(self, statement: str, values: dict[str, list[Any]]) -> None:
         self._write(lambda connection: run_text(connection, statement, values))

@@ -28,6 +28,7 @@ from bank_service.runtime.seldom import Seldom
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 3.0  # the longest that a broken commit makes its callers wait for the server
+FAILING_SECONDS = 5.0  # a writer that has failed for so long leaves the upkeep to another node
 _CONFLICTS = ("40001", "40P01")  # a serialization failure, a deadlock
 # Only where the transaction has written something, so that one without changes needs no commit to the disk.
 _SIGN = (
@@ -46,6 +47,7 @@ class PostgresWriter(GroupCommit):
         self._membership = membership
         self._in_doubt: str | None = None  # the token of a transaction whose commit had no answer
         self._is_asked = False  # a ``settle`` waits for its turn
+        self._failing_since: float | None = None  # the first ``settle`` that failed, if none has succeeded after it
         self._failures = Seldom()
         super().__init__(engine)
 
@@ -54,6 +56,12 @@ class PostgresWriter(GroupCommit):
         """Whether a commit had no answer yet, so that the catalog's state isn't known."""
         return self._in_doubt is not None
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether each ``settle`` of the last FAILING_SECONDS has failed."""
+        since = self._failing_since
+        return since is not None and time.monotonic() > since + FAILING_SECONDS
+
     def settle(self) -> None:
         """Lets the writer look at its connection, and ask for the commit that had no answer. Many may want that at a
         time. UnavailableError after ``close``."""
@@ -61,7 +69,11 @@ class PostgresWriter(GroupCommit):
             self._is_asked = True
             self.submit(lambda connection: None).add_done_callback(self._was_asked)
 
-    def _was_asked(self, _: Future[None]) -> None:
+    def _was_asked(self, settled: Future[None]) -> None:
+        if settled.exception() is None:
+            self._failing_since = None
+        elif self._failing_since is None:
+            self._failing_since = time.monotonic()
         self._is_asked = False
 
     @contextmanager

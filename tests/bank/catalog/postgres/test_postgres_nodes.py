@@ -14,6 +14,7 @@ import pytest
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import NextLearner
 from bank_service.catalog.factory import check_place
+from bank_service.catalog.postgres import postgres_writer
 from bank_service.errors import BankInUseError, CatalogReadError, CollectionMismatchError, UnavailableError
 from bank_service.values.documents import PutResult
 from bank_service.values.namespace_limits import NamespaceLimits
@@ -159,6 +160,27 @@ def test_one_node_does_the_upkeep_and_another_takes_it_over(opener: Opener, url:
     until(lambda: not nodes_of(leader).leads or nodes_of(other).leads)
     until(lambda: nodes_of(leader).leads != nodes_of(other).leads)
     assert put(leader, "a").stored.sequence == 1
+
+
+def test_a_node_whose_writer_fails_leaves_the_upkeep_to_another_one(
+    opener: Opener, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_writer, "FAILING_SECONDS", 0.5)
+    first = opener()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        psycopg.connect(url, autocommit=True) as thief,
+        psycopg.connect(url, autocommit=True) as watch,
+    ):
+        ((node,),) = watch.execute("SELECT node FROM nodes").fetchall()
+        second = opener()
+        of_node = f"((classid::bigint << 32) | objid::bigint) = {node}"
+        taking = pool.submit(thief.execute, f"SELECT pg_advisory_lock({node})")
+        until(lambda: watch.execute(f"SELECT FROM pg_locks WHERE {of_node} AND NOT granted").rowcount == 1)
+        assert end_connections(url, f"{of_node} AND granted") == 1
+        taking.result()
+        until(lambda: nodes_of(second).leads and not nodes_of(first).leads)
+    until(lambda: first.finish_erasures([]).exception() is None)
 
 
 def test_only_a_node_that_is_alone_changes_what_the_others_know(opener: Opener) -> None:
