@@ -102,7 +102,7 @@ def test_rag_shows_what_the_bank_found_best_first(name: str) -> None:
 
 def test_regrad_leaves_the_asking_to_the_server() -> None:
     body, attempt, bank = sent("regrad", condition(top_k=2))
-    assert body["regrad"] == {"namespace": "natural", "query": "who?", "top_k": 2, "min_score": -1.0}
+    assert body["regrad"] == {"namespace": "natural", "mode": "blind", "query": "who?", "top_k": 2, "min_score": -1.0}
     assert not bank.asked and attempt.documents == ("a",) and attempt.moved_bytes == 0
     icl, attempt, _ = sent("regrad_icl", condition(top_k=2))
     assert icl["regrad"]["mode"] == "icl" and icl["regrad"]["gamma"] != 1, "no adapter of ReGrad's is used again"

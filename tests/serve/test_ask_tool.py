@@ -48,7 +48,7 @@ def test_an_answer_is_the_servers_and_names_the_documents(
     assert (plain["mode"], plain["reason"], icl["mode"]) == ("blind", None, "icl")
     assert icl["answer"] != plain["answer"]
     assert "nobody" in str(nowhere)
-    assert "'blind', 'cue' or 'icl'" in loud
+    assert "'blind', 'cue', 'icl' or 'auto'" in loud
 
 
 def test_a_key_or_a_model_that_the_server_does_not_know_is_a_plain_error(

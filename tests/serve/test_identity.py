@@ -186,10 +186,13 @@ def test_operators_adapters_documents_and_the_base_model_share_a_batch(
         answer = server.complete(ask.prompt, regrad, max_tokens=num_tokens, model=name, logprobs=1)["choices"][0]
         return answer["token_ids"], answer["logprobs"]["token_logprobs"]
 
-    before = num_steps(server)
-    with ThreadPoolExecutor(MAX_NUM_SEQS) as pool:
-        served = list(pool.map(lambda asked: ask_server(*asked), asks))
-    rows_a_step = len(asks) * num_tokens / (num_steps(server) - before)
+    for _ in range(6):  # on a busy machine requests may come so late that each runs alone
+        before = num_steps(server)
+        with ThreadPoolExecutor(MAX_NUM_SEQS) as pool:
+            served = list(pool.map(lambda asked: ask_server(*asked), asks))
+        rows_a_step = len(asks) * num_tokens / (num_steps(server) - before)
+        if rows_a_step > MAX_NUM_SEQS * 2 / 3:
+            break
     server.post("/v1/unload_lora_adapter", {"lora_name": "mine"})
     assert rows_a_step > MAX_NUM_SEQS * 2 / 3, "so steps had rows of all three kinds"
     assert len({tuple(tokens) for tokens, _ in served}) == len(asks), "a row with another's adapter would show"
