@@ -26,7 +26,7 @@ from tests.bank.object_servers import ObjectServer, Weather
 
 @pytest.fixture
 def objects(weather: Weather, objects_url: str) -> RemoteObjects:
-    return RemoteObjects.at(objects_url, 1.0)
+    return RemoteObjects.at(objects_url, 4.0)
 
 
 def test_a_store_that_is_busy_is_asked_again_after_pauses_that_grow(objects: RemoteObjects, weather: Weather) -> None:
@@ -74,7 +74,7 @@ def test_a_store_that_hung_is_read_again_when_it_goes_on(
     object_server: ObjectServer, objects_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_objects, "MAX_RETRIES", 0)
-    objects = RemoteObjects.at(objects_url, 1.0)
+    objects = RemoteObjects.at(objects_url, 4.0)
     objects.put("ab/cd", b"one")
     os.kill(object_server.pid, signal.SIGSTOP)
     try:
@@ -121,7 +121,7 @@ def test_a_record_is_not_stored_while_its_removal_may_still_happen(objects: Remo
     for digest, record in ((one, b"one"), (two, b"two")):
         with blobs.hold(digest):
             blobs.put(digest, record)
-    weather.delay_seconds = 2.0
+    weather.delay_seconds = 8.0
     sweep = blobs.sweep(lambda digests: set(), [one, two])
     assert sweep.failed.keys() == {one, two} and sweep.num_removed == 0
     weather.delay_seconds = 0.0
