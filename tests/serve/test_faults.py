@@ -136,17 +136,22 @@ def test_many_requests_share_sixteen_documents_each(small: VllmServer) -> None:
 
 @pytest.mark.timeout(900)
 def test_an_update_reaches_new_requests_while_the_old_version_runs(small: VllmServer, bank: BankThread) -> None:
-    bank.ingest([("moving", "The market is on Mondays.")])
     regrad = {"document_ids": ["moving"], "gamma": 1.5}
-    whole = small.complete("When?", regrad, max_tokens=490)["choices"][0]["token_ids"]
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(small.complete, "When?", regrad, max_tokens=490)
-        assert eventually(lambda: small.status()["workers"][0]["num_running"] == 1)
-        bank.ingest([("moving", "The market is on Fridays now.")])
-        assert not running.done(), "the update must come while it runs"
-        new = small.complete("When?", regrad, max_tokens=8)
-        assert new["regrad"]["documents"][0]["version"] == 2
-        assert running.result()["choices"][0]["token_ids"] == whole
+    for _ in range(20):  # a fast machine may answer before the update comes
+        bank.ingest([("moving", "The market is on Mondays.")])
+        old = small.complete("When?", regrad, max_tokens=490)
+        whole = old["choices"][0]["token_ids"]
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(small.complete, "When?", regrad, max_tokens=490)
+            assert eventually(lambda: running.done() or small.status()["workers"][0]["num_running"] == 1)  # noqa: B023
+            bank.ingest([("moving", "The market is on Fridays now.")])
+            came_in_time = not running.done()
+            new = small.complete("When?", regrad, max_tokens=8)
+            assert running.result()["choices"][0]["token_ids"] == whole
+        if came_in_time:
+            break
+    assert came_in_time, "the update must come while it runs"
+    assert new["regrad"]["documents"][0]["version"] == old["regrad"]["documents"][0]["version"] + 1
     assert new["choices"][0]["token_ids"] != whole[:8]
     bank.delete("moving")
     assert eventually(lambda: nothing_is_held(small))
