@@ -5,13 +5,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+from bank_service.runtime.data_dir import BankAddress, read_address
 from bank_service.service.server import run_bank
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
+
+
+def start_bank(data_dir: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Starts a bank in ``data_dir``, silently. ``environment``: more variables. The caller ends it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.bank.bank_process", str(data_dir)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+async def address_of(process: subprocess.Popen[bytes], data_dir: Path) -> BankAddress:
+    """The address of the bank that ``start_bank`` started, once it serves."""
+    while (address := read_address(data_dir)) is None:
+        assert process.poll() is None
+        await asyncio.sleep(0.05)
+    return address
+
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import resource
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from bank_service.errors import CatalogDamagedError
-from bank_service.runtime.data_dir import read_address
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
 from bank_service.wire.errors import UnavailableError
+from tests.bank.bank_process import address_of, start_bank
 from tests.bank.records.test_fetch import ingested, whole
 from tests.small_disk import small_disk
 
@@ -111,16 +110,9 @@ def read_only(folder: Path, process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 @pytest.mark.asyncio
 async def test_a_disk_that_turns_read_only_under_a_bank_costs_it_writes_alone_and_no_restart(data_dir: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bank.bank_process", str(data_dir)],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_bank(data_dir)
     try:
-        while (address := read_address(data_dir)) is None:
-            assert process.poll() is None
-            await asyncio.sleep(0.05)
+        address = await address_of(process, data_dir)
         async with Client(address.target) as client:
             digests = await ingested(client, 3)
             with read_only(data_dir, process):

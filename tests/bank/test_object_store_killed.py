@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,13 +12,13 @@ import pytest
 from bank_service.blobs.blob_store import name_of
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import InternalError, UnavailableError
-from bank_service.runtime.data_dir import read_address
 from bank_service.service.preflight import check_startable
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
+from tests.bank.bank_process import address_of, start_bank
 from tests.bank.object_servers import SECRET, Weather, seaweed
 from tests.bank.records.test_fetch import whole
 from tests.bank.test_object_store import bank, forget
@@ -45,16 +43,9 @@ async def test_a_bank_that_is_killed_while_it_writes_has_every_acknowledged_grad
     (data_dir / "objects.json").write_text(json.dumps({"url": objects_url}))
     weather.delay_seconds = 0.02  # so that most kills meet a write on its way
     for kill in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bank.bank_process", str(data_dir)],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start_bank(data_dir)
         try:
-            while (address := read_address(data_dir)) is None:
-                assert process.poll() is None
-                await asyncio.sleep(0.05)
+            address = await address_of(process, data_dir)
             async with Client(address.target) as client:
                 writers = [asyncio.create_task(write(client, f"{kill}{name}")) for name in "abcd"]
                 while len(acknowledged) < 20 * (kill + 1):

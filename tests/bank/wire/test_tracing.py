@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 from concurrent import futures
 from pathlib import Path
 
@@ -16,10 +13,10 @@ from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
 
-from bank_service.runtime.data_dir import read_address
 from bank_service.testing.client import Client
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.tracing import ENDPOINT_VARIABLE, configure_tracing, extract, inject, span
+from tests.bank.bank_process import address_of, start_bank
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT_ID = "b7ad6b7169203331"
@@ -47,17 +44,9 @@ async def test_a_calls_spans_go_from_server_to_bank_to_store_under_the_callers_t
     otlp_grpc.add_TraceServiceServicer_to_server(collector, receiver)
     port = receiver.add_insecure_port("127.0.0.1:0")
     receiver.start()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bank.bank_process", str(data_dir)],
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, ENDPOINT_VARIABLE: f"http://127.0.0.1:{port}"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_bank(data_dir, **{ENDPOINT_VARIABLE: f"http://127.0.0.1:{port}"})
     try:
-        while (address := read_address(data_dir)) is None:
-            assert process.poll() is None
-            await asyncio.sleep(0.05)
+        address = await address_of(process, data_dir)
         async with Client(address.target) as client:
             parent = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"),)
             await client.put("a", "text")
