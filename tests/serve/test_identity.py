@@ -186,13 +186,14 @@ def test_operators_adapters_documents_and_the_base_model_share_a_batch(
         answer = server.complete(ask.prompt, regrad, max_tokens=num_tokens, model=name, logprobs=1)["choices"][0]
         return answer["token_ids"], answer["logprobs"]["token_logprobs"]
 
-    for _ in range(3):  # on a busy machine requests may come so late that each runs alone
+    for _ in range(5):  # on a busy machine requests may come so late that each runs alone
         before = num_steps(server)
         with ThreadPoolExecutor(MAX_NUM_SEQS) as pool:
             served = list(pool.map(lambda asked: ask_server(*asked), asks))
         rows_a_step = len(asks) * num_tokens / (num_steps(server) - before)
         if rows_a_step > MAX_NUM_SEQS * 2 / 3:
             break
+    assert rows_a_step > MAX_NUM_SEQS * 2 / 3, "few steps had rows of all three kinds"
     server.post("/v1/unload_lora_adapter", {"lora_name": "mine"})
     assert len({tuple(tokens) for tokens, _ in served}) == len(asks), "a row with another's adapter would show"
     for (_, ask), (tokens, logprobs) in zip(asks, served, strict=True):
@@ -200,8 +201,6 @@ def test_operators_adapters_documents_and_the_base_model_share_a_batch(
         chosen = right[torch.arange(len(tokens)), torch.tensor(tokens)]
         assert float((right.max(dim=1).values - chosen).max()) < TIE, "greedy"
         assert float((chosen - torch.tensor(logprobs)).abs().max()) < 5 * TIE
-    if rows_a_step <= MAX_NUM_SEQS * 2 / 3:
-        pytest.skip("the server was too busy for requests at the same time, so few steps had rows of all three kinds")
 
 
 def prefix_hits(server: VllmServer) -> float:

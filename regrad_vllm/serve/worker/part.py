@@ -48,6 +48,7 @@ def register() -> None:
     worker_patches.install_loader(part.learner_of)
     worker_patches.install_steps(part.adopt)
     worker_patches.install_kernels()
+    worker_patches.install_waits()
 
 
 def keep_warnings() -> None:

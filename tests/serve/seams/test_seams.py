@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, Gauge
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
@@ -30,7 +32,13 @@ from regrad_vllm.serve.seams.server_seams import (
     make_served_call,
     served_call,
 )
-from regrad_vllm.serve.seams.worker_patches import StepRequests, check_room, check_whole, install_steps
+from regrad_vllm.serve.seams.worker_patches import (
+    StepRequests,
+    check_room,
+    check_whole,
+    install_steps,
+    install_waits,
+)
 from regrad_vllm.serve.seams.worker_seams import WORKER_SEAMS
 
 
@@ -51,6 +59,17 @@ def test_a_seam_that_is_gone_is_an_error_that_says_what_it_was_for() -> None:
     missing = replace(WORKER_SEAMS[1], module="vllm.lora.nowhere")
     with pytest.raises(SeamError, match="load_adapter_v2 must exist.*loads an adapter.*vllm.lora.nowhere"):
         check_seams((gone, missing))
+
+
+def test_a_process_that_waits_for_another_leaves_its_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)  # gets it back at the end
+    install_waits()
+    writer = shm_broadcast.MessageQueue(n_reader=1, n_local_reader=1)
+    reader = shm_broadcast.MessageQueue.create_from_handle(writer.export_handle(), 0)
+    begun = time.process_time()
+    with pytest.raises(TimeoutError):
+        reader.dequeue(timeout=0.4)
+    assert time.process_time() - begun < 0.2, "it would be the whole time"
 
 
 def test_a_prefix_cache_that_knows_adapters_by_id_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
