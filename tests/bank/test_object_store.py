@@ -28,9 +28,9 @@ from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.upkeep import scrub
 from bank_service.values.config import BankConfig
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.object_servers import Weather
 from tests.bank.postgres_server import schema_of
 from tests.bank.records.test_fetch import ingested, whole
+from tests.bank.weather import Weather
 
 GRACE_SECONDS = 3
 

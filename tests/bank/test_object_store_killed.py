@@ -18,10 +18,11 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder
+from benchmarks.servers.object_servers import SECRET, seaweed
 from tests.bank.bank_process import address_of, start_bank
-from tests.bank.object_servers import SECRET, Weather, seaweed
 from tests.bank.records.test_fetch import whole
 from tests.bank.test_object_store import bank, forget
+from tests.bank.weather import Weather
 
 
 @pytest.mark.asyncio

@@ -21,7 +21,8 @@ from bank_service.blobs.place import check_objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import SnapshotError, UnavailableError
 from bank_service.wire.record import record_digest
-from tests.bank.object_servers import ObjectServer, Weather
+from benchmarks.servers.object_servers import ObjectServer
+from tests.bank.weather import Weather
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.wire.record import record_digest
-from tests.bank.object_servers import free_ports
+from benchmarks.servers.object_servers import free_ports
 from tests.bank.records.test_fetch import cached, ingested, whole
 from tests.bank.redis_servers import RedisProcess, redis_cluster, sentinel_group, tls_options, tls_server, until
 

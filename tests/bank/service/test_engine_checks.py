@@ -17,10 +17,11 @@ from bank_service.service.server import BankServer
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.engine_state import EngineState
+from benchmarks.servers.object_servers import READER, free_ports
 from regrad_vllm.cli import main
-from tests.bank.object_servers import READER, Weather, free_ports
 from tests.bank.postgres_server import shared_server
 from tests.bank.redis_servers import RedisProcess, redis_cluster
+from tests.bank.weather import Weather
 
 
 async def states(config: BankConfig) -> dict[str, EngineState]:

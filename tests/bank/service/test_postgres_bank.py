@@ -22,7 +22,8 @@ from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.wire.generated import bank_pb2 as pb
-from tests.bank.postgres_server import PostgresServer, started
+from benchmarks.servers.postgres_server import PostgresServer
+from tests.bank.postgres_server import started
 
 TEXTS = {f"d{number}": f"the owl number {number} sits in tree {number % 5}" for number in range(30)}
 

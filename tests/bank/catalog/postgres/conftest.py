@@ -19,8 +19,9 @@ from bank_service.catalog.factory import open_catalog
 from bank_service.catalog.nodes import Nodes
 from bank_service.catalog.postgres import membership, postgres_nodes
 from bank_service.values.documents import PutResult
+from benchmarks.servers.postgres_server import PostgresServer
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
-from tests.bank.postgres_server import PostgresServer, started
+from tests.bank.postgres_server import started
 
 DIGEST = "0" * 64  # of ``gradient()``
 Opener = Callable[..., Catalog]

@@ -28,9 +28,9 @@ from bank_service.errors import (
 )
 from bank_service.values.documents import Outcome
 from bank_service.values.filters import Condition, Operator
+from benchmarks.servers.postgres_server import PostgresServer
 from tests.bank.catalog.postgres.conftest import Line
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
-from tests.bank.postgres_server import PostgresServer
 
 
 def count(catalog: Catalog) -> int:

@@ -18,9 +18,9 @@ from bank_service.catalog.postgres import postgres_writer
 from bank_service.errors import BankInUseError, CatalogReadError, CollectionMismatchError, UnavailableError
 from bank_service.values.documents import PutResult
 from bank_service.values.namespace_limits import NamespaceLimits
+from benchmarks.servers.postgres_server import PostgresServer
 from tests.bank.catalog.postgres.conftest import DIGEST, Line, Opener, decided, nodes_of, put, until
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
-from tests.bank.postgres_server import PostgresServer
 
 
 def end_connections(url: str, locked: str = "true") -> int:

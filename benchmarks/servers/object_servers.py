@@ -1,19 +1,16 @@
-"""Object stores that speak S3, each a process of its own, and bad weather in front of one."""
+"""Object stores that speak S3, each a process of its own."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
@@ -32,7 +29,7 @@ class ObjectServer:
     pid: int
 
     def environment(self, secret: str = SECRET) -> dict[str, str]:
-        """What a bank's environment needs to reach it."""
+        """Variables of a bank that uses it."""
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": secret,
@@ -81,76 +78,6 @@ def seaweed(folder: Path) -> Iterator[ObjectServer]:
         server = ObjectServer(f"http://127.0.0.1:{ports['s3.port']}", process.pid)
         _make_bucket(server)
         yield server
-
-
-@dataclass(slots=True)
-class Weather:
-    """What happens to the next requests before they reach the store."""
-
-    num_refused: int = 0  # so many are refused
-    refusal: tuple[int, str] = (503, "SlowDown")  # status and S3's code
-    delay_seconds: float = 0.0
-    requests: list[tuple[str, str]] = field(default_factory=list)  # method and SHA-256 that S3 shall compare, of each
-
-
-@contextmanager
-def weathered(server: ObjectServer) -> Iterator[tuple[ObjectServer, Weather]]:
-    """A proxy in front of a store."""
-    weather = Weather()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            weather.requests.append((self.command, self.headers.get("x-amz-checksum-sha256", "")))
-            time.sleep(weather.delay_seconds)
-            if weather.num_refused > 0:
-                weather.num_refused -= 1
-                status, code = weather.refusal
-                self.reply(status, {}, f"<Error><Code>{code}</Code></Error>".encode())
-                return
-            connection = http.client.HTTPConnection(server.endpoint.removeprefix("http://"), timeout=30)
-            try:
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    connection.putheader(name, value)
-                connection.endheaders(body or None)
-                answer = connection.getresponse()
-                self.reply(answer.status, dict(answer.getheaders()), answer.read())
-            finally:
-                connection.close()
-
-        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
-                    self.send_header(name, value)
-            length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    class Proxy(ThreadingHTTPServer):
-        def handle_error(self, request: object, client_address: object) -> None:
-            pass  # a client that waits no longer has closed its connection
-
-    proxy = Proxy(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=proxy.serve_forever)
-    thread.start()
-    try:
-        yield ObjectServer(f"http://127.0.0.1:{proxy.server_address[1]}", server.pid), weather
-    finally:
-        weather.delay_seconds = 0.0
-        proxy.shutdown()
-        proxy.server_close()
-        thread.join()
 
 
 def _make_bucket(server: ObjectServer) -> None:

@@ -1,0 +1,1 @@
+"""Real servers that benchmarks and tests start."""
