@@ -11,6 +11,7 @@ from bank_service.catalog.sql.prepared import run_text
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # the longest that one statement of a reader may take
+SILENT_SECONDS = 15  # a node that says nothing for so long, such as a frozen one, loses its locks
 LOCK_SECONDS = 10  # the longest that a write waits for a lock, such as that of an operator's VACUUM FULL
 # A connection that a network has dropped without a word is noticed after so long, by either end.
 _SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
@@ -49,8 +50,9 @@ def writer_of(url: str) -> sa.Engine:
 
 
 def locks_of(url: str) -> sa.Engine:
-    """One connection, which only holds locks."""
-    return _engine(url, "BEGIN", _SESSION, pool_size=1, max_overflow=0)
+    """One connection, which only holds locks. The server ends it after SILENT_SECONDS without a statement."""
+    silence = f"SET idle_session_timeout = {SILENT_SECONDS * 1000}"
+    return _engine(url, "BEGIN", (*_SESSION, silence), pool_size=1, max_overflow=0)
 
 
 def shown(url: str) -> str:
