@@ -6,7 +6,7 @@ ARGS ?=
 # Empty, so that compiled modules are kept: each of the engine's processes imports vLLM, in 8 s instead of 10.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help env demo test test-all lint proto docs train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bank-soak crash-test model programs
+.PHONY: help env demo test test-all lint proto docs train eval growth bench-load bench-ability bench-activation bench-decode bench-slots bench-encode bench-codec bench-train bench-identity bench-soak bench-ingest bench-gpu bench-bank bench-scale-out bank-soak crash-test model programs
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-ingest: .venv/.made  ## durable ingest of gradients against writing the sa
 
 bench-bank: .venv/.made  ## a bank of 100,000 documents: queries against raw usearch, fetches against redis-py, restarts
 	@$(PY) -m benchmarks.bank $(ARGS)
+
+bench-scale-out: .venv/.made  ## two bank nodes on PostgreSQL and an object store: against one, against the SQL alone, killed
+	@$(PY) -m benchmarks.scale_out $(ARGS)
 
 bank-soak: .venv/.made  ## a bank under mixed load for half an hour: what grows, what goes wrong
 	@$(PY) -m benchmarks.bank_soak $(ARGS)

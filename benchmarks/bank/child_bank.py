@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=256, help="of a gradient")
     parser.add_argument("--embedder", choices=("minilm", "hash"), default="minilm")
     parser.add_argument("--redis-url")
+    parser.add_argument("--catalog")
+    parser.add_argument("--objects")
     parser.add_argument("--tokens-file", type=Path)
     parser.add_argument("--snapshot-every", type=int, default=10_000)
     parser.add_argument("--no-sentences", action="store_true", help="embed no sentences at the ingest")
@@ -46,6 +48,8 @@ def main() -> None:
     config = BankConfig(
         data_dir=args.data_dir,
         redis_url=args.redis_url,
+        catalog=args.catalog,
+        objects=args.objects,
         tokens_file=args.tokens_file,
         snapshot_every=args.snapshot_every,
         embed_sentences=not args.no_sentences,

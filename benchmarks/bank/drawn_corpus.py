@@ -106,13 +106,19 @@ class DrawnCorpus:
                 questions.append(DrawnQuestion(block * BLOCK + place, vector, words, english, pairs[place]))
         return questions
 
-    def nearest(self, questions: list[DrawnQuestion], count: int) -> np.ndarray:
-        """(len(questions), count) numbers of the nearest documents, by comparing with each in float32."""
+    def nearest(self, questions: list[DrawnQuestion], count: int, same: str | None = None) -> np.ndarray:
+        """(len(questions), count) numbers of the nearest documents, by comparing with each in float32.
+
+        same: only documents with the question's value of this metadata; -1 where there are too few of them."""
         wanted = np.stack([question.vector for question in questions])
         best = np.full((len(questions), count), -2.0, np.float32)
         numbers = np.full((len(questions), count), -1, np.int64)
         for block in range(self.num_blocks):
-            scores = np.concatenate([best, wanted @ self.vectors(block).T], axis=1)
+            found = wanted @ self.vectors(block).T
+            if same is not None:
+                values = np.array([pairs[same] for pairs in self._metadata(block)])
+                found[np.array([question.metadata[same] for question in questions])[:, None] != values] = -3
+            scores = np.concatenate([best, found], axis=1)
             own = np.arange(block * BLOCK, block * BLOCK + self.block_size(block))
             candidates = np.concatenate([numbers, np.broadcast_to(own, (len(questions), len(own)))], axis=1)
             order = np.argpartition(-scores, count - 1, axis=1)[:, :count]

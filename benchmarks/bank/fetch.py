@@ -2,7 +2,8 @@
 
 The Redis server is of the bank's own kind, on a socket that this process can use too. The plugin itself reaches Redis
 only through the bank. "Without the cache" means that the server is emptied before each fetch. The bank then reads its
-blobs, here from the kernel's page cache, and puts them into the server again.
+blobs, here from the kernel's page cache, and puts them into the server again. A bank that is given a database and an
+object store reads them from that store.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from redis import Redis
 
 from bank_service.blobs.blob_store import BlobStore
+from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.cache.embedded_redis import EmbeddedRedis
 from bank_service.cache.redis_cache import KEY_PREFIX
 from bank_service.testing.client import Client, upload_of
@@ -35,25 +37,38 @@ REFILL_SECONDS = 0.05  # time for the bank to refill the cache after a fetch fro
 Fetch = Callable[[list[str]], Awaitable[None]]
 
 
-def measure_fetch(folder: Path, num_values: int, num_fetches: int, repeats: int) -> dict[str, Any]:
-    """The figures of all ways, measured in turns. A first repeat warms up and doesn't count."""
-    return asyncio.run(_measure(folder, num_values, num_fetches, repeats))
+def measure_fetch(
+    folder: Path, num_values: int, num_fetches: int, repeats: int, shared: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """The figures of all ways, measured in turns. A first repeat warms up and doesn't count.
+
+    ``shared``: the URLs of the catalog and of the object store; None: both are in the bank's folder.
+    """
+    return asyncio.run(_measure(folder, num_values, num_fetches, repeats, shared))
 
 
-async def _measure(folder: Path, num_values: int, num_fetches: int, repeats: int) -> dict[str, Any]:
+async def _measure(
+    folder: Path, num_values: int, num_fetches: int, repeats: int, shared: tuple[str, str] | None
+) -> dict[str, Any]:
     folder.mkdir()
     server = EmbeddedRedis(folder, CACHE_BYTES)
     await server.start()
     try:
         flags = ["--values", str(num_values), "--redis-url", server.url]
+        if shared is not None:
+            flags += ["--catalog", shared[0], "--objects", shared[1]]
         with running_bank(folder / "bank", *flags) as process:
-            return await _in_turns(process, server.url, folder / "bank", num_values, num_fetches, repeats)
+            if shared is None:
+                blobs = BlobStore.in_folder(folder / "bank" / "blobs")
+            else:
+                blobs = BlobStore(RemoteObjects.at(shared[1]))
+            return await _in_turns(process, server.url, blobs, num_values, num_fetches, repeats)
     finally:
         await server.stop()
 
 
 async def _in_turns(
-    process: BankProcess, url: str, data_dir: Path, num_values: int, num_fetches: int, repeats: int
+    process: BankProcess, url: str, blobs: BlobStore, num_values: int, num_fetches: int, repeats: int
 ) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     times: dict[str, list[list[float]]] = {}
@@ -61,7 +76,7 @@ async def _in_turns(
         digests, record_bytes = await _fill(client, generator, num_values)
         chosen = [generator.choice(digests, PER_FETCH, replace=False).tolist() for _ in range(num_fetches)]
         with Redis.from_url(url) as redis:
-            ways = _ways(client, redis, BlobStore.in_folder(data_dir / "blobs"))
+            ways = _ways(client, redis, blobs)
             hits = 0
             for repeat in range(repeats + 1):
                 for name, fetch in ways.items() if repeat % 2 else list(ways.items())[::-1]:

@@ -22,7 +22,7 @@ from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 from benchmarks.bank.child_bank import BankProcess
 from benchmarks.bank.drawn_corpus import SELECTIVITIES, DrawnQuestion, id_of, number_of
-from benchmarks.bank.timing import WIDTH, in_flight, one_at_a_time, percentile, quantiles
+from benchmarks.bank.timing import WIDTH, in_flight, one_at_a_time, percentile, quantiles, recall
 from regrad_vllm.reporting.intervals import spread
 
 TOP_K = 10
@@ -99,7 +99,7 @@ async def measure_queries(
         "p50_ms_over_raw": spread(over),
         **{name: quantiles(each) for name, each in times.items()},
         **{f"{name}_per_s": spread(each) for name, each in rates.items()},
-        **{f"recall_at_10_{name}": _recall(each, truth) for name, each in numbers.items()},
+        **{f"recall_at_10_{name}": recall(each, truth) for name, each in numbers.items()},
         "questions": len(questions),
     }
 
@@ -114,12 +114,6 @@ def _raw_by_threads(raw: RawIndex, vectors: list[np.ndarray]) -> tuple[list[floa
     with ThreadPoolExecutor(WIDTH) as pool:
         times = list(pool.map(search, vectors))
     return times, len(vectors) / (time.perf_counter() - started)
-
-
-def _recall(found: list[list[int]], truth: np.ndarray) -> float:
-    """The share of the exact TOP_K nearest documents that was found."""
-    shares = [len(set(each) & set(best)) / TOP_K for each, best in zip(found, truth.tolist(), strict=False)]
-    return round(float(np.mean(shares)), 4)
 
 
 async def measure_kinds(process: BankProcess, questions: list[DrawnQuestion], repeats: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,11 +33,13 @@ async def one_at_a_time(
     return times, results
 
 
-async def in_flight(call: Callable[[T], Awaitable[Any]], items: Sequence[T]) -> tuple[list[float], float]:
-    """Milliseconds of each call with WIDTH of them at once, and calls/s."""
+async def in_flight(
+    call: Callable[[T], Awaitable[Any]], items: Iterable[T], seconds: float = PASS_SECONDS, width: int = WIDTH
+) -> tuple[list[float], float]:
+    """Milliseconds of each call with ``width`` of them at once, and calls/s. It begins no call after ``seconds``."""
     times: list[float] = []
     rest = iter(items)
-    end = time.perf_counter() + PASS_SECONDS
+    end = time.perf_counter() + seconds
 
     async def worker() -> None:
         for item in rest:
@@ -48,7 +50,7 @@ async def in_flight(call: Callable[[T], Awaitable[Any]], items: Sequence[T]) -> 
                 return
 
     started = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(WIDTH)))
+    await asyncio.gather(*(worker() for _ in range(width)))
     return times, len(times) / (time.perf_counter() - started)
 
 
@@ -63,3 +65,9 @@ def quantiles(passes: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def percentile(times: Sequence[float], percent: float) -> float:
     return float(np.percentile(times, percent))
+
+
+def recall(found: Sequence[Sequence[int]], truth: np.ndarray) -> float:
+    """The share of the exact nearest documents that was found. truth: (at least len(found), k); -1 is no document."""
+    pairs = [(set(each), set(best) - {-1}) for each, best in zip(found, truth.tolist(), strict=False)]
+    return round(float(np.mean([len(each & best) / len(best) for each, best in pairs])), 4)

@@ -78,7 +78,7 @@ def main() -> int:
     ):
         if args.nodes > 1:
             kills = node_plan(args.kills, args.nodes, generator)
-            run = asyncio.run(kill_nodes(nursery, Path(folder), kills, generator, progress))
+            run = asyncio.run(kill_nodes(nursery, Path(folder), kills, generator, progress, args.nodes))
         else:
             planned = plan(args.kills, generator)
             run = asyncio.run(

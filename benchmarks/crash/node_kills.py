@@ -96,6 +96,7 @@ async def kill_nodes(
     kills: Sequence[NodeKill],
     generator: random.Random,
     progress: Callable[[Run], None] = lambda _: None,
+    num_nodes: int = 2,
 ) -> Run:
     """Does all kills, with checks after each."""
     run = Run({f"writer{number}": Model() for number in range(NUM_WRITERS)})
@@ -114,7 +115,7 @@ async def kill_nodes(
             await client.delete("probe")
             await check(client, count_blobs, run.models, run.verdict)
 
-    nodes = [await asyncio.to_thread(start, node, 0) for node in sorted({kill.node for kill in kills})]
+    nodes = [await asyncio.to_thread(start, node, 0) for node in range(num_nodes)]
     for number, kill in enumerate(kills, 1):
         victim = nodes[kill.node]
         if kill.when == START:

@@ -42,6 +42,19 @@ def test_a_catalog_in_postgresql_is_measured_beside_its_sql(tmp_path: Path) -> N
     assert report["build"]["documents_per_s"] > 0 and report["words"]["calls"] == 8
 
 
+@pytest.mark.only_test_all
+def test_two_bank_nodes_are_measured_beside_one_and_killed() -> None:
+    words = "--documents 2500 --queries 16 --repeats 1 --seconds 1 --fetches 2 --kills 2"
+    report, figures = _run("benchmarks.scale_out", *words.split())
+    assert set(figures) == {
+        "nodes_2_over_1", "query_p50_ms_over_sql", "recall_at_10", "fetch_mb_s", "kills", "lost", "wrong",
+    }  # fmt: skip
+    assert (figures["kills"], figures["lost"], figures["wrong"]) == (2, 0, 0)
+    assert figures["nodes_2_over_1"] > 0 and figures["fetch_mb_s"] > 0 and 0.9 < figures["recall_at_10"] <= 1
+    assert all(0.9 < report["query"][f"recall_at_10_{name}"] <= 1 for name in ("shelf", "topic"))
+    assert all(rate["median"] > 0 for rate in report["load"]["queries_per_s"].values())
+
+
 def test_a_move_to_postgresql_and_back_is_measured(tmp_path: Path) -> None:
     words = ("--catalog", schema_of(tmp_path), "--documents", "60", "--folder", str(tmp_path))
     report, figures = _run("benchmarks.bank.moving", *words)
@@ -98,6 +111,12 @@ def test_a_corpus_is_the_same_each_time_and_its_nearest_are_those_of_a_compariso
         assert dict(document.metadata) == question.metadata and set(question.words.split()) <= set(
             document.text.split()
         )
+    same = corpus.nearest(questions, 10, "topic").tolist()  # about a document in a thousand
+    for question, nearest in zip(questions, same, strict=True):
+        topic = [
+            n for n, header in enumerate(headers) if header.document.metadata["topic"] == question.metadata["topic"]
+        ]
+        assert question.number in nearest and {*nearest} - {-1} == set(topic)
 
 
 @pytest.mark.only_test_all
