@@ -23,7 +23,7 @@ from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListE
 from bank_service.catalog.factory import open_catalog, stored_codec
 from bank_service.catalog.failures import document_not_found
 from bank_service.catalog.nodes import is_current
-from bank_service.errors import NotFoundError, UnavailableError
+from bank_service.errors import NotFoundError, ReplicaReadError, UnavailableError
 from bank_service.records.committer import Committer
 from bank_service.records.discarder import Discarder
 from bank_service.records.encode_queue import EncodeQueue
@@ -89,10 +89,10 @@ class Bank:
         self._embedder = embedder
         self._data_dir = config.data_dir
         self._pools = Pools.of(config.embed_threads)
-        reads = self._pools.reads
+        reads, blob_reads = self._pools.reads, self._pools.blob_reads
         catalog = open_catalog(
             config.data_dir, self._identity, limits_of, history_seconds=config.history_seconds, url=config.catalog,
-            is_shared=objects_of(config.data_dir, config.objects) is not None,
+            is_shared=objects_of(config.data_dir, config.objects) is not None, replica=config.replica,
         )  # fmt: skip
         self._cache = cache = RedisCache(cache_url, config.cache_timeout_ms, config.cache_ttl_seconds, reads)
         try:
@@ -123,7 +123,6 @@ class Bank:
             config, self._stores, self._writer, self._discarder, self._background, self._pools, encoder,
             lambda encoder: queue_of(encoder, self._writer.codec),
         )  # fmt: skip
-        blob_reads = self._pools.blob_reads
         repairer = Repairer(
             self._stores, self._writer, self._discarder, self._encodes, self._background, blob_reads, metrics,
             self.upgrade.gradients.remake,
@@ -262,12 +261,12 @@ class Bank:
             result = await self._search(query)
             if not query.include_gradients:
                 return result
+            fitting = self._queries.fitting(result.hits)
             try:
-                fitting = self._queries.fitting(result.hits)
                 records = await self._records.read(fitting, query.namespace.__eq__)
-            except NotFoundError:
-                continue  # a hit was updated or deleted after the search: search again
-            return replace(result, records=records, num_with_record=len(fitting))
+                return replace(result, records=records, num_with_record=len(fitting))
+            except NotFoundError:  # a hit was updated or deleted after the search: search again
+                query = replace(query, at_least=None)
 
     async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
         """Answers each query on its own state of the bank. Each state has every change acknowledged before the call.
@@ -282,11 +281,15 @@ class Bank:
         for _ in range(MAX_SEARCHES):
             fingerprint = query.learner_fingerprint or self._writer.spec.fingerprint
             must_look = self.upgrade.gradients.check(fingerprint)
-            vectors = await self._vectors(query)
-            result = await self._cues.add(query, await self._queries.search(query, vectors), vectors)
-            hits = await self.upgrade.gradients.hits(fingerprint, result.hits, must_look=must_look)
+            try:
+                vectors = await self._vectors(query)
+                result = await self._cues.add(query, await self._queries.search(query, vectors), vectors)
+                hits = await self.upgrade.gradients.hits(fingerprint, result.hits, must_look=must_look)
+            except ReplicaReadError:
+                hits = None
             if hits is not None:
                 return replace(result, hits=hits, learner_fingerprint=fingerprint)
+            query = replace(query, at_least=None)
         raise UnavailableError(
             f"documents must stay while their gradients are made, those found changed {MAX_SEARCHES} times; try again"
         )
@@ -298,7 +301,7 @@ class Bank:
             return np.asarray([query.vector], dtype=np.float32)
         if not query.text:
             return None
-        await self._queries.check_namespace(query.namespace)  # before the embedder works; a search checks it by itself
+        await self._queries.check_namespace(query)  # before the embedder works; a search checks it by itself
         with span("bank.embed"):
             return await in_thread(self._pools.query_embeds, embedded_query, self._embedder, query.text)
 

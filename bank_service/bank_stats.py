@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bank_service import __version__
 from bank_service.catalog.entries import CollectionIdentity, Totals
+from bank_service.catalog.nodes import Replica
 from bank_service.records.record_reader import MayRead
 from bank_service.records.stores import Stores
 from bank_service.runtime.acknowledged import AcknowledgedSequence
@@ -32,6 +34,7 @@ class BankStats:
     version: str
     free_disk_bytes: int
     removals_stopped: bool
+    replica: Replica | None = None
 
 
 async def read_stats(
@@ -66,6 +69,7 @@ async def read_stats(
         __version__,
         _free_bytes(data_dir) if may_see is None else 0,
         stores.blobs.is_taken,
+        stores.catalog.replica if may_see is None else None,
     )
 
 
@@ -85,6 +89,11 @@ def publish(
     metrics.free_disk_bytes.set_function(lambda: _free_bytes(data_dir))
     metrics.erasures.set_function(lambda: eraser.num_pending)
     metrics.erasure_seconds.set_function(lambda: eraser.oldest_seconds)
+    replica = stores.catalog.replica
+    if replica is not None:
+        metrics.replica_staleness.set_function(lambda: replica.staleness_seconds)
+        for outcome in replica.counts:
+            metrics.replica_reads.labels(outcome).set_function(partial(replica.counts.__getitem__, outcome))
     metrics.cache.labels("hits").set_function(lambda: counts.hits)
     metrics.cache.labels("misses").set_function(lambda: counts.misses)
     metrics.cache.labels("corrupt").set_function(lambda: counts.corrupt)

@@ -155,6 +155,10 @@ class CatalogReadError(UnavailableError):
     """The catalog can't be read now."""
 
 
+class ReplicaReadError(CatalogReadError):
+    """A replica of the catalog can't be read now, though the catalog itself may be."""
+
+
 class DeadlineExceededError(BankError):
     """The caller's deadline passed before the answer."""
 

@@ -268,9 +268,9 @@ class Catalog(NextLearnerWrites, SharedCatalog, Protocol):
         """Commits the queued writes, then closes. Later writes raise UnavailableError."""
         ...
 
-    def view(self) -> AbstractContextManager[CatalogView]:
+    def view(self, at_least: int | None = None) -> AbstractContextManager[CatalogView]:
         """Opens a view. Close it soon, because an open view delays the erasing of purged text. The ``with`` raises
-        CatalogReadError if the store can't be read."""
+        CatalogReadError if the store can't be read. ``at_least``: a ``nodes.Replica`` may have the view."""
         ...
 
     # Documents

@@ -12,6 +12,7 @@ from bank_service.catalog.postgres.database_check import database_states
 from bank_service.catalog.postgres.folder_mark import MARK_FILE
 from bank_service.catalog.postgres.postgres_catalog import PostgresCatalog
 from bank_service.catalog.postgres.postgres_catalog import stored_codec as codec_in_postgres
+from bank_service.catalog.postgres.replica_check import check_replica, replica_state
 from bank_service.catalog.postgres.server_check import check_free
 from bank_service.catalog.sqlite import sqlite_stopped
 from bank_service.catalog.sqlite.catalog import SqliteCatalog
@@ -24,6 +25,7 @@ from bank_service.catalog.sqlite.catalog_file import (
 from bank_service.catalog.sqlite.catalog_file import stored_codec as codec_in_sqlite
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError
+from bank_service.values.catalog_url import ReplicaSettings
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "describe_copy",
     "load_catalog",
     "open_catalog",
+    "replica_state",
     "stopped_catalog",
     "stored_codec",
 ]
@@ -52,6 +55,7 @@ def open_catalog(
     history_seconds: int | None = None,
     url: str | None = None,
     is_shared: bool = False,
+    replica: ReplicaSettings | None = None,
 ) -> Catalog:
     """Opens or creates the catalog in a bank's folder, or in PostgreSQL at ``url``. No other bank may have it open.
 
@@ -59,11 +63,13 @@ def open_catalog(
 
     ``history_seconds`` is the time for which past versions are kept. None keeps the last setting, which is 0 at first.
     CollectionMismatchError where folder or database hold another collection, CatalogDamagedError. With a URL also
-    BankInUseError, and RuntimeError where the server can't be used.
+    BankInUseError, and RuntimeError where the server can't be used, or where ``replica`` is no replica of it.
     """
     check_folder(data_dir, url)
     if url is not None:
-        return PostgresCatalog(url, data_dir, identity, limits_of, history_seconds=history_seconds, is_shared=is_shared)
+        return PostgresCatalog(
+            url, data_dir, identity, limits_of, history_seconds=history_seconds, is_shared=is_shared, replica=replica
+        )
     return SqliteCatalog(data_dir / CATALOG_FILE, identity, limits_of, history_seconds=history_seconds)
 
 
@@ -73,12 +79,16 @@ def stored_codec(data_dir: Path, url: str | None = None) -> str | None:
     return codec_in_sqlite(data_dir / CATALOG_FILE) if url is None else codec_in_postgres(url)
 
 
-def check_place(data_dir: Path, url: str | None = None, *, is_shared: bool = False) -> None:
+def check_place(
+    data_dir: Path, url: str | None = None, *, is_shared: bool = False, replica_url: str | None = None
+) -> None:
     """CollectionMismatchError where the folder's catalog is elsewhere. With a URL also BankInUseError, and RuntimeError
-    where the server can't be used. Changes nothing. ``is_shared``: see ``open_catalog``."""
+    where the server or its replica can't be used. Changes nothing. ``is_shared``: see ``open_catalog``."""
     check_folder(data_dir, url)
     if url is not None:
         check_free(url, is_shared=is_shared)
+        if replica_url is not None:
+            check_replica(url, replica_url)
 
 
 def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextManager[StoppedCatalog]:

@@ -105,8 +105,36 @@ class Nodes(Protocol):
         ...
 
 
+class Replica(Protocol):
+    """A copy of the catalog that follows it. ``Catalog.view`` with a sequence ``at_least`` may be one of its states.
+
+    Such a state has that change, and all changes that are older than the bank's ``max_staleness_ms``. Where it lacks
+    one of them, or can't be read, the view is of the catalog itself. A read that fails later raises ReplicaReadError.
+    """
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it can be read now."""
+        ...
+
+    @property
+    def staleness_seconds(self) -> float:
+        """It has every change that is older than this. Some of the newer ones may be there, too."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """The views since the start, by place: "replica", "behind" (it was too old) or "down"."""
+        ...
+
+
 class SharedCatalog(Protocol):
     """A catalog that several banks may have open."""
+
+    @property
+    def replica(self) -> Replica | None:
+        """None: every view is of the catalog itself."""
+        ...
 
     @property
     def nodes(self) -> Nodes | None:

@@ -53,6 +53,17 @@ class BankMetrics:
             "1 while this bank removes no gradients, because another one has opened their place",
             registry=self.registry,
         )
+        self.replica_staleness = Gauge(
+            "regrad_bank_replica_staleness_seconds",
+            "The catalog's replica has every change that is older; 0 without a replica",
+            registry=self.registry,
+        )
+        self.replica_reads = Gauge(
+            "regrad_bank_replica_reads",
+            "States read for queries since the start: in the replica, or at the primary because it was behind or down",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.cache = Gauge(
             "regrad_bank_cache_records",
             "Records asked of the cache since the start",

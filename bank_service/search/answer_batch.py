@@ -56,6 +56,7 @@ async def answer_batch(
         except NotFoundError:  # a hit was updated or deleted after the search: search again
             if last_try:
                 raise
+            batch = [replace(query, at_least=None) for query in batch]
     raise AssertionError("unreachable")
 
 

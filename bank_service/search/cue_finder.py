@@ -47,11 +47,12 @@ class CueFinder:
     async def add(self, query: Query, result: QueryResult, vectors: FloatArray | None) -> QueryResult:
         """The result with its cue, if the query asks for one. ``vectors``: the query's own, (n, dimension) in float32.
 
-        A document that was deleted or changed since the search gives no sentence. OverloadedError.
+        A document that was deleted or changed since the search gives no sentence. OverloadedError, ReplicaReadError.
         """
         if not (query.with_cue and result.hits):
             return result
-        texts = await in_thread(self._pools.reads, self._texts, [hit.sequence for hit in result.hits])
+        at_least = None if query.at_least is None else result.sequence
+        texts = await in_thread(self._pools.reads, self._texts, [hit.sequence for hit in result.hits], at_least)
         if query.cue_text or vectors is None:
             with span("bank.embed"):
                 vectors = await in_thread(self._pools.query_embeds, embedded_query, self._embedder, query.question)
@@ -70,8 +71,8 @@ class CueFinder:
             sentences |= dict(zip(lacking, late, strict=True))
         return replace(result, hits=_with_cue(result.hits, texts, sentences, unit(vectors), query.with_cue))
 
-    def _texts(self, began: list[int]) -> dict[int, VersionText]:
-        with span("catalog.read"), self._catalog.view() as view:
+    def _texts(self, began: list[int], at_least: int | None) -> dict[int, VersionText]:
+        with span("catalog.read"), self._catalog.view(at_least) as view:
             return view.texts(began)
 
     def _late(self, began: int, text: VersionText) -> asyncio.Future[SentenceVectors]:

@@ -58,12 +58,12 @@ class Queries:
         self._max_past = max_past
         self._num_past = 0  # queries with as_of in progress
 
-    async def check_namespace(self, namespace: str) -> None:
-        """NotFoundError for a namespace that never had a document."""
+    async def check_namespace(self, query: Query) -> None:
+        """NotFoundError for a namespace that never had a document. ReplicaReadError."""
 
         def check() -> None:
-            with self._catalog.view() as view:
-                view.check_namespace(namespace)
+            with self._catalog.view(query.at_least) as view:
+                view.check_namespace(query.namespace)
 
         await in_thread(self._pool, check)
 
@@ -72,7 +72,7 @@ class Queries:
         no records.
 
         NotFoundError names the first unknown id. LimitExceededError if the texts don't fit one message. With ``as_of``
-        also InvalidArgumentError, OutOfRangeError and OverloadedError.
+        also InvalidArgumentError, OutOfRangeError and OverloadedError. With ``at_least`` also ReplicaReadError.
         """
         if vectors is None:
             result = (await self._search(query, None)).result
@@ -141,7 +141,7 @@ class Queries:
         return await in_thread(self._pool, self._attempt, query, vector, words)
 
     def _attempt(self, query: Query, vector: FloatArray, words: Mapping[int, float] | None) -> _Attempt:
-        with span("catalog.read"), self._catalog.view() as view:
+        with span("catalog.read"), self._catalog.view(query.at_least) as view:
             found = self._present.find(view, query, vector, words)
             if not found.scores:
                 view.check_namespace(query.namespace)
@@ -154,7 +154,7 @@ class Queries:
             return _Attempt(result, view.sequence() if found.is_stale else None, found.words)
 
     def _named(self, query: Query) -> QueryResult:
-        with self._catalog.view() as view:
+        with self._catalog.view(query.at_least) as view:
             began = view.began(query.namespace, query.document_ids)
             for id in query.document_ids:
                 if id not in began:

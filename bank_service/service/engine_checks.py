@@ -13,7 +13,7 @@ from bank_service.blobs.place import objects_of
 from bank_service.cache.embedded_redis import server_binary
 from bank_service.cache.redis_check import ENGINE as REDIS
 from bank_service.cache.redis_check import redis_state
-from bank_service.catalog.factory import check_folder, database_states
+from bank_service.catalog.factory import check_folder, database_states, replica_state
 from bank_service.errors import BankInUseError, CollectionMismatchError
 from bank_service.runtime.data_dir import DataDir
 from bank_service.service.own_redis import own_redis_url
@@ -25,13 +25,15 @@ LEAST_DISK_BYTES = 2**30
 
 
 async def engine_states(config: BankConfig) -> list[EngineState]:
-    """The states of the folder, PostgreSQL, pgvector, the object store and Redis. OSError or ValueError for the file of
-    Redis' URL."""
+    """The states of the folder, PostgreSQL, pgvector, perhaps a replica, the object store and Redis. OSError or
+    ValueError for the file of Redis' URL."""
     folder = _folder_state(config)
-    databases = (EngineState("PostgreSQL", None, "not used"), EngineState("pgvector", None, "not used"))
+    databases = [EngineState("PostgreSQL", None, "not used"), EngineState("pgvector", None, "not used")]
     if config.catalog is not None:
         is_shared = _objects_url(config) is not None
-        databases = await asyncio.to_thread(database_states, config.catalog, is_shared=is_shared)
+        databases = [*await asyncio.to_thread(database_states, config.catalog, is_shared=is_shared)]
+        if config.catalog_read is not None:
+            databases.append(await asyncio.to_thread(replica_state, config.catalog_read, config.catalog))
     return [folder, *databases, await _objects(config), await _redis(config)]
 
 

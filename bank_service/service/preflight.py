@@ -19,12 +19,12 @@ def check_startable(config: BankConfig) -> None:
     """Raises the error that would stop the bank's start. It creates and keeps nothing.
 
     BankInUseError if another bank has the folder or the catalog. CollectionMismatchError if the folder's catalog or
-    gradients lie elsewhere. RuntimeError if a port is taken or the catalog's server can't be used. OSError or
-    ValueError if the tokens file, the file of Redis' URL, a file for TLS or the object store can't be used.
+    gradients lie elsewhere. RuntimeError if a port is taken or the catalog's server or replica can't be used. OSError
+    or ValueError if the tokens file, the file of Redis' URL, a file for TLS or the object store can't be used.
     """
     DataDir(config.data_dir).check_free()
     is_shared = objects_of(config.data_dir, config.objects) is not None
-    check_place(config.data_dir, config.catalog, is_shared=is_shared)
+    check_place(config.data_dir, config.catalog, is_shared=is_shared, replica_url=config.catalog_read)
     if config.tokens_file is not None:
         TokensFile(config.tokens_file)
     server_credentials(config)

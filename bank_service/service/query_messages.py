@@ -10,8 +10,9 @@ from bank_service.wire import limits
 from bank_service.wire.generated import bank_pb2 as pb
 
 
-def query_of(request: pb.QueryRequest) -> Query:
-    """The query of a request. InvalidArgumentError names the field."""
+def query_of(request: pb.QueryRequest, at_least: int | None = None) -> Query:
+    """The query of a request. ``at_least``: the sequence that its caller shows. InvalidArgumentError names the
+    field."""
     return Query(
         namespace=request.namespace,
         text=request.text,
@@ -27,6 +28,7 @@ def query_of(request: pb.QueryRequest) -> Query:
         as_of=request.as_of if request.HasField("as_of") else None,
         with_cue=request.with_cue,
         cue_text=request.cue_text,
+        at_least=None if request.HasField("as_of") else at_least,
     )
 
 
@@ -38,12 +40,12 @@ def check_batch(request: pb.BatchQueryRequest) -> None:
         )
 
 
-def queries_of(request: pb.BatchQueryRequest) -> list[Query]:
+def queries_of(request: pb.BatchQueryRequest, at_least: int | None = None) -> list[Query]:
     """The queries of a batch. InvalidArgumentError names the field as ``queries[i].field``."""
     queries = []
     for index, item in enumerate(request.queries):
         try:
-            queries.append(query_of(item))
+            queries.append(query_of(item, at_least))
         except InvalidArgumentError as error:
             raise placed(error, index) from error
     return queries

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 
 from bank_service.backup.snapshot import Progress
 from bank_service.bank_stats import BankStats
+from bank_service.catalog.nodes import Replica
 from bank_service.errors import InvalidArgumentError
 from bank_service.upkeep.learner_upgrade import LearnerUpgrade, UpgradeProgress
 from bank_service.upkeep.recode import RecodeProgress
@@ -36,6 +37,18 @@ def stats_response(stats: BankStats) -> pb.GetStatsResponse:
         oldest_as_of=stats.totals.oldest_as_of,
         free_disk_bytes=stats.free_disk_bytes,
         removals_stopped=stats.removals_stopped,
+        replica=None if stats.replica is None else _replica(stats.replica),
+    )
+
+
+def _replica(replica: Replica) -> pb.GetStatsResponse.Replica:
+    counts = replica.counts
+    return pb.GetStatsResponse.Replica(
+        is_up=replica.is_up,
+        staleness_ms=round(replica.staleness_seconds * 1000),
+        num_reads=counts["replica"],
+        num_behind=counts["behind"],
+        num_down=counts["down"],
     )
 
 

@@ -43,6 +43,7 @@ from bank_service.wire import limits
 from bank_service.wire.errors import status_code
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.generated import bank_pb2_grpc
+from bank_service.wire.shown_sequence import shown_in
 from bank_service.wire.tracing import extract, span
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
         async with self._answering(context, "Query") as call:
             call.check(Scope.READ, request.namespace)
-            result = await self._bank.query(query_of(request))
+            result = await self._bank.query(query_of(request, shown_in(context.invocation_metadata())))
             return response_of(result, request.with_cue)
 
     async def BatchQuery(self, request: pb.BatchQueryRequest, context: Context) -> pb.BatchQueryResponse:
@@ -147,7 +148,8 @@ class BankServicer(bank_pb2_grpc.BankServiceServicer):
             check_batch(request)
             for query in request.queries:
                 call.check(Scope.READ, query.namespace)
-            results = await self._bank.query_batch(queries_of(request))
+            shown = shown_in(context.invocation_metadata())
+            results = await self._bank.query_batch(queries_of(request, shown))
             answered = zip(results, request.queries, strict=True)
             return pb.BatchQueryResponse(responses=[response_of(result, query.with_cue) for result, query in answered])
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, urlsplit
 
 _SCHEMES = ("postgresql://", "postgres://")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """Where a catalog's replica is, and how old the states may be that queries read there."""
+
+    url: str = field(repr=False)
+    max_staleness_ms: int
 
 
 def check_catalog_url(url: str, setting: str) -> None:

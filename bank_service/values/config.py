@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bank_service.values.catalog_url import check_catalog_url
+from bank_service.values.catalog_url import ReplicaSettings, check_catalog_url
 from bank_service.values.namespace_limits import NamespaceLimits
 from bank_service.values.objects_url import check_objects_url
 from bank_service.values.redis_url import check_redis_url
@@ -23,6 +23,8 @@ class BankConfig:
     port: int = 0  # port to listen on; 0: the kernel chooses
     metrics_port: int | None = None  # port for Prometheus; None: off, 0: the kernel chooses
     catalog: str | None = field(default=None, repr=False)  # postgresql:// URL of the catalog; None: SQLite in data_dir
+    catalog_read: str | None = field(default=None, repr=False)  # URL of a replica of it, which queries read
+    max_staleness_ms: int = 1000  # a query reads no older state there, but for what its caller has written
     objects: str | None = None  # object store for a new bank's gradients, such as s3://BUCKET/PREFIX; None: the folder
     objects_grace_seconds: int = 3600  # time for which it keeps a gradient that no document has any more
     redis_url: str | None = field(default=None, repr=False)  # URL of your own Redis servers; None: an embedded server
@@ -67,6 +69,11 @@ class BankConfig:
         return self.redis_url is not None or self.redis_url_file is not None
 
     @property
+    def replica(self) -> ReplicaSettings | None:
+        """The catalog's replica."""
+        return None if self.catalog_read is None else ReplicaSettings(self.catalog_read, self.max_staleness_ms)
+
+    @property
     def missing_protection(self) -> tuple[str, ...]:
         """The protection against callers from other machines that this bank lacks."""
         has_callers = self.tokens_file is not None or self.tls_client_ca is not None
@@ -98,6 +105,7 @@ class BankConfig:
         for name, low, high in (
             ("port", 0, 65535),
             ("metrics_port", 0, 65535),
+            ("max_staleness_ms", 100, 3_600_000),
             ("objects_grace_seconds", 0, 2**31),
             ("cache_bytes", 2**20, 2**50),
             ("cache_timeout_ms", 1, 60_000),
@@ -132,6 +140,10 @@ class BankConfig:
             check_objects_url(self.objects, "objects")
         if self.catalog is not None:
             check_catalog_url(self.catalog, "catalog")
+        if self.catalog_read is not None:
+            check_catalog_url(self.catalog_read, "catalog_read")
+            if self.catalog is None:
+                raise ValueError("catalog_read must come with catalog, the URL of the replica's primary; got it alone")
         if self.redis_url is not None:
             check_redis_url(self.redis_url, "redis_url")
             if self.redis_url_file is not None:

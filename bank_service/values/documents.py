@@ -184,6 +184,7 @@ class Query:
     as_of: int | None = None  # answers from the bank's state at this past sequence; None: the present state
     with_cue: int = 0  # sentences of all hits together that are nearest to a question, 0..4
     cue_text: str = ""  # the question; empty: ``text``
+    at_least: int | None = None  # a replica's state will do if it has this change; None: none will
 
     @property
     def question(self) -> str:

@@ -31,13 +31,17 @@ class PostgresServer:
     It ends with the process that started it, or by ``stop``.
     """
 
-    def __init__(self, *options: str) -> None:
-        """RuntimeError where it can't start."""
+    def __init__(self, *options: str, primary: PostgresServer | None = None) -> None:
+        """``primary``: this server is its streaming replica. RuntimeError where it can't start."""
         self.folder = Path(tempfile.mkdtemp(prefix="rg-pg-"))  # short: a socket's path has at most 107 bytes
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.remove)
         try:
+            if primary is not None:
+                self._call("pg_basebackup", "-R", "-D", str(self._data), "-c", "fast", "-d", primary._url("postgres"))
+                self.start()
+                return
             self._call(
                 "initdb", "-D", str(self._data), "-U", "postgres", "--auth=trust", "--encoding=UTF8",
                 "--locale=C.UTF-8", "-N",
@@ -95,6 +99,26 @@ class PostgresServer:
         atexit.unregister(self.remove)
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def promote(self) -> None:
+        """A replica takes writes from now on."""
+        self._call("pg_ctl", "promote", "-w", "-D", str(self._data))
+
+    def beside(self, url: str) -> str:
+        """The URL of the same schema at a replica. Returns when this one has replayed all of the primary's log."""
+        with psycopg.connect(url) as there, psycopg.connect(self._url(_DATABASE)) as here:
+            (end,) = there.execute("SELECT pg_current_wal_lsn()::text").fetchone() or ("",)
+            deadline = time.monotonic() + 30
+            while here.execute("SELECT pg_last_wal_replay_lsn() < %s", (end,)).fetchone() != (False,):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+                here.rollback()
+        return self._url(_DATABASE) + url[url.index("&options") :]
+
+    def execute(self, statement: str) -> None:
+        """Runs a statement in a session of its own."""
+        with psycopg.connect(self._url(_DATABASE), autocommit=True) as connection:
+            connection.execute(statement)
 
     def new_schema(self) -> str:
         """The URL of a new, empty schema."""

@@ -58,7 +58,7 @@ def fetch_records(
     from regrad_vllm.client import Query
 
     with connect(address, spec, timeout_ms) as bank:
-        hits = bank.query(Query(namespace=namespace, document_ids=tuple(document_ids))).hits
+        hits = bank.query(Query(namespace=namespace, document_ids=tuple(document_ids), newest=True)).hits
         digests = [hit.gradient_digest for hit in hits]
         records = dict(bank.fetch(list(dict.fromkeys(digests))))
     for digest, record in records.items():

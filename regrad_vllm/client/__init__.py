@@ -26,6 +26,7 @@ from regrad_vllm.client.values import (
     Query,
     Receipt,
     RecodeProgress,
+    ReplicaStats,
     SnapshotProgress,
     Stats,
     StoredDocument,
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer", "AsyncBank", "Bank", "BankCredentials", "BankTooOldError", "Condition", "CueSentence", "Deletion",
-    "Document", "Hit", "ListedDocument", "Query", "Receipt", "RecodeProgress", "SnapshotProgress", "Stats",
-    "StoredDocument", "UpgradeAction", "UpgradeProgress",
+    "Document", "Hit", "ListedDocument", "Query", "Receipt", "RecodeProgress", "ReplicaStats", "SnapshotProgress",
+    "Stats", "StoredDocument", "UpgradeAction", "UpgradeProgress",
 ]  # fmt: skip
 
 

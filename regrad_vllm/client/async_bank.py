@@ -15,6 +15,7 @@ from bank_service.wire.generated import bank_pb2_grpc
 from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_PAGE_SIZE
 from bank_service.wire.ports import DEFAULT_BANK
 from bank_service.wire.record import GradientSpec, verify_record
+from bank_service.wire.shown_sequence import ShownSequence
 from bank_service.wire.tracing import inject
 from regrad_vllm.client import messages
 from regrad_vllm.client.bank import GRADIENTS_IN_FLIGHT, IN_FLIGHT, as_query, credentials_of, needed, own_errors
@@ -60,6 +61,7 @@ class AsyncBank:
         self._credentials = credentials_of(token, credentials)
         self._channel = open_aio_channel(address, self._credentials, retry_options(attempts))
         self._stub = bank_pb2_grpc.BankServiceStub(self._channel)
+        self._shown = ShownSequence()
         self._blocking: Any = None  # a channel for ingests, opened by the first one
 
     async def __aenter__(self) -> Self:
@@ -109,7 +111,9 @@ class AsyncBank:
     ) -> Deletion:
         """See ``Bank.delete``."""
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge, expected_version=expected_version)
-        return messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
+        deletion = messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
+        self._shown.advance(deletion.sequence)
+        return deletion
 
     async def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
         """A document by its id. NotFoundError if there is none."""
@@ -139,7 +143,8 @@ class AsyncBank:
         """See ``Bank.query``."""
         query = as_query(query)
         request = messages.query_request(query, self._learner)
-        return messages.answer_of(await self._ask(self._stub.Query, request), query)
+        shown = self._shown.metadata(newest=query.newest)
+        return messages.answer_of(await self._ask(self._stub.Query, request, shown), query)
 
     async def fetch(self, digests: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
         """See ``Bank.fetch``."""
@@ -182,12 +187,12 @@ class AsyncBank:
     def _learner(self) -> str:
         return self._spec.fingerprint if self._spec else ""
 
-    def _call(self, method: Any, request: Any) -> Any:
-        return method(request, timeout=self._timeout_s, metadata=tuple(inject()))
+    def _call(self, method: Any, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
+        return method(request, timeout=self._timeout_s, metadata=tuple(inject(metadata)))
 
-    async def _ask(self, method: Any, request: Any) -> Any:
+    async def _ask(self, method: Any, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         with own_errors():
-            return await self._call(method, request)
+            return await self._call(method, request, metadata)
 
     async def _ingest(
         self, method: str, requests: AsyncIterator[Iterable[Any]], in_flight: int
@@ -195,7 +200,7 @@ class AsyncBank:
         if self._blocking is None:
             self._blocking = open_channel(self.address, self._credentials)
         stub = bank_pb2_grpc.BankServiceStub(self._blocking)
-        call = IngestCall(getattr(stub, method), in_flight, tuple(inject()))
+        call = IngestCall(getattr(stub, method), in_flight, tuple(inject()), self._shown)
         loop = asyncio.get_running_loop()
         # A thread of its own: the loop's pool has few, and the bank may take long to answer.
         waiting = ThreadPoolExecutor(1, "ingest-receipts")

@@ -18,6 +18,7 @@ from bank_service.wire.generated import bank_pb2_grpc
 from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_PAGE_SIZE
 from bank_service.wire.ports import DEFAULT_BANK
 from bank_service.wire.record import GradientSpec, verify_record
+from bank_service.wire.shown_sequence import ShownSequence
 from bank_service.wire.tracing import inject
 from regrad_vllm.client import messages
 from regrad_vllm.client.ingest_call import IngestCall
@@ -70,6 +71,7 @@ class Bank:
         self._timeout_s = None if timeout_ms is None else timeout_ms / 1000
         self._channel = open_channel(address, credentials_of(token, credentials), retry_options(attempts))
         self._stub = bank_pb2_grpc.BankServiceStub(self._channel)
+        self._shown = ShownSequence()
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +122,9 @@ class Bank:
         purge: also erases its past versions. expected_version: VersionConflictError if it has another version.
         """
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge, expected_version=expected_version)
-        return messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
+        deletion = messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
+        self._shown.advance(deletion.sequence)
+        return deletion
 
     def get(self, id: str, *, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
         """A document by its id. NotFoundError if there is none."""
@@ -156,7 +160,8 @@ class Bank:
         """
         query = as_query(query)
         request = messages.query_request(query, self._learner)
-        return messages.answer_of(self._ask(self._stub.Query, request), query)
+        shown = self._shown.metadata(newest=query.newest)
+        return messages.answer_of(self._ask(self._stub.Query, request, shown), query)
 
     def fetch(self, digests: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """(digest, record) for each digest, in order. Each record is checked to be a gradient of this learner.
@@ -209,15 +214,15 @@ class Bank:
     def _learner(self) -> str:
         return self._spec.fingerprint if self._spec else ""
 
-    def _call(self, method: Any, request: Any) -> Any:
-        return method(request, timeout=self._timeout_s, metadata=tuple(inject()))
+    def _call(self, method: Any, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
+        return method(request, timeout=self._timeout_s, metadata=tuple(inject(metadata)))
 
-    def _ask(self, method: Any, request: Any) -> Any:
+    def _ask(self, method: Any, request: Any, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         with own_errors():
-            return self._call(method, request)
+            return self._call(method, request, metadata)
 
     def _ingest(self, method: Any, requests: Iterable[Iterable[Any]], in_flight: int) -> Iterator[Receipt]:
-        call = IngestCall(method, in_flight, tuple(inject()))
+        call = IngestCall(method, in_flight, tuple(inject()), self._shown)
         try:
             for request in requests:
                 call.send(request)

@@ -11,6 +11,7 @@ import grpc
 
 from bank_service.wire.errors import InternalError, from_rpc_error
 from bank_service.wire.generated import bank_pb2 as pb
+from bank_service.wire.shown_sequence import ShownSequence
 from regrad_vllm.client.messages import receipt_of
 from regrad_vllm.client.values import Receipt
 
@@ -23,11 +24,14 @@ class IngestCall:
     gRPC drops unread answers if the call fails.
     """
 
-    def __init__(self, method: Any, in_flight: int, metadata: tuple[tuple[str, str], ...]) -> None:
-        """ValueError if ``in_flight`` is less than 1."""
+    def __init__(
+        self, method: Any, in_flight: int, metadata: tuple[tuple[str, str], ...], shown: ShownSequence
+    ) -> None:
+        """``shown`` learns of each document that is stored. ValueError if ``in_flight`` is less than 1."""
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         self._in_flight = in_flight
+        self._shown = shown
         # Two counts, because one thread may send while another waits for an answer.
         self._num_sent = 0
         self._num_answered = 0
@@ -70,6 +74,7 @@ class IngestCall:
             raise answer
         if answer is not None:
             self._num_answered += 1
+            self._shown.advance(answer.sequence)
             return receipt_of(answer)
         if self._num_sent > self._num_answered or not self._finished:
             raise InternalError("the bank must answer every document of a stream, it ended the stream before")

@@ -22,6 +22,7 @@ from regrad_vllm.client.values import (
     Query,
     Receipt,
     RecodeProgress,
+    ReplicaStats,
     SnapshotProgress,
     Stats,
     StoredDocument,
@@ -160,7 +161,12 @@ def stats_of(message: pb.GetStatsResponse) -> Stats:
         oldest_as_of=message.oldest_as_of,
         free_disk_bytes=message.free_disk_bytes,
         removals_stopped=message.removals_stopped,
+        replica=_replica_of(message.replica) if message.HasField("replica") else None,
     )
+
+
+def _replica_of(message: pb.GetStatsResponse.Replica) -> ReplicaStats:
+    return ReplicaStats(message.is_up, message.staleness_ms, message.num_reads, message.num_behind, message.num_down)
 
 
 def snapshot_progress_of(message: pb.CreateSnapshotResponse) -> SnapshotProgress:

@@ -114,6 +114,7 @@ class Query:
     )  # the answer of the past after that change; None: the present one
     with_cue: int = field(default=0, kw_only=True)  # sentences of all hits together, nearest to a question, 0..4
     cue_text: str = field(default="", kw_only=True)  # the question; empty: ``text``
+    newest: bool = field(default=False, kw_only=True)  # the bank reads no replica, which may lack others' last changes
 
     def __post_init__(self) -> None:
         """InvalidArgumentError for an unknown retrieval, ValueError without or with both of text and ids."""
@@ -170,6 +171,17 @@ class BankTooOldError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """A replica of a bank's catalog. The counts are of states that queries read since the bank's start."""
+
+    is_up: bool  # it can be read
+    staleness_ms: int  # it has every change that is older than this
+    num_reads: int
+    num_behind: int  # read at the primary, because the replica's state was too old
+    num_down: int  # read at the primary, because the replica could not be read
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A bank's statistics, as far as the caller's token may see them."""
 
@@ -192,6 +204,7 @@ class Stats:
     oldest_as_of: int  # the least as_of that all of these namespaces can answer
     free_disk_bytes: int  # of the bank's folder; 0 if the token may not see it, or the bank is older
     removals_stopped: bool  # another bank has opened the place of the gradients, so this one removes none
+    replica: ReplicaStats | None  # None: the bank reads no replica, or the token may not see it
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def _stored_bytes(address: str, learner: Learner, namespace: str, ids: Sequence[
     total = 0
     with Bank(address, spec=learner.spec, timeout_ms=_TIMEOUT_MS) as bank:
         for start in range(0, len(ids), _ASKED_AT_ONCE):
-            query = Query(namespace=namespace, document_ids=tuple(ids[start : start + _ASKED_AT_ONCE]))
+            query = Query(namespace=namespace, document_ids=tuple(ids[start : start + _ASKED_AT_ONCE]), newest=True)
             total += sum(hit.gradient_bytes for hit in bank.query(query).hits)
     return total
 

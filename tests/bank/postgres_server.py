@@ -16,10 +16,10 @@ def shared_server() -> PostgresServer:
     return started("-c", "fsync=off")
 
 
-def started(*options: str) -> PostgresServer:
-    """A server of the test's own. It skips the test where none can start."""
+def started(*options: str, primary: PostgresServer | None = None) -> PostgresServer:
+    """A server of the test's own, or a replica of one. It skips the test where none can start."""
     try:
-        return PostgresServer(*options)
+        return PostgresServer(*options, primary=primary)
     except (ImportError, OSError, RuntimeError) as error:
         pytest.skip(f"PostgreSQL can't start here: {error}")
 

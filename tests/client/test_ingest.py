@@ -16,6 +16,7 @@ import pytest
 
 from bank_service.errors import InvalidArgumentError, UnavailableError
 from bank_service.wire.generated import bank_pb2, bank_pb2_grpc
+from bank_service.wire.shown_sequence import ShownSequence
 from regrad_vllm.client import AsyncBank, Bank, Document, Receipt
 from regrad_vllm.client.ingest_call import IngestCall
 from tests.client.conftest import Call, bank_process
@@ -187,7 +188,7 @@ def test_an_error_of_the_reading_thread_is_the_callers_and_not_waited_for() -> N
         yield bank_pb2.IngestDocumentsResponse(id="a", outcome=1)  # type: ignore[arg-type]
         raise KeyError("gRPC broke")
 
-    call = IngestCall(method, IN_FLIGHT, ())
+    call = IngestCall(method, IN_FLIGHT, (), ShownSequence())
     call.send([])
     receipt = call.receive()
     assert receipt is not None and receipt.id == "a"

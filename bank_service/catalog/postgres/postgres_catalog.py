@@ -18,6 +18,7 @@ from bank_service.catalog.postgres.folder_mark import check_mark, check_no_gradi
 from bank_service.catalog.postgres.membership import STALE, Membership
 from bank_service.catalog.postgres.partitions import create_parent
 from bank_service.catalog.postgres.postgres_nodes import PostgresNodes
+from bank_service.catalog.postgres.postgres_replica import PostgresReplica
 from bank_service.catalog.postgres.postgres_search_rows import PostgresSearchRows
 from bank_service.catalog.postgres.postgres_tables import own_metadata
 from bank_service.catalog.postgres.postgres_writer import PostgresWriter
@@ -31,6 +32,7 @@ from bank_service.catalog.sql.prepared import Prepared
 from bank_service.catalog.sql.sql_catalog import SqlCatalog
 from bank_service.catalog.sql.tables import collection, metadata
 from bank_service.errors import CatalogReadError
+from bank_service.values.catalog_url import ReplicaSettings
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
 _CODEC = Prepared(sa.select(collection.c.codec))
@@ -40,6 +42,7 @@ class PostgresCatalog(SqlCatalog):
     """One collection in one schema of a database; see ``contract.Catalog``."""
 
     nodes: PostgresNodes | None = None
+    replica: PostgresReplica | None = None
     _writer: PostgresWriter
 
     def __init__(
@@ -51,13 +54,14 @@ class PostgresCatalog(SqlCatalog):
         *,
         history_seconds: int | None = None,
         is_shared: bool = False,
+        replica: ReplicaSettings | None = None,
     ) -> None:
         """Opens or creates. ``folder`` is the bank's, with its gradients. ``is_shared``: they lie in an object store,
         so other banks may have the catalog, too.
 
         CollectionMismatchError where database or folder hold another collection, CatalogDamagedError, BankInUseError.
-        RuntimeError where the server can't be reached or can't hold a catalog. ``history_seconds``: see
-        ``history.seconds_kept``.
+        RuntimeError where the server can't be reached or can't hold a catalog, and where ``replica`` is none of it.
+        ``history_seconds``: see ``history.seconds_kept``.
         """
         super().__init__(limits_of, PostgresSearchRows())
         self._membership = Membership(is_shared=is_shared)
@@ -80,22 +84,35 @@ class PostgresCatalog(SqlCatalog):
         self._engine = reader_of(url)
         self.words = PostgresWords()
         self.vectors = PostgresVectors(self._engine)
+        if replica is not None:
+            try:
+                self.replica = PostgresReplica(replica, self._engine, self._search_rows)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Commits the queued writes, then closes."""
         self.vectors.stop()
+        if self.replica is not None:
+            self.replica.close()
         self._writer.close()
         if self.nodes is not None:
             self.nodes.close()
         self._engine.dispose()
 
     @contextmanager
-    def view(self) -> Iterator[SqlView]:
+    def view(self, at_least: int | None = None) -> Iterator[SqlView]:
         if self._writer.is_in_doubt:
             self._writer.settle()
             raise CatalogReadError("the catalog must be known, got a commit without an answer; try again")
         if self._membership.is_stale:
             raise CatalogReadError(STALE)
+        if at_least is not None and self.replica is not None:
+            with self.replica.view(at_least) as view:
+                if view is not None:
+                    yield view
+                    return
         try:
             with self._begun() as connection:
                 yield SqlView(connection, self._search_rows)

@@ -56,10 +56,11 @@ _HITS_WITH_TEXT = _hits(_V.title, _V.text)
 class SqlView:
     """One committed state of the catalog: a transaction that reads. See ``contract.CatalogView``."""
 
-    def __init__(self, connection: sa.Connection, search_rows: SearchRows) -> None:
+    def __init__(self, connection: sa.Connection, search_rows: SearchRows, sequence: int | None = None) -> None:
+        """``sequence``: of this state, where it is known."""
         self._connection = connection
         self._search_rows = search_rows
-        self._sequence: int | None = None
+        self._sequence = sequence
 
     @property
     def connection(self) -> sa.Connection:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from bank_service.catalog.contract import CatalogView
 from bank_service.catalog.entries import DeleteResult, NextLearner, SentenceVectors, Usage
-from bank_service.catalog.nodes import Nodes
+from bank_service.catalog.nodes import Nodes, Replica
 from bank_service.catalog.sql import erasures, next_rows, sentence_rows, versions
 from bank_service.catalog.sql.catalog_view import SqlView
 from bank_service.catalog.sql.catalog_writes import delete_document, purge_document, put_document
@@ -37,6 +37,7 @@ class SqlCatalog:
     """The methods of ``contract.Catalog`` that no store has to itself. A subclass sets the other attributes."""
 
     nodes: Nodes | None = None
+    replica: Replica | None = None
     history_seconds: int
     collection_id: str
     _engine: sa.Engine  # of the readers
@@ -48,7 +49,7 @@ class SqlCatalog:
         self._read_failures = Seldom()
 
     @contextmanager
-    def view(self) -> Iterator[SqlView]:
+    def view(self, at_least: int | None = None) -> Iterator[SqlView]:
         try:
             with self._engine.begin() as connection:
                 yield SqlView(connection, self._search_rows)

@@ -82,9 +82,9 @@ class SqliteCatalog(SqlCatalog):
         self._engine.dispose()
 
     @contextmanager
-    def view(self) -> Iterator[SqlView]:
+    def view(self, at_least: int | None = None) -> Iterator[SqlView]:
         self._writer.wait_to_read()
-        with super().view() as view:
+        with super().view(at_least) as view:
             yield view
 
     def empty_log(self) -> Future[bool]:

@@ -333,7 +333,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version", "num_past_versions", "oldest_as_of", "free_disk_bytes", "removals_stopped")
+    __slots__ = ("namespaces", "num_documents", "num_gradients", "gradient_bytes", "sequence", "indexed_sequence", "learner_fingerprint", "layout_id", "codec", "embedder", "embedding_dimension", "cache_hits", "cache_misses", "cache_available", "version", "num_past_versions", "oldest_as_of", "free_disk_bytes", "removals_stopped", "replica")
     class Namespace(_message.Message):
         __slots__ = ("namespace", "num_documents")
         NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +341,19 @@ class GetStatsResponse(_message.Message):
         namespace: str
         num_documents: int
         def __init__(self, namespace: _Optional[str] = ..., num_documents: _Optional[int] = ...) -> None: ...
+    class Replica(_message.Message):
+        __slots__ = ("is_up", "staleness_ms", "num_reads", "num_behind", "num_down")
+        IS_UP_FIELD_NUMBER: _ClassVar[int]
+        STALENESS_MS_FIELD_NUMBER: _ClassVar[int]
+        NUM_READS_FIELD_NUMBER: _ClassVar[int]
+        NUM_BEHIND_FIELD_NUMBER: _ClassVar[int]
+        NUM_DOWN_FIELD_NUMBER: _ClassVar[int]
+        is_up: bool
+        staleness_ms: int
+        num_reads: int
+        num_behind: int
+        num_down: int
+        def __init__(self, is_up: _Optional[bool] = ..., staleness_ms: _Optional[int] = ..., num_reads: _Optional[int] = ..., num_behind: _Optional[int] = ..., num_down: _Optional[int] = ...) -> None: ...
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     NUM_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
@@ -360,6 +373,7 @@ class GetStatsResponse(_message.Message):
     OLDEST_AS_OF_FIELD_NUMBER: _ClassVar[int]
     FREE_DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     REMOVALS_STOPPED_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     namespaces: _containers.RepeatedCompositeFieldContainer[GetStatsResponse.Namespace]
     num_documents: int
     num_gradients: int
@@ -379,7 +393,8 @@ class GetStatsResponse(_message.Message):
     oldest_as_of: int
     free_disk_bytes: int
     removals_stopped: bool
-    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ..., num_past_versions: _Optional[int] = ..., oldest_as_of: _Optional[int] = ..., free_disk_bytes: _Optional[int] = ..., removals_stopped: _Optional[bool] = ...) -> None: ...
+    replica: GetStatsResponse.Replica
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[GetStatsResponse.Namespace, _Mapping]]] = ..., num_documents: _Optional[int] = ..., num_gradients: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., sequence: _Optional[int] = ..., indexed_sequence: _Optional[int] = ..., learner_fingerprint: _Optional[str] = ..., layout_id: _Optional[str] = ..., codec: _Optional[str] = ..., embedder: _Optional[str] = ..., embedding_dimension: _Optional[int] = ..., cache_hits: _Optional[int] = ..., cache_misses: _Optional[int] = ..., cache_available: _Optional[bool] = ..., version: _Optional[str] = ..., num_past_versions: _Optional[int] = ..., oldest_as_of: _Optional[int] = ..., free_disk_bytes: _Optional[int] = ..., removals_stopped: _Optional[bool] = ..., replica: _Optional[_Union[GetStatsResponse.Replica, _Mapping]] = ...) -> None: ...
 
 class CreateSnapshotRequest(_message.Message):
     __slots__ = ("target",)

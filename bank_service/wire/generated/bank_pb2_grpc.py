@@ -139,7 +139,9 @@ class BankServiceServicer:
 
     def Query(self, request, context):
         """The documents nearest to a text or a vector, or the documents named by id, each with its gradient's
-        digest. Sees every acknowledged ingest and delete.
+        digest. Sees every acknowledged ingest and delete. A bank that reads a replica (--catalog-read) may miss the last
+        ones, but none up to the sequence in the call's metadata: "regrad-sequence", in decimal digits. Above the last
+        sequence it reads no replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -131,6 +131,7 @@ class Preparer:
                 if last_try:
                     raise
                 asked = time.perf_counter()
+                plan = replace(plan, query=replace(plan.query, newest=True))
         raise AssertionError("unreachable")
 
     async def _query(self, plan: Plan) -> tuple[Plan, Answer]:

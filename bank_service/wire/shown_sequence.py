@@ -1,0 +1,39 @@
+"""The sequence that a client shows in a call's metadata, under ``regrad-sequence``: of the last change that it made.
+
+A query's answer has this change, also where the bank reads a replica. Above the bank's last sequence, the bank reads no
+replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bank_service.errors import InvalidArgumentError
+
+KEY = "regrad-sequence"
+NEWEST = 2**63 - 1  # above every sequence
+
+
+class ShownSequence:
+    """The sequence of one client. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def advance(self, sequence: int) -> None:
+        """The client has made this change."""
+        self._value = max(self._value, sequence)
+
+    def metadata(self, *, newest: bool = False) -> list[tuple[str, str]]:
+        """For a call. ``newest``: the answer must have every change acknowledged before."""
+        value = NEWEST if newest else self._value
+        return [(KEY, str(value))] if value else []
+
+
+def shown_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
+    """The sequence in a call's metadata, 0 without one. InvalidArgumentError."""
+    given = [value for key, value in metadata or () if key == KEY]
+    for value in given:
+        if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 19):
+            raise InvalidArgumentError(f"{KEY} must be a sequence, 0 or more, got {value!r}", field=KEY)
+    return max(map(int, given), default=0)
