@@ -6,12 +6,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.membership import BEGIN_WRITE
+from bank_service.catalog.postgres.membership import BEGIN_WRITE, IDLE_SECONDS
 from bank_service.catalog.sql.prepared import run_text
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # the longest that one statement of a reader may take
-SILENT_SECONDS = 15  # a node that says nothing for so long, such as a frozen one, loses its locks
 LOCK_SECONDS = 10  # the longest that a write waits for a lock, such as that of an operator's VACUUM FULL
 # A connection that a network has dropped without a word is noticed after so long, by either end.
 _SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
@@ -50,8 +49,8 @@ def writer_of(url: str) -> sa.Engine:
 
 
 def locks_of(url: str) -> sa.Engine:
-    """One connection, which only holds locks. The server ends it after SILENT_SECONDS without a statement."""
-    silence = f"SET idle_session_timeout = {SILENT_SECONDS * 1000}"
+    """One connection, which only holds locks. The server ends it after IDLE_SECONDS without a statement."""
+    silence = f"SET idle_session_timeout = {IDLE_SECONDS * 1000}"
     return _engine(url, "BEGIN", (*_SESSION, silence), pool_size=1, max_overflow=0)
 
 

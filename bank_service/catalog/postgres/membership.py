@@ -30,7 +30,7 @@ from bank_service.errors import BankInUseError, UnavailableError
 TAKE_SECONDS = 3.0  # time for the server to notice that the connection of a killed bank is gone
 PAUSE_SECONDS = 0.1
 ALONE_TRIES = 3
-IDLE_SECONDS = 60  # a node that hangs in a transaction holds up the writes of all others for so long
+IDLE_SECONDS = 15  # a node that hangs keeps its locks for so long, and in a transaction holds up all other writes
 # A catalog is a schema of a database, and the locks are of the database.
 NODES = "hashtext('regrad bank'), hashtext(current_schema())"
 WRITES = "hashtext('regrad writes'), hashtext(current_schema())"

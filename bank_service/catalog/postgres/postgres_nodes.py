@@ -41,6 +41,7 @@ WAIT_SECONDS = 5.0  # the longest that a write waits for a removal of the same g
 PAUSE_SECONDS = 0.05
 MAX_DROPPED = 5_000  # in one transaction, because all nodes wait for it
 _NAME = "SELECT objects FROM epoch"
+_WAITS = "SET LOCAL idle_in_transaction_session_timeout = '60s'"  # for the object store
 _SET_NAME = "UPDATE epoch SET objects = %(name)s"
 _IS_OVER = "NOT is_over AND node <> %(own)s AND pg_try_advisory_xact_lock(node)"
 _ENDED_NODES = f"SELECT node FROM nodes WHERE {_IS_OVER}"
@@ -100,6 +101,7 @@ class PostgresNodes:
             if run_text(connection, _NAME)[0][0]:
                 return
             name = secrets.token_hex(16)
+            run_text(connection, _WAITS)
             try:
                 take(name)
             except Exception as error:  # noqa: BLE001 - the caller gets it, and the transaction changes nothing
