@@ -17,6 +17,13 @@ class ReplicaSettings:
     max_staleness_ms: int
 
 
+def hosts_of(url: str) -> list[tuple[str, int | None]]:
+    """Each host before the database's name, with its port. ValueError for a port that is no number."""
+    places = urlsplit(url).netloc.rpartition("@")[2].split(",")
+    hosts = [urlsplit(f"//{place}") for place in places]
+    return [(host.hostname or "", host.port) for host in hosts]
+
+
 def check_catalog_url(url: str, setting: str) -> None:
     """ValueError, which names ``setting``, if the URL can't be that of a database in PostgreSQL."""
     if not url.startswith(_SCHEMES):
@@ -25,14 +32,21 @@ def check_catalog_url(url: str, setting: str) -> None:
         raise ValueError(f"{setting} must start with postgresql://, got {got}")
     try:
         parts = urlsplit(url)
-        options = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
-        usable = len(parts.path) > 1 and parts.port != 0 and "@" not in parts.path + parts.fragment
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        hosts = hosts_of(url)
+        has_ports = all(port != 0 for _, port in hosts)
+        usable = len(parts.path) > 1 and has_ports and "@" not in parts.path + parts.fragment
     except ValueError:
-        options, usable = set(), False
-    for name in {"password", "sslpassword"} & options:  # messages show the options
+        options, hosts, usable = {}, [], False
+    for name in {"password", "sslpassword"} & options.keys():  # messages show the options
         raise ValueError(f"{setting} must be without the option {name}; use libpq's password file (PGPASSFILE)")
     if not usable:
         raise ValueError(
             f"{setting} must be like postgresql://USER@HOST:5432/DATABASE, with options of libpq after a ?, and with "
             "%2F for / in a password (%3F for ?, %23 for #), got something else"
+        )
+    if (len(hosts) > 1 or "," in options.get("host", "")) and "target_session_attrs" not in options:
+        raise ValueError(
+            f"{setting} must have the option target_session_attrs where it names several hosts: read-write for the one "
+            "that takes writes, standby for a replica"
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.membership import BEGIN_WRITE, IDLE_SECONDS
 from bank_service.catalog.sql.prepared import run_text
+from bank_service.values.catalog_url import hosts_of
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # the longest that one statement of a reader may take
@@ -56,7 +58,7 @@ def locks_of(url: str) -> sa.Engine:
 
 def shown(url: str) -> str:
     """The URL without its password."""
-    return sa.make_url(url).render_as_string(hide_password=True)
+    return _parsed(url).render_as_string(hide_password=True)
 
 
 def error_name(error: BaseException) -> str:
@@ -66,8 +68,21 @@ def error_name(error: BaseException) -> str:
     return f"{type(cause).__name__} {state}" if state else type(cause).__name__
 
 
+def _parsed(url: str) -> sa.URL:
+    """SQLAlchemy takes several hosts with ports only as options."""
+    hosts = hosts_of(url)
+    if len(hosts) == 1:
+        return sa.make_url(url)
+    netloc = urlsplit(url).netloc
+    bare = url.replace(netloc, "".join(netloc.rpartition("@")[:2]), 1)
+    names, ports = zip(*hosts, strict=True)
+    return sa.make_url(bare).update_query_dict(
+        {"host": ",".join(names), "port": ",".join(str(port or "") for port in ports)}
+    )
+
+
 def _engine(url: str, begin: str, session: tuple[str, ...], **pool: int) -> sa.Engine:
-    parsed = sa.make_url(url).set(drivername="postgresql+psycopg")
+    parsed = _parsed(url).set(drivername="postgresql+psycopg")
     try:
         engine = sa.create_engine(
             parsed,
