@@ -47,6 +47,11 @@ docs: .venv/.made  ## make the reference of settings and commands in docs/ anew
 train: .venv/.made model  ## meta-train the learner that ships, or go on with it: make train ARGS="--data FOLDER"
 	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-first.toml --resume $(ARGS)
 	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-second.toml --resume $(ARGS)
+	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-third.toml --resume $(ARGS)
+	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-ft-rag.toml --resume $(ARGS)
+	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-ft-rag-second.toml --resume $(ARGS)
+	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-fourth.toml --resume $(ARGS)
+	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m-fifth.toml --resume $(ARGS)
 	@$(PY) -m regrad_vllm.cli train regrad_vllm/learn/configs/smollm2-135m.toml --resume $(ARGS)
 
 eval: .venv/.made model  ## is it knowledge: ReGrad, RAG, controls; tables and a page

@@ -60,7 +60,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 DEFAULT_METHODS = (
-    "base", "learner", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl", "regrad_wrong", "regrad_random",
+    "base", "learner", "rag", "rag_learner", "ft_rag", "ft_rag_sentence", "regrad", "regrad_cue", "regrad_icl",
+    "regrad_wrong", "regrad_random",
 )  # fmt: skip
 # The most important differences, paired over the same questions.
 COMPARISONS = (
@@ -73,4 +74,5 @@ COMPARISONS = (
     ("regrad_cue", "ft_rag_sentence"),
     ("regrad_cue", "rag_learner_sentence"),
     ("regrad_cue", "ft_rag"),
+    ("regrad_cue", "regrad"),
 )

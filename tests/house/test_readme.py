@@ -22,6 +22,7 @@ from regrad_vllm.default_model import ensure_default_model, shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.quiz import DOCUMENTS, load_questions
 from regrad_vllm.demo.story import Stage, base_weights
+from regrad_vllm.evaluate.methods import DEFAULT_METHODS, METHODS
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.api.request import RegradOptions
 from tests.house.pages import ROOT, all_examples, examples, pages
@@ -132,7 +133,7 @@ def test_the_example_of_the_evaluation_ends_with_a_report_that_agrees_with_the_m
     house: House, tmp_path: Path
 ) -> None:
     figures = json.loads(house.run("eval", tmp_path).splitlines()[-1])
-    methods = {"base", "learner", "rag", "rag_learner", "regrad", "regrad_icl", "regrad_wrong", "regrad_random"}
+    methods = {name for name in DEFAULT_METHODS if METHODS[name].adapter != "own"}
     assert set(figures) == {*methods, "questions"} and figures["questions"] == 6
     out = tmp_path / "eval-first-look"
     served = [json.loads(line) for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]

@@ -15,8 +15,9 @@ from tests.house.pages import README, ROOT, pages
 
 MAX_README_LINES = 150
 MAX_WORDS = 25
-CARD = ROOT / "regrad_vllm" / "learners" / "smollm2-135m" / "README.md"
-PAGES = (*pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", CARD)
+LEARNER = ROOT / "regrad_vllm" / "learners" / "smollm2-135m"
+CARDS = (LEARNER / "README.md", LEARNER / "EARLIER.md")
+PAGES = (*pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", *CARDS)
 # A path in the text starts with one of these folders.
 _PATH = re.compile(r"(?:regrad_vllm|bank_service|proto|tests|benchmarks|docs)/[\w./-]*")
 # A sentence that starts so and is no question uses a clause as a noun.

@@ -15,10 +15,13 @@ from regrad_vllm.evaluate.summary import Report, summarise
 
 ROOT = Path(__file__).parents[2]
 FOLDER = shipped_learner()
+CARD, EARLIER = FOLDER / "README.md", FOLDER / "EARLIER.md"  # of this learner, of the one before
+PAGE_OF = {"served": CARD, "in_process": EARLIER}
 # The rows of each table in order.
 TABLES = {
     "served": (
-        "base", "learner", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl", "regrad_wrong", "regrad_random",
+        "base", "learner", "rag", "rag_learner", "ft_rag", "ft_rag_sentence", "regrad", "regrad_cue", "regrad_icl",
+        "regrad_wrong", "regrad_random",
     ),
     "in_process": (
         "base", "learner", "rag", "rag_learner", "ft_rag", "cpt", "prag", "raw_gradient", "regrad", "regrad_icl",
@@ -56,10 +59,10 @@ def tables(page: Path) -> list[list[list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(TABLES)))
-def test_the_cards_table_is_the_reports(number: int, name: str) -> None:
-    answers = [table for table in tables(FOLDER / "README.md") if table[0][0] == "document retrieved"]
-    said, rows = report(name), answers[number]
+@pytest.mark.parametrize("name", TABLES)
+def test_the_cards_table_is_the_reports(name: str) -> None:
+    (rows,) = [table for table in tables(PAGE_OF[name]) if table[0][0] == "document retrieved"]
+    said = report(name)
     assert [cell for cell in rows[0][2:]] == [f"{100 * entry['recall']:.0f}" for entry in said["sets"]]
     assert len(rows) == 1 + len(TABLES[name])
     for method, cells in zip(TABLES[name], rows[1:], strict=True):
@@ -71,7 +74,7 @@ def test_the_cards_table_is_the_reports(number: int, name: str) -> None:
 def test_the_readmes_table_is_that_of_the_served_report() -> None:
     every, real = summary("served"), summary("served", "fresh", "pubmedqa")
     rows = tables(ROOT / "README.md")[0]
-    methods = ("base", "rag", "rag_learner", "ft_rag", "regrad", "regrad_icl")
+    methods = ("base", "rag", "rag_learner", "ft_rag", "ft_rag_sentence", "regrad", "regrad_cue", "regrad_icl")
     for method, cells in zip(methods, rows, strict=True):
         whole = every.overall[method]
         assert cells[1].replace("*", "") == f"{percent(whole.mean)} [{percent(whole.low)}, {percent(whole.high)}]"
@@ -90,20 +93,23 @@ def test_the_report_follows_from_the_answers(name: str) -> None:
     ("name", "without"), [("served", ("pubmedqa",)), ("in_process", ("pubmedqa",)), ("served", ())]
 )
 def test_the_paired_differences_stand_on_the_card(name: str, without: tuple[str, ...]) -> None:
-    card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
+    card = " ".join(PAGE_OF[name].read_text("utf-8").split())
     compared = {(each.method, each.other): each.difference for each in summary(name, *without).comparisons}
-    for pair in (("regrad", "rag_learner"), ("regrad_icl", "ft_rag"), ("regrad_icl", "rag_learner")):
+    pairs = [("regrad", "rag_learner"), ("regrad_icl", "ft_rag"), ("regrad_icl", "rag_learner")]
+    if "regrad_cue" in TABLES[name]:
+        pairs += [("regrad_cue", "ft_rag_sentence"), ("regrad_cue", "ft_rag"), ("regrad_cue", "regrad")]
+    for pair in pairs:
         value = compared[pair]
         sign = "+" if value.mean > 0 else ""
         assert f"{sign}{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]" in card, (pair, value)
 
 
 def test_growths_points_are_those_of_the_card() -> None:
-    lines = (Path(FOLDER) / "growth.jsonl").read_text("utf-8").splitlines()
+    lines = (FOLDER / "growth.jsonl").read_text("utf-8").splitlines()
     points = [
         point for point in map(json.loads, lines) if point["curve"] == "documents" and point["method"] == "regrad"
     ]
-    card = " ".join((FOLDER / "README.md").read_text("utf-8").split())
+    card = " ".join(EARLIER.read_text("utf-8").split())
     first, last = points[0], points[-1]
     for point in (first, last):
         f1 = point["f1"]

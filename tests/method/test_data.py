@@ -120,7 +120,7 @@ def test_the_same_text_in_other_clothes_is_a_leak_and_a_quotation_is_not() -> No
 
 def test_the_sample_that_ships_is_whole_and_its_sets_may_be_passed_on() -> None:
     data = load_split(SAMPLE, "test")
-    assert data.set_names == ("squad", "nq", "qamr", "pubmedqa")
+    assert data.set_names == ("squad", "nq", "qamr", "pubmedqa", "records")
     assert all(len({q.documents[0] for q in data.questions if q.set_name == name}) == 40 for name in data.set_names)
     sources = (SAMPLE / "SOURCES.md").read_text("utf-8")
     haystack = {document.set_name for document in load_documents(SAMPLE, "haystack").values()}
