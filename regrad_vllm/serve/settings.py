@@ -50,7 +50,7 @@ class Settings:
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
     mode: Mode = "cue"  # what a prompt gets of the documents: blind nothing, cue sentences, icl all, auto cue or icl
     cue_sentences: int = 2  # of a prompt in mode cue, of all documents together, at most 4
-    min_confidence: float = 0.5  # in mode auto an answer with less, from 0 to 1, is asked for again in mode icl
+    min_confidence: float = 0.7  # in mode auto an answer with less, from 0 to 1, is asked for again in mode icl
     default: bool = False  # on: requests to the base model's own name have ReGrad too
     on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error
     documents: Documents = "read"  # what HTTP may do with documents: off: nothing, read: no change, write: all

@@ -12,6 +12,7 @@ import pytest
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.evaluate.answers import Record
 from regrad_vllm.evaluate.summary import Report, summarise
+from regrad_vllm.reporting.intervals import Interval
 
 ROOT = Path(__file__).parents[2]
 FOLDER = shipped_learner()
@@ -46,6 +47,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}".replace("-", "−")
 
 
+def interval(value: Interval, *, signed: bool = False) -> str:
+    sign = "+" if signed and value.mean > 0 else ""
+    return f"{sign}{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]"
+
+
 def tables(page: Path) -> list[list[list[str]]]:
     """A page's tables as rows of cells, without their heads."""
     found: list[list[list[str]]] = []
@@ -62,22 +68,20 @@ def tables(page: Path) -> list[list[list[str]]]:
 @pytest.mark.parametrize("name", TABLES)
 def test_the_cards_table_is_the_reports(name: str) -> None:
     (rows,) = [table for table in tables(PAGE_OF[name]) if table[0][0] == "document retrieved"]
-    said = report(name)
+    said, found = report(name), summary(name)
     assert [cell for cell in rows[0][2:]] == [f"{100 * entry['recall']:.0f}" for entry in said["sets"]]
     assert len(rows) == 1 + len(TABLES[name])
     for method, cells in zip(TABLES[name], rows[1:], strict=True):
-        whole = said["overall"][method]
-        assert cells[1] == f"{percent(whole['mean'])} [{percent(whole['low'])}, {percent(whole['high'])}]", method
+        assert cells[1] == interval(found.overall[method]), method
         assert cells[2:] == [percent(entry["rows"][method]["f1"]["mean"]) for entry in said["sets"]], method
 
 
 def test_the_readmes_table_is_that_of_the_served_report() -> None:
-    every, real = summary("served"), summary("served", "fresh", "pubmedqa")
+    every, real = summary("served"), summary("served", "fresh", "pubmedqa", "records")
     rows = tables(ROOT / "README.md")[0]
     methods = ("base", "rag", "rag_learner", "ft_rag", "ft_rag_sentence", "regrad", "regrad_cue", "regrad_icl")
     for method, cells in zip(methods, rows, strict=True):
-        whole = every.overall[method]
-        assert cells[1].replace("*", "") == f"{percent(whole.mean)} [{percent(whole.low)}, {percent(whole.high)}]"
+        assert cells[1].replace("*", "") == interval(every.overall[method])
         assert cells[2] == percent(real.overall[method].mean), method
 
 
@@ -89,19 +93,34 @@ def test_the_report_follows_from_the_answers(name: str) -> None:
             assert getattr(found.overall[method], key) == pytest.approx(said["overall"][method][key], abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "without"), [("served", ("pubmedqa",)), ("in_process", ("pubmedqa",)), ("served", ())]
-)
-def test_the_paired_differences_stand_on_the_card(name: str, without: tuple[str, ...]) -> None:
-    card = " ".join(PAGE_OF[name].read_text("utf-8").split())
-    compared = {(each.method, each.other): each.difference for each in summary(name, *without).comparisons}
-    pairs = [("regrad", "rag_learner"), ("regrad_icl", "ft_rag"), ("regrad_icl", "rag_learner")]
-    if "regrad_cue" in TABLES[name]:
-        pairs += [("regrad_cue", "ft_rag_sentence"), ("regrad_cue", "ft_rag"), ("regrad_cue", "regrad")]
-    for pair in pairs:
-        value = compared[pair]
-        sign = "+" if value.mean > 0 else ""
-        assert f"{sign}{percent(value.mean)} [{percent(value.low)}, {percent(value.high)}]" in card, (pair, value)
+PAIRS = (
+    ("regrad_cue", "ft_rag_sentence"), ("regrad_cue", "ft_rag"), ("regrad_cue", "regrad"), ("regrad_icl", "ft_rag"),
+    ("regrad_icl", "rag_learner"), ("regrad", "rag_learner"), ("regrad", "regrad_wrong"),
+)  # fmt: skip
+
+
+def test_the_paired_differences_stand_on_the_card() -> None:
+    (rows,) = [table for table in tables(CARD) if table[0][0].startswith("(ReGrad + two sentences) − ")]
+    for column, without in enumerate(((), ("pubmedqa",), ("pubmedqa", "fresh")), start=1):
+        compared = {(each.method, each.other): each.difference for each in summary("served", *without).comparisons}
+        assert [row[column] for row in rows] == [interval(compared[pair], signed=True) for pair in PAIRS]
+
+
+def test_the_earlier_differences_stand_on_the_earlier_card() -> None:
+    page = " ".join(EARLIER.read_text("utf-8").split())
+    compared = {(each.method, each.other): each.difference for each in summary("in_process", "pubmedqa").comparisons}
+    for pair in (("regrad", "rag_learner"), ("regrad_icl", "ft_rag"), ("regrad_icl", "rag_learner")):
+        assert interval(compared[pair], signed=True) in page, pair
+
+
+def test_validation_on_the_card_is_that_of_the_experiments() -> None:
+    with gzip.open(ROOT / "benchmarks" / "experiments" / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    (rows,) = [table for table in tables(CARD) if table[0][0] == "ReGrad (`blind`)"]
+    ways = [("cue_third", "blind"), ("reader", "cue2"), ("cue_third", "cue2"), ("cue_third", "icl"), ("reader", "icl")]
+    for row, (learner, way) in zip(rows, ways, strict=True):
+        f1 = [each["f1"] for each in answers if (each["learner"], each["way"]) == (learner, way)]
+        assert len(f1) == 300 and row[2] == percent(sum(f1) / len(f1)), row
 
 
 def test_growths_points_are_those_of_the_card() -> None:

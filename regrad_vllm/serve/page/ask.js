@@ -8,8 +8,8 @@ const METHODS = [
   { id: "base", name: "Base", hint: "the model alone" },
   { id: "rag", name: "RAG", hint: "documents in the prompt" },
   { id: "regrad", name: "ReGrad", hint: "documents as gradients", mode: "blind" },
-  { id: "cue", name: "ReGrad + cue", hint: "gradients and the nearest sentences", mode: "cue", off: true },
-  { id: "icl", name: "ReGrad + ICL", hint: "gradients and documents in the prompt", mode: "icl" },
+  { id: "cue", name: "ReGrad + cue", hint: "gradients and the nearest sentences", mode: "cue" },
+  { id: "icl", name: "ReGrad + ICL", hint: "gradients and documents in the prompt", mode: "icl", off: true },
 ];
 const EXAMPLE = {
   id: "ship-the-quilegren", title: "the Quilegren",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from regrad_vllm.learner import Learner
 from regrad_vllm.serve.recipe import ADAPTER_ID, PATH_PREFIX
 from regrad_vllm.serve.seams import worker_seams
-from regrad_vllm.serve.seams.seam import PATCH_MARK, replace_by
+from regrad_vllm.serve.seams.seam import PATCH_MARK, check_seams, replace_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
 
-WAIT_SECONDS = 1e-4  # a step of the smallest model that is served takes 50 times as long
+WAIT_SECONDS = 1e-4
 _CPU_WRAPPER = "regrad_vllm.serve.seams.cpu_wrapper.DocumentsPunicaWrapper"
 _CUDA_WRAPPER = "regrad_vllm.serve.seams.cuda_wrapper.CudaPunicaWrapper"
 
@@ -176,11 +176,14 @@ def install_waits() -> None:
     """On CPUs, processes of the engine that wait for each other sleep between looks. vLLM's yield in a loop instead.
 
     On two cores that loop kept unrelated processes from running for up to 3 s (Linux 6.18), the server's own too.
+    SeamError if vLLM waits otherwise.
     """
+    if not worker_seams.is_cpu():
+        return
+    check_seams(worker_seams.CPU_SEAMS)
     from vllm.distributed.device_communicators import shm_broadcast
 
-    if worker_seams.is_cpu():
-        replace_by(shm_broadcast, "sched_yield", _wait)
+    replace_by(shm_broadcast, "sched_yield", _wait)
 
 
 def _wait() -> None:

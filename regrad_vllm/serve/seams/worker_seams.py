@@ -58,12 +58,14 @@ WORKER_SEAMS: tuple[Seam, ...] = (
         ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"),
         "maps the batch's rows to slots",
     ),
+    Seam("vllm.lora.lora_model", "LoRAModel", None, "holds one adapter"),
+    Seam("vllm.lora.lora_weights", "LoRALayerWeights", None, "holds A and B of one module"),
+)  # fmt: skip
+CPU_SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.distributed.device_communicators.shm_broadcast", "sched_yield", (),
         "is called in a loop while a process of the engine waits for another",
     ),
-    Seam("vllm.lora.lora_model", "LoRAModel", None, "holds one adapter"),
-    Seam("vllm.lora.lora_weights", "LoRALayerWeights", None, "holds A and B of one module"),
 )  # fmt: skip
 
 

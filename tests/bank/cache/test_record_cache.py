@@ -137,7 +137,13 @@ async def test_a_silent_cache_raises_nothing_and_removes_later_what_it_could_not
 ) -> None:
     monkeypatch.setattr(redis_node, "COOL_DOWN_SECONDS", 0.0)
     async with backend.cache(SILENT_MS) as cache:
-        await cache.put(RECORDS)
+
+        async def is_there() -> bool:
+            await cache.put(RECORDS)
+            await cache.retry()
+            return not cache.may_have(RECORDS)
+
+        await until(is_there)
         backend.send(signal.SIGSTOP)
         try:
             async with asyncio.timeout(30):

@@ -44,7 +44,7 @@ def test_every_control_is_reached_with_tab_and_the_answers_are_spoken(asking: Pa
     asking.keyboard.type("Who is the harbour master?")
     asking.keyboard.press("Enter")
     expect(asking.locator("#spoken")).to_have_text(
-        "Base: Ada Quist.. RAG: Ada Quist.. ReGrad: Ada Quist.. ReGrad + ICL: Ada Quist."
+        "Base: Ada Quist.. RAG: Ada Quist.. ReGrad: Ada Quist.. ReGrad + cue: Ada Quist."
     )
     expect(asking.locator("#spoken")).to_have_attribute("aria-live", "polite")
 
@@ -62,7 +62,7 @@ def test_only_answers_that_ended_well_are_compared(asking: Page) -> None:
             answer(route, text)
 
     asking.route("**/v1/chat/completions", reply)
-    for method in ("RAG", "ReGrad", "ReGrad + ICL"):
+    for method in ("RAG", "ReGrad", "ReGrad + cue"):
         asking.get_by_label(method, exact=True).uncheck()
     asking.get_by_label("Your question").fill("Who is it?")
     asking.get_by_label("Your question").press("Enter")

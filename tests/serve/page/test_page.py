@@ -110,9 +110,9 @@ def test_from_a_pasted_document_to_an_answer_that_changes_without_it(
     ).json()  # fmt: skip
     assert regrad.locator(".answer").inner_text().split() == expected["choices"][0]["message"]["content"].split()
     tokens = {name: int(answers(page, name).locator("dd").nth(1).inner_text().split("t")[0]) for name in
-              ("Base", "RAG", "ReGrad", "ReGrad + ICL")}  # fmt: skip
+              ("Base", "RAG", "ReGrad", "ReGrad + cue")}  # fmt: skip
     assert tokens["ReGrad"] == expected["usage"]["prompt_tokens"] == tokens["Base"]
-    assert tokens["RAG"] == tokens["ReGrad + ICL"] > tokens["ReGrad"]
+    assert tokens["RAG"] > tokens["ReGrad"] and tokens["ReGrad + cue"] > tokens["ReGrad"]
 
     # The document: its text and origin; without it the answer is another.
     regrad.get_by_role("button", name="Orlen").click()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, Gauge
 from vllm.distributed.device_communicators import shm_broadcast
+from vllm.distributed.utils import sched_yield
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
@@ -22,6 +23,7 @@ from vllm.v1.worker.gpu.lora_utils import LoraState
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from regrad_vllm.serve.recipe import Recipe
+from regrad_vllm.serve.seams import worker_seams
 from regrad_vllm.serve.seams.seam import SeamError, check_seams
 from regrad_vllm.serve.seams.server_seams import (
     SERVER_SEAMS,
@@ -39,11 +41,12 @@ from regrad_vllm.serve.seams.worker_patches import (
     install_steps,
     install_waits,
 )
-from regrad_vllm.serve.seams.worker_seams import WORKER_SEAMS
+from regrad_vllm.serve.seams.worker_seams import CPU_SEAMS, WORKER_SEAMS
 
 
 def test_the_installed_vllm_has_every_seam() -> None:
     check_seams(WORKER_SEAMS)
+    check_seams(CPU_SEAMS)
     check_seams(SERVER_SEAMS)
 
 
@@ -63,13 +66,18 @@ def test_a_seam_that_is_gone_is_an_error_that_says_what_it_was_for() -> None:
 
 def test_a_process_that_waits_for_another_leaves_its_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)  # gets it back at the end
+    monkeypatch.setattr(worker_seams, "is_cpu", lambda: False)
     install_waits()
+    assert shm_broadcast.sched_yield is sched_yield, "GPUs have cores to spare"
+    monkeypatch.setattr(worker_seams, "is_cpu", lambda: True)
+    install_waits()
+    assert shm_broadcast.sched_yield is not sched_yield
     writer = shm_broadcast.MessageQueue(n_reader=1, n_local_reader=1)
     reader = shm_broadcast.MessageQueue.create_from_handle(writer.export_handle(), 0)
     begun = time.process_time()
     with pytest.raises(TimeoutError):
         reader.dequeue(timeout=0.4)
-    assert time.process_time() - begun < 0.2, "it would be the whole time"
+    assert time.process_time() - begun < 0.2, "a loop of yields takes the whole time, on a core of its own"
 
 
 def test_a_prefix_cache_that_knows_adapters_by_id_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

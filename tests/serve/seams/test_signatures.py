@@ -10,13 +10,13 @@ import pytest
 from benchmarks.tools.vllm_signatures import TABLE, as_text, signature
 from regrad_vllm.serve.seams.seam import READ_IN, Seam
 from regrad_vllm.serve.seams.server_seams import SERVER_SEAMS
-from regrad_vllm.serve.seams.worker_seams import WORKER_SEAMS
+from regrad_vllm.serve.seams.worker_seams import CPU_SEAMS, WORKER_SEAMS
 
 TABLE_OF: dict[str, dict[str, list[str] | None]] = json.loads(TABLE.read_text())
 
 
 @pytest.mark.parametrize("version", TABLE_OF)
-@pytest.mark.parametrize("seam", WORKER_SEAMS + SERVER_SEAMS, ids=lambda seam: seam.path)
+@pytest.mark.parametrize("seam", WORKER_SEAMS + CPU_SEAMS + SERVER_SEAMS, ids=lambda seam: seam.path)
 def test_a_seam_is_in_each_version_that_was_read(version: str, seam: Seam) -> None:
     name = f"{seam.module}:{seam.path}"
     assert name in TABLE_OF[version], "make the table again: python -m benchmarks.tools.vllm_signatures"
