@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.evaluate.answers import Record
 from regrad_vllm.evaluate.summary import Report, summarise
+from regrad_vllm.learn.train_config import TrainConfig
 from regrad_vllm.reporting.intervals import Interval
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +123,16 @@ def test_validation_on_the_card_is_that_of_the_experiments() -> None:
     for row, (learner, way) in zip(rows, ways, strict=True):
         f1 = [each["f1"] for each in answers if (each["learner"], each["way"]) == (learner, way)]
         assert len(f1) == 300 and row[2] == percent(sum(f1) / len(f1)), row
+
+
+def test_each_part_of_make_train_goes_on_from_an_earlier_one() -> None:
+    parts = re.findall(r"cli train (\S+\.toml)", (ROOT / "Makefile").read_text("utf-8"))
+    made: list[Path] = []
+    for part in map(ROOT.joinpath, parts):
+        config = TrainConfig.load(part, {"data_folder": "data"})
+        assert {Path(found).resolve() for found in (config.start, config.teacher) if found} <= set(made), part
+        made.append(Path(config.output).resolve())
+    assert made[-1].name == FOLDER.name and len(made) == 8
 
 
 def test_growths_points_are_those_of_the_card() -> None:
