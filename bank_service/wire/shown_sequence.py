@@ -30,10 +30,14 @@ class ShownSequence:
         return [(KEY, str(value))] if value else []
 
 
-def shown_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
-    """The sequence in a call's metadata, 0 without one. InvalidArgumentError."""
+def shown_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> int | None:
+    """The sequence in a call's metadata, 0 without one. None: the caller wants the newest state.
+
+    InvalidArgumentError.
+    """
     given = [value for key, value in metadata or () if key == KEY]
     for value in given:
         if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 19):
             raise InvalidArgumentError(f"{KEY} must be a sequence, 0 or more, got {value!r}", field=KEY)
-    return max(map(int, given), default=0)
+    shown = max(map(int, given), default=0)
+    return shown if shown < NEWEST else None

@@ -95,20 +95,18 @@ def _engine(url: str, begin: str, session: tuple[str, ...], **pool: int) -> sa.E
             "psycopg must be installed for a catalog in PostgreSQL; pip install '.[postgres]'"
         ) from error
 
-    def on_connect(connection: Any, record: Any) -> None:
-        record.info["pool"] = engine.pool
+    def on_connect(connection: Any, _record: object) -> None:
         connection.autocommit = True  # otherwise the driver begins transactions by itself
-        for statement in session:
-            connection.execute(statement)
+        try:
+            for statement in session:
+                connection.execute(statement)
+        except BaseException:
+            connection.close()  # the pool forgets it
+            raise
 
     def on_begin(connection: sa.Connection) -> None:
         run_text(connection, begin, None)
 
-    def on_checkin(connection: Any, record: Any) -> None:
-        if connection is not None and record.info.get("pool") is not engine.pool:
-            connection.close()  # the engine was disposed meanwhile, so nobody would take it again
-
     sa.event.listen(engine, "connect", on_connect)
-    sa.event.listen(engine, "checkin", on_checkin)
     sa.event.listen(engine, "begin", on_begin)
     return engine

@@ -12,9 +12,11 @@ import os
 import socket
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from operator import itemgetter
 from typing import Any
 from weakref import WeakSet
 
@@ -111,8 +113,9 @@ class PostgresReplica:
 
     def _needed(self, at_least: int) -> int | None:
         """The sequence that a state must have now. None where the primary hasn't told its own lately."""
-        oldest = time.monotonic() - self._max_staleness
-        return next((max(at_least, sequence) for sequence, read in self._marks if read >= oldest), None)
+        marks = self._marks
+        place = bisect_left(marks, time.monotonic() - self._max_staleness, key=itemgetter(1))
+        return max(at_least, marks[place][0]) if place < len(marks) else None
 
     def _sequence(self, connection: sa.Connection) -> int:
         """The last change of a state. RuntimeError where the server isn't a replica of the catalog, or not any more."""

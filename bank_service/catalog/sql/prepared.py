@@ -79,8 +79,10 @@ def run_text(
     except dialect.loaded_dbapi.Error as error:
         is_lost = dialect.is_disconnect(error, driver, None)
         if is_lost:
+            # The pool's other connections are broken, too. This is what SQLAlchemy does after its own statements:
+            # nobody gets them again, and each is closed.
+            connection.engine.pool._invalidate(connection.connection, error)
             connection.invalidate(error)
-            connection.engine.dispose()  # the pool's other connections are broken, too
         raise sa.exc.DBAPIError.instance(
             sql,
             None,
