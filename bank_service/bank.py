@@ -251,7 +251,7 @@ class Bank:
         return await in_thread(self._pools.reads, read)
 
     async def query(self, query: Query) -> QueryResult:
-        """Finds the nearest documents, or the named ones. It sees every change acknowledged before the call.
+        """Finds the nearest documents, or the named ones. Only a replica may lack a change acknowledged before.
 
         InvalidArgumentError, NotFoundError, LearnerMismatchError. LimitExceededError where the texts don't fit one
         message. DataLossError where a gradient is lost. OutOfRangeError where the bank no longer knows that past.
@@ -269,7 +269,7 @@ class Bank:
                 query = replace(query, at_least=None)
 
     async def query_batch(self, queries: Sequence[Query]) -> tuple[QueryResult, ...]:
-        """Answers each query on its own state of the bank. Each state has every change acknowledged before the call.
+        """Answers each query on its own state of the bank. Only a replica's may lack a change acknowledged before.
 
         Raises the errors of ``query``, with the query's index. LimitExceededError where the texts and gradients don't
         fit one message together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def publish(
     metrics.erasure_seconds.set_function(lambda: eraser.oldest_seconds)
     replica = stores.catalog.replica
     if replica is not None:
-        metrics.replica_staleness.set_function(lambda: replica.staleness_seconds)
+        metrics.replica_staleness.set_function(lambda: math.nan if (age := replica.staleness_seconds) is None else age)
         for outcome in replica.counts:
             metrics.replica_reads.labels(outcome).set_function(partial(replica.counts.__getitem__, outcome))
     metrics.cache.labels("hits").set_function(lambda: counts.hits)

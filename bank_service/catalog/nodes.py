@@ -118,8 +118,9 @@ class Replica(Protocol):
         ...
 
     @property
-    def staleness_seconds(self) -> float:
-        """It has every change that is older than this. Some of the newer ones may be there, too."""
+    def staleness_seconds(self) -> float | None:
+        """It has every change that is older than this. Some of the newer ones may be there, too. None: it isn't known
+        yet."""
         ...
 
     @property

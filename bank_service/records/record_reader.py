@@ -99,5 +99,8 @@ class RecordReader:
 
 def _not_found(digest: str) -> NotFoundError:
     return NotFoundError(
-        f"gradient {digest} belongs to no document now; query again for current digests", kind="gradient", name=digest
+        f"gradient {digest} belongs to no document now; query again for current digests, by a newest query where the "
+        "bank reads a replica",
+        kind="gradient",
+        name=digest,
     )

@@ -55,7 +55,7 @@ class BankMetrics:
         )
         self.replica_staleness = Gauge(
             "regrad_bank_replica_staleness_seconds",
-            "The catalog's replica has every change that is older; 0 without a replica",
+            "The catalog's replica has every change that is older; NaN until that is known, 0 without a replica",
             registry=self.registry,
         )
         self.replica_reads = Gauge(

@@ -51,8 +51,9 @@ class CueFinder:
         """
         if not (query.with_cue and result.hits):
             return result
-        at_least = None if query.at_least is None else result.sequence
-        texts = await in_thread(self._pools.reads, self._texts, [hit.sequence for hit in result.hits], at_least)
+        began = [hit.sequence for hit in result.hits]
+        at_least = None if query.at_least is None else max(query.at_least, *began)
+        texts = await in_thread(self._pools.reads, self._texts, began, at_least)
         if query.cue_text or vectors is None:
             with span("bank.embed"):
                 vectors = await in_thread(self._pools.query_embeds, embedded_query, self._embedder, query.question)

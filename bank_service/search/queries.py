@@ -33,7 +33,8 @@ class _Attempt:
 
 
 class Queries:
-    """Finds documents. A query sees at least every change that was acknowledged before it began."""
+    """Finds documents. A query sees at least every change that was acknowledged before it began, but for reads of a
+    replica."""
 
     def __init__(
         self,

@@ -42,10 +42,10 @@ def stats_response(stats: BankStats) -> pb.GetStatsResponse:
 
 
 def _replica(replica: Replica) -> pb.GetStatsResponse.Replica:
-    counts = replica.counts
+    counts, staleness = replica.counts, replica.staleness_seconds
     return pb.GetStatsResponse.Replica(
         is_up=replica.is_up,
-        staleness_ms=round(replica.staleness_seconds * 1000),
+        staleness_ms=None if staleness is None else round(staleness * 1000),
         num_reads=counts["replica"],
         num_behind=counts["behind"],
         num_down=counts["down"],

@@ -6,7 +6,8 @@ replica.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from bank_service.errors import InvalidArgumentError
 
@@ -19,14 +20,29 @@ class ShownSequence:
 
     def __init__(self) -> None:
         self._value = 0
+        self._is_unknown = False
 
     def advance(self, sequence: int) -> None:
         """The client has made this change."""
         self._value = max(self._value, sequence)
+        self._is_unknown = False
+
+    def lose(self) -> None:
+        """The client may have made a change without an answer. Until ``advance``, it asks for the newest state."""
+        self._is_unknown = True
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """A change is made inside the block. Any error loses it."""
+        try:
+            yield
+        except BaseException:
+            self.lose()
+            raise
 
     def metadata(self, *, newest: bool = False) -> list[tuple[str, str]]:
         """For a call. ``newest``: the answer must have every change acknowledged before."""
-        value = NEWEST if newest else self._value
+        value = NEWEST if newest or self._is_unknown else self._value
         return [(KEY, str(value))] if value else []
 
 

@@ -111,7 +111,8 @@ class AsyncBank:
     ) -> Deletion:
         """See ``Bank.delete``."""
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge, expected_version=expected_version)
-        deletion = messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
+        with self._shown.change():
+            deletion = messages.deletion_of(await self._ask(self._stub.DeleteDocument, request))
         self._shown.advance(deletion.sequence)
         return deletion
 

@@ -122,7 +122,8 @@ class Bank:
         purge: also erases its past versions. expected_version: VersionConflictError if it has another version.
         """
         request = pb.DeleteDocumentRequest(namespace=namespace, id=id, purge=purge, expected_version=expected_version)
-        deletion = messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
+        with self._shown.change():
+            deletion = messages.deletion_of(self._ask(self._stub.DeleteDocument, request))
         self._shown.advance(deletion.sequence)
         return deletion
 

@@ -27,7 +27,10 @@ class IngestCall:
     def __init__(
         self, method: Any, in_flight: int, metadata: tuple[tuple[str, str], ...], shown: ShownSequence
     ) -> None:
-        """``shown`` learns of each document that is stored. ValueError if ``in_flight`` is less than 1."""
+        """``shown`` learns of each document that is stored, or has no answer at the end.
+
+        ValueError if ``in_flight`` is less than 1.
+        """
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         self._in_flight = in_flight
@@ -82,6 +85,8 @@ class IngestCall:
 
     def cancel(self) -> None:
         """Ends the call, if it hasn't ended yet, and its threads."""
+        if self._num_sent > self._num_answered:
+            self._shown.lose()
         self._call.cancel()
         self._messages.put(None)
 

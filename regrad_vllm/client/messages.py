@@ -166,7 +166,8 @@ def stats_of(message: pb.GetStatsResponse) -> Stats:
 
 
 def _replica_of(message: pb.GetStatsResponse.Replica) -> ReplicaStats:
-    return ReplicaStats(message.is_up, message.staleness_ms, message.num_reads, message.num_behind, message.num_down)
+    staleness_ms = message.staleness_ms if message.HasField("staleness_ms") else None
+    return ReplicaStats(message.is_up, staleness_ms, message.num_reads, message.num_behind, message.num_down)
 
 
 def snapshot_progress_of(message: pb.CreateSnapshotResponse) -> SnapshotProgress:

@@ -175,7 +175,7 @@ class ReplicaStats:
     """A replica of a bank's catalog. The counts are of states that queries read since the bank's start."""
 
     is_up: bool  # it can be read
-    staleness_ms: int  # it has every change that is older than this
+    staleness_ms: int | None  # it has every change that is older than this; None: not known yet
     num_reads: int
     num_behind: int  # read at the primary, because the replica's state was too old
     num_down: int  # read at the primary, because the replica could not be read

@@ -12,6 +12,8 @@ import pytest
 
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.catalog.postgres.connect import reader_of, shown
+from bank_service.service.engine_checks import engine_states
+from bank_service.service.preflight import check_startable
 from bank_service.service.server import BankServer
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
@@ -94,6 +96,16 @@ async def test_queries_leave_a_replica_that_is_promoted(
         await going_on
         after = (await client.stats()).replica
         assert after is not None and not after.is_up and after.num_down > before.num_down
+    check_startable(config)
+    (state,) = (state for state in await engine_states(config) if state.engine == "PostgreSQL replica")
+    assert state.reached and [lack.stops for lack in state.lacks] == [False]
+    async with (
+        BankServer(config, HashEncoder(), HashEmbedder()) as server,
+        AsyncBank(server.address.target, spec=spec_of()) as client,
+    ):
+        assert len((await client.query(Query("owl 1", top_k=64))).hits) == 20
+        again = (await client.stats()).replica
+        assert again is not None and not again.is_up and again.staleness_ms is None
 
 
 def test_several_hosts_with_ports_are_all_tried() -> None:

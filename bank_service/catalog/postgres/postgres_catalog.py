@@ -87,8 +87,10 @@ class PostgresCatalog(SqlCatalog):
         if replica is not None:
             try:
                 self.replica = PostgresReplica(replica, self._engine, self._search_rows)
-            except BaseException:
+            except BaseException as error:
                 self.close()
+                if isinstance(error, sa.exc.SQLAlchemyError):
+                    raise unreachable(url, error) from error
                 raise
 
     def close(self) -> None:
@@ -121,6 +123,12 @@ class PostgresCatalog(SqlCatalog):
 
     def _reason(self, error: sa.exc.SQLAlchemyError) -> str:
         return error_name(error)
+
+    def finish_next(self) -> Future[bool]:
+        finished = super().finish_next()
+        if (replica := self.replica) is not None:
+            finished.add_done_callback(lambda _: replica.leave_past())
+        return finished
 
     def empty_log(self) -> Future[bool]:
         """True: the log is the server's own."""

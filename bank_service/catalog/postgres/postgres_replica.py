@@ -8,8 +8,6 @@ reads its own sequence in its first statement, so it is right also where a URL l
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
 from bisect import bisect_left
@@ -17,13 +15,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
-from typing import Any
-from weakref import WeakSet
 
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.connect import error_name, reader_of
-from bank_service.catalog.postgres.replica_check import check_standby, place_of
+from bank_service.catalog.postgres.lines import Lines
+from bank_service.catalog.postgres.replica_check import NotReplicatingError, check_standby, place_of
 from bank_service.catalog.sql.catalog_view import SqlView
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.catalog.sql.search_rows import SearchRows
@@ -36,7 +33,10 @@ logger = logging.getLogger(__name__)
 LOOKS = 4  # at both servers, in the time that a state may be old
 HANG_SECONDS = 3.0  # a replica without an answer for so long loses its connections
 MAX_MARKS = 512
-_STATE = "SELECT sequence, pg_is_in_recovery() FROM collection"
+# The last two change without a new sequence.
+_STATE = (
+    "SELECT sequence, pg_is_in_recovery(), learner_fingerprint, (SELECT version FROM words_version) FROM collection"
+)
 
 
 class PostgresReplica:
@@ -52,30 +52,39 @@ class PostgresReplica:
         self._search_rows = search_rows
         self._max_staleness = settings.max_staleness_ms / 1000
         self._marks: tuple[tuple[int, float], ...] = ()  # sequences of the primary, and when each was last read there
-        self._fresh_at = time.monotonic()
+        self._made_with: tuple[str | None, ...] = ()  # the primary's learner and version of words, at the last mark
+        self._not_before = 0.0  # marks from before don't count
+        self._fresh_at: float | None = None
+        self._looking_since: float | None = None  # at the replica
         self._failures = Seldom()
-        self._connections: WeakSet[Any] = WeakSet()  # the driver's
-        self._engine = reader_of(settings.url)
-        sa.event.listen(self._engine, "connect", lambda connection, _: self._connections.add(connection))
+        self._lines = Lines()
         with primary.connect() as connection:
             self._place = place_of(connection)
+        self._engine = reader_of(settings.url)
+        self._lines.follow(self._engine)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="bank-replica", daemon=True)
+        threading.Thread(target=self._watch, name="bank-replica-watch", daemon=True).start()
         try:
             self._look()
         except BaseException:
+            self._stopped.set()
             self._engine.dispose()
             raise
         self._thread.start()
 
     @property
-    def staleness_seconds(self) -> float:
-        return time.monotonic() - self._fresh_at
+    def staleness_seconds(self) -> float | None:
+        return None if self._fresh_at is None else time.monotonic() - self._fresh_at
+
+    def leave_past(self) -> None:
+        """The collection has another learner. From now on no view is of a state from before."""
+        self._not_before = time.monotonic()
 
     def close(self) -> None:
         self._stopped.set()
         self._thread.join(1.0)  # a server that hangs must not hold up the stop
-        self._cut()
+        self._lines.close()
         self._engine.dispose()
 
     @contextmanager
@@ -99,8 +108,8 @@ class PostgresReplica:
         if self.is_up and needed is not None:
             try:
                 connection = stack.enter_context(self._engine.begin())
-                sequence = self._sequence(connection)
-                outcome = "replica" if sequence >= needed else "behind"
+                sequence, made_with = self._state(connection)
+                outcome = "replica" if sequence >= needed and made_with == self._made_with else "behind"
             except (sa.exc.SQLAlchemyError, RuntimeError) as error:
                 self.is_up = False
                 self._note_down(error)
@@ -114,18 +123,22 @@ class PostgresReplica:
     def _needed(self, at_least: int) -> int | None:
         """The sequence that a state must have now. None where the primary hasn't told its own lately."""
         marks = self._marks
-        place = bisect_left(marks, time.monotonic() - self._max_staleness, key=itemgetter(1))
+        oldest = max(time.monotonic() - self._max_staleness, self._not_before)
+        place = bisect_left(marks, oldest, key=itemgetter(1))
         return max(at_least, marks[place][0]) if place < len(marks) else None
 
-    def _sequence(self, connection: sa.Connection) -> int:
-        """The last change of a state. RuntimeError where the server isn't a replica of the catalog, or not any more."""
+    def _state(self, connection: sa.Connection) -> tuple[int, tuple[str | None, ...]]:
+        """The last change of a state, and its learner and version of words.
+
+        RuntimeError where the server is no replica of the catalog, or no longer one.
+        """
         if not connection.info.get("is_checked"):
             check_standby(connection, self._url, self._place)
             connection.info["is_checked"] = True
-        ((sequence, is_standby),) = run_text(connection, _STATE)
+        ((sequence, is_standby, learner, words),) = run_text(connection, _STATE)
         if not is_standby:
-            raise RuntimeError("catalog_read must stay in recovery, it takes writes now; its reads go to --catalog")
-        return int(sequence)
+            raise NotReplicatingError("catalog_read must stay in recovery, it takes writes now")
+        return int(sequence), (learner, words)
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self._max_staleness / LOOKS)):
@@ -133,37 +146,38 @@ class PostgresReplica:
                 self._look()
 
     def _look(self) -> None:
-        """Asks both servers. RuntimeError where the URL leads to no replica of the catalog."""
+        """Asks both servers. RuntimeError where the URL leads to another catalog's server."""
         try:
             read = time.monotonic()
             with self._primary.connect() as connection:
-                ((sequence, _),) = run_text(connection, _STATE)
+                ((sequence, _, learner, words),) = run_text(connection, _STATE)
         except sa.exc.SQLAlchemyError:
             return  # without marks, nothing is read here
+        self._made_with = learner, words
         earlier = [mark for mark in self._marks if mark[0] < sequence]  # after a failover, sequences may be lower
         self._marks = (*earlier[-MAX_MARKS:], (int(sequence), read))
-        cut = threading.Timer(HANG_SECONDS, self._cut)
-        cut.start()
+        self._looking_since = time.monotonic()
         try:
             with self._engine.begin() as connection:
-                replayed = self._sequence(connection)
+                replayed, made_with = self._state(connection)
         except (sa.exc.SQLAlchemyError, RuntimeError) as error:
             self.is_up = False
             self._note_down(error)
-            if isinstance(error, RuntimeError):
+            if isinstance(error, RuntimeError) and not isinstance(error, NotReplicatingError):
                 raise
             return
         finally:
-            cut.cancel()
+            self._looking_since = None
         self.is_up = True
-        self._fresh_at = max(self._fresh_at, *(read for sequence, read in self._marks if sequence <= replayed), 0.0)
+        reads = [read for sequence, read in self._marks if sequence <= replayed]
+        if reads and made_with == self._made_with:
+            self._fresh_at = max(reads)
 
-    def _cut(self) -> None:
-        """Ends all connections, so that nobody waits for a replica that hangs."""
-        for connection in list(self._connections):
-            # A connection that is closed has no socket.
-            with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as line:
-                line.shutdown(socket.SHUT_RDWR)
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.5):
+            since = self._looking_since
+            if since is not None and time.monotonic() - since > HANG_SECONDS:
+                self._lines.cut()
 
     def _note_down(self, error: Exception) -> None:
         if not self._stopped.is_set() and self._failures.is_due():

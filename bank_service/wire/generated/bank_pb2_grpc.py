@@ -148,9 +148,10 @@ class BankServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BatchQuery(self, request, context):
-        """Several queries in one call, answered in their order. Each sees every change acknowledged before the call and
-        says by its own sequence which state it reflects; changes during the call may show in some answers only. Where
-        one query can't be answered none is: the error's field starts with "queries[i]", its index is i.
+        """Several queries in one call, answered in their order. Each sees every change acknowledged before the call,
+        but for reads of a replica as in Query, and says by its own sequence which state it reflects; changes during the
+        call may show in some answers only. Where one query can't be answered none is: the error's field starts with
+        "queries[i]", its index is i.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
