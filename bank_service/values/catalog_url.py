@@ -17,9 +17,15 @@ class ReplicaSettings:
     max_staleness_ms: int
 
 
+def netloc_of(url: str) -> str:
+    """The part between ``//`` and the path. ``urlsplit`` refuses a list with an IPv6 address in newer Pythons."""
+    found = re.match(r"[\w+.-]+://([^/?#]*)", url)
+    return found[1] if found else ""
+
+
 def hosts_of(url: str) -> list[tuple[str, int | None]]:
     """Each host before the database's name, with its port. ValueError for a port that is no number."""
-    places = urlsplit(url).netloc.rpartition("@")[2].split(",")
+    places = netloc_of(url).rpartition("@")[2].split(",")
     hosts = [urlsplit(f"//{place}") for place in places]
     return [(host.hostname or "", host.port) for host in hosts]
 
@@ -31,7 +37,7 @@ def check_catalog_url(url: str, setting: str) -> None:
         got = f"{scheme[0]}://…" if scheme else "something else"
         raise ValueError(f"{setting} must start with postgresql://, got {got}")
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url.replace(netloc_of(url), "", 1))
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
         hosts = hosts_of(url)
         has_ports = all(port != 0 for _, port in hosts)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.membership import BEGIN_WRITE, IDLE_SECONDS
 from bank_service.catalog.sql.prepared import run_text
-from bank_service.values.catalog_url import hosts_of
+from bank_service.values.catalog_url import hosts_of, netloc_of
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # the longest that one statement of a reader may take
@@ -76,7 +75,7 @@ def _parsed(url: str) -> sa.URL:
     hosts = hosts_of(url)
     if len(hosts) == 1:
         return sa.make_url(url)
-    netloc = urlsplit(url).netloc
+    netloc = netloc_of(url)
     bare = url.replace(netloc, "".join(netloc.rpartition("@")[:2]), 1)
     names, ports = zip(*hosts, strict=True)
     return sa.make_url(bare).update_query_dict(
