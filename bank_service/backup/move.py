@@ -23,7 +23,7 @@ from bank_service.backup.snapshot import BATCH, NUM_THREADS, Progress
 from bank_service.blobs.blob_store import BlobStore
 from bank_service.blobs.folder_objects import fsync_folder, write_durably
 from bank_service.blobs.place import restored_blobs, stored_blobs
-from bank_service.catalog.factory import CATALOG_FILE, MOVE_FILE, check_room, load_catalog, stopped_catalog
+from bank_service.catalog.factory import CATALOG_FILE, MOVE_FILE, check_load, load_catalog, stopped_catalog
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError, DataLossError
 from bank_service.runtime.data_dir import DataDir
@@ -62,7 +62,7 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
             owner.take()
             stack.callback(owner.release)
         catalog = stack.enter_context(stopped_catalog(source.data_dir, source.catalog))
-        check_room(target.catalog, catalog)
+        check_load(target.catalog, catalog, (_begun_before(target.data_dir) or {}).get("to", ""))
         collection_id = _begun(target.data_dir, catalog)
         taken = stored_blobs(source.data_dir, source.objects)
         given = restored_blobs(target.data_dir, target.objects, collection_id)
@@ -87,12 +87,17 @@ def _check_folders(source: BankPlace, target: BankPlace) -> None:
         raise CollectionMismatchError(f"a bank must be moved into another folder, got {folder} for both")
 
 
+def _begun_before(folder: Path) -> dict[str, str] | None:
+    """The collections of a move into the folder that was begun, "from" and "to"."""
+    try:
+        return dict(json.loads((folder / MOVE_FILE).read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+
+
 def _begun(folder: Path, source: StoppedCatalog) -> str:
     """Begins a move into a folder, or goes on with one. Returns the id of the new collection."""
-    try:
-        known = json.loads((folder / MOVE_FILE).read_text("utf-8"))
-    except FileNotFoundError:
-        known = None
+    known = _begun_before(folder)
     if known is None:
         found = sorted(path.name for path in folder.iterdir() if path.name != "lock")
         if found:

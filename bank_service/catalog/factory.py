@@ -103,11 +103,11 @@ def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextMa
     return sqlite_stopped.stopped(data_dir / CATALOG_FILE)
 
 
-def check_room(url: str | None, source: StoppedCatalog) -> None:
-    """RuntimeError where a server in PostgreSQL must be set up for more namespaces before ``load_catalog``, or where it
-    can't be reached."""
+def check_load(url: str | None, source: StoppedCatalog, collection_id: str) -> None:
+    """Raises what ``load_catalog`` would raise at its beginning for a server in PostgreSQL. RuntimeError also where it
+    must be set up for more namespaces. Changes nothing. ``collection_id``: of a move that goes on, or empty."""
     if url is not None:
-        bulk_load.check_room(url, source)
+        bulk_load.check_load(url, source, collection_id)
 
 
 def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collection_id: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres import partitions
-from bank_service.catalog.postgres.connect import reader_of, shown, writer_of
+from bank_service.catalog.postgres.connect import shown, writer_of
 from bank_service.catalog.postgres.copy_rows import copy_rows
 from bank_service.catalog.postgres.folder_mark import mark
 from bank_service.catalog.postgres.membership import Membership
@@ -31,16 +31,21 @@ LOCKS_PER_NAMESPACE = 13
 OTHER_LOCKS = 300
 
 
-def check_room(url: str, source: StoppedCatalog) -> None:
-    """RuntimeError where the server can't have the locks that ``load`` needs, or can't be reached."""
+def check_load(url: str, source: StoppedCatalog, collection_id: str) -> None:
+    """Raises what ``load`` would raise at its beginning. RuntimeError also where the server can't have the locks for it.
+
+    Changes nothing.
+    """
     assert isinstance(source, StoppedSqlCatalog)
     count = sa.select(sa.func.count()).select_from(namespace_usage)
     num_namespaces = int(source.connection.execute(count).scalar_one())
     wanted = num_namespaces * LOCKS_PER_NAMESPACE + OTHER_LOCKS
-    engine = reader_of(url)
+    engine = _loader_of(url)
     try:
-        with engine.connect() as connection:
+        with engine.connect() as connection, connection.begin() as transaction:
+            _is_new(connection, url, collection_id)
             ((per_transaction, num_transactions),) = run_text(connection, _LOCK_SETTINGS)
+            transaction.rollback()
     except sa.exc.SQLAlchemyError as error:
         raise unreachable(url, error) from error
     finally:
@@ -59,14 +64,10 @@ def load(url: str, folder: Path, source: StoppedCatalog, collection_id: str) -> 
     CatalogDamagedError where the rows differ, BankInUseError. RuntimeError where the server can't be used.
     """
     assert isinstance(source, StoppedSqlCatalog)
-    engine = writer_of(url)
-    sa.event.listen(engine, "connect", Membership(is_shared=False).enter)
+    engine = _loader_of(url)
     try:
         with engine.begin() as connection:
-            check_server(connection, url)
-            add_extension(connection, url)
-            check_schema(connection, url)
-            if _is_empty(connection, url, collection_id):
+            if _is_new(connection, url, collection_id):
                 _fill(connection, source, collection_id)
             counts = compare(source, connection, collection_id)
     except (sa.exc.SQLAlchemyError, engine.dialect.loaded_dbapi.Error) as error:
@@ -77,8 +78,18 @@ def load(url: str, folder: Path, source: StoppedCatalog, collection_id: str) -> 
     return counts
 
 
-def _is_empty(connection: sa.Connection, url: str, collection_id: str) -> bool:
-    """False where the catalog with this id is there. CollectionMismatchError for another one."""
+def _loader_of(url: str) -> sa.Engine:
+    engine = writer_of(url)
+    sa.event.listen(engine, "connect", Membership(is_shared=False).enter)
+    return engine
+
+
+def _is_new(connection: sa.Connection, url: str, collection_id: str) -> bool:
+    """False where the catalog with this id is there. CollectionMismatchError for another one. RuntimeError where the
+    database can't hold one."""
+    check_server(connection, url)
+    add_extension(connection, url)
+    check_schema(connection, url)
     if not sa.inspect(connection).has_table(collection.name):
         return True
     known = connection.execute(sa.select(collection.c.uuid)).scalar_one_or_none()

@@ -211,6 +211,7 @@ async def test_a_place_that_is_not_new_is_refused_and_stays_as_it_was(tmp_path: 
         with pytest.raises(CollectionMismatchError, match=message):
             list(move(source, target))
         assert files == (contents(tmp_path / "other"), contents(source.data_dir))
+    assert not contents(tmp_path / "newer"), "no gradient is copied to a place that can't be used"
     with pytest.raises(CollectionMismatchError, match="it has part of"):
         list(move(other, BankPlace(new)))
     for nowhere in (tmp_path / "nowhere", tmp_path):
