@@ -31,7 +31,7 @@ def objects_of(data_dir: Path, url: str | None) -> str | None:
     """
     try:
         stored: str = json.loads((data_dir / OBJECTS_FILE).read_text())["url"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if url is not None and (data_dir / _BLOBS).exists():
             raise CollectionMismatchError(
                 f"{data_dir} must be a new bank's for --objects, its gradients lie in the folder; `regrad move` "

@@ -104,7 +104,7 @@ def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextMa
 
 
 def check_load(url: str | None, source: StoppedCatalog, collection_id: str) -> None:
-    """Raises what ``load_catalog`` would raise at its beginning for a server in PostgreSQL. RuntimeError also where it
+    """Raises the errors of ``load_catalog`` at its beginning for a server in PostgreSQL. RuntimeError also where it
     must be set up for more namespaces. Changes nothing. ``collection_id``: of a move that goes on, or empty."""
     if url is not None:
         bulk_load.check_load(url, source, collection_id)

@@ -127,11 +127,11 @@ class PostgresServer:
             connection.execute(f"CREATE SCHEMA {name}")
         return self._url(_DATABASE) + "&options=" + quote(f"-csearch_path={name},public")
 
-    def new_database(self) -> str:
-        """The URL of a new, empty database."""
+    def new_database(self, options: str = "") -> str:
+        """The URL of a new, empty database. ``options``: of CREATE DATABASE."""
         name = f"database_{next(_numbers)}"
         with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} {options}")
         return self._url(name)
 
     def dumped_and_restored(self, url: str) -> str:

@@ -32,7 +32,7 @@ OTHER_LOCKS = 300
 
 
 def check_load(url: str, source: StoppedCatalog, collection_id: str) -> None:
-    """Raises what ``load`` would raise at its beginning. RuntimeError also where the server can't have the locks for it.
+    """Raises the errors of ``load`` at its beginning. RuntimeError also where the server can't have the locks for it.
 
     Changes nothing.
     """

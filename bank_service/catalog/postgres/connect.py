@@ -19,6 +19,7 @@ _SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count":
 _PARAMETERS: dict[str, str | int] = {
     "connect_timeout": CONNECT_SECONDS,
     "application_name": "regrad-bank",
+    "client_encoding": "utf8",  # without it a database of SQL_ASCII gives bytes, and couldn't be refused by name
     "tcp_user_timeout": 15_000,  # milliseconds
     **_SILENCE,
 }

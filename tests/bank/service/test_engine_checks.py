@@ -87,6 +87,23 @@ async def test_a_role_without_rights_lacks_them_by_name(data_dir: Path) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_in_another_encoding_is_refused_by_name(data_dir: Path, encoding: str) -> None:
+    url = shared_server().new_database(f"ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    config = BankConfig(data_dir=data_dir, catalog=url)
+    assert f"encoding UTF8, it has {encoding}!" in (await lacks(config))["PostgreSQL"]
+    with pytest.raises(RuntimeError, match=f"encoding UTF8, got {encoding}"):
+        await BankServer(config, HashEncoder(), HashEmbedder()).start()
+
+
+@pytest.mark.asyncio
+async def test_a_file_in_the_folders_place_is_told(data_dir: Path) -> None:
+    data_dir.write_text("a file")
+    (lack,) = (await lacks(BankConfig(data_dir=data_dir)))["folder"]
+    assert lack == f"the right to write in {data_dir}!"
+
+
+@pytest.mark.asyncio
 async def test_a_server_without_pgvector_and_one_that_is_away(data_dir: Path) -> None:
     new = shared_server().new_database()
     without = BankConfig(data_dir=data_dir, catalog=new + "&options=-cextension_control_path%3D/nowhere")
