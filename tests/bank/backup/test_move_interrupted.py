@@ -136,12 +136,12 @@ async def test_a_move_that_is_killed_at_any_time_goes_on(tmp_path: Path) -> None
                 process.kill()
                 process.wait()
                 num_killed += 1
-                seconds += 0.2
+                seconds += 0.08
             else:
                 assert process.returncode == 0
         if (target.data_dir / "catalog.id").exists() and not (target.data_dir / MOVE_FILE).exists():
             break  # it had ended, perhaps a moment before the kill
-    assert num_killed > 2
+    assert num_killed >= 2
     assert contents(source.data_dir) == files
     async with bank(target) as client:
         assert len((await client.list(page_size=1000)).documents) == 600
