@@ -71,6 +71,12 @@ def error_name(error: BaseException) -> str:
     return f"{type(cause).__name__} {state}" if state else type(cause).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line that the driver says, for the operator alone: it may have addresses."""
+    cause = getattr(error, "orig", None) or error
+    return (str(cause).strip() or error_name(error)).splitlines()[0]
+
+
 def _parsed(url: str) -> sa.URL:
     """SQLAlchemy takes several hosts with ports only as options."""
     hosts = hosts_of(url)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name, locks_of, shown
+from bank_service.catalog.postgres.connect import error_name, locks_of, reason_of, shown
 from bank_service.catalog.postgres.server_check import LEAST_SERVER, LEAST_VECTOR, check_free, numbers_of
 from bank_service.errors import BankInUseError
 from bank_service.values.engine_state import NO_START, EngineState, Lack
@@ -57,9 +57,7 @@ def database_states(url: str, *, is_shared: bool) -> tuple[EngineState, EngineSt
                 lacks.append(Lack("a catalog for itself", NO_START, str(error)))
         return EngineState(SERVER, True, version, tuple(lacks)), extension
     except sa.exc.SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
-        reason = (str(cause).strip() or error_name(error)).splitlines()[0]
-        remedy = f"start PostgreSQL, or mend --catalog or the password file; {shown(url)} gave: {reason}"
+        remedy = f"start PostgreSQL, or mend --catalog or the password file; {shown(url)} gave: {reason_of(error)}"
         lack = Lack("an answer", NO_START, remedy)
         return EngineState(SERVER, False, lacks=(lack,)), EngineState(EXTENSION, None)
     finally:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name, reader_of, shown
+from bank_service.catalog.postgres.connect import reader_of, reason_of, shown
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 
@@ -85,9 +85,7 @@ def replica_state(url: str, catalog: str) -> EngineState:
             cost = _ALL_AT_PRIMARY if isinstance(error, NotReplicatingError) else NO_START
             return EngineState(ENGINE, True, version, (Lack("a replica of --catalog", cost, str(error)),))
         except sa.exc.SQLAlchemyError as error:
-            cause = getattr(error, "orig", None) or error
-            reason = (str(cause).strip() or error_name(error)).splitlines()[0]
-            remedy = f"start it, or mend --catalog-read or the password file; {shown(url)} gave: {reason}"
+            remedy = f"start it, or mend --catalog-read or the password file; {shown(url)} gave: {reason_of(error)}"
             return EngineState(ENGINE, bool(version), version, (Lack("an answer", _ALL_AT_PRIMARY, remedy),))
 
 

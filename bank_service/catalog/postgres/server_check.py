@@ -6,7 +6,7 @@ import logging
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name, shown, writer_of
+from bank_service.catalog.postgres.connect import error_name, reason_of, shown, writer_of
 from bank_service.catalog.postgres.membership import Membership
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,7 @@ def check_free(url: str, *, is_shared: bool) -> None:
 
 def unreachable(url: str, error: Exception) -> RuntimeError:
     """The error for a bank's start. Its message goes to the operator alone, so it has the driver's first line."""
-    cause = getattr(error, "orig", None) or error
-    first = (str(cause).strip() or error_name(error)).splitlines()[0]
-    return RuntimeError(f"the catalog {shown(url)} must be reachable, got: {first}; is PostgreSQL running?")
+    return RuntimeError(f"the catalog {shown(url)} must be reachable, got: {reason_of(error)}; is PostgreSQL running?")
 
 
 def check_server(connection: sa.Connection, url: str) -> None:
