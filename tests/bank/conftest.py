@@ -20,12 +20,22 @@ from bank_service.testing.hash_encoder import HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.embedder import Embedder, default_embedder
 from benchmarks.servers.object_servers import ObjectServer, moto, seaweed
+from benchmarks.servers.postgres_server import PostgresServer
+from tests.bank.postgres_server import started
 from tests.bank.weather import Weather, weathered
 
 
 @pytest.fixture(scope="session")
 def embedder() -> Embedder:
     return default_embedder()
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL that no other test file uses, so its tests may stop it."""
+    server = started()
+    yield server
+    server.remove()
 
 
 @pytest.fixture

@@ -22,16 +22,8 @@ from bank_service.values.config import BankConfig
 from benchmarks.servers.object_servers import free_ports
 from benchmarks.servers.postgres_server import PostgresServer
 from regrad_vllm.client import AsyncBank, Bank, Document, Query
-from tests.bank.postgres_server import started
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[PostgresServer]:
-    server = started()
-    yield server
-    server.remove()
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psycopg
@@ -29,18 +29,10 @@ from bank_service.values.config import BankConfig
 from bank_service.wire.channel import SERVICE
 from bank_service.wire.generated import bank_pb2 as pb
 from benchmarks.servers.postgres_server import PostgresServer
-from tests.bank.postgres_server import started
 from tests.bank.records.test_fetch import ingested, whole
 from tests.bank.test_object_store import bank, gone
 
 GRACE_SECONDS = 2
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[PostgresServer]:
-    server = started()
-    yield server
-    server.remove()
 
 
 @pytest.fixture

@@ -29,25 +29,18 @@ HOUR = 3_600_000
 
 
 @pytest.fixture(scope="module")
-def primary() -> Iterator[PostgresServer]:
-    server = started()
-    yield server
-    server.remove()
-
-
-@pytest.fixture(scope="module")
-def standby(primary: PostgresServer) -> Iterator[PostgresServer]:
-    server = started(primary=primary)
+def standby(own_server: PostgresServer) -> Iterator[PostgresServer]:
+    server = started(primary=own_server)
     yield server
     server.remove()
 
 
 @pytest.fixture
 def config(
-    tmp_path: Path, primary: PostgresServer, standby: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_server: PostgresServer, standby: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[BankConfig]:
     monkeypatch.setattr(postgres_replica, "HANG_SECONDS", 60.0)  # a busy machine is no hang
-    catalog = primary.new_schema()
+    catalog = own_server.new_schema()
     yield BankConfig(data_dir=tmp_path, catalog=catalog, catalog_read=standby.beside(catalog), max_staleness_ms=HOUR)
     standby.execute("SELECT pg_wal_replay_resume()")
 
@@ -140,7 +133,7 @@ async def test_how_stale_the_replica_is_is_unknown_until_a_change_since_the_star
 
 @pytest.mark.asyncio
 async def test_a_write_without_an_answer_is_in_the_callers_next_query(
-    config: BankConfig, primary: PostgresServer, standby: PostgresServer
+    config: BankConfig, own_server: PostgresServer, standby: PostgresServer
 ) -> None:
     assert config.catalog is not None
 
@@ -294,11 +287,11 @@ async def test_queries_go_on_while_the_replica_hangs(
 
 @pytest.mark.asyncio
 async def test_what_is_no_replica_of_the_catalog_is_refused_by_name(
-    config: BankConfig, primary: PostgresServer, standby: PostgresServer
+    config: BankConfig, own_server: PostgresServer, standby: PostgresServer
 ) -> None:
     assert config.catalog is not None and config.catalog_read is not None
     for url, message in (
-        (standby.beside(primary.new_schema()), "with the schema bank_"),
+        (standby.beside(own_server.new_schema()), "with the schema bank_"),
         (config.catalog_read.replace("/bank?", "/postgres?"), "with the database bank, got postgres"),
         (shared_server().new_schema(), "with the cluster"),
     ):
@@ -330,10 +323,10 @@ async def test_what_is_no_replica_of_the_catalog_is_refused_by_name(
 
 @pytest.mark.asyncio
 async def test_a_replica_that_lacks_the_schema_yet_is_waited_for(
-    config: BankConfig, primary: PostgresServer, standby: PostgresServer
+    config: BankConfig, own_server: PostgresServer, standby: PostgresServer
 ) -> None:
     standby.execute("SELECT pg_wal_replay_pause()")
-    later = primary.new_schema()
+    later = own_server.new_schema()
     assert config.catalog_read is not None
     url = config.catalog_read.partition("&options")[0] + later[later.index("&options") :]
     lagging = replace(config, catalog=later, catalog_read=url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,13 +26,6 @@ from benchmarks.servers.postgres_server import PostgresServer
 from tests.bank.postgres_server import started
 
 TEXTS = {f"d{number}": f"the owl number {number} sits in tree {number % 5}" for number in range(30)}
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[PostgresServer]:
-    server = started()
-    yield server
-    server.remove()
 
 
 @pytest.fixture(params=["folder", "moto", pytest.param("seaweed", marks=pytest.mark.only_test_all)])

@@ -21,18 +21,9 @@ from bank_service.catalog.postgres import membership, postgres_nodes
 from bank_service.values.documents import PutResult
 from benchmarks.servers.postgres_server import PostgresServer
 from tests.bank.catalog.test_catalog import IDENTITY, document, gradient
-from tests.bank.postgres_server import started
 
 DIGEST = "0" * 64  # of ``gradient()``
 Opener = Callable[..., Catalog]
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[PostgresServer]:
-    """A server that no other test file uses."""
-    server = started()
-    yield server
-    server.remove()
 
 
 class Line:
