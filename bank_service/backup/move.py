@@ -11,6 +11,7 @@ folder, object store or snapshot of one of them is taken for the other's.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ from bank_service.catalog.factory import CATALOG_FILE, MOVE_FILE, check_load, lo
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError, DataLossError
 from bank_service.runtime.data_dir import DataDir
-from bank_service.runtime.ownership import Ownership
+
+MOVED_FILE = "moved.json"  # the same as MOVE_FILE, once the move has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,13 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
     """
     _check_folders(source, target)
     with ExitStack() as stack:
-        for place in (source, target):
-            owner: Ownership = DataDir(place.data_dir)
-            owner.take()
-            stack.callback(owner.release)
+        stack.enter_context(DataDir(source.data_dir).kept())
+        owner = DataDir(target.data_dir)
+        owner.take()
+        stack.callback(owner.release)
         catalog = stack.enter_context(stopped_catalog(source.data_dir, source.catalog))
-        check_load(target.catalog, catalog, (_begun_before(target.data_dir) or {}).get("to", ""))
+        _check_unmoved(target.data_dir, catalog)
+        check_load(target.catalog, catalog, (_noted(target.data_dir / MOVE_FILE) or {}).get("to", ""))
         collection_id = _begun(target.data_dir, catalog)
         taken = stored_blobs(source.data_dir, source.objects)
         given = restored_blobs(target.data_dir, target.objects, collection_id)
@@ -71,7 +74,7 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
         for progress in _copied(catalog, taken, given, num_gradients):
             yield progress
         num_rows = load_catalog(target.data_dir, target.catalog, catalog, collection_id)
-        (target.data_dir / MOVE_FILE).unlink()
+        os.replace(target.data_dir / MOVE_FILE, target.data_dir / MOVED_FILE)
         fsync_folder(target.data_dir)
         yield MoveProgress(
             num_gradients, num_gradients, progress.num_copied, progress.copied_bytes,
@@ -87,17 +90,25 @@ def _check_folders(source: BankPlace, target: BankPlace) -> None:
         raise CollectionMismatchError(f"a bank must be moved into another folder, got {folder} for both")
 
 
-def _begun_before(folder: Path) -> dict[str, str] | None:
-    """The collections of a move into the folder that was begun, "from" and "to"."""
+def _noted(file: Path) -> dict[str, str] | None:
+    """The collections of a move into the folder that has begun or ended, "from" and "to"."""
     try:
-        return dict(json.loads((folder / MOVE_FILE).read_text("utf-8")))
+        return dict(json.loads(file.read_text("utf-8")))
     except FileNotFoundError:
         return None
 
 
+def _check_unmoved(folder: Path, source: StoppedCatalog) -> None:
+    known = _noted(folder / MOVED_FILE)
+    if known is not None and known["from"] == source.collection_id:
+        raise CollectionMismatchError(
+            f"the bank was moved to {folder} already; start it there, or move it once more into another folder"
+        )
+
+
 def _begun(folder: Path, source: StoppedCatalog) -> str:
     """Begins a move into a folder, or goes on with one. Returns the id of the new collection."""
-    known = _begun_before(folder)
+    known = _noted(folder / MOVE_FILE)
     if known is None:
         found = sorted(path.name for path in folder.iterdir() if path.name != "lock")
         if found:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bank_service.blobs.blob_store import BlobStore, objects_in
 from bank_service.blobs.claim import OWNER, Claim, Owner
-from bank_service.blobs.folder_objects import write_durably
+from bank_service.blobs.folder_objects import FolderObjects, write_durably
 from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.blobs.shared_holds import SharedHolds
@@ -24,23 +24,24 @@ OBJECTS_FILE = "objects.json"
 _BLOBS = "blobs"  # the folder's part
 
 
-def objects_of(data_dir: Path, url: str | None) -> str | None:
+def objects_of(data_dir: Path, url: str | None, flag: str = "--objects") -> str | None:
     """The URL of the object store of a bank's folder; None: the folder has the gradients itself.
 
-    ``url`` is the choice for a folder without a bank. CollectionMismatchError where the bank has made another choice.
+    ``url`` is the choice for a folder without a bank, by ``flag``. CollectionMismatchError where the bank has made
+    another choice.
     """
     try:
         stored: str = json.loads((data_dir / OBJECTS_FILE).read_text())["url"]
     except (FileNotFoundError, NotADirectoryError):
         if url is not None and (data_dir / _BLOBS).exists():
             raise CollectionMismatchError(
-                f"{data_dir} must be a new bank's for --objects, its gradients lie in the folder; `regrad move` "
+                f"{data_dir} must be a new bank's for {flag}, its gradients lie in the folder; `regrad move` "
                 "carries the bank to another place"
             ) from None
         return url
     if url is not None and url.rstrip("/") != stored:
         raise CollectionMismatchError(
-            f"--objects must be {stored}, where the gradients of {data_dir} lie, got {url}; leave it out. "
+            f"{flag} must be {stored}, where the gradients of {data_dir} lie, got {url}; leave it out. "
             "`regrad move` carries the bank to another place"
         )
     return stored
@@ -134,12 +135,12 @@ def _lacks_gradients(place: str, remedy: str) -> CollectionMismatchError:
 
 
 def stored_blobs(data_dir: Path, url: str | None = None) -> BlobStore:
-    """Opens the store of a bank's gradients, whose bank is stopped. The errors of ``open_blobs``.
+    """Opens the store of a bank's gradients for reading, whose bank is stopped. The errors of ``open_blobs``.
 
-    ``url``: of its object store, where the folder may not know it.
+    ``url``: of its object store, where the folder may not know it, by --from-objects.
     """
-    chosen = objects_of(data_dir, url)
-    return BlobStore.in_folder(data_dir / _BLOBS) if chosen is None else BlobStore(_opened(chosen))
+    chosen = objects_of(data_dir, url, "--from-objects")
+    return BlobStore(FolderObjects(data_dir / _BLOBS, "tmp") if chosen is None else _opened(chosen))
 
 
 def restored_blobs(data_dir: Path, url: str | None, collection_id: str) -> BlobStore:

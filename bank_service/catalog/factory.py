@@ -97,7 +97,7 @@ def stopped_catalog(data_dir: Path, url: str | None = None) -> AbstractContextMa
     CollectionMismatchError where there is none, where the folder's catalog is elsewhere, or for one of another version.
     CatalogDamagedError. With a URL also BankInUseError, and RuntimeError where the server can't be used.
     """
-    check_folder(data_dir, url)
+    check_folder(data_dir, url, "--from-catalog")
     if url is not None:
         return postgres_stopped.stopped(url, data_dir)
     return sqlite_stopped.stopped(data_dir / CATALOG_FILE)
@@ -122,8 +122,9 @@ def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collec
     return sqlite_stopped.load(data_dir / CATALOG_FILE, source, collection_id)
 
 
-def check_folder(data_dir: Path, url: str | None) -> None:
-    """CollectionMismatchError where the folder's catalog is elsewhere, or where a move into it was interrupted."""
+def check_folder(data_dir: Path, url: str | None, flag: str = "--catalog") -> None:
+    """CollectionMismatchError where the folder's catalog is elsewhere than at the ``url`` of ``flag``, or where a move
+    into it was interrupted."""
     if (data_dir / MOVE_FILE).is_file():
         raise CollectionMismatchError(
             f"the bank must be in {data_dir} as a whole, but its move there was interrupted; run that `regrad move` "
@@ -131,11 +132,11 @@ def check_folder(data_dir: Path, url: str | None) -> None:
         )
     if url is None and (data_dir / MARK_FILE).is_file():
         raise CollectionMismatchError(
-            f"the bank in {data_dir} has its catalog in PostgreSQL; name it with --catalog, or use another data "
+            f"the bank in {data_dir} has its catalog in PostgreSQL; name it with {flag}, or use another data "
             "directory"
         )
     if url is not None and (data_dir / CATALOG_FILE).is_file():
         raise CollectionMismatchError(
-            f"the bank in {data_dir} has its catalog in {CATALOG_FILE} there; leave --catalog out, or use another data "
+            f"the bank in {data_dir} has its catalog in {CATALOG_FILE} there; leave {flag} out, or use another data "
             "directory"
         )

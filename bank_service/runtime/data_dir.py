@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -68,9 +70,22 @@ class DataDir:
         with lock:
             self._lock_file(lock)
 
-    def _lock_file(self, lock: IO[str]) -> None:
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps banks out meanwhile, and writes nothing. BankInUseError if one runs. A folder that no bank has used has
+        no lock, and stays open to them."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = (self.path / "lock").open()
+        except FileNotFoundError:
+            yield
+            return
+        with lock:
+            self._lock_file(lock, fcntl.LOCK_SH)  # several may read, and a lock to write needs a file open for writing
+            yield
+
+    def _lock_file(self, lock: IO[str], kind: int = fcntl.LOCK_EX) -> None:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"

@@ -23,6 +23,12 @@ def netloc_of(url: str) -> str:
     return found[1] if found else ""
 
 
+def without_password(url: str) -> str:
+    netloc = netloc_of(url)
+    user, at, hosts = netloc.rpartition("@")
+    return url.replace(netloc, user.partition(":")[0] + at + hosts, 1)
+
+
 def hosts_of(url: str) -> list[tuple[str, int | None]]:
     """Each host before the database's name, with its port. ValueError for a port that is no number."""
     places = netloc_of(url).rpartition("@")[2].split(",")

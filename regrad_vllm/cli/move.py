@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from bank_service.values.config import BankConfig
+from bank_service.values.catalog_url import check_catalog_url, without_password
+from bank_service.values.objects_url import check_objects_url
 from regrad_vllm.cli.backup import followed
 from regrad_vllm.console import CommandError, count, say
 
@@ -37,19 +38,25 @@ def run(args: argparse.Namespace) -> int:
     from bank_service.backup.move import BankPlace, MoveProgress, move
     from bank_service.errors import BankInUseError
 
-    # BankConfig checks the URLs, and makes the folders absolute.
-    source = BankConfig(data_dir=args.source, catalog=args.from_catalog, objects=args.from_objects)
-    target = BankConfig(data_dir=args.target, catalog=args.to_catalog, objects=args.to_objects)
+    for end in ("from", "to"):
+        for name, check in (("catalog", check_catalog_url), ("objects", check_objects_url)):
+            url = getattr(args, f"{end}_{name}")
+            if url is not None:
+                check(url, f"--{end}-{name}")
+    source = BankPlace(args.source.absolute(), args.from_catalog, args.from_objects)
+    target = BankPlace(args.target.absolute(), args.to_catalog, args.to_objects)
     try:
-        last = followed(move(*(BankPlace(each.data_dir, each.catalog, each.objects) for each in (source, target))))
+        last = followed(move(source, target))
     except BankInUseError as error:
         raise CommandError(str(error)) from error
     assert isinstance(last, MoveProgress)
-    start = f"`regrad bank --data-dir {shlex.quote(str(target.data_dir))}`"
-    start += " and the same --catalog" if args.to_catalog else ""
     rows = f"{count(sum(last.num_rows.values()), 'row')} of {count(len(last.num_rows), 'table')}"
     say(
         f"{target.data_dir}: the bank at change {last.sequence:,}, {count(last.num_gradients, 'gradient')}, "
-        f"{last.num_copied:,} of them copied, {rows} compared; start it with {start}"
+        f"{last.num_copied:,} of them copied, {rows} compared; start it with:"
     )
+    flags = ["--data-dir", str(target.data_dir)]
+    if target.catalog is not None:
+        flags += ["--catalog", without_password(target.catalog)]
+    say(shlex.join(["regrad", "bank", *flags]))
     return 0

@@ -144,6 +144,6 @@ def _take(connection: Any, statement: str) -> None:
 
 def _in_use() -> BankInUseError:
     return BankInUseError(
-        "another bank has this catalog in PostgreSQL; stop that bank, or name another database with --catalog. Several "
+        "another bank has this catalog in PostgreSQL; stop that bank, or name another database. Several "
         "banks can have one catalog only where the gradients of all lie in one object store (--objects)"
     )

@@ -15,10 +15,10 @@ CATALOG_FILE = "catalog.sqlite"
 _BLOB_FOLDERS = "??/*"
 
 
-def check_catalog(path: Path) -> None:
+def check_catalog(path: Path, mode: str = "mode=ro") -> None:
     """Checks the whole file, in 0.3 s for 100,000 documents if it is in the page cache. CatalogDamagedError where its
-    pages don't fit together."""
-    with naming_damage(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    pages don't fit together. ``mode``: of opening it."""
+    with naming_damage(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as connection:
         found = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
     if found != ["ok"]:
         raise damaged(path, " ".join("; ".join(found).split()))

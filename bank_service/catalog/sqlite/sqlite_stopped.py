@@ -24,11 +24,13 @@ from bank_service.catalog.stopped import StoppedCatalog
 
 @contextmanager
 def stopped(path: Path) -> Iterator[StoppedSqlCatalog]:
-    """The caller owns the bank's folder, so no bank opens the file. CollectionMismatchError where there is no catalog,
+    """The caller keeps banks out of the folder. CollectionMismatchError where there is no catalog,
     CatalogDamagedError."""
+    # SQLite makes files beside what it reads, unless it may rely on nobody's writing. A killed bank has left its log.
+    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     if path.is_file():
-        check_catalog(path)
-    engine = sa.create_engine(f"sqlite:///file:{quote(str(path.absolute()))}?mode=ro&uri=true")
+        check_catalog(path, mode)
+    engine = sa.create_engine(f"sqlite:///file:{quote(str(path.absolute()))}?{mode}&uri=true")
     try:
         with engine.connect() as connection:
             yield StoppedSqlCatalog(SqlView(connection, SqliteSearchRows()), str(path.parent))

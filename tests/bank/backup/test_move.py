@@ -110,9 +110,17 @@ async def seen(client: Client, as_of: list[int]) -> list[Any]:
 def contents(folder: Path) -> dict[str, str]:
     """The digest of each file, but for those that only tell who has the folder."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        name: digest
+        for name, digest in everything(folder).items()
+        if digest and name not in ("lock", "address.json", "catalog.sqlite-wal", "catalog.sqlite-shm")
+    }
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """The digest of each file, and an empty text for each folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("lock", "address.json", "catalog.sqlite-wal", "catalog.sqlite-shm")
     }
 
 
@@ -137,9 +145,9 @@ async def test_a_bank_is_the_same_everywhere_and_each_source_stays_as_it_was(tmp
     async with bank(source) as client:
         before = await seen(client, as_of)
     for name, place in places(tmp_path, objects_url).items():
-        files = contents(source.data_dir)
+        files = everything(source.data_dir)
         *steps, last = move(source, place)
-        assert contents(source.data_dir) == files
+        assert everything(source.data_dir) == files
         assert [step.num_done for step in steps] == sorted(step.num_done for step in steps)
         assert last.num_done == last.num_copied == last.num_gradients > 100
         assert last.num_rows.keys() == TABLES
@@ -217,8 +225,10 @@ async def test_a_place_that_is_not_new_is_refused_and_stays_as_it_was(tmp_path: 
     for nowhere in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(CollectionMismatchError, match="must be the folder of a bank"):
             list(move(BankPlace(nowhere), BankPlace(tmp_path / "newest")))
-    with pytest.raises(CollectionMismatchError, match="has its catalog in PostgreSQL; name it"):
+    with pytest.raises(CollectionMismatchError, match="has its catalog in PostgreSQL; name it with --from-catalog"):
         list(move(BankPlace(taken.data_dir), BankPlace(tmp_path / "newest")))
+    with pytest.raises(CollectionMismatchError, match="--from-objects must be"):
+        list(move(BankPlace(taken.data_dir, taken.catalog, "s3://other/x"), BankPlace(tmp_path / "newest")))
     async with bank(taken) as client:
         assert (await client.get("a")).document.text == "an owl"
         with pytest.raises(BankInUseError):

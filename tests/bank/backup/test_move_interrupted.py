@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sqlite3
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bank_service.backup.move import BankPlace, move
-from bank_service.catalog.factory import MOVE_FILE, stopped_catalog
+from bank_service.backup.move import MOVED_FILE, BankPlace, move
+from bank_service.catalog.factory import MOVE_FILE
 from bank_service.errors import CatalogDamagedError, CollectionMismatchError, DataLossError
 from bank_service.service.offline import scrub
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
@@ -39,17 +38,22 @@ async def test_a_move_goes_on_where_it_was_interrupted(tmp_path: Path, objects_u
     async with bank(source) as client:
         await client.delete("d0")
         changed = await client.put("d1", "another text")
-    note = (target.data_dir / MOVE_FILE).read_text()
     *_, last = move(source, target)
     assert last.num_gradients == 99 and last.num_copied < 99 - 32
     assert not (target.data_dir / MOVE_FILE).exists()
-    (target.data_dir / MOVE_FILE).write_text(note)  # as if it had been killed after its commit
+    with pytest.raises(CollectionMismatchError, match="moved to .* already"):
+        list(move(source, target))
+    (target.data_dir / MOVED_FILE).rename(target.data_dir / MOVE_FILE)  # as if it had been killed after its commit
     *_, last = move(source, target)
     assert last.num_copied == 0 and last.num_rows["versions"] == 100
     async with bank(target) as client:
         await whole(client, [*digests[2:60], changed.gradient_digest])
         assert (await client.query(text="another text", top_k=1)).hits[0].id == "d1"
         assert len((await client.list(page_size=1000)).documents) == 99
+    lost = BankPlace(tmp_path / "lost", target.catalog, objects_url)
+    lost.data_dir.mkdir()
+    *_, last = move(lost, BankPlace(tmp_path / "back"))
+    assert last.num_copied == 99 and not list(lost.data_dir.iterdir())
 
 
 @pytest.mark.asyncio
@@ -60,9 +64,7 @@ async def test_a_source_that_went_on_after_the_commit_needs_a_new_target(tmp_pat
     *_, last = move(source, target)
     async with bank(source) as client:
         await client.put("d0", "another text")
-    with stopped_catalog(source.data_dir) as stopped:
-        known = {"from": stopped.collection_id, "to": (target.data_dir / "catalog.id").read_text().strip()}
-    (target.data_dir / MOVE_FILE).write_text(json.dumps(known))
+    (target.data_dir / MOVED_FILE).rename(target.data_dir / MOVE_FILE)
     with pytest.raises(CatalogDamagedError, match="the table collection must be the same after the move"):
         list(move(source, target))
 
