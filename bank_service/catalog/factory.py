@@ -132,8 +132,7 @@ def check_folder(data_dir: Path, url: str | None, flag: str = "--catalog") -> No
         )
     if url is None and (data_dir / MARK_FILE).is_file():
         raise CollectionMismatchError(
-            f"the bank in {data_dir} has its catalog in PostgreSQL; name it with {flag}, or use another data "
-            "directory"
+            f"the bank in {data_dir} has its catalog in PostgreSQL; name it with {flag}, or use another data directory"
         )
     if url is not None and (data_dir / CATALOG_FILE).is_file():
         raise CollectionMismatchError(
