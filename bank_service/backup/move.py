@@ -28,6 +28,8 @@ from bank_service.catalog.factory import CATALOG_FILE, MOVE_FILE, check_load, lo
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError, DataLossError
 from bank_service.runtime.data_dir import DataDir
+from bank_service.values.catalog_url import check_catalog_url, without_password
+from bank_service.values.objects_url import check_objects_url
 
 MOVED_FILE = "moved.json"  # the same as MOVE_FILE, once the move has ended
 
@@ -39,6 +41,10 @@ class BankPlace:
     data_dir: Path
     catalog: str | None = field(default=None, repr=False)  # postgresql:// URL; None: in the folder
     objects: str | None = None  # URL of the object store; None: the one that the folder names, or the folder
+
+    @property
+    def shown_catalog(self) -> str | None:
+        return None if self.catalog is None else without_password(self.catalog)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,13 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
     CollectionMismatchError where the source is no bank, or where the target is neither new nor the part of an
     interrupted move of the same bank. BankInUseError where a bank runs at either place. CatalogDamagedError,
     DataLossError for a damaged gradient, UnavailableError and OSError where a store fails, RuntimeError where
-    PostgreSQL can't be used.
+    PostgreSQL can't be used. ValueError for a URL that can't be one.
     """
+    for end, place in (("from", source), ("to", target)):
+        if place.catalog is not None:
+            check_catalog_url(place.catalog, f"--{end}-catalog")
+        if place.objects is not None:
+            check_objects_url(place.objects, f"--{end}-objects")
     _check_folders(source, target)
     with ExitStack() as stack:
         stack.enter_context(DataDir(source.data_dir).kept())

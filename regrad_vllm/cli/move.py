@@ -7,8 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from bank_service.values.catalog_url import check_catalog_url, without_password
-from bank_service.values.objects_url import check_objects_url
 from regrad_vllm.cli.backup import followed
 from regrad_vllm.console import CommandError, count, say
 
@@ -38,11 +36,6 @@ def run(args: argparse.Namespace) -> int:
     from bank_service.backup.move import BankPlace, MoveProgress, move
     from bank_service.errors import BankInUseError
 
-    for end in ("from", "to"):
-        for name, check in (("catalog", check_catalog_url), ("objects", check_objects_url)):
-            url = getattr(args, f"{end}_{name}")
-            if url is not None:
-                check(url, f"--{end}-{name}")
     source = BankPlace(args.source.absolute(), args.from_catalog, args.from_objects)
     target = BankPlace(args.target.absolute(), args.to_catalog, args.to_objects)
     try:
@@ -56,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         f"{last.num_copied:,} of them copied, {rows} compared; start it with:"
     )
     flags = ["--data-dir", str(target.data_dir)]
-    if target.catalog is not None:
-        flags += ["--catalog", without_password(target.catalog)]
+    if target.shown_catalog is not None:
+        flags += ["--catalog", target.shown_catalog]
     say(shlex.join(["regrad", "bank", *flags]))
     return 0
