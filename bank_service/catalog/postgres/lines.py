@@ -19,8 +19,8 @@ class Lines:
         self._lines: dict[Any, socket.socket] = {}  # by the driver's connection
 
     def follow(self, engine: sa.Engine) -> None:
-        """Knows all connections of the engine from now on."""
-        sa.event.listen(engine, "connect", self._add)
+        """Knows all connections of the engine from now on, also while others still set them up."""
+        sa.event.listen(engine, "connect", self._add, insert=True)
         sa.event.listen(engine, "close", self._remove)
 
     def cut(self) -> None:
@@ -41,6 +41,8 @@ class Lines:
     def _add(self, connection: Any, _record: object) -> None:
         line = socket.socket(fileno=os.dup(connection.fileno()))
         with self._lock:
+            for closed in [each for each in self._lines if each.closed]:  # before it was set up
+                self._lines.pop(closed).close()
             self._lines[connection] = line
 
     def _remove(self, connection: Any, _record: object) -> None:
