@@ -17,12 +17,11 @@ from bank_service.service.preflight import check_startable
 from bank_service.service.server import BankServer
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder, spec_of
 from bank_service.values.config import BankConfig
-from benchmarks.crash.killable import Nursery
 from benchmarks.servers.object_servers import free_ports
 from benchmarks.servers.postgres_server import PostgresServer
 from regrad_vllm.client import AsyncBank, Document, Query
 from tests.bank.postgres_server import started
-from tests.bank.test_node_faults import Load, all_is_there, connected, tried
+from tests.bank.test_node_faults import Load, all_is_there, tried, two_nodes
 
 
 @pytest.fixture
@@ -51,15 +50,13 @@ async def test_two_nodes_go_on_at_a_promoted_standby_with_all_that_was_acknowled
     tmp_path: Path, servers: tuple[PostgresServer, PostgresServer], objects_url: str
 ) -> None:
     primary, standby = servers
-    with Nursery(tmp_path / "log", of_both(servers), objects_url) as nursery:
-        nodes = [nursery.start(tmp_path / name) for name in ("first", "second")]
-        async with connected(*nodes) as clients:
-            async with Load(clients) as load:
-                await asyncio.to_thread(primary.stop, signal.SIGKILL)
-                await asyncio.sleep(2)
-                await asyncio.to_thread(standby.promote)
-                await load.goes_on()
-            await all_is_there(load, RemoteObjects.at(objects_url))
+    async with two_nodes(tmp_path, of_both(servers), objects_url) as (_, clients):
+        async with Load(clients) as load:
+            await asyncio.to_thread(primary.stop, signal.SIGKILL)
+            await asyncio.sleep(2)
+            await asyncio.to_thread(standby.promote)
+            await load.goes_on()
+        await all_is_there(load, RemoteObjects.at(objects_url))
 
 
 @pytest.mark.asyncio

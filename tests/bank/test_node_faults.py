@@ -1,4 +1,4 @@
-"""Two nodes as processes of their own: their database restarts, one is frozen, one has a clock that is off."""
+"""Two nodes as processes of their own: their database restarts or is full, one is frozen or has a wrong clock."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import asyncio
 import importlib.util
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from bank_service.blobs.blob_store import name_of
@@ -28,11 +30,12 @@ from tests.bank.test_object_store import gone
 
 pytestmark = [pytest.mark.only_test_all, pytest.mark.timeout(300)]
 DOCUMENTS = 5  # of each writer
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'regrad-bank'"
 
 
 @pytest.fixture
-def own_server() -> Iterator[PostgresServer]:
-    server = started()
+def few_connections() -> Iterator[PostgresServer]:
+    server = started("-c", "max_connections=30", "-c", "superuser_reserved_connections=0")
     yield server
     server.remove()
 
@@ -112,21 +115,56 @@ async def connected(*nodes: Process) -> AsyncIterator[list[Client]]:
         yield [first, second]
 
 
+@asynccontextmanager
+async def two_nodes(folder: Path, catalog: str, objects: str) -> AsyncIterator[tuple[list[Process], list[Client]]]:
+    """The nodes, which do the upkeep in this order, and a client of each."""
+    with Nursery(folder / "log", catalog, objects) as nursery:
+        nodes = [nursery.start(folder / name) for name in ("first", "second")]
+        async with connected(*nodes) as clients:
+            yield nodes, clients
+
+
 @pytest.mark.asyncio
 async def test_a_database_that_restarts_under_two_nodes_delays_calls_and_loses_nothing_acknowledged(
     tmp_path: Path, own_server: PostgresServer, objects_url: str
 ) -> None:
     objects = RemoteObjects.at(objects_url)
-    with Nursery(tmp_path / "log", own_server.new_schema(), objects_url) as nursery:
-        nodes = [nursery.start(tmp_path / name) for name in ("first", "second")]
-        async with connected(*nodes) as clients:
-            async with Load(clients) as load:
-                for number, away_seconds in ((signal.SIGINT, 0), (signal.SIGQUIT, 0), (signal.SIGINT, 10)):
-                    await asyncio.to_thread(own_server.stop, number)
-                    await asyncio.sleep(away_seconds)
-                    own_server.start()  # in this thread: the server ends with the thread that started it
-                    await load.goes_on()
-            await all_is_there(load, objects)
+    async with two_nodes(tmp_path, own_server.new_schema(), objects_url) as (_, clients):
+        async with Load(clients) as load:
+            for number, away_seconds in ((signal.SIGINT, 0), (signal.SIGQUIT, 0), (signal.SIGINT, 10)):
+                await asyncio.to_thread(own_server.stop, number)
+                await asyncio.sleep(away_seconds)
+                own_server.start()  # in this thread: the server ends with the thread that started it
+                await load.goes_on()
+        await all_is_there(load, objects)
+
+
+@pytest.mark.asyncio
+async def test_a_database_that_is_out_of_connections_delays_calls_and_loses_nothing_acknowledged(
+    tmp_path: Path, few_connections: PostgresServer, objects_url: str
+) -> None:
+    catalog = few_connections.new_schema()
+    async with two_nodes(tmp_path, catalog, objects_url) as (_, clients):
+        async with Load(clients) as load:
+            for cut in (False, True):  # the nodes keep the connections that they have, or lose them
+                failed: list[BaseException] = []
+                with ExitStack() as others:
+                    taken = [others.enter_context(psycopg.connect(catalog, autocommit=True))]
+                    if cut:
+                        taken[0].execute(CUT)
+                    over = time.monotonic() + 3
+                    while time.monotonic() < over:
+                        with suppress(psycopg.OperationalError):
+                            others.enter_context(psycopg.connect(catalog))
+                            continue
+                        calls = (client.query(text="says", top_k=64) for client in clients for _ in range(20))
+                        answers = await asyncio.gather(*calls, return_exceptions=True)
+                        failed += [answer for answer in answers if isinstance(answer, BaseException)]
+                assert failed and all(isinstance(error, UnavailableError) for error in failed)
+                await load.goes_on()
+        await all_is_there(load, RemoteObjects.at(objects_url))
+    assert "the catalog can't be read now: connection failed" in (log := (tmp_path / "log").read_text())
+    assert "too many clients already" in log
 
 
 @pytest.mark.asyncio
@@ -135,28 +173,26 @@ async def test_a_frozen_node_holds_up_the_other_for_a_while_and_does_no_harm_whe
 ) -> None:
     """The first node does the upkeep."""
     objects = RemoteObjects.at(objects_url)
-    with Nursery(tmp_path / "log", own_server.new_schema(), objects_url) as nursery:
-        nodes = [nursery.start(tmp_path / name) for name in ("first", "second")]
-        async with connected(*nodes) as clients:
-            first, second = clients
-            digests = [(await first.put(f"d{n}", f"d{n} says nothing")).gradient_digest for n in range(3)]
-            async with Load(clients) as load:
-                await first.delete("d0")
-                await first.delete("d1")  # the first node is to remove both in a second
-                nodes[0].handle.suspend()
-                try:
-                    assert (await second.query(text="says", top_k=64)).hits, "reads go on at once"
-                    await load.goes_on(1)
-                    again = await tried(lambda: second.put("again", "d1 says nothing"))
-                    assert again.gradient_digest == digests[1]
-                    await tried(lambda: second.delete("d2"))
-                    await gone(objects, digests[2])  # so the second node does the upkeep
-                    await gone(objects, digests[0])
-                finally:
-                    nodes[0].handle.resume()
-                await load.goes_on()
-            await all_is_there(load, objects)
-            await whole(first, [digests[1]])
+    async with two_nodes(tmp_path, own_server.new_schema(), objects_url) as (nodes, clients):
+        first, second = clients
+        digests = [(await first.put(f"d{n}", f"d{n} says nothing")).gradient_digest for n in range(3)]
+        async with Load(clients) as load:
+            await first.delete("d0")
+            await first.delete("d1")  # the first node is to remove both in a second
+            nodes[0].handle.suspend()
+            try:
+                assert (await second.query(text="says", top_k=64)).hits, "reads go on at once"
+                await load.goes_on(1)
+                again = await tried(lambda: second.put("again", "d1 says nothing"))
+                assert again.gradient_digest == digests[1]
+                await tried(lambda: second.delete("d2"))
+                await gone(objects, digests[2])  # so the second node does the upkeep
+                await gone(objects, digests[0])
+            finally:
+                nodes[0].handle.resume()
+            await load.goes_on()
+        await all_is_there(load, objects)
+        await whole(first, [digests[1]])
 
 
 @pytest.mark.asyncio

@@ -77,6 +77,12 @@ def reason_of(error: BaseException) -> str:
     return (str(cause).strip() or error_name(error)).splitlines()[0]
 
 
+def name_for_log(error: BaseException) -> str:
+    """The error's name. Where no connection was made, or one broke, the driver's reason: it has no document's text."""
+    name = error_name(error)
+    return reason_of(error) if name == "OperationalError" else name
+
+
 def _parsed(url: str) -> sa.URL:
     """SQLAlchemy takes several hosts with ports only as options."""
     hosts = hosts_of(url)

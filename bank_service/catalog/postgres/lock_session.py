@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name
+from bank_service.catalog.postgres.connect import error_name, name_for_log
 from bank_service.catalog.postgres.membership import LEADER
 from bank_service.errors import UnavailableError
 from bank_service.runtime.seldom import Seldom
@@ -182,7 +182,7 @@ class LockSession:
         except (self._errors, sa.exc.SQLAlchemyError) as error:
             self._give_up()
             if self._failures.is_due():
-                logger.warning("the locks of this node are lost: %s; taking them again", error_name(error))
+                logger.warning("the locks of this node are lost: %s; taking them again", name_for_log(error))
             raise UnavailableError(
                 f"the catalog in PostgreSQL must give locks, got {error_name(error)}; try again"
             ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bank_service.catalog.entries import CollectionIdentity
-from bank_service.catalog.postgres.connect import error_name, locks_of, reader_of, shown, writer_of
+from bank_service.catalog.postgres.connect import locks_of, name_for_log, reader_of, shown, writer_of
 from bank_service.catalog.postgres.folder_mark import check_mark, check_no_gradients, mark
 from bank_service.catalog.postgres.membership import STALE, Membership
 from bank_service.catalog.postgres.partitions import create_parent
@@ -122,7 +122,7 @@ class PostgresCatalog(SqlCatalog):
             raise self._unreadable(error) from error
 
     def _reason(self, error: sa.exc.SQLAlchemyError) -> str:
-        return error_name(error)
+        return name_for_log(error)
 
     def finish_next(self) -> Future[bool]:
         finished = super().finish_next()

@@ -18,7 +18,7 @@ from operator import itemgetter
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name, reader_of
+from bank_service.catalog.postgres.connect import error_name, name_for_log, reader_of
 from bank_service.catalog.postgres.lines import Lines
 from bank_service.catalog.postgres.replica_check import NotReplicatingError, check_standby, place_of
 from bank_service.catalog.sql.catalog_view import SqlView
@@ -181,5 +181,5 @@ class PostgresReplica:
 
     def _note_down(self, error: Exception) -> None:
         if not self._stopped.is_set() and self._failures.is_due():
-            reason = str(error) if isinstance(error, RuntimeError) else error_name(error)
+            reason = str(error) if isinstance(error, RuntimeError) else name_for_log(error)
             logger.warning("the replica can't be read now: %s; reading the catalog itself", reason)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name
+from bank_service.catalog.postgres.connect import error_name, name_for_log
 from bank_service.catalog.postgres.membership import PAUSE_SECONDS, Membership
 from bank_service.catalog.sql.group_commit import GroupCommit
 from bank_service.catalog.sql.prepared import run_text
@@ -97,7 +97,7 @@ class PostgresWriter(GroupCommit):
                 broken.connection_invalidated = True
                 connection.invalidate(error)
                 self._in_doubt = signed[0][0] if signed else None
-        logger.warning("a commit had no answer: %s; asking the server", error_name(broken))
+        logger.warning("a commit had no answer: %s; asking the server", name_for_log(broken))
         self._engine.dispose()
         if not signed or not self._settled_soon():
             raise broken
@@ -129,7 +129,7 @@ class PostgresWriter(GroupCommit):
 
     def _unwritable(self, error: Exception) -> str:
         if self._failures.is_due():
-            logger.warning("the catalog can't be written now: %s", error_name(error))
+            logger.warning("the catalog can't be written now: %s", name_for_log(error))
         if isinstance(error, BankInUseError):
             return str(error)
         return f"the catalog in PostgreSQL must be writable, got {error_name(error)}; try again"

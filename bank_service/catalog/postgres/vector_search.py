@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from bank_service.catalog.contract import CatalogView
-from bank_service.catalog.postgres.connect import error_name
+from bank_service.catalog.postgres.connect import name_for_log
 from bank_service.catalog.postgres.json_conditions import meets
 from bank_service.catalog.postgres.partitions import literal, partition
 from bank_service.catalog.sql.catalog_view import SqlView
@@ -89,7 +89,7 @@ class PostgresVectors:
             with self._engine.connect() as connection:
                 numbers = [int(number) for (number,) in run_text(connection, _LACKING, {"above": above})]
         except sa.exc.SQLAlchemyError as error:
-            logger.warning("graphs can't be built now: %s; trying again", error_name(error))
+            logger.warning("graphs can't be built now: %s; trying again", name_for_log(error))
             return 1
         for number in numbers:
             self._build(number)
@@ -134,7 +134,9 @@ class PostgresVectors:
                         self._building = None
         except (sa.exc.SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error) as error:
             if not self._stopped:  # searches are exact meanwhile
-                logger.warning("the graph of partition %d can't be built: %s; trying again", number, error_name(error))
+                logger.warning(
+                    "the graph of partition %d can't be built: %s; trying again", number, name_for_log(error)
+                )
             return
         logger.info("the graph of partition %d is built", number)
 
