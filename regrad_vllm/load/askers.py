@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from regrad_vllm.client import AsyncBank, Hit, Query
+from regrad_vllm.client import Answer, AsyncBank, Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Shown
-from regrad_vllm.load.comparison import Contender, LoadCondition
+from regrad_vllm.load.comparison import CUE_SENTENCES, Adapter, Contender, LoadCondition
 from regrad_vllm.load.corpora import by_passage
 from regrad_vllm.load.streaming import AnswerError, Stream, stream_chat
 from regrad_vllm.prompts import Prompts
@@ -20,13 +20,13 @@ from regrad_vllm.prompts import Prompts
 if TYPE_CHECKING:
     import httpx
 
-STATIC_ADAPTER = "phi-star"  # φ* alone, as the server knows it
-CUE_SENTENCES = 1  # of all hits together, nearest to the question
+STATIC_ADAPTER, TUNED_ADAPTER = "phi-star", "ft-rag"  # φ* alone and FT-RAG's LoRA, as the server knows them
+PLAIN_ADAPTERS: Mapping[Adapter, str] = {"static": STATIC_ADAPTER, "tuned": TUNED_ADAPTER}
 # ReGrad with something of the hits in the prompt. All ask the same questions. A slightly different γ gives each other
 # adapters, so that none finds another's prefixes in the cache.
 _OPTIONS: Mapping[Shown, Mapping[str, Any]] = {
     "nothing": {"mode": "blind"},
-    "cue": {"mode": "cue", "cue_sentences": CUE_SENTENCES, "gamma": 0.9998},
+    "cue": {"mode": "cue", "gamma": 0.9998},
     "documents": {"mode": "icl", "gamma": 0.9999},
 }
 
@@ -69,11 +69,16 @@ class Passages:
         self._whole = {corpus: by_passage(documents) for corpus, documents in parts.items()}
 
     async def retrieve(
-        self, question: Question, condition: LoadCondition, attempt: Attempt, shows: Shown = "nothing"
+        self,
+        question: Question,
+        condition: LoadCondition,
+        attempt: Attempt,
+        shows: Shown = "nothing",
+        cue_sentences: int = CUE_SENTENCES,
     ) -> list[Hit]:
         """The passages of the best ``top_k`` documents, best document first. Its passages keep their order.
 
-        shows: hits have their texts for "documents", and the sentences nearest to the question for "cue".
+        shows: hits have their texts for "documents", and the ``cue_sentences`` nearest to the question for "cue".
         """
         start = time.perf_counter()
         query = Query(namespace=condition.corpus, text=question.question, top_k=condition.top_k, min_score=-1.0)
@@ -83,7 +88,7 @@ class Passages:
         if shows == "documents":
             query = replace(query, with_text=True)
         elif shows == "cue":
-            query = replace(query, with_cue=CUE_SENTENCES, cue_text=question.question)
+            query = replace(query, with_cue=cue_sentences, cue_text=question.question)
         hits = list((await self._bank.query(query)).hits)
         attempt.retrieve_ms = (time.perf_counter() - start) * 1000
         attempt.documents = tuple(hit.id for hit in hits)
@@ -98,8 +103,8 @@ class Passages:
         return sum(known.get(id, 0) for id in documents)
 
     def render(self, hits: Sequence[Hit]) -> list[str]:
-        """The hits' sentences if they have any, else their texts."""
-        cue = [(hit.title, sentence.text) for hit in hits for sentence in hit.cue]
+        """The hits' sentences if they have any, nearest to the question first, else their texts."""
+        cue = [(hit.title, sentence.text) for hit, sentence in Answer(tuple(hits), sequence=0).cue]
         return [self._prompts.render_document(*shown) for shown in cue or [(hit.title, hit.text) for hit in hits]]
 
     def _documents(self, hits: Sequence[Hit], condition: LoadCondition) -> tuple[str, ...]:
@@ -125,12 +130,12 @@ class Served:
         if contender.adapter == "retrieved":
             regrad = await self._options(question, contender, condition, attempt)
         elif contender.retrieves:
-            hits = await self._passages.retrieve(question, condition, attempt, contender.shows)
+            hits = await self._passages.retrieve(question, condition, attempt, contender.shows, contender.cue_sentences)
         content = self._prompts.render_blind(question.question)
         if hits:
             content = self._prompts.render_icl(question.question, self._passages.render(hits))
-        if contender.adapter == "static":  # a plain adapter, asked for by its model name
-            body = chat_body(STATIC_ADAPTER, self._prompts, content, condition)
+        if contender.adapter in PLAIN_ADAPTERS:  # asked for by its model name
+            body = chat_body(PLAIN_ADAPTERS[contender.adapter], self._prompts, content, condition)
         else:
             body = {**chat_body(self._model, self._prompts, content, condition), "regrad": regrad}
         await stream_chat(self._client, body, attempt.stream)
@@ -147,6 +152,10 @@ class Served:
         self, question: Question, contender: Contender, condition: LoadCondition, attempt: Attempt
     ) -> dict[str, Any]:
         options: dict[str, Any] = {"namespace": condition.corpus, **_OPTIONS[contender.shows]}
+        if contender.shows == "cue":
+            options["cue_sentences"] = contender.cue_sentences
+        if contender.asks_again:
+            options["mode"] = "auto"
         if condition.passage_tokens:  # only the client knows which passages make a whole document
             hits = await self._passages.retrieve(question, condition, attempt)
             return {**options, "document_ids": [hit.id for hit in hits]}

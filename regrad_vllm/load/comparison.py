@@ -13,8 +13,10 @@ from regrad_vllm.load.traffic import Arrival, Popularity
 # regrad: vLLM with our plugin, one server for all its contenders. stock: vLLM without the plugin.
 # alone: no engine, one request at a time.
 Engine = Literal["regrad", "stock", "alone"]
-# static: φ* as a plain LoRA adapter, the same for every request. retrieved: φ* and the hits' gradients.
-Adapter = Literal["none", "static", "retrieved"]
+# static: φ* as a plain LoRA adapter, the same for every request. tuned: a LoRA tuned for RAG (FT-RAG), served likewise.
+# retrieved: φ* and the hits' gradients.
+Adapter = Literal["none", "static", "tuned", "retrieved"]
+CUE_SENTENCES = 2  # of all hits together, nearest to the question; the default of mode cue
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Contender:
     engine: Engine
     adapter: Adapter
     shows: Shown = "nothing"  # of the hits, in the prompt
+    cue_sentences: int = CUE_SENTENCES  # if it shows a cue
+    asks_again: bool = False  # mode auto: with the documents, if the model isn't sure of its first answer
 
     @property
     def retrieves(self) -> bool:
@@ -39,9 +43,10 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
             Contender("learner", "φ* alone, a static adapter", "regrad", "static"),
             Contender("rag", "RAG", "regrad", "none", shows="documents"),
             Contender("rag_learner", "RAG + φ* as a static adapter", "regrad", "static", shows="documents"),
-            Contender("rag_sentence", "RAG of one sentence", "regrad", "none", shows="cue"),
+            Contender("rag_sentence", "RAG of two sentences", "regrad", "none", shows="cue"),
+            Contender("ft_rag_sentence", "FT-RAG of the same two sentences", "regrad", "tuned", shows="cue"),
             Contender("regrad", "ReGrad", "regrad", "retrieved"),
-            Contender("regrad_cue", "ReGrad + one sentence", "regrad", "retrieved", shows="cue"),
+            Contender("regrad_cue", "ReGrad + two sentences", "regrad", "retrieved", shows="cue"),
             Contender("regrad_icl", "ReGrad + ICL", "regrad", "retrieved", shows="documents"),
             Contender("peft_folder", "stock vLLM, a PEFT folder per request", "stock", "retrieved"),
             Contender("published", "batch size 1, weights swapped and restored", "alone", "retrieved"),

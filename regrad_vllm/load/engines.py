@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 from regrad_vllm.client import AsyncBank
 from regrad_vllm.http_client import ServerError, connect, get, served_models
 from regrad_vllm.learner import Learner, save_adapter
-from regrad_vllm.load.askers import STATIC_ADAPTER, Asker, OneAtATime, Passages, Served
+from regrad_vllm.load.askers import (
+    PLAIN_ADAPTERS,
+    STATIC_ADAPTER,
+    TUNED_ADAPTER,
+    Asker,
+    OneAtATime,
+    Passages,
+    Served,
+)
 from regrad_vllm.load.client_composed import Gradients, PeftFolders, SwappedWeights
-from regrad_vllm.load.comparison import CONTENDERS, Engine
+from regrad_vllm.load.comparison import CONTENDERS, Adapter, Engine
 from regrad_vllm.load.corpora import Corpus
 from regrad_vllm.load.watching import Processes
 from regrad_vllm.local.pair import start_bank, start_server, start_stock_server, wait_for_server
@@ -33,6 +41,12 @@ _BANK_TIMEOUT_MS = 60_000
 _REQUEST_TIMEOUT_S = 600.0
 _MEMORY = Path("/dev/shm")  # a file system in memory
 _BYTES = {"float32": 4, "bfloat16": 2}
+_MISSING: Mapping[Adapter, str] = {
+    "static": "φ* as the adapter {name} at {server}: write it with `regrad export --gamma 0 --document ID FOLDER`, "
+    "start the server with --lora-modules {name}=FOLDER",
+    "tuned": "FT-RAG's LoRA as the adapter {name} at {server}: start the server with --lora-modules {name}=FOLDER; "
+    "the folder ft_rag of a learner holds it",
+}
 _BLOCK_TOKENS = 16  # used if the server's metrics have no label for it
 
 
@@ -59,6 +73,7 @@ class EngineSettings:
     max_documents: int  # the most documents of one request
     server_flags: Sequence[str] = ()  # flags for both servers
     with_stock: bool = True
+    ft_rag: Path | None = None  # the folder of FT-RAG's LoRA, to be served too
 
 
 @contextmanager
@@ -71,8 +86,9 @@ def started(settings: EngineSettings, learner: Learner, folder: Path) -> Iterato
     common += ["--max-lora-rank", str(lora_rank(learner.layout.rank)), *settings.server_flags]
     if settings.with_stock and has_gpu():  # two servers share one GPU
         common += ["--gpu-memory-utilization", "0.4"]
-    ours = [*common, "--regrad-max-documents", str(settings.max_documents)]
-    ours += ["--lora-modules", f"{STATIC_ADAPTER}={static}"]
+    plain = {STATIC_ADAPTER: static, **({TUNED_ADAPTER: settings.ft_rag} if settings.ft_rag else {})}
+    ours = ["--max-loras", str(len(plain)), *common, "--regrad-max-documents", str(settings.max_documents)]
+    ours += ["--lora-modules", *(f"{name}={path}" for name, path in plain.items())]
     with Services(folder) as services:
         bank, address = start_bank(services, model, settings.learner_folder, folder / "bank")
         server, url = start_server(services, model, settings.learner_folder, address, MODEL, MODEL, ours)
@@ -100,11 +116,9 @@ def cannot_be_asked(server: str, stock: str | None, model_name: str) -> dict[str
     for contender in CONTENDERS.values():
         if contender.engine == "stock" and stock is None:
             cannot[contender.name] = "--stock-server beside --server"
-        if contender.adapter == "static" and STATIC_ADAPTER not in served:
-            cannot[contender.name] = (
-                f"φ* as the adapter {STATIC_ADAPTER} at {server}: write it with `regrad export --gamma 0 --document "
-                f"ID FOLDER`, start the server with --lora-modules {STATIC_ADAPTER}=FOLDER"
-            )
+        name = PLAIN_ADAPTERS.get(contender.adapter)
+        if name is not None and name not in served:
+            cannot[contender.name] = _MISSING[contender.adapter].format(name=name, server=server)
     return cannot
 
 

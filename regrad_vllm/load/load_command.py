@@ -30,6 +30,7 @@ from typing import Any
 from regrad_vllm.data.questions import load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.evaluate.datasets import SAMPLE, distractors, load_clean, question_sets
+from regrad_vllm.evaluate.rivals import FT_RAG_FOLDER
 from regrad_vllm.http_client import server_errors
 from regrad_vllm.learner import Learner
 from regrad_vllm.load.comparison import CONTENDERS
@@ -61,9 +62,9 @@ def main(argv: Sequence[str]) -> int:
     if a server goes away."""
     begun = time.monotonic()
     args = parser().parse_args(argv)
-    contenders = _contenders(args)
-    out = new_run_folder(args.out, "regrad-load-")
     learner_folder = args.learner or shipped_learner()
+    contenders = chosen_contenders(args, learner_folder / FT_RAG_FOLDER)
+    out = new_run_folder(args.out, "regrad-load-")
     learner = Learner.load(learner_folder)
     model = resolve_model(args.model) if args.model else ensure_default_model()
     dtype = args.dtype or (served_dtype(args.server) if args.server else default_dtype())
@@ -126,11 +127,20 @@ def report(argv: Sequence[str]) -> int:
     return write_report(reader.parse_args(argv).folder)
 
 
-def _contenders(args: argparse.Namespace) -> list[str]:
-    """The contenders given by --contenders. Without the flag: all that can run here. ValueError."""
+def chosen_contenders(args: argparse.Namespace, ft_rag: Path) -> list[str]:
+    """The contenders given by --contenders. Without the flag: all that can run here. ValueError.
+
+    ft_rag: the folder of FT-RAG's LoRA, if the server is started here.
+    """
     if bool(args.server) != bool(args.bank):
         raise ValueError("--server and --bank must come together; leave both out to have them started")
-    cannot = {} if args.server is None else cannot_be_asked(args.server, args.stock_server, args.model_name)
+    if args.server is not None:
+        cannot = cannot_be_asked(args.server, args.stock_server, args.model_name)
+    elif ft_rag.is_dir():
+        cannot = {}
+    else:
+        needs = f"FT-RAG's LoRA in {ft_rag}; train one with `regrad train` (gamma = 0, icl_share = 1)"
+        cannot = {name: needs for name, contender in CONTENDERS.items() if contender.adapter == "tuned"}
     names = args.contenders or [name for name in CONTENDERS if name not in cannot]
     for name in names:
         if name in cannot:
@@ -177,6 +187,9 @@ def _addresses(
         max_documents=_MAX_DOCUMENTS,
         server_flags=shlex.split(args.server_flags),
         with_stock=any(CONTENDERS[name].engine == "stock" for name in contenders),
+        ft_rag=learner_folder / FT_RAG_FOLDER
+        if any(CONTENDERS[name].adapter == "tuned" for name in contenders)
+        else None,
     )
     with started(settings, learner, out) as addresses:
         yield addresses

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         description="ReGrad and its rivals with the same questions and hits under load. Defaults: a small run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="contenders:\n"
-        + "".join(f"  {contender.name:14}{contender.label}\n" for contender in CONTENDERS.values())
+        + "".join(f"  {contender.name:16}{contender.label}\n" for contender in CONTENDERS.values())
         + "\nZipf's exponent is fitted so that the most popular fifth of the documents takes\n74% of the "
         f"references, as on a published RAG trace: {zipf_exponent(1000):.2f} for 1,000 documents.\n"
         "\nregrad bench report FOLDER makes the report of an earlier run anew, even of an interrupted one.",

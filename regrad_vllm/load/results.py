@@ -21,6 +21,12 @@ from regrad_vllm.load.traffic import Arrival, Reuse, reuse
 from regrad_vllm.reporting.intervals import Spread, rounded
 
 _FEWEST_REPEATS, _FEWEST_REQUESTS = 3, 20  # a comparison needs them for a conclusion
+_OURS = ("regrad", "regrad_cue")
+# Those of the last line.
+_RATIOS = (
+    ("regrad", "rag_learner"), ("regrad", "rag"), ("regrad", "base"),
+    ("regrad_cue", "rag_learner"), ("regrad_cue", "ft_rag_sentence"),
+)  # fmt: skip
 RUN, QUESTIONS, REQUESTS, CELLS = "run.json", "questions.json", "requests.jsonl", "cells.jsonl"
 
 
@@ -152,9 +158,9 @@ class Results:
                 "failed": found.failed + found.incomplete,
                 "em": em.em.mean if em else None,
             }
-        for rival in ("rag_learner", "rag", "base"):
-            found_ratio = self.main.ratio("regrad", rival)
-            line[f"regrad_over_{rival}"] = found_ratio.median if found_ratio else None
+        for own, rival in _RATIOS:
+            found_ratio = self.main.ratio(own, rival)
+            line[f"{own}_over_{rival}"] = found_ratio.median if found_ratio else None
         return rounded(line)
 
     def plain(self) -> dict[str, Any]:
@@ -163,7 +169,11 @@ class Results:
             {
                 "run": self.run,
                 "groups": [
-                    {**asdict(group), "key": group.condition.key, "regrad_over": _ratios(group)}
+                    {
+                        **asdict(group),
+                        "key": group.condition.key,
+                        **{f"{own}_over": _ratios(group, own) for own in _OURS},
+                    }
                     for group in self.groups
                 ],
                 "quality": {name: asdict(found) for name, found in self.quality.items()},
@@ -242,11 +252,11 @@ def _quality(
     return {name: found[name] for name in CONTENDERS if name in found}
 
 
-def _ratios(group: Group) -> dict[str, Any]:
+def _ratios(group: Group, own: str) -> dict[str, Any]:
     return {
         rival: asdict(found)
         for rival in group.figures
-        if rival != "regrad" and (found := group.ratio("regrad", rival)) is not None
+        if rival != own and (found := group.ratio(own, rival)) is not None
     }
 
 

@@ -14,6 +14,7 @@ from regrad_vllm.reporting.plots import bare, new_figure, svg
 
 _COLOURS: Mapping[str, str] = {
     "base": "#8a93a6", "learner": "#5b6478", "rag": "#e0a458", "rag_learner": "#c9703f", "rag_sentence": "#b39b1f",
+    "ft_rag_sentence": "#8c5a2b",
     "regrad": "#0b6e4f", "regrad_cue": "#4f9fc0", "regrad_icl": "#3aa17e", "peft_folder": "#7b5ea7",
     "published": "#b8567a",
 }  # fmt: skip

@@ -37,12 +37,12 @@ def summary(results: Results) -> list[str]:
             "This run is too small to conclude anything from; raise --repeats (3) and --requests (20 in all repeats)."
         )
     rival = results.main.rival
-    for name in (rival, "base"):
+    for own, name in (("regrad", rival), ("regrad_cue", rival), ("regrad", "base")):
         for group in results.of("cost"):
-            over = group.ratio("regrad", name)
+            over = group.ratio(own, name)
             if name is not None and over is not None:
-                label = CONTENDERS[name].label
-                sentences.append(f"ReGrad over {label}: {over.text()} × the requests/s ({describe(group)}).")
+                ours, label = CONTENDERS[own].label, CONTENDERS[name].label
+                sentences.append(f"{ours} over {label}: {over.text()} × the requests/s ({describe(group)}).")
     for name, line in results.slopes().items():
         sentences.append(
             f"{CONTENDERS[name].label}: {line.request.text(1000)} ms a request and {line.token.text(1e6)} µs a "

@@ -171,6 +171,7 @@ def test_the_example_of_the_load_ends_with_a_report_in_which_all_used_the_same_d
 ) -> None:
     figures = json.loads(house.run("load", tmp_path).splitlines()[-1])
     ratios = {"regrad_over_rag_learner", "regrad_over_rag", "regrad_over_base"}
+    ratios |= {"regrad_cue_over_rag_learner", "regrad_cue_over_ft_rag_sentence"}
     assert set(figures) == {"base", "rag", "regrad", "regrad_icl"} | ratios
     assert figures["regrad_over_rag_learner"] is None
     assert figures["regrad_over_rag"] > 0 and figures["regrad_over_base"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,8 +14,8 @@ from fastapi.responses import Response, StreamingResponse
 
 from regrad_vllm.client import Answer, CueSentence, Hit, Query
 from regrad_vllm.data.questions import Question
-from regrad_vllm.load.askers import STATIC_ADAPTER, Attempt, Passages, Served
-from regrad_vllm.load.comparison import CONTENDERS, LoadCondition
+from regrad_vllm.load.askers import STATIC_ADAPTER, TUNED_ADAPTER, Attempt, Passages, Served
+from regrad_vllm.load.comparison import CONTENDERS, Contender, LoadCondition
 from regrad_vllm.load.streaming import AnswerError
 from regrad_vllm.prompts import Prompts
 from tests.load.made import condition
@@ -36,7 +37,10 @@ class Bank:
         self.asked.append(query)
         found = query.document_ids or (("a", "b") if query.namespace == "natural" else ("a#2", "a#1", "b"))
         limit = len(found) if query.document_ids else query.top_k
-        cues = [(CueSentence(0, 5, f"cue of {found[0]}", 0.9),)[: query.with_cue], *(() for _ in found)]
+        scores = (0.8, 0.9) if query.with_cue > 1 else (0.9,) if query.with_cue else ()
+        cues = [
+            (CueSentence(0, 5, f"cue of {id}", score),) for id, score in zip(found[:limit], scores, strict=False)
+        ] + [() for _ in found]
         hits = (
             Hit(id, 1, 0.9, 0.9, "0" * 64, 5, "T", f"text of {id}" if query.with_text else "", cue)
             for id, cue in zip(found[:limit], cues, strict=False)
@@ -44,8 +48,11 @@ class Bank:
         return Answer(tuple(hits), 1)
 
 
-def sent(name: str, own: LoadCondition, adapter: str | None = "regrad-x") -> tuple[dict[str, Any], Attempt, Bank]:
+def sent(
+    asking: str | Contender, own: LoadCondition, adapter: str | None = "regrad-x"
+) -> tuple[dict[str, Any], Attempt, Bank]:
     """(body, attempt, bank) of one request."""
+    contender = CONTENDERS[asking] if isinstance(asking, str) else asking
     app, bodies, bank, attempt = FastAPI(), [], Bank(), Attempt()
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -62,7 +69,7 @@ def sent(name: str, own: LoadCondition, adapter: str | None = "regrad-x") -> tup
     async def run() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             passages = Passages(bank, PROMPTS, PARTS, BYTES)  # type: ignore[arg-type]
-            await Served(client, "m", PROMPTS, passages).ask(QUESTION, CONTENDERS[name], own, attempt)
+            await Served(client, "m", PROMPTS, passages).ask(QUESTION, contender, own, attempt)
 
     asyncio.run(run())
     return bodies[0], attempt, bank
@@ -110,18 +117,25 @@ def test_regrad_leaves_the_asking_to_the_server() -> None:
 
 
 @pytest.mark.parametrize("corpus", ["natural", "long"])
-def test_a_sentence_comes_from_the_bank_or_the_server(corpus: str) -> None:
+def test_sentences_come_from_the_bank_or_the_server(corpus: str) -> None:
     own = condition(corpus=corpus, passage_tokens=300 if corpus == "long" else 0, top_k=2)
     body, attempt, bank = sent("rag_sentence", own)
-    assert (bank.asked[-1].with_cue, bank.asked[-1].cue_text, bank.asked[-1].with_text) == (1, "who?", False)
-    sentence = "cue of a" if corpus == "natural" else "cue of a#1"
-    assert body["messages"][1]["content"] == f"T: {sentence} / who?" and body["regrad"] == {"enabled": False}
-    assert attempt.moved_bytes == len(sentence)
+    assert (bank.asked[-1].with_cue, bank.asked[-1].cue_text, bank.asked[-1].with_text) == (2, "who?", False)
+    near, far = ("cue of b", "cue of a") if corpus == "natural" else ("cue of a#2", "cue of a#1")
+    shown = PROMPTS.render_icl("who?", [f"T: {near}", f"T: {far}"])
+    assert body["messages"][1]["content"] == shown and body["regrad"] == {"enabled": False}
+    assert attempt.moved_bytes == len(near) + len(far)
+    tuned, _, _ = sent("ft_rag_sentence", own)
+    assert tuned["messages"] == body["messages"] and tuned["model"] == TUNED_ADAPTER and "regrad" not in tuned
     regrad, attempt, bank = sent("regrad_cue", own)
-    assert (regrad["regrad"]["mode"], regrad["regrad"]["cue_sentences"]) == ("cue", 1)
+    assert (regrad["regrad"]["mode"], regrad["regrad"]["cue_sentences"]) == ("cue", 2)
     assert regrad["regrad"]["gamma"] not in (1, sent("regrad_icl", own)[0]["regrad"]["gamma"])
     assert regrad["messages"][1]["content"] == "Q who?" and attempt.moved_bytes == len("seven b")
     assert not any(query.with_cue for query in bank.asked)
+    one = replace(CONTENDERS["rag_sentence"], cue_sentences=1)
+    assert sent(one, own)[2].asked[-1].with_cue == 1
+    auto = sent(replace(CONTENDERS["regrad_cue"], cue_sentences=3, asks_again=True), own)[0]["regrad"]
+    assert (auto["mode"], auto["cue_sentences"]) == ("auto", 3)
 
 
 def test_a_long_document_is_all_its_passages_for_both() -> None:

@@ -56,6 +56,20 @@ def test_the_last_line_tells_of_the_main_comparison(tmp_path: Path) -> None:
     assert last["regrad_over_rag_learner"] == 2.0 and last["regrad_over_base"] == 0.5
     assert last["regrad"] == {"requests_s": 1.0, "ttft_p50_ms": 100.0, "itl_p50_ms": 50.0, "failed": 0, "em": 1.0}
     assert last["rag_learner"]["em"] == last["base"]["em"] == 0.0
+    assert last["regrad_cue_over_rag_learner"] is None, "it wasn't asked"
+
+
+def test_two_sentences_have_their_own_ratios_paired_by_repeat(tmp_path: Path) -> None:
+    seconds = {"rag_learner": (4.0, 6.0), "ft_rag_sentence": (1.0, 2.0), "regrad_cue": (1.0, 3.0)}
+    lines = [line(COST, name, repeat=r) for name in seconds for r in range(2)]
+    cells = [cell(COST, name, repeat=r, seconds=own[r]) for name, own in seconds.items() for r in range(2)]
+    write(tmp_path, lines, cells)
+    results = load(tmp_path)
+    assert results.last_line()["regrad_cue_over_rag_learner"] == 3.0, "of 4 and 2"
+    assert results.last_line()["regrad_cue_over_ft_rag_sentence"] == pytest.approx(5 / 6, abs=1e-4)
+    over = results.plain()["groups"][0]["regrad_cue_over"]["rag_learner"]
+    assert (over["low"], over["high"], over["repeats"]) == (2.0, 4.0, 2)
+    assert "ReGrad + two sentences over RAG + φ* as a static adapter: 3 [2, 4]" in markdown(results)
 
 
 def test_reuse_and_sameness_are_of_all_that_was_asked(tmp_path: Path) -> None:
