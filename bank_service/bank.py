@@ -20,7 +20,7 @@ from bank_service.bank_stats import BankStats, publish, read_stats
 from bank_service.blobs.place import objects_of, open_blobs
 from bank_service.cache.redis_cache import RedisCache
 from bank_service.catalog.entries import CollectionIdentity, DeleteResult, ListEntry
-from bank_service.catalog.factory import open_catalog, stored_codec
+from bank_service.catalog.factory import open_catalog, stored_collection
 from bank_service.catalog.failures import document_not_found
 from bank_service.catalog.nodes import is_current
 from bank_service.errors import NotFoundError, ReplicaReadError, UnavailableError
@@ -82,8 +82,8 @@ class Bank:
         """Builds the parts that need no event loop. CollectionMismatchError where the folder holds another
         collection."""
         spec = encoder.spec
-        stored = stored_codec(config.data_dir, config.catalog)
-        named = config.codec or stored or DEFAULT_CODEC
+        stored = stored_collection(config.data_dir, config.catalog)
+        named = config.codec or (DEFAULT_CODEC if stored is None else stored.codec)
         codec = codec_to_write(named)
         self._identity = CollectionIdentity(spec.fingerprint, spec.layout_id, named, embedder.name, embedder.dimension)
         self._embedder = embedder

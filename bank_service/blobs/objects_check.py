@@ -13,7 +13,21 @@ from bank_service.values.engine_state import NO_START, EngineState, Lack
 from bank_service.values.objects_url import shown
 
 ENGINE = "object store"
-_REFUSAL = re.compile(r"^40[13]|AccessDenied")
+_REFUSAL = re.compile(r"^403|AccessDenied")
+# What the store's status says is wrong, and what mends it. The first that fits.
+_FAULTS = (
+    (
+        re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket"),
+        "the bucket",
+        "make the bucket, or mend its name in --objects",
+    ),
+    (
+        re.compile(r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthenticationFailed|^401"),
+        "credentials that it takes",
+        "mend them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
+    (re.compile(""), "an answer", "mend bucket, endpoint or credentials, which the environment has"),
+)
 _CONTENT = b"regrad bank --check"
 _STAYS = "deleted gradients stay, and purges don't end"
 
@@ -26,8 +40,9 @@ def objects_state(url: str) -> EngineState:
         return EngineState(ENGINE, None, lacks=(Lack("the package obstore", NO_START, "pip install '.[objects]'"),))
     except ObjectsUnavailableError as error:
         got = error.status or "no answer"
-        remedy = f"mend bucket, endpoint or credentials, which the environment has; {shown(url)} gave: {got}"
-        return EngineState(ENGINE, error.status is not None, lacks=(Lack("an answer", NO_START, remedy),))
+        missing, remedy = next((missing, remedy) for fault, missing, remedy in _FAULTS if fault.search(got))
+        lack = Lack(missing, NO_START, f"{remedy}; {shown(url)} gave: {got}")
+        return EngineState(ENGINE, error.status is not None, lacks=(lack,))
 
 
 def _tried(objects: Objects, url: str) -> EngineState:
@@ -41,7 +56,8 @@ def _tried(objects: Objects, url: str) -> EngineState:
         except FileNotFoundError:
             pass
         except ObjectsUnavailableError as error:
-            if not _REFUSAL.search(error.status or ""):
+            status = error.status or ""
+            if not _REFUSAL.search(status) or any(fault.search(status) for fault, *_ in _FAULTS[:-1]):
                 raise
             lacks.append(Lack(right, cost, f"allow it below {shown(url)}, which gave: {error.status}"))
             return False

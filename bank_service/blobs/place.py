@@ -17,6 +17,7 @@ from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.blobs.shared_holds import SharedHolds
 from bank_service.catalog.contract import Catalog
+from bank_service.catalog.entries import StoredCollection
 from bank_service.errors import BankError, CollectionMismatchError
 from bank_service.values.config import BankConfig
 
@@ -54,6 +55,21 @@ def check_objects(data_dir: Path, url: str | None) -> None:
         Owner.read(_opened(chosen))
 
 
+def check_gradients(data_dir: Path, url: str | None, stored: StoredCollection | None) -> None:
+    """CollectionMismatchError where the gradients belong to another catalog than this one, or to a newer state of it.
+    Changes nothing. OSError."""
+    chosen = objects_of(data_dir, url)
+    objects = FolderObjects(data_dir / _BLOBS, "tmp") if chosen is None else _opened(chosen)
+    place = chosen or str(data_dir / _BLOBS)
+    owner = Owner.read(objects)
+    _check_owner(owner, place, "" if stored is None else stored.collection_id)
+    if stored is not None:
+        if owner is None and chosen is not None and stored.sequence:
+            raise _lacks_gradients(place, f"store {Owner(stored.collection_id).content.decode()} there as {OWNER}")
+        sequence = stored.sequence
+        Claim(objects, place, stored.collection_id, lambda: sequence, lambda: False).check_catalog()
+
+
 def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
     """Opens or creates the store of a bank's gradients.
 
@@ -81,11 +97,7 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
 
     def is_new() -> bool:
         owner = Owner.read(objects)
-        if owner is not None and owner.collection_id != collection_id:
-            raise CollectionMismatchError(
-                f"{place} must be empty or this bank's own, it belongs to collection {owner.collection_id}; "
-                "each bank needs a place of its own"
-            )
+        _check_owner(owner, place, collection_id)
         return owner is None and chosen is not None
 
     def take(name: str | None = None) -> None:
@@ -106,6 +118,14 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
     if chosen is not None:
         _note(data_dir, chosen)
     return BlobStore(objects, claim, None if nodes is None else SharedHolds(nodes))
+
+
+def _check_owner(owner: Owner | None, place: str, collection_id: str) -> None:
+    if owner is not None and owner.collection_id != collection_id:
+        raise CollectionMismatchError(
+            f"{place} must be empty or this bank's own, it belongs to collection {owner.collection_id}; "
+            "each bank needs a place of its own"
+        )
 
 
 def _sequence(catalog: Catalog) -> int:

@@ -20,6 +20,15 @@ class CollectionIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredCollection:
+    """What a catalog tells without being opened."""
+
+    collection_id: str
+    codec: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class NextLearner:
     """The learner that a collection is on its way to."""
 

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from bank_service.catalog.contract import Catalog
-from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.entries import CollectionIdentity, StoredCollection
 from bank_service.catalog.postgres import bulk_load, postgres_stopped
+from bank_service.catalog.postgres.connect import shown
 from bank_service.catalog.postgres.database_check import database_states
-from bank_service.catalog.postgres.folder_mark import MARK_FILE
+from bank_service.catalog.postgres.folder_mark import MARK_FILE, check_mark
 from bank_service.catalog.postgres.postgres_catalog import PostgresCatalog
-from bank_service.catalog.postgres.postgres_catalog import stored_codec as codec_in_postgres
+from bank_service.catalog.postgres.postgres_catalog import stored_collection as stored_in_postgres
 from bank_service.catalog.postgres.replica_check import check_replica, replica_state
 from bank_service.catalog.postgres.server_check import check_free
 from bank_service.catalog.sqlite import sqlite_stopped
@@ -19,10 +20,11 @@ from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.catalog_file import (
     CATALOG_FILE,
     check_catalog,
+    check_not_lost,
     copy_catalog,
     describe_copy,
 )
-from bank_service.catalog.sqlite.catalog_file import stored_codec as codec_in_sqlite
+from bank_service.catalog.sqlite.catalog_file import stored_collection as stored_in_sqlite
 from bank_service.catalog.stopped import StoppedCatalog
 from bank_service.errors import CollectionMismatchError
 from bank_service.values.catalog_url import ReplicaSettings
@@ -34,6 +36,7 @@ __all__ = [
     "check_catalog",
     "check_folder",
     "check_place",
+    "check_stored",
     "copy_catalog",
     "database_states",
     "describe_copy",
@@ -41,7 +44,7 @@ __all__ = [
     "open_catalog",
     "replica_state",
     "stopped_catalog",
-    "stored_codec",
+    "stored_collection",
 ]
 
 MOVE_FILE = "move.json"  # in a bank's folder while the bank is moved into it
@@ -73,10 +76,9 @@ def open_catalog(
     return SqliteCatalog(data_dir / CATALOG_FILE, identity, limits_of, history_seconds=history_seconds)
 
 
-def stored_codec(data_dir: Path, url: str | None = None) -> str | None:
-    """The collection's codec. None where there is no collection yet, or where it can't be read. ``open_catalog`` raises
-    the reason."""
-    return codec_in_sqlite(data_dir / CATALOG_FILE) if url is None else codec_in_postgres(url)
+def stored_collection(data_dir: Path, url: str | None = None) -> StoredCollection | None:
+    """None where there is no collection yet, or where it can't be read. ``open_catalog`` raises the reason."""
+    return stored_in_sqlite(data_dir / CATALOG_FILE) if url is None else stored_in_postgres(url)
 
 
 def check_place(
@@ -120,6 +122,14 @@ def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collec
     if url is not None:
         return bulk_load.load(url, data_dir, source, collection_id)
     return sqlite_stopped.load(data_dir / CATALOG_FILE, source, collection_id)
+
+
+def check_stored(data_dir: Path, url: str | None, stored: StoredCollection | None) -> None:
+    """CollectionMismatchError or CatalogDamagedError where the folder belongs to another catalog than this one."""
+    if url is not None:
+        check_mark(data_dir, "none" if stored is None else stored.collection_id, shown(url))
+    elif stored is None:
+        check_not_lost(data_dir / CATALOG_FILE)
 
 
 def check_folder(data_dir: Path, url: str | None, flag: str = "--catalog") -> None:

@@ -9,24 +9,31 @@ from importlib.metadata import version
 
 from bank_service.blobs.objects_check import ENGINE as OBJECT_STORE
 from bank_service.blobs.objects_check import objects_state
-from bank_service.blobs.place import objects_of
+from bank_service.blobs.place import check_gradients, objects_of
 from bank_service.cache.embedded_redis import server_binary
 from bank_service.cache.redis_check import ENGINE as REDIS
 from bank_service.cache.redis_check import redis_state
-from bank_service.catalog.factory import check_folder, database_states, replica_state
-from bank_service.errors import BankInUseError, CollectionMismatchError
+from bank_service.catalog.factory import (
+    check_folder,
+    check_stored,
+    database_states,
+    replica_state,
+    stored_collection,
+)
+from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
 from bank_service.runtime.data_dir import DataDir
 from bank_service.service.own_redis import own_redis_url
 from bank_service.values.config import BankConfig
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 
 FOLDER = "folder"
+COLLECTION = "collection"
 LEAST_DISK_BYTES = 2**30
 
 
 async def engine_states(config: BankConfig) -> list[EngineState]:
-    """The states of the folder, PostgreSQL, pgvector, perhaps a replica, the object store and Redis. OSError or
-    ValueError for the file of Redis' URL."""
+    """The states of the folder, PostgreSQL, pgvector, perhaps a replica, the object store, Redis and the collection.
+    OSError or ValueError for the file of Redis' URL."""
     folder = _folder_state(config)
     databases = [EngineState("PostgreSQL", None, "not used"), EngineState("pgvector", None, "not used")]
     if config.catalog is not None:
@@ -34,7 +41,28 @@ async def engine_states(config: BankConfig) -> list[EngineState]:
         databases = [*await asyncio.to_thread(database_states, config.catalog, is_shared=is_shared)]
         if config.catalog_read is not None:
             databases.append(await asyncio.to_thread(replica_state, config.catalog_read, config.catalog))
-    return [folder, *databases, await _objects(config), await _redis(config)]
+    engines = [folder, *databases, await _objects(config)]
+    collection = EngineState(COLLECTION, None, "not asked")  # it would tell of the same fault
+    if not any(lack.stops for engine in engines for lack in engine.lacks):
+        collection = await asyncio.to_thread(_collection_state, config)
+    return [*engines, await _redis(config), collection]
+
+
+def _collection_state(config: BankConfig) -> EngineState:
+    """Whether catalog, gradients and codec belong together."""
+    stored = stored_collection(config.data_dir, config.catalog)
+    lacks = []
+    for check, place in ((check_stored, config.catalog), (check_gradients, config.objects)):
+        try:
+            check(config.data_dir, place, stored)
+        except (CollectionMismatchError, CatalogDamagedError) as error:
+            lacks.append(Lack("a catalog and gradients of one bank", NO_START, str(error)))
+    if stored is None:
+        return EngineState(COLLECTION, None, "a new one", tuple(lacks))
+    if config.codec not in (None, stored.codec):
+        remedy = f"leave --codec out, or name {stored.codec}; `regrad recode` changes it"
+        lacks.append(Lack(f"the codec {config.codec}, it has {stored.codec}", NO_START, remedy))
+    return EngineState(COLLECTION, True, stored.codec, tuple(lacks))
 
 
 def _folder_state(config: BankConfig) -> EngineState:

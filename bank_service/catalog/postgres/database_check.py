@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import sqlalchemy as sa
@@ -12,6 +13,21 @@ from bank_service.errors import BankInUseError
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 
 SERVER, EXTENSION = "PostgreSQL", "pgvector"
+_ANSWER = "an answer"
+# What the driver's reason says is wrong, and what mends it. The first that fits.
+_FAULTS = (
+    (
+        re.compile('database "[^"]+" does not exist'),
+        "the database",
+        "let an administrator run createdb --owner USER --encoding UTF8 --template template0 NAME, or mend --catalog",
+    ),
+    (
+        re.compile('role "[^"]+" does not exist|authentication failed|no password supplied'),
+        "a user whom it lets in",
+        "mend the user in --catalog, or the password in PGPASSWORD or the password file",
+    ),
+    (re.compile(""), _ANSWER, "start PostgreSQL, or mend host and port in --catalog"),
+)
 NUM_CONNECTIONS = 40  # that a bank needs under load
 
 _SERVER = """
@@ -57,9 +73,10 @@ def database_states(url: str, *, is_shared: bool) -> tuple[EngineState, EngineSt
                 lacks.append(Lack("a catalog for itself", NO_START, str(error)))
         return EngineState(SERVER, True, version, tuple(lacks)), extension
     except sa.exc.SQLAlchemyError as error:
-        remedy = f"start PostgreSQL, or mend --catalog or the password file; {shown(url)} gave: {reason_of(error)}"
-        lack = Lack("an answer", NO_START, remedy)
-        return EngineState(SERVER, False, lacks=(lack,)), EngineState(EXTENSION, None)
+        reason = reason_of(error)
+        missing, remedy = next((missing, remedy) for fault, missing, remedy in _FAULTS if fault.search(reason))
+        lack = Lack(missing, NO_START, f"{remedy}; {shown(url)} gave: {reason}")
+        return EngineState(SERVER, missing != _ANSWER, lacks=(lack,)), EngineState(EXTENSION, None)
     finally:
         engine.dispose()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from bank_service.catalog.entries import CollectionIdentity
+from bank_service.catalog.entries import CollectionIdentity, StoredCollection
 from bank_service.catalog.postgres.connect import locks_of, name_for_log, reader_of, shown, writer_of
 from bank_service.catalog.postgres.folder_mark import check_mark, check_no_gradients, mark
 from bank_service.catalog.postgres.membership import STALE, Membership
@@ -35,7 +35,7 @@ from bank_service.errors import CatalogReadError
 from bank_service.values.catalog_url import ReplicaSettings
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
-_CODEC = Prepared(sa.select(collection.c.codec))
+_COLLECTION = Prepared(sa.select(collection.c.uuid, collection.c.codec, collection.c.sequence))
 
 
 class PostgresCatalog(SqlCatalog):
@@ -192,15 +192,14 @@ class PostgresCatalog(SqlCatalog):
         return self._membership.changing(connection)
 
 
-def stored_codec(url: str) -> str | None:
-    """The collection's codec. None where there is no collection yet, or where it can't be read. ``PostgresCatalog``
-    raises the reason."""
+def stored_collection(url: str) -> StoredCollection | None:
+    """None where there is no collection yet, or where it can't be read. ``PostgresCatalog`` raises the reason."""
     engine = reader_of(url)
     try:
         with engine.begin() as connection:
-            rows = _CODEC.rows(connection)
+            rows = _COLLECTION.rows(connection)
     except sa.exc.SQLAlchemyError:
         return None
     finally:
         engine.dispose()
-    return str(rows[0][0]) if rows else None
+    return StoredCollection(*rows[0]) if rows else None

