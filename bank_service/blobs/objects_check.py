@@ -14,7 +14,7 @@ from bank_service.values.objects_url import shown
 
 ENGINE = "object store"
 _REFUSAL = re.compile(r"^403|AccessDenied")
-# What the store's status says is wrong, and what mends it. The first that fits.
+# Faults by the store's status, with the remedy of each. The first that fits.
 _FAULTS = (
     (
         re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket"),

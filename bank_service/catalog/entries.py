@@ -21,7 +21,7 @@ class CollectionIdentity:
 
 @dataclass(frozen=True, slots=True)
 class StoredCollection:
-    """What a catalog tells without being opened."""
+    """The part of a collection that a catalog tells without being opened."""
 
     collection_id: str
     codec: str

@@ -17,7 +17,7 @@ import grpc
 
 from bank_service.wire.credentials import VARIABLES, BankCredentials
 from bank_service.wire.limits import channel_options
-from bank_service.wire.ports import is_loopback
+from bank_service.wire.ports import check_address, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def open_channel(
     address: str, credentials: BankCredentials | None = None, more_options: Sequence[Option] = ()
 ) -> grpc.Channel:
     """A blocking channel. Without ``credentials``, it uses those of the environment. OSError or ValueError if a file
-    can't be used."""
+    can't be used. ValueError for a list of nodes without ``ipv4:``."""
     credentials = credentials or BankCredentials.from_environment()
     tls, token = _prepared(address, credentials)
     options = _options(address, more_options)
@@ -57,6 +57,7 @@ def open_aio_channel(
 
 
 def _prepared(address: str, credentials: BankCredentials) -> tuple[grpc.ChannelCredentials | None, str | None]:
+    check_address(address, "the bank's address")
     tls, token = credentials.read_certificates(), credentials.read_token()
     if token is not None and tls is None and not _is_here(address):
         logger.warning(

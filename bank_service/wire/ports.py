@@ -16,6 +16,15 @@ def target_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def check_address(address: str, setting: str) -> None:
+    """ValueError, which names ``setting``, for a list of nodes that gRPC would take for one name."""
+    if "," in address and not address.startswith(("ipv4:", "ipv6:", "unix:")):
+        raise ValueError(
+            f"{setting} must be one HOST:PORT, or for several nodes ipv4:IP:PORT,IP:PORT or a name that has all their "
+            f"addresses, dns:///NAME:PORT; got {address!r}"
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches ``host``. False for any name but localhost, because a name may have any
     address."""

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bank_service.errors import BankError, NotFoundError, UnauthenticatedError, UnavailableError
+from bank_service.errors import BankError, DeadlineExceededError, NotFoundError, UnauthenticatedError, UnavailableError
 from bank_service.wire.credentials import VARIABLES
 from bank_service.wire.limits import DEFAULT_NAMESPACE
 from bank_service.wire.ports import DEFAULT_BANK
+from regrad_vllm.arguments import whole
 from regrad_vllm.console import CommandError, count, one_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def add_bank_flags(parser: argparse.ArgumentParser, *, namespace: bool = True) -
     add_credential_flags(parser)
     if namespace:
         parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="whose documents (%(default)s)")
+
+
+def add_timeout_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --timeout, for commands whose calls are short."""
+    parser.add_argument(
+        "--timeout", type=whole(1), default=20, metavar="SECONDS", help="longest wait for an answer (%(default)s)"
+    )
 
 
 def add_credential_flags(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +93,11 @@ def describe_failure(address: str, error: BankError) -> str:
     """One line about a failed call, with the remedy."""
     if isinstance(error, UnauthenticatedError):
         return f"{error.message}; name a file with the token: --bank-token-file or REGRAD_BANK_TOKEN_FILE"
+    if isinstance(error, DeadlineExceededError):
+        return (
+            f"the bank at {address} gave no answer in time; look at its log and at PostgreSQL, "
+            "or wait longer with --timeout"
+        )
     if isinstance(error, UnavailableError) and not error.by_bank:
         advice = "start one with `regrad bank` or name it with --bank"
         reason = "no connection" if "failed to connect" in error.message else error.message

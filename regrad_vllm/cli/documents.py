@@ -10,7 +10,7 @@ from typing import Any
 
 from bank_service.wire.limits import MAX_CUE_SENTENCES
 from regrad_vllm.arguments import whole
-from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
+from regrad_vllm.cli.connection import add_bank_flags, add_timeout_flag, connect, each_there
 from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
 from regrad_vllm.client.values import RETRIEVALS
 from regrad_vllm.console import UsageError, note, one_line, say, say_json
@@ -42,6 +42,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     )
     query.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(query)
+    add_timeout_flag(query)
     query.set_defaults(run=run_query)
 
     delete = commands.add_parser("delete", help="documents out of a bank")
@@ -51,10 +52,12 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
         "--purge", action="store_true", help="erase their past versions, too, also of those that are deleted already"
     )
     add_bank_flags(delete)
+    add_timeout_flag(delete)
     delete.set_defaults(run=run_delete)
 
     stats = commands.add_parser("stats", help="the counts of a bank, as JSON")
     add_bank_flags(stats, namespace=False)
+    add_timeout_flag(stats)
     stats.set_defaults(run=run_stats)
 
 
@@ -74,7 +77,7 @@ def run_query(args: argparse.Namespace) -> int:
         as_of=args.as_of,
         with_cue=args.cue,
     )
-    with connect(args.bank) as bank:
+    with connect(args.bank, timeout_ms=args.timeout * 1000) as bank:
         answer = bank.query(query)
     note(f"{'' if answer.hits else 'no document matches, '}as of sequence {answer.sequence}")
     for hit in answer.hits:
@@ -98,7 +101,7 @@ def run_delete(args: argparse.Namespace) -> int:
     if bool(args.ids) == args.all:
         raise UsageError("either ID or --all must be given; --all deletes every document of the namespace")
     done = "purged" if args.purge else "deleted"
-    with connect(args.bank) as bank:
+    with connect(args.bank, timeout_ms=args.timeout * 1000) as bank:
         ids = [entry.id for entry in bank.list(namespace=args.namespace)] if args.all else args.ids
         delete = partial(bank.delete, namespace=args.namespace, purge=args.purge)
         for id, answer in each_there(ids, args.namespace, delete):
@@ -107,6 +110,6 @@ def run_delete(args: argparse.Namespace) -> int:
 
 
 def run_stats(args: argparse.Namespace) -> int:
-    with connect(args.bank) as bank:
+    with connect(args.bank, timeout_ms=args.timeout * 1000) as bank:
         say(json.dumps(asdict(bank.stats()), indent=1))
     return 0

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrad_vllm.cli.connection import add_bank_flags, connect
+from regrad_vllm.cli.connection import add_bank_flags, add_timeout_flag, connect
 from regrad_vllm.console import CommandError, UsageError, count, say
 
 if TYPE_CHECKING:
     from bank_service.wire.record import GradientSpec
-
-_TIMEOUT_MS = 30_000
 
 
 def add(commands: Any) -> None:  # argparse's subparsers action has no public type
@@ -24,6 +22,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser.add_argument("--gamma", type=float, help="strength of the documents (the learner's own)")
     parser.add_argument("--base-model", default="", help="name to write as base_model_name_or_path")
     add_bank_flags(parser)
+    add_timeout_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     learner = Learner.load(args.learner or shipped_learner())
     spec = learner.spec
-    records = fetch_records(args.bank, args.namespace, spec, args.document, timeout_ms=_TIMEOUT_MS)
+    records = fetch_records(args.bank, args.namespace, spec, args.document, timeout_ms=args.timeout * 1000)
     deltas = [decode_gradient(record, spec) for record in records]
     gamma = learner.config.gamma if args.gamma is None else args.gamma
     adapter = compose(learner.phi, deltas, [1.0] * len(deltas), gamma)

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from regrad_vllm.cli.connection import add_bank_flags, connect, each_there
+from regrad_vllm.cli.connection import add_bank_flags, add_timeout_flag, connect, each_there
 from regrad_vllm.cli.filters import HELP, METAVAR, conditions_of, filter_flag
 from regrad_vllm.console import count, note, one_line, say, say_json
 
@@ -20,6 +20,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     listing.add_argument("--filter", action="append", type=filter_flag, default=[], metavar=METAVAR, help=HELP)
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     add_bank_flags(listing)
+    add_timeout_flag(listing)
     listing.set_defaults(run=run_list)
 
     get = commands.add_parser(
@@ -29,12 +30,13 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     )
     get.add_argument("ids", nargs="+", metavar="ID")
     add_bank_flags(get)
+    add_timeout_flag(get)
     get.set_defaults(run=run_get)
 
 
 def run_list(args: argparse.Namespace) -> int:
     num_documents = 0
-    with connect(args.bank) as bank:
+    with connect(args.bank, timeout_ms=args.timeout * 1000) as bank:
         for entry in bank.list(namespace=args.namespace, conditions=conditions_of(args.filter)):
             num_documents += 1
             if args.json:
@@ -52,7 +54,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_get(args: argparse.Namespace) -> int:
     """Prints the documents. If some ids are unknown, it names them at the end and exits with 1."""
-    with connect(args.bank) as bank:
+    with connect(args.bank, timeout_ms=args.timeout * 1000) as bank:
         get = partial(bank.get, namespace=args.namespace)
         for id, answer in each_there(args.ids, args.namespace, get):
             document = answer.document

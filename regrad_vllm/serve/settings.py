@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from bank_service.wire.credentials import BankCredentials
 from bank_service.wire.limits import DEFAULT_NAMESPACE, MAX_CUE_SENTENCES
-from bank_service.wire.ports import DEFAULT_BANK
+from bank_service.wire.ports import DEFAULT_BANK, check_address
 from regrad_vllm.client.values import RETRIEVALS, Retrieval
 from regrad_vllm.flags import as_text, on_or_off
 
@@ -68,6 +68,10 @@ class Settings:
     kept_requests: int = 1000  # for GET /v1/regrad/requests
 
     def __post_init__(self) -> None:
+        try:
+            check_address(self.bank, "REGRAD_BANK")
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
         host, _, port = self.bank.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise SettingsError(f"REGRAD_BANK must be host:port, got {self.bank!r}")

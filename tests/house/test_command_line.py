@@ -217,7 +217,7 @@ def test_an_export_gives_a_bank_up_that_does_not_answer() -> None:
     spec = GradientSpec("f" * 64, "1" * 16, ((2, 3),))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(CommandError, match="(?i)deadline"):
+        with pytest.raises(CommandError, match="no answer in time"):
             fetch_records(address, "default", spec, ["a"], timeout_ms=300)
 
 

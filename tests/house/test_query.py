@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import unicodedata
 from collections.abc import AsyncIterator
 
@@ -153,3 +154,15 @@ async def test_the_first_comparison_divides_key_and_value() -> None:
     assert filter_flag("a=line\nline") == FilterFlag("a", "equals", "line\nline")
     assert filter_flag(" a  != b c ") == FilterFlag("a", "not_equals", "b c")
     assert filter_flag("a=<b>") == FilterFlag("a", "equals", "<b>")
+
+
+async def test_a_bank_that_says_nothing_is_waited_for_as_long_as_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert await asyncio.to_thread(main, ["query", "a text", "--bank", address, "--timeout", "1"]) == 1
+    assert f"the bank at {address} gave no answer in time" in capsys.readouterr().err
+
+
+async def test_a_list_of_nodes_is_told_how_to_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await asyncio.to_thread(main, ["query", "a text", "--bank", "10.0.0.1:1,10.0.0.2:2"]) == 1
+    assert "ipv4:IP:PORT,IP:PORT" in capsys.readouterr().err

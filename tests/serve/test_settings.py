@@ -91,8 +91,8 @@ def test_what_kubernetes_sets_for_a_service_is_no_setting(service: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("BANK", "nowhere"), ("BANK", "host:0"), ("BANK", "host:99999"), ("TOP_K", "0"), ("TOP_K", "65"),
-        ("TOP_K", "many"), ("GAMMA", "nan"), ("GAMMA", "17"), ("MIN_SCORE", "2"), ("DEFAULT", "maybe"),
+        ("BANK", "a:1,b:2"), ("BANK", "nowhere"), ("BANK", "host:0"), ("BANK", "host:99999"), ("TOP_K", "0"),
+        ("TOP_K", "65"), ("TOP_K", "many"), ("GAMMA", "nan"), ("GAMMA", "17"), ("MIN_SCORE", "2"), ("DEFAULT", "maybe"),
         ("MAX_DOCUMENTS", "65"), ("ON_ERROR", "fail"), ("ARENA_BYTES", "0"),
         ("BANK_TIMEOUT_MS", "-1"), ("RETRIEVAL", "bm25"), ("BANK_CONCURRENCY", "0"),
         ("MODE", "both"), ("CUE_SENTENCES", "0"), ("CUE_SENTENCES", "5"),

@@ -14,7 +14,7 @@ from bank_service.values.engine_state import NO_START, EngineState, Lack
 
 SERVER, EXTENSION = "PostgreSQL", "pgvector"
 _ANSWER = "an answer"
-# What the driver's reason says is wrong, and what mends it. The first that fits.
+# Faults by the driver's reason, with the remedy of each. The first that fits.
 _FAULTS = (
     (
         re.compile('database "[^"]+" does not exist'),
