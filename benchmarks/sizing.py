@@ -12,10 +12,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from bank_service.wire.generated import bank_pb2 as pb
 from bank_service.wire.record import HEADER_BYTES, codec_named
 from benchmarks.popularity import Popularity
+from regrad_vllm.arguments import whole
 from regrad_vllm.default_model import shipped_learner
 from regrad_vllm.flags import add_flags, given
 from regrad_vllm.learner import Learner
@@ -30,6 +32,7 @@ class UnitCosts:
     """The costs of one document and of one request, and the wishes for a service."""
 
     codec: str = "factors-4-1-8"  # of the gradients that are served
+    learner: Path | None = None  # folder of yours, which says how large gradients are; None: the one that ships
     postgres_bytes: int = 11_875  # of a document in PostgreSQL
     postgres_hot_bytes: int = 2_386  # of these: vectors, graph and the indexes of documents, which searches read
     graph_s: float = 34.0  # to build the graph of 100,000 vectors
@@ -45,22 +48,31 @@ class UnitCosts:
     redis_gib: float = 64.0  # of all Redis servers together
     top_fifth_share: float = 0.74  # of the references, to the most popular fifth of the documents
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            may_be_0 = name in ("arena_gib", "redis_gib")
+            if isinstance(value, int | float) and not (value > 0 or (may_be_0 and value == 0)):
+                raise ValueError(f"{name} must be more than 0, got {value}")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENTS))
+    parser.add_argument("--documents", type=whole(5), nargs="+", default=list(DOCUMENTS))
     add_flags(parser, UnitCosts)
     args = parser.parse_args(argv)
-    costs = UnitCosts(**given(args, UnitCosts))
-    sizes = [sized(number, costs) for number in args.documents]
+    try:
+        costs = UnitCosts(**given(args, UnitCosts))
+        sizes = [sized(number, costs) for number in args.documents]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     sys.stdout.write(f"{stored_table(sizes)}\n{served_table(sizes)}\n")
-    sys.stdout.write(json.dumps({"costs": asdict(costs), "sizes": sizes}) + "\n")
+    sys.stdout.write(json.dumps({"costs": asdict(costs), "sizes": sizes}, default=str) + "\n")
     return 0
 
 
-def record_bytes(codec: str) -> int:
-    """Of a gradient of the learner that ships."""
-    return HEADER_BYTES + codec_named(codec).max_payload_bytes(Learner.load(shipped_learner()).spec)
+def record_bytes(codec: str, learner: Path | None = None) -> int:
+    """Of a gradient of a learner. None: the one that ships."""
+    return HEADER_BYTES + codec_named(codec).max_payload_bytes(Learner.load(learner or shipped_learner()).spec)
 
 
 def redis_bytes(record: int) -> int:
@@ -87,7 +99,7 @@ def sized(num_documents: int, costs: UnitCosts) -> dict[str, float]:
         "postgres_cores": costs.requests_per_s * costs.sql_core_ms / 1000,
         "answers_bytes_per_s": costs.requests_per_s * answer.ByteSize(),
     }
-    record = record_bytes(costs.codec)
+    record = record_bytes(costs.codec, costs.learner)
     of_one = costs.arena_gib * 2**30 / record
     for way, num_cached in (("round_robin", of_one), ("hashed", costs.servers * of_one)):
         arena = popularity.hit_ratio(num_cached)
@@ -98,9 +110,10 @@ def sized(num_documents: int, costs: UnitCosts) -> dict[str, float]:
             f"{way}_object_gets_per_s": references * (1 - redis),
         }
     for codec in CODECS:
+        record = record_bytes(codec, costs.learner)
         figures |= {
-            f"{codec}_bytes": num_documents * record_bytes(codec),
-            f"{codec}_redis_fifth_bytes": num_documents // 5 * redis_bytes(record_bytes(codec)),
+            f"{codec}_bytes": num_documents * record,
+            f"{codec}_redis_fifth_bytes": num_documents // 5 * redis_bytes(record),
         }
     return figures
 

@@ -30,6 +30,23 @@ def test_the_page_has_the_tables_that_the_program_prints(capsys: pytest.CaptureF
     assert first["postgres_bytes"] == 10**6 * json.loads(line)["costs"]["postgres_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--codec zip", "codec must be factors-P-Q-BITS"),
+        ("--documents 0", "--documents: must be a whole number of at least 5"),
+        ("--postgres-bytes -1", "postgres_bytes must be more than 0, got -1"),
+        ("--encode-per-s 0", "encode_per_s must be more than 0, got 0.0"),
+        ("--top-fifth-share 2", "a share in 0.2..1"),
+        ("--learner /nowhere", "/nowhere"),
+    ],
+)
+def test_a_wrong_flag_is_told_by_name(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sizing.main(flags.split())
+    assert said in capsys.readouterr().err
+
+
 def test_a_record_is_as_large_as_it_is_said_to_be() -> None:
     spec = Learner.load(shipped_learner()).spec
     values = np.random.default_rng(0).standard_normal(spec.num_values, np.float32)
