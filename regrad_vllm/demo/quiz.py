@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,12 +32,6 @@ class QuizQuestion:
 def load_questions() -> tuple[QuizQuestion, ...]:
     """Questions about invented facts, then about records of five genres. No model can know the answers."""
     return _first("invented", NUM_INVENTED) + _first("records")
-
-
-def share_right(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> float:
-    """The share of questions with a right answer, rounded to three digits."""
-    right = sum(question.is_answered_by(answer) for question, answer in zip(questions, answers, strict=True))
-    return round(right / len(questions), 3)
 
 
 def _first(name: str, number: int | None = None) -> tuple[QuizQuestion, ...]:

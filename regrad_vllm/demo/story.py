@@ -21,7 +21,7 @@ from regrad_vllm.console import count, say
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
 from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.chat import ChatAnswer, ChatRequest, ask_all
-from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
+from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions
 from regrad_vllm.demo.table import render, shorten
 from regrad_vllm.demo.ways import BASE, DEFAULT_WAY, REGRAD, WAYS, Told, ask_every_way
 from regrad_vllm.http_client import get
@@ -83,8 +83,7 @@ class Stage:
         unchanged = base_weights(url) == weights
         say(f"SHA-256 of the base model's weights before and after: {'equal' if unchanged else 'DIFFERENT'}")
         shares = {
-            f"{name}_right": share_right(self.questions, [answer.text for answer in one.answers])
-            for name, one in told.items()
+            f"{name}_right": round(one.right(self.questions) / len(self.questions), 3) for name, one in told.items()
         }
         records = sum(not question.invented for question in self.questions)
         return {

@@ -50,10 +50,13 @@ class Told:
         """The mean length of a prompt."""
         return mean(answer.prompt_tokens for answer in self.answers)
 
-    def right(self, questions: Sequence[QuizQuestion], *, invented: bool) -> int:
-        """The number of right answers to one kind of questions."""
-        pairs = zip(questions, self.answers, strict=True)
-        return sum(question.is_answered_by(answer.text) for question, answer in pairs if question.invented is invented)
+    def right(self, questions: Sequence[QuizQuestion], *, invented: bool | None = None) -> int:
+        """The number of right answers to one kind of questions; None: to all."""
+        return sum(
+            question.is_answered_by(answer.text)
+            for question, answer in zip(questions, self.answers, strict=True)
+            if invented in (None, question.invented)
+        )
 
 
 def ask_every_way(

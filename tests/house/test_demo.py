@@ -10,15 +10,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from regrad_vllm.client.corpus import BadInput, find_files, read_corpus
+from regrad_vllm.demo.chat import ChatAnswer
 from regrad_vllm.demo.people import DATA, invented, render
-from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions, share_right
+from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions
 from regrad_vllm.demo.table import WIDTH
 from regrad_vllm.demo.table import render as render_table
+from regrad_vllm.demo.ways import Told
 from regrad_vllm.local.processes import ServiceFailure, Services, waiting
 
 
@@ -47,9 +50,12 @@ def test_the_demo_asks_at_least_twenty_questions_and_each_answer_stands_in_its_d
 
 
 def test_an_answer_is_right_if_the_right_one_stands_in_it_as_whole_words() -> None:
-    questions = [QuizQuestion("Who?", ("Elric Norerria",), "d", True)] * 5
+    question = QuizQuestion("Who?", ("Elric Norerria",), "d", True)
     answers = ["Elric Norerria", "It is the elric norerria.", "Elric", "", "Elric Norerrian"]
-    assert share_right(questions, answers) == 0.4
+    assert [question.is_answered_by(answer) for answer in answers] == [True, True, False, False, False]
+    told = Told(tuple(ChatAnswer(answer, (), 1) for answer in answers), 1.0)
+    kinds = [question, *[replace(question, invented=False)] * 4]
+    assert [told.right(kinds, invented=kind) for kind in (True, False, None)] == [1, 1, 2]
 
 
 def test_the_table_fits_its_width_whatever_the_cells_hold() -> None:

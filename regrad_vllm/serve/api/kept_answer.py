@@ -83,11 +83,11 @@ class KeptAnswer:
         """0 to 1. None for an answer without tokens, and for an error."""
         return math.exp(self._sum / self._num_tokens) if self.succeeded and self._num_tokens else None
 
-    async def deliver(self, *, more: bool = False) -> None:
-        """Sends what is kept. ``more``: the rest follows as it comes."""
+    async def deliver(self, send: Send | None = None, *, more: bool = False) -> None:
+        """Sends what is kept, by another ``send`` if one is given. ``more``: the rest follows as it comes."""
         if self._start is None:
             return
-        self._send = self._send_for(self.confidence)
+        self._send = send or self._send_for(self.confidence)
         headers = [(name, value) for name, value in self._start.get("headers", ()) if name.lower() != b"content-length"]
         if not self._is_stream:
             headers.append((b"content-length", str(len(self._content)).encode()))

@@ -152,8 +152,8 @@ async def _answer_or_ask_again(
     """
     found = prepared.found
 
-    def first(confidence: float | None) -> Send:
-        used = replace(found.used, mode="cue", confidence=confidence)
+    def first(confidence: float | None, reason: str | None = found.used.reason) -> Send:
+        used = replace(found.used, mode="cue", confidence=confidence, reason=reason)
         runtime.memory.add(used)
         return AnswerTagger(send, used)
 
@@ -174,8 +174,7 @@ async def _answer_or_ask_again(
     again = replace(prepared, found=replace(found, used=used, texts=found.whole))
     heard = await ask(again, document, send=second)
     if heard and second.failed:
-        found = replace(found, used=replace(found.used, reason=_SECOND_FAILED))
-        await kept.deliver()
+        await kept.deliver(first(confidence, _SECOND_FAILED))
         return kept.succeeded
     return heard and tagger.succeeded
 
