@@ -24,10 +24,20 @@ from tests.house.test_compose import METRICS_PORT, SERVER_PORT
 CHART = ROOT / "deploy" / "helm" / "regrad"
 HELM = shutil.which("helm") or shutil.which("helm", path=str(Path(sys.executable).parent))
 LEAST = {"bank": {"catalog": "postgresql://regrad@db.example:5432/regrad", "objects": "s3://bucket/prefix"}}
+PODS = {
+    "serviceAccountName": "with-a-role",
+    "imagePullSecrets": [{"name": "registry"}],
+    "nodeSelector": {"pool": "regrad"},
+    "tolerations": [{"key": "regrad", "operator": "Exists", "effect": "NoSchedule"}],
+    "extraVolumes": [{"name": "more", "persistentVolumeClaim": {"claimName": "more"}}],
+    "extraVolumeMounts": [{"name": "more", "mountPath": "/more", "readOnly": True}],
+}
 ALL = {
     "bank": LEAST["bank"]
+    | PODS
     | {
         "replicas": 5,
+        "catalogRead": "postgresql://regrad@replica.example:5432/regrad",
         "environment": {"AWS_REGION": "eu-north-1"},
         "environmentSecret": "bank-environment",
         "redisSecret": "redis",
@@ -35,8 +45,11 @@ ALL = {
         "tlsSecret": "tls",
         "extraArgs": ["--tls-client-ca=/run/secrets/tls/ca.crt", "--max-queries=64"],
     },
-    "server": {
+    "server": PODS
+    | {
         "replicas": 3,
+        "environment": {"HF_HOME": "/more"},
+        "environmentSecret": "server-environment",
         "gpus": 1,
         "apiKeySecret": "server-key",
         "bankTokenSecret": "bank-token",
@@ -95,6 +108,7 @@ def test_kubernetes_takes_every_manifest(values: object) -> None:
         ({"bank": LEAST["bank"] | {"catalog": "mysql://db"}}, "/bank/catalog"),
         ({"bank": LEAST["bank"] | {"replica": 2}}, "replica"),
         ({**LEAST, "server": {"gpus": "two"}}, "/server/gpus"),
+        ({**LEAST, "server": {"tolerations": "all"}}, "/server/tolerations"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(values: object, said: str) -> None:
@@ -109,6 +123,7 @@ def test_the_bank_takes_its_flags(values: dict[str, Any]) -> None:
     parsed = command_parsers()["bank"].parse_args(["--data-dir", "/data", "--host", "0.0.0.0", *bank["args"]])
     config = BankConfig(**given(parsed, BankConfig))
     assert config.metrics_port == METRICS_PORT
+    assert (config.catalog_read is not None) == (values is ALL)
     assert {port["name"]: port["containerPort"] for port in bank["ports"]} == {
         "grpc": DEFAULT_PORT,
         "metrics": METRICS_PORT,
@@ -153,3 +168,15 @@ def test_files_of_secrets_are_mounted_where_the_flags_name_them(values: object) 
         assert {mount["name"] for mount in one["volumeMounts"]} == {volume["name"] for volume in volumes}
         # A bank refuses files that everybody may read.
         assert all(volume["secret"]["defaultMode"] == 0o440 for volume in volumes if "secret" in volume)
+
+
+@pytest.mark.parametrize("name", ["bank", "server"])
+def test_pods_get_what_the_values_say_of_them(name: str) -> None:
+    found = manifests(ALL)
+    pod = found["Deployment", f"release-{name}"]["spec"]["template"]["spec"]
+    for key in ("serviceAccountName", "imagePullSecrets", "nodeSelector", "tolerations"):
+        assert pod[key] == PODS[key]
+    assert {"secretRef": {"name": f"{name}-environment"}} in container(found, name)["envFrom"]
+    assert found["ConfigMap", f"release-{name}"]["data"].items() >= ALL[name]["environment"].items()
+    assert PODS["extraVolumes"][0] in pod["volumes"]
+    assert PODS["extraVolumeMounts"][0] in container(found, name)["volumeMounts"]

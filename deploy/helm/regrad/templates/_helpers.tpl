@@ -38,6 +38,18 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{/* A component's values for its pods, beside those for the container. */}}
+{{- define "regrad.pod" -}}
+{{- with .serviceAccountName }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- range $name := list "imagePullSecrets" "nodeSelector" "tolerations" }}
+{{- with index $ $name }}
+{{ $name }}: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Nodes and servers of one kind spread over machines where they can. */}}
 {{- define "regrad.spread" -}}
 - maxSkew: 1
