@@ -41,7 +41,7 @@ _LEAVE = f"SELECT pg_advisory_unlock_shared({NODES})"
 _BEGIN_EPOCH = "INSERT INTO epoch (id, objects) VALUES (1, '') ON CONFLICT DO NOTHING"
 _ADD_NODE = "INSERT INTO nodes (node, token, is_over, seen) VALUES (%(node)s, '', false, now())"
 _SETTINGS = (
-    "SELECT learner_fingerprint, layout_id, codec, (SELECT seconds FROM history_setting), "
+    "SELECT schema_version, learner_fingerprint, layout_id, codec, (SELECT seconds FROM history_setting), "
     "(SELECT version FROM words_version), (SELECT learner_fingerprint FROM next_learner) FROM collection"
 )
 _FORGET_OBJECTS = "UPDATE epoch SET objects = ''"
@@ -125,8 +125,8 @@ class Membership:
 
 
 STALE = (
-    "another node has changed the collection's codec, learner or history while this one had no connection to the "
-    "catalog; start this node again"
+    "another node has changed the collection's codec, learner, history or schema while this one had no connection "
+    "to the catalog; start this node again"
 )
 
 

@@ -17,6 +17,9 @@ from bank_service.errors import BankInUseError, CollectionMismatchError
 # digests only. Up to 4, documents and past versions had separate tables, and triggers counted the usage. Up to 5, FTS5
 # made the words. Up to 6, sentences had no vectors. Such a version gets them when they are first needed. In 7 they were
 # no part of the usage. Up to 8, a collection had no next learner. PostgreSQL has had catalogs since 9.
+#
+# Every start makes the tables that it lacks. So a new table needs no other number, if the program gets along without
+# the rows of older nodes, which go on beside it. Any other change does, and is made by a node that is alone.
 SCHEMA_VERSION = 9
 
 _REMEDIES = {
@@ -48,8 +51,9 @@ def open_collection(
         created = {"id": 1, "schema_version": SCHEMA_VERSION, "sequence": 0, "uuid": secrets.token_hex(16)}
         connection.execute(sa.insert(collection).values(**created, **wanted))
         return str(created["uuid"])
+    check_known(row["schema_version"], place)
     if not is_alone:
-        _check_settled(connection, row)
+        _check_settled(connection, row, place)
     if row["schema_version"] < SCHEMA_VERSION:
         row = upgrade(row["schema_version"])
     known = next_rows.learner(connection)
@@ -64,9 +68,22 @@ def open_collection(
     return str(row["uuid"])
 
 
-def _check_settled(connection: sa.Connection, row: sa.RowMapping) -> None:
+def check_known(schema_version: int, place: str) -> None:
+    """CollectionMismatchError for the schema of a newer version of the bank."""
+    if schema_version > SCHEMA_VERSION:
+        raise CollectionMismatchError(
+            f"the catalog in {place} must have schema {SCHEMA_VERSION} or an older one, got {schema_version} of a "
+            "newer version of the bank; start that version, or restore a backup from before its upgrade"
+        )
+
+
+def _check_settled(connection: sa.Connection, row: sa.RowMapping, place: str) -> None:
+    if row["schema_version"] < SCHEMA_VERSION:
+        raise BankInUseError(
+            f"the catalog in {place} must get schema {SCHEMA_VERSION} by a node that is alone, it has "
+            f"{row['schema_version']} and other nodes; stop them, start this one, then start them with its version"
+        )
     for is_under_way, what in (
-        (row["schema_version"] < SCHEMA_VERSION, "an upgrade of its schema"),
         (connection.execute(sa.select(recoding)).first() is not None, "another codec"),
         (next_rows.learner(connection) is not None, "another learner"),
     ):

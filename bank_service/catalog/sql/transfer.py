@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import sqlalchemy as sa
 
 from bank_service.catalog.sql.catalog_view import SqlView
-from bank_service.catalog.sql.collection_row import SCHEMA_VERSION
+from bank_service.catalog.sql.collection_row import SCHEMA_VERSION, check_known
 from bank_service.catalog.sql.tables import collection, living, metadata, versions
 from bank_service.errors import CatalogDamagedError, CollectionMismatchError
 
@@ -32,6 +32,7 @@ class StoppedSqlCatalog:
             row = view.connection.execute(sa.select(collection)).one_or_none()
         if row is None:
             raise CollectionMismatchError(f"{place} must have a bank's catalog, it has none; name another place")
+        check_known(row.schema_version, place)
         if row.schema_version != SCHEMA_VERSION:
             raise CollectionMismatchError(
                 f"the catalog in {place} must have schema {SCHEMA_VERSION}, got {row.schema_version}; start its bank "
