@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--embedder", choices=("minilm", "hash"), default="minilm")
     parser.add_argument("--redis-url")
     parser.add_argument("--catalog")
+    parser.add_argument("--catalog-read")
     parser.add_argument("--objects")
     parser.add_argument("--tokens-file", type=Path)
     parser.add_argument("--snapshot-every", type=int, default=10_000)
@@ -49,6 +50,7 @@ def main() -> None:
         data_dir=args.data_dir,
         redis_url=args.redis_url,
         catalog=args.catalog,
+        catalog_read=args.catalog_read,
         objects=args.objects,
         tokens_file=args.tokens_file,
         snapshot_every=args.snapshot_every,

@@ -1,6 +1,6 @@
 """Measures one and two bank nodes on one PostgreSQL and one object store, all on this machine.
 
-    make bench-scale-out          (python -m benchmarks.scale_out [--documents N] [--kills N])
+    make bench-scale-out          (python -m benchmarks.scale_out [--documents N] [--kills N] [--encodes N])
 
 It starts PostgreSQL with pgvector, SeaweedFS and the nodes itself. The documents are those of ``benchmarks.bank``.
 
@@ -11,6 +11,10 @@ It starts PostgreSQL with pgvector, SeaweedFS and the nodes itself. The document
 - Recall@10 is against float32 brute force, also with filters that one document in 10 or 1,000 meets.
 - Fetch: three gradients of the shipped learner's size at a time through a node, from the object store; see
   ``benchmarks/bank/fetch.py``.
+- Staleness: how old answers are that a node reads from a streaming replica, while a client writes through another node;
+  see ``staleness.py``.
+- Ray: documents/s of ``regrad encode --ray`` with two workers over one; see ``ray_speed.py``. Both workers share the
+  cores, so the second gains only what one leaves idle. It is null without Ray, which ``pip install '.[ray]'`` brings.
 - Kills: ``benchmarks.crash`` with two nodes; ``lost`` and ``wrong`` count broken promises.
 """
 
@@ -48,6 +52,8 @@ from benchmarks.bank_ingest import spec_with
 from benchmarks.crash.killable import Nursery
 from benchmarks.crash.node_kills import kill_nodes, node_plan
 from benchmarks.scale_out.client_process import NUM_PROCESSES, TOP_K, WIDTH, running_clients
+from benchmarks.scale_out.ray_speed import measure_ray
+from benchmarks.scale_out.staleness import measure_staleness
 from benchmarks.servers.object_servers import seaweed
 from benchmarks.servers.postgres_server import PostgresServer
 from regrad_vllm.reporting.intervals import spread
@@ -65,6 +71,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0, help="of load at one node, or at two, in a repeat")
     parser.add_argument("--fetches", type=int, default=30, help="of three gradients, in a repeat")
+    parser.add_argument("--encodes", type=int, default=256, help="documents that Ray encodes, in a repeat")
     parser.add_argument("--kills", type=int, default=20, help="of one of two nodes under load")
     parser.add_argument("--seed", type=int, default=7, help="of the kills")
     args = parser.parse_args()
@@ -74,7 +81,9 @@ def main() -> int:
         "nodes_2_over_1": report["load"]["nodes_2_over_1"]["median"],
         "query_p50_ms_over_sql": report["query"]["p50_ms_over_sql"]["median"],
         "recall_at_10": report["query"]["recall_at_10"],
+        "staleness_ms_p99": report["staleness"]["p99_ms"]["median"],
         "fetch_mb_s": report["fetch"]["mb_s"]["bank_blobs"]["median"],
+        "ray_2_over_1": report["ray"] and report["ray"]["ray_2_over_1"]["median"],
         **{name: report["crash"][name] for name in ("kills", "lost", "wrong")},
     }
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + json.dumps(figures) + "\n")
@@ -101,6 +110,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         _say("fetching")
         shared = postgres.new_schema(), "s3://bucket/fetch"
         report["fetch"] = measure_fetch(folder / "fetch", SHIPPED_VALUES, args.fetches, args.repeats, shared)
+        _say("reading a replica")
+        report["staleness"] = measure_staleness(folder, "s3://bucket/replica", args.seconds, args.repeats)
+        _say("encoding on Ray")
+        report["ray"] = measure_ray(folder / "ray", args.encodes, min(args.repeats, 3))
         _say("killing nodes")
         report["crash"] = _killed(folder / "crash", postgres.new_schema(), "s3://bucket/crash", args)
         report["load_average_in_the_end"] = os.getloadavg()[0]
