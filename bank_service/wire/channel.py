@@ -56,6 +56,11 @@ def open_aio_channel(
     return grpc.aio.secure_channel(address, tls, options=options, interceptors=interceptors)
 
 
+def may_have_nodes(address: str) -> bool:
+    """Whether an address may stand for several nodes of a bank."""
+    return address.startswith("dns:") or "," in address
+
+
 def _prepared(address: str, credentials: BankCredentials) -> tuple[grpc.ChannelCredentials | None, str | None]:
     check_address(address, "the bank's address")
     tls, token = credentials.read_certificates(), credentials.read_token()
@@ -73,7 +78,7 @@ def _options(address: str, more_options: Sequence[Option]) -> list[Option]:
     if _is_here(address):
         # gRPC takes the environment's proxy for every address, also for one on this machine, where no proxy can help.
         options["grpc.enable_http_proxy"] = 0
-    if address.startswith("dns:") or "," in address:
+    if may_have_nodes(address):
         options["grpc.service_config"] = json.dumps(
             {**json.loads(str(options.get("grpc.service_config", "{}"))), **_IN_TURN}
         )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 
+from bank_service.wire.channel import may_have_nodes
 from bank_service.wire.ports import is_loopback
 from bank_service.wire.tracing import configure_tracing
 from regrad_vllm.base_model import base_digest
@@ -94,7 +95,9 @@ class RegradEndpoint:
             credentials=settings.bank_credentials,
             spec=learner.spec,
             timeout_ms=settings.bank_timeout_ms,
-            attempts=1,  # no retries: a request that may run without documents must not wait for a missing bank
+            # A request that may run without documents must not wait for a missing bank. Of several nodes, another one
+            # gets the calls of one that was killed.
+            attempts=2 if may_have_nodes(settings.bank) else 1,
         )
         metrics = _metrics()
         models = state.openai_serving_models
