@@ -113,7 +113,11 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         _say("reading a replica")
         report["staleness"] = measure_staleness(folder, "s3://bucket/replica", args.seconds, args.repeats)
         _say("encoding on Ray")
-        report["ray"] = measure_ray(folder / "ray", args.encodes, min(args.repeats, 3))
+        try:
+            report["ray"] = measure_ray(folder / "ray", args.encodes, min(args.repeats, 3))
+        except RuntimeError as error:  # Ray may not start in time on a busy machine; the other figures stay
+            _say(f"ray_2_over_1 is null: {error}")
+            report["ray"] = None
         _say("killing nodes")
         report["crash"] = _killed(folder / "crash", postgres.new_schema(), "s3://bucket/crash", args)
         report["load_average_in_the_end"] = os.getloadavg()[0]
