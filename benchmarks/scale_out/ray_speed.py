@@ -20,11 +20,12 @@ from regrad_vllm.local.processes import Services
 from regrad_vllm.reporting.intervals import spread
 
 WORKERS = (1, 2)
+TIMEOUT_SECONDS = 1800  # of one command
 SENTENCES = 12  # of a document: a kB, so that 256 documents are four of Ray's blocks, which two workers share
 
 
 def measure_ray(folder: Path, num_documents: int, repeats: int) -> dict[str, Any] | None:
-    """None without Ray."""
+    """None without Ray. RuntimeError where a command fails, takes too long, or has too few documents to measure."""
     if find_spec("ray") is None:
         sys.stderr.write("Ray must be installed for ray_2_over_1, so it is null; pip install '.[ray]'\n")
         return None
@@ -43,6 +44,11 @@ def measure_ray(folder: Path, num_documents: int, repeats: int) -> dict[str, Any
                     _seconds(corpus, outcome, "--namespace", f"{workers}-{repeat}", "--workers", str(workers), *flags)
                     for outcome in (f"{num_documents} created", f"{num_documents} unchanged")
                 )
+                if first <= again:
+                    raise RuntimeError(
+                        f"{num_documents} documents must take longer than none, got {first:.1f} and {again:.1f} s; "
+                        "raise --encodes"
+                    )
                 rates[workers].append(num_documents / (first - again))
                 starts[workers].append(again)
     return {
@@ -59,10 +65,13 @@ def _document(number: int) -> dict[str, str]:
 
 
 def _seconds(corpus: Path, outcome: str, *flags: str) -> float:
-    """RuntimeError where the command fails, or where its summary lacks the outcome."""
-    words = ["encode", str(corpus), *flags]
+    """RuntimeError where the command fails or takes too long, or where its summary lacks the outcome."""
+    command = [sys.executable, "-m", "regrad_vllm.cli", "encode", str(corpus), *flags]
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "regrad_vllm.cli", *words], capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"regrad encode must end within {TIMEOUT_SECONDS} s, it goes on") from error
     seconds = time.perf_counter() - started
     if done.returncode or outcome not in done.stdout:
         raise RuntimeError(f"regrad encode must say {outcome}, got {done.stdout}{done.stderr[-2000:]}")

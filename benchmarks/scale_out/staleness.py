@@ -19,6 +19,7 @@ from regrad_vllm.reporting.intervals import spread
 
 NUM_READERS = 4  # queries in flight
 MAX_STALENESS_SECONDS = 1.0  # a bank's default
+LEAST_SHARE = 0.5  # of the answers, from the replica
 ID = "clock"
 
 
@@ -38,6 +39,12 @@ def measure_staleness(folder: Path, objects: str, seconds: float, repeats: int) 
             replica.remove()
     finally:
         primary.remove()
+
+
+def staleness_of(found: dict[str, Any]) -> float | None:
+    """The main figure: p99 in milliseconds. None where the replica gave less than half of the answers: those of the
+    primary lack nothing, and say nothing of the replica."""
+    return found["p99_ms"]["median"] if found["share_at_replica"] >= LEAST_SHARE else None
 
 
 async def _measure(writing: str, reading: str, seconds: float, repeats: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from benchmarks.bank_soak.__main__ import Soak
 from benchmarks.bank_soak.ledger import SeededContent, Stored
 from benchmarks.bank_soak.sampling import growth
 from benchmarks.crash.killable import ROOT
+from benchmarks.scale_out.staleness import staleness_of
 from tests.bank.postgres_server import schema_of
 
 SMALL = (
@@ -26,10 +27,10 @@ SMALL = (
 )
 
 
-def _run(module: str, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run(module: str, *words: str, timeout: int = 200) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report and the figures that a benchmark prints."""
     command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     report, figures = done.stdout.strip().rsplit("\n", 1)
     return json.loads(report), json.loads(figures)
@@ -43,16 +44,24 @@ def test_a_catalog_in_postgresql_is_measured_beside_its_sql(tmp_path: Path) -> N
 
 
 @pytest.mark.only_test_all
+@pytest.mark.timeout(600)
 def test_two_bank_nodes_are_measured_beside_one_and_killed() -> None:
-    words = "--documents 2500 --queries 16 --repeats 1 --seconds 1 --fetches 2 --kills 2"
-    report, figures = _run("benchmarks.scale_out", *words.split())
+    words = "--documents 2500 --queries 16 --repeats 1 --seconds 1 --fetches 2 --encodes 8 --kills 2"
+    report, figures = _run("benchmarks.scale_out", *words.split(), timeout=550)
     assert set(figures) == {
-        "nodes_2_over_1", "query_p50_ms_over_sql", "recall_at_10", "fetch_mb_s", "kills", "lost", "wrong",
+        "nodes_2_over_1", "query_p50_ms_over_sql", "recall_at_10", "staleness_ms_p99", "fetch_mb_s", "ray_2_over_1",
+        "kills", "lost", "wrong",
     }  # fmt: skip
     assert (figures["kills"], figures["lost"], figures["wrong"]) == (2, 0, 0)
     assert figures["nodes_2_over_1"] > 0 and figures["fetch_mb_s"] > 0 and 0.9 < figures["recall_at_10"] <= 1
+    assert report["staleness"]["share_at_replica"] > 0 and report["staleness"]["p99_ms"]["median"] >= 0
     assert all(0.9 < report["query"][f"recall_at_10_{name}"] <= 1 for name in ("shelf", "topic"))
     assert all(rate["median"] > 0 for rate in report["load"]["queries_per_s"].values())
+
+
+def test_answers_of_the_primary_are_no_staleness() -> None:
+    found = {"p99_ms": {"median": 0.0}, "share_at_replica": 0.6}
+    assert staleness_of(found) == 0.0 and staleness_of({**found, "share_at_replica": 0.4}) is None
 
 
 def test_a_move_to_postgresql_and_back_is_measured(tmp_path: Path) -> None:
