@@ -4,8 +4,8 @@ The gradients go first, each checked against its digest at both ends. Then the c
 compared row by row before its commit. So the new bank has a catalog only once it has everything. Until the end,
 MOVE_FILE in its folder keeps banks out, and a move again goes on where the last one ended.
 
-The source is only read. The new bank gets an id of its own, because the two go different ways from then on. So no
-folder, object store or snapshot of one of them is taken for the other's.
+The source is only read, but for its lock. The new bank gets an id of its own, because the two go different ways from
+then on. So no folder, object store or snapshot of one of them is taken for the other's.
 """
 
 from __future__ import annotations

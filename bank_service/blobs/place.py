@@ -55,17 +55,18 @@ def check_objects(data_dir: Path, url: str | None) -> None:
         Owner.read(_opened(chosen))
 
 
-def check_gradients(data_dir: Path, url: str | None, stored: StoredCollection | None) -> None:
-    """CollectionMismatchError where the gradients belong to another catalog than this one, or to a newer state of it.
-    Changes nothing. OSError."""
-    chosen = objects_of(data_dir, url)
+def check_gradients(config: BankConfig, stored: StoredCollection | None) -> None:
+    """CollectionMismatchError where the gradients belong to another catalog than this one, or to a newer state of it,
+    or lack. Changes nothing. OSError."""
+    data_dir = config.data_dir
+    chosen = objects_of(data_dir, config.objects)
     objects = FolderObjects(data_dir / _BLOBS, "tmp") if chosen is None else _opened(chosen)
     place = chosen or str(data_dir / _BLOBS)
     owner = Owner.read(objects)
     _check_owner(owner, place, "" if stored is None else stored.collection_id)
     if stored is not None:
-        if owner is None and chosen is not None and stored.sequence:
-            raise _lacks_gradients(place, f"store {Owner(stored.collection_id).content.decode()} there as {OWNER}")
+        if stored.has_gradients:
+            _check_there(config, chosen, Owner(stored.collection_id), begins=owner is None)
         sequence = stored.sequence
         Claim(objects, place, stored.collection_id, lambda: sequence, lambda: False).check_catalog()
 
@@ -79,21 +80,17 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
     """
     data_dir, collection_id = config.data_dir, catalog.collection_id
     chosen = objects_of(data_dir, config.objects)
-    objects: Objects
-    if chosen is None:
-        if config.catalog is not None and not (data_dir / _BLOBS).exists() and _has_gradients(catalog):
-            raise _lacks_gradients(str(data_dir), f"make the folder {_BLOBS} in it")
-        objects = objects_in(data_dir / _BLOBS)
-    else:
-        objects = _opened(chosen)
+    owned = Owner(collection_id)
+    has_gradients = _has_gradients(catalog)  # before OWNER is read: another node may be the first one now
+    if has_gradients:
+        _check_there(config, chosen, owned, begins=False)
+    objects: Objects = objects_in(data_dir / _BLOBS) if chosen is None else _opened(chosen)
     place = chosen or str(data_dir / _BLOBS)
     nodes = catalog.nodes
     claim = Claim(
         objects, place, collection_id, partial(_sequence, catalog), partial(_is_writable, catalog),
         None if nodes is None else nodes.objects_name,
     )  # fmt: skip
-
-    owned = Owner(collection_id)
 
     def is_new() -> bool:
         owner = Owner.read(objects)
@@ -105,10 +102,9 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
             _take(objects, chosen, owned)
         claim.take(name)
 
-    has_gradients = _has_gradients(catalog)  # before OWNER is read: another node may be the first one now
     begins = is_new()
-    if has_gradients and begins:
-        raise _lacks_gradients(place, f"store {owned.content.decode()} there as {OWNER}")
+    if has_gradients:
+        _check_there(config, chosen, owned, begins=begins)
     claim.check_catalog()
     if nodes is None:
         take()
@@ -146,9 +142,18 @@ def _has_gradients(catalog: Catalog) -> bool:
         return bool(view.gradients("", 1))
 
 
-def _lacks_gradients(place: str, remedy: str) -> CollectionMismatchError:
-    """Without this, a bank in a wrong place would make all gradients anew."""
-    return CollectionMismatchError(
+def _check_there(config: BankConfig, chosen: str | None, owned: Owner, *, begins: bool) -> None:
+    """CollectionMismatchError where the place has none of the catalog's gradients: the bank would make all anew.
+    ``begins``: nobody has the store ``chosen`` yet."""
+    if chosen is None:
+        if config.catalog is None or (config.data_dir / _BLOBS).exists():
+            return
+        place, remedy = str(config.data_dir), f"make the folder {_BLOBS} in it"
+    elif begins:
+        place, remedy = chosen, f"store {owned.content.decode()} there as {OWNER}"
+    else:
+        return
+    raise CollectionMismatchError(
         f"the catalog's gradients must lie in {place}, which has none; name their folder with --data-dir or their "
         f"store with --objects. If they are lost, {remedy}: the bank then makes them again, but for uploaded ones"
     )

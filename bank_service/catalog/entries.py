@@ -26,6 +26,7 @@ class StoredCollection:
     collection_id: str
     codec: str
     sequence: int
+    has_gradients: bool
 
 
 @dataclass(frozen=True, slots=True)

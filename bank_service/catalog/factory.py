@@ -20,6 +20,7 @@ from bank_service.catalog.sqlite.catalog import SqliteCatalog
 from bank_service.catalog.sqlite.catalog_file import (
     CATALOG_FILE,
     check_catalog,
+    check_file,
     check_not_lost,
     copy_catalog,
     describe_copy,
@@ -36,6 +37,7 @@ __all__ = [
     "check_catalog",
     "check_folder",
     "check_place",
+    "check_readable",
     "check_stored",
     "copy_catalog",
     "database_states",
@@ -77,8 +79,17 @@ def open_catalog(
 
 
 def stored_collection(data_dir: Path, url: str | None = None) -> StoredCollection | None:
-    """None where there is no collection yet, or where it can't be read. ``open_catalog`` raises the reason."""
+    """None where there is no collection yet, or where the folder's can't be read: ``open_catalog`` raises the reason.
+    CollectionMismatchError for one of a newer version. RuntimeError where the one in PostgreSQL can't be read."""
     return stored_in_sqlite(data_dir / CATALOG_FILE) if url is None else stored_in_postgres(url)
+
+
+def check_readable(data_dir: Path, url: str | None = None) -> StoredCollection | None:
+    """The stored collection. None where there is none yet. CatalogDamagedError, OSError or RuntimeError where it can't
+    be read, CollectionMismatchError for one of a newer version. Changes nothing."""
+    if url is None:
+        check_file(data_dir / CATALOG_FILE)
+    return stored_collection(data_dir, url)
 
 
 def check_place(
@@ -125,7 +136,8 @@ def load_catalog(data_dir: Path, url: str | None, source: StoppedCatalog, collec
 
 
 def check_stored(data_dir: Path, url: str | None, stored: StoredCollection | None) -> None:
-    """CollectionMismatchError or CatalogDamagedError where the folder belongs to another catalog than this one."""
+    """CollectionMismatchError where the folder belongs to another catalog than this one. CatalogDamagedError where
+    it is lost. Changes nothing."""
     if url is not None:
         check_mark(data_dir, "none" if stored is None else stored.collection_id, shown(url))
     elif stored is None:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -72,15 +72,15 @@ class DataDir:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keeps banks out meanwhile, and writes nothing. BankInUseError if one runs. A folder that no bank has used has
-        no lock, and stays open to them."""
-        try:
-            lock = (self.path / "lock").open()
-        except FileNotFoundError:
-            yield
-            return
-        with lock:
-            self._lock_file(lock, fcntl.LOCK_SH)  # several may read, and a lock to write needs a file open for writing
+        """Keeps banks out meanwhile, and writes nothing but the lock, where there is none. BankInUseError if one runs.
+        A folder that this user can't write and that has no lock stays open to banks of others."""
+        path = self.path / "lock"
+        with ExitStack() as stack:
+            with suppress(OSError):
+                path.touch(exist_ok=False)
+            if path.exists():
+                lock = stack.enter_context(path.open())
+                self._lock_file(lock, fcntl.LOCK_SH)  # several may read; a lock to write needs a file open for writing
             yield
 
     def _lock_file(self, lock: IO[str], kind: int = fcntl.LOCK_EX) -> None:

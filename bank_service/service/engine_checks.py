@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from functools import partial
 from importlib.metadata import version
 
 from bank_service.blobs.objects_check import ENGINE as OBJECT_STORE
@@ -15,10 +16,10 @@ from bank_service.cache.redis_check import ENGINE as REDIS
 from bank_service.cache.redis_check import redis_state
 from bank_service.catalog.factory import (
     check_folder,
+    check_readable,
     check_stored,
     database_states,
     replica_state,
-    stored_collection,
 )
 from bank_service.errors import BankInUseError, CatalogDamagedError, CollectionMismatchError
 from bank_service.runtime.data_dir import DataDir
@@ -50,11 +51,14 @@ async def engine_states(config: BankConfig) -> list[EngineState]:
 
 def _collection_state(config: BankConfig) -> EngineState:
     """Whether catalog, gradients and codec belong together."""
-    stored = stored_collection(config.data_dir, config.catalog)
+    try:
+        stored = check_readable(config.data_dir, config.catalog)
+    except (CatalogDamagedError, CollectionMismatchError, OSError, RuntimeError) as error:
+        return EngineState(COLLECTION, False, "unreadable", (Lack("a catalog to read", NO_START, str(error)),))
     lacks = []
-    for check, place in ((check_stored, config.catalog), (check_gradients, config.objects)):
+    for check in (partial(check_stored, config.data_dir, config.catalog), partial(check_gradients, config)):
         try:
-            check(config.data_dir, place, stored)
+            check(stored)
         except (CollectionMismatchError, CatalogDamagedError) as error:
             lacks.append(Lack("a catalog and gradients of one bank", NO_START, str(error)))
     if stored is None:

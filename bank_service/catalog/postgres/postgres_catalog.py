@@ -27,15 +27,19 @@ from bank_service.catalog.postgres.vector_search import PostgresVectors
 from bank_service.catalog.postgres.word_rows import PostgresWords, renew_words
 from bank_service.catalog.sql import history
 from bank_service.catalog.sql.catalog_view import SqlView
-from bank_service.catalog.sql.collection_row import open_collection
+from bank_service.catalog.sql.collection_row import check_known, open_collection
 from bank_service.catalog.sql.prepared import Prepared
 from bank_service.catalog.sql.sql_catalog import SqlCatalog
-from bank_service.catalog.sql.tables import collection, metadata
+from bank_service.catalog.sql.tables import collection, metadata, next_gradients, versions
 from bank_service.errors import CatalogReadError
 from bank_service.values.catalog_url import ReplicaSettings
 from bank_service.values.namespace_limits import LimitsOf, unlimited
 
-_COLLECTION = Prepared(sa.select(collection.c.uuid, collection.c.codec, collection.c.sequence))
+_C = collection.c
+_DIGEST, _NEXT = versions.c.gradient_digest, next_gradients.c.gradient_digest
+_HAS_GRADIENTS = sa.exists().where(_DIGEST.is_not(None)) | sa.exists().where(_NEXT.is_not(None))
+_COLLECTION = Prepared(sa.select(_C.schema_version, _C.uuid, _C.codec, _C.sequence, _HAS_GRADIENTS.label("has")))
+_UNDEFINED_TABLE = "42P01"
 
 
 class PostgresCatalog(SqlCatalog):
@@ -193,13 +197,20 @@ class PostgresCatalog(SqlCatalog):
 
 
 def stored_collection(url: str) -> StoredCollection | None:
-    """None where there is no collection yet, or where it can't be read. ``PostgresCatalog`` raises the reason."""
+    """None where there is no collection yet. RuntimeError where it can't be read.
+    CollectionMismatchError for one of a newer version."""
     engine = reader_of(url)
     try:
         with engine.begin() as connection:
             rows = _COLLECTION.rows(connection)
-    except sa.exc.SQLAlchemyError:
-        return None
+    except sa.exc.SQLAlchemyError as error:
+        if getattr(getattr(error, "orig", None), "sqlstate", None) == _UNDEFINED_TABLE:
+            return None
+        raise unreachable(url, error) from error
     finally:
         engine.dispose()
-    return StoredCollection(*rows[0]) if rows else None
+    if not rows:
+        return None
+    version, *fields = rows[0]
+    check_known(version, shown(url))
+    return StoredCollection(*fields)

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bank_service.catalog.entries import CatalogCopy, StoredCollection
+from bank_service.catalog.sql.collection_row import check_known
 from bank_service.errors import CatalogDamagedError
 
 CATALOG_FILE = "catalog.sqlite"
@@ -66,13 +67,7 @@ def copy_catalog(path: Path, target: Path) -> None:
 def describe_copy(path: Path) -> CatalogCopy:
     """The counts of a copy made by ``copy_catalog``. An older version may have made it."""
     with naming_damage(path), closing(sqlite3.connect(path)) as connection:
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        named = " UNION ALL ".join(
-            f"SELECT gradient_digest, gradient_bytes FROM {table} WHERE gradient_digest IS NOT NULL"
-            for table in ("versions", "next_gradients", "documents", "history")  # the latter two of schemas before 5
-            if table in tables
-        )
-        query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({named}) GROUP BY 1 ORDER BY 1"
+        query = f"SELECT gradient_digest, max(gradient_bytes) FROM ({_named(connection)}) GROUP BY 1 ORDER BY 1"
         gradients = {str(digest): int(size) for digest, size in connection.execute(query)}
         ((uuid, fingerprint, sequence),) = connection.execute(
             "SELECT uuid, learner_fingerprint, sequence FROM collection"
@@ -84,18 +79,45 @@ def stored_collection(path: Path) -> StoredCollection | None:
     """Reads the collection from a catalog's file, which may be of an older version.
 
     None where there is no collection yet, or where it can't be read. ``SqliteCatalog`` raises the reason.
+    CollectionMismatchError for a newer version.
     """
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?{reading(path)}", uri=True)) as connection:
-            row = connection.execute("SELECT uuid, codec, sequence FROM collection").fetchone()
+            row = connection.execute("SELECT schema_version, uuid, codec, sequence FROM collection").fetchone()
+            if row is None:
+                return None
+            version, uuid, codec, sequence = row
+            check_known(version, str(path.parent))
+            has_gradients = connection.execute(_named(connection)).fetchone() is not None
+            return StoredCollection(uuid, codec, sequence, has_gradients)
     except sqlite3.Error:
         return None
-    return None if row is None else StoredCollection(*row)
+
+
+def _named(connection: sqlite3.Connection) -> str:
+    """SQL: digest and bytes of each gradient that the catalog names, perhaps several times."""
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return " UNION ALL ".join(
+        f"SELECT gradient_digest, gradient_bytes FROM {table} WHERE gradient_digest IS NOT NULL"
+        for table in ("versions", "next_gradients", "documents", "history")  # the latter two of schemas before 5
+        if table in tables
+    )
+
+
+def check_file(path: Path) -> None:
+    """Raises the errors of a start for the file, if there is one: CatalogDamagedError, OSError. Changes nothing."""
+    if not path.exists():
+        return
+    try:
+        check_catalog(path, reading(path))
+    except sqlite3.OperationalError as error:
+        raise OSError(f"the catalog {path} must be readable, got: {error}") from error
 
 
 def reading(path: Path) -> str:
     """The mode of reading a catalog that nobody writes meanwhile.
 
     SQLite makes files beside what it reads, unless it may rely on that. A running bank or a killed one has a log.
+    Without ``mode=ro`` SQLite makes the file itself, too.
     """
-    return "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    return "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"

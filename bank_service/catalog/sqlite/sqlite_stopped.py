@@ -20,6 +20,7 @@ from bank_service.catalog.sqlite.lexical import fill_words
 from bank_service.catalog.sqlite.sqlite_search_rows import SqliteSearchRows
 from bank_service.catalog.sqlite.sqlite_tables import own_metadata
 from bank_service.catalog.stopped import StoppedCatalog
+from bank_service.errors import CollectionMismatchError
 
 
 @contextmanager
@@ -27,8 +28,9 @@ def stopped(path: Path) -> Iterator[StoppedSqlCatalog]:
     """The caller keeps banks out of the folder. CollectionMismatchError where there is no catalog,
     CatalogDamagedError."""
     mode = reading(path)
-    if path.is_file():
-        check_catalog(path, mode)
+    if not path.is_file():
+        raise CollectionMismatchError(f"{path.parent} must be the folder of a bank, it has no {path.name}")
+    check_catalog(path, mode)
     engine = sa.create_engine(f"sqlite:///file:{quote(str(path.absolute()))}?{mode}&uri=true")
     try:
         with engine.connect() as connection:

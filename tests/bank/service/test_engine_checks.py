@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,9 +90,54 @@ async def test_catalog_gradients_and_codec_of_different_banks_are_told(tmp_path:
             await BankServer(mixed, HashEncoder(), HashEmbedder()).start()
     RemoteObjects.at(str(first.objects)).put("sequence.json", b'{"sequence": 9}')
     assert (await lacks(first))["collection"] == apart  # an older state of the catalog
+    in_folder = replace(first, data_dir=tmp_path / "h", catalog=shared_server().new_schema(), objects=None)
+    async with BankServer(in_folder, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        await client.put("a", "an owl")
+        await client.delete("a")  # a sequence, but no gradient
+    elsewhere = replace(in_folder, data_dir=tmp_path / "i")
+    assert "collection" not in await lacks(elsewhere)
+    async with BankServer(in_folder, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
+        await client.put("a", "an owl")
+    assert (await lacks(elsewhere))["collection"] == apart
+    with pytest.raises(CollectionMismatchError, match="the catalog's gradients must lie in"):
+        await BankServer(elsewhere, HashEncoder(), HashEmbedder()).start()
     other = replace(alone, codec="factors-4-1-4")
     assert await lacks(other) == {"collection": ["the codec factors-4-1-4, it has factors-4-1-8!"]}
     assert [path.name for path in alone.data_dir.glob("catalog.*")] == ["catalog.sqlite"]  # looking made no files
+
+
+@pytest.mark.asyncio
+async def test_a_catalog_that_cannot_be_read_is_no_new_one(tmp_path: Path) -> None:
+    in_folder = BankConfig(data_dir=tmp_path / "a")
+    in_postgres = BankConfig(data_dir=tmp_path / "b", catalog=shared_server().new_schema())
+    for config in (in_folder, in_postgres):
+        config.data_dir.mkdir()
+        assert (await states(config))["collection"] == EngineState("collection", None, "a new one")
+        assert not [*config.data_dir.iterdir()]
+        async with BankServer(config, HashEncoder(), HashEmbedder()):
+            pass
+    file = in_folder.data_dir / "catalog.sqlite"
+    newer = "UPDATE collection SET schema_version = 99"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(newer)
+        connection.commit()
+    with psycopg.connect(str(in_postgres.catalog)) as connection:
+        connection.execute(newer)
+    for config in (in_folder, in_postgres):
+        assert await told_and_refused(config) == "a catalog to read!"
+    with psycopg.connect(str(in_postgres.catalog)) as connection:
+        connection.execute("ALTER TABLE collection DROP COLUMN uuid")
+    file.write_bytes(b"no catalog" * 999)
+    for config in (in_folder, in_postgres):
+        assert await told_and_refused(config) == "a catalog to read!"
+
+
+async def told_and_refused(config: BankConfig) -> str:
+    """The only lack of the collection. The bank doesn't start."""
+    (lack,) = (await lacks(config))["collection"]
+    with pytest.raises((CollectionMismatchError, CatalogDamagedError, RuntimeError)):
+        await BankServer(config, HashEncoder(), HashEmbedder()).start()
+    return lack
 
 
 @pytest.mark.asyncio

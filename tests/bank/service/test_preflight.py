@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bank_service.errors import BankInUseError
 from bank_service.runtime.data_dir import BankAddress, DataDir, read_address
 from bank_service.service.preflight import check_startable
 from bank_service.values.config import BankConfig
@@ -88,3 +89,17 @@ def test_nothing_is_taken_and_nothing_is_left(host: str, data_dir: Path) -> None
     for _ in range(2):
         check_startable(BankConfig(data_dir=data_dir, host=host, port=port))
     assert not data_dir.exists(), "a restore wants it absent or empty"
+
+
+def test_a_folder_that_is_kept_is_closed_to_banks_but_not_to_readers(tmp_path: Path) -> None:
+    folder = DataDir(tmp_path)
+    with folder.kept(), DataDir(tmp_path).kept():
+        assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("lock", 0)]
+        with pytest.raises(BankInUseError):
+            folder.take()
+    folder.take()
+    try:
+        with pytest.raises(BankInUseError), DataDir(tmp_path).kept():
+            pass
+    finally:
+        folder.release()
