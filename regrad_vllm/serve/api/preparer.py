@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
+from bank_service.wire.channel import may_have_nodes
 from bank_service.wire.errors import (
     BankError,
     InvalidArgumentError,
     LimitExceededError,
     NotFoundError,
     OutOfRangeError,
+    UnavailableError,
 )
 from bank_service.wire.record import GradientFormatError, WrongLearnerError
 from bank_service.wire.tracing import DATA_SOURCE, OPERATION, RETRIEVAL, span
@@ -152,11 +154,23 @@ class Preparer:
         self._metrics.arena_lookups.labels("hit").inc(len(hits) - len(missing))
         self._metrics.arena_lookups.labels("miss").inc(len(missing))
         with self._clock("fetch", timings), span("regrad.fetch", **{"regrad.num_missing": len(missing)}):
-            if missing:
-                async for digest, record in self._bank.fetch(missing):
+            await self._fetch_missing(missing, hold)
+        self._observe_arena()
+
+    async def _fetch_missing(self, missing: list[str], hold: ArenaHold) -> None:
+        """Of several nodes, another one is asked once for what a broken stream still owes."""
+        lacking = dict.fromkeys(missing)
+        last_try = not may_have_nodes(self._bank.address)
+        while lacking:
+            try:
+                async for digest, record in self._bank.fetch([*lacking]):
                     await asyncio.to_thread(hold.put, digest, record)
                     self._metrics.fetched_bytes.inc(len(record))
-        self._observe_arena()
+                    del lacking[digest]
+            except UnavailableError:
+                if last_try:
+                    raise
+                last_try = True
 
     async def _make_resident(self, placement: Placement, timings: dict[str, float]) -> None:
         with self._clock("resident", timings):
