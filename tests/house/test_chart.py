@@ -109,6 +109,7 @@ def test_kubernetes_takes_every_manifest(values: object) -> None:
         ({"bank": LEAST["bank"] | {"replica": 2}}, "replica"),
         ({**LEAST, "server": {"gpus": "two"}}, "/server/gpus"),
         ({**LEAST, "server": {"tolerations": "all"}}, "/server/tolerations"),
+        ({**LEAST, "server": {"environment": {"A: b": "c"}}}, "'A: b' does not match pattern"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(values: object, said: str) -> None:
@@ -180,3 +181,16 @@ def test_pods_get_what_the_values_say_of_them(name: str) -> None:
     assert found["ConfigMap", f"release-{name}"]["data"].items() >= ALL[name]["environment"].items()
     assert PODS["extraVolumes"][0] in pod["volumes"]
     assert PODS["extraVolumeMounts"][0] in container(found, name)["volumeMounts"]
+
+
+def test_names_of_digits_stay_texts_and_the_users_environment_wins() -> None:
+    checker = pytest.importorskip("kubernetes_validate")
+    secrets = ("environmentSecret", "redisSecret", "tokensSecret", "tlsSecret"), (
+        "environmentSecret", "apiKeySecret", "bankTokenSecret", "bankCaSecret",
+    )  # fmt: skip
+    own = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://mine:4317", "VLLM_CPU_KVCACHE_SPACE": "7"}
+    bank, server = (dict.fromkeys(("serviceAccountName", *names), "123") | {"environment": own} for names in secrets)
+    found = manifests({"bank": LEAST["bank"] | bank, "server": server, "tracesEndpoint": "http://collector:4317"})
+    for manifest in found.values():
+        checker.validate(manifest, "1.35", strict=True)
+    assert all(found["ConfigMap", f"release-{name}"]["data"] == own for name in ("bank", "server"))

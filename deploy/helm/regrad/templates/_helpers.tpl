@@ -1,13 +1,13 @@
 {{- define "regrad.labels" -}}
 app.kubernetes.io/name: regrad
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
 {{- define "regrad.selector" -}}
 app.kubernetes.io/name: regrad
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -41,7 +41,7 @@ capabilities: {drop: [ALL]}
 {{/* A component's values for its pods, beside those for the container. */}}
 {{- define "regrad.pod" -}}
 {{- with .serviceAccountName }}
-serviceAccountName: {{ . }}
+serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- range $name := list "imagePullSecrets" "nodeSelector" "tolerations" }}
 {{- with index $ $name }}
