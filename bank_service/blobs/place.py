@@ -97,8 +97,9 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
         _check_owner(owner, place, collection_id)
         return owner is None and chosen is not None
 
-    def take(name: str | None = None) -> None:
+    def take(name: str | None = None, is_first: bool = True) -> None:
         if begins and is_new() and chosen is not None:  # a try before this one may have begun the store
+            _check_there(config, chosen, owned, begins=not is_first)
             _take(objects, chosen, owned)
         claim.take(name)
 
@@ -110,6 +111,7 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
         take()
     else:
         nodes.take_objects(take)
+        _check_there(config, chosen, owned, begins=is_new())  # the other nodes may have another store
     claim.keep()
     if chosen is not None:
         _note(data_dir, chosen)

@@ -41,9 +41,9 @@ class Nodes(Protocol):
         all reads and writes until it is opened anew."""
         ...
 
-    def take_objects(self, take: Callable[[str], None]) -> None:
-        """Gives the nodes a random name in the object store unless they have one. Calls ``take`` with a new name, and
-        raises its errors.
+    def take_objects(self, take: Callable[[str, bool], None]) -> None:
+        """Gives the nodes a random name in the object store unless they have one. Calls ``take`` with a new name and
+        whether the catalog never had an object store, and raises its errors.
 
         No node changes the catalog during ``take``. The name is new where this node opened the catalog alone.
         UnavailableError.

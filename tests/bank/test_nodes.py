@@ -17,6 +17,7 @@ from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import (
     BankInUseError,
+    CollectionMismatchError,
     NotFoundError,
     QuotaExceededError,
     UnavailableError,
@@ -54,6 +55,21 @@ async def clients(tmp_path: Path, catalog: str, objects_url: str) -> AsyncIterat
         bank(tmp_path / "second", objects_url, **settings) as second,
     ):
         yield first, second
+
+
+@pytest.mark.asyncio
+async def test_a_bank_without_documents_keeps_its_store_too(tmp_path: Path, catalog: str, objects_url: str) -> None:
+    async def refused(name: str) -> None:
+        with pytest.raises(CollectionMismatchError, match="gradients must lie in .*-other, which has none"):
+            async with bank(tmp_path / name, f"{objects_url}-other", catalog=catalog):
+                pass
+
+    async with bank(tmp_path / "first", objects_url, catalog=catalog):
+        await refused("beside")
+    await refused("alone")
+    async with bank(tmp_path / "third", objects_url, catalog=catalog):
+        pass
+    assert not list(RemoteObjects.at(f"{objects_url}-other").list())
 
 
 async def listed(client: Client, namespace: str = "") -> dict[str, int]:

@@ -44,7 +44,7 @@ _SETTINGS = (
     "SELECT schema_version, learner_fingerprint, layout_id, codec, (SELECT seconds FROM history_setting), "
     "(SELECT version FROM words_version), (SELECT learner_fingerprint FROM next_learner) FROM collection"
 )
-_FORGET_OBJECTS = "UPDATE epoch SET objects = ''"
+_FORGET_OBJECTS = "UPDATE epoch SET objects = '-' WHERE objects <> ''"
 
 
 class Membership:

@@ -40,7 +40,7 @@ T = TypeVar("T")
 WAIT_SECONDS = 5.0  # the longest that a write waits for a removal of the same gradient
 PAUSE_SECONDS = 0.05
 MAX_DROPPED = 5_000  # in one transaction, because all nodes wait for it
-_NAME = "SELECT objects FROM epoch"
+_NAME = "SELECT ltrim(objects, '-'), objects = '' FROM epoch"
 _WAITS = "SET LOCAL idle_in_transaction_session_timeout = '60s'"  # for the object store
 _SET_NAME = "UPDATE epoch SET objects = %(name)s"
 _IS_OVER = "NOT is_over AND node <> %(own)s AND pg_try_advisory_xact_lock(node)"
@@ -93,17 +93,18 @@ class PostgresNodes:
     def is_current(self) -> bool:
         return not self._membership.is_stale
 
-    def take_objects(self, take: Callable[[str], None]) -> None:
+    def take_objects(self, take: Callable[[str, bool], None]) -> None:
         failures: list[Exception] = []
 
         def operation(connection: sa.Connection) -> None:
             failures.clear()
-            if run_text(connection, _NAME)[0][0]:
+            ((known, is_first),) = run_text(connection, _NAME)
+            if known:
                 return
             name = secrets.token_hex(16)
             run_text(connection, _WAITS)
             try:
-                take(name)
+                take(name, is_first)
             except Exception as error:  # noqa: BLE001 - the caller gets it, and the transaction changes nothing
                 failures.append(error)
                 return

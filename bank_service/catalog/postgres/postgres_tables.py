@@ -50,7 +50,8 @@ epoch = sa.Table(  # one row
     "epoch",
     own_metadata,
     sa.Column("id", sa.Integer, primary_key=True),  # always 1
-    sa.Column("objects", sa.Text, nullable=False),  # random name of the nodes in their object store; empty: none yet
+    # The nodes' random name in their object store. Empty: the catalog never had a store; -: they have no name yet.
+    sa.Column("objects", sa.Text, nullable=False),
 )
 
 removals = sa.Table(  # of gradients from the object store: under way, or without an answer of the store

@@ -245,13 +245,13 @@ def test_a_node_whose_connections_broke_goes_on_also_if_another_one_began_alone(
     opener: Opener, url: str, line: Line
 ) -> None:
     first = opener(url=line.url(url))
-    nodes_of(first).take_objects(lambda _: None)
+    nodes_of(first).take_objects(lambda *_: None)
     before = nodes_of(first).objects_name()
     line.is_broken = True
     end_connections(url)
     second = opener()
     taken: list[str] = []
-    nodes_of(second).take_objects(taken.append)
+    nodes_of(second).take_objects(lambda name, _: taken.append(name))
     line.is_broken = False
     assert taken != [before], "it may be another copy of the database"
     until(lambda: first.put(document(), gradient("1"), None).exception() is not None)
@@ -272,5 +272,5 @@ def test_two_nodes_begin_one_new_catalog_at_once(opener: Opener) -> None:
     assert [nodes_of(catalog).leads for catalog in catalogs].count(True) == 1
     names: list[str] = []
     for catalog in catalogs:
-        nodes_of(catalog).take_objects(names.append)
+        nodes_of(catalog).take_objects(lambda name, _: names.append(name))
     assert [nodes_of(catalog).objects_name() for catalog in catalogs] == names * 4, "only the first took the store"
