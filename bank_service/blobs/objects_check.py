@@ -7,12 +7,13 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 
-from bank_service.blobs.objects import Objects, ObjectsUnavailableError
+from bank_service.blobs.objects import ObjectsUnavailableError
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 from bank_service.values.objects_url import shown
 
 ENGINE = "object store"
+_MEND_CREDENTIALS = "mend them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _REFUSAL = re.compile(r"^403|AccessDenied")
 # Faults by the store's status, with the remedy of each. The first that fits.
 _FAULTS = (
@@ -24,7 +25,7 @@ _FAULTS = (
     (
         re.compile(r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthenticationFailed|^401"),
         "credentials that it takes",
-        "mend them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        _MEND_CREDENTIALS,
     ),
     (re.compile(""), "an answer", "mend bucket, endpoint or credentials, which the environment has"),
 )
@@ -45,7 +46,7 @@ def objects_state(url: str) -> EngineState:
         return EngineState(ENGINE, error.status is not None, lacks=(lack,))
 
 
-def _tried(objects: Objects, url: str) -> EngineState:
+def _tried(objects: RemoteObjects, url: str) -> EngineState:
     name = f"check-{secrets.token_hex(8)}"
     lacks: list[Lack] = []
 
@@ -67,7 +68,12 @@ def _tried(objects: Objects, url: str) -> EngineState:
     may_remove = may("delete objects", _STAYS, lambda: objects.remove(name))
     may("list objects", NO_START, lambda: next(iter(objects.list()), None))
     may("get objects", NO_START, lambda: objects.read(name))
-    if may_remove and may("put objects", NO_START, lambda: objects.add(name, _CONTENT)):
+    if len(lacks) == 3:
+        lack = Lack("credentials with any right", NO_START, f"{_MEND_CREDENTIALS}; or {lacks[0].remedy}")
+        return EngineState(ENGINE, True, url.split("://")[0], (lack,))
+    if not may_remove:
+        may("put objects", NO_START, lambda: objects.check_put(name))
+    elif may("put objects", NO_START, lambda: objects.add(name, _CONTENT)):
         try:
             if objects.add(name, _CONTENT):
                 cost = "two new banks could take one prefix"

@@ -69,6 +69,8 @@ def check_gradients(config: BankConfig, stored: StoredCollection | None) -> None
             _check_there(config, chosen, Owner(stored.collection_id), begins=owner is None)
         sequence = stored.sequence
         Claim(objects, place, stored.collection_id, lambda: sequence, lambda: False).check_catalog()
+    if chosen is not None and owner is None:
+        _check_empty(objects, place)
 
 
 def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
@@ -198,10 +200,14 @@ def _opened(url: str) -> Objects:
         ) from error
 
 
-def _take(objects: Objects, url: str, owner: Owner) -> None:
+def _check_empty(objects: Objects, url: str) -> None:
     found = next(iter(objects.list()), None)
     if found is not None:
         raise CollectionMismatchError(f"{url} must be empty for a new bank, it has {found!r}; use another prefix")
+
+
+def _take(objects: Objects, url: str, owner: Owner) -> None:
+    _check_empty(objects, url)
     objects.add(OWNER, owner.content)
     if Owner.read(objects) != owner:
         raise CollectionMismatchError(f"{url} must belong to one bank, another one has just taken it")

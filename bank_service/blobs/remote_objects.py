@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,6 +108,15 @@ class RemoteObjects:
             except AlreadyExistsError:
                 return False
             return True
+
+    def check_put(self, name: str) -> None:
+        """Asks for a write that can't be: of a new version of an object that isn't there. So it needs the right to
+        write, and writes nothing."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        with self._errors(name), suppress(PreconditionError):
+            obstore.put(self._store, name, b"", mode={"e_tag": '"0"', "version": "1"})
 
     def list(self) -> Iterator[str]:
         for name, _ in self.sizes():

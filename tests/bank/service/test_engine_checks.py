@@ -103,6 +103,8 @@ async def test_catalog_gradients_and_codec_of_different_banks_are_told(tmp_path:
         await BankServer(elsewhere, HashEncoder(), HashEmbedder()).start()
     other = replace(alone, codec="factors-4-1-4")
     assert await lacks(other) == {"collection": ["the codec factors-4-1-4, it has factors-4-1-8!"]}
+    parent = replace(alone, data_dir=tmp_path / "new", objects=objects_url.rsplit("/", 1)[0])
+    assert (await lacks(parent))["collection"] == apart  # no new bank on other objects
     assert [path.name for path in alone.data_dir.glob("catalog.*")] == ["catalog.sqlite"]  # looking made no files
 
 
@@ -211,7 +213,11 @@ async def test_an_object_store_without_the_bucket_or_without_an_answer(
     found = (await states(BankConfig(data_dir=data_dir, objects="s3://no-bucket/x")))["object store"]
     assert found.reached and "NoSuchBucket" in found.lacks[0].remedy
     assert await lacks(BankConfig(data_dir=data_dir, objects="s3://no-bucket/x")) == {"object store": ["the bucket!"]}
-    weather.num_refused = 1
+    weather.num_refused, weather.refusal = 3, (403, "AccessDenied")
+    assert await lacks(BankConfig(data_dir=data_dir, objects=objects_url)) == {
+        "object store": ["credentials with any right!"]
+    }
+    weather.num_refused, weather.refusal = 1, (503, "SlowDown")
     found = (await states(BankConfig(data_dir=data_dir, objects=objects_url)))["object store"]
     assert found.reached and "503" in found.lacks[0].remedy
     assert await lacks(BankConfig(data_dir=data_dir, objects=objects_url)) == {}
@@ -228,7 +234,7 @@ async def test_a_store_names_the_rights_that_a_user_lacks(
     config = BankConfig(data_dir=data_dir, objects=seaweed_url)
     assert await lacks(config) == {}
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
-    assert await lacks(config) == {"object store": ["delete objects"]}
+    assert await lacks(config) == {"object store": ["delete objects", "put objects!"]}
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert await lacks(config) == {"object store": ["credentials that it takes!"]}
     monkeypatch.undo()

@@ -69,3 +69,12 @@ def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
 
 def test_a_relative_folder_becomes_absolute() -> None:
     assert BankConfig(data_dir=Path("some/folder")).data_dir == Path.cwd() / "some/folder"
+
+
+@pytest.mark.parametrize("endpoint", ["", "localhost:9000"])
+def test_an_endpoint_that_is_no_url_is_refused_by_name(
+    tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ValueError, match="AWS_ENDPOINT_URL must begin with http"):
+        BankConfig(data_dir=tmp_path, objects="s3://bucket/prefix")
