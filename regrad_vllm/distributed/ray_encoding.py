@@ -34,7 +34,7 @@ def encode_on_ray(
     """The results of all documents of the files, in any order, while you iterate. It ends a Ray that it has started.
 
     known: input that is left out. address: of a running cluster, or LOCAL. num_workers: None: one for each GPU, or for
-    each core of a cluster without GPUs. EncodingError; ConnectionError without a cluster at the address.
+    each core of a cluster without GPUs. EncodingError, also where Ray doesn't start or there is none at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -67,12 +67,20 @@ def encode_on_ray(
 
 
 def _connect(address: str) -> None:
+    """EncodingError where Ray doesn't start, or where there is none."""
     import ray
 
     own: dict[str, Any] = {}
     if address == LOCAL:
         own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_node_ip_address": "127.0.0.1"}
-    ray.init(address, logging_level=logging.WARNING, log_to_driver=False, **own)
+    try:
+        ray.init(address, logging_level=logging.WARNING, log_to_driver=False, **own)
+    except Exception as error:  # noqa: BLE001  # Ray raises a plain one where it doesn't start in time
+        remedy = "try again when the machine is less busy" if own else "start Ray there, or name its address with --ray"
+        raise EncodingError(
+            f"Ray must be there to encode on ({address}), got: {_reason(error).rstrip('.')}; {remedy}, or let the bank "
+            "encode with `regrad ingest`"
+        ) from error
 
 
 def _quieten() -> None:

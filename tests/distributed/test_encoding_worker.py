@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,11 @@ def test_a_bank_that_is_gone_ends_a_batch_after_some_tries(job: EncodingJob, mon
     gone = EncodingWorker(replace(job, bank=f"127.0.0.1:{free_port()}"))
     with pytest.raises(RuntimeError, match="(?i)connect"):
         run(gone, DOCUMENTS[:1])
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="pip install '.[ray]' brings Ray, 590 MB")
+def test_a_ray_that_is_not_there_is_one_line_with_what_to_do(job: EncodingJob) -> None:
+    from regrad_vllm.distributed.ray_encoding import EncodingError, encode_on_ray
+
+    with pytest.raises(EncodingError, match=r"got: [^\n.]*Ray instance.*; start Ray there.*regrad ingest`$"):
+        next(encode_on_ray(job, (), (), address="auto", num_workers=None))
