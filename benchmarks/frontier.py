@@ -4,8 +4,9 @@
 
 A bank and one server of its own get questions of the test split. Each is asked under every method and number of
 documents, one request at a time, in an order of its own. So a machine that slows down hits all alike. Milliseconds go
-from before the retrieval to the answer's end. No request finds another's prefix in the cache. But a question is asked
-under all ReGrad methods in a row, so the server nearly always holds its gradients: their ms are those of a warm arena.
+from before the retrieval to the answer's end. No request finds another's prefix in the cache. But all ReGrad
+methods share a question's gradients, and the server holds them from its first on. So their ms are nearly always those
+of a warm arena.
 
 Mode auto may ask twice. Its tokens are then those of both prompts. The first one is that of "cue", which is the same.
 
