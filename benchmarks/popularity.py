@@ -30,10 +30,10 @@ class Popularity:
     @classmethod
     def zipf(cls, num_documents: int, top_fifth_share: float = TOP_FIFTH_SHARE) -> Popularity:
         """ValueError for fewer than five documents, or a share that isn't between a fifth and 1."""
-        if num_documents < 5 or not 0.2 <= top_fifth_share < 1:
-            raise ValueError(
-                f"five documents or more and a share in 0.2..1 are needed, got {num_documents}, {top_fifth_share}"
-            )
+        if num_documents < 5:
+            raise ValueError(f"five documents or more are needed, got {num_documents}")
+        if not 0.2 <= top_fifth_share < 1:
+            raise ValueError(f"top_fifth_share must be at least 0.2 and less than 1, got {top_fifth_share}")
         fifth = num_documents // 5
         exact = min(_EXACT, num_documents)
         edges = [np.arange(1, exact + 1, dtype=np.float64)]

@@ -51,8 +51,8 @@ class UnitCosts:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             may_be_0 = name in ("arena_gib", "redis_gib")
-            if isinstance(value, int | float) and not (value > 0 or (may_be_0 and value == 0)):
-                raise ValueError(f"{name} must be more than 0, got {value}")
+            if isinstance(value, int | float) and not (0 < value < 1e18 or (may_be_0 and value == 0)):
+                raise ValueError(f"{name} must be more than 0 and less than 1e18, got {value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

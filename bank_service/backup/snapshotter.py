@@ -45,7 +45,7 @@ class Snapshotter:
         if self._config.catalog is not None:
             raise InvalidArgumentError(
                 "a bank with its catalog in PostgreSQL takes no snapshots; stop it, then back up the database with "
-                "pg_dump and the bank's folder with a copy",
+                "pg_dump and the folder or the object store with a copy",
                 field="target",
             )
         check_target(self._config, target)

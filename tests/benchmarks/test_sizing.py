@@ -35,9 +35,10 @@ def test_the_page_has_the_tables_that_the_program_prints(capsys: pytest.CaptureF
     [
         ("--codec zip", "codec must be factors-P-Q-BITS"),
         ("--documents 0", "--documents: must be a whole number of at least 5"),
-        ("--postgres-bytes -1", "postgres_bytes must be more than 0, got -1"),
-        ("--encode-per-s 0", "encode_per_s must be more than 0, got 0.0"),
-        ("--top-fifth-share 2", "a share in 0.2..1"),
+        ("--postgres-bytes -1", "postgres_bytes must be more than 0 and less than 1e18, got -1"),
+        ("--encode-per-s 0", "encode_per_s must be more than 0 and less than 1e18, got 0.0"),
+        ("--requests-per-s 1e400", "requests_per_s must be more than 0 and less than 1e18, got inf"),
+        ("--top-fifth-share 1", "top_fifth_share must be at least 0.2 and less than 1, got 1.0"),
         ("--learner /nowhere", "/nowhere"),
     ],
 )

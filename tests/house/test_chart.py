@@ -43,7 +43,8 @@ ALL = {
         "redisSecret": "redis",
         "tokensSecret": "tokens",
         "tlsSecret": "tls",
-        "extraArgs": ["--tls-client-ca=/run/secrets/tls/ca.crt", "--max-queries=64"],
+        "terminationGracePeriodSeconds": 100,
+        "extraArgs": ["--tls-client-ca=/run/secrets/tls/ca.crt", "--drain-seconds=90"],
     },
     "server": PODS
     | {
@@ -106,6 +107,7 @@ def test_kubernetes_takes_every_manifest(values: object) -> None:
     [
         ({}, "bank.catalog must be the URL of your PostgreSQL"),
         ({"bank": LEAST["bank"] | {"catalog": "mysql://db"}}, "/bank/catalog"),
+        ({"bank": LEAST["bank"] | {"catalog": "postgresql://regrad:secret@db/regrad"}}, "/bank/catalog"),
         ({"bank": LEAST["bank"] | {"replica": 2}}, "replica"),
         ({**LEAST, "server": {"gpus": "two"}}, "/server/gpus"),
         ({**LEAST, "server": {"tolerations": "all"}}, "/server/tolerations"),

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.connect import error_name, locks_of, reason_of, shown
-from bank_service.catalog.postgres.server_check import LEAST_SERVER, LEAST_VECTOR, check_free, numbers_of
+from bank_service.catalog.postgres.server_check import (
+    ANSWER,
+    LEAST_SERVER,
+    LEAST_VECTOR,
+    check_free,
+    fault_of,
+    numbers_of,
+)
 from bank_service.errors import BankInUseError
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 
 SERVER, EXTENSION = "PostgreSQL", "pgvector"
-_ANSWER = "an answer"
-# Faults by the driver's reason, with the remedy of each. The first that fits.
-_FAULTS = (
-    (
-        re.compile('database "[^"]+" does not exist'),
-        "the database",
-        "let an administrator run createdb --owner USER --encoding UTF8 --template template0 NAME, or mend --catalog",
-    ),
-    (
-        re.compile('role "[^"]+" does not exist|authentication failed|no password supplied'),
-        "a user whom it lets in",
-        "mend the user in --catalog, or the password in PGPASSWORD or the password file",
-    ),
-    (re.compile(""), _ANSWER, "start PostgreSQL, or mend host and port in --catalog"),
-)
 NUM_CONNECTIONS = 40  # that a bank needs under load
 
 _SERVER = """
@@ -74,9 +65,9 @@ def database_states(url: str, *, is_shared: bool) -> tuple[EngineState, EngineSt
         return EngineState(SERVER, True, version, tuple(lacks)), extension
     except sa.exc.SQLAlchemyError as error:
         reason = reason_of(error)
-        missing, remedy = next((missing, remedy) for fault, missing, remedy in _FAULTS if fault.search(reason))
+        missing, remedy = fault_of(reason)
         lack = Lack(missing, NO_START, f"{remedy}; {shown(url)} gave: {reason}")
-        return EngineState(SERVER, missing != _ANSWER, lacks=(lack,)), EngineState(EXTENSION, None)
+        return EngineState(SERVER, missing != ANSWER, lacks=(lack,)), EngineState(EXTENSION, None)
     finally:
         engine.dispose()
 

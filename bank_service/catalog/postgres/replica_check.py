@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import sqlalchemy as sa
 
 from bank_service.catalog.postgres.connect import reader_of, reason_of, shown
+from bank_service.catalog.postgres.server_check import ANSWER, fault_of
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 
@@ -85,8 +86,11 @@ def replica_state(url: str, catalog: str) -> EngineState:
             cost = _ALL_AT_PRIMARY if isinstance(error, NotReplicatingError) else NO_START
             return EngineState(ENGINE, True, version, (Lack("a replica of --catalog", cost, str(error)),))
         except sa.exc.SQLAlchemyError as error:
-            remedy = f"start it, or mend --catalog-read or the password file; {shown(url)} gave: {reason_of(error)}"
-            return EngineState(ENGINE, bool(version), version, (Lack("an answer", _ALL_AT_PRIMARY, remedy),))
+            reason = reason_of(error)
+            missing, _ = fault_of(reason)
+            remedy = f"{'start it, or ' * (missing == ANSWER)}mend --catalog-read or the password file"
+            lack = Lack(missing, _ALL_AT_PRIMARY, f"{remedy}; {shown(url)} gave: {reason}")
+            return EngineState(ENGINE, bool(version) or missing != ANSWER, version, (lack,))
 
 
 @contextmanager

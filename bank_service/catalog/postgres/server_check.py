@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import sqlalchemy as sa
 
@@ -13,6 +14,21 @@ logger = logging.getLogger(__name__)
 
 LEAST_SERVER = 16
 LEAST_VECTOR = (0, 8)
+ANSWER = "an answer"
+# Faults by the driver's reason, with the remedy of each. The first that fits.
+_FAULTS = (
+    (
+        re.compile('database "[^"]+" does not exist'),
+        "the database",
+        "let an administrator run createdb --owner USER --encoding UTF8 --template template0 NAME, or mend its URL",
+    ),
+    (
+        re.compile('role "[^"]+" does not exist|authentication failed|no password supplied'),
+        "a user whom it lets in",
+        "mend the user in its URL, or the password in PGPASSWORD or the password file",
+    ),
+    (re.compile(""), ANSWER, "start PostgreSQL, or mend host and port in its URL"),
+)
 
 
 def check_free(url: str, *, is_shared: bool) -> None:
@@ -34,7 +50,13 @@ def check_free(url: str, *, is_shared: bool) -> None:
 
 def unreachable(url: str, error: Exception) -> RuntimeError:
     """The error for a bank's start. Its message goes to the operator alone, so it has the driver's first line."""
-    return RuntimeError(f"the catalog {shown(url)} must be reachable, got: {reason_of(error)}; is PostgreSQL running?")
+    reason = reason_of(error)
+    return RuntimeError(f"the catalog {shown(url)} must be reachable, got: {reason}; {fault_of(reason)[1]}")
+
+
+def fault_of(reason: str) -> tuple[str, str]:
+    """Says by the driver's reason what a server lacks, and the remedy."""
+    return next((missing, remedy) for fault, missing, remedy in _FAULTS if fault.search(reason))
 
 
 def check_server(connection: sa.Connection, url: str) -> None:

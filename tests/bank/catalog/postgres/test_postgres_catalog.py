@@ -136,7 +136,7 @@ def test_a_folder_with_a_catalog_of_its_own_takes_no_other(tmp_path: Path, url: 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("postgresql://nobody@127.0.0.1:1/none?connect_timeout=2", "is PostgreSQL running"),
+        ("postgresql://nobody@127.0.0.1:1/none?connect_timeout=2", "start PostgreSQL"),
         ("postgresql://nobody:secret@127.0.0.1:1/none?connect_timeout=2", "nobody:\\*\\*\\*@127.0.0.1"),
     ],
 )
