@@ -95,7 +95,12 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
 
 def _check_folders(source: BankPlace, target: BankPlace) -> None:
     folder = source.data_dir
-    if not folder.is_dir() or (source.catalog is None and next(folder.glob("catalog.*"), None) is None):
+    if not folder.is_dir():
+        raise CollectionMismatchError(
+            f"{folder} must be the folder of a bank, there is none; if it is lost and the gradients lie in an object "
+            "store, make an empty one and name the store with --from-objects"
+        )
+    if source.catalog is None and next(folder.glob("catalog.*"), None) is None:
         raise CollectionMismatchError(f"{folder} must be the folder of a bank, it has no {CATALOG_FILE}")
     if target.data_dir.exists() and target.data_dir.samefile(folder):
         raise CollectionMismatchError(f"a bank must be moved into another folder, got {folder} for both")
