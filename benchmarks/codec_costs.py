@@ -42,10 +42,9 @@ from regrad_vllm.base_model import load_base_model
 from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import DataSplit, Question, SourceDocument, in_passages
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.evaluate.datasets import SAMPLE, fresh_facts, load_clean
 from regrad_vllm.learner import Learner
 from regrad_vllm.reporting.intervals import bootstrap_interval, spread

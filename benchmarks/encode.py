@@ -28,10 +28,9 @@ import torch
 from benchmarks.plain_model import PlainModel, plain_deltas
 from regrad_vllm.base_model import fast_dtype, load_base_model
 from regrad_vllm.default_model import ensure_default_model, shipped_learner
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.document_gradients import document_deltas, document_gradients
 from regrad_vllm.encode.gradient_encoder import check_base, plan_passes
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.learner import Learner
 from regrad_vllm.reporting.intervals import spread
 from regrad_vllm.reporting.machine import describe

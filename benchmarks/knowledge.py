@@ -154,9 +154,7 @@ class Answerer:
         missing = [document for key, document in documents.items() if key not in self._deltas]
         for start in range(0, len(missing), _ENCODED_AT_ONCE):
             some = missing[start : start + _ENCODED_AT_ONCE]
-            encoded = self._process.encoder.encode(
-                [(document.title, document.text) for document in some], [document.questions for document in some]
-            )
+            encoded = self._process.encoder.encode([(document.title, document.text) for document in some])
             self._deltas.update({document.id: found.values for document, found in zip(some, encoded, strict=True)})
 
     def _compose(self, entry: Asked) -> NDArray[np.float32]:

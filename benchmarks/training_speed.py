@@ -122,8 +122,7 @@ class Ours:
         self.step_sizes = torch.tensor(learner.step_sizes, device=model.device).requires_grad_()
 
     def gradient(self, plan: StepPlan) -> Tensor:
-        config = self._learner.config
-        batch = make_batch(plan, self._builder, config.max_document_tokens, config.question_weight, self._model.device)
+        batch = make_batch(plan, self._builder, self._learner.config.max_document_tokens, self._model.device)
         sizes = self.step_sizes.view(self._learner.config.inner_steps, -1)
         loss = meta_loss(self._model, MetaParameters(self.phi, [list(row.unbind()) for row in sizes]), batch)
         return torch.cat(torch.autograd.grad(loss, (self.phi, self.step_sizes)))

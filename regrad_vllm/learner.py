@@ -28,7 +28,6 @@ from regrad_vllm.prompts import Prompts
 FORMAT = "regrad.learner.v1"
 StepSizeKind = Literal["tie", "same", "full", "fix"]
 STEP_SIZE_KINDS: tuple[StepSizeKind, ...] = ("tie", "same", "full", "fix")
-QUESTION_WEIGHT = 0.25  # the best of three for a learner that was not trained with questions
 _HEAD_FILE = "inner_loss.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
@@ -50,7 +49,6 @@ class LearnerConfig:
     gamma: float = 1.0
     inner_steps: int = 1  # gradient steps per document; the paper takes one
     length_exponent: float = 1.0  # the exponent of the inner loss, see encode/inner_loss.py
-    question_weight: float = QUESTION_WEIGHT  # of a document's questions in its inner loss, see encode/inner_batch.py
     score_temperature: float = 0.0  # τ of the weights w_k = exp((s_k − s_1) / τ); 0: w_k = 1
     training: Mapping[str, object] = field(default_factory=dict)  # the origin; not part of the fingerprint
 
@@ -69,8 +67,6 @@ class LearnerConfig:
             raise LearnerError(f"inner_steps must be at least 1, got {self.inner_steps}")
         if not 0 <= self.length_exponent <= 1:
             raise LearnerError(f"length_exponent must lie in 0 … 1, got {self.length_exponent}")
-        if not (math.isfinite(self.question_weight) and self.question_weight >= 0):
-            raise LearnerError(f"question_weight must be at least 0, got {self.question_weight}")
         if not (math.isfinite(self.score_temperature) and self.score_temperature >= 0):
             raise LearnerError(f"score_temperature must be at least 0, got {self.score_temperature}")
 
@@ -136,8 +132,6 @@ class Learner:
             inner_loss["inner_steps"] = self.config.inner_steps
         if self.config.length_exponent != 1.0:
             inner_loss["length_exponent"] = float(self.config.length_exponent)
-        if self.config.question_weight != QUESTION_WEIGHT:
-            inner_loss["question_weight"] = float(self.config.question_weight)
         if self.token_head is not None:
             inner_loss["token_head"] = _digest_array(self.token_head)
         return learner_fingerprint(

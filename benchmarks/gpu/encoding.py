@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import Shape, made_up_learner
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.document_gradients import document_gradients
 from regrad_vllm.encode.gradient_encoder import plan_passes
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.reporting.intervals import spread
 
 _LENGTHS = {"cuda": (32, 128, 512), "cpu": (32,)}

@@ -1,8 +1,7 @@
 """The format of question-answering data. Training, evaluation and the users' own data share it.
 
 A split is two JSON Lines files (or .jsonl.gz):
-- ``<split>.documents.jsonl`` has {id, title, text, set, questions}; id and text are required. ``questions`` is a list
-  of [question, answer] that the document's gradient learns besides its text. They are no questions of the split.
+- ``<split>.documents.jsonl`` has {id, title, text, set}; id and text are required.
 - ``<split>.questions.jsonl`` has {id, question, answers, documents, domain, set, kind}; question, answers and documents
   are required.
 
@@ -38,7 +37,6 @@ class SourceDocument:
     title: str
     text: str
     set_name: str = ""
-    questions: tuple[tuple[str, str], ...] = ()  # (question, answer) pairs for its gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +104,11 @@ def load_documents(folder: str | Path, split: str) -> dict[str, SourceDocument]:
             title=str(line.get("title") or "").strip(),
             text=_text(place, line, "text"),
             set_name=str(line.get("set") or ""),
-            questions=_pairs(place, line),
         )
         if document.id in found:
             raise DataError(f"{place}: id must be unique, {document.id!r} stands above")
         found[document.id] = document
     return found
-
-
-def _pairs(place: str, line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    pairs = line.get("questions") or []
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
-        for pair in pairs
-    ):
-        raise DataError(f"{place}: questions must be a list of [question, answer], got {str(pairs)[:100]!r}")
-    return tuple((question.strip(), answer.strip()) for question, answer in pairs)
 
 
 def _question(place: str, line: Mapping[str, Any]) -> Question:
@@ -190,10 +177,7 @@ def in_passages(data: DataSplit) -> DataSplit:
     parts: dict[str, list[SourceDocument]] = {}
     for key, found in passages.items():
         for number, passage in enumerate(found, 1):
-            whole = data.documents[key]
-            learnt = tuple(pair for pair in whole.questions if len(found) == 1 or pair[1] in passage.text)
-            name = f"{key}#{number}" if len(found) > 1 else key
-            part = replace(whole, id=name, text=passage.text, questions=learnt)
+            part = replace(data.documents[key], id=f"{key}#{number}" if len(found) > 1 else key, text=passage.text)
             documents[part.id] = part
             parts.setdefault(key, []).append(part)
     questions = []

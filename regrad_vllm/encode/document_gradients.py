@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.inner_loss import InnerLoss
-from regrad_vllm.encode.token_batch import TokenBatch
 
 
 def document_gradients(

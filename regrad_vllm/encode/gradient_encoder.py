@@ -10,9 +10,8 @@ import torch
 
 from bank_service.values.encoder import EncodedDocument
 from regrad_vllm.base_model import base_digest, fast_dtype, load_base_model
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.document_gradients import document_deltas
-from regrad_vllm.encode.inner_batch import inner_batch, inner_row
 from regrad_vllm.encode.inner_loss import InnerLoss
 from regrad_vllm.encode.prompting import PromptBuilder
 from regrad_vllm.learner import Learner, LearnerError
@@ -75,27 +74,21 @@ class GradientEncoder:
             raise TypeError("the encoder must be made by GradientEncoder.load to load another learner")
         return self._load(folder)
 
-    def encode(
-        self, documents: Sequence[tuple[str, str]], questions: Sequence[Sequence[tuple[str, str]]] | None = None
-    ) -> list[EncodedDocument]:
+    def encode(self, documents: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
         """δ of each (title, text), in order. Long documents are cut at the learner's max_document_tokens.
 
-        questions: of each document, (question, answer) pairs that its gradient learns besides its text. ValueError for
-        a document without any token.
+        ValueError for a document without any token.
         """
-        config = self.learner.config
-        pairs = questions or [()] * len(documents)
-        rows = [
-            inner_row(self._builder, title, text, own, config.max_document_tokens)
-            for (title, text), own in zip(documents, pairs, strict=True)
-        ]
+        limit = self.learner.config.max_document_tokens
+        tokenised = [self._builder.document(title, text, limit) for title, text in documents]
         encoded: list[EncodedDocument | None] = [None] * len(documents)
-        for indices in plan_passes([row.length for row in rows]):
-            batch = inner_batch([rows[index] for index in indices], config.question_weight, self._model.device)
+        for indices in plan_passes([len(tokens) for tokens, _ in tokenised]):
+            batch = TokenBatch.pad([(tokenised[index][0], 1) for index in indices], self._model.device)
             deltas = document_deltas(self._model, self._phi, self._step_sizes, batch, self._inner_loss).cpu().numpy()
             for row, index in enumerate(indices):
+                tokens, truncated = tokenised[index]
                 # The row is copied, because a view would keep the whole pass in memory.
-                encoded[index] = EncodedDocument(deltas[row].copy(), len(rows[index].tokens), rows[index].truncated)
+                encoded[index] = EncodedDocument(deltas[row].copy(), len(tokens), truncated)
         return [entry for entry in encoded if entry is not None]
 
 

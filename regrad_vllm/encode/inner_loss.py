@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from regrad_vllm.encode.token_batch import TokenBatch
+from regrad_vllm.encode.adapted_model import TokenBatch
 
 REFERENCE_TOKENS = 32  # for a document of this length the exponent makes no difference
 

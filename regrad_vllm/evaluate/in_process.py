@@ -24,10 +24,9 @@ from bank_service.wire.record import DEFAULT_CODEC, decode_gradient, encode_grad
 from regrad_vllm.base_model import load_base_model
 from regrad_vllm.compose import compose
 from regrad_vllm.data.questions import EvalData, SourceDocument
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import GradientEncoder, check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.evaluate.answers import Record, record_of, shown
 from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Method
 from regrad_vllm.evaluate.retrieve import FoundDocument, Retrieved, check_controls, with_controls

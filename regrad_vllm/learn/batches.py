@@ -6,20 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from regrad_vllm.encode.inner_batch import inner_batch, inner_row
+from regrad_vllm.encode.adapted_model import TokenBatch
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.learn.meta_step import MetaBatch
 from regrad_vllm.learn.tasks import Passage, StepPlan
 
 
-def make_batch(
-    plan: StepPlan, builder: PromptBuilder, max_document_tokens: int, question_weight: float, device: torch.device
-) -> MetaBatch:
+def make_batch(plan: StepPlan, builder: PromptBuilder, max_document_tokens: int, device: torch.device) -> MetaBatch:
     """Tokenises the plan's documents, prompts and answers."""
-    documents = [inner_row(builder, *task.passage, task.learnt, max_document_tokens) for task in plan.tasks]
+    documents = [(builder.document(*task.passage, max_document_tokens)[0], 1) for task in plan.tasks]
     return MetaBatch(
-        inner_batch(documents, question_weight, device),
+        TokenBatch.pad(documents, device),
         _questions(plan, plan.shown, builder, device),
         torch.tensor(plan.mix, device=device),
         torch.tensor(plan.scores, device=device),

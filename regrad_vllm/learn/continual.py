@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from regrad_vllm.base_model import fast_dtype, load_base_model
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import check_base
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.learner import Learner
 
 _LOG = logging.getLogger(__name__)

@@ -125,7 +125,7 @@ def validation_batches(
     """Sampler → its fixed batches for validation."""
     return {
         name: [
-            make_batch(sampler.plan(step), builder, config.max_document_tokens, config.question_weight, device)
+            make_batch(sampler.plan(step), builder, config.max_document_tokens, device)
             for step in range(config.validation_batches)
         ]
         for name, sampler in _validation_samplers(config, data, cache)

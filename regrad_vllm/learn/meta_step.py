@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.inner_loss import InnerLoss
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.learn.teacher import distance
 
 

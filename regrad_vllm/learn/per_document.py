@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.gradient_encoder import plan_passes
 from regrad_vllm.encode.prompting import PromptBuilder
-from regrad_vllm.encode.token_batch import TokenBatch
 from regrad_vllm.learner import Learner
 
 

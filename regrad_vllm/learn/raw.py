@@ -36,13 +36,7 @@ def raw_learner(learner: Learner, model_folder: Path, top_k: int, seed: int = 0)
         top_k_weights=tuple(float(k == top_k) for k in range(1, top_k + 1)), icl_share=0.0, neighbour_share=0.0,
     )  # fmt: skip
     builder = PromptBuilder(tokenizer, learner.config.prompts)
-    batch = make_batch(
-        sampler.plan(0),
-        builder,
-        learner.config.max_document_tokens,
-        learner.config.question_weight,
-        torch.device("cpu"),
-    )
+    batch = make_batch(sampler.plan(0), builder, learner.config.max_document_tokens, torch.device("cpu"))
     gradients = document_gradients(model, phi, batch.documents)
     losses = {}
     with torch.no_grad():

@@ -190,7 +190,6 @@ class MetaState:
             gamma=config.gamma,
             inner_steps=config.inner_steps,
             length_exponent=config.length_exponent,
-            question_weight=config.question_weight,
             score_temperature=0.0 if self.log_temperature is None else float(self.log_temperature.detach().exp()),
             training=training,
         )

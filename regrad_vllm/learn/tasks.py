@@ -32,7 +32,6 @@ class Task:
     text: str
     questions: tuple[tuple[str, str], ...]  # (question, answer)
     partners: tuple[int, ...] = ()  # tasks of the set whose documents the questions need as well
-    learnt: tuple[tuple[str, str], ...] = ()  # (question, answer) pairs in the document's inner loss
 
     @property
     def passage(self) -> Passage:
@@ -79,7 +78,7 @@ def question_sets(data: DataSplit, names: Sequence[str]) -> list[TaskSet]:
                 groups[title].append(len(tasks))
                 places[key, needed] = len(tasks)
                 random.Random(f"regrad.first.{key}").shuffle(pairs)
-                tasks.append(Task(title, document.text, tuple(pairs), learnt=document.questions))
+                tasks.append(Task(title, document.text, tuple(pairs)))
         if not tasks:
             known = sorted({document.set_name for document in data.documents.values()})
             raise ValueError(f"set {name!r} has no tasks, the data has {known}")

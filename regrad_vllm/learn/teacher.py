@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.token_batch import TokenBatch
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.learn.train_config import ConfigError
 from regrad_vllm.learner import Learner
 

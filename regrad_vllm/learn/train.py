@@ -109,7 +109,7 @@ def _run_steps(
     while state.step < config.num_steps:
         begun = time.monotonic()
         plan = sampler.plan(state.step)
-        batch = make_batch(plan, builder, config.max_document_tokens, config.question_weight, model.device)
+        batch = make_batch(plan, builder, config.max_document_tokens, model.device)
         if teacher is not None:
             reading = make_reading(plan, builder, model.device)
             batch = replace(batch, expected=expectations(model, teacher, reading))

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from regrad_vllm.learner import QUESTION_WEIGHT, STEP_SIZE_KINDS, StepSizeKind
+from regrad_vllm.learner import STEP_SIZE_KINDS, StepSizeKind
 from regrad_vllm.naming import digest_json
 from regrad_vllm.prompts import Prompts
 
@@ -28,7 +28,6 @@ _RANGES = {
     "gamma": (0.0, _HUGE),
     "score_temperature_init": (0.0, _HUGE),
     "length_exponent": (0.0, 1.0),
-    "question_weight": (0.0, _HUGE),
     "neighbour_share": (0.0, 1.0),
     "icl_share": (0.0, 1.0),
     "cue_share": (0.0, 1.0),
@@ -67,7 +66,6 @@ class TrainConfig:
     top_k: int = 3  # the learner's default when it serves
     gamma: float = 1.0
     length_exponent: float = 1.0  # exponent of the inner loss, see encode/inner_loss.py; 1 is the paper's mean
-    question_weight: float = QUESTION_WEIGHT  # of a document's own questions in its inner loss, encode/inner_batch.py
     token_weights: bool = False  # learn the weight of each token in a document's inner loss
     score_temperature_init: float = 0.0  # learn w_k = exp((s_k − s_1) / τ) from here; 0: w_k = 1
     neighbour_share: float = 0.5  # share of the steps whose documents are hits of each other's questions

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from regrad_vllm.base_model import BaseModelError, build_layout
-from regrad_vllm.encode.adapted_model import AdaptedModel
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.encode.document_gradients import document_deltas, document_gradients
-from regrad_vllm.encode.inner_batch import InnerRow, inner_batch
 from regrad_vllm.encode.inner_loss import InnerLoss
-from regrad_vllm.encode.token_batch import TokenBatch
 from tests.method.conftest import tiny_model
 from tests.method.reference import lm_loss, peft_model, relative_error
 
@@ -144,23 +142,3 @@ def test_each_inner_step_starts_where_the_one_before_led(llama: Any) -> None:
     actual = document_deltas(model, phi, steps, batch)[1]
     assert relative_error(actual, phi - own.detach()) <= 1e-5
     assert relative_error(actual, document_deltas(model, phi, steps[:1], batch)[1]) > 0.1
-
-
-def test_a_documents_questions_are_learnt_with_their_weight_and_unseen_by_its_text(any_model: Any) -> None:
-    layout = build_layout(any_model, rank=4, layers=(2, 3), projections=("gate_proj", "down_proj"))
-    adapted = AdaptedModel(any_model, layout, SCALING)
-    phi = torch.randn(layout.num_values, generator=torch.Generator().manual_seed(5)) * 0.3
-    common = random_tokens(6, 9)
-    asked = [(common + random_tokens(5, 10), 8), (common + random_tokens(9, 11), 12)]
-    rows = [
-        InnerRow(random_tokens(12, 12), False, asked),
-        InnerRow(random_tokens(20, 13), False, []),
-        InnerRow(random_tokens(7, 14), False, asked[:1]),
-    ]
-    found = document_gradients(adapted, phi, inner_batch(rows, 0.25))
-    for gradient, row in zip(found, rows, strict=True):
-        expected = document_gradients(adapted, phi, TokenBatch.pad([(row.tokens, 1)]))[0]
-        for tokens, start in row.questions:
-            own = document_gradients(adapted, phi, TokenBatch.pad([(tokens, start)]))[0]
-            expected = expected + 0.25 / len(row.questions) * own
-        assert relative_error(gradient, expected) <= 1e-4

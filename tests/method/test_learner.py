@@ -12,8 +12,7 @@ import torch
 
 from regrad_vllm.base_model import build_layout
 from regrad_vllm.compose import compose
-from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.token_batch import TokenBatch
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.layout import Layout
 from regrad_vllm.learner import Learner, LearnerConfig, LearnerError, num_step_sizes, save_adapter
 from regrad_vllm.prompts import Prompts
@@ -50,10 +49,7 @@ def test_the_inner_loss_is_part_of_the_learner_and_of_its_fingerprint(tmp_path: 
     head = np.random.default_rng(0).normal(size=33).astype(np.float32)
     longer = replace(plain, config=replace(plain.config, length_exponent=0.5))
     learner = replace(longer, token_head=head, config=replace(longer.config, score_temperature=0.1))
-    asking = replace(plain, config=replace(plain.config, question_weight=0.5))
-    assert len({plain.fingerprint, longer.fingerprint, learner.fingerprint, asking.fingerprint}) == 4
-    with pytest.raises(LearnerError, match="question_weight must be at least 0"):
-        replace(plain.config, question_weight=-1.0)
+    assert len({plain.fingerprint, longer.fingerprint, learner.fingerprint}) == 3
     learner.save(tmp_path)
     loaded = Learner.load(tmp_path)
     assert loaded.fingerprint == learner.fingerprint and np.array_equal(loaded.token_head, head)

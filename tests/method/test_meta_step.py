@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from regrad_vllm.base_model import build_layout
-from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.token_batch import TokenBatch
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.layout import Layout
 from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters, meta_loss
 from tests.method.reference import lm_loss, peft_model, relative_error

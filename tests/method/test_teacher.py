@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from regrad_vllm.base_model import build_layout
-from regrad_vllm.encode.adapted_model import AdaptedModel
-from regrad_vllm.encode.token_batch import TokenBatch
+from regrad_vllm.encode.adapted_model import AdaptedModel, TokenBatch
 from regrad_vllm.learn.meta_step import MetaBatch, MetaParameters, meta_loss
 from regrad_vllm.learn.teacher import expectations
 from tests.method.test_gradients import random_tokens
