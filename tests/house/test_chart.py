@@ -107,7 +107,11 @@ def test_kubernetes_takes_every_manifest(values: object) -> None:
     [
         ({}, "bank.catalog must be the URL of your PostgreSQL"),
         ({"bank": LEAST["bank"] | {"catalog": "mysql://db"}}, "/bank/catalog"),
-        ({"bank": LEAST["bank"] | {"catalog": "postgresql://regrad:secret@db/regrad"}}, "/bank/catalog"),
+        (
+            {"bank": LEAST["bank"] | {"catalog": "postgresql://regrad:hush@db/regrad"}},
+            "bank.catalog must be a URL",
+        ),
+        ({"bank": LEAST["bank"] | {"catalogRead": "postgresql://db/x?password=hush"}}, "bank.catalogRead must be"),
         ({"bank": LEAST["bank"] | {"replica": 2}}, "replica"),
         ({**LEAST, "server": {"gpus": "two"}}, "/server/gpus"),
         ({**LEAST, "server": {"tolerations": "all"}}, "/server/tolerations"),
@@ -117,6 +121,7 @@ def test_kubernetes_takes_every_manifest(values: object) -> None:
 def test_a_wrong_value_is_refused_by_name(values: object, said: str) -> None:
     ran = helm("template", "release", str(CHART), values=values)
     assert ran.returncode != 0 and said in ran.stderr
+    assert "hush" not in ran.stderr, "a password"
 
 
 @each_size
