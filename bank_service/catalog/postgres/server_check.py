@@ -27,6 +27,13 @@ _FAULTS = (
         "a user whom it lets in",
         "mend the user in its URL, or the password in PGPASSWORD or the password file",
     ),
+    (
+        re.compile("no pg_hba.conf entry"),
+        "a user whom it lets in",
+        "let an administrator add this user, database and host to pg_hba.conf",
+    ),
+    (re.compile("permission denied"), "rights", "let an administrator give this user the rights on the database"),
+    (re.compile("too many"), "free connections", "raise max_connections, or end other clients"),
     (re.compile(""), ANSWER, "start PostgreSQL, or mend host and port in its URL"),
 )
 
