@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from bank_service.blobs.objects import ObjectsUnavailableError
+from bank_service.blobs.place import PROBE
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.values.engine_state import NO_START, EngineState, Lack
 from bank_service.values.objects_url import shown
@@ -47,7 +48,7 @@ def objects_state(url: str) -> EngineState:
 
 
 def _tried(objects: RemoteObjects, url: str) -> EngineState:
-    name = f"check-{secrets.token_hex(8)}"
+    name = f"{PROBE}{secrets.token_hex(8)}"
     lacks: list[Lack] = []
 
     def may(right: str, cost: str, call: Callable[[], object]) -> bool:

@@ -18,10 +18,12 @@ from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.blobs.shared_holds import SharedHolds
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import StoredCollection
+from bank_service.catalog.factory import stored_collection
 from bank_service.errors import BankError, CollectionMismatchError
 from bank_service.values.config import BankConfig
 
 OBJECTS_FILE = "objects.json"
+PROBE = "check-"  # objects of `regrad bank --check` begin so
 _BLOBS = "blobs"  # the folder's part
 
 
@@ -83,7 +85,8 @@ def open_blobs(config: BankConfig, catalog: Catalog) -> BlobStore:
     data_dir, collection_id = config.data_dir, catalog.collection_id
     chosen = objects_of(data_dir, config.objects)
     owned = Owner(collection_id)
-    has_gradients = _has_gradients(catalog)  # before OWNER is read: another node may be the first one now
+    # Before OWNER is read: another node may be the first one now.
+    has_gradients = _has_gradients(catalog) or _had_store(config)
     if has_gradients:
         _check_there(config, chosen, owned, begins=False)
     objects: Objects = objects_in(data_dir / _BLOBS) if chosen is None else _opened(chosen)
@@ -146,6 +149,11 @@ def _has_gradients(catalog: Catalog) -> bool:
         return bool(view.gradients("", 1))
 
 
+def _had_store(config: BankConfig) -> bool:
+    stored = stored_collection(config.data_dir, config.catalog) if config.catalog is not None else None
+    return stored is not None and stored.has_gradients
+
+
 def _check_there(config: BankConfig, chosen: str | None, owned: Owner, *, begins: bool) -> None:
     """CollectionMismatchError where the place has none of the catalog's gradients: the bank would make all anew.
     ``begins``: nobody has the store ``chosen`` yet."""
@@ -201,7 +209,7 @@ def _opened(url: str) -> Objects:
 
 
 def _check_empty(objects: Objects, url: str) -> None:
-    found = next(iter(objects.list()), None)
+    found = next((name for name in objects.list() if not name.startswith(PROBE)), None)
     if found is not None:
         raise CollectionMismatchError(f"{url} must be empty for a new bank, it has {found!r}; use another prefix")
 

@@ -26,7 +26,7 @@ class StoredCollection:
     collection_id: str
     codec: str
     sequence: int
-    has_gradients: bool
+    has_gradients: bool  # or has had an object store for them
 
 
 @dataclass(frozen=True, slots=True)

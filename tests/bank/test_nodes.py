@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psycopg
@@ -14,7 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bank_service.blobs.blob_store import name_of
 from bank_service.blobs.objects import Objects
+from bank_service.blobs.place import PROBE, check_gradients
 from bank_service.blobs.remote_objects import RemoteObjects
+from bank_service.catalog.factory import stored_collection
 from bank_service.errors import (
     BankInUseError,
     CollectionMismatchError,
@@ -59,14 +62,20 @@ async def clients(tmp_path: Path, catalog: str, objects_url: str) -> AsyncIterat
 
 @pytest.mark.asyncio
 async def test_a_bank_without_documents_keeps_its_store_too(tmp_path: Path, catalog: str, objects_url: str) -> None:
-    async def refused(name: str) -> None:
-        with pytest.raises(CollectionMismatchError, match="gradients must lie in .*-other, which has none"):
-            async with bank(tmp_path / name, f"{objects_url}-other", catalog=catalog):
+    async def refused(name: str, objects: str | None) -> None:
+        with pytest.raises(CollectionMismatchError, match="gradients must lie in .*, which has none"):
+            async with bank(tmp_path / name, objects, catalog=catalog):
                 pass
 
+    RemoteObjects.at(objects_url).put(f"{PROBE}1", b"of a check that was killed")
     async with bank(tmp_path / "first", objects_url, catalog=catalog):
-        await refused("beside")
-    await refused("alone")
+        await refused("beside", f"{objects_url}-other")
+    await refused("alone", f"{objects_url}-other")
+    await refused("folder", None)
+    for objects, is_refused in ((f"{objects_url}-other", True), (objects_url, False)):
+        config = BankConfig(data_dir=tmp_path / "checked", objects=objects, catalog=catalog)
+        with pytest.raises(CollectionMismatchError, match="which has none") if is_refused else nullcontext():
+            check_gradients(config, stored_collection(config.data_dir, catalog))
     async with bank(tmp_path / "third", objects_url, catalog=catalog):
         pass
     assert not list(RemoteObjects.at(f"{objects_url}-other").list())

@@ -39,6 +39,8 @@ _C = collection.c
 _DIGEST, _NEXT = versions.c.gradient_digest, next_gradients.c.gradient_digest
 _HAS_GRADIENTS = sa.exists().where(_DIGEST.is_not(None)) | sa.exists().where(_NEXT.is_not(None))
 _COLLECTION = Prepared(sa.select(_C.schema_version, _C.uuid, _C.codec, _C.sequence, _HAS_GRADIENTS.label("has")))
+_HAS_EPOCH = "SELECT to_regclass('epoch') IS NOT NULL"
+_HAD_STORE = "SELECT EXISTS (SELECT 1 FROM epoch WHERE objects <> '')"
 _UNDEFINED_TABLE = "42P01"
 
 
@@ -203,6 +205,7 @@ def stored_collection(url: str) -> StoredCollection | None:
     try:
         with engine.begin() as connection:
             rows = _COLLECTION.rows(connection)
+            had_store = all(connection.exec_driver_sql(asked).scalar_one() for asked in (_HAS_EPOCH, _HAD_STORE))
     except sa.exc.SQLAlchemyError as error:
         if getattr(getattr(error, "orig", None), "sqlstate", None) == _UNDEFINED_TABLE:
             return None
@@ -211,6 +214,6 @@ def stored_collection(url: str) -> StoredCollection | None:
         engine.dispose()
     if not rows:
         return None
-    version, *fields = rows[0]
+    version, uuid, codec, sequence, has_gradients = rows[0]
     check_known(version, shown(url))
-    return StoredCollection(*fields)
+    return StoredCollection(uuid, codec, sequence, has_gradients or had_store)
