@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 SCAN_SIZE = 5_000  # up to so many matching documents are compared one by one
 EF_SEARCH = 200  # nodes of the graph that a search looks at; more find more of the nearest
-FILTERED_EF_SEARCH = 400  # the same with a filter, because only some of the nodes match it
 MAX_EF_SEARCH = 1_000  # pgvector's own limit
 GRAPH = {"m": 16, "ef_construction": 64}
 BUILD_MEMORY = "512MB"  # for building a graph; without enough of it, pgvector takes many times as long
@@ -68,12 +67,12 @@ class PostgresVectors:
         as_of: int | None = None,
     ) -> list[int]:
         assert isinstance(view, SqlView)
-        is_filtered = bool(conditions) or as_of is not None
-        ef_search = min(MAX_EF_SEARCH, max(FILTERED_EF_SEARCH if is_filtered else EF_SEARCH, depth))
+        ef_search = min(MAX_EF_SEARCH, max(EF_SEARCH, depth))
         rows = run_text(view.connection, _SPACE, {"namespace": namespace, "ef": str(ef_search)})
         if not rows:
             return []
         number, has_graph = int(rows[0][0]), bool(rows[0][1])
+        is_filtered = bool(conditions) or as_of is not None
         if has_graph and not is_filtered:
             keys = _by_graph(view.connection, number, vector, depth)
             if len(keys) == depth:
