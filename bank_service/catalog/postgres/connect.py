@@ -64,23 +64,31 @@ def shown(url: str) -> str:
     return _parsed(url).render_as_string(hide_password=True)
 
 
+def state_of(error: BaseException) -> str | None:
+    """PostgreSQL's code for the fault, five characters. None where the server said none."""
+    return getattr(_cause(error), "sqlstate", None)
+
+
 def error_name(error: BaseException) -> str:
     """The error's name, without its message: that may have text of a document or an address of the operator's."""
-    cause = getattr(error, "orig", None) or error
-    state = getattr(cause, "sqlstate", None)
-    return f"{type(cause).__name__} {state}" if state else type(cause).__name__
+    name, state = type(_cause(error)).__name__, state_of(error)
+    return f"{name} {state}" if state else name
 
 
 def reason_of(error: BaseException) -> str:
     """The first line that the driver says, for the operator alone: it may have addresses."""
-    cause = getattr(error, "orig", None) or error
-    return (str(cause).strip() or error_name(error)).splitlines()[0]
+    return (str(_cause(error)).strip() or error_name(error)).splitlines()[0]
 
 
 def name_for_log(error: BaseException) -> str:
     """The error's name. Where no connection was made, or one broke, the driver's reason: it has no document's text."""
     name = error_name(error)
     return reason_of(error) if name == "OperationalError" else name
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The driver's error in SQLAlchemy's."""
+    return getattr(error, "orig", None) or error
 
 
 def _parsed(url: str) -> sa.URL:

@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bank_service.catalog.entries import CollectionIdentity, StoredCollection
-from bank_service.catalog.postgres.connect import locks_of, name_for_log, reader_of, shown, writer_of
+from bank_service.catalog.postgres.connect import locks_of, name_for_log, reader_of, shown, state_of, writer_of
 from bank_service.catalog.postgres.folder_mark import check_mark, check_no_gradients, mark
 from bank_service.catalog.postgres.membership import STALE, Membership
 from bank_service.catalog.postgres.partitions import create_parent
@@ -207,7 +207,7 @@ def stored_collection(url: str) -> StoredCollection | None:
             rows = _COLLECTION.rows(connection)
             had_store = all(connection.exec_driver_sql(asked).scalar_one() for asked in (_HAS_EPOCH, _HAD_STORE))
     except sa.exc.SQLAlchemyError as error:
-        if getattr(getattr(error, "orig", None), "sqlstate", None) == _UNDEFINED_TABLE:
+        if state_of(error) == _UNDEFINED_TABLE:
             return None
         raise unreachable(url, error) from error
     finally:

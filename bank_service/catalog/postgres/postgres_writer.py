@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
-from bank_service.catalog.postgres.connect import error_name, name_for_log
+from bank_service.catalog.postgres.connect import error_name, name_for_log, state_of
 from bank_service.catalog.postgres.membership import PAUSE_SECONDS, Membership
 from bank_service.catalog.sql.group_commit import GroupCommit
 from bank_service.catalog.sql.prepared import run_text
@@ -125,7 +125,7 @@ class PostgresWriter(GroupCommit):
         knows."""
         if self._in_doubt is not None or not isinstance(error, sa.exc.DBAPIError):
             return False
-        return error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _CONFLICTS
+        return error.connection_invalidated or state_of(error) in _CONFLICTS
 
     def _unwritable(self, error: Exception) -> str:
         if self._failures.is_due():
