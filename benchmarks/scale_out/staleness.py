@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,17 @@ ID = "clock"
 
 def measure_staleness(folder: Path, objects: str, seconds: float, repeats: int) -> dict[str, Any]:
     """``folder``: of the nodes. They have a database and a replica of their own."""
-    primary = PostgresServer()
-    try:
+    with ExitStack() as stack:
+        primary = PostgresServer()
+        stack.callback(primary.remove)
         replica = PostgresServer(primary=primary)
-        try:
-            catalog = primary.new_schema()
-            flags = ("--catalog", catalog, "--objects", objects, "--embedder", "hash")
-            with running_bank(folder / "writing", *flags) as writing:
-                reads = ("--catalog-read", replica.beside(catalog))
-                with running_bank(folder / "reading", *flags, *reads) as reading:
-                    return asyncio.run(_measure(writing.target, reading.target, seconds, repeats))
-        finally:
-            replica.remove()
-    finally:
-        primary.remove()
+        stack.callback(replica.remove)
+        catalog = primary.new_schema()
+        flags = ("--catalog", catalog, "--objects", objects, "--embedder", "hash")
+        reads = ("--catalog-read", replica.beside(catalog))
+        writing = stack.enter_context(running_bank(folder / "writing", *flags))
+        reading = stack.enter_context(running_bank(folder / "reading", *flags, *reads))
+        return asyncio.run(_measure(writing.target, reading.target, seconds, repeats))
 
 
 def staleness_of(found: dict[str, Any]) -> float | None:
