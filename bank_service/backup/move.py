@@ -77,10 +77,10 @@ def move(source: BankPlace, target: BankPlace) -> Iterator[MoveProgress]:
         catalog = stack.enter_context(stopped_catalog(source.data_dir, source.catalog))
         _check_unmoved(target.data_dir, catalog)
         check_load(target.catalog, catalog, (_noted(target.data_dir / MOVE_FILE) or {}).get("to", ""))
-        collection_id = _begun(target.data_dir, catalog)
-        taken = stored_blobs(source.data_dir, source.objects)
-        given = restored_blobs(target.data_dir, target.objects, collection_id)
         num_gradients = sum(map(len, catalog.gradients()))
+        taken = stored_blobs(source.data_dir, source.objects, catalog.collection_id if num_gradients else None)
+        collection_id = _begun(target.data_dir, catalog)
+        given = restored_blobs(target.data_dir, target.objects, collection_id)
         progress = MoveProgress(num_gradients, 0, 0, 0, sequence=catalog.sequence)
         for progress in _copied(catalog, taken, given, num_gradients):
             yield progress

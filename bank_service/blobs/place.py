@@ -171,13 +171,24 @@ def _check_there(config: BankConfig, chosen: str | None, owned: Owner, *, begins
     )
 
 
-def stored_blobs(data_dir: Path, url: str | None = None) -> BlobStore:
+def stored_blobs(data_dir: Path, url: str | None = None, collection_id: str | None = None) -> BlobStore:
     """Opens the store of a bank's gradients for reading, whose bank is stopped. The errors of ``open_blobs``.
 
-    ``url``: of its object store, where the folder may not know it, by --from-objects.
+    ``url``: of its object store, where the folder may not know it, by --from-objects. ``collection_id``: of the bank
+    whose gradients must lie there; None: they may lack.
     """
     chosen = objects_of(data_dir, url, "--from-objects")
-    return BlobStore(FolderObjects(data_dir / _BLOBS, "tmp") if chosen is None else _opened(chosen))
+    objects = FolderObjects(data_dir / _BLOBS, "tmp") if chosen is None else _opened(chosen)
+    if collection_id is not None:
+        place = chosen or str(data_dir)
+        owner = Owner.read(objects)
+        if not (data_dir / _BLOBS).exists() if chosen is None else owner is None:
+            raise CollectionMismatchError(
+                f"the catalog's gradients must lie in {place}, which has none; name their folder with --from or their "
+                "store with --from-objects"
+            )
+        _check_owner(owner, place, collection_id)
+    return BlobStore(objects)
 
 
 def restored_blobs(data_dir: Path, url: str | None, collection_id: str) -> BlobStore:

@@ -45,6 +45,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("scrub", help="verify and mend a bank's gradients", description=_SCRUB)
     parser.add_argument("--data-dir", type=Path, help=f"a bank's folder ({DATA_DIR})")
     parser.add_argument("--catalog", help="postgresql:// URL of the bank's catalog, where it has one")
+    parser.add_argument("--objects", metavar="URL", help="its object store, where the folder is new or an empty one")
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
     parser.set_defaults(run=_scrub)
@@ -107,7 +108,7 @@ def _scrub(args: argparse.Namespace) -> int:
     from regrad_vllm.default_model import resolve_model, shipped_learner
     from regrad_vllm.encode.gradient_encoder import GradientEncoder
 
-    config = BankConfig(data_dir=args.data_dir or default_data_dir(), catalog=args.catalog)
+    config = BankConfig(data_dir=args.data_dir or default_data_dir(), catalog=args.catalog, objects=args.objects)
     if not config.data_dir.is_dir():
         raise CommandError(
             f"{config.data_dir} must be the folder of a bank, it does not exist; name it with --data-dir"

@@ -21,6 +21,7 @@ from bank_service.blobs.objects import Objects
 from bank_service.blobs.remote_objects import RemoteObjects
 from bank_service.errors import CollectionMismatchError, DataLossError, UnavailableError
 from bank_service.service.offline import opened
+from bank_service.service.offline import scrub as scrub_folder
 from bank_service.service.preflight import check_startable
 from bank_service.service.server import BankServer
 from bank_service.testing.client import Client, upload_of
@@ -91,6 +92,11 @@ async def test_with_a_catalog_in_postgresql_the_folder_may_be_lost(tmp_path: Pat
     async with bank(tmp_path / "third", objects_url, catalog=catalog) as client:
         await whole(client, digests[1:])
         assert (await client.put("d1", "text number 1")).outcome == pb.IngestDocumentsResponse.UNCHANGED
+    (tmp_path / "scrubbed").mkdir()
+    RemoteObjects.at(objects_url).put(name_of(digests[1]), b"rotten")
+    config = BankConfig(data_dir=tmp_path / "scrubbed", catalog=catalog, objects=objects_url)
+    counts = await scrub_folder(config, HashEncoder(), HashEmbedder())
+    assert (counts.num_gradients, counts.num_repaired, counts.num_lost) == (len(digests) - 1, 1, 0)
     with pytest.raises(CollectionMismatchError, match="it belongs to collection"):
         async with bank(tmp_path / "fourth", objects_url, catalog=schema_of(tmp_path / "another")):
             pass

@@ -88,6 +88,7 @@ async def test_a_relative_place_is_meant_from_where_the_command_is_run(
         (["restore", "{tmp}", "--data-dir", "{tmp}"], "must be absent or an empty folder"),
         (["snapshot", "{tmp}/s", "--data-dir", "{tmp}/nowhere"], "or a running bank with --bank"),
         (["scrub", "--data-dir", "{tmp}/nowhere"], "must be the folder of a bank"),
+        (["scrub", "--data-dir", "{tmp}", "--objects", "ftp://x"], "objects must be"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_that_says_why(

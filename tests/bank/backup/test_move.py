@@ -205,7 +205,8 @@ def test_every_table_comes_along(tmp_path: Path) -> None:
 async def test_a_place_that_is_not_new_is_refused_and_stays_as_it_was(tmp_path: Path, objects_url: str) -> None:
     source, other = BankPlace(tmp_path / "source"), BankPlace(tmp_path / "other")
     taken = BankPlace(tmp_path / "taken", shared_server().new_schema(), objects_url)
-    for place in (source, other, taken):
+    stranger = BankPlace(tmp_path / "stranger", None, f"{objects_url}-stranger")
+    for place in (source, other, taken, stranger):
         async with bank(place) as client:
             await client.put("a", "an owl")
     new = tmp_path / "new"
@@ -229,6 +230,16 @@ async def test_a_place_that_is_not_new_is_refused_and_stays_as_it_was(tmp_path: 
         list(move(BankPlace(taken.data_dir), BankPlace(tmp_path / "newest")))
     with pytest.raises(CollectionMismatchError, match="--from-objects must be"):
         list(move(BankPlace(taken.data_dir, taken.catalog, "s3://other/x"), BankPlace(tmp_path / "newest")))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for lost, message in (
+        (BankPlace(empty, taken.catalog), "which has none; name .* --from-objects"),
+        (BankPlace(empty, taken.catalog, f"{objects_url}-wrong"), "-wrong, which has none"),
+        (BankPlace(empty, taken.catalog, stranger.objects), "it belongs to collection"),
+    ):
+        with pytest.raises(CollectionMismatchError, match=message):
+            list(move(lost, BankPlace(tmp_path / "newest")))
+    assert not contents(tmp_path / "newest")
     async with bank(taken) as client:
         assert (await client.get("a")).document.text == "an owl"
         with pytest.raises(BankInUseError):
