@@ -10,7 +10,8 @@ of a warm arena.
 
 Mode auto may ask twice. Its tokens are then those of both prompts. The first one is that of "cue", which is the same.
 
---out keeps a line for each answer. A second run with the same --out goes on where the first one ended. It ends with a
+--out keeps a line for each answer. A second run with the same --out goes on where the first one ended. With --minutes
+some questions are left for it. They go through the sets in turn, so that each set has had as many. The run ends with a
 table, a picture and, as the last line, one JSON object. F1 is the mean over the sets with a bootstrap 95% interval
 over documents. "over" compares two methods question by question, on all sets but pubmedqa: there "yes" to everything
 is right more often than not.
@@ -21,13 +22,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from regrad_vllm.arguments import whole
 from regrad_vllm.data.questions import Question
@@ -72,6 +75,7 @@ _LOOKS = {  # colour, marker
     "icl": ("#2f6db3", "o"), "auto": ("#7b5ea7", "D"),
 }  # fmt: skip
 Answer = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def main() -> int:
@@ -80,6 +84,7 @@ def main() -> int:
     parser.add_argument("--learner", type=Path, default=shipped_learner(), metavar="FOLDER", help="with FT-RAG's LoRA")
     parser.add_argument("--sets", nargs="+", help=f"(those of {' '.join(SETS)} that the data has)")
     parser.add_argument("--num-questions", type=whole(1), default=20, help="of each set (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no question begins later")
     parser.add_argument("--num-distractors", type=whole(0), default=140, help="documents besides (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype(), help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,8 +132,12 @@ def _measured(args: argparse.Namespace, learner: Learner, corpus: Corpus, settin
             asker = engines.askers["regrad"]
             for name, k in _POINTS:  # a warm-up
                 await ask(asker, jobs[0][0], name, k, corpus.name)
+            end, last = time.monotonic() + args.minutes * 60, jobs[0][0]
             with path.open("a", encoding="utf-8") as file:
                 for question, name, k in tqdm(jobs, unit="answer"):
+                    if question is not last and time.monotonic() > end:
+                        break
+                    last = question
                     answers.append(await ask(asker, question, name, k, corpus.name))
                     file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
                     file.flush()
@@ -142,9 +151,11 @@ def _measured(args: argparse.Namespace, learner: Learner, corpus: Corpus, settin
 
 
 def planned(questions: Sequence[Question], seed: int) -> list[tuple[Question, str, int]]:
-    """(question, method, k): one question after the other, each under all methods and k in a new order."""
+    """(question, method, k): a question of each set in turn, each under all methods and k in a new order."""
     rng = random.Random(f"regrad.frontier.{seed}")
-    return [(question, *point) for question in questions for point in rng.sample(_POINTS, len(_POINTS))]
+    rounds = zip_longest(*_grouped([question.set_name for question in questions], questions).values())
+    in_turn = [question for each in rounds for question in each if question is not None]
+    return [(question, *point) for question in in_turn for point in rng.sample(_POINTS, len(_POINTS))]
 
 
 async def ask(asker: Asker, question: Question, name: str, k: int, namespace: str) -> Answer:
@@ -214,9 +225,13 @@ def _mean(answers: Sequence[Answer], values: Sequence[float]) -> dict[str, float
 
 
 def _by_set(answers: Sequence[Answer], values: Sequence[Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for answer, value in zip(answers, values, strict=True):
-        found.setdefault(answer["set"], []).append(value)
+    return _grouped([answer["set"] for answer in answers], values)
+
+
+def _grouped(names: Sequence[str], values: Sequence[T]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for name, value in zip(names, values, strict=True):
+        found.setdefault(name, []).append(value)
     return found
 
 

@@ -40,6 +40,12 @@ def test_each_question_is_asked_under_every_method_and_k_once_in_an_order_of_its
     assert counts == {method: 1 if method == "base" else 3 for method in METHODS}, "base has no documents, so no k"
 
 
+def test_the_sets_are_asked_in_turn() -> None:
+    sets = ("squad", "squad", "squad", "nq")
+    questions = [Question(str(number), "who?", ("Ada",), ("d",), name) for number, name in enumerate(sets)]
+    assert list(dict.fromkeys(question.id for question, *_ in planned(questions, seed=0))) == ["0", "3", "1", "2"]
+
+
 def test_a_point_has_the_mean_over_sets_the_median_time_and_the_tokens_of_all_prompts() -> None:
     found = figures(answers())
     assert found["cue"][3]["f1"] == 0.5 and found["cue"][3]["by_set"] == {"squad": 1.0, "nq": 0.0}
