@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from bank_service.catalog.contract import CatalogView
 from bank_service.catalog.postgres.connect import name_for_log
 from bank_service.catalog.postgres.json_conditions import meets
-from bank_service.catalog.postgres.partitions import literal, partition
+from bank_service.catalog.postgres.partitions import direction, partition
 from bank_service.catalog.sql.catalog_view import SqlView
 from bank_service.catalog.sql.prepared import run_text
 from bank_service.values.filters import Condition
@@ -20,20 +20,23 @@ from bank_service.wire.record import FloatArray
 
 logger = logging.getLogger(__name__)
 
-SCAN_SIZE = 5_000  # up to so many matching documents are compared one by one
-EF_SEARCH = 200  # nodes of the graph that a search looks at; more find more of the nearest
+SCAN_SIZE = 12_000  # up to so many documents that meet a filter are compared one by one
+# Nodes of the graph that a search looks at; more find more of the nearest. With a filter, these lie further apart.
+EF_SEARCH = 200
+FILTERED_EF_SEARCH = 400
 MAX_EF_SEARCH = 1_000  # pgvector's own limit
 GRAPH = {"m": 16, "ef_construction": 64}
 BUILD_MEMORY = "512MB"  # for building a graph; without enough of it, pgvector takes many times as long
 # Twice the error of a cosine in half precision. So no document is left out by rounding.
 MARGIN = 0.002
 
-# The number of a namespace's partition, and whether its graph is ready. It also sets how a graph is searched in this
-# transaction, which saves a statement.
+# The number of a namespace's partition, whether its graph is ready, and the state's sequence. It also sets how a graph
+# is searched in this transaction. One statement for all saves those of each.
 _SPACE = (
     "SELECT number, coalesce((SELECT indisvalid FROM pg_index "
     "WHERE indexrelid = to_regclass('vectors_' || number || '_hnsw')), false), "
-    "set_config('hnsw.ef_search', %(ef)s, true), set_config('hnsw.iterative_scan', 'relaxed_order', true) "
+    "(SELECT sequence FROM collection), "
+    "set_config('hnsw.ef_search', %(ef)s, true), set_config('hnsw.iterative_scan', %(scan)s, true) "
     "FROM spaces WHERE namespace = %(namespace)s"
 )
 # The numbers of large namespaces without a graph.
@@ -67,22 +70,27 @@ class PostgresVectors:
         as_of: int | None = None,
     ) -> list[int]:
         assert isinstance(view, SqlView)
-        ef_search = min(MAX_EF_SEARCH, max(EF_SEARCH, depth))
-        rows = run_text(view.connection, _SPACE, {"namespace": namespace, "ef": str(ef_search)})
+        is_filtered = bool(conditions) or as_of is not None
+        ef_search = min(MAX_EF_SEARCH, max(FILTERED_EF_SEARCH if is_filtered else EF_SEARCH, depth))
+        settings = {"ef": str(ef_search), "scan": "relaxed_order" if is_filtered else "off"}
+        rows = run_text(view.connection, _SPACE, {"namespace": namespace, **settings})
         if not rows:
             return []
-        number, has_graph = int(rows[0][0]), bool(rows[0][1])
-        is_filtered = bool(conditions) or as_of is not None
+        number, has_graph, sequence, *_ = rows[0]
+        view.note_sequence(sequence)
         if has_graph and not is_filtered:
             keys = _by_graph(view.connection, number, vector, depth)
             if len(keys) == depth:
                 return keys
         search = _Search(view.connection, number, vector, depth, conditions, as_of)
-        if has_graph and is_filtered and not search.matches_few():
+        if has_graph and is_filtered:
+            few = search.exactly(SCAN_SIZE)
+            if few is not None:
+                return few
             keys = search.by_graph()
             if len(keys) == depth:
                 return keys
-        return search.exactly()
+        return search.exactly() or []
 
     def build_graphs(self, above: int) -> int:
         try:
@@ -148,7 +156,7 @@ def _answer(driver: Any, statement: str) -> bool:
 def _by_graph(connection: sa.Connection, number: int, vector: FloatArray, depth: int) -> list[int]:
     """Up to ``depth`` near documents that the graph finds, without a filter."""
     query = f"SELECT key FROM vectors_{number} ORDER BY embedding <=> %(vector)s::halfvec LIMIT %(depth)s"
-    return [int(key) for (key,) in run_text(connection, query, {"vector": literal(vector), "depth": depth})]
+    return [int(key) for (key,) in run_text(connection, query, {"vector": direction(vector), "depth": depth})]
 
 
 class _Search:
@@ -169,28 +177,28 @@ class _Search:
         self._where = [meets(table.c.pairs, condition) for condition in conditions]
         if as_of is not None:
             self._where.append(table.c.began <= as_of)
-        text = sa.bindparam("vector", literal(vector), _Halfvec())  # as text, it would be parsed anew for each row
+        text = sa.bindparam("vector", direction(vector), _Halfvec())  # as text, it would be parsed anew for each row
         self._distance = table.c.embedding.op("<=>", return_type=sa.Float())(sa.cast(text, _Halfvec()))
-
-    def matches_few(self) -> bool:
-        """Whether a filter leaves so few documents that each of them is compared."""
-        some = sa.select(sa.literal(1)).select_from(self._table).where(*self._where).limit(SCAN_SIZE + 1).subquery()
-        found = self._connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
-        return int(found) <= SCAN_SIZE
 
     def by_graph(self) -> list[int]:
         """Up to ``depth`` near documents that the graph finds."""
         query = sa.select(self._table.c.key).where(*self._where).order_by(self._distance).limit(self._depth)
         return [int(key) for key in self._connection.execute(query).scalars()]
 
-    def exactly(self) -> list[int]:
-        """The nearest ``depth`` documents, and all that are as near as the last one but for rounding."""
+    def exactly(self, limit: int | None = None) -> list[int] | None:
+        """The nearest ``depth`` documents, and all that are as near as the last one but for rounding. None where more
+        than ``limit`` documents meet the filter."""
         chosen = sa.select(self._table.c.key, self._distance.label("distance")).where(*self._where)
-        near = chosen.cte("near")  # read twice below, so PostgreSQL computes it once
+        if limit is not None:
+            chosen = chosen.limit(limit + 1)
+        near = chosen.cte("near")  # read more than once below, so PostgreSQL computes it once
+        number = sa.select(sa.func.count()).select_from(near).scalar_subquery()
         last = sa.select(near.c.distance).order_by(near.c.distance).limit(1).offset(self._depth - 1).scalar_subquery()
         bound = sa.func.coalesce(last + MARGIN, sa.literal(float("inf")))
-        found = self._connection.execute(sa.select(near.c.key).where(near.c.distance <= bound))
-        return [int(key) for key in found.scalars()]
+        found = self._connection.execute(sa.select(near.c.key, number).where(near.c.distance <= bound)).all()
+        if limit is not None and found and found[0][1] > limit:
+            return None
+        return [int(key) for key, _ in found]
 
 
 class _Halfvec(sa.types.UserDefinedType[str]):

@@ -74,6 +74,10 @@ class SqlView:
             ((self._sequence,),) = _SEQUENCE.rows(self._connection)
         return int(self._sequence)
 
+    def note_sequence(self, sequence: int) -> None:
+        """The sequence of this state, which another statement has read along."""
+        self._sequence = sequence
+
     def sequence_of(self, namespaces: Collection[str]) -> int:
         query = sa.select(sa.func.max(_V.began)).where(_V.namespace.in_(list(namespaces)), now)
         return int(self._connection.execute(query).scalar_one() or 0)

@@ -23,6 +23,7 @@ class _Compiled:
     sql: str
     names: tuple[str, ...] | None  # of the parameters, in their order; None: the driver takes them by name
     constants: Mapping[str, Any]  # parameters that the statement itself sets
+    options: Mapping[str, bool]  # of the driver
 
 
 class Prepared:
@@ -37,13 +38,15 @@ class Prepared:
         self._set = columns
         selected = statement.selected_columns if isinstance(statement, sa.Select) else ()
         self._columns = tuple(column.name for column in selected)
+        self._has_bytes = any(isinstance(column.type, sa.LargeBinary) for column in selected)
         self._compiled: dict[str, _Compiled] = {}  # by the dialect's name
 
     def rows(self, connection: sa.Connection, **values: Any) -> list[tuple[Any, ...]]:
         compiled = self._compiled.get(connection.dialect.name) or self._compile(connection.dialect)
         given = {**compiled.constants, **values}
         names = compiled.names
-        return run_text(connection, compiled.sql, given if names is None else tuple([given[name] for name in names]))
+        ordered = given if names is None else tuple([given[name] for name in names])
+        return run_text(connection, compiled.sql, ordered, **compiled.options)
 
     def one(self, connection: sa.Connection, **values: Any) -> Mapping[str, Any] | None:
         """The only row, by column, or None."""
@@ -58,23 +61,25 @@ class Prepared:
         compiled = self._statement.compile(dialect=dialect, column_keys=self._set)
         constants = {name: value for name, value in compiled.params.items() if type(value) in (int, str)}
         names = tuple(compiled.positiontup or ()) if compiled.positional else None
-        self._compiled[dialect.name] = made = _Compiled(str(compiled), names, constants)
+        # PostgreSQL sends bytes as hexadecimal text otherwise.
+        options = {"binary": True} if self._has_bytes and dialect.name == "postgresql" else {}
+        self._compiled[dialect.name] = made = _Compiled(str(compiled), names, constants, options)
         return made
 
 
 def run_text(
-    connection: sa.Connection, sql: str, values: Sequence[Any] | Mapping[str, Any] | None = ()
+    connection: sa.Connection, sql: str, values: Sequence[Any] | Mapping[str, Any] | None = (), **options: bool
 ) -> list[tuple[Any, ...]]:
     """Runs a statement in the database's own SQL and returns all rows. The connection must be in a transaction.
 
     It calls the driver directly. For a statement of a few microseconds, SQLAlchemy takes ten times as long. Errors are
     SQLAlchemy's, without the values. ``values`` None: PostgreSQL takes several statements, and the rows of the first
-    come back.
+    come back. ``options``: of the driver's ``execute``.
     """
     driver: Any = connection.connection.driver_connection
     dialect = connection.dialect
     try:
-        cursor = driver.execute(sql, values)
+        cursor = driver.execute(sql, values, **options)
         return cursor.fetchall() if cursor.description else []  # some errors come only with the rows
     except dialect.loaded_dbapi.Error as error:
         is_lost = dialect.is_disconnect(error, driver, None)

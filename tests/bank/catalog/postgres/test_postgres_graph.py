@@ -64,11 +64,11 @@ def test_a_large_namespace_gets_a_graph_and_is_searched_by_it(catalog: Catalog, 
         connection.execute(  # faster than by ``put``
             "INSERT INTO vectors_1 SELECT 1, n, n, jsonb_build_object('colour', (n % 2)::text), "
             "ARRAY[random() - 0.5, random() - 0.5, random() - 0.5, random() - 0.5]::vector::halfvec "
-            "FROM generate_series(2, 20000) AS n"
+            "FROM generate_series(2, 30000) AS n"
         )
-        connection.execute("UPDATE namespace_usage SET num_documents = 20000")
+        connection.execute("UPDATE namespace_usage SET num_documents = 30000")
         connection.execute("VACUUM ANALYZE vectors_1")
-        assert catalog.vectors.build_graphs(20_000) == 0, "it is not larger than that"
+        assert catalog.vectors.build_graphs(30_000) == 0, "it is not larger than that"
         assert catalog.vectors.build_graphs(2_000) == 1
         assert catalog.vectors.build_graphs(2_000) == 0, "it has one"
 
