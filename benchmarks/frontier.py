@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import random
 import statistics
 import sys
@@ -84,7 +83,7 @@ def main() -> int:
     parser.add_argument("--learner", type=Path, default=shipped_learner(), metavar="FOLDER", help="with FT-RAG's LoRA")
     parser.add_argument("--sets", nargs="+", help=f"(those of {' '.join(SETS)} that the data has)")
     parser.add_argument("--num-questions", type=whole(1), default=20, help="of each set (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no question begins later")
+    parser.add_argument("--minutes", type=whole(1), help="of asking, after which no question begins (all questions)")
     parser.add_argument("--num-distractors", type=whole(0), default=140, help="documents besides (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default_dtype(), help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,12 +131,11 @@ def _measured(args: argparse.Namespace, learner: Learner, corpus: Corpus, settin
             asker = engines.askers["regrad"]
             for name, k in _POINTS:  # a warm-up
                 await ask(asker, jobs[0][0], name, k, corpus.name)
-            end, last = time.monotonic() + args.minutes * 60, jobs[0][0]
+            begun = time.monotonic()
             with path.open("a", encoding="utf-8") as file:
                 for question, name, k in tqdm(jobs, unit="answer"):
-                    if question is not last and time.monotonic() > end:
+                    if is_over(answers, question, args.minutes, time.monotonic() - begun):
                         break
-                    last = question
                     answers.append(await ask(asker, question, name, k, corpus.name))
                     file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
                     file.flush()
@@ -148,6 +146,12 @@ def _measured(args: argparse.Namespace, learner: Learner, corpus: Corpus, settin
     ):
         asyncio.run(ask_all())
     return answers
+
+
+def is_over(answers: Sequence[Answer], question: Question, minutes: int | None, seconds: float) -> bool:
+    """Whether ``question`` must not be asked any more: the time is up, and two others have all their answers."""
+    asked = {answer["id"] for answer in answers}
+    return minutes is not None and seconds > minutes * 60 and len(asked) >= 2 and question.id not in asked
 
 
 def planned(questions: Sequence[Question], seed: int) -> list[tuple[Question, str, int]]:

@@ -182,12 +182,13 @@ def stored_blobs(data_dir: Path, url: str | None = None, collection_id: str | No
     if collection_id is not None:
         place = chosen or str(data_dir)
         owner = Owner.read(objects)
-        if not (data_dir / _BLOBS).exists() if chosen is None else owner is None:
+        is_there = (data_dir / _BLOBS).exists() if chosen is None else owner is not None
+        if not is_there or (owner is not None and owner.collection_id != collection_id):
+            found = "those of another bank" if is_there else "none"
             raise CollectionMismatchError(
-                f"the catalog's gradients must lie in {place}, which has none; name their folder with --from or their "
-                "store with --from-objects"
+                f"the catalog's gradients must lie in {place}, which has {found}; "
+                "name their folder with --from or their store with --from-objects"
             )
-        _check_owner(owner, place, collection_id)
     return BlobStore(objects)
 
 

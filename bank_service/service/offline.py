@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from bank_service.bank import Bank
 from bank_service.cache.embedded_redis import EmbeddedRedis
+from bank_service.catalog.factory import check_readable
+from bank_service.errors import CollectionMismatchError
 from bank_service.runtime.data_dir import DataDir
 from bank_service.runtime.metrics import BankMetrics
 from bank_service.runtime.ownership import Ownership
@@ -40,6 +42,14 @@ async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None
 
 
 async def scrub(config: BankConfig, encoder: Encoder, embedder: Embedder | None = None) -> ScrubCounts:
-    """Verifies every gradient of the folder and repairs those that it can."""
+    """Verifies every gradient of the bank and repairs those that it can.
+
+    CollectionMismatchError where there is no bank; the errors of ``opened``.
+    """
+    if await asyncio.to_thread(check_readable, config.data_dir, config.catalog) is None:
+        raise CollectionMismatchError(
+            f"{'the catalog' if config.catalog else config.data_dir} must have a bank, it has none; name the bank's "
+            "folder with --data-dir, and its catalog with --catalog where it has one in PostgreSQL"
+        )
     async with opened(config, encoder, embedder) as bank:
         return await bank.scrub()

@@ -29,6 +29,7 @@ import psycopg
 from bank_service.catalog.contract import Catalog
 from bank_service.catalog.entries import CollectionIdentity
 from bank_service.catalog.factory import open_catalog
+from bank_service.catalog.postgres.partitions import direction
 from bank_service.catalog.postgres.vector_search import EF_SEARCH
 from bank_service.runtime.acknowledged import AcknowledgedSequence
 from bank_service.search.catalog_nearest import CatalogNearest
@@ -147,7 +148,7 @@ def sql_of(url: str) -> Iterator[Callable[[DrawnQuestion], list[int]]]:
         statement = f"SELECT key FROM {table} ORDER BY embedding <=> %s::halfvec LIMIT {DEPTH}"
 
         def ask(question: DrawnQuestion) -> list[int]:
-            return [key for (key,) in connection.execute(statement, [str(question.vector.tolist())])]
+            return [key for (key,) in connection.execute(statement, [direction(question.vector)])]
 
         yield ask
 

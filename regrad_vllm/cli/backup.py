@@ -45,7 +45,7 @@ def add(commands: Any) -> None:  # argparse's subparsers action has no public ty
     parser = commands.add_parser("scrub", help="verify and mend a bank's gradients", description=_SCRUB)
     parser.add_argument("--data-dir", type=Path, help=f"a bank's folder ({DATA_DIR})")
     parser.add_argument("--catalog", help="postgresql:// URL of the bank's catalog, where it has one")
-    parser.add_argument("--objects", metavar="URL", help="its object store, where the folder is new or an empty one")
+    parser.add_argument("--objects", metavar="URL", help="its object store, where the folder was lost and is empty")
     parser.add_argument("--model", help="base model: a Hugging Face folder or hub id (the default model)")
     parser.add_argument("--learner", type=Path, help="learner folder (the one that ships for the default model)")
     parser.set_defaults(run=_scrub)

@@ -21,6 +21,7 @@ TOP_KS = (1, 2, 3, 5, 7, 10)
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
 NUM_ROUNDS = 6  # of updates and deletes
+CUE_SENTENCES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,11 @@ class Grower:
         for count in counts:
             more = others[: max(0, count - len(self._data.documents))]
             data = self._data.merged(EvalData(tuple(more), ()))
-            for method in ("regrad", "regrad_gold", "rag", "rag_learner"):
+            for method in ("regrad", "regrad_cue", "regrad_gold", "rag", "rag_learner"):
                 yield self._point("documents", len(data.documents), METHODS[method], data, self._top_k)
             # With one document an adapter is the same in any bank. With three, the other two depend on the bank.
-            yield self._point("documents_k3", len(data.documents), METHODS["regrad"], data, 3)
+            for method in ("regrad", "regrad_cue"):
+                yield self._point("documents_k3", len(data.documents), METHODS[method], data, 3)
 
     def over_top_k(self, top_ks: Sequence[int] = TOP_KS) -> Iterator[Point]:
         for top_k in top_ks:
@@ -68,7 +70,8 @@ class Grower:
         self, curve: str, x: float, method: Method, data: EvalData, top_k: int, gamma: float | None = None
     ) -> Point:
         self._runner.read(data.documents)
-        questions = self._searcher.search(data, top_k, self._seed)
+        cue_sentences = CUE_SENTENCES if method.shows == "cue" else 0
+        questions = self._searcher.search(data, top_k, self._seed, cue_sentences)
         return self.measure(curve, x, method, questions, gamma)
 
     def measure(
@@ -95,7 +98,7 @@ class Grower:
         """Documents of each length, cut into passages as at ingest. The text around each answer is cut or filled up."""
         for length in lengths:
             data = sized(self._data, length, others, self._seed)
-            for method in ("regrad", "regrad_gold"):
+            for method in ("regrad", "regrad_cue", "regrad_gold"):
                 yield self._point("length", length, METHODS[method], data, self._top_k)
 
     def over_corpus(self, others: Sequence[SourceDocument], counts: Sequence[int]) -> Iterator[Point]:

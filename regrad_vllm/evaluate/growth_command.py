@@ -10,7 +10,7 @@ It draws a curve over each of these:
 
 It runs in one process with exact search, so only the documents that are found have to be encoded. Each point gives the
 share of questions whose document was found. This separates the losses of retrieval from those of the method.
-"regrad_gold" is ReGrad with the right document given.
+"regrad_gold" is ReGrad with the right document given, "regrad_cue" has two sentences of the documents in the prompt.
 """
 
 from __future__ import annotations

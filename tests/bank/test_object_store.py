@@ -94,6 +94,9 @@ async def test_with_a_catalog_in_postgresql_the_folder_may_be_lost(tmp_path: Pat
         assert (await client.put("d1", "text number 1")).outcome == pb.IngestDocumentsResponse.UNCHANGED
     (tmp_path / "scrubbed").mkdir()
     RemoteObjects.at(objects_url).put(name_of(digests[1]), b"rotten")
+    config = BankConfig(data_dir=tmp_path / "scrubbed", objects=objects_url)
+    with pytest.raises(CollectionMismatchError, match="must have a bank, it has none; .* its catalog with --catalog"):
+        await scrub_folder(config, HashEncoder(), HashEmbedder())
     config = BankConfig(data_dir=tmp_path / "scrubbed", catalog=catalog, objects=objects_url)
     counts = await scrub_folder(config, HashEncoder(), HashEmbedder())
     assert (counts.num_gradients, counts.num_repaired, counts.num_lost) == (len(digests) - 1, 1, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.frontier import METHODS, TOP_KS, compare, draw, figures, planned, table
+from benchmarks.frontier import METHODS, TOP_KS, compare, draw, figures, is_over, planned, table
 from regrad_vllm.data.questions import Question
 
 TOKENS = {"base": 30, "rag": 200, "blind": 30, "cue": 100}
@@ -44,6 +44,14 @@ def test_the_sets_are_asked_in_turn() -> None:
     sets = ("squad", "squad", "squad", "nq")
     questions = [Question(str(number), "who?", ("Ada",), ("d",), name) for number, name in enumerate(sets)]
     assert list(dict.fromkeys(question.id for question, *_ in planned(questions, seed=0))) == ["0", "3", "1", "2"]
+
+
+def test_a_run_ends_between_questions_once_two_are_answered() -> None:
+    new, old = (Question(id, "who?", ("Ada",), ("d",), "squad") for id in ("new", "3"))
+    assert is_over(answers(), new, minutes=1, seconds=61.0)
+    assert not is_over(answers(), old, minutes=1, seconds=61.0), "its other answers come first"
+    assert not is_over(answers(), new, minutes=1, seconds=59.0) and not is_over(answers(), new, None, 1e9)
+    assert not is_over([answer for answer in answers() if answer["id"] == "3"], new, minutes=1, seconds=61.0)
 
 
 def test_a_point_has_the_mean_over_sets_the_median_time_and_the_tokens_of_all_prompts() -> None:

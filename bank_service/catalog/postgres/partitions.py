@@ -113,10 +113,9 @@ def literal(vector: FloatArray) -> str:
 def direction(vector: FloatArray) -> str:
     """A vector's direction as pgvector reads it, in whole numbers: these are quick to write and to parse.
 
-    A cosine doesn't depend on a vector's length. ``vector``: float32 (dimension,).
+    A cosine doesn't depend on a vector's length. ``vector``: float32 (dimension,), not all zeros.
     """
-    scale = MAX_HALF / max(float(np.abs(vector).max()), np.finfo(np.float32).tiny)
-    return str(np.rint(vector * scale).astype(np.int32).tolist())
+    return str(np.rint(vector * (MAX_HALF / np.abs(vector).max())).astype(np.int32).tolist())
 
 
 def _binary(embedding: bytes) -> bytes:

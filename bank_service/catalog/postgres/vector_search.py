@@ -27,8 +27,9 @@ FILTERED_EF_SEARCH = 400
 MAX_EF_SEARCH = 1_000  # pgvector's own limit
 GRAPH = {"m": 16, "ef_construction": 64}
 BUILD_MEMORY = "512MB"  # for building a graph; without enough of it, pgvector takes many times as long
-# Twice the error of a cosine in half precision. So no document is left out by rounding.
-MARGIN = 0.002
+# Twice the error of a cosine in half precision, of which the question's whole numbers have a tenth. So no document is
+# left out by rounding.
+MARGIN = 0.0025
 
 # The number of a namespace's partition, whether its graph is ready, and the state's sequence. It also sets how a graph
 # is searched in this transaction. One statement for all saves those of each.
@@ -39,6 +40,7 @@ _SPACE = (
     "set_config('hnsw.ef_search', %(ef)s, true), set_config('hnsw.iterative_scan', %(scan)s, true) "
     "FROM spaces WHERE namespace = %(namespace)s"
 )
+_ITERATE = "SET LOCAL hnsw.iterative_scan = relaxed_order"  # until enough are found
 # The numbers of large namespaces without a graph.
 _LACKING = (
     "SELECT number FROM spaces JOIN namespace_usage USING (namespace) WHERE num_documents > %(above)s AND NOT EXISTS "
@@ -80,6 +82,9 @@ class PostgresVectors:
         view.note_sequence(sequence)
         if has_graph and not is_filtered:
             keys = _by_graph(view.connection, number, vector, depth)
+            if len(keys) < depth:  # the nearest nodes are of documents that were deleted since the last vacuum
+                run_text(view.connection, _ITERATE)
+                keys = _by_graph(view.connection, number, vector, depth)
             if len(keys) == depth:
                 return keys
         search = _Search(view.connection, number, vector, depth, conditions, as_of)

@@ -235,7 +235,7 @@ async def test_a_place_that_is_not_new_is_refused_and_stays_as_it_was(tmp_path: 
     for lost, message in (
         (BankPlace(empty, taken.catalog), "which has none; name .* --from-objects"),
         (BankPlace(empty, taken.catalog, f"{objects_url}-wrong"), "-wrong, which has none"),
-        (BankPlace(empty, taken.catalog, stranger.objects), "it belongs to collection"),
+        (BankPlace(empty, taken.catalog, stranger.objects), "of another bank; name .* --from-objects"),
     ):
         with pytest.raises(CollectionMismatchError, match=message):
             list(move(lost, BankPlace(tmp_path / "newest")))

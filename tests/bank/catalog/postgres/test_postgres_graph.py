@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -57,7 +58,9 @@ def test_a_graph_that_another_node_builds_is_left_alone(catalog: Catalog, url: s
         assert other.execute("SELECT to_regclass('vectors_1_hnsw')").fetchall() == [("vectors_1_hnsw",)]
 
 
-def test_a_large_namespace_gets_a_graph_and_is_searched_by_it(catalog: Catalog, url: str) -> None:
+def test_a_large_namespace_gets_a_graph_and_is_searched_by_it(
+    catalog: Catalog, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catalog.put(document(), gradient(), None).result()
     assert catalog.vectors is not None
     with psycopg.connect(url, autocommit=True) as connection:
@@ -88,3 +91,16 @@ def test_a_large_namespace_gets_a_graph_and_is_searched_by_it(catalog: Catalog, 
             while num_scans() == before:  # the server counts with a delay
                 assert time.monotonic() < deadline, "no graph was searched"
                 time.sleep(0.05)
+        connection.execute("DELETE FROM vectors_1 WHERE key = ANY(%s)", [_nearest(connection, 1_000)])
+        monkeypatch.setattr(vector_search._Search, "exactly", None)
+        with catalog.view() as view:
+            keys = catalog.vectors.nearest(view, "n", np.asarray([1, 0, 0, 0], np.float32), 20)
+        assert len(set(keys) & set(_nearest(connection, 20))) > 15
+
+
+def _nearest(connection: psycopg.Connection[Any], count: int) -> list[int]:
+    """By exact comparison."""
+    with connection.transaction():
+        connection.execute("SET LOCAL enable_indexscan = off")
+        near = "SELECT key FROM vectors_1 ORDER BY embedding <=> '[1, 0, 0, 0]'::halfvec LIMIT %s"
+        return [key for (key,) in connection.execute(near, [count])]
