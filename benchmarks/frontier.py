@@ -199,7 +199,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def compare(answers: Sequence[Answer], one: str, other: str) -> dict[int, dict[str, Any]]:
-    """k → the paired difference in F1 with its interval, and the ratios of tokens and of ms (the median one)."""
+    """k → the paired difference in F1, and ratios of tokens and ms. ``ms``: the median one; ``ms_total``: of sums."""
     found = {}
     answers = [answer for answer in answers if answer["set"] != _YES_NO] or answers
     for k in TOP_KS:
@@ -210,6 +210,7 @@ def compare(answers: Sequence[Answer], one: str, other: str) -> dict[int, dict[s
             **_mean(own, [answer["f1"] - right[answer["id"]]["f1"] for answer in own]),
             "prompt_tokens": round(tokens[0] / tokens[1], 4),
             "ms": round(statistics.median(a["ms"] / right[a["id"]]["ms"] for a in own), 4),
+            "ms_total": round(sum(a["ms"] for a in own) / sum(right[a["id"]]["ms"] for a in own), 4),
         }  # fmt: skip
     return found
 
