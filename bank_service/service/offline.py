@@ -46,7 +46,8 @@ async def scrub(config: BankConfig, encoder: Encoder, embedder: Embedder | None 
 
     CollectionMismatchError where there is no bank; the errors of ``opened``.
     """
-    if await asyncio.to_thread(check_readable, config.data_dir, config.catalog) is None:
+    is_there = config.data_dir.is_dir()  # ``opened`` refuses a folder that isn't
+    if is_there and await asyncio.to_thread(check_readable, config.data_dir, config.catalog) is None:
         raise CollectionMismatchError(
             f"{'the catalog' if config.catalog else config.data_dir} must have a bank, it has none; name the bank's "
             "folder with --data-dir, and its catalog with --catalog where it has one in PostgreSQL"
