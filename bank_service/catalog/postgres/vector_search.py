@@ -194,10 +194,9 @@ class _Search:
         """The nearest ``depth`` documents, and all that are as near as the last one but for rounding. None where more
         than ``limit`` documents meet the filter."""
         chosen = sa.select(self._table.c.key, self._distance.label("distance")).where(*self._where)
-        if limit is not None:
-            chosen = chosen.limit(limit + 1)
-        near = chosen.cte("near")  # read more than once below, so PostgreSQL computes it once
-        number = sa.select(sa.func.count()).select_from(near).scalar_subquery()
+        some = chosen if limit is None else chosen.limit(limit + 1)
+        near = some.cte("near")  # read more than once below, so PostgreSQL computes it once
+        number = sa.literal(0) if limit is None else sa.select(sa.func.count()).select_from(near).scalar_subquery()
         last = sa.select(near.c.distance).order_by(near.c.distance).limit(1).offset(self._depth - 1).scalar_subquery()
         bound = sa.func.coalesce(last + MARGIN, sa.literal(float("inf")))
         found = self._connection.execute(sa.select(near.c.key, number).where(near.c.distance <= bound)).all()
