@@ -286,20 +286,20 @@ async def test_an_orphan_is_swept_after_the_grace_period_and_what_a_document_has
 
 @pytest.mark.asyncio
 async def test_each_bank_has_a_store_of_its_own_and_keeps_it(data_dir: Path, tmp_path: Path, objects_url: str) -> None:
-    async with bank(data_dir, objects_url) as client:
+    own = f"{objects_url}/own"
+    async with bank(data_dir, own) as client:
         await ingested(client, 1)
     other, in_folder = tmp_path / "other", tmp_path / "in-folder"
     with pytest.raises(CollectionMismatchError, match="it belongs to collection"):
-        async with bank(other, objects_url):
+        async with bank(other, own):
             pass
     async with bank(in_folder) as client:
         await ingested(client, 1)
-    for folder, url in ((data_dir, f"{objects_url}/below"), (in_folder, f"{objects_url}-new")):
+    for folder, url in ((data_dir, f"{own}/below"), (in_folder, f"{objects_url}/new")):
         with pytest.raises(CollectionMismatchError, match="`regrad move` carries the bank"):
             check_startable(BankConfig(data_dir=folder, objects=url))
-    parent = objects_url.rsplit("/", 1)[0]
     with pytest.raises(CollectionMismatchError, match="must be empty for a new bank"):
-        async with bank(tmp_path / "third", parent):
+        async with bank(tmp_path / "third", objects_url):
             pass
 
 

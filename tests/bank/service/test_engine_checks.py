@@ -69,8 +69,8 @@ async def test_engines_that_have_everything_lack_nothing_and_keep_nothing(
 
 @pytest.mark.asyncio
 async def test_catalog_gradients_and_codec_of_different_banks_are_told(tmp_path: Path, objects_url: str) -> None:
-    first = BankConfig(data_dir=tmp_path / "a", catalog=shared_server().new_schema(), objects=f"{objects_url}-a")
-    second = BankConfig(data_dir=tmp_path / "b", objects=f"{objects_url}-b")
+    first = BankConfig(data_dir=tmp_path / "a", catalog=shared_server().new_schema(), objects=f"{objects_url}/a")
+    second = BankConfig(data_dir=tmp_path / "b", objects=f"{objects_url}/b")
     alone = BankConfig(data_dir=tmp_path / "c")
     for config in (first, second, alone):
         async with BankServer(config, HashEncoder(), HashEmbedder()) as server, Client(server.address.target) as client:
@@ -79,7 +79,7 @@ async def test_catalog_gradients_and_codec_of_different_banks_are_told(tmp_path:
     apart = ["a catalog and gradients of one bank!"]
     for mixed in (
         replace(first, data_dir=tmp_path / "d", objects=second.objects),  # of another bank
-        replace(first, data_dir=tmp_path / "e", objects=f"{objects_url}-none"),  # a wrong prefix
+        replace(first, data_dir=tmp_path / "e", objects=f"{objects_url}/none"),  # a wrong prefix
         replace(first, data_dir=tmp_path / "f", catalog=shared_server().new_schema()),  # a wrong database
         replace(second, data_dir=tmp_path / "g"),  # a lost folder
         replace(first, catalog=shared_server().new_schema()),  # the folder remembers its catalog
@@ -103,7 +103,7 @@ async def test_catalog_gradients_and_codec_of_different_banks_are_told(tmp_path:
         await BankServer(elsewhere, HashEncoder(), HashEmbedder()).start()
     other = replace(alone, codec="factors-4-1-4")
     assert await lacks(other) == {"collection": ["the codec factors-4-1-4, it has factors-4-1-8!"]}
-    parent = replace(alone, data_dir=tmp_path / "new", objects=objects_url.rsplit("/", 1)[0])
+    parent = replace(alone, data_dir=tmp_path / "new", objects=objects_url)
     assert (await lacks(parent))["collection"] == apart  # no new bank on other objects
     assert [path.name for path in alone.data_dir.glob("catalog.*")] == ["catalog.sqlite"]  # looking made no files
 
