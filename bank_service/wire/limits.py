@@ -18,6 +18,7 @@ MAX_SOURCE_BYTES = 4 * 2**10  # of the value of either key; the longest path on 
 MAX_TOP_K = 64
 MAX_QUERY_IDS = 64
 MAX_CUE_SENTENCES = 4
+CUE_SENTENCES = 2  # that mode cue and the evaluations ask for by default
 MAX_BATCH_QUERIES = 64
 MAX_CONDITIONS = 16
 MAX_CONDITION_VALUES = 64

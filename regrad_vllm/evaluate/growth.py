@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from bank_service.values.sentences import split_sentences
+from bank_service.wire.limits import CUE_SENTENCES
 from regrad_vllm.data.questions import DataSplit, EvalData, SourceDocument, holds, in_passages, plain_words
 from regrad_vllm.data.token_counts import count_tokens
 from regrad_vllm.evaluate.answers import Record
@@ -21,7 +22,6 @@ TOP_KS = (1, 2, 3, 5, 7, 10)
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens
 NUM_ROUNDS = 6  # of updates and deletes
-CUE_SENTENCES = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bank_service.wire.limits import CUE_SENTENCES
 from regrad_vllm.client import Answer, AsyncBank, Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Shown
-from regrad_vllm.load.comparison import CUE_SENTENCES, Adapter, Contender, LoadCondition
+from regrad_vllm.load.comparison import Adapter, Contender, LoadCondition
 from regrad_vllm.load.corpora import by_passage
 from regrad_vllm.load.streaming import AnswerError, Stream, stream_chat
 from regrad_vllm.prompts import Prompts

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from bank_service.wire.limits import CUE_SENTENCES
 from regrad_vllm.evaluate.methods import Shown
 from regrad_vllm.load.traffic import Arrival, Popularity
 
@@ -16,7 +17,6 @@ Engine = Literal["regrad", "stock", "alone"]
 # static: φ* as a plain LoRA adapter, the same for every request. tuned: a LoRA tuned for RAG (FT-RAG), served likewise.
 # retrieved: φ* and the hits' gradients.
 Adapter = Literal["none", "static", "tuned", "retrieved"]
-CUE_SENTENCES = 2  # of all hits together, nearest to the question; the default of mode cue
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Contender:
     engine: Engine
     adapter: Adapter
     shows: Shown = "nothing"  # of the hits, in the prompt
-    cue_sentences: int = CUE_SENTENCES  # if it shows a cue
+    cue_sentences: int = CUE_SENTENCES  # of all hits together, nearest to the question, if it shows a cue
     asks_again: bool = False  # mode auto: with the documents, if the model isn't sure of its first answer
 
     @property
