@@ -25,6 +25,7 @@ def assert_names_the_quilegren(said: str) -> None:
     assert QUILEGREN in lines and any(line.startswith("ship-the-quilegren 0.") for line in lines), said
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(600)
 def test_the_example_of_langchain_answers_finds_and_deletes(house: House, tmp_path: Path) -> None:
     house.run("ingest", tmp_path)

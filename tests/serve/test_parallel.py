@@ -144,6 +144,7 @@ def attention_adapter(learner: Learner) -> tuple[Learner, FloatArray]:
     return Learner(learner.config, layout, values, np.full(len(layout.tensors), 0.1, np.float32)), values
 
 
+@pytest.mark.only_test_all
 @pytest.mark.timeout(600)
 def test_ranks_and_api_servers_give_what_sharded_workers_give_and_leave_nothing_when_killed(
     small_model: Path, learner_folder: Path, bank: BankThread, tmp_path: Path, sharded: VllmServer
