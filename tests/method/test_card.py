@@ -37,12 +37,17 @@ def report(name: str) -> dict[str, Any]:
     return dict(json.loads((FOLDER / "evaluation" / f"{name}.json").read_text("utf-8")))
 
 
-def summary(name: str, *without: str) -> Report:
+def records(name: str, *without: str) -> list[Record]:
+    """The answers of an evaluation, without those of some sets."""
     path = FOLDER / "evaluation" / f"{name}.answers.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
     left = {"question": "", "answers": [], "prediction": "", "answer_nll": None}
-    return summarise([Record(**left, **answer) for answer in answers if answer["set_name"] not in without])
+    return [Record(**left, **answer) for answer in answers if answer["set_name"] not in without]
+
+
+def summary(name: str, *without: str) -> Report:
+    return summarise(records(name, *without))
 
 
 def percent(value: float) -> str:
@@ -78,6 +83,42 @@ def test_the_cards_table_is_the_reports(name: str) -> None:
         assert cells[2:] == [percent(entry["rows"][method]["f1"]["mean"]) for entry in said["sets"]], method
 
 
+MORE_SETS = (
+    "base", "learner", "rag", "rag_learner", "rag_sentence", "rag_learner_sentence", "ft_rag", "ft_rag_sentence",
+    "regrad", "regrad_cue", "regrad_icl", "regrad_wrong", "regrad_random",
+)  # fmt: skip
+
+
+def test_the_cards_table_of_more_sets_is_that_of_their_answers() -> None:
+    (rows,) = [table for table in tables(CARD) if table[0][0] == "a document of the answer retrieved"]
+    more, of_three = summary("more_sets"), summary("hops_three_documents")
+    by_name = {entry.name: entry for entry in more.sets}
+    columns = (by_name["newpages_mixed"], by_name["hops"], of_three.sets[0])
+    assert rows[0][1:] == [f"{100 * entry.recall:.0f}" for entry in columns]
+    for method, cells in zip(MORE_SETS, rows[1:], strict=True):
+        assert cells[1:] == [interval(e.rows[method].f1) if method in e.rows else "–" for e in columns], method
+    page = CARD.read_text("utf-8")
+    for name in ("more_sets", "hops_three_documents"):
+        assert report(name)["command"] in page
+
+
+def test_the_goals_of_the_answers_are_held_against_real_text_records_and_hops_together() -> None:
+    rows = next(table for table in tables(CARD) if table[0][0].endswith("FT-RAG of whole documents"))
+    served = records("served", "fresh", "pubmedqa")
+    methods = {each.method for each in served}
+    found = summarise(served + [each for each in records("more_sets") if each.method in methods])
+    compared = {(each.method, each.other): each.difference for each in found.comparisons}
+    pairs = (
+        ("regrad_cue", "ft_rag"),
+        ("regrad_cue", "ft_rag_sentence"),
+        ("regrad_icl", "ft_rag"),
+        ("regrad", "rag_learner"),
+    )
+    assert [row[2] for row in rows[:4]] == [interval(compared[pair], signed=True) for pair in pairs]
+    phi, *others = (found.overall[name] for name in ("learner", "regrad_wrong", "regrad_random"))
+    assert rows[4][2] == f"{percent(phi.mean)}, {' and '.join(percent(other.mean) for other in others)}"
+
+
 def test_the_readmes_table_is_that_of_the_served_report() -> None:
     every, real = summary("served"), summary("served", "fresh", "pubmedqa", "records")
     rows = tables(ROOT / "README.md")[0]
@@ -102,7 +143,7 @@ PAIRS = (
 
 
 def test_the_paired_differences_stand_on_the_card() -> None:
-    (rows,) = [table for table in tables(CARD) if table[0][0].startswith("(ReGrad + two sentences) − ")]
+    (rows,) = [table for table in tables(CARD) if table[0][0].endswith("− FT-RAG of the same sentences")]
     for column, without in enumerate(((), ("pubmedqa",), ("pubmedqa", "fresh")), start=1):
         compared = {(each.method, each.other): each.difference for each in summary("served", *without).comparisons}
         assert [row[column] for row in rows] == [interval(compared[pair], signed=True) for pair in PAIRS]
