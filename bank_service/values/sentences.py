@@ -49,23 +49,17 @@ def sentence_places(text: str) -> list[tuple[int, int]]:
 def choose_cue(
     sentences: Sequence[Sequence[str]], cosines: Sequence[Sequence[float]], number: int
 ) -> list[tuple[int, int]]:
-    """(document, sentence) for each of up to ``number`` sentences, nearest to the question first.
+    """(document, sentence) for each of up to ``number`` sentences, those of all documents that are nearest to the question.
 
-    Each document gives its nearest sentence before any gives a second one. A sentence of several documents, such as one
-    of overlapping passages, is given once. ``cosines`` are those of the documents' ``sentences`` and the question.
+    The nearest comes first. A sentence of several documents, such as one of overlapping passages, is given once.
+    ``cosines`` are those of the documents' ``sentences`` and the question.
     """
     places = [(document, place) for document, texts in enumerate(sentences) for place in range(len(texts))]
     places.sort(key=lambda at: -cosines[at[0]][at[1]])
     nearest: dict[str, tuple[int, int]] = {}
     for document, place in places:
         nearest.setdefault(sentences[document][place], (document, place))
-    order = list(nearest.values())
-    firsts: dict[int, tuple[int, int]] = {}  # document → its nearest sentence
-    for at in order:
-        firsts.setdefault(at[0], at)
-    others = [at for at in order if firsts[at[0]] != at]
-    chosen = {*[*firsts.values(), *others][:number]}
-    return [at for at in order if at in chosen]
+    return list(nearest.values())[:number]
 
 
 def _places_in_lines(text: str) -> Iterator[tuple[int, int]]:

@@ -72,7 +72,7 @@ class TrainConfig:
     top_k_weights: tuple[float, ...] = (0.5, 0.2, 0.3)  # in training: chance of k = 1, 2, …
     icl_share: float = 0.1  # share of the steps with the adapter's documents in the prompt
     cue_share: float = 0.0  # share of the steps with the documents' sentences nearest to the question in the prompt
-    cue_sentences: int = 1  # of each cue; each document gives its nearest before any gives a second one
+    cue_sentences: int = 1  # of each cue, of all its documents together
     wrong_cue_share: float = 0.15  # share of cues that are random sentences of the same or another document
     gradient_dropout: float = 0.0  # share of the steps with text in the prompt in which φ* alone answers
     num_steps: int = 1000

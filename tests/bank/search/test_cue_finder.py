@@ -29,7 +29,9 @@ from tests.bank.upkeep.test_erasure import within_the_bound
 MILL = "The mill was built in 1652 by two brothers. It grinds rye.\n\nIts wheel was made of larch wood."
 SHOP = "The shop opens at nine in the morning. On Sundays it is closed."
 WHEEL, OPENS = "Its wheel was made of larch wood.", "The shop opens at nine in the morning."
+CLOSED = "On Sundays it is closed."
 QUESTION = "What wood is the wheel of?"
+OF_BOTH = "Of what wood is the wheel, and when does the shop open?"
 
 
 class CountingEmbedder:
@@ -111,14 +113,14 @@ async def test_a_hit_has_its_nearest_sentences_with_places_and_cosines(
         await bank.put(mill())
         await bank.put(SHOP_DOCUMENT)
         assert len(counting.taken()) == 2 + 3 + 2, "each document and each sentence, once"
-        hits = (await bank.query(Query("", QUESTION, top_k=2, with_cue=3))).hits
-        assert counting.taken() == [QUESTION]
+        hits = (await bank.query(Query("", OF_BOTH, top_k=2, with_cue=3))).hits
+        assert counting.taken() == [OF_BOTH]
         assert [(hit.id, hit.title, hit.text) for hit in hits] == [("mill", "The mill", ""), ("shop", "The shop", "")]
-        assert [[sentence.text for sentence in hit.cue] for hit in hits] == [[WHEEL, "It grinds rye."], [OPENS]]
+        assert [[sentence.text for sentence in hit.cue] for hit in hits] == [[WHEEL], [OPENS, CLOSED]]
         for hit, text in zip(hits, (MILL, SHOP), strict=True):
             for sentence in hit.cue:
                 assert text[sentence.start : sentence.end] == sentence.text
-                cosine = counting.embed(embedded_text(hit.title, sentence.text)) @ counting.embed(QUESTION)
+                cosine = counting.embed(embedded_text(hit.title, sentence.text)) @ counting.embed(OF_BOTH)
                 assert sentence.score == pytest.approx(float(cosine), abs=1e-3), "float16 keeps three digits"
         assert await cue(bank, with_cue=0) == {}
         assert await cue(bank, with_cue=1) == {"mill": [WHEEL]}
@@ -140,7 +142,7 @@ async def test_a_cue_is_for_the_question_that_the_query_names(client: Client, em
         WHEEL
     ]
     batch = await client.query_batch(
-        {"text": QUESTION, "top_k": 2, "with_cue": 2}, {"text": QUESTION, "top_k": 2, "include_text": True}
+        {"text": OF_BOTH, "top_k": 2, "with_cue": 2}, {"text": QUESTION, "top_k": 2, "include_text": True}
     )
     assert [[sentence.text for sentence in hit.cue] for hit in batch[0].hits] == [[WHEEL], [OPENS]]
     assert [list(hit.cue) for hit in batch[1].hits] == [[], []]
@@ -175,7 +177,7 @@ async def test_what_was_not_embedded_at_its_ingest_is_at_its_first_cue(
         await bank.put_gradient(SHOP_DOCUMENT, record, counting.embed(SHOP).tolist())
         counting.taken()
         for expected in (1 + 3 + 2, 1):
-            assert await cue(bank) == {"mill": [WHEEL], "shop": [OPENS]}
+            assert await cue(bank, OF_BOTH) == {"mill": [WHEEL], "shop": [OPENS]}
             assert len(counting.taken()) == expected
             await within_the_bound(lambda: num_rows(data_dir) == 2)
     async with opened(BankConfig(data_dir=data_dir), HashEncoder(), counting) as bank:
@@ -228,7 +230,7 @@ async def test_a_purge_leaves_no_vector_of_a_sentence_in_any_file(data_dir: Path
         await bank.delete("", "mill", purge=True)
         assert num_rows(data_dir) == 1
         await within_the_bound(lambda: not files_with(data_dir, traces))
-        assert await cue(bank) == {"shop": [OPENS, "On Sundays it is closed."]}
+        assert await cue(bank) == {"shop": [OPENS, CLOSED]}
 
 
 @pytest.mark.asyncio
@@ -243,7 +245,7 @@ async def test_a_document_that_goes_between_search_and_cue_gives_none(data_dir: 
         result = await inside.cue_finder(bank).add(query, found, embedder.embed(QUESTION)[None])
         assert [[sentence.text for sentence in hit.cue] for hit in result.hits] == [
             [],
-            [OPENS, "On Sundays it is closed."],
+            [OPENS, CLOSED],
         ]
 
 
@@ -271,7 +273,7 @@ async def test_late_sentences_hold_up_no_other_query_and_are_embedded_once(
         await bank.put(SHOP_DOCUMENT)
         counting.taken()
         with counting.sentences_held():
-            asked = [asyncio.create_task(cue(bank, top_k=2)) for _ in range(8)]
+            asked = [asyncio.create_task(cue(bank, OF_BOTH, top_k=2)) for _ in range(8)]
             await within_the_bound(lambda: len(counting.waiting) == 2)
             assert counting.waiting == {"The mill", "The shop"}, "each document is a job of its own"
             async with asyncio.timeout(10):

@@ -48,12 +48,12 @@ def test_a_long_text_has_its_first_sentences() -> None:
     assert len(places) == MAX_SENTENCES and places[-1] == (10 * (MAX_SENTENCES - 1), 10 * MAX_SENTENCES - 1)
 
 
-def test_each_document_gives_its_nearest_sentence_before_any_gives_a_second_one() -> None:
+def test_the_nearest_sentences_of_all_documents_together_are_chosen() -> None:
     sentences = [["a", "b"], ["c", "d", "e"], []]
     cosines = [[0.1, 0.2], [0.5, 0.9, 0.8], []]
     assert choose_cue(sentences, cosines, 1) == [(1, 1)]
-    assert choose_cue(sentences, cosines, 2) == [(1, 1), (0, 1)]
-    assert choose_cue(sentences, cosines, 3) == [(1, 1), (1, 2), (0, 1)]
+    assert choose_cue(sentences, cosines, 2) == [(1, 1), (1, 2)]
+    assert choose_cue(sentences, cosines, 4) == [(1, 1), (1, 2), (1, 0), (0, 1)]
     assert choose_cue(sentences, cosines, 9) == [(1, 1), (1, 2), (1, 0), (0, 1), (0, 0)]
     assert choose_cue(sentences, cosines, 0) == choose_cue([], [], 4) == []
 
@@ -72,8 +72,6 @@ def test_the_choice_is_the_one_that_the_rule_spells_out(seed: int) -> None:
     left = [(document, place) for document, size in enumerate(shape) for place in range(size)]
     number, chosen = draw.randrange(1, 6), []
     while left and len(chosen) < number:
-        fresh = [at for at in left if at[0] not in {document for document, _ in chosen}] or left
-        chosen.append(max(fresh, key=lambda at: (cosines[at[0]][at[1]], -at[0], -at[1])))
+        chosen.append(max(left, key=lambda at: (cosines[at[0]][at[1]], -at[0], -at[1])))
         left.remove(chosen[-1])
-    chosen.sort(key=lambda at: (-cosines[at[0]][at[1]], at))
     assert choose_cue(sentences, cosines, number) == chosen
