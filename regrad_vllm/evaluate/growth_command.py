@@ -160,6 +160,9 @@ def draw(points: Sequence[Point], out: Path) -> None:
         axes.set_ylabel("F1, %")
         if name in ("documents", "documents_k3", "length", "corpus"):
             axes.set_xscale("log")
+            measured = sorted({point.x for point in chosen})
+            axes.set_xticks(measured, [f"{x:,g}" for x in measured])
+            axes.minorticks_off()
         axes.set_ylim(0, 100)
         axes.grid(color="#e3e3e8")
         axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
