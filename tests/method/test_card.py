@@ -176,6 +176,29 @@ def test_each_part_of_make_train_goes_on_from_an_earlier_one() -> None:
     assert made[-1].name == FOLDER.name and len(made) == 8
 
 
+def test_the_cards_growth_is_that_of_the_reports() -> None:
+    found = {(p["curve"], p["x"], p["method"]): p for name in ("length", "documents") for p in report(name)["points"]}
+    for name in ("length", "documents"):
+        assert report(name)["command"] in CARD.read_text("utf-8")
+
+    def row(*places: tuple[str, int, str]) -> list[str]:
+        return [interval(Interval(**found[place]["f1"])) for place in places]
+
+    def lengths(method: str) -> list[tuple[str, int, str]]:
+        return [("length", length, method) for length in (32, 128, 512)]
+
+    (rows,) = [table for table in tables(CARD) if table[0][0] == "a right passage is found, %"]
+    assert rows[0][1:] == [f"{100 * found[place]['recall']:.0f}" for place in lengths("regrad")]
+    for cells, method in zip(rows[1:4], ("regrad", "regrad_gold", "regrad_cue"), strict=True):
+        assert cells[1:] == row(*lengths(method))
+    for cells, method in zip(rows[4:], ("regrad", "regrad_cue"), strict=True):
+        assert cells[1:] == [percent(found[place]["found_f1"]) for place in lengths(method)]
+    (rows,) = [table for table in tables(CARD) if table[0][0] == "the right one is found, %"]
+    for cells, method in zip(rows[1:3], ("regrad", "regrad_cue"), strict=True):
+        assert cells[1:] == row(("documents", 50_000, method), ("documents_k3", 50_000, method))
+    assert rows[3][1:] == [*row(("documents", 50_000, "rag_learner")), "–"]
+
+
 def test_growths_points_are_those_of_the_card() -> None:
     lines = (FOLDER / "growth.jsonl").read_text("utf-8").splitlines()
     points = [
