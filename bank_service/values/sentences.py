@@ -49,9 +49,10 @@ def sentence_places(text: str) -> list[tuple[int, int]]:
 def choose_cue(
     sentences: Sequence[Sequence[str]], cosines: Sequence[Sequence[float]], number: int
 ) -> list[tuple[int, int]]:
-    """(document, sentence) for each of up to ``number`` sentences, those of all documents that are nearest to the question.
+    """(document, sentence) for each of up to ``number`` sentences, nearest to the question first.
 
-    The nearest comes first. A sentence of several documents, such as one of overlapping passages, is given once.
+    They are the nearest ones of all documents together. A sentence of several documents, such as one of overlapping
+    passages, is given once.
     ``cosines`` are those of the documents' ``sentences`` and the question.
     """
     places = [(document, place) for document, texts in enumerate(sentences) for place in range(len(texts))]

@@ -123,7 +123,8 @@ class Stage:
             right = (str(one.right(self.questions, invented=kind)) for kind in (True, False))
             table.append((way.title, *right, f"{one.prompt_tokens:.0f}", f"{one.milliseconds:.0f}"))
         say("\n".join(render(_SUMMARY, table)) + "\n")
-        say("An answer counts if the right one stands in it. Records are warranties, profiles, guides, case notes and software pages.")
+        say("An answer counts if the right one stands in it.")
+        say("Records are warranties, profiles, guides, case notes and software pages.")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
         """Deletes the document of a question that ReGrad answered right, and asks again.

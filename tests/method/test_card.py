@@ -83,10 +83,13 @@ def test_the_cards_table_is_the_reports(name: str) -> None:
         assert cells[2:] == [percent(entry["rows"][method]["f1"]["mean"]) for entry in said["sets"]], method
 
 
-MORE_SETS = (
-    "base", "learner", "rag", "rag_learner", "rag_sentence", "rag_learner_sentence", "ft_rag", "ft_rag_sentence",
-    "regrad", "regrad_cue", "regrad_icl", "regrad_wrong", "regrad_random",
-)  # fmt: skip
+MORE_SETS = {  # method → its label on the card
+    "base": "base model", "learner": "φ* alone", "rag": "RAG, untuned", "rag_learner": "RAG + φ*",
+    "rag_sentence": "RAG of two sentences", "rag_learner_sentence": "RAG of two sentences + φ*", "ft_rag": "FT-RAG",
+    "ft_rag_sentence": "FT-RAG of two sentences", "regrad": "ReGrad** (mode `blind`)",
+    "regrad_cue": "ReGrad + two sentences** (mode `cue`)", "regrad_icl": "ReGrad + ICL** (mode `icl`)",
+    "regrad_wrong": "ReGrad, another question's document", "regrad_random": "ReGrad, a random document",
+}  # fmt: skip
 
 
 def test_the_cards_table_of_more_sets_is_that_of_their_answers() -> None:
@@ -96,10 +99,20 @@ def test_the_cards_table_of_more_sets_is_that_of_their_answers() -> None:
     columns = (by_name["newpages_mixed"], by_name["hops"], of_three.sets[0])
     assert rows[0][1:] == [f"{100 * entry.recall:.0f}" for entry in columns]
     for method, cells in zip(MORE_SETS, rows[1:], strict=True):
+        assert cells[0] == MORE_SETS[method].strip(" *")
         assert cells[1:] == [interval(e.rows[method].f1) if method in e.rows else "–" for e in columns], method
     page = CARD.read_text("utf-8")
     for name in ("more_sets", "hops_three_documents"):
         assert report(name)["command"] in page
+    for found, set_name, pair in (
+        (more, "newpages_mixed", ("regrad_cue", "ft_rag")),
+        (more, "newpages_mixed", ("regrad_cue", "ft_rag_sentence")),
+        (more, "newpages_mixed", ("regrad_cue", "rag_learner_sentence")),
+        (of_three, "hops", ("regrad_cue", "rag_learner_sentence")),
+        (of_three, "hops", ("regrad_icl", "ft_rag")),
+    ):
+        (difference,) = [c.by_set[set_name] for c in found.comparisons if (c.method, c.other) == pair]
+        assert interval(difference, signed=True) in page, pair
 
 
 def test_the_goals_of_the_answers_are_held_against_real_text_records_and_hops_together() -> None:

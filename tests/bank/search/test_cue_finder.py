@@ -124,6 +124,7 @@ async def test_a_hit_has_its_nearest_sentences_with_places_and_cosines(
                 assert sentence.score == pytest.approx(float(cosine), abs=1e-3), "float16 keeps three digits"
         assert await cue(bank, with_cue=0) == {}
         assert await cue(bank, with_cue=1) == {"mill": [WHEEL]}
+        assert await cue(bank, with_cue=2) == {"mill": [WHEEL, "It grinds rye."]}, "both are nearer than the shop's"
         assert await cue(bank, "When does it open?", top_k=1, with_cue=1) == {"shop": [OPENS]}
         assert await cue(bank, "quux", retrieval=Retrieval.LEXICAL) == {}
 
