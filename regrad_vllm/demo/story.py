@@ -23,7 +23,7 @@ from regrad_vllm.demo import by_hand
 from regrad_vllm.demo.chat import ChatAnswer, ChatRequest, ask_all
 from regrad_vllm.demo.quiz import DOCUMENTS, QuizQuestion, load_questions
 from regrad_vllm.demo.table import render, shorten
-from regrad_vllm.demo.ways import BASE, DEFAULT_WAY, REGRAD, WAYS, Told, ask_every_way
+from regrad_vllm.demo.ways import BASE, DEFAULT_WAY, NUM_TIMED, REGRAD, WAYS, Told, ask_every_way
 from regrad_vllm.http_client import get
 from regrad_vllm.local.pair import start_bank, start_server, wait_for_server
 from regrad_vllm.local.processes import Services
@@ -123,7 +123,9 @@ class Stage:
             right = (str(one.right(self.questions, invented=kind)) for kind in (True, False))
             table.append((way.title, *right, f"{one.prompt_tokens:.0f}", f"{one.milliseconds:.0f}"))
         say("\n".join(render(_SUMMARY, table)) + "\n")
-        say("An answer counts if the right one stands in it.")
+        say("An answer counts if it contains the right one, word for word.")
+        say("The model that reads for RAG is not tuned here. The README compares with one that is.")
+        say(f"Milliseconds: the median of {NUM_TIMED} questions, asked one at a time. Each line has questions of its own.")
         say("Records are warranties, profiles, guides, case notes and software pages.")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
