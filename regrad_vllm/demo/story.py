@@ -125,7 +125,7 @@ class Stage:
         say("\n".join(render(_SUMMARY, table)) + "\n")
         say("An answer counts if it contains the right one, word for word.")
         say("The model that reads for RAG is not tuned here. The README compares with one that is.")
-        say(f"Milliseconds: the median of {NUM_TIMED} questions, asked one at a time. Each line has questions of its own.")
+        say(f"Milliseconds are the median of {NUM_TIMED} questions, asked one at a time, other ones in each line.")
         say("Records are warranties, profiles, guides, case notes and software pages.")
 
     def _delete_one(self, url: str, bank: str, regrad: Sequence[ChatAnswer]) -> bool:
