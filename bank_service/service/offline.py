@@ -25,8 +25,7 @@ async def opened(config: BankConfig, encoder: Encoder, embedder: Embedder | None
 
     Expired past versions stay. Only a running server drops them.
     """
-    if not config.data_dir.is_dir():
-        raise FileNotFoundError(f"{config.data_dir} must be the folder of a bank, it does not exist")
+    _check_folder(config)
     async with AsyncExitStack() as stack:
         owner: Ownership = DataDir(config.data_dir)
         await asyncio.to_thread(owner.take)
@@ -46,11 +45,16 @@ async def scrub(config: BankConfig, encoder: Encoder, embedder: Embedder | None 
 
     CollectionMismatchError where there is no bank; the errors of ``opened``.
     """
-    is_there = config.data_dir.is_dir()  # ``opened`` refuses a folder that isn't
-    if is_there and await asyncio.to_thread(check_readable, config.data_dir, config.catalog) is None:
+    _check_folder(config)
+    if await asyncio.to_thread(check_readable, config.data_dir, config.catalog) is None:
         raise CollectionMismatchError(
             f"{'the catalog' if config.catalog else config.data_dir} must have a bank, it has none; name the bank's "
             "folder with --data-dir, and its catalog with --catalog where it has one in PostgreSQL"
         )
     async with opened(config, encoder, embedder) as bank:
         return await bank.scrub()
+
+
+def _check_folder(config: BankConfig) -> None:
+    if not config.data_dir.is_dir():
+        raise FileNotFoundError(f"{config.data_dir} must be the folder of a bank, it does not exist")
