@@ -52,8 +52,7 @@ def choose_cue(
     """(document, sentence) for each of up to ``number`` sentences, nearest to the question first.
 
     They are the nearest ones of all documents together. A sentence of several documents, such as one of overlapping
-    passages, is given once.
-    ``cosines`` are those of the documents' ``sentences`` and the question.
+    passages, is given once. ``cosines`` are those of the documents' ``sentences`` and the question.
     """
     places = [(document, place) for document, texts in enumerate(sentences) for place in range(len(texts))]
     places.sort(key=lambda at: -cosines[at[0]][at[1]])

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from bank_service.wire.limits import CUE_SENTENCES, MAX_CUE_SENTENCES
+from bank_service.wire.limits import DEFAULT_CUE_SENTENCES, MAX_CUE_SENTENCES
 from regrad_vllm.arguments import server_url, whole
 from regrad_vllm.data.questions import EvalData, load_documents
 from regrad_vllm.default_model import ensure_default_model, resolve_model, shipped_learner
@@ -259,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cue-sentences",
         type=whole(1, MAX_CUE_SENTENCES),
-        default=CUE_SENTENCES,
+        default=DEFAULT_CUE_SENTENCES,
         help="in the prompts of methods that show sentences (%(default)s)",
     )
     parser.add_argument("--concurrency", type=whole(1), default=16)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from bank_service.values.sentences import split_sentences
-from bank_service.wire.limits import CUE_SENTENCES
+from bank_service.wire.limits import DEFAULT_CUE_SENTENCES
 from regrad_vllm.data.questions import DataSplit, EvalData, SourceDocument, holds, in_passages, plain_words
 from regrad_vllm.data.token_counts import count_tokens
 from regrad_vllm.evaluate.answers import Record
@@ -70,7 +70,7 @@ class Grower:
         self, curve: str, x: float, method: Method, data: EvalData, top_k: int, gamma: float | None = None
     ) -> Point:
         self._runner.read(data.documents)
-        cue_sentences = CUE_SENTENCES if method.shows == "cue" else 0
+        cue_sentences = DEFAULT_CUE_SENTENCES if method.shows == "cue" else 0
         questions = self._searcher.search(data, top_k, self._seed, cue_sentences)
         return self.measure(curve, x, method, questions, gamma)
 

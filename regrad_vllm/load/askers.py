@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bank_service.wire.limits import CUE_SENTENCES
+from bank_service.wire.limits import DEFAULT_CUE_SENTENCES
 from regrad_vllm.client import Answer, AsyncBank, Hit, Query
 from regrad_vllm.data.questions import Question
 from regrad_vllm.evaluate.methods import MAX_ANSWER_TOKENS, Shown
@@ -75,7 +75,7 @@ class Passages:
         condition: LoadCondition,
         attempt: Attempt,
         shows: Shown = "nothing",
-        cue_sentences: int = CUE_SENTENCES,
+        cue_sentences: int = DEFAULT_CUE_SENTENCES,
     ) -> list[Hit]:
         """The passages of the best ``top_k`` documents, best document first. Its passages keep their order.
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from bank_service.wire.limits import CUE_SENTENCES
+from bank_service.wire.limits import DEFAULT_CUE_SENTENCES
 from regrad_vllm.evaluate.methods import Shown
 from regrad_vllm.load.traffic import Arrival, Popularity
 
@@ -26,7 +26,7 @@ class Contender:
     engine: Engine
     adapter: Adapter
     shows: Shown = "nothing"  # of the hits, in the prompt
-    cue_sentences: int = CUE_SENTENCES  # of all hits together, nearest to the question, if it shows a cue
+    cue_sentences: int = DEFAULT_CUE_SENTENCES  # of all hits together, nearest to the question, if it shows a cue
     asks_again: bool = False  # mode auto: with the documents, if the model isn't sure of its first answer
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bank_service.wire.credentials import BankCredentials
-from bank_service.wire.limits import CUE_SENTENCES, DEFAULT_NAMESPACE, MAX_CUE_SENTENCES
+from bank_service.wire.limits import DEFAULT_CUE_SENTENCES, DEFAULT_NAMESPACE, MAX_CUE_SENTENCES
 from bank_service.wire.ports import DEFAULT_BANK, check_address
 from regrad_vllm.client.values import RETRIEVALS, Retrieval
 from regrad_vllm.flags import as_text, on_or_off
@@ -49,7 +49,7 @@ class Settings:
     min_score: float | None = None  # least cosine of a document; None: all hits count
     retrieval: Retrieval = "dense"  # dense, lexical (BM25) or hybrid (both)
     mode: Mode = "cue"  # what a prompt gets of the documents: blind nothing, cue sentences, icl all, auto cue or icl
-    cue_sentences: int = CUE_SENTENCES  # of a prompt in mode cue, of all documents together, at most 4
+    cue_sentences: int = DEFAULT_CUE_SENTENCES  # of a prompt in mode cue, of all documents together, at most 4
     min_confidence: float = 0.7  # in mode auto an answer with less, from 0 to 1, is asked for again in mode icl
     default: bool = False  # on: requests to the base model's own name have ReGrad too
     on_error: OnError = "fail_open"  # if ReGrad is on by default: the base model answers; fail_closed: an error
